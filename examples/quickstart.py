@@ -1,0 +1,24 @@
+"""Both halves in ten lines: steer along a LiReF, then edit weights by curvature.
+
+python examples/quickstart.py [MODEL]
+"""
+
+import sys
+
+MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
+
+# LiReFs: a direction from memory to reasoning, added to the residual stream.
+import lirefs
+
+lm = lirefs.load(MODEL)
+probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0))
+with probe.best.steer("add", 1.0).apply(lm.model):
+    print(lm.generate("Q: A farmer has 12 cows and sells 5. How many are left?\nA:"))
+
+# K-FAC edit: the flat directions of the loss, removed from the weights.
+import kfac
+
+batches = [lm.pad(lm.encode([text])) for text in lirefs.calibration_texts()[:20]]
+factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=[20, 21, 22]))
+with kfac.CurvatureEdit(factors, keep=0.8).apply(lm.model):
+    print(lm.generate("We hold these truths to be self-evident, that all men are"))

@@ -1,0 +1,41 @@
+"""Every error that the package raises on purpose, under one base class."""
+
+
+class KfacError(Exception):
+    """Base of all errors raised by `kfac`."""
+
+
+class TargetError(KfacError):
+    """A weight matrix that was asked for is missing, unsupported, or was never used."""
+
+
+class BatchError(KfacError):
+    """A batch, or the iterable of batches, cannot be used for collection."""
+
+
+class NonFiniteError(KfacError):
+    """An activation, a gradient or a logit was NaN or infinite during collection."""
+
+
+class FactorsFileError(KfacError):
+    """A file is not a readable factors file: missing, truncated, foreign or from a newer format."""
+
+
+class FactorsMismatchError(KfacError):
+    """Factors do not belong to this model, or cannot be merged with other factors."""
+
+
+class KeepError(KfacError, ValueError):
+    """`keep` is not a number in (0, 1], or names targets that do not exist."""
+
+
+class SpectrumError(KfacError, ValueError):
+    """An array is not a valid matrix or spectrum: wrong shape, order, sign, or not finite."""
+
+
+class EditError(KfacError):
+    """A weight edit cannot be applied to this model."""
+
+
+class EditOrderError(EditError):
+    """Edits of the same weight must be removed in the reverse order of their attachment."""

@@ -1,0 +1,51 @@
+"""Reasoning against recitation in language models: directions, steering, one harness.
+
+LiReFs (Hong et al. 2025, arXiv 2503.23084) are linear directions in the residual stream; the sister
+package `kfac` removes flat directions of the weights (Merullo et al. 2025, arXiv 2510.24256).
+"""
+
+from lirefs.capture import Activations, capture
+from lirefs.directions import Direction, Directions
+from lirefs.errors import LirefsError
+from lirefs.estimators import MeanDifference
+from lirefs.harness.comparison import Comparison, compare
+from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
+from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
+from lirefs.intervention import Intervention, Steer, compose
+from lirefs.layout import Layout
+from lirefs.models import LanguageModel, load, wrap
+from lirefs.probe import Probe, fit
+from lirefs.questions import Question, Questions, Split, load_questions
+from lirefs.version import __version__
+
+__all__ = [
+    "Activations",
+    "Comparison",
+    "Direction",
+    "Directions",
+    "Intervention",
+    "LanguageModel",
+    "Layout",
+    "LirefsError",
+    "MeanDifference",
+    "MultipleChoice",
+    "Perplexity",
+    "Probe",
+    "Question",
+    "Questions",
+    "Recitation",
+    "ShortAnswer",
+    "Split",
+    "Steer",
+    "__version__",
+    "calibration_texts",
+    "capture",
+    "compare",
+    "compose",
+    "default_tasks",
+    "fit",
+    "load",
+    "load_questions",
+    "recitation_task",
+    "wrap",
+]

@@ -1,0 +1,27 @@
+"""Batches of similar length under a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def batches_by_tokens(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Group items so that each padded batch holds at most `budget` tokens.
+
+    Args:
+        lengths: Number of tokens of each item.
+        budget: Largest number of tokens in a batch, padding included; an item longer than it
+            gets a batch of its own.
+
+    Returns:
+        Item indices, longest items first, so that a batch too large for memory fails at once.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    batches: list[list[int]] = []
+    width = 0
+    for index in order:
+        if not batches or (len(batches[-1]) + 1) * width > budget:
+            batches.append([])
+            width = max(lengths[index], 1)
+        batches[-1].append(index)
+    return batches

@@ -1,0 +1,275 @@
+"""One command line for both packages."""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import kfac
+import lirefs
+from lirefs.errors import SettingError
+from lirefs.files import cache_dir
+from lirefs.harness import plots, report, suite
+from lirefs.harness.engine import token_nlls
+from lirefs.intervention import applied
+from lirefs.probe import Probe
+
+DEFAULT_MODEL = "smollm2-135m"
+BATCH_TOKENS = 1024
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console(stderr=True, highlight=False)
+
+
+def main() -> None:
+    """Run the command line; errors of ours end in one line and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except (lirefs.LirefsError, kfac.KfacError) as error:
+        message = " ".join(str(error).split())
+        console.print(f"{type(error).__name__}: {message}", markup=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("interrupted; finished activations and factors are kept in the cache")
+        sys.exit(130)
+
+
+@app.callback()
+def _root() -> None:
+    """Reasoning against recitation in language models."""
+
+
+@app.command()
+def compare(
+    model: Annotated[
+        str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")
+    ] = DEFAULT_MODEL,
+    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Labelled questions (JSON Lines) to fit on.")
+    ] = None,
+    memorized: Annotated[
+        Path | None, typer.Option(help="Memorized texts (JSON Lines) to recite.")
+    ] = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="Factors to use; written there if the file is missing.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers whose MLPs are edited, e.g. 20,21,22.")
+    ] = None,
+    keep: Annotated[float, typer.Option(help="Share of curvature mass that K-FAC keeps.")] = 0.8,
+    strength: Annotated[float, typer.Option(help="a of h + a d, d the class difference.")] = 1.0,
+    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
+    seed: Annotated[int, typer.Option(help="Seed of splits, labels and controls.")] = 0,
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer items and less text.")] = False,
+) -> None:
+    """Compare LiReF steering and the K-FAC edit on one model, and write a report."""
+    # Everything that can be wrong is looked at before the model is loaded.
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out {out}: exists and is not a folder")
+    if not 0 < keep <= 1:
+        raise kfac.KeepError(f"--keep {keep}: must be in (0, 1]")
+    wanted = _indices(layers)
+    question_set = lirefs.load_questions("default" if questions is None else questions)
+    split = question_set.split(seed=seed)
+    if memorized is not None:
+        lirefs.files.read_jsonl(memorized)
+    cache = cache_dir()
+
+    console.rule(f"1/4  model: {model}")
+    lm = lirefs.load(model, device=device)
+    console.print(lm.layout.describe(), markup=False)
+    tasks = lirefs.default_tasks(lm, split.test, memorized, limit=20 if quick else None)
+    edited = _edited_layers(lm, wanted)
+
+    console.rule(f"2/4  direction: {len(question_set)} questions")
+    probe = lirefs.fit(lm, split, seed=seed, cache=cache / "activations")
+    for line in _probe_lines(probe):
+        console.print(line, markup=False)
+
+    console.rule(f"3/4  curvature: MLPs of layers {', '.join(map(str, edited))}")
+    collected = _factors(lm, edited, factors, cache, seed, quick)
+    edit = kfac.CurvatureEdit(collected, keep)
+    validation = suite.heldout_texts("validation")[: 8 if quick else None]
+    svd, matched = _matched_svd(lm, edit, [text for _, text in validation], collected.names)
+    console.print(matched, markup=False)
+
+    console.rule("4/4  comparison")
+    steer = probe.best.steer("add", strength)
+    interventions: dict[str, Any] = {
+        "LiReF": steer,
+        "K-FAC": edit,
+        "LiReF + K-FAC": steer + edit,
+        "random direction": probe.best.random_like(seed).steer("add", strength),
+        "SVD": svd,
+        "random pairs": kfac.RandomPairsEdit(collected, keep, seed=seed),
+    }
+    settings = {
+        "findings": [*_probe_lines(probe), *_edit_lines(lm, edit), matched],
+        "probe": probe.to_dict(),
+        "factors": collected.digest,
+        "settings": {"seed": seed, "keep": keep, "strength": strength, "layers": edited},
+    }
+    comparison = lirefs.compare(lm, interventions, tasks, seed=seed, provenance=settings)
+    page = comparison.save(out, _figures(comparison, probe, collected, keep))
+    probe.directions.save(out / "directions.safetensors")
+    _print_overview(comparison)
+    console.print(f"report: {page}", markup=False, soft_wrap=True)
+
+
+def _indices(text: str | None) -> list[int] | None:
+    if text is None:
+        return None
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise SettingError(f"--layers {text!r}: expected indices such as 20,21,22") from None
+
+
+def _edited_layers(lm: lirefs.LanguageModel, wanted: list[int] | None) -> list[int]:
+    """Three layers from two thirds of the depth on, near the paper's 23-25 of 32."""
+    if wanted is None:
+        start = round(lm.n_layers * 2 / 3)
+        return list(range(start, min(start + 3, lm.n_layers)))
+    wrong = [layer for layer in wanted if not 0 <= layer < lm.n_layers]
+    if wrong:
+        raise SettingError(f"--layers: {wrong[0]} does not exist; the model has {lm.n_layers}")
+    return wanted
+
+
+def _factors(
+    lm: lirefs.LanguageModel,
+    layers: Sequence[int],
+    given: Path | None,
+    cache: Path,
+    seed: int,
+    quick: bool,
+) -> kfac.Factors:
+    """Factors from the file given, from the cache, or collected now and kept."""
+    if given is not None and given.exists():
+        return kfac.Factors.load(given, model=lm.model)
+    targets = kfac.find_targets(lm.model, layers=layers)
+    texts = suite.calibration_texts()[: 30 if quick else None]
+    ids = lm.encode(texts)
+    made_of = repr((lm.fingerprint, ids, [one.name for one in targets], seed, lirefs.__version__))
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+    path = cache / "factors" / f"{key}.safetensors" if given is None else given
+    if path.exists():
+        try:
+            return kfac.Factors.load(path, model=lm.model)
+        except kfac.FactorsFileError:
+            console.print(f"{path}: damaged, made again", markup=False)
+    batches = [
+        lm.pad([ids[row] for row in rows], side="right")
+        for rows in lirefs.batching.batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
+    ]
+    provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
+    collected = kfac.collect(lm.model, batches, targets, seed=seed, provenance=provenance)
+    collected.save(path)
+    return collected
+
+
+def _matched_svd(
+    lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit, texts: list[str], names: list[str]
+) -> tuple[kfac.SVDEdit, str]:
+    """The SVD truncation whose perplexity on validation texts is that of the K-FAC edit.
+
+    Methods are comparable at equal damage to language only, never at equal nominal strength.
+    """
+    ids = lm.encode(texts)
+
+    def perplexity(intervention: Any) -> float:
+        with applied(intervention, lm.model):
+            nlls = token_nlls(lm, ids)
+        return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
+
+    goal = perplexity(edit)
+    low, high = 0.0, 1.0
+    with console.status("matching SVD to the perplexity of K-FAC"):
+        for _ in range(6):
+            middle = (low + high) / 2
+            if perplexity(kfac.SVDEdit(names, middle)) > goal:
+                low = middle
+            else:
+                high = middle
+        chosen = kfac.SVDEdit(names, high)
+        reached = perplexity(chosen)
+    return chosen, (
+        f"SVD keeps {high:.1%} of the singular values, chosen so that validation perplexity "
+        f"({reached:.2f}, n = {len(texts)} texts) matches K-FAC's ({goal:.2f}); unchanged "
+        f"{perplexity(None):.2f}."
+    )
+
+
+def _probe_lines(probe: Probe) -> list[str]:
+    best = probe.best_scores
+    return [
+        f"Direction: layer {probe.best_layer} ({probe.best.site}) has the highest validation "
+        f"AUROC; its test AUROC is {best.test_auroc}, n = {best.test_auroc.n}; accuracy "
+        f"{best.test_accuracy}.",
+        f"Controls: test AUROC with shuffled labels {probe.shuffled} (mean and 95 % range over "
+        f"shuffles, layer chosen anew); bag of words {probe.bag_of_words}, "
+        f"n = {probe.bag_of_words.n}.",
+    ]
+
+
+def _edit_lines(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> list[str]:
+    rows = edit.report(lm.model)
+    pairs = sum(row.pairs for row in rows)
+    total = sum(row.total_pairs for row in rows)
+    return [
+        f"K-FAC edit: {len(rows)} matrices, {pairs:,} of {total:,} pairs kept "
+        f"({pairs / total:.1%}); relative weight change "
+        + ", ".join(f"{row.name} {row.relative_change:.2f}" for row in rows)
+        + "."
+    ]
+
+
+def _figures(
+    comparison: lirefs.Comparison, probe: Probe, factors: kfac.Factors, keep: float
+) -> list[report.Figure]:
+    spectra = []
+    for name in factors.names:
+        eigen = factors.eigen(name)
+        lam, mu = eigen.lam.numpy(), eigen.mu.numpy()
+        size = len(lam) * len(mu)
+        grid = [*np.linspace(0.05, 0.95, 19), 0.99, 0.999]
+        curve = [(kfac.staircase(lam, mu, level).pairs / size, level) for level in grid]
+        counts = kfac.staircase(lam, mu, keep).counts
+        spectra.append(plots.Spectrum(name, lam, mu, np.asarray(counts), np.array(curve), keep))
+    separation = report.Figure(
+        "separation",
+        "Direction separation per layer",
+        "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
+        "intervals, beside its controls. Right: mean cosine of the test questions' states with "
+        "each layer's direction.",
+        plots.direction_separation(probe),
+    )
+    spectrum = report.Figure(
+        "spectrum",
+        "Curvature spectrum and what the edit keeps",
+        f"Left: share of the curvature mass held by the largest pairs, one line per matrix "
+        f"({factors.tokens:,} tokens, sampled labels). Right: mass of one matrix; pairs to the "
+        f"left of the line are kept at keep = {keep:g}.",
+        plots.curvature_spectrum(spectra),
+    )
+    return [*report.default_figures(comparison), separation, spectrum]
+
+
+def _print_overview(comparison: lirefs.Comparison) -> None:
+    table = Table(title="retained share of the unchanged model, mean over tasks")
+    table.add_column("variant")
+    for group in comparison.groups:
+        table.add_column(group)
+    for variant in comparison.variants[1:]:
+        kept = [comparison.retained(variant, group) for group in comparison.groups]
+        table.add_row(variant, *(f"{one:.2f}" for one in kept))
+    Console().print(table)

@@ -1,0 +1,53 @@
+"""Errors with a name: each message is one line that says what was wrong, where, what to do."""
+
+
+class LirefsError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ModelNotFoundError(LirefsError):
+    """No built-in model, folder, GGUF file or hub id answers to the name."""
+
+
+class ModelLoadError(LirefsError):
+    """A model or tokenizer was found but could not be read."""
+
+
+class LayoutError(LirefsError):
+    """The parts of a model could not be found, or did not behave as their names promise."""
+
+
+class QuestionsError(LirefsError):
+    """A question set is malformed, empty or too small for what was asked."""
+
+
+class DataFileError(LirefsError):
+    """A data file is missing, empty or malformed."""
+
+
+class DirectionsFileError(LirefsError):
+    """A directions file is missing, damaged or of an unknown version."""
+
+
+class ProvenanceError(LirefsError):
+    """Something saved was made with another model, tokenizer or data than the one at hand."""
+
+
+class InterventionError(LirefsError):
+    """An intervention cannot be applied, composed or removed."""
+
+
+class CaptureError(LirefsError):
+    """Activations could not be captured."""
+
+
+class TaskError(LirefsError):
+    """A task or one of its items is malformed or cannot be scored."""
+
+
+class DownloadError(LirefsError):
+    """A file could not be fetched, or is not the file that was expected."""
+
+
+class SettingError(LirefsError):
+    """An argument has a value that cannot be used."""

@@ -1,0 +1,124 @@
+"""Files: written whole or not at all, read with the line number of what is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from lirefs.errors import DataFileError, LirefsError
+
+_CHUNK = 1 << 20
+
+
+@contextmanager
+def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path beside ``path``; move it there at success, remove it on failure.
+
+    The suffix is kept, because writers such as matplotlib choose the format by it. Missing parent
+    folders are made.
+
+    Args:
+        path: Where the finished file shall be. An existing file is replaced.
+
+    Yields:
+        The path to write to, in the same folder, so that the final move is one atomic rename.
+    """
+    final = Path(path)
+    final.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=final.parent) as folder:
+        # A private folder and not a private file: the writer creates the file itself, so that it
+        # gets the ordinary permissions of the user instead of the 0600 of mkstemp.
+        temporary = Path(folder) / final.name
+        yield temporary
+        os.replace(temporary, final)  # noqa: PTH105 (the name that the reader knows as atomic)
+
+
+def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write ``data`` to ``path`` whole or not at all."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` to ``path`` as UTF-8, whole or not at all, newlines as they are."""
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def sha256_of(source: str | os.PathLike[str] | bytes) -> str:
+    """Return the SHA-256 of a file (a path, ``str`` included) or of ``bytes``, as 64 hex digits."""
+    if isinstance(source, bytes):
+        return hashlib.sha256(source).hexdigest()
+    digest = hashlib.sha256()
+    with Path(source).open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def cache_dir() -> Path:
+    """Return the folder for what can be made again: ``$LIREFS_CACHE``, else the user's cache.
+
+    The folder is not created.
+    """
+    named = os.environ.get("LIREFS_CACHE")
+    if named:
+        return Path(named).expanduser()
+    return Path(platformdirs.user_cache_dir("lirefs"))
+
+
+def read_jsonl(
+    path: str | os.PathLike[str], error: type[LirefsError] = DataFileError
+) -> list[tuple[int, dict[str, Any]]]:
+    """Read a JSON Lines file of objects. Blank lines are skipped.
+
+    Args:
+        path: The file, UTF-8, with or without a byte order mark.
+        error: The class to raise, so that question sets can raise ``QuestionsError``.
+
+    Returns:
+        Line number and dictionary of each line that is not blank.
+
+    Raises:
+        LirefsError: of class ``error``, naming the file and, where there is one, the line: the
+            file is missing, unreadable, not UTF-8 or empty, a line is not JSON or not an object.
+    """
+    file = Path(path)
+    try:
+        raw = file.read_bytes()
+    except FileNotFoundError:
+        raise error(f"{file}: no such file") from None
+    except OSError as problem:
+        raise error(f"{file}: cannot be read ({problem.strerror})") from problem
+    rows: list[tuple[int, dict[str, Any]]] = []
+    for number, line in enumerate(raw.removeprefix(b"\xef\xbb\xbf").split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as problem:
+            raise error(f"{file}, line {number}: not UTF-8 (byte {problem.start + 1})") from problem
+        except (json.JSONDecodeError, RecursionError) as problem:
+            reason = problem.msg if isinstance(problem, json.JSONDecodeError) else "nested too deep"
+            raise error(f"{file}, line {number}: not JSON ({reason})") from problem
+        if not isinstance(row, dict):
+            raise error(f"{file}, line {number}: expected an object {{...}}, found {_kind(row)}")
+        rows.append((number, row))
+    if not rows:
+        raise error(f"{file}: empty, expected one JSON object a line")
+    return rows
+
+
+def _kind(value: object) -> str:
+    """Return the JSON word for the type of ``value``."""
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
+    return names.get(type(value), "an array")

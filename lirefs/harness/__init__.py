@@ -1,0 +1,1 @@
+"""The harness: tasks, comparison and report."""

@@ -1,0 +1,281 @@
+"""Compare interventions on the same items with paired statistics."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from lirefs.errors import TaskError
+from lirefs.files import atomic_write_text
+from lirefs.harness.tasks import GROUPS, ItemResult, Task
+from lirefs.intervention import Intervention, applied
+from lirefs.models import LanguageModel
+from lirefs.statistics import Estimate, Floats, interval, resample_counts, wilson
+from lirefs.version import __version__
+
+if TYPE_CHECKING:
+    from lirefs.harness.report import Figure
+
+BASELINE = "unchanged"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One variant on one task.
+
+    Attributes:
+        value: The task's metric; Wilson interval for shares, bootstrap otherwise.
+        difference: Value minus the baseline's, paired bootstrap over items; None for the
+            baseline itself.
+        retained: Value over the baseline's, for perplexity the inverse, so that less than 1 is
+            always worse; None for the baseline, not finite where the baseline is 0.
+        unparsable: Number of items whose output held no answer.
+        extra: The task's other metrics.
+    """
+
+    variant: str
+    task: str
+    group: str
+    metric: str
+    value: Estimate
+    difference: Estimate | None
+    retained: Estimate | None
+    unparsable: int
+    extra: dict[str, float]
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """Results of every variant on every task, item by item.
+
+    Attributes:
+        results: Variant to task to items; the first variant is the unchanged model.
+        tasks: Task name to (group, metric), in order.
+        provenance: What made it.
+        resamples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+    """
+
+    results: dict[str, dict[str, list[ItemResult]]]
+    tasks: dict[str, tuple[str, str]]
+    provenance: dict[str, Any] = field(default_factory=dict)
+    resamples: int = 5000
+    seed: int = 0
+
+    @property
+    def variants(self) -> list[str]:
+        """Names of the variants, the unchanged model first."""
+        return list(self.results)
+
+    @property
+    def groups(self) -> list[str]:
+        """Task groups that occur, in their usual order."""
+        present = {group for group, _ in self.tasks.values()}
+        return [group for group in GROUPS if group in present]
+
+    def cell(self, variant: str, task: str) -> Cell:
+        """One variant on one task."""
+        group, metric = self.tasks[task]
+        items, base = self.results[variant][task], self.results[BASELINE][task]
+        draws = self._draws(task)
+        if metric == "perplexity":
+            value, samples = _perplexity(items, draws)
+            base_value, base_samples = _perplexity(base, draws)
+            ratio, ratios = base_value / value, base_samples / samples
+        else:
+            value, samples = _mean(items, metric, draws)
+            base_value, base_samples = _mean(base, metric, draws)
+            ratio = value / base_value if base_value else math.nan
+            with np.errstate(divide="ignore", invalid="ignore"):
+                ratios = samples / base_samples
+        n = len(items)
+        scores = [item.scores.get(metric, math.nan) for item in items]
+        if set(scores) <= {0.0, 1.0}:
+            estimate = wilson(int(sum(scores)), n)
+        else:
+            estimate = Estimate(value, *interval(samples), n)
+        baseline = variant == BASELINE
+        names = [name for name in items[0].scores if name not in (metric, "nll")]
+        return Cell(
+            variant=variant,
+            task=task,
+            group=group,
+            metric=metric,
+            value=estimate,
+            difference=None
+            if baseline
+            else Estimate(value - base_value, *interval(samples - base_samples), n),
+            retained=None if baseline else Estimate(ratio, *interval(ratios), n),
+            unparsable=sum(not item.parsed for item in items),
+            extra={name: float(np.mean([i.scores[name] for i in items])) for name in names},
+        )
+
+    def cells(self) -> list[Cell]:
+        """Every variant on every task, tasks in order, variants within."""
+        return [self.cell(variant, task) for task in self.tasks for variant in self.variants]
+
+    def retained(self, variant: str, group: str) -> Estimate:
+        """Mean of the retained shares of a group's tasks, tasks with a zero baseline left out.
+
+        The interval resamples the items of each task, paired with the baseline.
+        """
+        values, samples, n = [], [], 0
+        for task, (its_group, metric) in self.tasks.items():
+            if its_group != group:
+                continue
+            cell = self.cell(variant, task)
+            one = cell.retained.value if cell.retained else 1.0
+            if not math.isfinite(one):
+                continue
+            draws = self._draws(task)
+            items, base = self.results[variant][task], self.results[BASELINE][task]
+            if metric == "perplexity":
+                ratios = _perplexity(base, draws)[1] / _perplexity(items, draws)[1]
+            else:
+                with np.errstate(divide="ignore", invalid="ignore"):
+                    ratios = _mean(items, metric, draws)[1] / _mean(base, metric, draws)[1]
+            values.append(one)
+            samples.append(ratios)
+            n += len(items)
+        if not values:
+            return Estimate(math.nan, math.nan, math.nan, 0)
+        return Estimate(float(np.mean(values)), *interval(np.mean(samples, axis=0)), n)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As a JSON object with every cell and every item."""
+        return {
+            "format": "lirefs-comparison-1",
+            "provenance": self.provenance,
+            "resamples": self.resamples,
+            "seed": self.seed,
+            "tasks": {name: list(value) for name, value in self.tasks.items()},
+            "cells": [asdict(cell) for cell in self.cells()],
+            "items": {
+                variant: {task: [asdict(item) for item in items] for task, items in tasks.items()}
+                for variant, tasks in self.results.items()
+            },
+        }
+
+    def save(self, folder: str | Path, figures: Sequence[Figure] | None = None) -> Path:
+        """Write `report.md`, `report.html`, `results.json` and the figures as PNG files.
+
+        Args:
+            folder: Made when missing; files of these names in it are replaced.
+            figures: Figures to show; None for the retained-performance chart alone.
+
+        Returns:
+            The path of `report.html`.
+        """
+        from lirefs.harness import report
+
+        folder = Path(folder)
+        shown = report.default_figures(self) if figures is None else figures
+        for figure in shown:
+            figure.save(folder)
+        atomic_write_text(folder / "results.json", _dumps(self.to_dict()))
+        atomic_write_text(folder / "report.md", report.markdown(self, shown))
+        atomic_write_text(folder / "report.html", report.html(self, shown))
+        return folder / "report.html"
+
+    def _draws(self, task: str) -> Floats:
+        # The same resamples for every variant: that is what pairs them.
+        index = list(self.tasks).index(task)
+        n = len(self.results[BASELINE][task])
+        return resample_counts(n, self.resamples, seed=self.seed * 1000 + index)
+
+
+def compare(
+    lm: LanguageModel,
+    interventions: Mapping[str, Intervention],
+    tasks: Sequence[Task] | None = None,
+    *,
+    resamples: int = 5000,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run tasks on the unchanged model and under each intervention, on the same items.
+
+    Args:
+        lm: The model.
+        interventions: Name to intervention; the unchanged model is added under `unchanged`.
+        tasks: What to run; None for `default_tasks()`.
+        resamples: Bootstrap resamples of the paired intervals.
+        seed: Seed of the bootstrap.
+        provenance: Settings to save with the results.
+        progress: Show a progress bar.
+
+    Raises:
+        TaskError: If there is no task, two share a name, or a variant is called `unchanged`.
+        InterventionError: If an intervention does not fit the model.
+    """
+    if tasks is None:
+        from lirefs.harness.suite import default_tasks
+
+        tasks = default_tasks(lm)
+    if not tasks:
+        raise TaskError("no tasks to compare on")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise TaskError(f"two tasks share a name: {', '.join(sorted(names))}")
+    if BASELINE in interventions:
+        raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
+    variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
+    for one in interventions.values():  # all are tried before hours of work begin
+        with applied(one, lm.model):
+            pass
+    results: dict[str, dict[str, list[ItemResult]]] = {}
+    total = len(variants) * sum(len(task) for task in tasks)
+    with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
+        for variant, intervention in variants.items():
+            results[variant] = {}
+            with applied(intervention, lm.model):
+                for task in tasks:
+                    bar.set_postfix_str(f"{variant}: {task.name}")
+                    results[variant][task.name] = task.run(lm, bar.update)
+    made_by = {
+        "lirefs": __version__,
+        "model": lm.fingerprint,
+        "model_name": lm.name,
+        "tokenizer": lm.tokenizer_fingerprint,
+        "device": str(lm.device),
+        "interventions": {name: one.describe() for name, one in interventions.items()},
+        **(provenance or {}),
+    }
+    return Comparison(
+        results=results,
+        tasks={task.name: (task.group, task.metric) for task in tasks},
+        provenance=made_by,
+        resamples=resamples,
+        seed=seed,
+    )
+
+
+def _mean(items: list[ItemResult], metric: str, draws: Floats) -> tuple[float, Floats]:
+    scores = np.array([item.scores[metric] for item in items])
+    return float(scores.mean()), draws @ scores / len(scores)
+
+
+def _perplexity(items: list[ItemResult], draws: Floats) -> tuple[float, Floats]:
+    nll = np.array([item.scores["nll"] for item in items])
+    tokens = np.array([item.weight for item in items])
+    with np.errstate(over="ignore"):
+        return float(np.exp(nll.sum() / tokens.sum())), np.exp((draws @ nll) / (draws @ tokens))
+
+
+def _dumps(value: Any) -> str:
+    def plain(one: Any) -> Any:
+        if isinstance(one, float) and not math.isfinite(one):
+            return None  # JSON has no NaN
+        if isinstance(one, Mapping):
+            return {key: plain(entry) for key, entry in one.items()}
+        return [plain(entry) for entry in one] if isinstance(one, list | tuple) else one
+
+    return json.dumps(plain(value), indent=1)

@@ -1,0 +1,239 @@
+"""Batched greedy decoding and log-likelihoods; what prompts share is computed once."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from lirefs.batching import batches_by_tokens
+from lirefs.layout import accepts, evaluating
+from lirefs.models import LanguageModel
+
+BATCH_TOKENS = 4096
+# A prefix shorter than this costs more to copy into every batch than to compute again.
+SHORTEST_SHARED = 8
+
+Advance = Callable[[int], Any]
+
+
+def greedy(
+    lm: LanguageModel,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    *,
+    stop: Callable[[int], bool] | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: Advance = lambda n: None,
+) -> list[list[int]]:
+    """Greedy continuations.
+
+    Args:
+        lm: The model, under whatever intervention is active.
+        prompts: Token ids of each prompt, at least one token each.
+        max_new_tokens: Length of each continuation, unless it is stopped.
+        stop: Token ids after which a row ends; that token is kept. None: never.
+        batch_tokens: Tokens per batch, padding and continuation included.
+        advance: Called with the number of prompts finished.
+
+    Returns:
+        The new token ids of each prompt, in the order of the prompts.
+    """
+    results: list[list[int]] = [[] for _ in prompts]
+    with evaluating(lm.model):
+        shared, prefix = _shared_prefix(lm, prompts)
+        rests = [list(prompt[shared:]) for prompt in prompts]
+        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+        for rows in batches_by_tokens(lengths, batch_tokens):
+            batch = _Batch(lm, [rests[row] for row in rows], prefix, shared)
+            for row, tokens in zip(rows, _decode(batch, max_new_tokens, stop), strict=True):
+                results[row] = tokens
+            advance(len(rows))
+    return results
+
+
+def option_log_likelihoods(
+    lm: LanguageModel,
+    items: Sequence[Sequence[Sequence[int]]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: Advance = lambda n: None,
+) -> list[list[float]]:
+    """Log-likelihood of each option of each item, in nats.
+
+    Args:
+        lm: The model, under whatever intervention is active.
+        items: For each item, the token ids of prompt + option for every option. What the
+            options of an item share at their beginning counts as the prompt and runs once.
+        batch_tokens: Tokens per batch, padding included.
+        advance: Called with the number of items finished.
+
+    Returns:
+        Sum of the log-probabilities of the tokens after the shared beginning, per option.
+    """
+    starts = [_common_prefix(options) for options in items]
+    prompts = [options[0][:start] for options, start in zip(items, starts, strict=True)]
+    results: list[list[float]] = [[] for _ in items]
+    with evaluating(lm.model):
+        shared, prefix = _shared_prefix(lm, prompts)
+        lengths = [sum(len(option) for option in options) for options in items]
+        for rows in batches_by_tokens(lengths, batch_tokens):
+            batch = _Batch(lm, [list(prompts[row][shared:]) for row in rows], prefix, shared)
+            tails = [[list(option[starts[row] :]) for option in items[row]] for row in rows]
+            for row, values in zip(rows, _score_options(batch, tails), strict=True):
+                results[row] = values
+            advance(len(rows))
+    return results
+
+
+def token_nlls(
+    lm: LanguageModel,
+    texts: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int = BATCH_TOKENS // 4,
+    advance: Advance = lambda n: None,
+) -> list[Tensor]:
+    """Negative log-likelihood of every token but the first of each text.
+
+    Args:
+        lm: The model, under whatever intervention is active.
+        texts: Token ids of each text, at least two tokens each.
+        batch_tokens: Tokens per batch, padding included; the logits of a whole batch are held.
+        advance: Called with the number of texts finished.
+
+    Returns:
+        For each text a float32 tensor on the CPU, shape (tokens - 1,), in nats.
+    """
+    results: list[Tensor] = [torch.empty(0) for _ in texts]
+    with evaluating(lm.model):
+        for rows in batches_by_tokens([len(text) for text in texts], batch_tokens):
+            inputs = lm.pad([texts[row] for row in rows], side="right")
+            logits = lm.model(**inputs, use_cache=False).logits[:, :-1]
+            targets = inputs["input_ids"][:, 1:].to(logits.device)
+            nll = _nll(logits, targets).cpu()
+            for index, row in enumerate(rows):
+                results[row] = nll[index, : len(texts[row]) - 1].clone()
+            advance(len(rows))
+    return results
+
+
+class _Batch:
+    """Left-padded prompts after their prefill: cache, mask, positions, last logits."""
+
+    def __init__(
+        self, lm: LanguageModel, rests: list[list[int]], prefix: DynamicCache | None, shared: int
+    ) -> None:
+        self.model = lm.model
+        inputs = lm.pad(rests, side="left")
+        self.mask = inputs["attention_mask"]
+        self.cache: Any = None
+        if prefix is not None:
+            self.cache = copy.deepcopy(prefix)
+            self.cache.batch_select_indices(self.mask.new_zeros(len(rests)))
+            self.mask = torch.cat([self.mask.new_ones(len(rests), shared), self.mask], dim=1)
+        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
+        self.next_position = positions[:, -1:] + 1
+        self.last_logits = self.forward(inputs["input_ids"], positions)[:, -1]
+
+    def forward(self, ids: Tensor, positions: Tensor, last_only: bool = True) -> Tensor:
+        """Logits of the tokens `ids`, whose mask is already part of `self.mask`."""
+        extra: dict[str, Any] = {}
+        if accepts(self.model, "position_ids"):
+            extra["position_ids"] = positions
+        if last_only and accepts(self.model, "logits_to_keep"):
+            extra["logits_to_keep"] = 1
+        out = self.model(
+            input_ids=ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **extra,
+        )
+        self.cache = out.past_key_values
+        logits: Tensor = out.logits
+        return logits
+
+    def repeat(self, counts: list[int]) -> None:
+        """Make `counts[i]` rows of row i."""
+        rows = torch.arange(len(counts), device=self.mask.device).repeat_interleave(
+            torch.tensor(counts, device=self.mask.device)
+        )
+        self.cache.batch_select_indices(rows)
+        self.mask = self.mask[rows]
+        self.next_position = self.next_position[rows]
+
+
+def _decode(
+    batch: _Batch, max_new_tokens: int, stop: Callable[[int], bool] | None
+) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in range(len(batch.mask))]
+    done = [False] * len(rows)
+    logits = batch.last_logits
+    for step in range(max_new_tokens):
+        tokens = logits.argmax(-1)
+        for index, token in enumerate(tokens.tolist()):
+            if not done[index]:
+                rows[index].append(token)
+                done[index] = stop is not None and stop(token)
+        if all(done) or step == max_new_tokens - 1:
+            break
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(rows), 1)], dim=1)
+        positions = batch.next_position + step
+        logits = batch.forward(tokens[:, None].to(batch.mask.device), positions)[:, -1]
+    return rows
+
+
+def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[float]]:
+    counts = [len(options) for options in tails]
+    flat = [option for options in tails for option in options]
+    first = torch.log_softmax(batch.last_logits.float(), dim=-1).cpu()
+    owner = [index for index, count in enumerate(counts) for _ in range(count)]
+    values = [float(first[i, option[0]]) for i, option in zip(owner, flat, strict=True)]
+    longest = max(len(option) for option in flat)
+    if longest > 1:
+        batch.repeat(counts)
+        device = batch.mask.device
+        ids = torch.zeros(len(flat), longest - 1, dtype=torch.long)
+        targets, valid = torch.zeros_like(ids), torch.zeros_like(ids)
+        for row, option in enumerate(flat):
+            ids[row, : len(option) - 1] = torch.tensor(option[:-1])
+            targets[row, : len(option) - 1] = torch.tensor(option[1:])
+            valid[row, : len(option) - 1] = 1
+        # Padding on the right: masked, and no later token of the row could see it anyway.
+        batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
+        positions = batch.next_position + torch.arange(longest - 1, device=device)
+        logits = batch.forward(ids.to(device), positions, last_only=False)
+        nll = _nll(logits, targets.to(logits.device)).cpu() * valid
+        values = [value - float(nll[row].sum()) for row, value in enumerate(values)]
+    ends = torch.tensor(counts).cumsum(0).tolist()
+    return [values[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _nll(logits: Tensor, targets: Tensor) -> Tensor:
+    return torch.nn.functional.cross_entropy(
+        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
+    ).view(targets.shape)
+
+
+def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the common beginning, at least one token of each sequence left over."""
+    limit = min(len(sequence) for sequence in sequences) - 1
+    for index in range(limit):
+        if any(sequence[index] != sequences[0][index] for sequence in sequences):
+            return index
+    return limit
+
+
+def _shared_prefix(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]]
+) -> tuple[int, DynamicCache | None]:
+    """Prefill what all prompts begin with, when the model's cache can be copied row by row."""
+    shared = _common_prefix(prompts) if len(prompts) > 1 else 0
+    if shared < SHORTEST_SHARED:
+        return 0, None
+    batch = _Batch(lm, [list(prompts[0][:shared])], None, 0)
+    return (shared, batch.cache) if type(batch.cache) is DynamicCache else (0, None)

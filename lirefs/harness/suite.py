@@ -1,0 +1,186 @@
+"""The default tasks: items that the project ships or generates from a seed."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lirefs.errors import TaskError
+from lirefs.files import read_jsonl
+from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer, Task
+from lirefs.models import LanguageModel
+from lirefs.questions import Question, load_questions
+
+DATA = Path(str(resources.files("lirefs"))) / "data"
+SUFFIX_TOKENS = 12
+
+
+def default_tasks(
+    lm: LanguageModel,
+    questions: Sequence[Question] | None = None,
+    memorized: str | Path | None = None,
+    limit: int | None = None,
+) -> list[Task]:
+    """Tasks of all six groups.
+
+    Args:
+        lm: The model; its tokenizer cuts the memorized texts.
+        questions: Labelled questions with options, for the two multiple-choice tasks; give the
+            test side of a split. None for that side of the project's own set.
+        memorized: JSON Lines of memorized texts, see `recitation_task`; None for the project's
+            own passages.
+        limit: At most this many items per task, and half as many texts.
+
+    Raises:
+        TaskError: If a file lacks a field.
+        DataFileError: If a file cannot be read.
+    """
+    chosen = list(load_questions().split().test if questions is None else questions)
+    with_options = [one for one in chosen if one.options and one.answer_index is not None]
+    tasks: list[Task] = [
+        recitation_task(lm, DATA / "passages.jsonl" if memorized is None else memorized, limit),
+        ShortAnswer(
+            "two-digit addition",
+            addition_items(80)[:limit],
+            group="arithmetic",
+            kind="number",
+        ),
+    ]
+    for frequency in ("common", "rare"):
+        for book in ("closed", "open"):
+            name = f"{frequency} facts, {book} book"
+            items = fact_items(frequency, with_passage=book == "open")[:limit]
+            tasks.append(ShortAnswer(name, items, group=f"{book}-book", max_new_tokens=8))
+    for label, group in (("memory", "closed-book"), ("reasoning", "reasoning")):
+        choices = [choice_item(one) for one in with_options if one.label == label][:limit]
+        if choices:
+            tasks.append(MultipleChoice(f"{label} questions", choices, group=group))
+    tasks.append(MultipleChoice("boolean expressions", boolean_items(80)[:limit]))
+    tasks.append(Perplexity("held-out texts", heldout_texts("test")[: limit and limit // 2]))
+    return tasks
+
+
+def recitation_task(
+    lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
+) -> Recitation:
+    """A recitation task from a file.
+
+    Args:
+        lm: The model; its tokenizer cuts texts into prefix and suffix.
+        path: JSON Lines, each row with `text` (the last `suffix_tokens` tokens, 12 by default,
+            are the suffix), or `prefix` and `suffix` texts, or `prefix_ids` and `suffix_ids`.
+        limit: At most this many items.
+        name: Name of the task.
+
+    Raises:
+        DataFileError: If the file cannot be read.
+        TaskError: If a row has none of these fields or is too short.
+    """
+    items = []
+    for line, row in read_jsonl(path)[:limit]:
+        item = str(row.get("id") or f"line-{line}")
+        where = f"{path}, line {line}"
+        if "prefix_ids" in row and "suffix_ids" in row:
+            prefix, suffix = list(row["prefix_ids"]), list(row["suffix_ids"])
+        elif "prefix" in row and "suffix" in row:
+            # Cut at a token boundary of the whole text, as the model saw it in training.
+            whole = lm.encode([row["prefix"] + row["suffix"]])[0]
+            start = len(lm.encode([row["prefix"]])[0])
+            prefix, suffix = whole[:start], whole[start:]
+        elif "text" in row:
+            whole = lm.encode([row["text"]])[0]
+            length = int(row.get("suffix_tokens", SUFFIX_TOKENS))
+            prefix, suffix = whole[:-length], whole[-length:]
+        else:
+            raise TaskError(f"{where}: needs 'text', 'prefix' and 'suffix', or their ids")
+        if not prefix or not suffix:
+            raise TaskError(f"{where}: too short for a prefix and a suffix")
+        items.append((item, prefix, suffix))
+    return Recitation(name, items)
+
+
+def fact_items(frequency: str, with_passage: bool) -> list[tuple[str, str, list[str]]]:
+    """Questions on common or rare facts, four answered examples before each.
+
+    Args:
+        frequency: `common` or `rare`.
+        with_passage: Put a passage that holds the answer before each question (open book).
+    """
+    rows = [row for _, row in read_jsonl(DATA / "facts.jsonl")]
+
+    def ask(row: dict[str, Any]) -> str:
+        passage = f"Passage: {row['passage']}\n" if with_passage else ""
+        return f"{passage}Q: {row['question']}\nA:"
+
+    examples = [row for row in rows if row["frequency"] == "example"]
+    shots = "".join(f"{ask(row)} {row['answers'][0]}\n\n" for row in examples)
+    return [
+        (str(row["id"]), shots + ask(row), list(row["answers"]))
+        for row in rows
+        if row["frequency"] == frequency
+    ]
+
+
+def addition_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str]]]:
+    """Sums of two two-digit numbers, five answered examples before each."""
+    generator = random.Random(f"addition {seed}")
+    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
+    chosen = generator.sample(pairs, n + 5)
+    shots = "".join(f"What is {a} + {b}? Answer: {a + b}\n" for a, b in chosen[:5])
+    return [
+        (f"{a} + {b}", f"{shots}What is {a} + {b}? Answer:", [str(a + b)]) for a, b in chosen[5:]
+    ]
+
+
+def boolean_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str], int]]:
+    """Boolean expressions of depth two or three, four answered examples before each."""
+    generator = random.Random(f"boolean {seed}")
+
+    def expression(depth: int) -> tuple[str, bool]:
+        if depth == 0:
+            value = generator.random() < 0.5
+            return str(value), value
+        left, x = expression(depth - 1)
+        if generator.random() < 0.25:
+            return f"not ( {left} )", not x
+        right, y = expression(generator.randrange(depth))
+        word = generator.choice(("and", "or"))
+        return f"( {left} ) {word} ( {right} )", (x and y) if word == "and" else (x or y)
+
+    def draw() -> tuple[str, bool]:
+        text, value = expression(generator.choice((2, 3)))
+        return text.replace("( True )", "True").replace("( False )", "False") + " is", value
+
+    wanted = [True, False, False, True] + [bool(i % 2) for i in range(n)]
+    drawn: list[tuple[str, bool]] = []
+    seen: set[str] = set()
+    while len(drawn) < len(wanted):
+        text, value = draw()
+        if text not in seen and value == wanted[len(drawn)]:  # as many true as false ones
+            seen.add(text)
+            drawn.append((text, value))
+    shots = "".join(f"{text} {value}\n" for text, value in drawn[:4])
+    return [
+        (f"boolean-{index}", shots + text, [" True", " False"], 0 if value else 1)
+        for index, (text, value) in enumerate(drawn[4:])
+    ]
+
+
+def choice_item(question: Question) -> tuple[str, str, list[str], int]:
+    """A labelled question as a multiple-choice item; the options are not shown."""
+    options = [f" {option}" for option in question.options]
+    return question.id, f"Q: {question.text}\nA:", options, question.answer_index or 0
+
+
+def heldout_texts(split: str) -> list[tuple[str, str]]:
+    """Texts on which perplexity is measured: the `validation` or the `test` part."""
+    rows = [row for _, row in read_jsonl(DATA / "texts_heldout.jsonl")]
+    return [(str(row["id"]), str(row["text"])) for row in rows if row["split"] == split]
+
+
+def calibration_texts() -> list[str]:
+    """Texts from which curvature is estimated; none of them is in any task."""
+    return [str(row["text"]) for _, row in read_jsonl(DATA / "texts_calibration.jsonl")]

@@ -1,0 +1,287 @@
+"""Tasks: a fixed list of items, and how each item is scored."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol
+
+from lirefs.errors import TaskError
+from lirefs.harness.engine import Advance, greedy, option_log_likelihoods, token_nlls
+from lirefs.models import LanguageModel
+
+GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """What one item gave.
+
+    Attributes:
+        id: Name of the item, the same under every variant.
+        scores: Metric name to value; perplexity has `nll` (nats, summed) instead.
+        weight: Number of tokens for perplexity, else 1.
+        prompt: What was asked.
+        expected: What counts as right.
+        output: What the model gave.
+        parsed: False when no answer could be read from the output.
+    """
+
+    id: str
+    scores: dict[str, float]
+    weight: float = 1.0
+    prompt: str = ""
+    expected: str = ""
+    output: str = ""
+    parsed: bool = True
+
+
+class Task(Protocol):
+    """A task: anything with a name, a group, a metric and `run`."""
+
+    @property
+    def name(self) -> str:
+        """Name of the task, unique in a comparison."""
+        ...
+
+    @property
+    def group(self) -> str:
+        """One of `GROUPS`."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The score that is reported, or `perplexity`."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of items."""
+        ...
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item on the model as it is now."""
+        ...
+
+
+@dataclass(frozen=True)
+class Recitation:
+    """Greedy continuation of a prefix, compared with the text that training showed.
+
+    Scores of an item of L suffix tokens and token Levenshtein distance d (Merullo et al. 2025,
+    section 5): `strict` d = 0, `loose` 1 - d/L >= 0.75, `levenshtein` d/L.
+
+    Attributes:
+        items: (id, prefix ids, suffix ids).
+    """
+
+    name: str
+    items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+    group: str = "memorization"
+    metric: str = "strict"
+
+    def __post_init__(self) -> None:
+        _nonempty(self.name, self.items)
+        for item, prefix, suffix in self.items:
+            if not prefix or not suffix:
+                raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item."""
+        results: dict[int, ItemResult] = {}
+        # One call per suffix length: every row of a batch decodes for equally long.
+        for length in sorted({len(suffix) for _, _, suffix in self.items}):
+            rows = [i for i, item in enumerate(self.items) if len(item[2]) == length]
+            outputs = greedy(lm, [self.items[i][1] for i in rows], length, advance=advance)
+            for row, output in zip(rows, outputs, strict=True):
+                item, prefix, suffix = self.items[row]
+                distance = levenshtein(output, suffix) / length
+                results[row] = ItemResult(
+                    id=item,
+                    scores={
+                        "strict": float(distance == 0),
+                        "loose": float(1 - distance >= 0.75),
+                        "levenshtein": distance,
+                    },
+                    prompt=lm.tokenizer.decode(prefix),
+                    expected=lm.tokenizer.decode(suffix),
+                    output=lm.tokenizer.decode(output),
+                )
+        return [results[row] for row in range(len(self.items))]
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Token-weighted perplexity of texts: exp(sum of nll / number of tokens).
+
+    Attributes:
+        items: (id, text).
+        max_tokens: Longer texts are cut there.
+    """
+
+    name: str
+    items: Sequence[tuple[str, str]]
+    group: str = "language"
+    metric: str = "perplexity"
+    max_tokens: int = 512
+
+    def __post_init__(self) -> None:
+        _nonempty(self.name, self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every text."""
+        ids = [row[: self.max_tokens] for row in lm.encode([text for _, text in self.items])]
+        for (item, _), row in zip(self.items, ids, strict=True):
+            if len(row) < 2:
+                raise TaskError(f"{self.name}: text {item!r} has fewer than two tokens")
+        nlls = token_nlls(lm, ids, advance=advance)
+        return [
+            ItemResult(
+                id=item,
+                scores={"nll": float(nll.double().sum())},
+                weight=len(nll),
+                prompt=text[:200],
+            )
+            for (item, text), nll in zip(self.items, nlls, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class MultipleChoice:
+    """The option with the highest log-likelihood after the prompt (lm-eval's `acc`).
+
+    Attributes:
+        items: (id, prompt, options, index of the right option). Options carry their own
+            leading space.
+    """
+
+    name: str
+    items: Sequence[tuple[str, str, Sequence[str], int]]
+    group: str = "reasoning"
+    metric: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        _nonempty(self.name, self.items)
+        for item, _, options, answer in self.items:
+            if not 0 <= answer < len(options):
+                raise TaskError(f"{self.name}: item {item!r} has no option {answer}")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item."""
+        encoded = [
+            lm.encode([prompt + option for option in options])
+            for _, prompt, options, _ in self.items
+        ]
+        likelihoods = option_log_likelihoods(lm, encoded, advance=advance)
+        results = []
+        for (item, prompt, options, answer), values in zip(self.items, likelihoods, strict=True):
+            chosen = values.index(max(values))
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"accuracy": float(chosen == answer)},
+                    prompt=prompt,
+                    expected=options[answer].strip(),
+                    output=options[chosen].strip(),
+                )
+            )
+        return results
+
+
+@dataclass(frozen=True)
+class ShortAnswer:
+    """Greedy answer up to the end of its line, compared with aliases or a number.
+
+    An output from which no answer can be read counts as wrong and as unparsable; it is never
+    guessed.
+
+    Attributes:
+        items: (id, prompt, accepted answers).
+        kind: `text`: the normalised answer begins with an alias, at a word boundary;
+            `number`: the first number in the answer equals an alias.
+        max_new_tokens: Length limit of the answer.
+    """
+
+    name: str
+    items: Sequence[tuple[str, str, Sequence[str]]]
+    group: str = "closed-book"
+    metric: str = "accuracy"
+    kind: Literal["text", "number"] = "text"
+    max_new_tokens: int = 8
+
+    def __post_init__(self) -> None:
+        _nonempty(self.name, self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item."""
+        ends: dict[int, bool] = {}
+        eos = lm.tokenizer.eos_token_id
+
+        def stop(token: int) -> bool:
+            if token not in ends:
+                ends[token] = token == eos or "\n" in lm.tokenizer.decode([token])
+            return ends[token]
+
+        ids = lm.encode([prompt for _, prompt, _ in self.items])
+        outputs = greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
+        results = []
+        for (item, prompt, answers), output in zip(self.items, outputs, strict=True):
+            text = lm.tokenizer.decode(output, skip_special_tokens=True).strip().split("\n")[0]
+            parsed, right = judge(text, answers, self.kind)
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"accuracy": float(right)},
+                    prompt=prompt,
+                    expected=" | ".join(answers),
+                    output=text,
+                    parsed=parsed,
+                )
+            )
+        return results
+
+
+def judge(text: str, answers: Sequence[str], kind: Literal["text", "number"]) -> tuple[bool, bool]:
+    """Whether an answer can be read from a text, and whether it is right."""
+    if kind == "number":
+        found = re.search(r"-?\d[\d,]*(?:\.\d+)?", text.replace("\u2212", "-"))
+        if found is None:
+            return False, False
+        number = float(found.group().replace(",", ""))
+        return True, any(number == float(answer) for answer in answers)
+    words = normalise(text)
+    aliases = [normalise(answer) for answer in answers]
+    return bool(words), any(words[: len(alias)] == alias for alias in aliases)
+
+
+def normalise(text: str) -> list[str]:
+    """Words of a text without case, punctuation and articles."""
+    words = re.findall(r"\w+", text.casefold())
+    return [word for word in words if word not in ("a", "an", "the")]
+
+
+def levenshtein(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Edit distance between two sequences (insert, delete, replace, each 1)."""
+    row = list(range(len(second) + 1))
+    for i, one in enumerate(first, start=1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(second, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (one != other))
+    return row[-1]
+
+
+def _nonempty(name: str, items: Sequence[Any]) -> None:
+    if not items:
+        raise TaskError(f"task {name!r} has no items")

@@ -1,0 +1,353 @@
+"""A language model with its tokenizer and its layout, from wherever it comes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lirefs.builtin import BUILTIN
+from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
+from lirefs.layout import Layout, accepts, evaluating, find_layout, input_device
+
+# Settings of a configuration that do not change what the model computes, or that depend on how
+# it was loaded. Keys that begin with an underscore are left out as well.
+_NOT_ESSENTIAL = {
+    "architectures",
+    "dtype",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+_HUB_SECONDS = 5.0
+
+
+class LanguageModel:
+    """A decoder and its tokenizer. Made by ``load`` or ``wrap``.
+
+    The model is a guest: nothing here changes its weights, hooks or training mode.
+
+    Attributes:
+        model: The ``transformers`` model.
+        tokenizer: Its tokenizer.
+        layout: Where its parts are, verified.
+        name: What it is called in reports.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.name = name
+        self._fingerprint: tuple[object, str] | None = None
+        self._tokenizer_fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, layers={self.n_layers}, width={self.width})"
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model expects its token ids."""
+        return input_device(self.model)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return self.layout.n_layers
+
+    @property
+    def width(self) -> int:
+        """Size of the residual stream."""
+        return self.layout.width
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and of every parameter, as 64 hex digits.
+
+        Computed when first asked for, and again after a parameter was replaced or changed in
+        place. (A change through ``parameter.data`` is invisible to PyTorch, and so to this.)
+
+        Raises:
+            ProvenanceError: A weight is offloaded and cannot be read.
+        """
+        state = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        if self._fingerprint is None or self._fingerprint[0] != state:
+            self._fingerprint = (state, _model_hash(self.model))
+        return self._fingerprint[1]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of the vocabulary, the rules and the special tokens, as 64 hex digits."""
+        if self._tokenizer_fingerprint is None:
+            self._tokenizer_fingerprint = _tokenizer_hash(self.tokenizer)
+        return self._tokenizer_fingerprint
+
+    def encode(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the token ids of each prompt, without padding.
+
+        Raises:
+            SettingError: ``prompts`` is one string, or holds something that is not a string.
+        """
+        if isinstance(prompts, str):
+            raise SettingError("encode takes a list of prompts, got one string: use [prompt]")
+        texts = list(prompts)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise SettingError(f"prompt {index} is not a string but {type(text).__name__}")
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=False)
+        return [list(map(int, ids)) for ids in encoded["input_ids"]]
+
+    def pad(self, ids: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
+        """Return a batch for the model.
+
+        Args:
+            ids: Token ids of each sequence, not one empty.
+            side: Where the padding goes, ``left`` or ``right``.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, and ``position_ids`` if the model takes them:
+            integers, ``(batch, tokens)``, on the model's device. Positions count real tokens
+            from 0; padding on the left has position 0.
+
+        Raises:
+            SettingError: An unknown side, no sequence, or an empty sequence.
+        """
+        if side not in ("left", "right"):
+            raise SettingError(f"side must be 'left' or 'right', got {side!r}")
+        if not ids:
+            raise SettingError("nothing to pad: the list of sequences is empty")
+        for index, row in enumerate(ids):
+            if not len(row):
+                raise SettingError(f"sequence {index} has no token: the prompt is empty")
+        longest = max(map(len, ids))
+        input_ids = torch.full((len(ids), longest), self._pad_id)
+        mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(ids):
+            span = slice(longest - len(row), None) if side == "left" else slice(len(row))
+            input_ids[index, span] = torch.as_tensor(list(row))
+            mask[index, span] = 1
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        if accepts(self.model, "position_ids"):
+            batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **kwargs: Any) -> Any:
+        """Continue one prompt, or a batch of prompts padded on the left.
+
+        Args:
+            prompt: One prompt or a sequence of them.
+            max_new_tokens: The most tokens to add.
+            **kwargs: For ``model.generate``. Decoding is greedy unless ``do_sample`` is set.
+
+        Returns:
+            The new text alone, without special tokens: a string for a string, else a list.
+
+        Raises:
+            SettingError: A prompt is empty.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        batch = self.pad(self.encode(prompts))
+        batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
+        settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self._pad_id, **kwargs}
+        if not settings["do_sample"]:
+            # A model's own sampling settings would only raise a warning that they are unused.
+            settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
+        with evaluating(self.model):
+            out = self.model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
+        start = batch["input_ids"].shape[1]
+        texts = [self.tokenizer.decode(row[start:], skip_special_tokens=True) for row in out]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    @property
+    def _pad_id(self) -> int:
+        """The id to pad with; any will do, because padding is masked."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+
+def wrap(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    layout: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> LanguageModel:
+    """Make a ``LanguageModel`` of a model and a tokenizer that are already in memory.
+
+    Args:
+        model: A decoder; it is not changed.
+        tokenizer: Its tokenizer.
+        layout: Names of parts, for a model whose parts are not found by themselves.
+        name: What to call it; the model's ``name_or_path`` or its class by default.
+
+    Raises:
+        LayoutError: The parts of the model were not found.
+        SettingError: ``layout`` has an unknown part.
+    """
+    called = name or getattr(model, "name_or_path", "") or type(model).__name__
+    return LanguageModel(model, tokenizer, find_layout(model, layout), str(called))
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    layout: Mapping[str, str] | None = None,
+) -> LanguageModel:
+    """Load a model by built-in name, folder, ``.gguf`` file or hub id, in evaluation mode.
+
+    Args:
+        name: The model. Built-in: ``smollm2-135m``, fetched once and then kept in the cache.
+        device: CUDA where there is one, else the CPU, by default. Not used with ``device_map``.
+        dtype: float32 on the CPU and the checkpoint's own type on CUDA by default.
+        device_map: Passed to ``from_pretrained``, for models on several devices.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
+        layout: Names of parts, for a model whose parts are not found by themselves.
+
+    Raises:
+        ModelNotFoundError: Nothing answers to the name, or the hub could not be reached.
+        ModelLoadError: What was found could not be read.
+        DownloadError: A built-in model could not be fetched.
+        LayoutError: The parts of the model were not found.
+    """
+    if device_map is not None and device is not None:
+        raise SettingError("give device or device_map, not both")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
+    source, common = _resolve(os.fspath(name))
+    common["trust_remote_code"] = trust_remote_code
+    extra: dict[str, Any] = {"dtype": dtype}
+    if "gguf_file" in common:
+        # Otherwise a quantizer stays attached, and the model can be neither edited nor saved.
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    if device_map is not None:
+        extra["device_map"] = device_map
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        model: Any = AutoModelForCausalLM.from_pretrained(source, **common, **extra)
+    except Exception as problem:
+        raise _load_error(str(name), source, common, problem) from problem
+    if device_map is None:
+        model = model.to(place)
+    return wrap(model.eval(), tokenizer, layout=layout, name=str(name))
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what to give to ``from_pretrained``, and with which further arguments."""
+    if name in BUILTIN:
+        return str(BUILTIN[name]()), {"local_files_only": True}
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"{name}: no such GGUF file")
+        with path.open("rb") as file:
+            if file.read(4) != b"GGUF":
+                raise ModelLoadError(f"{name}: not a GGUF file (it does not begin with 'GGUF')")
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(f"{name}: a folder without config.json, so not a model")
+        return str(path), {"local_files_only": True}
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ModelNotFoundError(_unknown(name)) from None
+    # Asked once, briefly: without an answer transformers would try again for a minute.
+    return name, {} if _hub_answers() else {"local_files_only": True}
+
+
+def _hub_answers() -> bool:
+    """Return whether the hub answers within a few seconds."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception:  # whatever it is, offline mode included, there is no hub to ask
+        return False
+    return True
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"{name}: no such model; expected a built-in name ({', '.join(sorted(BUILTIN))}), a folder "
+        "with config.json, a .gguf file or a hub id"
+    )
+
+
+def _load_error(
+    name: str, source: str, common: Mapping[str, Any], problem: Exception
+) -> ModelNotFoundError | ModelLoadError:
+    """Return the error of this package for an exception of ``transformers``."""
+    reason = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+    from_hub = source == name and not Path(source).expanduser().is_dir()
+    if from_hub and isinstance(problem, OSError):
+        if common.get("local_files_only"):
+            offline = "it is not in the local cache and the hub could not be reached"
+            return ModelNotFoundError(f"{_unknown(name)}; {offline}")
+        return ModelNotFoundError(f"{_unknown(name)}; the hub says: {reason}")
+    kind = "the GGUF file is damaged or of an unknown kind" if "gguf_file" in common else "failed"
+    return ModelLoadError(
+        f"{name}: could not be loaded, {kind}: {type(problem).__name__}: {reason}"
+    )
+
+
+def _model_hash(model: nn.Module) -> str:
+    """Return the SHA-256 of configuration and weights, streamed one parameter at a time."""
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    digest = hashlib.sha256()
+    digest.update(json.dumps(_essential(settings), sort_keys=True, default=str).encode())
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ProvenanceError(f"{name} is offloaded, so the model has no fingerprint")
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        flat = parameter.detach().reshape(-1).contiguous().cpu()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _essential(settings: Any) -> Any:
+    """Return ``settings`` without what does not change the computation, at every depth."""
+    if isinstance(settings, dict):
+        return {
+            str(key): _essential(value)
+            for key, value in settings.items()
+            if key not in _NOT_ESSENTIAL and not str(key).startswith("_")
+        }
+    return settings
+
+
+def _tokenizer_hash(tokenizer: Any) -> str:
+    """Return the SHA-256 of what decides the token ids of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for state in ("padding", "truncation"):  # left behind by the last call, no part of the rules
+        rules.pop(state, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = getattr(tokenizer, "chat_template", None)
+    parts = [sorted(tokenizer.get_vocab().items()), rules, special, template]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()

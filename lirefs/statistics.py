@@ -1,0 +1,76 @@
+"""Intervals for the numbers that are reported: arrays in, numbers out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import numpy.typing as npt
+from sklearn.metrics import roc_auc_score
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval and its number of items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def to_dict(self) -> dict[str, float]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> Estimate:
+    """Share of successes with the Wilson score interval (right at 0 and 100 %, unlike Wald).
+
+    Args:
+        successes: Number of successes.
+        n: Number of trials, at least 1.
+        z: Normal quantile; the default gives 95 %.
+    """
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return Estimate(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+
+
+def resample_counts(n: int, resamples: int, seed: int) -> Floats:
+    """How often each of n items is drawn in each bootstrap resample, shape (resamples, n)."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles, non-finite resamples left out."""
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return float("nan"), float("nan")
+    low, high = np.percentile(finite, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def auroc(scores: Floats, labels: npt.NDArray[np.int64], resamples: int = 2000) -> Estimate:
+    """Area under the ROC curve with a bootstrap interval, resampled within each class.
+
+    Args:
+        scores: Shape (n,); larger means class 1.
+        labels: Shape (n,); 0 or 1, both present.
+        resamples: Number of bootstrap resamples.
+    """
+    value = float(roc_auc_score(labels, scores))
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    # AUROC = mean over pairs of [p > n] + [p = n] / 2, so a resample only reweights the pairs.
+    wins = (positive[:, None] > negative[None]) + 0.5 * (positive[:, None] == negative[None])
+    rows = resample_counts(len(positive), resamples, seed=0)
+    columns = resample_counts(len(negative), resamples, seed=1)
+    areas = np.einsum("rn,rn->r", rows @ wins, columns) / wins.size
+    return Estimate(value, *interval(areas), len(scores))

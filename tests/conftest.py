@@ -1,0 +1,48 @@
+"""Options, skips with their reason, and fixtures that several test files share."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from lirefs.models import LanguageModel, wrap
+
+torch.set_num_threads(1)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--run-slow", action="store_true", help="run tests that take minutes")
+    parser.addoption("--run-weights", action="store_true", help="run tests with real weights")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reasons = {
+        "slow": None if config.getoption("--run-slow") else "slow: run with --run-slow",
+        "weights": None
+        if config.getoption("--run-weights")
+        else "needs the SmolLM2 weights: run with --run-weights",
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
+    }
+    for item in items:
+        for name, reason in reasons.items():
+            if reason and item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(request, tmp_path, monkeypatch):
+    """No test writes to the user's cache, except those that ask for the real weights."""
+    if not request.node.get_closest_marker("weights"):
+        monkeypatch.setenv("LIREFS_CACHE", str(tmp_path / "lirefs-cache"))
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return tiny_tokenizer()
+
+
+@pytest.fixture(scope="session")
+def lm() -> LanguageModel:
+    """The shared tiny Llama; tests that change weights build their own with ``fresh_model``."""
+    return wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny-llama")

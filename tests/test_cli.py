@@ -1,0 +1,134 @@
+import json
+import sys
+
+import pytest
+from tiny import fresh_model, tiny_tokenizer
+
+from lirefs import cli
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A model on disk, as a user would name it."""
+    path = tmp_path_factory.mktemp("model")
+    fresh_model("llama", max_position_embeddings=1024).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lirefs", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+@pytest.fixture
+def questions(tmp_path):
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {
+            "question": f"{'recall' if label == 'memory' else 'compute'} number {i}",
+            "label": label,
+            "options": ["a", "b"],
+            "answer_index": i % 2,
+        }
+        for label in ("memory", "reasoning")
+        for i in range(12)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_compare_writes_a_whole_report_and_reuses_its_work(
+    folder, questions, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(cli.suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    arguments = ["compare", "--model", folder, "--questions", questions, "--quick"]
+    arguments += ["--layers", "1,2", "--keep", "0.9", "--factors", tmp_path / "f.safetensors"]
+    out = tmp_path / "report"
+    assert run(monkeypatch, *arguments, "--out", out) == 0
+    assert {path.name for path in out.iterdir()} == {
+        "report.html",
+        "report.md",
+        "results.json",
+        "retained.png",
+        "separation.png",
+        "spectrum.png",
+        "directions.safetensors",
+    }
+    capsys.readouterr()
+    first = json.loads((out / "results.json").read_text())
+    assert set(first["items"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
+    assert set(first["items"]) >= {"random direction", "SVD", "random pairs"}
+    monkeypatch.setattr(cli.kfac, "collect", None)  # a second collection would fail
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "again") == 0
+    second = json.loads((tmp_path / "again" / "results.json").read_text())
+    assert second["items"] == first["items"]
+    # The same factors are refused for another model.
+    other = tmp_path / "other"
+    fresh_model("llama", num_hidden_layers=3).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    arguments[2] = other
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "third") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("FactorsMismatchError: ")
+    assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "error"),
+    [
+        ("", "QuestionsError"),
+        ('{"question": "a"}', "QuestionsError"),
+        ('{"question": "a", "label": "memory"}\n{broken', "line 2"),
+        ('{"question": "a", "label": "memory"}', "one class only"),
+    ],
+)
+def test_wrong_questions_end_in_one_line(content, error, folder, tmp_path, monkeypatch, capsys):
+    path = tmp_path / "q.jsonl"
+    path.write_text(content)
+    out = tmp_path / "report"
+    assert run(monkeypatch, "compare", "--model", folder, "--questions", path, "--out", out) == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert error in lines[0]
+    assert lines[0].startswith("QuestionsError: ")
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["--model", "no-such-model"], "ModelNotFoundError"),
+        (["--keep", "0"], "KeepError"),
+        (["--keep", "1.5"], "KeepError"),
+        (["--layers", "one"], "SettingError"),
+        (["--memorized", "absent.jsonl"], "DataFileError"),
+        (["--questions", "absent.jsonl"], "QuestionsError"),
+        (["--model", "absent.gguf"], "ModelNotFoundError"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(arguments, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert run(monkeypatch, "compare", *arguments) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith(f"{error}: ")
+    assert not (tmp_path / "report").exists()
+
+
+def test_layers_out_of_range_and_a_file_in_the_way(folder, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "compare", "--model", folder, "--layers", "99") == 2
+    assert "99 does not exist" in capsys.readouterr().err
+    (tmp_path / "taken").write_text("mine")
+    assert run(monkeypatch, "compare", "--model", folder, "--out", tmp_path / "taken") == 2
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
+def test_a_broken_factor_file_is_named(folder, questions, tmp_path, monkeypatch, capsys):
+    (tmp_path / "f.safetensors").write_bytes(b"not factors")
+    arguments = ["--questions", questions, "--factors", tmp_path / "f.safetensors"]
+    out = tmp_path / "report"
+    assert run(monkeypatch, "compare", "--model", folder, *arguments, "--out", out) == 2
+    assert "FactorsFileError" in capsys.readouterr().err.splitlines()[-1]
+    assert not out.exists()

@@ -1,0 +1,103 @@
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lirefs import Direction, MultipleChoice, Perplexity, Recitation, ShortAnswer, compare
+from lirefs.errors import InterventionError, TaskError
+from lirefs.harness.comparison import Comparison
+from lirefs.harness.engine import greedy
+from lirefs.harness.tasks import ItemResult
+
+
+@pytest.fixture(scope="module")
+def comparison():
+    from tiny import tiny_model, tiny_tokenizer
+
+    from lirefs import wrap
+
+    lm = wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
+    prefixes = lm.encode([f"prefix {i}" for i in range(6)])
+    said = greedy(lm, prefixes, 5)
+    tasks = [
+        Recitation("recite", [(str(i), p, s) for i, (p, s) in enumerate(zip(prefixes, said))]),
+        MultipleChoice("choose", [(str(i), f"q{i}", [" a", " b"], i % 2) for i in range(8)]),
+        ShortAnswer("answer", [(str(i), f"q{i}", ["x"]) for i in range(5)]),
+        Perplexity("texts", [(str(i), "some text " * (i + 1)) for i in range(4)]),
+    ]
+    vector = torch.randn(32, generator=torch.Generator().manual_seed(0))
+    one = Direction(vector, 2)
+    variants = {"same": one.steer("add", 0.0), "strong": one.steer("add", 20.0)}
+    return compare(lm, variants, tasks, resamples=500, progress=False)
+
+
+def test_a_null_variant_differs_nowhere(comparison):
+    for task in comparison.tasks:
+        cell = comparison.cell("same", task)
+        assert cell.difference.value == cell.difference.low == cell.difference.high == 0
+        same, base = comparison.results["same"][task], comparison.results["unchanged"][task]
+        assert same == base
+    assert comparison.retained("same", "memorization").value == 1
+
+
+def test_a_strong_variant_differs(comparison):
+    assert comparison.cell("unchanged", "recite").value.value == 1
+    recite = comparison.cell("strong", "recite")
+    assert recite.value.value < 1
+    assert recite.difference.high <= 0
+    assert set(recite.extra) == {"loose", "levenshtein"}
+    strong, base = (comparison.cell(name, "texts") for name in ("strong", "unchanged"))
+    assert strong.retained.value == pytest.approx(base.value.value / strong.value.value)
+
+
+def test_a_zero_baseline_is_left_out_not_divided_by(comparison):
+    cell = comparison.cell("strong", "answer")
+    assert cell.value.value == 0
+    assert math.isnan(cell.retained.value)
+    assert comparison.retained("strong", "closed-book").n == 0
+
+
+def test_saved_report_is_whole_and_self_contained(comparison, tmp_path):
+    page = comparison.save(tmp_path / "report")
+    names = {path.name for path in (tmp_path / "report").iterdir()}
+    assert names == {"report.html", "report.md", "results.json", "retained.png"}
+    html = page.read_text()
+    assert "data:image/png;base64," in html
+    assert "http" not in html.replace("http-equiv", "")
+    for variant in comparison.variants:
+        assert variant in html
+        assert variant in (tmp_path / "report" / "report.md").read_text()
+    data = json.loads((tmp_path / "report" / "results.json").read_text())
+    assert len(data["items"]["strong"]["choose"]) == 8
+    assert len(data["cells"]) == 3 * 4
+
+
+def test_paired_interval_against_a_plain_bootstrap():
+    generator = np.random.default_rng(0)
+    base = generator.random(60) < 0.6
+    variant = np.where(generator.random(60) < 0.7, base, ~base)
+    results = {
+        name: {"t": [ItemResult(str(i), {"accuracy": float(v)}) for i, v in enumerate(values)]}
+        for name, values in (("unchanged", base), ("variant", variant))
+    }
+    found = Comparison(results, {"t": ("reasoning", "accuracy")}).cell("variant", "t").difference
+    gap = variant.astype(float) - base
+    draws = [generator.choice(gap, 60).mean() for _ in range(4000)]
+    assert found.value == pytest.approx(gap.mean())
+    assert found.low == pytest.approx(np.percentile(draws, 2.5), abs=0.02)
+    assert found.high == pytest.approx(np.percentile(draws, 97.5), abs=0.02)
+
+
+def test_named_errors(lm):
+    task = MultipleChoice("t", [("a", "q", [" a", " b"], 0)])
+    good = Direction(torch.ones(32), 1).steer("add")
+    with pytest.raises(TaskError, match="no tasks"):
+        compare(lm, {"a": good}, [], progress=False)
+    with pytest.raises(TaskError, match="share a name"):
+        compare(lm, {"a": good}, [task, task], progress=False)
+    with pytest.raises(TaskError, match="unchanged"):
+        compare(lm, {"unchanged": good}, [task], progress=False)
+    with pytest.raises(InterventionError):  # before any task has run
+        compare(lm, {"a": Direction(torch.ones(5), 1).steer("add")}, [task], progress=False)

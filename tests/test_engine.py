@@ -1,0 +1,81 @@
+import pytest
+import torch
+from tiny import tiny_model, tiny_tokenizer
+
+from lirefs import wrap
+from lirefs.batching import batches_by_tokens
+from lirefs.harness.engine import greedy, option_log_likelihoods, token_nlls
+
+FEW_SHOT = "a long beginning that every prompt shares: "
+FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "gemma2", "olmo2"]
+
+
+def model_of(family):
+    return wrap(tiny_model(family), tiny_tokenizer())
+
+
+def reference_logprobs(lm, ids):
+    with torch.no_grad():
+        logits = lm.model(torch.tensor([ids]), use_cache=False).logits[0, :-1]
+    picked = torch.tensor(ids[1:])[:, None]
+    return torch.log_softmax(logits, -1).gather(1, picked)[:, 0]
+
+
+@pytest.mark.parametrize("shared", ["", FEW_SHOT])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_agrees_with_one_row_at_a_time_without_cache(family, shared):
+    lm = model_of(family)
+    prompts = lm.encode([shared + text for text in ("x", "something else", "why not")])
+    for budget in (1, 4096):
+        outputs = greedy(lm, prompts, 6, batch_tokens=budget)
+        for prompt, output in zip(prompts, outputs):
+            ids = list(prompt)
+            for _ in range(6):
+                with torch.no_grad():
+                    ids.append(
+                        int(lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax())
+                    )
+            assert output == ids[-6:]
+
+
+def test_greedy_stops_each_row_where_asked(lm):
+    prompts = lm.encode([FEW_SHOT + "x", FEW_SHOT + "yy"])
+    free = greedy(lm, prompts, 10)
+    stopped = greedy(lm, prompts, 10, stop=lambda token: token == free[0][3])
+    assert stopped[0] == free[0][: free[0].index(free[0][3]) + 1]
+
+
+@pytest.mark.parametrize("shared", ["", FEW_SHOT])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_option_log_likelihoods_agree_with_full_sequences(family, shared):
+    lm = model_of(family)
+    texts = [
+        [f"{shared}q{i}" + "?" * i + option for option in options]
+        for i, options in enumerate([(" yes", " no", " perhaps"), (" a", " b"), (" one", " other")])
+    ]
+    items = [lm.encode(options) for options in texts]
+    found = option_log_likelihoods(lm, items)
+    for options, values in zip(items, found):
+        shortest = min(map(len, options))
+        start = next(
+            (i for i in range(shortest) if len({row[i] for row in options}) > 1), shortest - 1
+        )
+        for ids, value in zip(options, values):
+            expected = float(reference_logprobs(lm, ids)[start - 1 :].sum())
+            assert value == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_token_nlls_agree_with_single_texts(family):
+    lm = model_of(family)
+    texts = lm.encode(["first text", "a second and longer text", "3"])
+    for ids, nll in zip(texts, token_nlls(lm, texts)):
+        torch.testing.assert_close(nll, -reference_logprobs(lm, ids), atol=1e-5, rtol=1e-5)
+
+
+def test_batches_hold_the_budget_and_every_item_once():
+    lengths = [5, 1, 9, 3, 3, 12, 0]
+    batches = batches_by_tokens(lengths, 12)
+    assert sorted(index for batch in batches for index in batch) == list(range(7))
+    for batch in batches:
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 12

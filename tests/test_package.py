@@ -1,0 +1,30 @@
+import subprocess
+import sys
+
+import lirefs
+
+
+def test_import_leaves_heavy_packages_alone():
+    code = (
+        "import sys, lirefs, kfac; "
+        "heavy = {'transformer_lens', 'nnsight', 'datasets', 'matplotlib'} & set(sys.modules); "
+        "sys.exit(', '.join(sorted(heavy)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_public_names_exist():
+    assert all(hasattr(lirefs, name) for name in lirefs.__all__)
+    assert sorted(lirefs.__all__, key=str) == sorted(set(lirefs.__all__), key=str)
+
+
+def test_kfac_stands_alone():
+    code = "import sys, kfac; sys.exit('lirefs' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_version_matches_the_distribution():
+    from importlib.metadata import version
+
+    assert version("lirefs") == lirefs.__version__
