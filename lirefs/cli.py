@@ -249,8 +249,8 @@ def _figures(
         "separation",
         "Direction separation per layer",
         "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
-        "intervals, beside its controls. Right: mean cosine of the test questions' states with "
-        "each layer's direction.",
+        "intervals, beside its controls. Right: mean cosine of the test questions' states, "
+        "measured from the middle of the train class means, with each layer's direction.",
         plots.direction_separation(probe),
     )
     spectrum = report.Figure(

@@ -39,7 +39,8 @@ class LayerScores:
         validation_auroc: On the items that choose the layer.
         test_auroc: On items that chose nothing.
         test_accuracy: Share of test items on the right side of the midpoint.
-        cosines: Mean cosine of the test states with the direction, memory and reasoning items.
+        cosines: Mean cosine of the test states, measured from the middle of the train class
+            means, with the direction: memory items, reasoning items.
     """
 
     layer: int
@@ -204,10 +205,16 @@ def _scores(
     labels: Ints,
     sides: list[slice],
 ) -> LayerScores:
-    _, validation, test = sides
+    train, validation, test = sides
     right = int((estimator.predict(states[test]) == labels[test]).sum())
-    norms = np.maximum(np.linalg.norm(states[test], axis=1), 1e-300)
-    cosines = states[test] @ direction.unit.double().numpy() / norms
+    # All states of a layer share a large component; only what differs from the middle of the
+    # classes says on which side a question lies.
+    middle = np.mean(
+        [states[train][labels[train] == label].mean(axis=0) for label in (0, 1)], axis=0
+    )
+    centred = states[test] - middle
+    norms = np.maximum(np.linalg.norm(centred, axis=1), 1e-300)
+    cosines = centred @ direction.unit.double().numpy() / norms
     return LayerScores(
         layer=layer,
         validation_auroc=auroc(estimator.decision_function(states[validation]), labels[validation]),

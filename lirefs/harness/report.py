@@ -134,7 +134,7 @@ def _overview(comparison: Comparison) -> list[list[str]]:
             rows.append([variant, *("1" for _ in comparison.groups)])
         else:
             kept = [comparison.retained(variant, group) for group in comparison.groups]
-            rows.append([variant, *(f"{_show(one)}, n = {one.n}" for one in kept)])
+            rows.append([variant, *(f"{_show(one)} (n = {one.n})" for one in kept)])
     return rows
 
 
