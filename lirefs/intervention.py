@@ -156,8 +156,12 @@ class Steer:
             A handle whose `remove` takes them off.
 
         Raises:
-            InterventionError: If the direction does not fit the model.
+            InterventionError: If the direction does not fit the model, or it is no module.
         """
+        if not isinstance(model, nn.Module):
+            raise InterventionError(
+                f"steering needs the model itself, got {type(model).__name__}; give lm.model"
+            )
         layout = layout_of(model)
         handles = _Handles()
         places = [

@@ -124,3 +124,11 @@ def test_missing_site_is_an_error():
     lm.layout = replace(lm.layout, attention=None)
     with pytest.raises(LayoutError):
         capture(lm, PROMPTS, sites=["attn_out"], progress=False)
+
+
+@pytest.mark.gpu
+def test_capture_on_a_gpu_agrees_with_the_cpu():
+    model = fresh_model("llama")
+    expected = capture(wrap(model, tiny_tokenizer()), PROMPTS, progress=False).values
+    found = capture(wrap(model.cuda(), tiny_tokenizer()), PROMPTS, progress=False).values
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)

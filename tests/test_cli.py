@@ -132,3 +132,12 @@ def test_a_broken_factor_file_is_named(folder, questions, tmp_path, monkeypatch,
     assert run(monkeypatch, "compare", "--model", folder, *arguments, "--out", out) == 2
     assert "FactorsFileError" in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
+
+
+@pytest.mark.gpu
+def test_compare_runs_on_a_gpu(folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(cli.suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    arguments = ["--questions", questions, "--quick", "--layers", "1,2", "--device", "cuda"]
+    out = tmp_path / "report"
+    assert run(monkeypatch, "compare", "--model", folder, *arguments, "--out", out) == 0
+    assert json.loads((out / "results.json").read_text())["provenance"]["device"] == "cuda:0"

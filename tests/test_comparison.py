@@ -7,7 +7,7 @@ import torch
 
 from lirefs import Direction, MultipleChoice, Perplexity, Recitation, ShortAnswer, compare
 from lirefs.errors import InterventionError, TaskError
-from lirefs.harness.comparison import Comparison
+from lirefs.harness.comparison import Comparison, TaskInfo
 from lirefs.harness.engine import greedy
 from lirefs.harness.tasks import ItemResult
 
@@ -59,6 +59,26 @@ def test_a_zero_baseline_is_left_out_not_divided_by(comparison):
     assert comparison.retained("strong", "closed-book").n == 0
 
 
+def scored(**shares):
+    """A comparison of n = 40 items where each task has the share given."""
+    items = {
+        task: [ItemResult(str(i), {"accuracy": float(i < share * 40)}) for i in range(40)]
+        for task, share in shares.items()
+    }
+    tasks = {task: TaskInfo("reasoning", "accuracy", 0.25) for task in shares}
+    return Comparison({"unchanged": items, "v": items}, tasks, resamples=100)
+
+
+def test_a_task_at_chance_is_marked_and_left_out_of_the_mean(tmp_path):
+    one = scored(guessed=0.3, solved=0.8)
+    assert one.counted("reasoning") == ["solved"]
+    assert one.retained("v", "reasoning").n == 40
+    assert "chance 0.25; unchanged model not above chance" in one.save(tmp_path).read_text()
+    none = scored(guessed=0.3)
+    assert math.isnan(none.retained("v", "reasoning").value)
+    assert none.save(tmp_path).exists()
+
+
 def test_saved_report_is_whole_and_self_contained(comparison, tmp_path):
     page = comparison.save(tmp_path / "report")
     names = {path.name for path in (tmp_path / "report").iterdir()}
@@ -82,7 +102,11 @@ def test_paired_interval_against_a_plain_bootstrap():
         name: {"t": [ItemResult(str(i), {"accuracy": float(v)}) for i, v in enumerate(values)]}
         for name, values in (("unchanged", base), ("variant", variant))
     }
-    found = Comparison(results, {"t": ("reasoning", "accuracy")}).cell("variant", "t").difference
+    found = (
+        Comparison(results, {"t": TaskInfo("reasoning", "accuracy")})
+        .cell("variant", "t")
+        .difference
+    )
     gap = variant.astype(float) - base
     draws = [generator.choice(gap, 60).mean() for _ in range(4000)]
     assert found.value == pytest.approx(gap.mean())

@@ -190,6 +190,8 @@ def test_named_errors(lm):
     ]:
         with pytest.raises(InterventionError):
             wrong.steer("add").attach(lm.model)
+    with pytest.raises(InterventionError, match=r"give lm\.model"):
+        direction().steer("add").attach(lm)
     with pytest.raises(InterventionError, match="str is not an intervention"):
         compose("no")
     assert Steer(direction(), "add").describe()["directions"][0]["layer"] == 1

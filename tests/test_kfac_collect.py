@@ -417,3 +417,11 @@ def test_seed_changes_labels_only():
     name = one.names[0]
     assert torch.equal(one.A(name), two.A(name))
     assert not torch.allclose(one.G(name), two.G(name))
+
+
+@pytest.mark.gpu
+def test_factors_on_a_gpu_agree_with_the_cpu():
+    model = llama(torch.float32)
+    expected = collect(model, [batch(range(6))])
+    found = collect(model.cuda(), [batch(range(6))])
+    assert_same(found, expected, tolerance=1e-4)

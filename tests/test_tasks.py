@@ -139,3 +139,27 @@ def test_calibration_texts_are_in_no_task(lm):
         assert not calibration & {text for _, text in suite.heldout_texts(split)}
     validation = {item for item, _ in suite.heldout_texts("validation")}
     assert not validation & {item for item, _ in suite.heldout_texts("test")}
+
+
+def test_chance_is_the_mean_over_items():
+    items = [("a", "p", [" x", " y"], 0), ("b", "p", [" x", " y", " z", " w"], 3)]
+    assert MultipleChoice("m", items).chance == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+@pytest.mark.parametrize("make", [suite.tracking_items, suite.elimination_items])
+def test_generated_choices_are_distinct_and_no_place_of_the_answer_is_favoured(make):
+    items = make(80)
+    assert items == make(80)
+    assert len({prompt for _, prompt, _, _ in items}) == 80
+    n_options = len(items[0][2])
+    places = [answer for _, _, _, answer in items]
+    assert all(places.count(place) > 80 / n_options / 2 for place in range(n_options))
+    for _, prompt, options, answer in items:
+        last = prompt.split("\n")[-1]
+        assert all(option.strip() in last for option in options)
+        if make is suite.tracking_items:
+            assert last.rsplit(" to ", 1)[1].startswith(options[answer].strip())
+        else:  # the only colour that nobody has yet
+            held = [o for o in options if f"has the{o} hat" in last]
+            assert options[answer] not in held
+            assert len(held) == 2

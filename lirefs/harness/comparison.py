@@ -27,6 +27,15 @@ BASELINE = "unchanged"
 
 
 @dataclass(frozen=True)
+class TaskInfo:
+    """What a comparison remembers of a task: see `Task` for the fields."""
+
+    group: str
+    metric: str
+    chance: float = 0.0
+
+
+@dataclass(frozen=True)
 class Cell:
     """One variant on one task.
 
@@ -57,14 +66,14 @@ class Comparison:
 
     Attributes:
         results: Variant to task to items; the first variant is the unchanged model.
-        tasks: Task name to (group, metric), in order.
+        tasks: Task name to what is known of it, in order.
         provenance: What made it.
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
     """
 
     results: dict[str, dict[str, list[ItemResult]]]
-    tasks: dict[str, tuple[str, str]]
+    tasks: dict[str, TaskInfo]
     provenance: dict[str, Any] = field(default_factory=dict)
     resamples: int = 5000
     seed: int = 0
@@ -77,12 +86,12 @@ class Comparison:
     @property
     def groups(self) -> list[str]:
         """Task groups that occur, in their usual order."""
-        present = {group for group, _ in self.tasks.values()}
+        present = {task.group for task in self.tasks.values()}
         return [group for group in GROUPS if group in present]
 
     def cell(self, variant: str, task: str) -> Cell:
         """One variant on one task."""
-        group, metric = self.tasks[task]
+        group, metric = self.tasks[task].group, self.tasks[task].metric
         items, base = self.results[variant][task], self.results[BASELINE][task]
         draws = self._draws(task)
         if metric == "perplexity":
@@ -121,19 +130,30 @@ class Comparison:
         """Every variant on every task, tasks in order, variants within."""
         return [self.cell(variant, task) for task in self.tasks for variant in self.variants]
 
+    def informative(self, task: str) -> bool:
+        """Whether the unchanged model is above chance: its interval lies above the task's chance.
+
+        Where it is not, there is nothing to retain, and a share of 1 would mean nothing.
+        """
+        if self.tasks[task].metric == "perplexity":
+            return True
+        value = self.cell(BASELINE, task).value
+        return value.value > 0 and value.low > self.tasks[task].chance
+
+    def counted(self, group: str) -> list[str]:
+        """Tasks of a group that `retained` averages: the informative ones."""
+        of_group = [task for task, info in self.tasks.items() if info.group == group]
+        return [task for task in of_group if self.informative(task)]
+
     def retained(self, variant: str, group: str) -> Estimate:
-        """Mean of the retained shares of a group's tasks, tasks with a zero baseline left out.
+        """Mean of the retained shares of a group's informative tasks; not finite without any.
 
         The interval resamples the items of each task, paired with the baseline.
         """
         values, samples, n = [], [], 0
-        for task, (its_group, metric) in self.tasks.items():
-            if its_group != group:
-                continue
-            cell = self.cell(variant, task)
+        for task in self.counted(group):
+            cell, metric = self.cell(variant, task), self.tasks[task].metric
             one = cell.retained.value if cell.retained else 1.0
-            if not math.isfinite(one):
-                continue
             draws = self._draws(task)
             items, base = self.results[variant][task], self.results[BASELINE][task]
             if metric == "perplexity":
@@ -155,7 +175,10 @@ class Comparison:
             "provenance": self.provenance,
             "resamples": self.resamples,
             "seed": self.seed,
-            "tasks": {name: list(value) for name, value in self.tasks.items()},
+            "tasks": {
+                name: {**asdict(info), "informative": self.informative(name)}
+                for name, info in self.tasks.items()
+            },
             "cells": [asdict(cell) for cell in self.cells()],
             "items": {
                 variant: {task: [asdict(item) for item in items] for task, items in tasks.items()}
@@ -251,7 +274,7 @@ def compare(
     }
     return Comparison(
         results=results,
-        tasks={task.name: (task.group, task.metric) for task in tasks},
+        tasks={task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks},
         provenance=made_by,
         resamples=resamples,
         seed=seed,

@@ -63,16 +63,8 @@ def direction_separation(probe: Probe) -> bytes:
     left.fill_between(layers, test[:, 1], test[:, 2], color=COLOURS[0], alpha=0.2, lw=0)
     left.plot(layers, test[:, 0], color=COLOURS[0], marker="o", ms=3, label="test, 95 % interval")
     left.plot(layers, validation, color=COLOURS[5], ls="--", label="validation (chooses the layer)")
-    left.axvline(probe.best_layer, color="black", lw=0.8, ls=":")
-    left.annotate(
-        f"layer {probe.best_layer}",
-        (probe.best_layer, 0.02),
-        xycoords=("data", "axes fraction"),
-        xytext=(-3, 0),
-        textcoords="offset points",
-        ha="right",
-        rotation=90,
-        fontsize=8,
+    left.axvline(
+        probe.best_layer, color="black", lw=0.8, ls=":", label=f"chosen: layer {probe.best_layer}"
     )
     null = probe.shuffled
     left.axhspan(null.low, null.high, color=COLOURS[6], alpha=0.25, lw=0)
@@ -159,11 +151,7 @@ def retained_performance(comparison: Comparison) -> bytes:
                 axis.text(place, top * 0.97, f"{value:.1f}", ha="center", va="top", fontsize=7)
     axis.axhline(1, color="black", lw=0.8)
     counts = [
-        sum(
-            len(comparison.results["unchanged"][t])
-            for t, (g, _) in comparison.tasks.items()
-            if g == group
-        )
+        sum(len(comparison.results[variants[0]][task]) for task in comparison.counted(group))
         for group in groups
     ]
     axis.set_xticks(

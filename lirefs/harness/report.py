@@ -54,7 +54,7 @@ def default_figures(comparison: Comparison) -> list[Figure]:
             "Share of the unchanged model's score, mean over the tasks of a group; for language, "
             "the unchanged perplexity over the variant's. Bars are 95 % intervals of a paired "
             f"bootstrap over items ({comparison.resamples} resamples). Tasks on which the "
-            "unchanged model scores 0 are left out.",
+            "unchanged model is not above chance are left out; n counts the items of the others.",
             plots.retained_performance(comparison),
         )
     ]
@@ -123,8 +123,13 @@ def _findings(comparison: Comparison) -> list[str]:
 
 
 def _task_title(comparison: Comparison, task: str) -> str:
-    group, metric = comparison.tasks[task]
-    return f"{task} ({group}; {metric})"
+    info = comparison.tasks[task]
+    parts = [info.group, info.metric]
+    if info.chance:
+        parts.append(f"chance {info.chance:.2f}")
+    if not comparison.informative(task):
+        parts.append("unchanged model not above chance, left out of the group's mean")
+    return f"{task} ({'; '.join(parts)})"
 
 
 def _overview(comparison: Comparison) -> list[list[str]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ def default_tasks(
         if choices:
             tasks.append(MultipleChoice(f"{label} questions", choices, group=group))
     tasks.append(MultipleChoice("boolean expressions", boolean_items(80)[:limit]))
+    tasks.append(MultipleChoice("object tracking", tracking_items(80)[:limit]))
+    tasks.append(MultipleChoice("elimination", elimination_items(80)[:limit]))
     tasks.append(Perplexity("held-out texts", heldout_texts("test")[: limit and limit // 2]))
     return tasks
 
@@ -166,6 +168,63 @@ def boolean_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str], int]
     return [
         (f"boolean-{index}", shots + text, [" True", " False"], 0 if value else 1)
         for index, (text, value) in enumerate(drawn[4:])
+    ]
+
+
+_NAMES = ("Tom", "Ann", "Bob", "Eve", "Max", "Sue", "Dan", "Kim", "Leo", "Mia")
+_OBJECTS = ("book", "key", "ball", "cup", "hat")
+_COLOURS = ("red", "blue", "green", "yellow")
+
+
+def tracking_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str], int]]:
+    """Who holds an object after three hand-overs, four answered examples before each."""
+    generator = random.Random(f"tracking {seed}")
+
+    def draw() -> tuple[str, list[str], str]:
+        a, b, c, d = generator.sample(_NAMES, 4)
+        thing = generator.choice(_OBJECTS)
+        steps = " ".join(f"{x} gives the {thing} to {y}." for x, y in ((a, b), (b, c), (c, d)))
+        return f"{steps} The {thing} is now with", [a, b, c, d], d
+
+    return _few_shot_choices("tracking", n, generator, draw)
+
+
+def elimination_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str], int]]:
+    """The one colour that is left for the third person, four answered examples before each."""
+    generator = random.Random(f"elimination {seed}")
+
+    def draw() -> tuple[str, list[str], str]:
+        a, b, c = generator.sample(_NAMES, 3)
+        x, y, z = generator.sample(_COLOURS, 3)
+        text = f"{a}, {b} and {c} have a {x}, a {y} and a {z} hat."
+        return f"{text} {a} has the {x} hat. {b} has the {y} hat. {c} has the", [x, y, z], z
+
+    return _few_shot_choices("elimination", n, generator, draw)
+
+
+def _few_shot_choices(
+    name: str,
+    n: int,
+    generator: random.Random,
+    draw: Callable[[], tuple[str, list[str], str]],
+    shots: int = 4,
+) -> list[tuple[str, str, list[str], int]]:
+    """Distinct drawn items (text, options, answer) after the same answered examples."""
+    drawn: dict[str, tuple[list[str], str]] = {}
+    while len(drawn) < n + shots:
+        text, options, answer = draw()
+        generator.shuffle(options)  # the place of an option must not tell the answer
+        drawn.setdefault(text, (options, answer))
+    rows = list(drawn.items())
+    examples = "".join(f"{text} {answer}\n" for text, (_, answer) in rows[:shots])
+    return [
+        (
+            f"{name}-{index}",
+            examples + text,
+            [f" {one}" for one in options],
+            options.index(answer),
+        )
+        for index, (text, (options, answer)) in enumerate(rows[shots:])
     ]
 
 

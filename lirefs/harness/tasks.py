@@ -55,6 +55,11 @@ class Task(Protocol):
         """The score that is reported, or `perplexity`."""
         ...
 
+    @property
+    def chance(self) -> float:
+        """Score of guessing; a share that does not exceed it says nothing."""
+        ...
+
     def __len__(self) -> int:
         """Number of items."""
         ...
@@ -79,6 +84,7 @@ class Recitation:
     items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
     group: str = "memorization"
     metric: str = "strict"
+    chance: float = 0.0
 
     def __post_init__(self) -> None:
         _nonempty(self.name, self.items)
@@ -127,6 +133,7 @@ class Perplexity:
     group: str = "language"
     metric: str = "perplexity"
     max_tokens: int = 512
+    chance: float = 0.0
 
     def __post_init__(self) -> None:
         _nonempty(self.name, self.items)
@@ -172,6 +179,11 @@ class MultipleChoice:
             if not 0 <= answer < len(options):
                 raise TaskError(f"{self.name}: item {item!r} has no option {answer}")
 
+    @property
+    def chance(self) -> float:
+        """Expected accuracy of a guess: the mean of 1 / number of options."""
+        return sum(1 / len(options) for _, _, options, _ in self.items) / len(self.items)
+
     def __len__(self) -> int:
         return len(self.items)
 
@@ -209,6 +221,7 @@ class ShortAnswer:
         kind: `text`: the normalised answer begins with an alias, at a word boundary;
             `number`: the first number in the answer equals an alias.
         max_new_tokens: Length limit of the answer.
+        chance: Score of guessing, where the prompt itself offers the answers.
     """
 
     name: str
@@ -217,6 +230,7 @@ class ShortAnswer:
     metric: str = "accuracy"
     kind: Literal["text", "number"] = "text"
     max_new_tokens: int = 8
+    chance: float = 0.0
 
     def __post_init__(self) -> None:
         _nonempty(self.name, self.items)
