@@ -69,7 +69,7 @@ def compare(
     strength: Annotated[float, typer.Option(help="a of h + a d, d the class difference.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     seed: Annotated[int, typer.Option(help="Seed of splits, labels and controls.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer items and less text.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="14 items a task: a trial, no result.")] = False,
 ) -> None:
     """Compare LiReF steering and the K-FAC edit on one model, and write a report."""
     # Everything that can be wrong is looked at before the model is loaded.
@@ -87,7 +87,7 @@ def compare(
     console.rule(f"1/4  model: {model}")
     lm = lirefs.load(model, device=device)
     console.print(lm.layout.describe(), markup=False)
-    tasks = lirefs.default_tasks(lm, split.test, memorized, limit=20 if quick else None)
+    tasks = lirefs.default_tasks(lm, split.test, memorized, limit=14 if quick else None)
     edited = _edited_layers(lm, wanted)
 
     console.rule(f"2/4  direction: {len(question_set)} questions")
@@ -98,7 +98,7 @@ def compare(
     console.rule(f"3/4  curvature: MLPs of layers {', '.join(map(str, edited))}")
     collected = _factors(lm, edited, factors, cache, seed, quick)
     edit = kfac.CurvatureEdit(collected, keep)
-    validation = suite.heldout_texts("validation")[: 8 if quick else None]
+    validation = suite.heldout_texts("validation")[: 6 if quick else None]
     svd, matched = _matched_svd(lm, edit, [text for _, text in validation], collected.names)
     console.print(matched, markup=False)
 
