@@ -69,7 +69,9 @@ def compare(
     strength: Annotated[float, typer.Option(help="a of h + a d, d the class difference.")] = 1.0,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     seed: Annotated[int, typer.Option(help="Seed of splits, labels and controls.")] = 0,
-    quick: Annotated[bool, typer.Option("--quick", help="14 items a task: a trial, no result.")] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="14 items a task: a trial, no result.")
+    ] = False,
 ) -> None:
     """Compare LiReF steering and the K-FAC edit on one model, and write a report."""
     # Everything that can be wrong is looked at before the model is loaded.
