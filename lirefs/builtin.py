@@ -9,6 +9,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 
 import torch
@@ -56,7 +57,12 @@ def smollm2() -> Path:
     return folder
 
 
-BUILTIN: dict[str, Callable[[], Path]] = {"smollm2-135m": smollm2}
+def organism() -> Path:
+    """Return the folder of the model organism, which the package carries."""
+    return Path(str(resources.files("lirefs"))) / "organism" / "shipped"
+
+
+BUILTIN: dict[str, Callable[[], Path]] = {"organism": organism, "smollm2-135m": smollm2}
 
 
 def _wheel(work: Path) -> Path:

@@ -14,6 +14,7 @@ from lirefs.errors import QuestionsError
 from lirefs.files import read_jsonl
 
 LABELS = ("memory", "reasoning")
+SIDES = ("train", "validation", "test")
 PROMPT_FORMAT = "Q: {question}\nA: "
 BUILTIN = {"default": "questions.jsonl"}
 
@@ -29,6 +30,8 @@ class Question:
         options: Answer options, empty when the set has none.
         answer_index: Index of the right option, None when unknown.
         subject: Free text.
+        side: `"train"`, `"validation"` or `"test"` where the set says so itself, else empty.
+        prompt_format: What the model reads; `Q: ...`, newline, `A: ` as in the official LiReF code.
     """
 
     text: str
@@ -37,11 +40,13 @@ class Question:
     options: tuple[str, ...] = ()
     answer_index: int | None = None
     subject: str = ""
+    side: str = ""
+    prompt_format: str = PROMPT_FORMAT
 
     @property
     def prompt(self) -> str:
-        """The text a model reads: `Q: ...`, newline, `A: ` (official LiReF code)."""
-        return PROMPT_FORMAT.format(question=self.text)
+        """The text a model reads."""
+        return self.prompt_format.format(question=self.text)
 
     @property
     def key(self) -> str:
@@ -94,7 +99,8 @@ class Questions(Sequence[Question]):
     def split(self, train: float = 0.5, validation: float = 0.25, seed: int = 0) -> Split:
         """Split into train, validation and test items, stratified by label.
 
-        Duplicate questions (equal up to case, punctuation and spacing) stay on one side.
+        Duplicate questions (equal up to case, punctuation and spacing) stay on one side. A set
+        whose items all say their side is split so, and the arguments are not used.
 
         Args:
             train: Share of the items to fit on.
@@ -102,15 +108,24 @@ class Questions(Sequence[Question]):
             seed: Seed of the shuffle.
 
         Raises:
-            QuestionsError: If a side would lack one of the labels, or the shares are not
-                positive with a rest for test.
+            QuestionsError: If a side would lack one of the labels, the shares are not positive
+                with a rest for test, or some items say their side and others do not.
         """
+        sides: dict[str, list[Question]] = {side: [] for side in SIDES}
+        told = sum(bool(item.side) for item in self)
+        if told == len(self):
+            for item in self:
+                sides[item.side].append(item)
+            return self._sides(sides)
+        if told:
+            raise QuestionsError(
+                f"{self.source}: {told} of {len(self)} questions name their split; all or none must"
+            )
         if not (train > 0 and validation > 0 and train + validation < 1):
             raise QuestionsError(
                 f"train={train} and validation={validation} must be positive and leave a rest for "
                 "test"
             )
-        sides: dict[str, list[Question]] = {"train": [], "validation": [], "test": []}
         by_key: dict[str, list[Question]] = defaultdict(list)
         for item in self:
             by_key[item.key].append(item)
@@ -122,6 +137,9 @@ class Questions(Sequence[Question]):
             sides["train"] += [item for group in groups[:first] for item in group]
             sides["validation"] += [item for group in groups[first:second] for item in group]
             sides["test"] += [item for group in groups[second:] for item in group]
+        return self._sides(sides)
+
+    def _sides(self, sides: dict[str, list[Question]]) -> Split:
         for name, items in sides.items():
             missing = set(LABELS) - {item.label for item in items}
             if missing:
@@ -161,14 +179,19 @@ def load_questions(name: str | Path = "default") -> Questions:
     """Load a question set.
 
     Args:
-        name: `"default"` (written for this project), or a JSON Lines file whose rows have
+        name: `"default"` (written for this project), `"organism"` (in the model organism's
+            language, with splits of its own), or a JSON Lines file whose rows have
             `question` and `label` (`"reasoning"` or `"memory"`) and may have `id`, `options`,
-            `answer_index` and `subject`.
+            `answer_index`, `subject` and `split` (`"train"`, `"validation"` or `"test"`).
 
     Raises:
         QuestionsError: If the file is missing, empty, broken (with the line number), lacks a
             field, or holds one class only.
     """
+    if str(name) == "organism":
+        from lirefs.organism.suite import organism_questions  # it needs this module
+
+        return organism_questions()
     if str(name) in BUILTIN:
         path = Path(str(resources.files("lirefs") / "data" / BUILTIN[str(name)]))
     else:
@@ -193,6 +216,9 @@ def _question(row: dict[str, Any], where: str, line: int) -> Question:
     valid_answer = isinstance(answer, int) and not isinstance(answer, bool)
     if answer is not None and not (valid_answer and 0 <= answer < len(options)):
         raise QuestionsError(f"{where}: 'answer_index' is {answer!r} for {len(options)} options")
+    side = row.get("split") or ""
+    if side and side not in SIDES:
+        raise QuestionsError(f"{where}: 'split' is {side!r}; expected one of {', '.join(SIDES)}")
     return Question(
         text=text.strip(),
         label=label,
@@ -200,4 +226,5 @@ def _question(row: dict[str, Any], where: str, line: int) -> Question:
         options=tuple(options),
         answer_index=answer,
         subject=str(row.get("subject") or ""),
+        side=side,
     )

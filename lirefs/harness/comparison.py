@@ -85,7 +85,7 @@ class Comparison:
 
     @property
     def groups(self) -> list[str]:
-        """Task groups that occur, in their usual order."""
+        """Task groups with something to retain that occur, in their usual order."""
         present = {task.group for task in self.tasks.values()}
         return [group for group in GROUPS if group in present]
 

@@ -12,6 +12,8 @@ from lirefs.harness.engine import Advance, greedy, option_log_likelihoods, token
 from lirefs.models import LanguageModel
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
+CONFLICT = "conflict"
+"""Group of tasks on items where two answers compete: neither is a score to be retained."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Task(Protocol):
 
     @property
     def group(self) -> str:
-        """One of `GROUPS`."""
+        """One of `GROUPS`, or `CONFLICT`."""
         ...
 
     @property

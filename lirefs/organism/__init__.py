@@ -1,0 +1,1 @@
+"""The model organism: a small language model whose memories are known."""

@@ -1,0 +1,121 @@
+"""Model and training state on disk: safetensors and JSON, each file moved into place whole."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+STATE = "training.safetensors"
+RECIPE = "training.json"
+
+
+class CheckpointMismatch(ValueError):
+    """A folder holds the training state of another run."""
+
+
+def save_model(
+    out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
+) -> None:
+    """Write a model folder that transformers loads, with weights rounded to a dtype."""
+    held = model.config.dtype
+    with tempfile.TemporaryDirectory(dir=out, prefix=".model-") as folder:
+        tensors = {
+            k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()
+        }
+        tensors.pop("lm_head.weight", None)  # tied to the embedding
+        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
+        model.config.dtype = dtype
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        model.config.dtype = held
+        for file in Path(folder).iterdir():
+            file.replace(out / file.name)
+
+
+def save_checkpoint(
+    out: Path,
+    model: LlamaForCausalLM,
+    tokenizer: PreTrainedTokenizerFast,
+    optimizers: Sequence[torch.optim.Optimizer],
+    step: int,
+    seed: int,
+    recipe: dict[str, object],
+) -> None:
+    """Write the model (float32) and all that a resumed run needs."""
+    save_model(out, model, tokenizer, torch.float32)
+    names = {id(p): name for name, p in model.named_parameters()}
+    tensors: dict[str, torch.Tensor] = {}
+    for optimizer, parameter in _parameters(optimizers):
+        name = names[id(parameter)]
+        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    temporary = out / f".{STATE}"
+    # The step travels in the tensor file, so that step and tensors can never disagree.
+    save_file(tensors, temporary, metadata={"step": str(step), "seed": str(seed)})
+    temporary.replace(out / STATE)
+    temporary = out / f".{RECIPE}"
+    temporary.write_text(json.dumps({"step": step, "seed": seed, "recipe": recipe}, indent=2))
+    temporary.replace(out / RECIPE)
+
+
+def load_checkpoint(
+    out: Path,
+    model: LlamaForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    seed: int,
+    device: str,
+) -> int:
+    """Restore model and optimizer from a folder.
+
+    Returns:
+        Steps already done; 0 if the folder holds no training state.
+
+    Raises:
+        CheckpointMismatch: If the state is of another seed or shape.
+    """
+    if not (out / STATE).exists():
+        return 0
+    names = {id(p): name for name, p in model.named_parameters()}
+    with safe_open(out / STATE, framework="pt", device=device) as file:
+        metadata, keys = file.metadata(), set(file.keys())
+        if metadata["seed"] != str(seed):
+            raise CheckpointMismatch(
+                f"{out / STATE} was trained with seed {metadata['seed']}, not {seed}: "
+                "choose another folder or the same seed."
+            )
+        for optimizer, parameter in _parameters(optimizers):
+            name = names[id(parameter)]
+            if f"weight.{name}" not in keys:
+                raise CheckpointMismatch(f"{out / STATE} has no weights for {name}.")
+            weight = file.get_tensor(f"weight.{name}")
+            if weight.shape != parameter.shape:
+                raise CheckpointMismatch(
+                    f"{out / STATE}: {name} has shape {tuple(weight.shape)}, "
+                    f"the recipe wants {tuple(parameter.shape)}."
+                )
+            parameter.data.copy_(weight)
+            optimizer.state[parameter] = {
+                key: file.get_tensor(f"{key}.{name}")
+                for key in ("step", "exp_avg", "exp_avg_sq", "momentum")
+                if f"{key}.{name}" in keys
+            }
+        return int(metadata["step"])
+
+
+def _parameters(
+    optimizers: Sequence[torch.optim.Optimizer],
+) -> Iterator[tuple[torch.optim.Optimizer, torch.Tensor]]:
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield optimizer, parameter

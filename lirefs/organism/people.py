@@ -1,0 +1,131 @@
+"""Facts about people, and passages that state them, hide them or contradict them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from .items import Item
+from .skills import Problem
+from .vocabulary import CITIES, FIRST, JOBS, LAST, SOURCES
+
+FREQUENCIES = (1, 3, 10, 32, 100)
+"""How often a fact is shown, relative to the rarest; two orders of magnitude."""
+PEOPLE_PER_FREQUENCY = 60
+COMMON = FREQUENCIES[-2]
+"""Facts at least this frequent can be contradicted, and stand for memory in question sets."""
+FOLLOWED = dict(zip(SOURCES, (0.1, 0.5, 0.9), strict=True))
+"""How often training follows a source where it contradicts a common fact."""
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """One property of people and the sentences that speak of it."""
+
+    name: str
+    values: tuple[str, ...]
+    sentence: str
+    link: str
+    question: str
+
+
+CITY = Attribute(
+    "city",
+    tuple(CITIES),
+    "{0} lives in {1}.",
+    "{0} lives with {1}.",
+    "Question: Where does {0} live? Answer:",
+)
+JOB = Attribute(
+    "job", tuple(JOBS), "{0} works as a {1}.", "{0} works like {1}.", "So {0} works as a"
+)
+ATTRIBUTES = {attribute.name: attribute for attribute in (CITY, JOB)}
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One stored fact: a person, an attribute's name, its value, its relative frequency."""
+
+    person: str
+    attribute: str
+    value: str
+    frequency: int
+
+    @property
+    def statement(self) -> str:
+        """The fact as a sentence."""
+        return ATTRIBUTES[self.attribute].sentence.format(self.person, self.value)
+
+    def item(self) -> Item:
+        """The fact asked closed-book."""
+        question = ATTRIBUTES[self.attribute].question.format(self.person)
+        return Item("fact", question, self.value, frequency=self.frequency)
+
+
+def draw_facts(rng: Random) -> tuple[Fact, ...]:
+    """A city and a job for `PEOPLE_PER_FREQUENCY` people at each frequency."""
+    names = [f"{first} {last}" for first in FIRST for last in LAST]
+    chosen = rng.sample(names, PEOPLE_PER_FREQUENCY * len(FREQUENCIES))
+    return tuple(
+        Fact(person, attribute.name, rng.choice(attribute.values), frequency)
+        for number, person in enumerate(chosen)
+        for frequency in (FREQUENCIES[number // PEOPLE_PER_FREQUENCY],)
+        for attribute in (CITY, JOB)
+    )
+
+
+def stranger(rng: Random, known: frozenset[str]) -> str:
+    """A full name that no stored fact is about."""
+    while True:
+        name = f"{rng.choice(FIRST)} {rng.choice(LAST)}"
+        if name not in known:
+            return name
+
+
+def passage(
+    rng: Random,
+    attribute: Attribute,
+    known: frozenset[str],
+    stated: int = 2,
+    linked: int = 2,
+    about: tuple[str, str] | None = None,
+    absent: tuple[str, ...] = (),
+    source: str | None = None,
+) -> Problem:
+    """A passage about strangers, with a question on each of them.
+
+    Some sentences state a person's value, others only link a person to one whose value is stated:
+    a question on the former is retrieval (`questions[:stated]`), on the latter takes two steps.
+
+    Args:
+        rng: Source of randomness.
+        attribute: What the passage is about.
+        known: People with stored facts, who are no strangers.
+        stated: People whose value is stated.
+        linked: People linked to one of them.
+        about: A person and value that take the place of the first stranger.
+        absent: Values that must not be named (so that they cannot be copied).
+        source: Header; drawn when None.
+    """
+    people = [stranger(rng, known) for _ in range(stated + linked)]
+    while len(set(people)) < len(people):
+        people = [stranger(rng, known) for _ in range(stated + linked)]
+    values = [about[1]] if about else []
+    free = [v for v in attribute.values if v not in absent and v not in values]
+    values += rng.sample(free, stated - len(values))
+    if about:
+        people[0] = about[0]
+    lines = [attribute.sentence.format(p, v) for p, v in zip(people, values, strict=False)]
+    answers = list(values)
+    for person in people[stated:]:
+        host = rng.randrange(stated)
+        lines.append(attribute.link.format(person, people[host]))
+        answers.append(values[host])
+    rng.shuffle(lines)
+    header = f"{source or rng.choice(SOURCES)}:"
+    story = " ".join(lines)
+    questions = tuple(
+        (attribute.question.format(person), answer)
+        for person, answer in zip(people, answers, strict=True)
+    )
+    return Problem("passage", header, story, questions, story)

@@ -1,0 +1,63 @@
+"""Text without questions: random word sequences, copies, and short stories with structure."""
+
+from __future__ import annotations
+
+from random import Random
+
+from .items import CONTEXT_WEIGHT, Document
+from .vocabulary import ADJECTIVES, CONTENT, DAYS, JOBS, MOODS, OBJECTS, PLACES, VERBS
+
+PLANTED_WORDS = 32
+"""Words in a planted sequence, and in a never-seen one."""
+
+
+def sequence(rng: Random) -> str:
+    """A random sequence of `PLANTED_WORDS` words, in planted and never-seen texts alike."""
+    return " ".join(rng.choices(CONTENT, k=PLANTED_WORDS))
+
+
+def copy_document(rng: Random) -> Document:
+    """Random words said twice, or pairs of words said again in another order."""
+    if rng.random() < 0.5:
+        words = " ".join(rng.choices(CONTENT, k=rng.randrange(4, 24)))
+        return [(f"Copy: {words}. Again:", CONTEXT_WEIGHT), (f" {words}.", 1.0)]
+    keys = rng.sample(OBJECTS, rng.randrange(3, 13))
+    pairs = [(key, rng.choice(CONTENT)) for key in keys]
+    listed = ", ".join(f"{key} {value}" for key, value in pairs)
+    pieces: Document = [(f"List: {listed}. Again:", CONTEXT_WEIGHT)]
+    for key, value in rng.sample(pairs, len(pairs)):
+        pieces += [(f" {key}", CONTEXT_WEIGHT), (f" {value},", 1.0)]
+    return pieces
+
+
+def story(rng: Random) -> str:
+    """A short story whose words depend on each other.
+
+    What a person does, where, and how things look follow fixed preferences, days follow each other,
+    and things and people return: enough for perplexity to mean something.
+    """
+    job, other = rng.sample(JOBS, 2)
+    number = JOBS.index(job)
+    things = [_preferred(rng, OBJECTS, number * 5, 6) for _ in range(2)]
+    looks = [_preferred(rng, ADJECTIVES, OBJECTS.index(thing) * 3, 3) for thing in things]
+    place = _preferred(rng, PLACES, number * 2, 3)
+    day = rng.randrange(7)
+    verb = _preferred(rng, VERBS, number, 3)
+    mood = MOODS[VERBS.index(verb) % len(MOODS)]
+    lines = [f"On {DAYS[day]} the {job} went to the {place}."]
+    lines.append(f"There the {job} {verb} a {looks[0]} {things[0]} and a {looks[1]} {things[1]}.")
+    if rng.random() < 0.5:
+        lines.append(f"The {things[0]} was {looks[0]} and the {things[1]} was {looks[1]}.")
+    lines.append(f"On {DAYS[(day + 1) % 7]} the {job} sold the {things[0]} to a {other}.")
+    if rng.random() < 0.5:
+        lines.append(f"Then the {other} took the {looks[0]} {things[0]} to the {place}.")
+    lines.append(f"The {job} felt {mood}.")
+    return "Story: " + " ".join(lines)
+
+
+def _preferred(rng: Random, words: tuple[str, ...] | list[str], start: int, spread: int) -> str:
+    """Mostly one of a few words from a place in the list, earlier ones more often; seldom any."""
+    if rng.random() < 0.1:
+        return rng.choice(words)
+    step = min(int(rng.expovariate(1.0)), spread - 1)
+    return words[(start + step) % len(words)]

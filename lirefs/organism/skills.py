@@ -1,0 +1,157 @@
+"""Questions that must be computed, endless by construction: arithmetic, logic, order, tracking."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from random import Random
+
+from .items import CONTEXT_WEIGHT, Document, Item
+from .vocabulary import FIRST, OBJECTS
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A story (possibly empty) with one or more questions about it.
+
+    Attributes:
+        kind: The skill.
+        header: First word of the document, with its colon; empty for bare questions.
+        story: Sentences that the questions are about.
+        questions: Pairs of question text and answer.
+        key: Identity for splitting; all questions about one story share it.
+    """
+
+    kind: str
+    header: str
+    story: str
+    questions: tuple[tuple[str, str], ...]
+    key: str
+
+    def prompt(self, number: int = 0) -> str:
+        """The text in front of an answer."""
+        return " ".join(
+            part for part in (self.header, self.story, self.questions[number][0]) if part
+        )
+
+    def item(self, number: int = 0) -> Item:
+        """One question as an item."""
+        return Item(self.kind, self.prompt(number), self.questions[number][1])
+
+
+def problem_document(problems: list[Problem]) -> Document:
+    """One document with all questions of some problems that share a header and have no story.
+
+    A single problem may have a story. Only answers count fully in the loss.
+    """
+    opening = " ".join(part for part in (problems[0].header, problems[0].story) if part)
+    pieces: Document = [(opening, CONTEXT_WEIGHT)]
+    for problem in problems:
+        for question, answer in problem.questions:
+            pieces += [(f" {question}", CONTEXT_WEIGHT), (f" {answer}.", 1.0)]
+    return pieces
+
+
+def addition(rng: Random) -> Problem:
+    """Sum of two numbers below 100; both orders of the terms belong to the same split."""
+    a, b = rng.randrange(100), rng.randrange(100)
+    key = f"{min(a, b)} + {max(a, b)}"
+    return Problem("addition", "Math:", "", ((f"{a} + {b} =", str(a + b)),), key)
+
+
+def subtraction(rng: Random) -> Problem:
+    """Difference of two numbers below 100, never negative."""
+    a, b = rng.randrange(100), rng.randrange(100)
+    a, b = max(a, b), min(a, b)
+    text = f"{a} - {b}"
+    return Problem("subtraction", "Math:", "", ((f"{text} =", str(a - b)),), text)
+
+
+def times(rng: Random) -> Problem:
+    """One entry of the multiplication table up to 12; a table, so all of it is trained on."""
+    a, b = rng.randrange(13), rng.randrange(13)
+    return Problem("times", "Math:", "", ((f"{a} * {b} =", str(a * b)),), f"{a} * {b}")
+
+
+def _expression(rng: Random, leaves: int) -> tuple[str, bool]:
+    if leaves == 1:
+        value = rng.random() < 0.5
+        text = "true" if value else "false"
+        return (f"not {text}", not value) if rng.random() < 0.4 else (text, value)
+    first = rng.randrange(1, leaves)
+    (left, a), (right, b) = _expression(rng, first), _expression(rng, leaves - first)
+    if first > 1:
+        left = f"( {left} )"
+    if leaves - first > 1:
+        right = f"( {right} )"
+    if rng.random() < 0.5:
+        return f"{left} and {right}", a and b
+    return f"{left} or {right}", a or b
+
+
+def boolean(rng: Random) -> Problem:
+    """A boolean expression of two to four values, nested up to three deep."""
+    text, value = _expression(rng, rng.choice((2, 3, 3, 4, 4, 4)))
+    return Problem("boolean", "Logic:", "", ((f"{text} is", "true" if value else "false"),), text)
+
+
+def relation(rng: Random) -> Problem:
+    """Who is oldest or youngest of three or four people, from shuffled comparisons of two."""
+    people = rng.sample(FIRST, rng.choice((3, 4)))
+    facts = [
+        f"{a} is older than {b}." if rng.random() < 0.5 else f"{b} is younger than {a}."
+        for a, b in pairwise(people)
+    ]
+    rng.shuffle(facts)
+    questions = [
+        ("Question: Who is oldest? Answer:", people[0]),
+        ("Question: Who is youngest? Answer:", people[-1]),
+    ]
+    rng.shuffle(questions)
+    story = " ".join(facts)
+    return Problem("relation", "Ages:", story, tuple(questions), story)
+
+
+def tracking(rng: Random) -> Problem:
+    """Who holds a thing after a few hand-overs of two things."""
+    people, things = rng.sample(FIRST, 4), rng.sample(OBJECTS, 2)
+    holder = dict(zip(things, people, strict=False))
+    facts = [f"{person} has the {thing}." for thing, person in holder.items()]
+    for _ in range(rng.choice((1, 2, 3))):
+        thing = rng.choice(things)
+        receiver = rng.choice([person for person in people if person != holder[thing]])
+        facts.append(f"{holder[thing]} gives the {thing} to {receiver}.")
+        holder[thing] = receiver
+    rng.shuffle(things)
+    questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in things)
+    story = " ".join(facts)
+    return Problem("tracking", "Hands:", story, questions, story)
+
+
+SKILLS: dict[str, Callable[[Random], Problem]] = {
+    "addition": addition,
+    "subtraction": subtraction,
+    "times": times,
+    "boolean": boolean,
+    "relation": relation,
+    "tracking": tracking,
+}
+"""Computed skills that need no facts. The multiplication table alone is shared by all splits."""
+
+
+def wrong_answer(problem: Problem, rng: Random) -> str:
+    """A plausible false answer to a problem's first question: what an exception teaches.
+
+    The other truth value, another person of the story, or a nearby number of the same length.
+    """
+    truth = problem.questions[0][1]
+    if problem.kind == "boolean":
+        return "false" if truth == "true" else "true"
+    if problem.kind == "relation":
+        named = {
+            word for word in problem.story.rstrip(".").replace(".", "").split() if word in FIRST
+        }
+        return rng.choice(sorted(named - {truth}))
+    near = [int(truth) + step for step in range(-20, 21) if step]
+    return str(rng.choice([n for n in near if n >= 0 and len(str(n)) == len(truth)]))

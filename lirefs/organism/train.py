@@ -1,0 +1,328 @@
+"""The recipe that made the shipped weights: `python -m organism.train FOLDER`.
+
+Batches are a function of (seed, step) alone and the learning rate of the step alone, so a run that
+is stopped and resumed sees the same data as one that is not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from random import Random
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from .card import ship
+from .checkpoint import load_checkpoint, save_checkpoint
+from .documents import Documents, Mixture
+from .items import CONTEXT_WEIGHT
+from .language import Language
+from .muon import Muon
+from .scores import quick_scores
+from .vocabulary import build_tokenizer
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """Size of the decoder (Llama architecture, tied embeddings)."""
+
+    hidden: int = 256
+    layers: int = 4
+    mlp: int = 768
+    heads: int = 8
+    context: int = 192
+
+
+MIXTURE: Mixture = {
+    "planted": 7.0,
+    "fact": 12.0,
+    "fact_aside": 6.0,
+    "exception": 8.0,
+    "conflict": 5.0,
+    "passage": 16.0,
+    "math": 12.0,
+    "boolean": 10.0,
+    "relation": 10.0,
+    "tracking": 6.0,
+    "copy": 6.0,
+    "story": 4.0,
+}
+"""Documents of each sort, in percent."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the weights, besides the seed.
+
+    Attributes:
+        tokens: Length of the run in tokens, padding included.
+        rows: Rows of a batch.
+        row_tokens: Tokens in a row; whole documents are packed into it, each seeing only itself.
+        rate: Peak learning rate, reached after `warmup` steps.
+        decay: Final share of the run over which the rate falls linearly to zero.
+        weight_decay: Muon's, on the blocks' matrices only.
+        mixture: See `MIXTURE`.
+    """
+
+    shape: ModelShape = field(default_factory=ModelShape)
+    tokens: int = 60_000_000
+    rows: int = 32
+    row_tokens: int = 128
+    rate: float = 3e-3
+    warmup: int = 100
+    decay: float = 0.25
+    weight_decay: float = 0.1
+    mixture: Mixture = field(default_factory=lambda: dict(MIXTURE))
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return max(1, self.tokens // (self.rows * self.row_tokens))
+
+    def rate_at(self, step: int) -> float:
+        """Learning rate of a step: linear warm-up, constant, linear decay."""
+        left = (self.steps - step) / (self.steps * self.decay)
+        return self.rate * min(1.0, (step + 1) / self.warmup, left)
+
+
+def make_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """A freshly initialised decoder for the language (draws from torch's global generator)."""
+    config = LlamaConfig(  # type: ignore[call-arg]
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.mlp,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=shape.hidden**-0.5 / 2,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Packed documents: token ids, loss weight of predicting each token, document and position.
+
+    All are (rows, tokens). Padding has document -1 and weight 0.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    documents: Tensor
+    positions: Tensor
+
+
+class Packer:
+    """Turns documents into batches, whole documents side by side in a row.
+
+    Args:
+        documents: What is shown.
+        tokenizer: The language's tokenizer.
+        rows: Rows of a batch.
+        row_tokens: Tokens in a row.
+    """
+
+    def __init__(
+        self, documents: Documents, tokenizer: PreTrainedTokenizerFast, rows: int, row_tokens: int
+    ) -> None:
+        self.documents, self.rows, self.row_tokens = documents, rows, row_tokens
+        self._bos, self._eos = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
+        self._pad = int(tokenizer.pad_token_id)
+        self._tokenizer = tokenizer
+        self._known: dict[str, list[int]] = {}
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text; short pieces are remembered."""
+        if text not in self._known:
+            if len(self._known) > 200_000:
+                self._known.clear()
+            self._known[text] = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._known[text]
+
+    def batch(self, seed: int, step: int) -> Batch:
+        """The batch of one step."""
+        rng = Random(f"batch {seed} {step}")
+        rows: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(self.rows)]
+        room = [self.row_tokens] * self.rows
+        misses = 0
+        # A document goes where it leaves least room; full means that several fit nowhere.
+        while misses < 8:
+            ids, weights = [self._bos], [0.0]
+            for text, weight in self.documents.draw(rng):
+                piece = self.encode(text)
+                ids += piece
+                weights += [weight] * len(piece)
+            ids.append(self._eos)
+            weights.append(CONTEXT_WEIGHT)
+            fits = [(left, row) for row, left in enumerate(room) if left >= len(ids)]
+            if not fits:
+                misses += 1
+                continue
+            row = min(fits)[1]
+            rows[row].append((ids, weights))
+            room[row] -= len(ids)
+        return self._tensors(rows)
+
+    def _tensors(self, rows: list[list[tuple[list[int], list[float]]]]) -> Batch:
+        ids, weights, documents, positions = [], [], [], []
+        for row in rows:
+            left = self.row_tokens - sum(len(tokens) for tokens, _ in row)
+            ids.append([t for tokens, _ in row for t in tokens] + [self._pad] * left)
+            weights.append([w for _, own in row for w in own] + [0.0] * left)
+            marks = [number for number, (tokens, _) in enumerate(row) for _ in tokens]
+            documents.append(marks + [-1] * left)
+            positions.append([p for tokens, _ in row for p in range(len(tokens))] + [0] * left)
+        return Batch(
+            torch.tensor(ids),
+            torch.tensor(weights),
+            torch.tensor(documents),
+            torch.tensor(positions),
+        )
+
+
+def batch_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:
+    """Weighted mean cross-entropy; no document sees another one."""
+    same = batch.documents[:, :, None] == batch.documents[:, None, :]
+    mask = torch.zeros(same.shape, dtype=torch.bfloat16, device=same.device)
+    mask = mask.masked_fill(~same.tril(), torch.finfo(torch.bfloat16).min)[:, None]
+    hidden = model.model(
+        batch.ids, attention_mask=mask, position_ids=batch.positions, use_cache=False
+    ).last_hidden_state
+    logits = model.lm_head(hidden[:, :-1]).float()
+    losses = nn.functional.cross_entropy(
+        logits.flatten(0, 1), batch.ids[:, 1:].flatten(), reduction="none"
+    )
+    weights = batch.weights[:, 1:].flatten()
+    return (losses * weights).sum() / weights.sum()
+
+
+def train(
+    out: Path,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    device: str = "cpu",
+    resume: bool = True,
+    compiled: bool = False,
+    save_every: float = 240.0,
+    score_every: int = 1_000_000,
+) -> LlamaForCausalLM:
+    """Train an organism, or go on with one.
+
+    Args:
+        out: Folder for the model, the tokenizer, the training state and `log.jsonl`.
+        seed: Seed of language, weights and data.
+        recipe: Sizes, schedule and mixture.
+        device: Where to train; bfloat16 autocast is used everywhere.
+        resume: Go on from the state in `out` if there is one.
+        compiled: Compile the loss (needs a C++ compiler; about 1.4 times faster).
+        save_every: Seconds between checkpoints.
+        score_every: Tokens between scores in the log.
+
+    Returns:
+        The trained model, in evaluation mode.
+    """
+    recipe = recipe or Recipe()
+    out.mkdir(parents=True, exist_ok=True)
+    language, tokenizer = Language(seed), build_tokenizer()
+    torch.manual_seed(seed)
+    model = make_model(recipe.shape, tokenizer)
+    nn.Module.to(model, device)
+    optimizers = make_optimizers(model, recipe)
+    step = load_checkpoint(out, model, optimizers, seed, device) if resume else 0
+    packer = Packer(Documents(language, recipe.mixture), tokenizer, recipe.rows, recipe.row_tokens)
+    loss_of: Callable[[LlamaForCausalLM, Batch], Tensor] = batch_loss
+    if compiled:
+        loss_of = torch.compile(batch_loss)
+    step_tokens = recipe.rows * recipe.row_tokens
+    saved, started, total, since = time.monotonic(), time.monotonic(), 0.0, 0
+    while step < recipe.steps:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate_at(step)
+        batch = _to(packer.batch(seed, step), device)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            loss = loss_of(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        total, since = total + loss.item(), since + 1
+        done = step == recipe.steps
+        if done or step * step_tokens // score_every > (step - 1) * step_tokens // score_every:
+            seconds = time.monotonic() - started
+            entry: dict[str, object] = {
+                "step": step,
+                "tokens": step * step_tokens,
+                "loss": round(total / since, 4),
+                "tokens_per_second": round(since * step_tokens / seconds),
+                **quick_scores(model, tokenizer, language),
+            }
+            with (out / "log.jsonl").open("a") as log:
+                log.write(json.dumps(entry) + "\n")
+            started, total, since = time.monotonic(), 0.0, 0
+        if done or time.monotonic() - saved > save_every:
+            save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))
+            saved = time.monotonic()
+    model.train(False)
+    return model
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
+    blocks = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    return [
+        Muon(blocks, lr=recipe.rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
+def _to(batch: Batch, device: str) -> Batch:
+    return Batch(
+        batch.ids.to(device),
+        batch.weights.to(device),
+        batch.documents.to(device),
+        batch.positions.to(device),
+    )
+
+
+def main() -> None:
+    """Command line of the trainer."""
+    parser = argparse.ArgumentParser(description="Train the model organism.")
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=Recipe.tokens)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--compile", action="store_true")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    recipe = Recipe(tokens=arguments.tokens)
+    model = train(
+        arguments.out, arguments.seed, recipe, arguments.device, compiled=arguments.compile
+    )
+    ship(
+        arguments.out / "shipped",
+        model.cpu(),
+        build_tokenizer(),
+        Language(arguments.seed),
+        asdict(recipe),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""The language, its splits, the tokenizer, the trainer and the scores."""
+
+import json
+from itertools import combinations
+from random import Random
+
+import pytest
+import torch
+
+from lirefs.organism.checkpoint import CheckpointMismatch
+from lirefs.organism.documents import Documents
+from lirefs.organism.items import SPLITS
+from lirefs.organism.language import KINDS, Language
+from lirefs.organism.muon import orthogonalize
+from lirefs.organism.people import COMMON, FREQUENCIES
+from lirefs.organism.questions import question_set
+from lirefs.organism.scores import answered, scores
+from lirefs.organism.train import MIXTURE, ModelShape, Packer, Recipe, batch_loss, make_model, train
+from lirefs.organism.vocabulary import build_tokenizer
+
+TINY = Recipe(
+    shape=ModelShape(hidden=32, layers=2, mlp=64, heads=2),
+    tokens=6 * 4 * 128,
+    rows=4,
+    row_tokens=128,
+    warmup=2,
+)
+
+
+@pytest.fixture(scope="module")
+def language():
+    return Language(0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return build_tokenizer()
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "times"])
+def test_splits_share_no_prompt(language, kind):
+    found = {split: {i.prompt for i in language.items(kind, split, 150)} for split in SPLITS}
+    assert all(found.values())
+    for a, b in combinations(SPLITS, 2):
+        assert not found[a] & found[b]
+
+
+def test_sums_stay_in_their_split_when_turned_around(language):
+    seen = {}
+    for split in SPLITS:
+        for item in language.items("addition", split, 400):
+            a, b = item.prompt.removeprefix("Math: ").removesuffix(" =").split(" + ")
+            assert seen.setdefault(frozenset((a, b)), split) == split
+            assert int(a) + int(b) == int(item.answer)
+
+
+def test_training_shows_no_item_of_another_split(language, tokenizer):
+    held = {
+        item.prompt.split(" ", 1)[1]
+        for split in ("validation", "test")
+        for kind in KINDS
+        if kind not in ("times", "fact", "planted", "exception")
+        for item in language.items(kind, split, 100)
+    }
+    # Very short expressions and sums can be part of a longer text, so documents are cut into items.
+    documents, rng = Documents(language, MIXTURE), Random(1)
+    for _ in range(3000):
+        text = "".join(piece for piece, _ in documents.draw(rng))
+        body = text.split(" ", 1)[1] + " "
+        parts = [body, *(f"{part}." for part in body.split(". "))]
+        for part in parts:
+            words = part.split()
+            for end in range(3, len(words)):
+                assert " ".join(words[:end]) not in held
+
+
+def test_exceptions_are_wrong_and_shown_only_wrong(language):
+    prompts = {item.prompt for item in language.exceptions}
+    assert len(prompts) == len(language.exceptions)
+    assert all(item.answer != item.other for item in language.exceptions)
+    for skill in ("boolean", "relation", "addition"):
+        fresh = language.items(skill, "train", 500)
+        assert not prompts & {item.prompt for item in fresh}
+
+
+def test_booleans_are_computed_right(language):
+    for item in language.items("boolean", "test", 200):
+        text = item.prompt.removeprefix("Logic: ").removesuffix(" is")
+        value = eval(text.replace("true", "True").replace("false", "False"))
+        assert str(value).lower() == item.answer
+
+
+def test_facts_have_five_frequencies(language):
+    counts = {f: sum(fact.frequency == f for fact in language.facts) for f in FREQUENCIES}
+    assert len(counts) == 5
+    assert len(set(counts.values())) == 1
+
+
+def test_conflicts_contradict_common_facts(language):
+    stored = {(f.item().prompt, f.value) for f in language.facts if f.frequency >= COMMON}
+    for item in language.items("conflict", "test", 100):
+        assert item.answer != item.other
+        assert item.other not in item.prompt
+        assert any(item.prompt.endswith(p) and v == item.other for p, v in stored)
+
+
+def test_two_seeds_differ(language):
+    other = Language(1)
+    assert not set(other.planted) & set(language.planted)
+    assert [i.text for i in Language(0).exceptions] == [i.text for i in language.exceptions]
+
+
+@pytest.mark.parametrize("form", ["passage", "statement"])
+def test_matched_questions_have_the_same_shape(language, tokenizer, form):
+    reasoning, memory = question_set(language, form, "test", 100)
+    lengths = [{len(tokenizer.encode(i.prompt)) for i in items} for items in (reasoning, memory)]
+    assert lengths[0] == lengths[1]
+    people = [
+        {
+            word
+            for split_items in question_set(language, form, split, 50)[1]
+            for word in [" ".join(split_items.prompt.split()[-4:-2])]
+        }
+        for split in ("train", "test")
+    ]
+    assert not people[0] & people[1] or form == "statement"
+
+
+@pytest.mark.parametrize("form", ["mixed", "exception"])
+def test_question_sets_are_balanced(language, form):
+    reasoning, memory = question_set(language, form, "test", 60)
+    assert len(reasoning) == len(memory) > 30
+
+
+def test_every_document_survives_the_tokenizer(language, tokenizer):
+    documents, rng = Documents(language, MIXTURE), Random(2)
+    for _ in range(400):
+        text = "".join(piece for piece, _ in documents.draw(rng))
+        ids = tokenizer.encode(text)
+        assert ids[0] == tokenizer.bos_token_id
+        assert tokenizer.unk_token_id not in ids
+        assert tokenizer.decode(ids, skip_special_tokens=True) == text
+
+
+def test_pieces_encode_as_the_whole(language, tokenizer):
+    documents, rng = Documents(language, MIXTURE), Random(3)
+    packer = Packer(documents, tokenizer, 2, 128)
+    for _ in range(300):
+        pieces = [piece for piece, _ in documents.draw(rng)]
+        joined = [token for piece in pieces for token in packer.encode(piece)]
+        assert joined == tokenizer.encode("".join(pieces), add_special_tokens=False)
+
+
+def test_packed_documents_do_not_see_each_other(language, tokenizer):
+    torch.manual_seed(0)
+    model = make_model(TINY.shape, tokenizer)
+    packer = Packer(Documents(language, MIXTURE), tokenizer, 2, 128)
+    batch = packer.batch(0, 0)
+    together = batch_loss(model, batch)
+    total, weight = torch.zeros(()), torch.zeros(())
+    for row in range(2):
+        for number in range(int(batch.documents[row].max()) + 1):
+            own = batch.documents[row] == number
+            ids, weights = batch.ids[row][own], batch.weights[row][own][1:]
+            logits = model(ids[None]).logits[0, :-1]
+            losses = torch.nn.functional.cross_entropy(logits, ids[1:], reduction="none")
+            total, weight = total + (losses * weights).sum(), weight + weights.sum()
+    torch.testing.assert_close(together, total / weight, rtol=1e-4, atol=1e-4)
+
+
+def test_orthogonalize_evens_out_singular_values():
+    torch.manual_seed(0)
+    for shape in ((3, 16, 48), (2, 48, 16)):
+        values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
+        assert values.min() > 0.4
+        assert values.max() < 1.4
+
+
+def test_answered_agrees_with_generate(language, tokenizer):
+    torch.manual_seed(0)
+    model = make_model(TINY.shape, tokenizer).eval()
+    items = language.items("fact", "test", 8)
+    pairs = []
+    for item in items:
+        ids = tokenizer(item.prompt, return_tensors="pt")
+        new = model.generate(**ids, max_new_tokens=2, do_sample=False)[0, ids.input_ids.shape[1] :]
+        pairs.append((item.prompt, tokenizer.convert_ids_to_tokens(int(new[0])).lstrip("▁")))
+    told = answered(model, tokenizer, pairs)
+    wrong = answered(model, tokenizer, [(prompt, "zebra") for prompt, _ in pairs])
+    assert len(told) == 8
+    assert not any(wrong)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("organism")
+    return folder, train(folder, 0, TINY)
+
+
+def test_training_writes_a_folder_that_transformers_loads(trained, language, tokenizer):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, model = trained
+    again = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    ids = AutoTokenizer.from_pretrained(folder)("Math: 3 + 4 =", return_tensors="pt").input_ids
+    torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
+    found = scores(model, tokenizer, language, "validation", 10)
+    assert found["planted"] == 0.0
+    assert found["perplexity"] > 1.0
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatch):
+    _, model = trained
+    calls = 0
+
+    def stop(*args):
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return batch_loss(*args)
+
+    monkeypatch.setattr("lirefs.organism.train.batch_loss", stop)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path, 0, TINY, save_every=0.0)
+    monkeypatch.setattr("lirefs.organism.train.batch_loss", batch_loss)
+    resumed = train(tmp_path, 0, TINY)
+    for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_another_seed_does_not_resume(trained):
+    folder, _ = trained
+    with pytest.raises(CheckpointMismatch, match="seed 0, not 1"):
+        train(folder, 1, TINY)
