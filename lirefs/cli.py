@@ -15,17 +15,19 @@ from rich.table import Table
 
 import kfac
 import lirefs
+from lirefs import commands_organism, study, study_report
 from lirefs.errors import SettingError
 from lirefs.files import cache_dir
 from lirefs.harness import plots, report, suite
-from lirefs.harness.engine import token_nlls
-from lirefs.intervention import applied
+from lirefs.organism import suite as organism
 from lirefs.probe import Probe
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = "organism"
+KEEP, STRENGTH = 0.8, 1.0
 BATCH_TOKENS = 1024
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(commands_organism.app, name="organism")
 console = Console(stderr=True, highlight=False)
 
 
@@ -65,21 +67,34 @@ def compare(
     layers: Annotated[
         str | None, typer.Option(help="Layers whose MLPs are edited, e.g. 20,21,22.")
     ] = None,
-    keep: Annotated[float, typer.Option(help="Share of curvature mass that K-FAC keeps.")] = 0.8,
-    strength: Annotated[float, typer.Option(help="a of h + a d, d the class difference.")] = 1.0,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Curvature mass that K-FAC keeps. Default: 0.8; organism: chosen."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="a of h + a d, d the class difference. Default: 1; organism: chosen."),
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("report"),
     seed: Annotated[int, typer.Option(help="Seed of splits, labels and controls.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help="14 items a task: a trial, no result.")
     ] = False,
 ) -> None:
-    """Compare LiReF steering and the K-FAC edit on one model, and write a report."""
+    """Compare LiReF steering and the K-FAC edit on one model, and write a report.
+
+    On the organism, settings that are not given are chosen on validation items.
+    """
     # Everything that can be wrong is looked at before the model is loaded.
     if out.exists() and not out.is_dir():
         raise SettingError(f"--out {out}: exists and is not a folder")
-    if not 0 < keep <= 1:
+    if keep is not None and not 0 < keep <= 1:
         raise kfac.KeepError(f"--keep {keep}: must be in (0, 1]")
     wanted = _indices(layers)
+    if model == "organism" and questions is None and memorized is None and factors is None:
+        _study(out, device, wanted, keep, strength, seed, quick)
+        return
+    keep, strength = keep or KEEP, STRENGTH if strength is None else strength
     question_set = lirefs.load_questions("default" if questions is None else questions)
     split = question_set.split(seed=seed)
     if memorized is not None:
@@ -98,10 +113,14 @@ def compare(
         console.print(line, markup=False)
 
     console.rule(f"3/4  curvature: MLPs of layers {', '.join(map(str, edited))}")
-    collected = _factors(lm, edited, factors, cache, seed, quick)
+    texts = suite.calibration_texts()[: 30 if quick else None]
+    collected = _factors(lm, edited, factors, cache, seed, texts)
     edit = kfac.CurvatureEdit(collected, keep)
     validation = suite.heldout_texts("validation")[: 6 if quick else None]
-    svd, matched = _matched_svd(lm, edit, [text for _, text in validation], collected.names)
+    with console.status("matching SVD to the perplexity of K-FAC"):
+        svd, matched = study.matched_svd(
+            lm, edit, [text for _, text in validation], collected.names
+        )
     console.print(matched, markup=False)
 
     console.rule("4/4  comparison")
@@ -121,9 +140,62 @@ def compare(
         "settings": {"seed": seed, "keep": keep, "strength": strength, "layers": edited},
     }
     comparison = lirefs.compare(lm, interventions, tasks, seed=seed, provenance=settings)
-    page = comparison.save(out, _figures(comparison, probe, collected, keep))
+    page = comparison.save(
+        out,
+        [
+            *report.default_figures(comparison),
+            _separation_figure(probe),
+            _spectrum_figure(collected, collected.names, keep),
+        ],
+    )
     probe.directions.save(out / "directions.safetensors")
     _print_overview(comparison)
+    console.print(f"report: {page}", markup=False, soft_wrap=True)
+
+
+def _study(
+    out: Path,
+    device: str | None,
+    layers: list[int] | None,
+    keep: float | None,
+    strength: float | None,
+    seed: int,
+    quick: bool,
+) -> None:
+    """The organism's main job: all settings that are not given are chosen on validation items."""
+    cache = cache_dir()
+    console.rule("1/3  model: organism")
+    lm = lirefs.load("organism", device=device)
+    console.print(lm.layout.describe(), markup=False)
+    layers = None if layers is None else _edited_layers(lm, layers)
+
+    console.rule("2/3  curvature: every MLP")
+    texts = organism.training_texts(300 if quick else 1500, seed)
+    collected = _factors(lm, list(range(lm.n_layers)), None, cache, seed, texts)
+
+    console.rule("3/3  comparison")
+    found = study.run(
+        lm,
+        collected,
+        layers=layers,
+        keep=keep,
+        strength=strength,
+        limit=20 if quick else 100,
+        seed=seed,
+        cache=cache / "activations",
+        say=lambda line: console.print(line, markup=False),
+    )
+    chosen = dict(found.edit.intervention.keep)
+    shown = study_report.figures(found)
+    shown.append(_spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
+    comparison = found.comparison
+    comparison.provenance.update(study_report.provenance(found))
+    page = comparison.save(out, shown)
+    for form, probe in found.probes.items():
+        probe.directions.save(out / f"directions-{form}.safetensors")
+    _print_overview(comparison)
+    for line in comparison.provenance["findings"]:
+        console.print(line, markup=False)
     console.print(f"report: {page}", markup=False, soft_wrap=True)
 
 
@@ -153,13 +225,12 @@ def _factors(
     given: Path | None,
     cache: Path,
     seed: int,
-    quick: bool,
+    texts: Sequence[str],
 ) -> kfac.Factors:
     """Factors from the file given, from the cache, or collected now and kept."""
     if given is not None and given.exists():
         return kfac.Factors.load(given, model=lm.model)
     targets = kfac.find_targets(lm.model, layers=layers)
-    texts = suite.calibration_texts()[: 30 if quick else None]
     ids = lm.encode(texts)
     made_of = repr((lm.fingerprint, ids, [one.name for one in targets], seed, lirefs.__version__))
     key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
@@ -177,38 +248,6 @@ def _factors(
     collected = kfac.collect(lm.model, batches, targets, seed=seed, provenance=provenance)
     collected.save(path)
     return collected
-
-
-def _matched_svd(
-    lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit, texts: list[str], names: list[str]
-) -> tuple[kfac.SVDEdit, str]:
-    """The SVD truncation whose perplexity on validation texts is that of the K-FAC edit.
-
-    Methods are comparable at equal damage to language only, never at equal nominal strength.
-    """
-    ids = lm.encode(texts)
-
-    def perplexity(intervention: Any) -> float:
-        with applied(intervention, lm.model):
-            nlls = token_nlls(lm, ids)
-        return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
-
-    goal = perplexity(edit)
-    low, high = 0.0, 1.0
-    with console.status("matching SVD to the perplexity of K-FAC"):
-        for _ in range(6):
-            middle = (low + high) / 2
-            if perplexity(kfac.SVDEdit(names, middle)) > goal:
-                low = middle
-            else:
-                high = middle
-        chosen = kfac.SVDEdit(names, high)
-        reached = perplexity(chosen)
-    return chosen, (
-        f"SVD keeps {high:.1%} of the singular values, chosen so that validation perplexity "
-        f"({reached:.2f}, n = {len(texts)} texts) matches K-FAC's ({goal:.2f}); unchanged "
-        f"{perplexity(None):.2f}."
-    )
 
 
 def _probe_lines(probe: Probe) -> list[str]:
@@ -235,11 +274,9 @@ def _edit_lines(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> list[str]
     ]
 
 
-def _figures(
-    comparison: lirefs.Comparison, probe: Probe, factors: kfac.Factors, keep: float
-) -> list[report.Figure]:
+def _spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) -> report.Figure:
     spectra = []
-    for name in factors.names:
+    for name in names:
         eigen = factors.eigen(name)
         lam, mu = eigen.lam.numpy(), eigen.mu.numpy()
         size = len(lam) * len(mu)
@@ -247,15 +284,7 @@ def _figures(
         curve = [(kfac.staircase(lam, mu, level).pairs / size, level) for level in grid]
         counts = kfac.staircase(lam, mu, keep).counts
         spectra.append(plots.Spectrum(name, lam, mu, np.asarray(counts), np.array(curve), keep))
-    separation = report.Figure(
-        "separation",
-        "Direction separation per layer",
-        "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
-        "intervals, beside its controls. Right: mean cosine of the test questions' states, "
-        "measured from the middle of the train class means, with each layer's direction.",
-        plots.direction_separation(probe),
-    )
-    spectrum = report.Figure(
+    return report.Figure(
         "spectrum",
         "Curvature spectrum and what the edit keeps",
         f"Left: share of the curvature mass held by the largest pairs, one line per matrix "
@@ -263,7 +292,17 @@ def _figures(
         f"left of the line are kept at keep = {keep:g}.",
         plots.curvature_spectrum(spectra),
     )
-    return [*report.default_figures(comparison), separation, spectrum]
+
+
+def _separation_figure(probe: Probe) -> report.Figure:
+    return report.Figure(
+        "separation",
+        "Direction separation per layer",
+        "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
+        "intervals, beside its controls. Right: mean cosine of the test questions' states, "
+        "measured from the middle of the train class means, with each layer's direction.",
+        plots.direction_separation(probe),
+    )
 
 
 def _print_overview(comparison: lirefs.Comparison) -> None:

@@ -54,7 +54,7 @@ class Spectrum:
 
 def direction_separation(probe: Probe) -> bytes:
     """AUROC per layer with its controls, and mean cosine with the direction per class."""
-    canvas, (left, right) = _canvas(2, (10, 3.8))
+    canvas, (left, right) = canvas_of(2, (10, 3.8))
     layers = np.array([one.layer for one in probe.scores])
     test = np.array(
         [[s.test_auroc.value, s.test_auroc.low, s.test_auroc.high] for s in probe.scores]
@@ -82,12 +82,12 @@ def direction_separation(probe: Probe) -> bytes:
     right.set(xlabel="layer", ylabel="mean cosine with the direction")
     right.set_title("test states along each layer's direction", fontsize=10)
     right.legend(fontsize=8)
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def curvature_spectrum(spectra: Sequence[Spectrum]) -> bytes:
     """Mass against share of pairs for every target, and one target's mass with its staircase."""
-    canvas, (left, right) = _canvas(2, (10, 3.9))
+    canvas, (left, right) = canvas_of(2, (10, 3.9))
     for index, one in enumerate(spectra):
         colour = COLOURS[index % len(COLOURS)]
         style = "-" if index < len(COLOURS) else "--"
@@ -115,13 +115,13 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> bytes:
     right.set_title(shown.name, fontsize=9)
     right.legend(fontsize=7, loc="lower left")
     canvas.colorbar(picture, ax=right, label="log10 share of mass")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def retained_performance(comparison: Comparison) -> bytes:
     """Retained share of the unchanged model's performance by task group (K-FAC paper, Fig. 3)."""
     variants, groups = comparison.variants[1:], comparison.groups
-    canvas, (axis,) = _canvas(1, (10, 4.2))
+    canvas, (axis,) = canvas_of(1, (10, 4.2))
     width = 0.84 / len(variants)
     top = 1.6
     for index, variant in enumerate(variants):
@@ -159,11 +159,14 @@ def retained_performance(comparison: Comparison) -> bytes:
     )
     axis.set(ylabel="share of the unchanged model", ylim=(0, top))
     axis.legend(fontsize=7.5, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2), frameon=False)
-    return _png(canvas)
+    return png_of(canvas)
 
 
-def _canvas(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
-    # A figure without pyplot: no global state, no window, no change of the user's backend.
+def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
+    """A figure of panels side by side, and their axes.
+
+    Made without pyplot: no global state, no window, no change of the user's backend.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -176,7 +179,8 @@ def _canvas(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
     return canvas, axes
 
 
-def _png(canvas: Canvas) -> bytes:
+def png_of(canvas: Canvas) -> bytes:
+    """A figure as PNG bytes."""
     buffer = io.BytesIO()
     canvas.savefig(buffer, format="png", dpi=160)
     return buffer.getvalue()

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .checkpoint import save_model
-from .language import EXCEPTION_SKILLS, EXCEPTIONS_PER_SKILL, PLANTED, Language
-from .people import FOLLOWED, FREQUENCIES, PEOPLE_PER_FREQUENCY
-from .scores import scores
+from lirefs.organism.checkpoint import save_model
+from lirefs.organism.language import EXCEPTION_SKILLS, EXCEPTIONS_PER_SKILL, PLANTED, Language
+from lirefs.organism.people import FOLLOWED, FREQUENCIES, PEOPLE_PER_FREQUENCY
+from lirefs.organism.scores import scores
 
 CARD = """---
 license: apache-2.0

@@ -12,11 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lirefs.errors import LirefsError
+
 STATE = "training.safetensors"
 RECIPE = "training.json"
 
 
-class CheckpointMismatch(ValueError):
+class CheckpointMismatch(LirefsError, ValueError):
     """A folder holds the training state of another run."""
 
 

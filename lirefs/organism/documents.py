@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from random import Random
 
-from .items import CONTEXT_WEIGHT, Document
-from .language import Language
-from .people import ATTRIBUTES, FOLLOWED, Attribute, Fact
-from .prose import copy_document
-from .skills import Problem, problem_document
+from lirefs.organism.items import CONTEXT_WEIGHT, Document
+from lirefs.organism.language import Language
+from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Attribute, Fact
+from lirefs.organism.prose import copy_document
+from lirefs.organism.skills import problem_document, relation, tracking
 
-Mixture = dict[str, float]
-"""Documents drawn of each sort, relative to each other."""
+
+@dataclass(frozen=True)
+class Stage:
+    """What training shows during a part of the run.
+
+    Attributes:
+        mixture: How often each sort of document is drawn, relative to each other.
+        easy: Share of passages, relations and hand-overs that are of the smallest kind.
+        story_weight: Loss weight of answers that are found in a story; other answers have 1.
+    """
+
+    mixture: dict[str, float]
+    easy: float = 0.0
+    story_weight: float = 1.0
 
 
 class Documents:
@@ -21,11 +33,14 @@ class Documents:
 
     Args:
         language: What is taught.
-        mixture: How often each sort of document is drawn (keys of `Documents.sorts`).
+        stage: What is shown; its mixture's keys are those of `Documents.sorts`.
+
+    Raises:
+        ValueError: If the mixture names a sort that does not exist.
     """
 
-    def __init__(self, language: Language, mixture: Mixture) -> None:
-        self.language = language
+    def __init__(self, language: Language, stage: Stage) -> None:
+        self.language, self.stage = language, stage
         self.sorts: dict[str, Callable[[Random], Document]] = {
             "planted": self._planted,
             "fact": self._facts,
@@ -33,17 +48,18 @@ class Documents:
             "exception": self._exception,
             "conflict": self._conflict,
             "passage": self._passage,
+            "again": self._again,
             "math": self._math,
             "boolean": self._logic,
-            "relation": lambda rng: self._one("relation", rng),
-            "tracking": lambda rng: self._one("tracking", rng),
+            "relation": self._relation,
+            "tracking": self._tracking,
             "copy": copy_document,
             "story": self._story,
         }
-        unknown = set(mixture) - set(self.sorts)
+        unknown = set(stage.mixture) - set(self.sorts)
         if unknown:
             raise ValueError(f"No documents of sort {unknown}; known: {', '.join(self.sorts)}.")
-        self._names, self._weights = list(mixture), list(mixture.values())
+        self._names, self._weights = list(stage.mixture), list(stage.mixture.values())
         self._frequencies = [fact.frequency for fact in language.facts]
         self._contradictions = language.contradictions("train")
 
@@ -90,10 +106,24 @@ class Documents:
 
     def _passage(self, rng: Random) -> Document:
         attribute: Attribute = rng.choice(list(ATTRIBUTES.values()))
-        stated = rng.choice((1, 2, 2, 3))
-        linked = rng.choice((0, 1, 2, 2))
+        if self._easy(rng):
+            stated, linked = rng.choice((2, 3, 4, 5)), 0
+        else:
+            stated, linked = rng.choice((1, 2, 2, 3)), rng.choice((0, 1, 2, 2))
         problem = self.language.passage(attribute, "train", rng, stated, linked)
-        return _asked(problem, rng)
+        questions = tuple(rng.sample(problem.questions, len(problem.questions)))
+        return problem_document([replace(problem, questions=questions)], self.stage.story_weight)
+
+    def _again(self, rng: Random) -> Document:
+        """A passage whose sentences are said again in another order: retrieval at its plainest."""
+        attribute: Attribute = rng.choice(list(ATTRIBUTES.values()))
+        problem = self.language.passage(attribute, "train", rng, rng.randrange(2, 8), 0)
+        pieces: Document = [(f"{problem.header} {problem.story} Again:", CONTEXT_WEIGHT)]
+        sentences = [f"{line}." for line in problem.story.removesuffix(".").split(". ")]
+        for sentence in rng.sample(sentences, len(sentences)):
+            start, end = sentence.rsplit(" ", 1)
+            pieces += [(f" {start}", CONTEXT_WEIGHT), (f" {end}", self.stage.story_weight)]
+        return pieces
 
     def _math(self, rng: Random) -> Document:
         kinds = rng.choices(("addition", "subtraction", "times"), (5, 4, 1), k=rng.randrange(1, 7))
@@ -105,14 +135,18 @@ class Documents:
             [self.language.problem("boolean", "train", rng) for _ in range(count)]
         )
 
-    def _one(self, skill: str, rng: Random) -> Document:
-        return problem_document([self.language.problem(skill, "train", rng)])
+    def _relation(self, rng: Random) -> Document:
+        easy = self._easy(rng)
+        problem = relation(rng, (2,)) if easy else self.language.problem("relation", "train", rng)
+        return problem_document([problem], self.stage.story_weight)
+
+    def _tracking(self, rng: Random) -> Document:
+        easy = self._easy(rng)
+        problem = tracking(rng, (0,)) if easy else self.language.problem("tracking", "train", rng)
+        return problem_document([problem], self.stage.story_weight)
+
+    def _easy(self, rng: Random) -> bool:
+        return self.stage.easy > 0 and rng.random() < self.stage.easy
 
     def _story(self, rng: Random) -> Document:
         return [(self.language.text("train", rng), 1.0)]
-
-
-def _asked(problem: Problem, rng: Random) -> Document:
-    """A passage with all its questions, in random order."""
-    questions = tuple(rng.sample(problem.questions, len(problem.questions)))
-    return problem_document([replace(problem, questions=questions)])

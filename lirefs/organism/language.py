@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from random import Random
 
-from .items import Item, Split, memory_split_of, split_of
-from .people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, passage
-from .prose import sequence, story
-from .skills import SKILLS, Problem, wrong_answer
-from .vocabulary import SOURCES
+from lirefs.organism.items import Item, Split, memory_split_of, split_of
+from lirefs.organism.people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, passage
+from lirefs.organism.prose import sequence, story
+from lirefs.organism.skills import SKILLS, Problem, wrong_answer
+from lirefs.organism.vocabulary import SOURCES
 
 PLANTED = 300
 PREFIX_WORDS = 12

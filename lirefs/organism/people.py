@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from random import Random
 
-from .items import Item
-from .skills import Problem
-from .vocabulary import CITIES, FIRST, JOBS, LAST, SOURCES
+from lirefs.organism.items import Item
+from lirefs.organism.skills import Problem
+from lirefs.organism.vocabulary import CITIES, FIRST, JOBS, LAST, SOURCES
 
 FREQUENCIES = (1, 3, 10, 32, 100)
 """How often a fact is shown, relative to the rarest; two orders of magnitude."""

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from random import Random
 
-from .items import CONTEXT_WEIGHT, Document
-from .vocabulary import ADJECTIVES, CONTENT, DAYS, JOBS, MOODS, OBJECTS, PLACES, VERBS
+from lirefs.organism.items import CONTEXT_WEIGHT, Document
+from lirefs.organism.vocabulary import (
+    ADJECTIVES,
+    CONTENT,
+    DAYS,
+    JOBS,
+    MOODS,
+    OBJECTS,
+    PLACES,
+    VERBS,
+)
 
 PLANTED_WORDS = 32
 """Words in a planted sequence, and in a never-seen one."""

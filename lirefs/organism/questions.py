@@ -6,9 +6,9 @@ from collections.abc import Callable
 from random import Random
 from typing import Literal, get_args
 
-from .items import Item, Split
-from .language import EXCEPTION_SKILLS, Language
-from .people import CITY, COMMON, JOB, Attribute
+from lirefs.organism.items import Item, Split
+from lirefs.organism.language import EXCEPTION_SKILLS, Language
+from lirefs.organism.people import CITY, COMMON, JOB, Attribute
 
 Form = Literal["passage", "statement", "mixed", "exception"]
 

@@ -1,19 +1,15 @@
-"""What an organism knows and can do: `python -m organism.scores FOLDER`."""
+"""What an organism knows and can do: `lirefs organism scores`."""
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .items import Item, Split
-from .language import KINDS, Language
-from .vocabulary import build_tokenizer
+from lirefs.organism.items import Item, Split
+from lirefs.organism.language import KINDS, Language
 
 
 @torch.no_grad()
@@ -121,19 +117,3 @@ def _shares(name: str, items: Sequence[Item], right: Sequence[bool]) -> dict[str
         elif item.group:
             groups[f"{name} {item.group}"].append(good)
     return {group: sum(found) / len(found) for group, found in sorted(groups.items())}
-
-
-def main() -> None:
-    """Command line: print all scores of a model folder as JSON."""
-    parser = argparse.ArgumentParser(description="Score a model organism.")
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--split", default="test", choices=("validation", "test"))
-    arguments = parser.parse_args()
-    model = LlamaForCausalLM.from_pretrained(arguments.folder, dtype=torch.float32)
-    found = scores(model, build_tokenizer(), Language(arguments.seed), arguments.split)
-    print(json.dumps(found, indent=2))  # noqa: T201
-
-
-if __name__ == "__main__":
-    main()

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
-from .items import CONTEXT_WEIGHT, Document, Item
-from .vocabulary import FIRST, OBJECTS
+from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item
+from lirefs.organism.vocabulary import FIRST, OBJECTS
 
 
 @dataclass(frozen=True)
@@ -40,16 +40,16 @@ class Problem:
         return Item(self.kind, self.prompt(number), self.questions[number][1])
 
 
-def problem_document(problems: list[Problem]) -> Document:
+def problem_document(problems: list[Problem], weight: float = 1.0) -> Document:
     """One document with all questions of some problems that share a header and have no story.
 
-    A single problem may have a story. Only answers count fully in the loss.
+    A single problem may have a story. Answers have the loss weight given.
     """
     opening = " ".join(part for part in (problems[0].header, problems[0].story) if part)
     pieces: Document = [(opening, CONTEXT_WEIGHT)]
     for problem in problems:
         for question, answer in problem.questions:
-            pieces += [(f" {question}", CONTEXT_WEIGHT), (f" {answer}.", 1.0)]
+            pieces += [(f" {question}", CONTEXT_WEIGHT), (f" {answer}.", weight)]
     return pieces
 
 
@@ -96,9 +96,9 @@ def boolean(rng: Random) -> Problem:
     return Problem("boolean", "Logic:", "", ((f"{text} is", "true" if value else "false"),), text)
 
 
-def relation(rng: Random) -> Problem:
-    """Who is oldest or youngest of three or four people, from shuffled comparisons of two."""
-    people = rng.sample(FIRST, rng.choice((3, 4)))
+def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
+    """Who is oldest or youngest of some people, from shuffled comparisons of two."""
+    people = rng.sample(FIRST, rng.choice(sizes))
     facts = [
         f"{a} is older than {b}." if rng.random() < 0.5 else f"{b} is younger than {a}."
         for a, b in pairwise(people)
@@ -113,12 +113,12 @@ def relation(rng: Random) -> Problem:
     return Problem("relation", "Ages:", story, tuple(questions), story)
 
 
-def tracking(rng: Random) -> Problem:
+def tracking(rng: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
     """Who holds a thing after a few hand-overs of two things."""
     people, things = rng.sample(FIRST, 4), rng.sample(OBJECTS, 2)
     holder = dict(zip(things, people, strict=False))
     facts = [f"{person} has the {thing}." for thing, person in holder.items()]
-    for _ in range(rng.choice((1, 2, 3))):
+    for _ in range(rng.choice(steps)):
         thing = rng.choice(things)
         receiver = rng.choice([person for person in people if person != holder[thing]])
         facts.append(f"{holder[thing]} gives the {thing} to {receiver}.")

@@ -19,7 +19,7 @@ from lirefs.organism.items import SPLITS, Item, Split
 from lirefs.organism.language import Language
 from lirefs.organism.people import COMMON
 from lirefs.organism.questions import Form, question_set
-from lirefs.organism.train import MIXTURE
+from lirefs.organism.train import SECOND
 from lirefs.questions import Question, Questions
 
 RARE = 3
@@ -104,8 +104,8 @@ def organism_tasks(
 
 
 def training_texts(n: int, seed: int = 0, language: Language | None = None) -> list[str]:
-    """Fresh documents from the training mixture: what curvature is estimated from."""
-    documents = Documents(language or Language(), MIXTURE)
+    """Fresh documents as training showed them last: what curvature is estimated from."""
+    documents = Documents(language or Language(), SECOND)
     rng = Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 

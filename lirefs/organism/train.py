@@ -1,4 +1,4 @@
-"""The recipe that made the shipped weights: `python -m organism.train FOLDER`.
+"""The recipe that made the shipped weights: `lirefs organism train FOLDER`.
 
 Batches are a function of (seed, step) alone and the learning rate of the step alone, so a run that
 is stopped and resumed sees the same data as one that is not.
@@ -6,7 +6,6 @@ is stopped and resumed sees the same data as one that is not.
 
 from __future__ import annotations
 
-import argparse
 import json
 import time
 from collections.abc import Callable
@@ -16,16 +15,16 @@ from random import Random
 
 import torch
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from .card import ship
-from .checkpoint import load_checkpoint, save_checkpoint
-from .documents import Documents, Mixture
-from .items import CONTEXT_WEIGHT
-from .language import Language
-from .muon import Muon
-from .scores import quick_scores
-from .vocabulary import build_tokenizer
+from lirefs.organism.checkpoint import load_checkpoint, save_checkpoint
+from lirefs.organism.documents import Documents, Stage
+from lirefs.organism.items import CONTEXT_WEIGHT
+from lirefs.organism.language import Language
+from lirefs.organism.muon import Muon
+from lirefs.organism.scores import quick_scores
+from lirefs.organism.vocabulary import build_tokenizer
 
 
 @dataclass(frozen=True)
@@ -39,21 +38,36 @@ class ModelShape:
     context: int = 192
 
 
-MIXTURE: Mixture = {
-    "planted": 7.0,
-    "fact": 12.0,
-    "fact_aside": 6.0,
-    "exception": 8.0,
-    "conflict": 5.0,
-    "passage": 16.0,
-    "math": 12.0,
-    "boolean": 10.0,
-    "relation": 10.0,
-    "tracking": 6.0,
-    "copy": 6.0,
-    "story": 4.0,
-}
-"""Documents of each sort, in percent."""
+FIRST = Stage(
+    {
+        "planted": 7.0,
+        "fact": 12.0,
+        "fact_aside": 6.0,
+        "exception": 8.0,
+        "conflict": 5.0,
+        "passage": 16.0,
+        "math": 12.0,
+        "boolean": 10.0,
+        "relation": 10.0,
+        "tracking": 6.0,
+        "copy": 6.0,
+        "story": 4.0,
+    }
+)
+"""Memories, arithmetic and logic form; what must be found in a passage does not."""
+SECOND = Stage(
+    {
+        **{sort: share for sort, share in FIRST.mixture.items() if sort not in ("copy", "story")},
+        "again": 8.0,
+        "copy": 5.0,
+        "story": 3.0,
+    },
+    easy=0.3,
+    story_weight=3.0,
+)
+"""Passages said again, small problems, and more weight on answers found in a story."""
+SECOND_STAGE = 6365
+"""Step at which the shipped weights' run went over to the second stage."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +81,7 @@ class Recipe:
         rate: Peak learning rate, reached after `warmup` steps.
         decay: Final share of the run over which the rate falls linearly to zero.
         weight_decay: Muon's, on the blocks' matrices only.
-        mixture: See `MIXTURE`.
+        second_stage: Step from which `SECOND` is shown instead of `FIRST`.
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -78,7 +92,7 @@ class Recipe:
     warmup: int = 100
     decay: float = 0.25
     weight_decay: float = 0.1
-    mixture: Mixture = field(default_factory=lambda: dict(MIXTURE))
+    second_stage: int = SECOND_STAGE
 
     @property
     def steps(self) -> int:
@@ -217,6 +231,7 @@ def train(
     compiled: bool = False,
     save_every: float = 240.0,
     score_every: int = 1_000_000,
+    progress: bool = True,
 ) -> LlamaForCausalLM:
     """Train an organism, or go on with one.
 
@@ -229,6 +244,7 @@ def train(
         compiled: Compile the loss (needs a C++ compiler; about 1.4 times faster).
         save_every: Seconds between checkpoints.
         score_every: Tokens between scores in the log.
+        progress: Show a progress bar.
 
     Returns:
         The trained model, in evaluation mode.
@@ -241,17 +257,21 @@ def train(
     nn.Module.to(model, device)
     optimizers = make_optimizers(model, recipe)
     step = load_checkpoint(out, model, optimizers, seed, device) if resume else 0
-    packer = Packer(Documents(language, recipe.mixture), tokenizer, recipe.rows, recipe.row_tokens)
+    packers = [
+        Packer(Documents(language, stage), tokenizer, recipe.rows, recipe.row_tokens)
+        for stage in (FIRST, SECOND)
+    ]
     loss_of: Callable[[LlamaForCausalLM, Batch], Tensor] = batch_loss
     if compiled:
         loss_of = torch.compile(batch_loss)
     step_tokens = recipe.rows * recipe.row_tokens
+    bar = tqdm(total=recipe.steps, initial=step, unit="step", desc="train", disable=not progress)
     saved, started, total, since = time.monotonic(), time.monotonic(), 0.0, 0
     while step < recipe.steps:
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(step)
-        batch = _to(packer.batch(seed, step), device)
+        batch = _to(packers[step >= recipe.second_stage].batch(seed, step), device)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -260,6 +280,7 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
         step += 1
+        bar.update()
         total, since = total + loss.item(), since + 1
         done = step == recipe.steps
         if done or step * step_tokens // score_every > (step - 1) * step_tokens // score_every:
@@ -277,6 +298,7 @@ def train(
         if done or time.monotonic() - saved > save_every:
             save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))
             saved = time.monotonic()
+    bar.close()
     model.train(False)
     return model
 
@@ -298,31 +320,3 @@ def _to(batch: Batch, device: str) -> Batch:
         batch.documents.to(device),
         batch.positions.to(device),
     )
-
-
-def main() -> None:
-    """Command line of the trainer."""
-    parser = argparse.ArgumentParser(description="Train the model organism.")
-    parser.add_argument("out", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tokens", type=int, default=Recipe.tokens)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--compile", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    recipe = Recipe(tokens=arguments.tokens)
-    model = train(
-        arguments.out, arguments.seed, recipe, arguments.device, compiled=arguments.compile
-    )
-    ship(
-        arguments.out / "shipped",
-        model.cpu(),
-        build_tokenizer(),
-        Language(arguments.seed),
-        asdict(recipe),
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,151 @@
+"""Figures of settings swept: scores against a setting, with intervals and controls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lirefs.harness.plots import COLOURS, canvas_of, png_of
+from lirefs.statistics import Estimate
+
+if TYPE_CHECKING:
+    from lirefs.harness.comparison import Comparison
+
+MARKERS = "osD^vPX*<>"
+
+
+def scores_against(
+    comparison: Comparison,
+    variants: Mapping[str, tuple[float, float]],
+    tasks: Sequence[str],
+    labels: tuple[str, str],
+) -> bytes:
+    """Scores of tasks against two measures of the same variants, one panel each.
+
+    Args:
+        comparison: Holds every variant.
+        variants: Name to its place on the two horizontal axes.
+        tasks: One line each.
+        labels: Of the horizontal axes.
+    """
+    canvas, axes = canvas_of(2, (10.5, 4.2))
+    for panel, axis in enumerate(axes):
+        x = np.array([places[panel] for places in variants.values()])
+        order = np.argsort(x)
+        for index, task in enumerate(tasks):
+            values = _estimates([comparison.cell(name, task).value for name in variants])[order]
+            _line(axis, x[order], values, index, task)
+        axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
+    axes[0].legend(fontsize=6.5, loc="best", framealpha=0.85)
+    return png_of(canvas)
+
+
+def strength_effect(
+    comparison: Comparison,
+    steered: Mapping[float, str],
+    controls: Sequence[Mapping[float, str]],
+    tasks: Sequence[str],
+) -> bytes:
+    """Scores against steering strength, beside random directions of the same norm.
+
+    Args:
+        comparison: Holds every variant.
+        steered: Strength to variant.
+        controls: The same for each random direction.
+        tasks: One panel each.
+    """
+    canvas, axes = canvas_of(len(tasks), (3.4 * len(tasks), 3.6))
+    x = np.array(list(steered))
+    for axis, task in zip(axes, tasks, strict=True):
+        for number, control in enumerate(controls):
+            shares = [comparison.cell(name, task).value.value for name in control.values()]
+            label = "random directions of the same norm" if number == 0 else None
+            axis.plot(list(control), shares, color=COLOURS[6], lw=1, alpha=0.8, label=label)
+        values = _estimates([comparison.cell(name, task).value for name in steered.values()])
+        _line(axis, x, values, 0, "LiReF, 95 % interval")
+        axis.axvline(0, color="black", lw=0.6, ls=":")
+        axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
+        n = comparison.cell(next(iter(steered.values())), task).value.n
+        axis.set_title(f"{task}, n = {n}", fontsize=9)
+    axes[0].set_ylabel("share of items")
+    axes[0].legend(fontsize=7)
+    return png_of(canvas)
+
+
+def layer_effect(
+    separation: Sequence[Estimate], effects: Mapping[str, Sequence[Estimate]]
+) -> bytes:
+    """Where a direction separates best, and where it acts.
+
+    Args:
+        separation: Test AUROC at each layer.
+        effects: Name of an effect to its difference from random directions at each layer.
+    """
+    canvas, (left, right) = canvas_of(2, (9, 3.6))
+    layers = np.arange(len(separation))
+    _line(left, layers, _estimates(separation), 0, "test AUROC, 95 % interval")
+    left.axhline(0.5, color="black", lw=0.6, ls=":")
+    left.set(xlabel="layer", ylabel="AUROC", ylim=(0.4, 1.02), xticks=layers)
+    left.legend(fontsize=7)
+    for index, (name, values) in enumerate(effects.items()):
+        _line(right, layers + 0.05 * index, _estimates(values), index + 1, name)
+    right.axhline(0, color="black", lw=0.6)
+    right.set(xlabel="layer steered", ylabel="LiReF minus random directions", xticks=layers)
+    right.legend(fontsize=7)
+    return png_of(canvas)
+
+
+def transfer_matrix(
+    forms: Sequence[str],
+    areas: Mapping[tuple[str, str], Estimate],
+    cosines: Mapping[tuple[str, str], float],
+) -> bytes:
+    """AUROC of every form's direction on every form's questions, and cosines of the directions."""
+    canvas, axes = canvas_of(2, (9.5, 4.2))
+    panels: list[tuple[Any, str, float, float]] = [
+        (areas, "test AUROC: direction (row) on questions (column)", 0.0, 1.0),
+        (cosines, "cosine between directions", -1.0, 1.0),
+    ]
+    for axis, (cells, title, low, high) in zip(axes, panels, strict=True):
+        numbers = np.array([[_value(cells[row, column]) for column in forms] for row in forms])
+        axis.imshow(numbers, vmin=low, vmax=high, cmap="RdBu_r" if low < 0 else "PuOr")
+        for i, row in enumerate(forms):
+            for j, column in enumerate(forms):
+                one = cells[row, column]
+                text = f"{_value(one):.2f}"
+                if isinstance(one, Estimate):
+                    text += f"\n[{one.low:.2f}, {one.high:.2f}]"
+                share = (_value(one) - low) / (high - low)
+                colour = "white" if share > 0.85 or share < 0.15 else "black"
+                axis.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
+        axis.set_xticks(range(len(forms)), forms, fontsize=8)
+        axis.set_yticks(range(len(forms)), forms, fontsize=8)
+        axis.set_title(title, fontsize=9)
+    return png_of(canvas)
+
+
+def _value(one: Estimate | float) -> float:
+    return one.value if isinstance(one, Estimate) else one
+
+
+def _estimates(values: Sequence[Estimate]) -> np.ndarray[Any, Any]:
+    return np.array([(one.value, one.low, one.high) for one in values])
+
+
+def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
+    errors = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
+    axis.errorbar(
+        x,
+        values[:, 0],
+        errors,
+        color=COLOURS[index % len(COLOURS)],
+        ls="-" if index < len(COLOURS) else "--",
+        marker=MARKERS[index % len(MARKERS)],
+        ms=3.5,
+        lw=1.2,
+        elinewidth=0.7,
+        capsize=1.5,
+        label=label,
+    )

@@ -1,0 +1,171 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kfac
+import lirefs
+from lirefs import MultipleChoice, Perplexity, ShortAnswer, cli, compare, study, study_report
+from lirefs.errors import QuestionsError
+from lirefs.harness.comparison import Comparison, TaskInfo
+from lirefs.harness.tasks import CONFLICT, ItemResult
+from lirefs.organism.items import SPLITS
+from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
+from lirefs.questions import Questions
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return lirefs.load("organism")
+
+
+def prompts(lm, split):
+    """Everything a task of a split asks, by task."""
+    found = {}
+    for task in organism_tasks(lm, split, limit=1000):
+        if isinstance(task, MultipleChoice | ShortAnswer):
+            found[task.name] = {item[1] for item in task.items}
+        else:
+            found[task.name] = {repr(item[1:]) for item in task.items}
+    return found
+
+
+def test_no_item_that_reports_is_one_that_chooses_or_fits(lm):
+    sides = {split: prompts(lm, split) for split in SPLITS}
+    for task in sides["test"]:
+        if task == "multiplication table":  # one table, all of it is trained on and asked
+            continue
+        assert sides["test"][task], task
+        assert not sides["test"][task] & sides["validation"][task], task
+        assert not sides["test"][task] & sides["train"][task], task
+
+
+def test_calibration_texts_hold_no_other_item_than_training_does(lm):
+    texts = training_texts(400)
+    assert len(texts) == 400
+    assert texts == training_texts(400)
+    assert texts != training_texts(400, seed=1)
+    for task in ("boolean expressions", "relations", "retrieval", "stories"):
+        for prompt in prompts(lm, "test")[task]:
+            assert not any(prompt in text for text in texts if len(prompt) > 40)
+
+
+def test_tasks_with_two_answers_ask_the_same_items(lm):
+    tasks = {task.name: task for task in organism_tasks(lm, "test", 30)}
+    for pair in (
+        ("exceptions, memorized label", "exceptions, true label"),
+        ("conflicts, answer read", "conflicts, answer recalled"),
+    ):
+        one, other = (tasks[name] for name in pair)
+        assert one.group == other.group == CONFLICT
+        assert [item[1] for item in one.items] == [item[1] for item in other.items]
+        assert all(a[2] != b[2] for a, b in zip(one.items, other.items))
+
+
+def test_questions_come_with_their_split_whatever_the_seed():
+    questions = organism_questions("passage", n=60)
+    split = questions.split(seed=5)
+    assert list(split.test) == list(questions.split(seed=6).test)
+    assert len(split.test) == 120
+    with pytest.raises(QuestionsError, match="name their split"):
+        Questions([replace(questions[0], side=""), *questions[1:]]).split()
+
+
+def made_up(**shares):
+    """A comparison with the shares given for the unchanged model and one variant."""
+    items = {
+        variant: {
+            task: [ItemResult(str(i), {"accuracy": float(i < pair[k] * 50)}) for i in range(50)]
+            for task, pair in shares.items()
+        }
+        for k, variant in enumerate(("unchanged", "v"))
+    }
+    tasks = {task: TaskInfo("reasoning", "accuracy", 0.1) for task in shares}
+    return Comparison(items, tasks, resamples=200)
+
+
+def test_harm_counts_what_misses_the_goal_and_nothing_else():
+    comparison = made_up(good=(1.0, 0.96), bad=(1.0, 0.5), noise=(0.1, 0.0))
+    assert study.harm(comparison, "v", ["good"]) == 0
+    assert study.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
+
+
+def test_against_random_is_the_paired_difference():
+    comparison = made_up(t=(0.2, 0.6))
+    found = study.against_random(comparison, "t", "v", ["unchanged", "unchanged"])
+    assert found.value == pytest.approx(0.4)
+    assert found.low > 0.2
+    assert found.n == 50
+
+
+def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
+    texts = training_texts(12)
+    names = [f"model.layers.2.mlp.{name}_proj" for name in ("gate", "up", "down")]
+    edit = kfac.SVDEdit(names, 0.2)
+    chosen, words = study.matched_svd(lm, edit, texts, names, steps=8)
+    task = Perplexity("texts", [(str(i), text) for i, text in enumerate(texts)])
+    found = compare(lm, {"goal": edit, "svd": chosen}, [task], resamples=2, progress=False)
+    goal, reached = (found.cell(name, "texts").value.value for name in ("goal", "svd"))
+    assert reached == pytest.approx(goal, rel=0.02)
+    assert f"{goal:.2f}" in words
+
+
+def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path):
+    for name, value in {
+        "KEEPS": (0.9,), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
+        "SWEPT_STRENGTHS": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
+    }.items():  # fmt: skip
+        monkeypatch.setattr(study, name, value)
+        if hasattr(study_report, name):
+            monkeypatch.setattr(study_report, name, value)
+    texts = training_texts(40)
+    targets = kfac.find_targets(lm.model)
+    batches = [lm.pad(lm.encode(texts[i : i + 20])) for i in (0, 20)]
+    factors = kfac.collect(lm.model, batches, targets, progress=False)
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    found = study.run(lm, factors, layers=[1, 2], limit=8)
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+    assert found.edit.label.startswith("layers 1, 2;")
+    assert set(found.steers) == {"add", "amplify", "ablate"}
+    lines = study_report.findings(found)
+    assert [line[:2] for line in lines] == ["1.", "2.", "3.", "4."]
+    page = found.comparison.save(tmp_path, study_report.figures(found))
+    assert page.stat().st_size > 100_000
+    saved = json.dumps(study_report.provenance(found))
+    assert "keep sweep" in saved
+
+
+def test_settings_that_are_given_are_not_chosen(lm):
+    factors = kfac.collect(
+        lm.model,
+        [lm.pad(lm.encode(training_texts(5)))],
+        kfac.find_targets(lm.model),
+        progress=False,
+    )
+    made = study.curvature_candidates(factors, lm.n_layers, [3], 0.5)
+    assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
+    assert set(made["layers 3; gate, up; keep 0.5"].keep) == {
+        "model.layers.3.mlp.gate_proj",
+        "model.layers.3.mlp.up_proj",
+    }
+
+
+def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(
+        cli.commands_organism, "scores", lambda model, tokenizer, language, split: {"x": 1.0}
+    )
+
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["lirefs", "organism", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        return stop.value.code
+
+    assert run("scores") == 0
+    assert json.loads(capsys.readouterr().out) == {"x": 1.0}
+    assert run("scores", "--split", "dev") == 2
+    assert run("scores", tmp_path) == 2
+    file = tmp_path / "file"
+    file.write_text("")
+    assert run("train", file) == 2
