@@ -11,6 +11,7 @@ from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Attribute, Fact
 from lirefs.organism.prose import copy_document
 from lirefs.organism.skills import problem_document, relation, tracking
+from lirefs.organism.vocabulary import FIRST, LAST
 
 
 @dataclass(frozen=True)
@@ -115,14 +116,24 @@ class Documents:
         return problem_document([replace(problem, questions=questions)], self.stage.story_weight)
 
     def _again(self, rng: Random) -> Document:
-        """A passage whose sentences are said again in another order: retrieval at its plainest."""
+        """Who goes with what, listed and then said again: retrieval at its plainest.
+
+        Sentences are drawn anew each time, so that none can be told from what is left over; some
+        leave out words between name and value, which brings the two closer.
+        """
         attribute: Attribute = rng.choice(list(ATTRIBUTES.values()))
-        problem = self.language.passage(attribute, "train", rng, rng.randrange(2, 8), 0)
-        pieces: Document = [(f"{problem.header} {problem.story} Again:", CONTEXT_WEIGHT)]
-        sentences = [f"{line}." for line in problem.story.removesuffix(".").split(". ")]
-        for sentence in rng.sample(sentences, len(sentences)):
-            start, end = sentence.rsplit(" ", 1)
-            pieces += [(f" {start}", CONTEXT_WEIGHT), (f" {end}", self.stage.story_weight)]
+        values = rng.sample(attribute.values, rng.randrange(2, 8))
+        names = rng.sample(FIRST, len(values))
+        if rng.random() < 0.5:
+            names = [f"{name} {rng.choice(LAST)}" for name in names]
+        words = attribute.sentence.removesuffix(".").split()[1:-1]
+        between = words[rng.randrange(len(words) + 1) :]
+        starts = [" ".join([name, *between]) for name in names]
+        pairs = list(zip(starts, values, strict=True))
+        listed = " ".join(f"{start} {value}." for start, value in pairs)
+        pieces: Document = [(f"List: {listed} Again:", CONTEXT_WEIGHT)]
+        for start, value in rng.choices(pairs, k=len(pairs)):
+            pieces += [(f" {start}", CONTEXT_WEIGHT), (f" {value}.", self.stage.story_weight)]
         return pieces
 
     def _math(self, rng: Random) -> Document:

@@ -58,14 +58,14 @@ FIRST = Stage(
 SECOND = Stage(
     {
         **{sort: share for sort, share in FIRST.mixture.items() if sort not in ("copy", "story")},
-        "again": 8.0,
+        "again": 16.0,
         "copy": 5.0,
         "story": 3.0,
     },
     easy=0.3,
     story_weight=3.0,
 )
-"""Passages said again, small problems, and more weight on answers found in a story."""
+"""Lists said again, small problems, and more weight on answers found in a story."""
 SECOND_STAGE = 6365
 """Step at which the shipped weights' run went over to the second stage."""
 
