@@ -15,7 +15,7 @@ from lirefs.organism.muon import orthogonalize
 from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
 from lirefs.organism.scores import answered, scores
-from lirefs.organism.train import SECOND, ModelShape, Packer, Recipe, batch_loss, make_model, train
+from lirefs.organism.train import THIRD, ModelShape, Packer, Recipe, batch_loss, make_model, train
 from lirefs.organism.vocabulary import build_tokenizer
 
 TINY = Recipe(
@@ -63,7 +63,7 @@ def test_training_shows_no_item_of_another_split(language, tokenizer):
         for item in language.items(kind, split, 100)
     }
     # Very short expressions and sums can be part of a longer text, so documents are cut into items.
-    documents, rng = Documents(language, SECOND), Random(1)
+    documents, rng = Documents(language, THIRD), Random(1)
     for _ in range(3000):
         text = "".join(piece for piece, _ in documents.draw(rng))
         body = text.split(" ", 1)[1] + " "
@@ -133,7 +133,7 @@ def test_question_sets_are_balanced(language, form):
 
 
 def test_every_document_survives_the_tokenizer(language, tokenizer):
-    documents, rng = Documents(language, SECOND), Random(2)
+    documents, rng = Documents(language, THIRD), Random(2)
     for _ in range(400):
         text = "".join(piece for piece, _ in documents.draw(rng))
         ids = tokenizer.encode(text)
@@ -143,7 +143,7 @@ def test_every_document_survives_the_tokenizer(language, tokenizer):
 
 
 def test_pieces_encode_as_the_whole(language, tokenizer):
-    documents, rng = Documents(language, SECOND), Random(3)
+    documents, rng = Documents(language, THIRD), Random(3)
     packer = Packer(documents, tokenizer, 2, 128)
     for _ in range(300):
         pieces = [piece for piece, _ in documents.draw(rng)]
@@ -154,7 +154,7 @@ def test_pieces_encode_as_the_whole(language, tokenizer):
 def test_packed_documents_do_not_see_each_other(language, tokenizer):
     torch.manual_seed(0)
     model = make_model(TINY.shape, tokenizer)
-    packer = Packer(Documents(language, SECOND), tokenizer, 2, 128)
+    packer = Packer(Documents(language, THIRD), tokenizer, 2, 128)
     batch = packer.batch(0, 0)
     together = batch_loss(model, batch)
     total, weight = torch.zeros(()), torch.zeros(())

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from random import Random
 
-from lirefs.organism.items import CONTEXT_WEIGHT, Document
+from lirefs.organism.items import CONTEXT_WEIGHT, Document, split_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Attribute, Fact
 from lirefs.organism.prose import copy_document
-from lirefs.organism.skills import problem_document, relation, tracking
-from lirefs.organism.vocabulary import FIRST, LAST
+from lirefs.organism.skills import Problem, problem_document, relation, tracking
+from lirefs.organism.vocabulary import FIRST, LAST, OBJECTS
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,9 @@ class Documents:
             "conflict": self._conflict,
             "passage": self._passage,
             "again": self._again,
+            "links": self._links,
+            "hands": self._hands,
+            "ages": self._ages,
             "math": self._math,
             "boolean": self._logic,
             "relation": self._relation,
@@ -62,6 +66,7 @@ class Documents:
             raise ValueError(f"No documents of sort {unknown}; known: {', '.join(self.sorts)}.")
         self._names, self._weights = list(stage.mixture), list(stage.mixture.values())
         self._frequencies = [fact.frequency for fact in language.facts]
+        self._shown_wrong = [one for one in language.exceptions if one.group == "relation"]
         self._contradictions = language.contradictions("train")
 
     def draw(self, rng: Random) -> Document:
@@ -135,6 +140,47 @@ class Documents:
         for start, value in rng.choices(pairs, k=len(pairs)):
             pieces += [(f" {start}", CONTEXT_WEIGHT), (f" {value}.", self.stage.story_weight)]
         return pieces
+
+    def _links(self, rng: Random) -> Document:
+        """As many linked people as stated ones, each question drawn anew: two steps, densely."""
+        attribute: Attribute = rng.choice(list(ATTRIBUTES.values()))
+        stated = rng.randrange(2, 4)
+        problem = self.language.passage(attribute, "train", rng, stated, stated)
+        questions = tuple(rng.choices(problem.questions, k=5))
+        return problem_document([replace(problem, questions=questions)], self.stage.story_weight)
+
+    def _hands(self, rng: Random) -> Document:
+        """Many things given away, some twice, and who has each: tracking without its first line."""
+        things = rng.sample(OBJECTS, rng.randrange(2, 6))
+        givers = rng.sample(FIRST, len(things))
+        holder = dict(zip(things, givers, strict=True))
+        lines = []
+        for thing in rng.sample(things, len(things)) + rng.choices(things, k=rng.randrange(3)):
+            receiver = rng.choice([name for name in FIRST if name != holder[thing]])
+            lines.append(f"{holder[thing]} gives the {thing} to {receiver}.")
+            holder[thing] = receiver
+        asked = rng.choices(things, k=len(things))
+        questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in asked)
+        story = " ".join(lines)  # without "has the", so it is no story of the skill itself
+        problem = Problem("tracking", "Hands:", story, questions, story)
+        return problem_document([problem], self.stage.story_weight)
+
+    def _ages(self, rng: Random) -> Document:
+        """Two or three people from the oldest down: order before it is shuffled and turned."""
+        people = rng.sample(FIRST, rng.choice((2, 3, 3)))
+        lines = [f"{a} is older than {b}." for a, b in pairwise(people)]
+        if rng.random() < 0.5:
+            rng.shuffle(lines)
+        ends = (("oldest", people[0]), ("youngest", people[-1]))
+        questions = tuple(
+            (f"Question: Who is {end}? Answer:", name) for end, name in rng.choices(ends, k=2)
+        )
+        story = " ".join(lines)
+        held_out = split_of(story, self.language.seed) != "train"
+        if held_out or any(item.prompt.startswith(f"Ages: {story}") for item in self._shown_wrong):
+            return self._ages(rng)
+        problem = Problem("relation", "Ages:", story, questions, story)
+        return problem_document([problem], self.stage.story_weight)
 
     def _math(self, rng: Random) -> Document:
         kinds = rng.choices(("addition", "subtraction", "times"), (5, 4, 1), k=rng.randrange(1, 7))

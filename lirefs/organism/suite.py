@@ -19,7 +19,7 @@ from lirefs.organism.items import SPLITS, Item, Split
 from lirefs.organism.language import Language
 from lirefs.organism.people import COMMON
 from lirefs.organism.questions import Form, question_set
-from lirefs.organism.train import SECOND
+from lirefs.organism.train import THIRD
 from lirefs.questions import Question, Questions
 
 RARE = 3
@@ -105,7 +105,7 @@ def organism_tasks(
 
 def training_texts(n: int, seed: int = 0, language: Language | None = None) -> list[str]:
     """Fresh documents as training showed them last: what curvature is estimated from."""
-    documents = Documents(language or Language(), SECOND)
+    documents = Documents(language or Language(), THIRD)
     rng = Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 

@@ -66,8 +66,21 @@ SECOND = Stage(
     story_weight=3.0,
 )
 """Lists said again, small problems, and more weight on answers found in a story."""
-SECOND_STAGE = 6365
-"""Step at which the shipped weights' run went over to the second stage."""
+THIRD = Stage(
+    {
+        **{sort: share for sort, share in SECOND.mixture.items() if sort not in ("again", "fact")},
+        "fact": 10.0,
+        "again": 6.0,
+        "links": 10.0,
+        "hands": 10.0,
+        "ages": 10.0,
+    },
+    easy=0.2,
+    story_weight=3.0,
+)
+"""Dense documents for what takes several steps: linked people, hand-overs, order."""
+STAGES = ((0, FIRST), (6365, SECOND), (8675, THIRD))
+"""Each stage with its first step, as in the run that made the shipped weights."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +94,7 @@ class Recipe:
         rate: Peak learning rate, reached after `warmup` steps.
         decay: Final share of the run over which the rate falls linearly to zero.
         weight_decay: Muon's, on the blocks' matrices only.
-        second_stage: Step from which `SECOND` is shown instead of `FIRST`.
+        stages: What is shown, from which step on.
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
@@ -92,12 +105,16 @@ class Recipe:
     warmup: int = 100
     decay: float = 0.25
     weight_decay: float = 0.1
-    second_stage: int = SECOND_STAGE
+    stages: tuple[tuple[int, Stage], ...] = STAGES
 
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
         return max(1, self.tokens // (self.rows * self.row_tokens))
+
+    def stage_at(self, step: int) -> int:
+        """Index of the stage of a step."""
+        return max(index for index, (first, _) in enumerate(self.stages) if first <= step)
 
     def rate_at(self, step: int) -> float:
         """Learning rate of a step: linear warm-up, constant, linear decay."""
@@ -259,7 +276,7 @@ def train(
     step = load_checkpoint(out, model, optimizers, seed, device) if resume else 0
     packers = [
         Packer(Documents(language, stage), tokenizer, recipe.rows, recipe.row_tokens)
-        for stage in (FIRST, SECOND)
+        for _, stage in recipe.stages
     ]
     loss_of: Callable[[LlamaForCausalLM, Batch], Tensor] = batch_loss
     if compiled:
@@ -271,7 +288,7 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(step)
-        batch = _to(packers[step >= recipe.second_stage].batch(seed, step), device)
+        batch = _to(packers[recipe.stage_at(step)].batch(seed, step), device)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
