@@ -291,9 +291,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
     def _same_places(self, other: Directions) -> None:
         if set(self) != set(other):
-            raise DirectionError(
-                f"directions at different places: only one side has {sorted(set(self) ^ set(other))}"
-            )
+            lonely = sorted(set(self) ^ set(other))
+            raise DirectionError(f"directions at different places: only one side has {lonely}")
 
     def steer(
         self,
@@ -378,7 +377,7 @@ class Directions(Mapping[tuple[int, str], Direction]):
 def _made_by(operation: str, *operands: Directions) -> dict[str, Any]:
     """The provenance of a result: what all operands share, and how it was made of them."""
     first = operands[0].provenance
-    shared = {
+    shared: dict[str, Any] = {
         key: first[key]
         for key in ("model", "model_name", "tokenizer")
         if key in first and all(one.provenance.get(key) == first[key] for one in operands)

@@ -60,22 +60,21 @@ class Operator:
         if self.name == "norm_preserving_add":
             moved = exact + (scaled if strength is None else strength * direction)
             length = moved.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
-            return (moved * (exact.norm(dim=-1, keepdim=True) / length)).to(h.dtype)
+            kept: Tensor = moved * (exact.norm(dim=-1, keepdim=True) / length)
+            return kept.to(h.dtype)
         along = (exact @ unit).unsqueeze(-1)
-        if self.name == "amplify" and strength is not None:
+        factor = 1.0
+        if self.name == "ablate" or (self.name == "amplify" and strength is None):
+            factor = self.strength
+        elif self.name == "amplify":
             along = along * strength
-        elif self.name in ("clamp", "ablate_then_add"):
+        else:
             goal = self.strength if strength is None else strength
             along = (goal if self.name == "clamp" else goal * self._norm) - along
-        factor = self.strength if self.name in ("amplify", "ablate") and strength is None else 1.0
-        if self.name == "ablate":
-            factor = -1.0
         return torch.addcmul(exact, along, unit, value=factor).to(h.dtype)
 
     def _prepare(self, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        direction, unit = (
-            one.to(h.device, dtype) for one in (self._direction, self._unit)
-        )
+        direction, unit = (one.to(h.device, dtype) for one in (self._direction, self._unit))
         scaled = (self.strength * self._direction).to(h.device, dtype)
         self._ready[h.device, dtype] = (direction, unit, scaled)
         return direction, unit, scaled

@@ -196,7 +196,7 @@ class Tracker:
         rows, width = source.shape[:2]
         if not rows or not width:
             raise ScopeError(f"the batch is empty: {rows} row(s) of {width} token(s)")
-        cache = given.get("past_key_values")
+        cache: Any = given.get("past_key_values")
         past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         position = _positions(given, rows, width, past, source.device)
         prompt = _PROMPT.get()

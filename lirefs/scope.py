@@ -141,7 +141,7 @@ def mask(tokens: Tensor | Sequence[bool] | Sequence[Sequence[bool]]) -> Scope:
     Raises:
         ScopeError: There is no row, or an entry is not a boolean.
     """
-    rows = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    rows: list[Any] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
     if not rows:
         raise ScopeError("an explicit mask needs at least one row")
     if not isinstance(rows[0], Sequence):

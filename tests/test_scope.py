@@ -220,7 +220,7 @@ def test_forward_without_a_cache(name, setting):
     side, rows, mask, positions = FORWARD[setting]
     lm = language_model("llama")
     prompts = lm.encode([TEXTS[i] for i in rows])
-    texts = [ids + [30 + i, 40, 50, 60] for i, ids in enumerate(prompts)]
+    texts = [[*ids, 30 + i, 40, 50, 60] for i, ids in enumerate(prompts)]
     with steered(name, rows).apply(lm.model), prompt_lengths([len(ids) for ids in prompts]):
         found = forward(lm, texts, side, mask, positions)
     for row, ids, prompt, logits in zip(rows, texts, prompts, found):
@@ -266,9 +266,7 @@ def test_a_loop_written_by_hand(name, setting):
                 loop()
         else:
             loop()
-    texts = [
-        ids + [int(step[row].argmax()) for step in steps] for row, ids in enumerate(prompts)
-    ]
+    texts = [ids + [int(step[row].argmax()) for step in steps] for row, ids in enumerate(prompts)]
     compare(lm, name, rows, texts, torch.stack(steps, dim=1))
 
 
