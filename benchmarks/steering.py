@@ -172,18 +172,21 @@ def transformer_lens(lm: Any, prompts: list[str], texts: list[str], tokens: int)
 
 def nnsight(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
     """Capture and generation with nnsight."""
+    from nnsight import save
     from nnsight.modeling.transformers import TransformersModel
 
     tokenizer = copy.deepcopy(lm.tokenizer)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = TransformersModel(copy.deepcopy(lm.model), tokenizer=tokenizer, task="text-generation")
-    layers = model.get(lm.layout.blocks) if hasattr(model, "get") else model.model.layers
+    layers = model.get(lm.layout.blocks)
     vector = torch.ones(lm.width, device=lm.device) / lm.width**0.5
 
     def capture() -> None:
         for start in range(0, len(prompts), BATCH):
             with torch.no_grad(), model.trace(prompts[start : start + BATCH]) as tracer:
-                states = [layer.input[:, -1].save() for layer in layers]
+                states = save([])
+                for layer in layers:
+                    states.append(layer.input[:, -1])
                 tracer.stop()
             torch.stack(states)
 

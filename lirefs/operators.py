@@ -64,13 +64,13 @@ class Operator:
             return kept.to(h.dtype)
         along = (exact @ unit).unsqueeze(-1)
         factor = 1.0
-        if self.name == "ablate" or (self.name == "amplify" and strength is None):
-            factor = self.strength
-        elif self.name == "amplify":
-            along = along * strength
-        else:
+        if self.name in ("clamp", "ablate_then_add"):
             goal = self.strength if strength is None else strength
             along = (goal if self.name == "clamp" else goal * self._norm) - along
+        elif self.name == "amplify" and strength is not None:
+            along = along * strength
+        else:
+            factor = self.strength
         return torch.addcmul(exact, along, unit, value=factor).to(h.dtype)
 
     def _prepare(self, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
