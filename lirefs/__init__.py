@@ -4,6 +4,7 @@ LiReFs (Hong et al. 2025, arXiv 2503.23084) are linear directions in the residua
 package `kfac` removes flat directions of the weights (Merullo et al. 2025, arXiv 2510.24256).
 """
 
+from lirefs.bake import bake
 from lirefs.capture import Activations, capture
 from lirefs.directions import Direction, Directions
 from lirefs.errors import LirefsError
@@ -14,8 +15,11 @@ from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAn
 from lirefs.intervention import Intervention, Steer, compose
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel, load, wrap
+from lirefs.positions import prompt_lengths
 from lirefs.probe import Probe, fit
 from lirefs.questions import Question, Questions, Split, load_questions
+from lirefs.scope import Scope
+from lirefs.strength import Gate, Schedule
 from lirefs.version import __version__
 
 __all__ = [
@@ -23,6 +27,7 @@ __all__ = [
     "Comparison",
     "Direction",
     "Directions",
+    "Gate",
     "Intervention",
     "LanguageModel",
     "Layout",
@@ -34,10 +39,13 @@ __all__ = [
     "Question",
     "Questions",
     "Recitation",
+    "Schedule",
+    "Scope",
     "ShortAnswer",
     "Split",
     "Steer",
     "__version__",
+    "bake",
     "calibration_texts",
     "capture",
     "compare",
@@ -46,6 +54,7 @@ __all__ = [
     "fit",
     "load",
     "load_questions",
+    "prompt_lengths",
     "recitation_task",
     "wrap",
 ]

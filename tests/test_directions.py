@@ -6,7 +6,7 @@ from safetensors.torch import save_file
 from tiny import fresh_model, tiny_tokenizer
 
 from lirefs import Direction, Directions, wrap
-from lirefs.errors import DirectionsFileError, ProvenanceError
+from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
 
 
 def some():
@@ -81,3 +81,67 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         Directions.load(path)
     with pytest.raises(DirectionsFileError, match="no such file"):
         Directions.load(tmp_path / "absent.safetensors")
+
+
+def test_arithmetic_is_that_of_vectors():
+    one = some()[0]
+    two = Direction(torch.arange(32.0), 0, "resid_pre", (0.5, 0.6), (1.0, 1.0), (5, 5))
+    assert torch.equal((one + two).vector, one.vector + two.vector)
+    assert torch.equal((one - two).vector, one.vector - two.vector)
+    assert torch.equal((2 * one).vector, (one * 2.0).vector)
+    torch.testing.assert_close((one / 4).vector, one.vector / 4)
+    assert one.normalized().norm == pytest.approx(1)
+    rest = one.project_off(two)
+    assert abs(float(rest.vector @ two.unit)) < 1e-5
+    torch.testing.assert_close(rest.vector + float(one.vector @ two.unit) * two.unit, one.vector)
+    torch.testing.assert_close(one.project_off(two * 0).vector, one.vector)
+    mean = Direction.mean_of([one, two, one])
+    torch.testing.assert_close(mean.vector, (2 * one.vector + two.vector) / 3)
+    assert (mean.layer, mean.site, mean.counts) == (0, "resid_pre", (0, 0))
+
+
+def test_what_was_measured_follows_the_unit_vector():
+    one = some()[0]
+    assert (3 * one).means == one.means
+    assert (-one).means == (-one.means[0], -one.means[1])
+    assert one.normalized().counts == one.counts
+    assert (one + one).counts == (0, 0)
+    assert (one * 0).counts == (0, 0)
+
+
+def test_arithmetic_of_whole_sets(tmp_path):
+    one, two = some(), 3.0 * some()
+    total = one + two
+    for place in one:
+        torch.testing.assert_close(total[place].vector, 4 * one[place].vector)
+    assert total.provenance["model"] == "abc"
+    assert total.provenance["operation"] == "+"
+    assert total[0].model == "abc"
+    for made in (one - two, -one, one / 2, one.normalized(), one.project_off(two)):
+        assert set(made) == set(one)
+    only = one.project_off(one[1])
+    assert only[1].norm < 1e-5
+    assert only[0].norm > 1
+    mean = Directions.mean_of([one, two])
+    torch.testing.assert_close(mean[2].vector, 2 * one[2].vector)
+    mean.save(tmp_path / "mean.safetensors")
+    loaded = Directions.load(tmp_path / "mean.safetensors")
+    assert loaded.provenance == mean.provenance
+
+
+def test_what_does_not_fit_is_refused():
+    one = some()[0]
+    for wrong in [
+        lambda: one + some()[1],
+        lambda: one - Direction(torch.ones(8), 0),
+        lambda: one.project_off(Direction(torch.ones(32), 0, model="another")),
+        lambda: one / 0,
+        lambda: Direction.mean_of([]),
+        lambda: Directions.mean_of([]),
+        lambda: some() + Directions({(0, "resid_pre"): one}),
+    ]:
+        with pytest.raises(DirectionError):
+            wrong()
+    for wrong in (lambda: one + 1.0, lambda: one * one, lambda: some() * "2", lambda: some() + 2):
+        with pytest.raises(TypeError):
+            wrong()

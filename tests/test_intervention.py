@@ -1,10 +1,13 @@
+import dataclasses
+import json
+
 import pytest
 import torch
 from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
 from torch import nn
 
-from lirefs import Direction, compose, wrap
-from lirefs.errors import InterventionError
+from lirefs import Direction, Directions, Gate, Schedule, compose, wrap
+from lirefs.errors import InterventionError, LayoutError, ProvenanceError, SettingError
 from lirefs.intervention import Steer
 
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80]])
@@ -195,6 +198,279 @@ def test_named_errors(lm):
     with pytest.raises(InterventionError, match="str is not an intervention"):
         compose("no")
     assert Steer(direction(), "add").describe()["directions"][0]["layer"] == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "olmo2", "gemma2", "gpt_neox", "falcon"])
+@pytest.mark.parametrize("site", ["attn_out", "mlp_out"])
+def test_what_is_added_at_a_site_arrives_in_the_stream(family, site):
+    # On post-norm models too: the site is what is added to the stream, behind the norm.
+    model = wrap(tiny_model(family), tiny_tokenizer()).model
+    one = direction(layer=3, site=site)
+    before = last_output(model)
+    with one.steer("add", 2.0).apply(model):
+        after = last_output(model)
+    moved = after - before
+    if site == "mlp_out":
+        torch.testing.assert_close(moved, (2 * one.vector).expand(moved.shape), atol=1e-4, rtol=0)
+    else:  # the MLP answers to it as well
+        assert float((moved @ one.unit).mean()) > 0
+
+
+def last_output(model):
+    seen = []
+    block = wrap(model, tiny_tokenizer()).layout.block(model, 3)
+    hook = block.register_forward_hook(
+        lambda _, args, out: seen.append((out if isinstance(out, torch.Tensor) else out[0]).clone())
+    )
+    logits(model)
+    hook.remove()
+    return seen[0]
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
+def test_composition_is_in_order_at_every_site(lm, site):
+    one, two = direction(site=site, seed=1), direction(site=site, seed=2)
+    module, side = lm.layout.module(lm.model, site, 1)
+    seen = []
+
+    def record(*given):
+        found = given[2 if side == "output" else 1]
+        seen.append((found[0] if isinstance(found, tuple) else found).clone())
+
+    with (one.steer("add", 3.0) + two.steer("ablate")).apply(lm.model):
+        hook = (
+            module.register_forward_hook(record)
+            if side == "output"
+            else module.register_forward_pre_hook(record)
+        )
+        logits(lm.model)
+        hook.remove()
+    assert (seen[0] @ two.unit).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])
+@pytest.mark.parametrize("site", ["resid_pre", "mlp_out"])
+def test_a_batch_holds_differently_steered_rows(family, site):
+    lm = wrap(tiny_model(family), tiny_tokenizer())
+    one = direction(layer=2, site=site)
+    prompts = ["the same", "a rather longer text", "the same", "third"]
+    strengths = [None, 1.5, -2.0, 0.0]
+    with one.steer("add", strengths).apply(lm.model):
+        together = lm.generate(prompts, max_new_tokens=6)
+        beams = lm.generate(prompts, max_new_tokens=6, num_beams=2)
+        with torch.no_grad():
+            batch = lm.model(**lm.pad(lm.encode(prompts))).logits[:, -1]
+    with one.steer("add", torch.tensor([0.0, 1.5, -2.0, 0.0])).apply(lm.model):
+        assert lm.generate(prompts, max_new_tokens=6) == together
+    for index, (prompt, strength) in enumerate(zip(prompts, strengths)):
+        with one.steer("add", strength or 0.0).apply(lm.model), torch.no_grad():
+            assert lm.generate(prompt, max_new_tokens=6) == together[index]
+            assert lm.generate(prompt, max_new_tokens=6, num_beams=2) == beams[index]
+            alone = lm.model(**lm.pad(lm.encode([prompt]))).logits[0, -1]
+        torch.testing.assert_close(batch[index], alone, atol=1e-5, rtol=1e-5)
+    with one.steer("clamp", [1.0, None]).apply(lm.model), pytest.raises(InterventionError):
+        lm.generate(prompts[:3], max_new_tokens=1)
+
+
+def test_strength_by_layer(lm):
+    one = direction(layer=0)
+    with one.steer("add", {0: 1.0, 2: -2.0}, layers=[0, 2]).apply(lm.model):
+        found = logits(lm.model)
+    steps = one.steer("add", 1.0, layers=[0]) + one.steer("add", -2.0, layers=[2])
+    with steps.apply(lm.model):
+        assert torch.equal(found, logits(lm.model))
+    with pytest.raises(InterventionError, match="no strength for layer 1"):
+        one.steer("add", {0: 1.0}, layers="all").attach(lm.model)
+
+
+@pytest.mark.parametrize("more", [{}, {"use_cache": False}, {"num_beams": 2}])
+def test_a_schedule_steers_generated_tokens_in_turn(lm, more):
+    one, values = direction(layer=1), [0.0, 3.0, -3.0]
+    prompts = ["short", "a longer prompt"]
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, **more}
+    with one.steer("add", Schedule(values)).apply(lm.model):
+        found = lm.generate(prompts, **settings)
+    asked = []
+
+    def function(index):
+        asked.append(index)
+        return values[index] if index < 3 else 0.0
+
+    with one.steer("add", function).apply(lm.model):
+        assert lm.generate(prompts, **settings) == found
+    assert asked == sorted(set(asked))  # each index once, none before its turn
+    if not more:
+        for prompt, text in zip(prompts, found):
+            ids = lm.encode([prompt])[0]
+            length = len(ids)
+            for _ in range(6):
+                marks = torch.zeros(len(ids), 1)
+                for age, value in enumerate(values):
+                    marks[length + age : length + age + 1] = value
+                hook = lm.layout.block(lm.model, 1).register_forward_pre_hook(
+                    lambda _, a, marks=marks: (a[0] + marks * one.vector, *a[1:])
+                )
+                step = logits_of(lm, ids)
+                hook.remove()
+                step[lm.tokenizer.eos_token_id] = -torch.inf
+                ids.append(int(step.argmax()))
+            assert text == lm.tokenizer.decode(ids[length:], skip_special_tokens=True)
+
+
+def logits_of(lm, ids):
+    with torch.no_grad():
+        return lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].clone()
+
+
+def test_a_gate_by_token_steers_only_what_passes(lm):
+    probe, one = direction(layer=1, seed=7), direction(layer=2)
+    at = states(lm.model)
+    passing = (at[1] @ probe.unit) > 0.1
+    assert passing.any()
+    assert not passing.all()
+    for above in (True, False):
+        gate = Gate(probe, 0.1, above=above)
+        with one.steer("add", 2.0, gate=gate).apply(lm.model):
+            moved = states(lm.model)[3] - at[3]
+        chosen = passing if above else ~passing
+        hook = lm.layout.block(lm.model, 2).register_forward_pre_hook(
+            lambda _, a, m=chosen: (a[0] + 2 * m[..., None] * one.vector, *a[1:])
+        )
+        torch.testing.assert_close(moved, states(lm.model)[3] - at[3], atol=1e-5, rtol=1e-5)
+        hook.remove()
+
+
+def test_a_gate_reads_its_place_before_it_is_steered(lm):
+    one = direction(layer=2)
+    value = states(lm.model)[2] @ one.unit
+    gate = Gate(one, float(value.median()))
+    with one.steer("ablate", gate=gate).apply(lm.model):
+        found = states(lm.model)[2] @ one.unit
+    expected = torch.where(value > gate.level, torch.zeros(()), value)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"use_cache": False},
+        {"cache_implementation": "static"},
+        {"prefill_chunk_size": 4},
+        {"num_beams": 2},
+    ],
+)
+def test_a_gate_by_row_is_decided_by_each_prompt(lm, more):
+    probe, one = direction(layer=1, seed=7), direction(layer=2)
+    prompts = ["short", "a longer prompt", "Third!", "fourth one", "5 + 5 = "]
+    ids = lm.encode(prompts)
+    values = []
+    for row in ids:
+        hook = lm.layout.block(lm.model, 1).register_forward_pre_hook(
+            lambda _, a: values.append(float(a[0][0, -1] @ probe.unit))
+        )
+        logits_of(lm, row)
+        hook.remove()
+    gate = Gate(probe, sorted(values)[2] - 1e-4, per="row")
+    strengths = [3.0 if value > gate.level else None for value in values]
+    assert strengths.count(None) == 2
+    settings = {"max_new_tokens": 6, "min_new_tokens": 6, **more}
+    with one.steer("add", 3.0, gate=gate).apply(lm.model):
+        found = lm.generate(prompts, **settings)
+    only = one.steer("add", strengths, scope="last_prompt_token") + one.steer(
+        "add", strengths, scope="generated"
+    )
+    with only.apply(lm.model):
+        assert lm.generate(prompts, **settings) == found
+    with one.steer("add", 3.0, gate=gate, scope="generated").apply(lm.model):
+        later = lm.generate(prompts, **settings)
+    with one.steer("add", strengths, scope="generated").apply(lm.model):
+        assert lm.generate(prompts, **settings) == later
+
+
+def test_directions_of_another_model_are_refused():
+    lm, other = (wrap(fresh_model("llama"), tiny_tokenizer()) for _ in range(2))
+    with torch.no_grad():
+        other.model.model.norm.weight[0] += 1
+    items = {(1, "resid_pre"): direction()}
+    directions = Directions(items, {"model": lm.fingerprint})
+    for steer in (directions.steer("add"), directions[1].steer("add")):
+        with steer.apply(lm.model):
+            pass
+        with pytest.raises(ProvenanceError, match="any_model"):
+            steer.attach(other.model)
+    gate = Gate(directions[1], 0.0)
+    with pytest.raises(ProvenanceError):
+        direction(layer=2).steer("add", gate=gate).attach(other.model)
+    with directions[1].steer("add", any_model=True).apply(other.model):
+        pass
+
+
+def test_an_edit_before_the_steering_is_no_other_model():
+    model = fresh_model("llama")
+    directions = Directions(
+        {(1, "resid_pre"): direction()}, {"model": wrap(model, tiny_tokenizer()).fingerprint}
+    )
+    with compose(Doubled(), directions.steer("add")).apply(model):
+        assert not torch.equal(model.model.norm.weight, torch.ones(32))
+
+
+class Doubled:
+    """A weight edit."""
+
+    def attach(self, model):
+        weight = model.model.layers[0].mlp.up_proj.weight
+        weight.data.mul_(2)
+        return type("Handle", (), {"remove": lambda self: weight.data.div_(2)})()
+
+    def describe(self):
+        return {}
+
+
+def test_more_named_errors(lm):
+    one = direction()
+    for wrong in [
+        lambda: one.steer("add", []),
+        lambda: one.steer("add", [1.0, float("inf")]),
+        lambda: one.steer("add", torch.ones(2, 2)),
+        lambda: one.steer("add", "strong"),
+        lambda: one.steer("add", {1: float("nan")}),
+        lambda: one.steer("ablate", [1.0, 2.0]),
+        lambda: one.steer("add", Schedule([])),
+        lambda: one.steer("add", gate=0.5),
+        lambda: Gate(None, 0.5),
+        lambda: Gate(one),
+        lambda: Gate(one, float("nan")),
+        lambda: Gate(one, 0.0, per="batch"),
+        lambda: Directions({}).steer("add"),
+        lambda: one.steer("add", gate=Gate(direction(layer=3), 0.0)).attach(lm.model),
+        lambda: one.steer("add", gate=Gate(direction(width=8), 0.0)).attach(lm.model),
+        lambda: one.steer("add", gate=Gate(direction(site="mlp_out"), 0.0)).attach(lm.model),
+    ]:
+        with pytest.raises(InterventionError):
+            wrong()
+    with pytest.raises(SettingError, match="site must be"):
+        direction(site="resid_mid").steer("add").attach(lm.model)
+    layout = dataclasses.replace(lm.layout, attention=None)
+    with pytest.raises(LayoutError, match="attn_out is not available"):
+        layout.module(lm.model, "attn_out", 0)
+
+
+def test_describe_is_json(lm):
+    gate = Gate(direction(), 0.5, per="row")
+    for strength in (1.0, {1: 2.0}, [1.0, None], Schedule([1.0]), lambda index: 1.0):
+        steer = direction(layer=1).steer("add", strength, scope="generated", gate=gate)
+        assert json.loads(json.dumps(steer.describe()))["scope"] == {"name": "generated"}
+
+
+def test_hooks_are_gone_after_every_kind_of_steering(lm):
+    hooks = hooks_of(lm.model)
+    gate = Gate(direction(layer=0), 0.0)
+    steer = direction(layer=1).steer("add", [1.0, 2.0, 3.0], scope="generated", gate=gate)
+    with pytest.raises(InterventionError), steer.apply(lm.model):
+        lm.generate(["a", "b"])
+    assert hooks_of(lm.model) == hooks
+    assert "generate" not in vars(lm.model)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,377 @@
+"""What capture and steering cost, as ratios measured in one run, with peers on the same prompts.
+
+    python benchmarks/steering.py                 # TransformerLens and nnsight as peers
+    python benchmarks/steering.py --peers         # and steering-vectors and repeng, in an
+                                                  # environment of their own (made once)
+
+Every round runs every variant once, so that a slow minute of the machine touches all of them; a
+ratio is the median over rounds of what is compared within a round. Times are of whole calls.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import venv
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PEERS = {"steering-vectors": "steering-vectors==0.12.2", "repeng": "repeng==0.5.0"}
+WORDS = "the of river seven because light answer under machine green count little before"
+BATCH = 8
+
+
+def prompts_of(count: int) -> list[str]:
+    """Prompts of 8 to 64 words, in no order of length."""
+    words = WORDS.split()
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(8, 65, (count,), generator=generator).tolist()
+    return [
+        " ".join(words[(i * 7 + j * j) % len(words)] for j in range(n))
+        for i, n in enumerate(lengths)
+    ]
+
+
+def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(rounds + 1):
+        for name, run in variants.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if index:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of time over the time of the base."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def capture_variants(lm: Any, prompts: list[str]) -> dict[str, Callable[[], Any]]:
+    """Last-token states at the input of every block: ours, a bare forward, two peers."""
+    import lirefs
+    from lirefs.batching import batches_by_tokens
+    from lirefs.capture import BATCH_TOKENS
+
+    ids = lm.encode(prompts)
+
+    class Stop(Exception):
+        pass
+
+    def stop(*_: Any) -> None:
+        raise Stop
+
+    def bare() -> None:
+        hook = lm.layout.block(lm.model, lm.n_layers - 1).register_forward_pre_hook(stop)
+        try:
+            for rows in batches_by_tokens([len(row) for row in ids], BATCH_TOKENS):
+                with suppress(Stop), torch.no_grad():
+                    lm.model(**lm.pad([ids[row] for row in rows]), use_cache=False)
+        finally:
+            hook.remove()
+
+    return {
+        "bare forward": bare,
+        "lirefs": lambda: lirefs.capture(lm, prompts, progress=False),
+    }
+
+
+def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, Callable[[], Any]]:
+    """Greedy generation: not steered, steered in several ways, baked."""
+    import lirefs
+
+    generator = torch.Generator().manual_seed(1)
+    vector = torch.randn(lm.width, generator=generator)
+    one = lirefs.Direction(vector / vector.norm(), lm.n_layers // 2, "resid_post")
+    never = lirefs.scope.mask([False])
+    settings = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+
+    def steered(*args: Any, **kwargs: Any) -> Callable[[], Any]:
+        steer = one.steer(*args, **kwargs)
+
+        def run() -> None:
+            with steer.apply(lm.model):
+                lm.generate(prompts, **settings)
+
+        return run
+
+    variants = {
+        "not steered": lambda: lm.generate(prompts, **settings),
+        "one layer": steered("add"),
+        "all layers": steered("add", layers="all"),
+        "all layers, ablate": steered("ablate", layers="all"),
+        "all layers, generated tokens": steered("add", layers="all", scope="generated"),
+        "all layers, empty scope": steered("add", layers="all", scope=never),
+    }
+    baked = lirefs.wrap(lirefs.bake(one.steer("add", layers="all"), lm.model), lm.tokenizer)
+    variants["all layers, baked"] = lambda: baked.generate(prompts, **settings)
+    return variants
+
+
+def transformer_lens(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
+    """Capture and generation with TransformerLens, on a copy: it changes the model it is given."""
+    from transformer_lens.model_bridge import TransformerBridge
+
+    with tempfile.TemporaryDirectory() as folder:
+        lm.model.save_pretrained(folder)
+        lm.tokenizer.save_pretrained(folder)
+        model = copy.deepcopy(lm.model)
+        tokenizer = type(lm.tokenizer).from_pretrained(folder)
+        bridge = TransformerBridge.boot_transformers(folder, hf_model=model, tokenizer=tokenizer)
+    bridge.tokenizer.pad_token = bridge.tokenizer.pad_token or bridge.tokenizer.eos_token
+    names = [f"blocks.{layer}.hook_in" for layer in range(lm.n_layers)]
+    vector = torch.ones(lm.width, device=lm.device) / lm.width**0.5
+
+    def add(h: Any, hook: Any) -> Any:
+        return h + vector
+
+    def capture() -> None:
+        for start in range(0, len(prompts), BATCH):
+            ids = bridge.to_tokens(prompts[start : start + BATCH], padding_side="left")
+            with torch.no_grad():
+                _, cache = bridge.run_with_cache(ids, names_filter=names)
+            torch.stack([cache[name][:, -1] for name in names])
+
+    ids = lm.pad(lm.encode(texts))["input_ids"]
+
+    def generate() -> None:
+        hooks = [(f"blocks.{layer}.hook_out", add) for layer in range(lm.n_layers)]
+        with bridge.hooks(fwd_hooks=hooks), torch.no_grad():
+            bridge.generate(
+                ids,
+                max_new_tokens=tokens,
+                stop_at_eos=False,
+                do_sample=False,
+                use_past_kv_cache=True,
+                verbose=False,
+            )
+
+    return capture, generate
+
+
+def nnsight(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
+    """Capture and generation with nnsight."""
+    from nnsight import save
+    from nnsight.modeling.transformers import TransformersModel
+
+    tokenizer = copy.deepcopy(lm.tokenizer)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    model = TransformersModel(copy.deepcopy(lm.model), tokenizer=tokenizer, task="text-generation")
+    layers = model.get(lm.layout.blocks)
+    vector = torch.ones(lm.width, device=lm.device) / lm.width**0.5
+
+    def capture() -> None:
+        for start in range(0, len(prompts), BATCH):
+            with torch.no_grad(), model.trace(prompts[start : start + BATCH]) as tracer:
+                states = save([])
+                for layer in layers:
+                    states.append(layer.input[:, -1])
+                tracer.stop()
+            torch.stack(states)
+
+    def generate() -> None:
+        with (
+            torch.no_grad(),
+            model.generate(
+                texts, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False
+            ) as tracer,
+        ):
+            for _ in tracer.iter[:tokens]:
+                for layer in layers:
+                    layer.output = layer.output + vector
+
+    return capture, generate
+
+
+def make_peers(folder: Path) -> Path:
+    """An environment for peers that pin older libraries; it borrows torch from this one."""
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        site = next((folder / "lib").glob("python*/site-packages"))
+        here = Path(torch.__file__).parents[1]
+        (site / "borrowed.pth").write_text(f"{here}\n", encoding="utf-8")
+        packages = [*PEERS.values(), "transformers<5"]
+        command = [str(python), "-m", "pip", "install", "--quiet", *packages]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=1200)
+        (folder / "ready").touch()
+    return python
+
+
+def peer_worker(name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
+    """Inside the peers' environment: capture and generation, beside plain generation."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    torch.set_num_threads(job["threads"])
+    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    layers = list(range(model.config.num_hidden_layers))
+    vector = torch.ones(model.config.hidden_size) / model.config.hidden_size**0.5
+    batch = tokenizer(job["texts"], return_tensors="pt", padding=True)
+    settings = {"max_new_tokens": job["tokens"], "min_new_tokens": job["tokens"]}
+
+    def plain(generating: Any = model) -> None:
+        with torch.no_grad():
+            generating.generate(**batch, **settings, do_sample=False, pad_token_id=0)
+
+    if name == "steering-vectors":
+        from steering_vectors import SteeringVector
+        from steering_vectors.train_steering_vector import extract_activations
+
+        pairs = list(zip(job["prompts"][::2], job["prompts"][1::2], strict=True))
+        steer = SteeringVector(dict.fromkeys(layers, vector), "decoder_block")
+
+        def capture() -> None:
+            extract_activations(model, tokenizer, pairs, show_progress=False)
+
+        def generate() -> None:
+            with steer.apply(model):
+                plain()
+
+    else:
+        from repeng import ControlModel, ControlVector
+        from repeng.extract import batched_get_hiddens
+
+        wrapped = ControlModel(model, layers)
+        control = ControlVector(
+            model_type=model.config.model_type,
+            directions={layer: vector.numpy() for layer in layers},
+        )
+
+        def capture() -> None:
+            batched_get_hiddens(wrapped, tokenizer, job["prompts"], layers, 32)
+
+        def generate() -> None:
+            wrapped.set_control(control)
+            plain(wrapped)
+            wrapped.reset()
+
+    variants = {"capture": capture, "plain": plain, "generate": generate}
+    return measure(variants, job["rounds"])
+
+
+def run_peer(python: Path, name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
+    """Run `peer_worker` in the peers' environment."""
+    done = subprocess.run(
+        [str(python), __file__, "--worker", name, "--model", folder],
+        input=json.dumps(job),
+        capture_output=True,
+        text=True,
+        check=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
+        timeout=3600,
+    )
+    result: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def reason(problem: Exception) -> str:
+    """One line that says why a peer was left out."""
+    text = getattr(problem, "stderr", None) or str(problem) or type(problem).__name__
+    return f"skipped: {text.strip().splitlines()[-1][:120]}"
+
+
+def table(title: str, rows: list[tuple[str, str, str]]) -> None:
+    """Print rows of name, time, ratio."""
+    width = max(len(name) for name, _, _ in rows)
+    print(f"\n{title}")
+    for name, seconds, share in rows:
+        print(f"  {name:{width}}  {seconds:>9}  {share}")
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
+    parser.add_argument("--prompts", type=int, default=64, help="prompts to capture")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens of each of 8 prompts")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--peers", action="store_true", help="also steering-vectors and repeng")
+    parser.add_argument("--peers-folder", type=Path, default=Path(".peers"))
+    parser.add_argument("--worker", choices=list(PEERS), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        job = json.loads(sys.stdin.read())
+        print(json.dumps(peer_worker(args.worker, args.model, job)))
+        return
+
+    import lirefs
+
+    lm = lirefs.load(args.model)
+    prompts, texts = prompts_of(args.prompts), prompts_of(BATCH)
+    capture = capture_variants(lm, prompts)
+    generation = generation_variants(lm, texts, args.tokens)
+    skipped: dict[str, str] = {}
+    for name, peer in {"TransformerLens": transformer_lens, "nnsight": nnsight}.items():
+        try:
+            captures, generates = peer(lm, prompts, texts, args.tokens)
+            captures()
+            generates()
+            capture[name], generation[f"all layers, {name}"] = captures, generates
+        except Exception as problem:  # whatever a peer does not support, the rest goes on
+            skipped[name] = reason(problem)
+    captured = measure(capture, args.rounds)
+    generated = measure(generation, args.rounds)
+    rows = [
+        (name, f"{statistics.median(t):.3f} s", f"{1 / ratio(captured, name, 'lirefs'):.2f}x")
+        for name, t in captured.items()
+    ]
+    costs = [
+        (name, f"{statistics.median(t):.3f} s", f"{ratio(generated, name, 'not steered'):.3f}x")
+        for name, t in generated.items()
+    ]
+    if args.peers:
+        job = {
+            "prompts": prompts,
+            "texts": texts,
+            "tokens": args.tokens,
+            "rounds": args.rounds,
+            "threads": torch.get_num_threads(),
+        }
+        with tempfile.TemporaryDirectory() as folder:
+            lm.model.save_pretrained(folder)
+            lm.tokenizer.save_pretrained(folder)
+            for name in PEERS:
+                try:
+                    times = run_peer(make_peers(args.peers_folder), name, folder, job)
+                except Exception as problem:  # no index, no wheel: say so and go on
+                    skipped[name] = reason(problem)
+                    continue
+                ours = statistics.median(captured["lirefs"])
+                spent = statistics.median(times["capture"])
+                rows.append((name, f"{spent:.3f} s", f"{ours / spent:.2f}x"))
+                share = ratio(times, "generate", "plain")
+                spent = statistics.median(times["generate"])
+                costs.append(
+                    (f"all layers, {name}", f"{spent:.3f} s", f"{share:.3f}x (of its own)")
+                )
+    table(f"Capture, {len(prompts)} prompts, all layers (throughput, ours = 1)", rows)
+    table(f"Generation, batch {BATCH}, {args.tokens} tokens (time, not steered = 1)", costs)
+    for name, why in skipped.items():
+        print(f"  {name}: {why}")
+
+
+if __name__ == "__main__":
+    main()
