@@ -7,7 +7,13 @@ package `kfac` removes flat directions of the weights (Merullo et al. 2025, arXi
 from lirefs.capture import Activations, capture
 from lirefs.directions import Direction, Directions
 from lirefs.errors import LirefsError
-from lirefs.estimators import MeanDifference
+from lirefs.estimators import (
+    LogisticDirection,
+    MeanDifference,
+    PCADirection,
+    RidgeDirection,
+    WhitenedMeanDifference,
+)
 from lirefs.harness.comparison import Comparison, compare
 from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
@@ -27,16 +33,20 @@ __all__ = [
     "LanguageModel",
     "Layout",
     "LirefsError",
+    "LogisticDirection",
     "MeanDifference",
     "MultipleChoice",
+    "PCADirection",
     "Perplexity",
     "Probe",
     "Question",
     "Questions",
     "Recitation",
+    "RidgeDirection",
     "ShortAnswer",
     "Split",
     "Steer",
+    "WhitenedMeanDifference",
     "__version__",
     "calibration_texts",
     "capture",
