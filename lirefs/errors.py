@@ -37,6 +37,18 @@ class InterventionError(LirefsError):
     """An intervention cannot be applied, composed or removed."""
 
 
+class ScopeError(InterventionError):
+    """A scope reaches past the end of its text, or nobody said where the prompt ends."""
+
+
+class BakeError(InterventionError):
+    """A steering cannot be written into the weights of this architecture."""
+
+
+class DirectionError(LirefsError):
+    """Directions of different places, widths or models were put together."""
+
+
 class CaptureError(LirefsError):
     """Activations could not be captured."""
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from lirefs.choice import Choice
 from lirefs.directions import Direction, Directions
-from lirefs.errors import InterventionError
-from lirefs.layout import (
-    Layout,
-    hidden_input,
-    hidden_of,
-    layout_of,
-    with_hidden,
-    with_hidden_input,
-)
+from lirefs.errors import InterventionError, ProvenanceError, ScopeError
+from lirefs.layout import Layout, layout_of, text_config
+from lirefs.operators import IDLE_AT_ZERO, OPERATORS, Operator
+from lirefs.positions import tracker_of
+from lirefs.provenance import fingerprint_of
+from lirefs.scope import ALL, Scope, as_scope
+from lirefs.sites import change_at
+from lirefs.strength import Gate, Rows, Schedule, Strength, as_strength
 
-OPERATORS = ("add", "ablate", "amplify")
+# The order in which the sites of a block are computed.
+SITE_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 
 class Handle(Protocol):
@@ -71,52 +72,79 @@ class _Handles:
 
 
 class Steer:
-    """Steering: an operator on hidden states, applied by hooks at every token.
+    """Steering: an operator on hidden states, applied by hooks where the scope says.
 
     With v the unit vector and d the direction itself, a hidden state h becomes
 
     * `add`: h + a d
     * `amplify`: h + a (h.v) v (what the official LiReF code does)
-    * `ablate`: h - (h.v) v
+    * `ablate`: h - (h.v) v (Arditi et al. 2024, arXiv 2406.11717, section 2.4)
+    * `clamp`: h + (a - h.v) v, so that h.v = a
+    * `norm_preserving_add`: h + a d, scaled to the length of h
+    * `ablate_then_add`: h - (h.v) v + a d, so that h.v = a |d|
 
     Args:
         directions: One direction, or `Directions`, each acting at its own place.
         operator: One of the above.
-        strength: a; any finite float for `add` and `amplify`, 1 for `ablate`.
+        strength: a: a finite number; a mapping from layer to number; a list or tensor with one
+            entry for each row of the batch (None: leave this row as it is); a `Schedule`, or a
+            function from the index of a generated token to a number. `ablate` takes none but 1.
         layers: For a single direction: None for its own layer, `"all"`, or layer indices.
+        sites: Sites at each of these layers; None for the direction's own.
+        scope: Which tokens: `"all"`, `"prompt"`, `"generated"`, `"last_prompt_token"`, or what a
+            function of `lirefs.scope` gives.
+        gate: A condition on top of the scope, decided by a probe for each token or row.
+        any_model: Whether to steer a model other than the one that the directions were fitted on
+            (another dtype or edited weights, say).
 
     Raises:
         InterventionError: If an argument is not one of these.
+        ScopeError: If there is no such scope.
     """
 
     def __init__(
         self,
         directions: Direction | Directions,
         operator: str,
-        strength: float = 1.0,
+        strength: Strength = 1.0,
         *,
         layers: str | Iterable[int] | None = None,
+        sites: Sequence[str] | None = None,
+        scope: Scope | str = "all",
+        gate: Gate | None = None,
+        any_model: bool = False,
     ) -> None:
         if operator not in OPERATORS:
             raise InterventionError(f"operator {operator!r} is not one of {', '.join(OPERATORS)}")
-        if operator == "ablate" and strength != 1:
+        self.strength = as_strength(strength)
+        if operator == "ablate" and not _only_ones(self.strength):
             raise InterventionError(
                 f"ablate takes no strength (got {strength}); amplify with -s removes the share s"
             )
-        if not torch.isfinite(torch.tensor(float(strength))):
-            raise InterventionError(f"strength {strength} is not a finite number")
         if isinstance(layers, str) and layers != "all":
             raise InterventionError(f"layers {layers!r} is neither None, 'all' nor indices")
-        if layers is not None and isinstance(directions, Directions):
-            raise InterventionError("layers goes with one direction; Directions have their own")
+        if isinstance(directions, Directions) and (layers is not None or sites is not None):
+            raise InterventionError(
+                "layers and sites go with one direction; Directions have their own"
+            )
+        if gate is not None and not isinstance(gate, Gate):
+            raise InterventionError(
+                f"gate needs lirefs.Gate, which holds the direction of a probe; got "
+                f"{type(gate).__name__}"
+            )
         self.directions: list[Direction] = (
             [directions] if isinstance(directions, Direction) else list(directions.values())
         )
+        if not self.directions:
+            raise InterventionError("there is no direction to steer with")
         self.operator = operator
-        self.strength = float(strength)
         self.layers: str | list[int] | None = (
             layers if layers is None or isinstance(layers, str) else sorted(set(layers))
         )
+        self.sites = None if sites is None else tuple(sites)
+        self.scope = as_scope(scope)
+        self.gate = gate
+        self.any_model = any_model
 
     def places(self, layout: Layout) -> list[tuple[int, str, Direction]]:
         """Where it acts on a model of this layout: (layer, site, direction).
@@ -131,20 +159,58 @@ class Steer:
                 layers = self.layers
             elif self.layers == "all":
                 layers = range(layout.n_layers)
-            if direction.vector.shape != (layout.width,):
-                raise InterventionError(
-                    f"the direction has width {tuple(direction.vector.shape)}, the model "
-                    f"{layout.width}"
-                )
-            if not bool(torch.isfinite(direction.vector).all()):
-                raise InterventionError(f"the direction at layer {direction.layer} is not finite")
+            _check_direction(direction, layout)
             for layer in layers:
-                if not 0 <= layer < layout.n_layers:
-                    raise InterventionError(
-                        f"layer {layer} does not exist; the model has 0 to {layout.n_layers - 1}"
-                    )
-                places.append((layer, direction.site, direction))
+                _check_layer(layer, layout)
+                if isinstance(self.strength, dict) and layer not in self.strength:
+                    raise InterventionError(f"there is no strength for layer {layer}")
+                places += [(layer, site, direction) for site in self.sites or (direction.site,)]
         return places
+
+    def check(self, model: nn.Module) -> Layout:
+        """Raise what `attach` would raise; change nothing.
+
+        Returns:
+            The layout of the model.
+
+        Raises:
+            InterventionError: If something does not fit the model, or it is no module.
+            LayoutError: If the architecture lacks a site.
+            ProvenanceError: If a direction was fitted on another model.
+        """
+        if not isinstance(model, nn.Module):
+            raise InterventionError(
+                f"steering needs the model itself, got {type(model).__name__}; give lm.model"
+            )
+        layout = layout_of(model)
+        places = self.places(layout)
+        for layer, site, _ in places:
+            layout.module(model, site, layer)
+        limit = getattr(text_config(model), "max_position_embeddings", None)
+        if isinstance(limit, int) and self.scope.first >= limit:
+            raise ScopeError(
+                f"position {self.scope.first} is past the end: the model has {limit} positions"
+            )
+        if self.gate is not None:
+            gate = self.gate.direction
+            _check_direction(gate, layout)
+            _check_layer(gate.layer, layout)
+            layout.module(model, gate.site, gate.layer)
+            first = min((layer, SITE_ORDER.index(site)) for layer, site, _ in places)
+            if (gate.layer, SITE_ORDER.index(gate.site)) > first:
+                raise InterventionError(
+                    f"the gate reads layer {gate.layer}, {gate.site}, which comes after the "
+                    f"first place that is steered (layer {first[0]}, {SITE_ORDER[first[1]]})"
+                )
+        if not self.any_model:
+            used = [*self.directions, *([self.gate.direction] if self.gate else [])]
+            for made_on in {one.model for one in used if one.model}:
+                if fingerprint_of(model) != made_on:
+                    raise ProvenanceError(
+                        f"the direction was fitted on another model ({made_on[:12]}, this one is "
+                        f"{fingerprint_of(model)[:12]}); any_model=True steers it all the same"
+                    )
+        return layout
 
     def attach(self, model: nn.Module) -> Handle:
         """Install the hooks.
@@ -157,27 +223,36 @@ class Steer:
 
         Raises:
             InterventionError: If the direction does not fit the model, or it is no module.
+            LayoutError: If the architecture lacks a site.
+            ProvenanceError: If a direction was fitted on another model.
         """
-        if not isinstance(model, nn.Module):
-            raise InterventionError(
-                f"steering needs the model itself, got {type(model).__name__}; give lm.model"
-            )
-        layout = layout_of(model)
+        layout = self.check(model)
         handles = _Handles()
-        places = [
-            (*layout.module(model, site, layer), direction)
-            for layer, site, direction in self.places(layout)
-        ]
-        # Strength 0 must leave every bit as it is (h + 0 would turn -0.0 into 0.0): no hook.
-        for module, side, direction in places if self.strength != 0 else []:
-            change = self._change(direction)
-            if side == "input":
-                hook = module.register_forward_pre_hook(_on_input(change), with_kwargs=True)
-            else:
-                # Prepended, so that hooks which record the output see the steered one.
-                hook = module.register_forward_hook(_on_output(change), prepend=True)
-            handles.add(hook.remove)
+        try:
+            self._install(model, layout, handles)
+        except BaseException:
+            handles.remove()
+            raise
         return handles
+
+    def _install(self, model: nn.Module, layout: Layout, handles: _Handles) -> None:
+        varying = self.strength if isinstance(self.strength, Rows | Schedule) else None
+        choice: Choice | None = None
+        if self.scope is not ALL or varying is not None or self.gate is not None:
+            choice = Choice(self.scope, varying, self.gate)
+            handles.add(tracker_of(model, layout).listen(choice.prepare))
+            if self.gate is not None:
+                gate = self.gate.direction
+                module, side = layout.module(model, gate.site, gate.layer)
+                handles.add(change_at(module, side, choice.read_gate))
+        for layer, site, direction in self.places(layout):
+            number = self._number(layer)
+            # Strength 0 must leave every bit as it is (h + 0 would turn -0.0 into 0.0): no hook.
+            if varying is None and number == 0 and self.operator in IDLE_AT_ZERO:
+                continue
+            operator = Operator(self.operator, direction.vector, number)
+            module, side = layout.module(model, site, layer)
+            handles.add(change_at(module, side, operator if choice is None else choice(operator)))
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -185,34 +260,26 @@ class Steer:
         with applied(self, model):
             yield model
 
-    def _change(self, direction: Direction) -> Callable[[Tensor], Tensor]:
-        factor = -1.0 if self.operator == "ablate" else self.strength
-        ready: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-        def change(h: Tensor) -> Tensor:
-            # Half precision would lose the projection's last bits: it is taken in float32.
-            dtype = torch.float32 if h.dtype in (torch.float16, torch.bfloat16) else h.dtype
-            if (h.device, dtype) not in ready:
-                exact = direction.vector.double()
-                vector = factor * exact if self.operator == "add" else exact / exact.norm()
-                if not bool(exact.any()):  # a zero direction has no unit vector
-                    vector = exact
-                ready[h.device, dtype] = vector.to(h.device, dtype)
-            vector = ready[h.device, dtype]
-            if self.operator == "add":
-                return h + vector.to(h.dtype)
-            coefficient = (h.to(dtype) @ vector).unsqueeze(-1)
-            return torch.addcmul(h.to(dtype), coefficient, vector, value=factor).to(h.dtype)
-
-        return change
+    def _number(self, layer: int) -> float:
+        if isinstance(self.strength, dict):
+            return self.strength[layer]
+        return self.strength if isinstance(self.strength, float) else 1.0
 
     def describe(self) -> dict[str, Any]:
         """What it is, as a JSON object."""
+        strength: Any = self.strength
+        if isinstance(strength, Rows | Schedule):
+            strength = strength.describe()
+        elif isinstance(strength, dict):
+            strength = {"layers": {str(layer): value for layer, value in strength.items()}}
         return {
             "kind": "steer",
             "operator": self.operator,
-            "strength": self.strength,
+            "strength": strength,
             "layers": self.layers,
+            "sites": self.sites,
+            "scope": self.scope.describe(),
+            "gate": None if self.gate is None else self.gate.describe(),
             "directions": [
                 {"layer": one.layer, "site": one.site, "norm": one.norm} for one in self.directions
             ],
@@ -225,6 +292,28 @@ class Steer:
         return compose(other, self)
 
 
+def _only_ones(strength: float | dict[int, float] | Rows | Schedule) -> bool:
+    if isinstance(strength, Rows):
+        return all(value in (None, 1.0) for value in strength.values)
+    return strength == 1.0
+
+
+def _check_direction(direction: Direction, layout: Layout) -> None:
+    if direction.vector.shape != (layout.width,):
+        raise InterventionError(
+            f"the direction has width {tuple(direction.vector.shape)}, the model {layout.width}"
+        )
+    if not bool(torch.isfinite(direction.vector).all()):
+        raise InterventionError(f"the direction at layer {direction.layer} is not finite")
+
+
+def _check_layer(layer: int, layout: Layout) -> None:
+    if not 0 <= layer < layout.n_layers:
+        raise InterventionError(
+            f"layer {layer} does not exist; the model has 0 to {layout.n_layers - 1}"
+        )
+
+
 class Composition:
     """Several interventions, attached in order and removed in reverse order."""
 
@@ -232,7 +321,14 @@ class Composition:
         self.members = members
 
     def attach(self, model: nn.Module) -> Handle:
-        """Attach every member; if one fails, those before it are removed again."""
+        """Attach every member; if one fails, those before it are removed again.
+
+        Steerings are checked first of all: a weight edit among the members would make the model
+        look like another than the one that their directions were fitted on.
+        """
+        for member in self.members:
+            if isinstance(member, Steer):
+                member.check(model)
         handles = _Handles()
         try:
             for member in self.members:
@@ -271,17 +367,3 @@ def compose(*interventions: Intervention) -> Composition:
             raise InterventionError(f"{type(one).__name__} is not an intervention")
         members += one.members if isinstance(one, Composition) else [one]
     return Composition(tuple(members))
-
-
-def _on_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        return with_hidden_input(args, kwargs, change(hidden_input(args, kwargs)))
-
-    return hook
-
-
-def _on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return with_hidden(output, change(hidden_of(output)))
-
-    return hook

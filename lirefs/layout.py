@@ -43,6 +43,7 @@ __all__ = [
     "hidden_of",
     "input_device",
     "layout_of",
+    "text_config",
     "with_hidden",
     "with_hidden_input",
 ]

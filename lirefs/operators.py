@@ -1,0 +1,81 @@
+"""What steering does to a hidden state: tensors in, tensors out."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+OPERATORS = ("add", "ablate", "amplify", "clamp", "norm_preserving_add", "ablate_then_add")
+
+# At strength 0 these change nothing; the others still set or remove the component along v.
+IDLE_AT_ZERO = ("add", "amplify", "norm_preserving_add")
+
+
+class Operator:
+    """One operator with its direction, made ready once for each device and dtype it meets.
+
+    With v the unit vector, d the direction itself and a the strength, h becomes
+
+    * `add`: h + a d
+    * `amplify`: h + a (h.v) v
+    * `ablate`: h - (h.v) v
+    * `clamp`: h + (a - h.v) v, so that h.v = a
+    * `norm_preserving_add`: h + a d, scaled to the length of h
+    * `ablate_then_add`: h - (h.v) v + a d, so that h.v = a |d|
+
+    Args:
+        name: One of `OPERATORS`.
+        direction: d, shape (width,); a zero direction changes nothing.
+        strength: a, where a call gives none of its own.
+    """
+
+    def __init__(self, name: str, direction: Tensor, strength: float) -> None:
+        self.name = name
+        self.strength = -1.0 if name == "ablate" else strength
+        exact = direction.detach().double()
+        self._norm = float(exact.norm())
+        self._direction = exact
+        self._unit = exact / self._norm if self._norm > 0 else exact
+        self._ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
+
+    def __call__(self, h: Tensor, strength: Tensor | None = None) -> Tensor:
+        """The hidden states after the operator.
+
+        Args:
+            h: Shape (..., width).
+            strength: a for each token, shape (..., 1) or one that broadcasts to it; None for the
+                operator's own.
+
+        Returns:
+            A new tensor of the shape and dtype of `h`.
+        """
+        # Half precision would lose the projection's last bits: it is taken in float32.
+        dtype = torch.float32 if h.dtype in (torch.float16, torch.bfloat16) else h.dtype
+        direction, unit, scaled = self._ready.get((h.device, dtype)) or self._prepare(h, dtype)
+        if strength is not None:
+            strength = strength.to(dtype)
+        if self.name == "add":
+            return h + (scaled if strength is None else strength * direction).to(h.dtype)
+        exact = h.to(dtype)
+        if self.name == "norm_preserving_add":
+            moved = exact + (scaled if strength is None else strength * direction)
+            length = moved.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+            return (moved * (exact.norm(dim=-1, keepdim=True) / length)).to(h.dtype)
+        along = (exact @ unit).unsqueeze(-1)
+        if self.name == "amplify" and strength is not None:
+            along = along * strength
+        elif self.name in ("clamp", "ablate_then_add"):
+            goal = self.strength if strength is None else strength
+            along = (goal if self.name == "clamp" else goal * self._norm) - along
+        factor = self.strength if self.name in ("amplify", "ablate") and strength is None else 1.0
+        if self.name == "ablate":
+            factor = -1.0
+        return torch.addcmul(exact, along, unit, value=factor).to(h.dtype)
+
+    def _prepare(self, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        direction, unit = (
+            one.to(h.device, dtype) for one in (self._direction, self._unit)
+        )
+        scaled = (self.strength * self._direction).to(h.device, dtype)
+        self._ready[h.device, dtype] = (direction, unit, scaled)
+        return direction, unit, scaled

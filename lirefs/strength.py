@@ -1,0 +1,189 @@
+"""How strongly each token is steered: numbers, rows, schedules; and gates, which decide whether."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from lirefs.directions import Direction
+from lirefs.errors import InterventionError
+from lirefs.scope import Where, for_rows
+
+
+class Rows:
+    """A strength for each row of the batch.
+
+    Args:
+        values: The strengths; None leaves a row as it is. A tensor has one axis.
+
+    Raises:
+        InterventionError: There is no row, or a strength is no finite number.
+    """
+
+    def __init__(self, values: Sequence[float | None] | Tensor) -> None:
+        if isinstance(values, Tensor):
+            if values.dim() != 1:
+                raise InterventionError(
+                    f"strengths by row have one axis, this tensor has shape {tuple(values.shape)}"
+                )
+            values = values.tolist()
+        if not len(values):
+            raise InterventionError("no strength for any row: the batch is empty")
+        self.values = [None if value is None else finite(value) for value in values]
+        self._strengths = torch.tensor([value or 0.0 for value in self.values])
+        self._steered = torch.tensor([value is not None for value in self.values])
+
+    def at(self, where: Where) -> tuple[Tensor, Tensor]:
+        """Strength of each token, and which are steered at all: both (rows, 1)."""
+        rows, device = where.position.shape[0], where.position.device
+        self._strengths, self._steered = self._strengths.to(device), self._steered.to(device)
+        return (
+            for_rows(self._strengths, rows).unsqueeze(1),
+            for_rows(self._steered, rows).unsqueeze(1),
+        )
+
+    def describe(self) -> Any:
+        """What it is, as a JSON value."""
+        return {"rows": self.values}
+
+
+class Schedule:
+    """A strength for each generated token; tokens of the prompt are not steered.
+
+    Args:
+        values: The strengths of the generated tokens in order (those after the end are not
+            steered), or a function from the index of a generated token, from 0, to its strength.
+
+    Raises:
+        InterventionError: The sequence is empty, or a strength is no finite number.
+    """
+
+    def __init__(self, values: Sequence[float] | Callable[[int], float]) -> None:
+        self._function = values if callable(values) else None
+        self._values = [] if callable(values) else [finite(value) for value in values]
+        if self._function is None and not self._values:
+            raise InterventionError("an empty schedule steers nothing; give it a strength")
+        self._tensor = torch.tensor(self._values)
+
+    def at(self, where: Where) -> tuple[Tensor, Tensor]:
+        """Strength of each token, and which are steered at all: both (rows or 1, tokens)."""
+        age = where.age
+        needed = int(age.max()) + 1 if self._function is not None else 0
+        if len(self._values) < max(needed, 1):
+            missing = range(len(self._values), max(needed, 1))
+            self._values += [finite(self._function(index)) for index in missing]  # type: ignore[misc]
+            self._tensor = torch.tensor(self._values)
+        self._tensor = self._tensor.to(age.device)
+        last = len(self._values) - 1
+        return self._tensor[age.clamp(0, last)], (age >= 0) & (age <= last)
+
+    def describe(self) -> Any:
+        """What it is, as a JSON value."""
+        return {"schedule": "a function" if self._function is not None else self._values}
+
+
+Strength: TypeAlias = (
+    float
+    | Mapping[int, float]
+    | Sequence[float | None]
+    | Tensor
+    | Callable[[int], float]
+    | Schedule
+)
+
+
+def as_strength(strength: Strength) -> float | dict[int, float] | Rows | Schedule:
+    """The strength in one of its four forms: a number, by layer, by row, by generated token.
+
+    Raises:
+        InterventionError: It is none of these, or a number is not finite.
+    """
+    if isinstance(strength, Schedule):
+        return strength
+    if isinstance(strength, Tensor) and strength.dim() == 0:
+        return finite(strength.item())
+    if isinstance(strength, Mapping):
+        return {int(layer): finite(value) for layer, value in strength.items()}
+    if isinstance(strength, Sequence | Tensor) and not isinstance(strength, str):
+        return Rows(strength)
+    if callable(strength):
+        return Schedule(strength)
+    return finite(strength)
+
+
+def finite(value: Any) -> float:
+    """The number, if it is one and finite.
+
+    Raises:
+        InterventionError: It is not.
+    """
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        raise InterventionError(f"strength {value!r} is not a number") from None
+    if not math.isfinite(number):
+        raise InterventionError(f"strength {value} is not a finite number")
+    return number
+
+
+@dataclass(frozen=True, eq=False)
+class Gate:
+    """Steers only where the hidden state projects far enough on the direction of a probe.
+
+    Attributes:
+        direction: The probe's direction; read at its own layer and site, before anything is
+            steered there.
+        threshold: Where h.v begins to pass; None for the middle between the two class means.
+        per: `token`: each token by itself. `row`: the last token of the prompt decides for
+            itself and for all tokens after it. (Tokens before it are not steered: in a prompt
+            that comes in chunks they are gone before the decision falls.)
+        above: Whether projections above the threshold pass, or those below.
+
+    Raises:
+        InterventionError: There is no probe, or no threshold.
+    """
+
+    direction: Direction
+    threshold: float | None = None
+    per: Literal["token", "row"] = "token"
+    above: bool = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.direction, Direction):
+            raise InterventionError(
+                f"a gate needs the direction of a probe, got {type(self.direction).__name__}"
+            )
+        if self.per not in ("token", "row"):
+            raise InterventionError(f"a gate decides per 'token' or 'row', not {self.per!r}")
+        if self.threshold is None and not all(self.direction.counts):
+            raise InterventionError(
+                "a gate without a threshold needs a fitted probe: this direction has no class means"
+            )
+        if self.threshold is not None and not math.isfinite(self.threshold):
+            raise InterventionError(f"the threshold {self.threshold} of a gate is not finite")
+
+    @property
+    def level(self) -> float:
+        """The threshold that counts."""
+        return sum(self.direction.means) / 2 if self.threshold is None else self.threshold
+
+    def passes(self, states: Tensor) -> Tensor:
+        """Which hidden states pass: (..., width) to boolean (...)."""
+        dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
+        along = states.to(dtype) @ self.direction.unit.to(states.device, dtype)
+        return along > self.level if self.above else along < self.level
+
+    def describe(self) -> dict[str, Any]:
+        """What it is, as a JSON object."""
+        return {
+            "layer": self.direction.layer,
+            "site": self.direction.site,
+            "threshold": self.level,
+            "per": self.per,
+            "above": self.above,
+        }
