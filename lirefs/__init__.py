@@ -20,7 +20,7 @@ from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAn
 from lirefs.intervention import Intervention, Steer, compose
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel, load, wrap
-from lirefs.probe import Probe, fit
+from lirefs.probe import Probe, fit, fit_directions
 from lirefs.questions import Question, Questions, Split, load_questions
 from lirefs.version import __version__
 
@@ -54,6 +54,7 @@ __all__ = [
     "compose",
     "default_tasks",
     "fit",
+    "fit_directions",
     "load",
     "load_questions",
     "recitation_task",
