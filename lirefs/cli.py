@@ -15,6 +15,7 @@ from rich.table import Table
 
 import kfac
 import lirefs
+from lirefs import commands_steering
 from lirefs.errors import SettingError
 from lirefs.files import cache_dir
 from lirefs.harness import plots, report, suite
@@ -125,6 +126,9 @@ def compare(
     probe.directions.save(out / "directions.safetensors")
     _print_overview(comparison)
     console.print(f"report: {page}", markup=False, soft_wrap=True)
+
+
+commands_steering.register(app)
 
 
 def _indices(text: str | None) -> list[int] | None:

@@ -18,6 +18,7 @@ from lirefs.capture import Activations, capture, stream
 from lirefs.directions import Direction, Directions
 from lirefs.errors import CaptureError, QuestionsError
 from lirefs.estimators import MeanDifference
+from lirefs.files import read_jsonl
 from lirefs.learning import Floats, HoldingLearner, Ints, Learner, SumLearner
 from lirefs.models import LanguageModel
 from lirefs.questions import LABELS, Questions, Split
@@ -246,6 +247,21 @@ def fit_directions(
     return Directions(directions, dict(provenance or {}))
 
 
+def load_grades(path: str | Path) -> dict[str, float] | None:
+    """The `score` of each question in a JSON Lines file, by question id; None if no row has one.
+
+    Raises:
+        QuestionsError: If some rows have a score and others have none, or it is no number.
+    """
+    rows = read_jsonl(path, error=QuestionsError)
+    if not any("score" in row for _, row in rows):
+        return None
+    for line, row in rows:
+        if not isinstance(row.get("score"), int | float):
+            raise QuestionsError(f"{path}, line {line}: 'score' is not a number")
+    return {str(row.get("id") or f"line-{line}"): float(row["score"]) for line, row in rows}
+
+
 def bag_of_words(split: Split) -> Estimate:
     """Test AUROC of a classifier that reads words only: what vocabulary alone gives away."""
     model = make_pipeline(TfidfVectorizer(min_df=1), LogisticRegression(max_iter=1000))
@@ -353,7 +369,7 @@ def _report(
     chosen = shuffled[0].argmax(axis=0)
     null = shuffled[1][chosen, np.arange(len(chosen))]
     return Probe(
-        directions=Directions(directions, provenance),
+        directions=Directions(directions, {**provenance, "best_layer": best.layer}),
         scores=scores,
         best_layer=best.layer,
         shuffled=_range(null, len(rows)),
