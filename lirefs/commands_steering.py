@@ -64,6 +64,8 @@ def probe(
         raise SettingError(f"--estimator {estimator!r}: one of {', '.join(ESTIMATORS)}")
     if out.exists() and not out.is_dir():
         raise SettingError(f"--out {out}: exists and is not a folder")
+    if against == model:
+        raise SettingError(f"--against {against}: is the model itself")
     asked = lirefs.load_questions("default" if questions is None else questions)
     other = None if transfer is None else lirefs.load_questions(transfer)
     split = asked.split(seed=seed)

@@ -2,7 +2,7 @@ import json
 
 import pytest
 from test_cli import folder, questions, run  # noqa: F401 (fixtures)
-from tiny import fresh_model, tiny_tokenizer
+from tiny import build, fresh_model, tiny_config, tiny_tokenizer
 
 from lirefs import Directions
 from lirefs.gguf import from_gguf
@@ -15,9 +15,12 @@ def fitted(folder, questions, tmp_path, monkeypatch):  # noqa: F811
     other.write_text(
         "\n".join(json.dumps({**row, "question": "also " + row["question"]}) for row in rows)
     )
+    second = tmp_path / "second"
+    build(tiny_config("llama", max_position_embeddings=1024), seed=1).save_pretrained(second)
+    tiny_tokenizer().save_pretrained(second)
     out = tmp_path / "probe"
     arguments = ["probe", "--model", folder, "--questions", questions, "--shuffles", "5"]
-    arguments += ["--transfer", other, "--against", folder, "--out", out]
+    arguments += ["--transfer", other, "--against", second, "--out", out]
     assert run(monkeypatch, *arguments) == 0
     return out
 
