@@ -8,7 +8,13 @@ from lirefs.bake import bake
 from lirefs.capture import Activations, capture
 from lirefs.directions import Direction, Directions
 from lirefs.errors import LirefsError
-from lirefs.estimators import MeanDifference
+from lirefs.estimators import (
+    LogisticDirection,
+    MeanDifference,
+    PCADirection,
+    RidgeDirection,
+    WhitenedMeanDifference,
+)
 from lirefs.harness.comparison import Comparison, compare
 from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
@@ -16,7 +22,7 @@ from lirefs.intervention import Intervention, Steer, compose
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel, load, wrap
 from lirefs.positions import prompt_lengths
-from lirefs.probe import Probe, fit
+from lirefs.probe import Probe, fit, fit_directions
 from lirefs.questions import Question, Questions, Split, load_questions
 from lirefs.scope import Scope
 from lirefs.strength import Gate, Schedule
@@ -32,18 +38,22 @@ __all__ = [
     "LanguageModel",
     "Layout",
     "LirefsError",
+    "LogisticDirection",
     "MeanDifference",
     "MultipleChoice",
+    "PCADirection",
     "Perplexity",
     "Probe",
     "Question",
     "Questions",
     "Recitation",
+    "RidgeDirection",
     "Schedule",
     "Scope",
     "ShortAnswer",
     "Split",
     "Steer",
+    "WhitenedMeanDifference",
     "__version__",
     "bake",
     "calibration_texts",
@@ -52,6 +62,7 @@ __all__ = [
     "compose",
     "default_tasks",
     "fit",
+    "fit_directions",
     "load",
     "load_questions",
     "prompt_lengths",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,17 +99,70 @@ def capture(
         return Activations(stored, places, offsets)
 
     values = torch.empty(len(ids), len(places), len(offsets), lm.width)
-    lengths = [len(row) for row in ids]
-    bar = tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress)
-    with bar, evaluating(lm.model):
-        for rows in batches_by_tokens(lengths, batch_tokens):
-            values[rows] = _read(lm, [ids[row] for row in rows], places, offsets, padding_side)
-            bar.update(sum(lengths[row] for row in rows))
-    _check_finite(values, places)
+    for rows, states in _batches(lm, ids, places, offsets, batch_tokens, padding_side, progress):
+        values[rows] = states
+    _check_finite(values, places, range(len(ids)))
     if file is not None:
         with atomic_path(file) as temporary:
             save_file({"values": values}, temporary)
     return Activations(values, places, offsets)
+
+
+def stream(
+    lm: LanguageModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    *,
+    layers: Sequence[int] | None = None,
+    sites: Sequence[str] = ("resid_pre",),
+    position: int = -1,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: bool = True,
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Read activations as `capture` does, one batch at a time, for sets too large for memory.
+
+    Args:
+        lm: The model.
+        prompts: Texts, or lists of token ids.
+        layers: Layers to read; None for all.
+        sites: Sites to read at each of these layers.
+        position: Token position in the unpadded prompt, from its end when negative.
+        batch_tokens: Tokens per batch, padding included.
+        progress: Show a progress bar.
+
+    Yields:
+        Indices of the prompts of a batch, and their states, float32 on the CPU, (rows, places,
+        width).
+
+    Raises:
+        CaptureError: As `capture`.
+        LayoutError: If the architecture lacks a site.
+    """
+    chosen = list(range(lm.n_layers)) if layers is None else list(layers)
+    places = tuple((layer, site) for layer in chosen for site in sites)
+    ids = _token_ids(lm, prompts)
+    _check(lm, ids, chosen, (position,), places)
+    for rows, states in _batches(lm, ids, places, (position,), batch_tokens, "left", progress):
+        _check_finite(states, places, rows)
+        yield rows, states[:, :, 0]
+
+
+def _batches(
+    lm: LanguageModel,
+    ids: list[list[int]],
+    places: tuple[tuple[int, str], ...],
+    offsets: tuple[int, ...],
+    batch_tokens: int,
+    side: Literal["left", "right"],
+    progress: bool,
+) -> Iterator[tuple[list[int], Tensor]]:
+    lengths = [len(row) for row in ids]
+    bar = tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress)
+    with bar:
+        for rows in batches_by_tokens(lengths, batch_tokens):
+            with evaluating(lm.model):  # not around the yield: the caller's code is not ours
+                states = _read(lm, [ids[row] for row in rows], places, offsets, side)
+            yield rows, states
+            bar.update(sum(lengths[row] for row in rows))
 
 
 class _Enough(Exception):
@@ -201,13 +254,15 @@ def _check(
                 )
 
 
-def _check_finite(values: Tensor, places: tuple[tuple[int, str], ...]) -> None:
+def _check_finite(
+    values: Tensor, places: tuple[tuple[int, str], ...], prompts: Sequence[int]
+) -> None:
     bad = ~torch.isfinite(values).all(dim=-1).all(dim=-1)
     if bool(bad.any()):
         prompt, place = bad.nonzero()[0].tolist()
         layer, site = places[place]
         raise CaptureError(
-            f"activations are not finite: first at prompt {prompt}, layer {layer}, {site} "
+            f"activations are not finite: first at prompt {prompts[prompt]}, layer {layer}, {site} "
             f"({int(bad.sum())} places in all); try a wider dtype"
         )
 

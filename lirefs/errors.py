@@ -63,3 +63,7 @@ class DownloadError(LirefsError):
 
 class SettingError(LirefsError):
     """An argument has a value that cannot be used."""
+
+
+class BackendError(InterventionError):
+    """A steering cannot be carried over to another runtime or file format."""

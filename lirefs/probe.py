@@ -3,31 +3,28 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from sklearn.base import clone
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
-from sklearn.metrics import roc_auc_score
 from sklearn.pipeline import make_pipeline
-from tqdm.auto import tqdm
 
-from lirefs.capture import capture
+from lirefs.capture import Activations, capture, stream
 from lirefs.directions import Direction, Directions
-from lirefs.errors import CaptureError
+from lirefs.errors import CaptureError, QuestionsError
 from lirefs.estimators import MeanDifference
+from lirefs.files import read_jsonl
+from lirefs.learning import Floats, HoldingLearner, Ints, Learner, SumLearner
 from lirefs.models import LanguageModel
 from lirefs.questions import LABELS, Questions, Split
-from lirefs.statistics import Estimate, auroc, interval, wilson
+from lirefs.readings import Readings
+from lirefs.statistics import Estimate, areas, auroc, correlation, interval, wilson
 from lirefs.version import __version__
-
-Ints = npt.NDArray[np.int64]
-Floats = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -41,6 +38,10 @@ class LayerScores:
         test_accuracy: Share of test items on the right side of the midpoint.
         cosines: Mean cosine of the test states, measured from the middle of the train class
             means, with the direction: memory items, reasoning items.
+        spearman: Rank correlation of test scores with the grades (the labels, without grades).
+        pearson: Their linear correlation.
+        shuffled_auroc: Test AUROC of this layer with shuffled labels: mean and 95 % range.
+        random_auroc: Test AUROC of random directions at this layer: mean and 95 % range.
     """
 
     layer: int
@@ -48,6 +49,10 @@ class LayerScores:
     test_auroc: Estimate
     test_accuracy: Estimate
     cosines: tuple[float, float]
+    spearman: Estimate
+    pearson: Estimate
+    shuffled_auroc: Estimate
+    random_auroc: Estimate
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +65,7 @@ class Probe:
         best_layer: The layer with the highest validation AUROC.
         shuffled: Test AUROC of the best layer when all labels are shuffled and everything,
             the choice of the layer included, is done again: mean and 95 % range over shuffles.
+        null: The test AUROC of each of these shuffles: the distribution of the best layer.
         bag_of_words: Test AUROC of TF-IDF and logistic regression on the question text alone.
     """
 
@@ -68,6 +74,13 @@ class Probe:
     best_layer: int
     shuffled: Estimate
     bag_of_words: Estimate
+    null: tuple[float, ...] = ()
+
+    @property
+    def p_value(self) -> float:
+        """Share of shuffles, each with a layer of its own choice, that reach the test AUROC."""
+        reached = sum(one >= self.best_scores.test_auroc.value for one in self.null)
+        return (1 + reached) / (1 + len(self.null))
 
     @property
     def best(self) -> Direction:
@@ -84,6 +97,7 @@ class Probe:
         return {
             "best_layer": self.best_layer,
             "shuffled_auroc": self.shuffled.to_dict(),
+            "p_value": self.p_value,
             "bag_of_words_auroc": self.bag_of_words.to_dict(),
             "provenance": self.directions.provenance,
             "layers": [
@@ -94,6 +108,10 @@ class Probe:
                     "test_accuracy": one.test_accuracy.to_dict(),
                     "cosine_memory": one.cosines[0],
                     "cosine_reasoning": one.cosines[1],
+                    "spearman": one.spearman.to_dict(),
+                    "pearson": one.pearson.to_dict(),
+                    "shuffled_auroc": one.shuffled_auroc.to_dict(),
+                    "random_auroc": one.random_auroc.to_dict(),
                     "norm": self.directions[one.layer].norm,
                 }
                 for one in self.scores
@@ -108,6 +126,7 @@ def fit(
     *,
     layers: list[int] | None = None,
     site: str = "resid_pre",
+    grades: Mapping[str, float] | None = None,
     shuffles: int = 100,
     seed: int = 0,
     cache: Path | None = None,
@@ -115,47 +134,61 @@ def fit(
 ) -> Probe:
     """Fit a direction at every layer and choose the best layer (Hong et al. 2025, section 3).
 
+    With `MeanDifference` and without `cache`, states are streamed and only sums are kept, so any
+    number of questions fits in memory. Other estimators need the train states themselves.
+
     Args:
         lm: The model.
         split: Train items fit the directions, validation items choose the layer, test items are
             reported. States are read at the last prompt token.
-        estimator: A scikit-learn classifier with `coef_` (and `direction_`, when the direction
-            has a length of its own); None for `MeanDifference()`.
+        estimator: A scikit-learn linear model, or a search over one; None for `MeanDifference()`.
+            A regressor is fitted on the grades, a classifier on the labels. Without a
+            `direction_` of its own, its direction is as long as the gap between the classes.
         layers: Layers to fit; None for all.
-        site: Where in the block.
-        shuffles: Repetitions of the shuffled-label control.
-        seed: Seed of the shuffles.
+        site: Where in the block; always the raw states, never after the final norm.
+        grades: Score in [0, 1] by question id, how much reasoning a question needs; None for
+            the labels.
+        shuffles: Repetitions of the shuffled-label control, and number of random directions.
+        seed: Seed of the controls.
         cache: Folder that keeps the activations (see `capture`).
         progress: Show progress bars.
 
     Raises:
         CaptureError: If activations cannot be read, or no layer separates train items at all.
+        QuestionsError: If a question has no grade, or one outside [0, 1].
+        SettingError: If the estimator is not a linear model.
     """
     estimator = MeanDifference() if estimator is None else estimator
-    prompts = [prompt for side in split.sides.values() for prompt in side.prompts]
-    states = capture(lm, prompts, layers=layers, sites=[site], cache=cache, progress=progress)
+    items = [item for side in split.sides.values() for item in side]
     labels = np.array([label for side in split.sides.values() for label in side.labels])
-    first = len(split.train)
-    second = first + len(split.validation)
-    values = states.values[:, :, 0].double().numpy()
-    sides = [slice(0, first), slice(first, second), slice(second, len(labels))]
+    targets = _grades(items, grades, labels)
+    first, second = len(split.train), len(split.train) + len(split.validation)
+    prompts = [item.prompt for item in items]
+    places = [(layer, site) for layer in (range(lm.n_layers) if layers is None else layers)]
+    states = None
+    if cache is not None:
+        held = capture(lm, prompts, layers=layers, sites=[site], cache=cache, progress=progress)
+        states = held.values[:, :, 0]
 
-    fitted = [
-        clone(estimator).fit(values[sides[0], place], labels[sides[0]])
-        for place in range(len(states.places))
-    ]
-    directions = {
-        place: _direction(one, values[sides[0], index], labels[sides[0]], *place)
-        for index, (place, one) in enumerate(zip(states.places, fitted, strict=True))
-    }
-    scores = tuple(
-        _scores(layer, one, directions[layer, site], values[:, index], labels, sides)
-        for index, ((layer, _), one) in enumerate(zip(states.places, fitted, strict=True))
-    )
-    separating = [one for one in scores if directions[one.layer, site].norm > 0]
-    if not separating:
-        raise CaptureError("no layer separates the classes: all its states are equal")
-    best = max(separating, key=lambda one: one.validation_auroc.value)
+    def batches(begin: int, end: int) -> Iterator[tuple[list[int], Floats]]:
+        if states is not None:
+            yield list(range(end - begin)), states[begin:end].double().numpy()
+            return
+        settings: dict[str, Any] = {"layers": layers, "sites": [site], "progress": progress}
+        for rows, values in stream(lm, prompts[begin:end], **settings):
+            yield rows, values.double().numpy()
+
+    generator = np.random.default_rng(seed)
+    orders = np.array([generator.permutation(first) for _ in range(shuffles)])
+    learner = _learner(estimator, labels[:first], targets[:first], orders, progress)
+    for rows, values in batches(0, first):
+        learner.add(rows, values)
+    learner.finish()
+    sides = [slice(0, second - first), slice(second - first, len(items) - first)]
+    readings = Readings(learner, labels[first:], sides, shuffles, seed)
+    for rows, values in batches(first, len(items)):
+        readings.add(rows, values)
+
     provenance = {
         "lirefs": __version__,
         "model": lm.fingerprint,
@@ -166,13 +199,67 @@ def fit(
         "estimator": repr(estimator),
         "position": -1,
     }
-    return Probe(
-        directions=Directions(directions, provenance),
-        scores=scores,
-        best_layer=best.layer,
-        shuffled=_shuffled(estimator, values, labels, sides, shuffles, seed, progress),
-        bag_of_words=bag_of_words(split),
+    return _report(
+        learner, readings, places, labels, targets, first, sides, generator, provenance, split
     )
+
+
+def fit_directions(
+    states: Activations,
+    labels: list[int],
+    estimator: Any = None,
+    *,
+    provenance: Mapping[str, Any] | None = None,
+) -> Directions:
+    """Fit one direction per place on states from anywhere: TransformerLens, nnsight, a file.
+
+    Args:
+        states: States of one position each, from `capture` or a backend.
+        labels: 0 for memory and 1 for reasoning, one for each prompt.
+        estimator: As for `fit`; None for `MeanDifference()`.
+        provenance: What made them; with `model`, the fingerprint of the model, steering another
+            model is refused.
+
+    Raises:
+        CaptureError: If there is not one label for each prompt, or not one position.
+        SettingError: If the estimator is not a linear model.
+    """
+    values = states.values
+    if values.shape[2] != 1 or len(labels) != len(values):
+        raise CaptureError(
+            f"expected one position and {len(values)} labels, got {values.shape[2]} and "
+            f"{len(labels)}"
+        )
+    index = np.asarray(labels, np.int64)
+    estimator = MeanDifference() if estimator is None else estimator
+    none = np.empty((0, len(index)), np.int64)
+    learner = _learner(estimator, index, index.astype(np.float64), none, False)
+    samples = values[:, :, 0].double().numpy()
+    learner.add(list(range(len(samples))), samples)
+    learner.finish()
+    directions = {}
+    for place, (layer, site) in enumerate(states.places):
+        vector = learner.vector(place)
+        unit = vector / max(float(np.linalg.norm(vector)), 1e-300)
+        directions[layer, site] = _direction(
+            learner, place, layer, site, samples[:, place] @ unit, index, np.bincount(index)
+        )
+    return Directions(directions, dict(provenance or {}))
+
+
+def load_grades(path: str | Path) -> dict[str, float] | None:
+    """The `score` of each question in a JSON Lines file, by question id; None if no row has one.
+
+    Raises:
+        QuestionsError: If some rows have a score and others have none, or it is no number.
+    """
+    rows = read_jsonl(path, error=QuestionsError)
+    if not any("score" in row for _, row in rows):
+        return None
+    for line, row in rows:
+        if not isinstance(row.get("score"), int | float):
+            raise QuestionsError(f"{path}, line {line}: 'score' is not a number")
+    return {str(row.get("id") or f"line-{line}"): float(row["score"]) for line, row in rows}
 
 
 def bag_of_words(split: Split) -> Estimate:
@@ -183,77 +270,134 @@ def bag_of_words(split: Split) -> Estimate:
     return auroc(scores, np.array(split.test.labels))
 
 
-def _direction(estimator: Any, states: Floats, labels: Ints, layer: int, site: str) -> Direction:
-    vector = np.asarray(getattr(estimator, "direction_", estimator.coef_), np.float64).reshape(-1)
+def _grades(items: list[Any], grades: Mapping[str, float] | None, labels: Ints) -> Floats:
+    if grades is None:
+        return labels.astype(np.float64)
+    missing = [item.id for item in items if item.id not in grades]
+    if missing:
+        raise QuestionsError(f"{len(missing)} question(s) have no grade, first {missing[0]!r}")
+    values = np.array([grades[item.id] for item in items], np.float64)
+    if not ((values >= 0) & (values <= 1)).all():
+        raise QuestionsError(f"grades go from 0 to 1, found {values.min():g} to {values.max():g}")
+    return values
+
+
+def _learner(
+    estimator: Any, labels: Ints, targets: Floats, orders: Ints, progress: bool
+) -> Learner:
+    if isinstance(estimator, MeanDifference):
+        return SumLearner(estimator, labels, orders)
+    return HoldingLearner(estimator, labels, targets, orders, progress)
+
+
+def _direction(
+    learner: Learner,
+    place: int,
+    layer: int,
+    site: str,
+    projections: Floats,
+    labels: Ints,
+    counts: Ints,
+) -> Direction:
+    vector = learner.vector(place)
     unit = vector / max(float(np.linalg.norm(vector)), 1e-300)
-    projections = [states[labels == label] @ unit for label in (0, 1)]
+    means = learner.means[place] @ unit
+    spread = [float(projections[labels == label].std()) for label in (0, 1)]
     return Direction(
         vector=torch.from_numpy(vector).float(),
         layer=layer,
         site=site,
-        means=(float(projections[0].mean()), float(projections[1].mean())),
-        spread=(float(projections[0].std()), float(projections[1].std())),
-        counts=(len(projections[0]), len(projections[1])),
+        means=(float(means[0]), float(means[1])),
+        spread=(spread[0], spread[1]),
+        counts=(int(counts[0]), int(counts[1])),
     )
 
 
-def _scores(
-    layer: int,
-    estimator: Any,
-    direction: Direction,
-    states: Floats,
+def _report(
+    learner: Learner,
+    readings: Readings,
+    places: list[tuple[int, str]],
     labels: Ints,
+    targets: Floats,
+    first: int,
     sides: list[slice],
-) -> LayerScores:
-    train, validation, test = sides
-    right = int((estimator.predict(states[test]) == labels[test]).sum())
-    # All states of a layer share a large component; only what differs from the middle of the
-    # classes says on which side a question lies.
-    middle = np.mean(
-        [states[train][labels[train] == label].mean(axis=0) for label in (0, 1)], axis=0
+    generator: np.random.Generator,
+    provenance: dict[str, Any],
+    split: Split,
+) -> Probe:
+    counts = np.bincount(labels[:first], minlength=2)
+    labels, targets = labels[first:], targets[first:]
+    validation, test = sides
+    directions = {
+        # The spread within a class is measured on validation items: on train items, of which
+        # there are fewer than dimensions, it would come out too small.
+        (layer, site): _direction(
+            learner,
+            place,
+            layer,
+            site,
+            readings.projections[validation, place],
+            labels[validation],
+            counts,
+        )
+        for place, (layer, site) in enumerate(places)
+    }
+    shuffled = _shuffled_areas(readings, labels, generator)
+    rows = readings.control_rows[1]
+    random = areas(readings.random[-len(rows) :], labels[rows])
+    scores = tuple(
+        LayerScores(
+            layer=layer,
+            validation_auroc=auroc(readings.scores[validation, place], labels[validation]),
+            test_auroc=auroc(readings.scores[test, place], labels[test]),
+            test_accuracy=wilson(
+                int((readings.predicted[test, place] == labels[test]).sum()), len(labels[test])
+            ),
+            cosines=_class_means(readings.cosines[test, place], labels[test]),
+            spearman=correlation(readings.scores[test, place], targets[test], ranks=True),
+            pearson=correlation(readings.scores[test, place], targets[test]),
+            shuffled_auroc=_range(shuffled[1][place], len(rows)),
+            random_auroc=_range(random[place], len(rows)),
+        )
+        for place, (layer, _) in enumerate(places)
     )
-    centred = states[test] - middle
-    norms = np.maximum(np.linalg.norm(centred, axis=1), 1e-300)
-    cosines = centred @ direction.unit.double().numpy() / norms
-    return LayerScores(
-        layer=layer,
-        validation_auroc=auroc(estimator.decision_function(states[validation]), labels[validation]),
-        test_auroc=auroc(estimator.decision_function(states[test]), labels[test]),
-        test_accuracy=wilson(right, len(labels[test])),
-        cosines=(
-            float(cosines[labels[test] == 0].mean()),
-            float(cosines[labels[test] == 1].mean()),
-        ),
+    separating = [one for one in scores if directions[one.layer, places[0][1]].norm > 0]
+    if not separating:
+        raise CaptureError("no layer separates the classes: all its states are equal")
+    best = max(separating, key=lambda one: one.validation_auroc.value)
+    # Each shuffle chooses its own layer, as the fit did: the selection effect is in the null.
+    chosen = shuffled[0].argmax(axis=0)
+    null = shuffled[1][chosen, np.arange(len(chosen))]
+    return Probe(
+        directions=Directions(directions, {**provenance, "best_layer": best.layer}),
+        scores=scores,
+        best_layer=best.layer,
+        shuffled=_range(null, len(rows)),
+        bag_of_words=bag_of_words(split),
+        null=tuple(map(float, null)),
     )
 
 
-def _shuffled(
-    estimator: Any,
-    values: Floats,
-    labels: Ints,
-    sides: list[slice],
-    shuffles: int,
-    seed: int,
-    progress: bool,
-) -> Estimate:
-    train, validation, test = sides
-    generator = np.random.default_rng(seed)
-    areas = np.empty(shuffles)
-    for repetition in tqdm(range(shuffles), desc="shuffled labels", disable=not progress):
-        wrong = labels.copy()
-        for side in sides:  # within a side, so that both classes stay on it
-            wrong[side] = generator.permutation(labels[side])
-        chosen = (-1.0, 0.5)
-        for place in range(values.shape[1]):
-            model = clone(estimator).fit(values[train, place], wrong[train])
-            score = roc_auc_score(
-                wrong[validation], model.decision_function(values[validation, place])
-            )
-            if score > chosen[0]:
-                final = roc_auc_score(wrong[test], model.decision_function(values[test, place]))
-                chosen = (float(score), float(final))
-        areas[repetition] = chosen[1]
-    return Estimate(float(areas.mean()), *interval(areas), n=values[test].shape[0])
+def _shuffled_areas(
+    readings: Readings, labels: Ints, generator: np.random.Generator
+) -> tuple[Floats, Floats]:
+    """Validation and test AUROC of each shuffle, (places, shuffles); held-out labels too."""
+    shuffles = readings.shuffled.shape[2]
+    found, begin = [], 0
+    for rows in readings.control_rows:
+        scores = readings.shuffled[begin : begin + len(rows)]
+        begin += len(rows)
+        wrong = np.stack([generator.permutation(labels[rows]) for _ in range(shuffles)], axis=1)
+        found.append(areas(scores, wrong[:, None]))
+    return found[0], found[1]
+
+
+def _class_means(values: Floats, labels: Ints) -> tuple[float, float]:
+    return float(values[labels == 0].mean()), float(values[labels == 1].mean())
+
+
+def _range(values: Floats, n: int) -> Estimate:
+    return Estimate(float(values.mean()), *interval(values), n=n)
 
 
 def _digest(side: Questions) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 from sklearn.metrics import roc_auc_score
 
 Floats = npt.NDArray[np.float64]
@@ -74,3 +75,47 @@ def auroc(scores: Floats, labels: npt.NDArray[np.int64], resamples: int = 2000) 
     columns = resample_counts(len(negative), resamples, seed=1)
     areas = np.einsum("rn,rn->r", rows @ wins, columns) / wins.size
     return Estimate(value, *interval(areas), len(scores))
+
+
+def areas(scores: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+    """Areas under many ROC curves at once.
+
+    Args:
+        scores: Shape (n, ...); larger means class 1.
+        labels: 0 or 1, both present, shape (n,) or one that broadcasts to the shape of scores.
+
+    Returns:
+        Shape (...).
+    """
+    ranks = rankdata(scores, axis=0)
+    positive = labels.reshape(labels.shape + (1,) * (scores.ndim - labels.ndim))
+    ones = positive.sum(axis=0)
+    zeros = len(scores) - ones
+    area: Floats = ((ranks * positive).sum(axis=0) - ones * (ones + 1) / 2) / (ones * zeros)
+    return area
+
+
+def correlation(one: Floats, other: Floats, ranks: bool = False) -> Estimate:
+    """Pearson correlation, or Spearman's of the ranks, with an interval by Fisher's z.
+
+    The variance of Spearman's z follows Bonett and Wright (2000).
+
+    Args:
+        one: Shape (n,).
+        other: Shape (n,).
+        ranks: Whether to correlate ranks.
+
+    Returns:
+        NaN where one of them is constant; an infinitely wide interval below 4 values.
+    """
+    n = len(one)
+    if ranks:
+        one, other = rankdata(one), rankdata(other)
+    first, second = one - one.mean(), other - other.mean()
+    product = float(np.linalg.norm(first) * np.linalg.norm(second))
+    value = float(first @ second) / product if product > 0 else float("nan")
+    if n < 4 or not np.isfinite(value):
+        return Estimate(value, -1.0, 1.0, n)
+    half = 1.959964 * np.sqrt((1 + value**2 / 2 if ranks else 1.0) / (n - 3))
+    z = np.arctanh(np.clip(value, -1 + 1e-15, 1 - 1e-15))
+    return Estimate(value, float(np.tanh(z - half)), float(np.tanh(z + half)), n)

@@ -1,0 +1,92 @@
+"""Which estimator, does it transfer, is it more than selection: three figures and their numbers.
+
+python benchmarks/probe.py --questions ../shared/data/mmlu_reasoning_memory.jsonl \
+    --gsm8k ../shared/data/gsm8k.jsonl --relations ../shared/data/relations.jsonl
+"""
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+
+import lirefs
+from lirefs import geometry
+from lirefs.files import atomic_write_bytes, atomic_write_text, cache_dir, read_jsonl
+from lirefs.harness import probe_plots
+from lirefs.questions import Question, Questions
+
+# Estimator and number of shuffles: each shuffle fits every layer anew.
+ESTIMATORS = {
+    "mean difference": (lirefs.MeanDifference(), 200),
+    "whitened": (lirefs.WhitenedMeanDifference(), 20),
+    "logistic": (lirefs.LogisticDirection(C=0.01), 20),
+    "ridge": (lirefs.RidgeDirection(), 20),
+    "PCA of pairs": (lirefs.PCADirection(), 20),
+}
+
+
+def balanced(items: list[Question], limit: int, source: str) -> Questions:
+    """At most `limit` questions, half of each label."""
+    chosen = []
+    for label in ("memory", "reasoning"):
+        side = [item for item in items if item.label == label]
+        chosen += random.Random(0).sample(side, min(limit // 2, len(side)))
+    return Questions(chosen, source)
+
+
+def arithmetic_against_relations(gsm8k: Path, relations: Path) -> list[Question]:
+    """GSM8K questions (reasoning) and factual relations (memory)."""
+    reasoning = [Question(row["question"], "reasoning", f"g{n}") for n, row in read_jsonl(gsm8k)]
+    memory = [Question(row["prompt"], "memory", f"r{n}") for n, row in read_jsonl(relations)]
+    return reasoning + memory
+
+
+def main() -> None:
+    """Fit every estimator on one set, score it on the other, and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--gsm8k", type=Path, required=True)
+    parser.add_argument("--relations", type=Path, required=True)
+    parser.add_argument("--limit", type=int, default=500, help="questions of each set")
+    parser.add_argument("--out", type=Path, default=Path("benchmark-probe"))
+    arguments = parser.parse_args()
+    asked = balanced(list(lirefs.load_questions(arguments.questions)), arguments.limit, "MMLU")
+    pairs = arithmetic_against_relations(arguments.gsm8k, arguments.relations)
+    other = balanced(pairs, min(arguments.limit, 200), "GSM8K against relations")
+    split = asked.split(seed=0)
+    lm = lirefs.load(arguments.model)
+    cache = cache_dir() / "activations"
+    probes, moved, table = {}, {}, {}
+    for name, (estimator, shuffles) in ESTIMATORS.items():
+        start = time.perf_counter()
+        probe = lirefs.fit(lm, split, estimator, shuffles=shuffles, cache=cache, progress=False)
+        seconds = time.perf_counter() - start
+        probes[name] = probe
+        if name in ("mean difference", "whitened"):
+            moved[name] = geometry.transfer(lm, probe.directions, other, split, progress=False)
+        table[name] = {**probe.to_dict(), "null": probe.null, "seconds": seconds}
+        best = probe.best_scores
+        print(
+            f"{name:16} layer {probe.best_layer:2} test {best.test_auroc} (n = {best.test_auroc.n})"
+            f" accuracy {best.test_accuracy} null {probe.shuffled} random {best.random_auroc}"
+            f" p {probe.p_value:.3f} [{seconds:.0f} s]",
+            flush=True,
+        )
+        if name in moved:
+            place = moved[name].layers.index(probe.best_layer)
+            random_there = moved[name].random[place]
+            print(f"{'':16} on {other.source}: {moved[name].auroc[place]}, random {random_there}")
+    figures = {
+        "estimators": probe_plots.best_layer(probes),
+        "transfer": probe_plots.transfers(probes["mean difference"], moved),
+        "null": probe_plots.per_layer(probes["mean difference"]),
+    }
+    for name, picture in figures.items():
+        atomic_write_bytes(arguments.out / f"{name}.png", picture)
+    atomic_write_text(arguments.out / "probe.json", json.dumps(table, indent=2))
+
+
+if __name__ == "__main__":
+    main()

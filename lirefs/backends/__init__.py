@@ -1,0 +1,42 @@
+"""The same directions and operators on other runtimes: TransformerLens and nnsight.
+
+`lirefs.backends.transformer_lens` and `lirefs.backends.nnsight` are imported by name, because each
+takes seconds to load its library.
+"""
+
+from __future__ import annotations
+
+from lirefs.errors import BackendError
+from lirefs.intervention import SITE_ORDER, Steer
+from lirefs.layout import Layout
+from lirefs.operators import IDLE_AT_ZERO, Operator
+from lirefs.scope import ALL
+
+__all__ = ["operators"]
+
+
+def operators(steer: Steer, layout: Layout) -> list[tuple[int, str, Operator]]:
+    """The operators of a steering by place, in the order of the forward pass.
+
+    Args:
+        steer: Steers every token with one number per layer: another runtime hands its hooks the
+            hidden states alone, without the positions and rows that scopes and gates need.
+        layout: Layout of the model.
+
+    Returns:
+        (layer, site, operator), those that change nothing left out.
+
+    Raises:
+        BackendError: The steering has a scope, a gate, or strengths by row or by token.
+        InterventionError: A layer or a width does not exist in the model.
+    """
+    if steer.scope is not ALL or steer.gate is not None:
+        raise BackendError("other runtimes steer every token: take away the scope or the gate")
+    if not isinstance(steer.strength, float | dict):
+        raise BackendError("other runtimes take one strength, or one for each layer")
+    made = []
+    for layer, site, direction in steer.places(layout):
+        number = steer.strength if isinstance(steer.strength, float) else steer.strength[layer]
+        if number != 0 or steer.operator not in IDLE_AT_ZERO:
+            made.append((layer, site, Operator(steer.operator, direction.vector, number)))
+    return sorted(made, key=lambda place: (place[0], SITE_ORDER.index(place[1])))

@@ -1,0 +1,174 @@
+"""Commands that fit directions, steer with them and write them out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import lirefs
+from lirefs import estimators, geometry
+from lirefs.errors import SettingError
+from lirefs.files import atomic_write_bytes, atomic_write_text, cache_dir
+from lirefs.gguf import to_gguf
+from lirefs.operators import OPERATORS
+from lirefs.probe import load_grades
+
+ESTIMATORS = {
+    "mean": estimators.MeanDifference,
+    "whitened": estimators.WhitenedMeanDifference,
+    "logistic": estimators.LogisticDirection,
+    "pca": estimators.PCADirection,
+    "ridge": estimators.RidgeDirection,
+}
+DEFAULT_MODEL = "smollm2-135m"
+
+Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+DirectionsFile = Annotated[Path, typer.Argument(help="Directions, as `lirefs probe` writes them.")]
+Layer = Annotated[int | None, typer.Option(help="Layer of the direction; default: the best one.")]
+
+console = Console(stderr=True, highlight=False)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    for command in (probe, steer, export):
+        app.command()(command)
+
+
+def probe(
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Labelled questions; a `score` in [0, 1] grades them.")
+    ] = None,
+    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
+    site: Annotated[str, typer.Option(help="Where in the block.")] = "resid_pre",
+    transfer: Annotated[
+        Path | None, typer.Option(help="Other labelled questions to score the directions on.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model (base, say) to probe beside this one.")
+    ] = None,
+    shuffles: Annotated[int, typer.Option(min=1, help="Repetitions of the controls.")] = 100,
+    out: Annotated[Path, typer.Option(help="Folder of directions, figures, JSON.")] = Path("probe"),
+    seed: Annotated[int, typer.Option(help="Seed of split and controls.")] = 0,
+) -> None:
+    """Fit directions, report them with their controls, and write them to a file."""
+    if estimator not in ESTIMATORS:
+        raise SettingError(f"--estimator {estimator!r}: one of {', '.join(ESTIMATORS)}")
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"--out {out}: exists and is not a folder")
+    if against == model:
+        raise SettingError(f"--against {against}: is the model itself")
+    asked = lirefs.load_questions("default" if questions is None else questions)
+    other = None if transfer is None else lirefs.load_questions(transfer)
+    split = asked.split(seed=seed)
+    settings: dict[str, Any] = {
+        "site": site,
+        "shuffles": shuffles,
+        "seed": seed,
+        "grades": None if questions is None else load_grades(questions),
+        "cache": cache_dir() / "activations",
+    }
+    lm = lirefs.load(model, device=device)
+    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
+    from lirefs.harness import probe_plots  # matplotlib takes a second to load
+
+    figures = {
+        "layers": probe_plots.per_layer(found),
+        "best_layer": probe_plots.best_layer({estimator: found}),
+        "scatter": probe_plots.scatter(geometry.components(lm, found.best, split), found),
+    }
+    chance = 1.96 / lm.width**0.5
+    maps = {f"between layers (random directions: within {chance:.2f})": found.directions}
+    results = found.to_dict()
+    if other is not None:
+        scored = geometry.transfer(lm, found.directions, other, split, seed=seed)
+        figures["transfer"] = probe_plots.transfers(found, {other.source: scored})
+        results["transfer"] = [one.to_dict() for one in scored.auroc]
+        maps[f"with directions of {Path(other.source).name}"] = lirefs.fit(
+            lm, other.split(seed=seed), ESTIMATORS[estimator](), **{**settings, "grades": None}
+        ).directions
+    figures["cosines"] = probe_plots.cosine_maps(
+        {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
+    )
+    if against is not None:
+        second = lirefs.load(against, device=device)
+        pair = {lm.name: found, second.name: lirefs.fit(second, split, **settings)}
+        figures["side_by_side"] = probe_plots.side_by_side(pair)
+    found.directions.save(out / "directions.safetensors")
+    for name, picture in figures.items():
+        atomic_write_bytes(out / f"{name}.png", picture)
+    atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
+    best = found.best_scores
+    console.print(
+        f"layer {found.best_layer}: test AUROC {best.test_auroc}, n = {best.test_auroc.n}; "
+        f"shuffled labels {found.shuffled} (p = {found.p_value:.3f}); random directions "
+        f"{best.random_auroc}",
+        markup=False,
+    )
+    console.print(f"written to {out}", markup=False, soft_wrap=True)
+
+
+def steer(
+    directions: DirectionsFile,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    layer: Layer = None,
+    operator: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
+    strengths: Annotated[str, typer.Option(help="One or more, e.g. -1,0.5,1.")] = "1",
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
+) -> None:
+    """Continue a prompt, unsteered and steered, side by side."""
+    values = _numbers(strengths)
+    if operator not in OPERATORS:
+        raise SettingError(f"--operator {operator!r}: one of {', '.join(OPERATORS)}")
+    lm = lirefs.load(model, device=device)
+    chosen = _direction(directions, layer, lm)
+    table = Table(title=f"{operator} at layer {chosen.layer}, {chosen.site}", show_lines=True)
+    table.add_column("strength")
+    table.add_column("continuation")
+    table.add_row("unsteered", lm.generate(prompt, max_new_tokens=tokens))
+    for value in values:
+        with chosen.steer(operator, value).apply(lm.model):
+            table.add_row(f"{value:g}", lm.generate(prompt, max_new_tokens=tokens))
+    Console().print(table, markup=False)
+
+
+def export(
+    directions: DirectionsFile,
+    out: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    layer: Layer = None,
+    strength: Annotated[float, typer.Option(help="a of h + a d.")] = 1.0,
+) -> None:
+    """Write a direction as a control vector for llama.cpp."""
+    lm = lirefs.load(model, device=device)
+    to_gguf(_direction(directions, layer, lm).steer("add", strength), out, lm)
+    console.print(f"written to {out}; use it with --control-vector", markup=False, soft_wrap=True)
+
+
+def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:
+    found = lirefs.Directions.load(path, lm)
+    wanted = found.provenance.get("best_layer") if layer is None else layer
+    places = [one for one in found if one[0] == wanted]
+    if len(places) != 1:
+        raise SettingError(
+            f"--layer {wanted}: {path} has layers {', '.join(str(one) for one, _ in found)}"
+        )
+    return found[places[0]]
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise SettingError(f"--strengths {text!r}: expected numbers such as -1,0.5,1") from None

@@ -1,0 +1,173 @@
+"""Figures of probes, each with its controls: arrays in, PNG bytes out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from lirefs.geometry import Components, Transfer, cosines
+from lirefs.harness.plots import COLOURS, _canvas, _png
+from lirefs.probe import Probe
+from lirefs.statistics import Estimate, Floats
+
+
+def per_layer(probe: Probe) -> bytes:
+    """AUROC, accuracy and correlations of every layer, with both controls."""
+    canvas, (left, right) = _canvas(2, (10, 3.8))
+    layers = _layers(probe)
+    _band(left, layers, [one.test_auroc for one in probe.scores], COLOURS[0], "test AUROC")
+    _band(left, layers, [one.test_accuracy for one in probe.scores], COLOURS[2], "test accuracy")
+    _controls(left, probe)
+    left.axvline(probe.best_layer, color="black", lw=0.8, ls=":", label="chosen on validation")
+    left.set(xlabel="layer", ylabel="test items", ylim=(0, 1.02))
+    left.legend(fontsize=6.5)
+    _band(right, layers, [one.spearman for one in probe.scores], COLOURS[1], "Spearman")
+    _band(right, layers, [one.pearson for one in probe.scores], COLOURS[3], "Pearson")
+    # With two classes, the rank correlation of a control is what its AUROC says of it.
+    for name, colour in (("random_auroc", COLOURS[5]), ("shuffled_auroc", COLOURS[6])):
+        found = [getattr(one, name) for one in probe.scores]
+        low, high = (np.array([2 * getattr(one, end) - 1 for one in found]) for end in _ENDS)
+        right.fill_between(layers, low, high, color=colour, alpha=0.3, lw=0, label=_NAMES[name])
+    right.axhline(0, color="black", lw=0.6)
+    right.set(xlabel="layer", ylabel="correlation with the grade, controls: 2 AUROC - 1")
+    right.legend(fontsize=6.5)
+    return _png(canvas)
+
+
+def best_layer(probes: Mapping[str, Probe]) -> bytes:
+    """Test AUROC of the best layer beside the best layer under shuffled labels, by estimator."""
+    canvas, (axis,) = _canvas(1, (8, 0.8 + 0.62 * len(probes)))
+    for row, probe in enumerate(probes.values()):
+        found, random = probe.best_scores.test_auroc, probe.best_scores.random_auroc
+        if probe.null:
+            shape = axis.violinplot(
+                [list(probe.null)], [row], orientation="horizontal", widths=0.8, showextrema=False
+            )
+            shape["bodies"][0].set_color(COLOURS[6])
+        axis.plot([random.low, random.high], [row - 0.25] * 2, color=COLOURS[5], lw=3)
+        ends = [[found.value - found.low], [found.high - found.value]]
+        axis.errorbar(found.value, row, xerr=ends, fmt="o", color=COLOURS[0], capsize=3)
+        axis.text(
+            1.02, row, f"layer {probe.best_layer}, p = {probe.p_value:.3f}", fontsize=7, va="center"
+        )
+    axis.axvline(0.5, color="black", lw=0.6)
+    axis.set_yticks(range(len(probes)), list(probes))
+    axis.set(xlim=(0, 1.2), xlabel="test AUROC of the layer chosen on validation items")
+    axis.set_title(
+        "dot: fitted, 95 %; grey: shuffled labels, layer chosen anew; blue bar: random directions",
+        fontsize=8,
+    )
+    return _png(canvas)
+
+
+def cosine_maps(maps: Mapping[str, Floats]) -> bytes:
+    """Cosines between layers, and between question sets or models; random ones in the title."""
+    canvas, axes = _canvas(len(maps), (4.4 * len(maps), 3.9))
+    for axis, (name, values) in zip(axes, maps.items(), strict=True):
+        picture = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, origin="lower")
+        axis.set(xlabel="layer", ylabel="layer")
+        axis.set_title(name, fontsize=8)
+    canvas.colorbar(picture, ax=list(axes), label="cosine")
+    return _png(canvas)
+
+
+def scatter(found: Components, probe: Probe) -> bytes:
+    """Test states on two principal components with the boundary; cosine with each component."""
+    canvas, (left, right) = _canvas(2, (10, 4))
+    for label, name, colour in ((0, "memory", COLOURS[3]), (1, "reasoning", COLOURS[2])):
+        points = found.points[found.labels == label]
+        left.scatter(points[:, 0], points[:, 1], s=10, color=colour, alpha=0.7, label=name)
+    limits = left.get_xlim(), left.get_ylim()
+    length = float(np.linalg.norm(found.axis))
+    if length > 0:
+        # The boundary in this plane: through the middle, across the direction.
+        across = np.array([-found.axis[1], found.axis[0]]) / length
+        far = np.abs(found.points).max() * 4
+        ends = np.stack([found.middle - far * across, found.middle + far * across])
+        left.plot(ends[:, 0], ends[:, 1], color="black", lw=1, label="boundary")
+    left.set(xlim=limits[0], ylim=limits[1], xlabel="component 1", ylabel="component 2")
+    best = probe.best_scores
+    left.set_title(
+        f"layer {found.direction.layer}: test AUROC {best.test_auroc:.2f}; shuffled "
+        f"{best.shuffled_auroc:.2f}; random {best.random_auroc:.2f}",
+        fontsize=8,
+    )
+    left.legend(fontsize=7)
+    places = np.arange(1, len(found.cosines) + 1)
+    right.bar(places - 0.2, found.cosines, 0.4, color=COLOURS[0], label="|cosine| with direction")
+    right.bar(places + 0.2, found.explained, 0.4, color=COLOURS[4], label="variance explained")
+    right.axhline(found.random, color=COLOURS[5], ls="--", label="random directions, 97.5 %")
+    right.set(xlabel="principal component of train states", ylim=(0, 1))
+    right.legend(fontsize=7)
+    return _png(canvas)
+
+
+def side_by_side(probes: Mapping[str, Probe]) -> bytes:
+    """Two models (base against instruct): separation per layer, and their directions' cosines."""
+    canvas, axes = _canvas(3, (13, 3.8))
+    for axis, (name, probe) in zip(axes, probes.items(), strict=False):
+        _band(
+            axis, _layers(probe), [one.test_auroc for one in probe.scores], COLOURS[0], "test AUROC"
+        )
+        _controls(axis, probe)
+        axis.set(xlabel="layer", ylim=(0, 1.02))
+        axis.set_title(f"{name}: best layer {probe.best_layer}", fontsize=9)
+        axis.legend(fontsize=6.5)
+    first, second = list(probes.values())[:2]
+    values = np.diag(cosines(first.directions, second.directions))
+    axes[2].plot(_layers(first)[: len(values)], values, color=COLOURS[1], marker="o", ms=3)
+    chance = 1.96 / np.sqrt(first.best.vector.numel())
+    axes[2].axhspan(-chance, chance, color=COLOURS[5], alpha=0.3, label="random directions, 95 %")
+    axes[2].set(xlabel="layer", ylabel=f"cosine, {' and '.join(list(probes)[:2])}", ylim=(-1, 1))
+    axes[2].legend(fontsize=6.5)
+    return _png(canvas)
+
+
+def transfers(probe: Probe, found: Mapping[str, Transfer]) -> bytes:
+    """AUROC on other question sets beside the own test items and the controls."""
+    canvas, (axis,) = _canvas(1, (7.5, 4))
+    tests = [one.test_auroc for one in probe.scores]
+    _band(axis, _layers(probe), tests, COLOURS[0], "own test items")
+    for index, (name, one) in enumerate(found.items(), start=1):
+        _band(axis, np.array(one.layers), list(one.auroc), COLOURS[index], name)
+        low, high = (np.array([getattr(each, end) for each in one.random]) for end in _ENDS)
+        axis.fill_between(
+            one.layers,
+            low,
+            high,
+            color=COLOURS[5],
+            alpha=0.25,
+            lw=0,
+            label="random directions, better sign",
+        )
+    null = probe.shuffled
+    axis.axhspan(null.low, null.high, color=COLOURS[6], alpha=0.25, lw=0, label="shuffled labels")
+    axis.axhline(0.5, color="black", lw=0.6)
+    axis.set(xlabel="layer", ylabel="AUROC", ylim=(0, 1.02))
+    axis.legend(fontsize=7)
+    return _png(canvas)
+
+
+_ENDS = ("low", "high")
+_NAMES = {"random_auroc": "random directions, 95 %", "shuffled_auroc": "shuffled labels, 95 %"}
+
+
+def _layers(probe: Probe) -> Any:
+    return np.array([one.layer for one in probe.scores])
+
+
+def _band(axis: Any, layers: Any, found: list[Estimate], colour: str, name: str) -> None:
+    low, high = (np.array([getattr(one, end) for one in found]) for end in _ENDS)
+    axis.fill_between(layers, low, high, color=colour, alpha=0.2, lw=0)
+    axis.plot(layers, [one.value for one in found], color=colour, marker="o", ms=3, label=name)
+
+
+def _controls(axis: Any, probe: Probe) -> None:
+    for name, colour in (("random_auroc", COLOURS[5]), ("shuffled_auroc", COLOURS[6])):
+        found = [getattr(one, name) for one in probe.scores]
+        low, high = (np.array([getattr(one, end) for one in found]) for end in _ENDS)
+        axis.fill_between(
+            _layers(probe), low, high, color=colour, alpha=0.3, lw=0, label=_NAMES[name]
+        )

@@ -1,0 +1,77 @@
+import json
+
+import pytest
+from test_cli import folder, questions, run  # noqa: F401 (fixtures)
+from tiny import build, fresh_model, tiny_config, tiny_tokenizer
+
+from lirefs import Directions
+from lirefs.gguf import from_gguf
+
+
+@pytest.fixture
+def fitted(folder, questions, tmp_path, monkeypatch):  # noqa: F811
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "\n".join(json.dumps({**row, "question": "also " + row["question"]}) for row in rows)
+    )
+    second = tmp_path / "second"
+    build(tiny_config("llama", max_position_embeddings=1024), seed=1).save_pretrained(second)
+    tiny_tokenizer().save_pretrained(second)
+    out = tmp_path / "probe"
+    arguments = ["probe", "--model", folder, "--questions", questions, "--shuffles", "5"]
+    arguments += ["--transfer", other, "--against", second, "--out", out]
+    assert run(monkeypatch, *arguments) == 0
+    return out
+
+
+def test_probe_steer_and_export(fitted, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+    assert {path.name for path in fitted.iterdir()} == {
+        "directions.safetensors",
+        "probe.json",
+        "layers.png",
+        "best_layer.png",
+        "scatter.png",
+        "cosines.png",
+        "transfer.png",
+        "side_by_side.png",
+    }
+    file = fitted / "directions.safetensors"
+    directions = Directions.load(file)
+    found = json.loads((fitted / "probe.json").read_text())
+    assert directions.provenance["best_layer"] == found["best_layer"]
+    assert len(found["transfer"]) == 4
+    capsys.readouterr()
+    model = ["--model", folder, "--layer", 2]
+    arguments = ["--strengths", "-1,2", "--tokens", 4]
+    assert run(monkeypatch, "steer", file, "Q: what", *model, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "unsteered" in text
+    assert "-1" in text
+    assert run(monkeypatch, "export", file, tmp_path / "c.gguf", *model) == 0
+    assert list(from_gguf(tmp_path / "c.gguf")) == [(1, "resid_post")]
+    capsys.readouterr()
+
+    wrong = [
+        (["steer", file, "x", *model, "--strengths", "much"], "SettingError"),
+        (["steer", file, "x", *model, "--operator", "push"], "SettingError"),
+        (["steer", file, "x", "--model", folder, "--layer", 77], "SettingError"),
+        (["steer", tmp_path / "absent", "x", *model], "DirectionsFileError"),
+        (["export", file, tmp_path / "d.gguf", "--model", folder, "--layer", 0], "BackendError"),
+    ]
+    for arguments, error in wrong:
+        assert run(monkeypatch, *arguments) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
+    other = tmp_path / "other"
+    fresh_model("llama", num_hidden_layers=3).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    assert run(monkeypatch, "steer", file, "x", "--model", other) == 2
+    assert "ProvenanceError" in capsys.readouterr().err
+
+
+def test_wrong_settings_end_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "probe", "--estimator", "magic") == 2
+    assert "SettingError" in capsys.readouterr().err
+    (tmp_path / "q.jsonl").write_text('{"question": "a", "label": "memory", "score": "high"}')
+    assert run(monkeypatch, "probe", "--questions", tmp_path / "q.jsonl") == 2
+    assert "QuestionsError" in capsys.readouterr().err
