@@ -1,3 +1,4 @@
+import contextlib
 import os
 import random
 import signal
@@ -72,11 +73,14 @@ def test_killed_anywhere_it_goes_on_to_the_bit(number, model, tmp_path, monkeypa
     pick = random.Random(number)
     every = pick.choice([0.0, 0.0, 1e9])
     with monkeypatch.context() as patch:
-        for _ in range(2):
-            Bomb(model, patch, pick.randrange(1, 80))
-            with pytest.raises(Interruption):
-                run(model, path, checkpoint_every=every)
-            patch.undo()
+        Bomb(model, patch, pick.randrange(1, 60))
+        with pytest.raises(Interruption):
+            run(model, path, checkpoint_every=every)
+        patch.undo()
+        # A second time, unless less is left to do than the fuse is long.
+        Bomb(model, patch, pick.randrange(1, 60))
+        with contextlib.suppress(Interruption):
+            run(model, path, checkpoint_every=every)
     assert run(model, path).digest == expected.digest
     # A finished collection only reads its data again.
     assert run(model, path).digest == expected.digest
@@ -162,9 +166,9 @@ def test_other_data_or_settings_are_refused(model, tmp_path):
         run(model, path, BATCHES[:2])
     with pytest.raises(CheckpointError, match="seed"):
         run(model, path, seed=1)
+    other = llama(torch.float32)
+    nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
     with pytest.raises(CheckpointError, match="digests"):
-        other = llama(torch.float32)
-        nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
         run(other, path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="delete it"):
@@ -172,7 +176,7 @@ def test_other_data_or_settings_are_refused(model, tmp_path):
 
 
 def test_passes_give_what_one_pass_gives(model):
-    need = kfac.plan(targets(model)).bytes[0]
+    need = kfac.plan(targets(model), marginals=True).bytes[0] - 1
     one, many = run(model, None), run(model, None, budget=need)
     assert many.names == one.names
     assert_same(one, many, 1e-12)

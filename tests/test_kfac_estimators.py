@@ -11,7 +11,7 @@ ENDINGS = ["0", "1"]
 
 
 class Bent(Deep):
-    """Two layers with a bend between them: K-FAC is not exact for many inputs, EK-FAC's table is."""
+    """Two layers with a bend: for many inputs K-FAC is not exact, EK-FAC's table is."""
 
     def forward(self, x):
         return self.layers[1](self.layers[0](x).tanh())

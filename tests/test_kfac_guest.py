@@ -186,7 +186,7 @@ class Sharded(torch.Tensor):
 def test_sharded_and_empty_weights_are_refused():
     model = nn.Sequential(nn.Linear(3, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 3).as_subclass(Sharded))
-    with pytest.raises(TargetError, match="Sharded.*out of reach"):
+    with pytest.raises(TargetError, match=r"Sharded.*out of reach"):
         kfac.named_targets(model, ["0"])
     model[0].weight = nn.Parameter(torch.zeros(0, 3))
     with pytest.raises(TargetError, match="dense"):
