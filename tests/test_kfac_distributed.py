@@ -38,14 +38,18 @@ def run(task, folder, size=2):
     context = multiprocessing.get_context("spawn")
     failures = context.Queue()
     workers = [
-        context.Process(target=worker, args=(rank, size, str(folder), task, failures))
+        context.Process(target=worker, args=(rank, size, str(folder), task, failures), daemon=True)
         for rank in range(size)
     ]
     for process in workers:
         process.start()
-    for process in workers:
-        process.join(120)
+    # One that fails leaves the others waiting for it, so failures are looked for first.
+    while any(process.is_alive() for process in workers) and failures.empty():
+        for process in workers:
+            process.join(0.2)
     if not failures.empty():
+        for process in workers:
+            process.kill()
         pytest.fail(failures.get())
     assert [process.exitcode for process in workers] == [0] * size
 
