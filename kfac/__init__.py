@@ -6,12 +6,17 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(model):
 """
 
 from kfac.baselines import RandomPairsEdit, SVDEdit
-from kfac.collect import Forward, collect, language_model_forward
+from kfac.collect import collect
 from kfac.edit import CurvatureEdit, EditHandle, SpectralEdit, TargetReport, WeightEdit
+from kfac.ekfac import correct
 from kfac.errors import (
     BatchError,
+    BudgetError,
+    CheckpointError,
+    DistributedError,
     EditError,
     EditOrderError,
+    EstimatorError,
     FactorsFileError,
     FactorsMismatchError,
     KeepError,
@@ -20,17 +25,27 @@ from kfac.errors import (
     SpectrumError,
     TargetError,
 )
+from kfac.estimators import ESTIMATORS, Curvature
 from kfac.factors import Eigen, Factors, TargetRecord, weight_digest
+from kfac.merging import merge
+from kfac.passes import Forward, language_model_forward
+from kfac.plan import Plan, plan
 from kfac.spectrum import Staircase, eigenbasis, staircase
 from kfac.targets import Target, find_targets, named_targets
 
 __all__ = [
+    "ESTIMATORS",
     "BatchError",
+    "BudgetError",
+    "CheckpointError",
+    "Curvature",
     "CurvatureEdit",
+    "DistributedError",
     "EditError",
     "EditHandle",
     "EditOrderError",
     "Eigen",
+    "EstimatorError",
     "Factors",
     "FactorsFileError",
     "FactorsMismatchError",
@@ -38,6 +53,7 @@ __all__ = [
     "KeepError",
     "KfacError",
     "NonFiniteError",
+    "Plan",
     "RandomPairsEdit",
     "SVDEdit",
     "SpectralEdit",
@@ -49,10 +65,13 @@ __all__ = [
     "TargetReport",
     "WeightEdit",
     "collect",
+    "correct",
     "eigenbasis",
     "find_targets",
     "language_model_forward",
+    "merge",
     "named_targets",
+    "plan",
     "staircase",
     "weight_digest",
 ]

@@ -1,0 +1,391 @@
+"""Speed of curvature collection and of the selection of pairs, as ratios within one run.
+
+    python benchmarks/curvature.py --model FOLDER [--peers] [--rounds 3]
+
+Every contender collects the same targets over the same token ids of the same model, counts all
+positions, and runs in a process of its own, in turns, so that memory is its own and a change of the
+machine's load meets all alike. Before anything is timed, the factors of all contenders are compared
+with the data's labels (sampled labels differ by chance).
+
+`forward` is the bare forward pass. `floor` is what cannot be left out: forward, backward to the
+first target, and one plain product for each covariance. `--peers` makes a virtual environment with
+kronfluence and curvlinops, with the versions of constraints.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+OURS, PEERS = ("forward", "floor", "kfac"), ("kronfluence", "curvlinops")
+
+
+def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
+    """Return the model, target names, and token ids (N, T + 1)."""
+    import transformers
+
+    import kfac
+
+    transformers.logging.disable_progress_bar()
+    if options.model == "blocks":
+        # Three blocks of the shape of a 7B model, with random weights.
+        config = transformers.Olmo2Config(
+            hidden_size=4096,
+            intermediate_size=11008,
+            num_hidden_layers=3,
+            num_attention_heads=32,
+            vocab_size=100352,
+        )
+        with torch.device(options.device):
+            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        layers = [0, 1, 2]
+    else:
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=torch.float32
+        ).to(options.device)
+        layers = [int(layer) for layer in options.layers.split(",")]
+    model = model.eval()
+    names = [target.name for target in kfac.find_targets(model, layers, "mlp")]
+    generator = torch.Generator().manual_seed(0)
+    shape = (options.sequences, options.length + 1)
+    ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)
+    return model, names, ids.to(options.device)
+
+
+def batches_of(ids: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return inputs (B, T) and the tokens that follow them (B, T)."""
+    return [(part[:, :-1], part[:, 1:]) for part in ids.split(size)]
+
+
+def run_forward(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
+    """Run the model and nothing else."""
+    with torch.no_grad():
+        for inputs, _ in batches_of(ids, size):
+            model(input_ids=inputs, use_cache=False)
+
+
+def run_floor(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
+    """Run forward, backward from a gradient that is given, and one product for each matrix."""
+    modules = dict(model.named_modules())
+    sums: dict[str, torch.Tensor] = {}
+    gradient: torch.Tensor | None = None
+
+    def add(key: str, rows: torch.Tensor) -> None:
+        flat = rows.detach().flatten(0, -2).float()
+        if key not in sums:
+            sums[key] = flat.new_zeros(flat.shape[1], flat.shape[1])
+        sums[key].addmm_(flat.T, flat)
+
+    def watch(name: str) -> Any:
+        def hook(module: Any, inputs: Any, output: Any) -> Any:
+            # Up reads what gate read.
+            if not name.endswith("up_proj"):
+                add("A." + name, inputs[0])
+            if not output.requires_grad:
+                output = output.detach().requires_grad_()
+            output.register_hook(lambda g: add("G." + name, g))
+            return output
+
+        return hook
+
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    handles = [modules[name].register_forward_hook(watch(name)) for name in names]
+    for inputs, _ in batches_of(ids, size):
+        logits = model(input_ids=inputs, use_cache=False).logits
+        if gradient is None or gradient.shape != logits.shape:
+            gradient = torch.full_like(logits, 1e-5)
+        logits.backward(gradient)
+    for handle in handles:
+        handle.remove()
+
+
+def run_kfac(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
+    """Collect with this library."""
+    import kfac
+
+    def forward(model: Any, batch: Any) -> tuple[torch.Tensor, ...]:
+        logits = model(input_ids=batch[0], use_cache=False).logits
+        return logits, torch.ones_like(batch[0], dtype=torch.bool), batch[1]
+
+    factors = kfac.collect(
+        model,
+        batches_of(ids, size),
+        kfac.named_targets(model, names),
+        forward=forward,
+        labels=labels,
+        progress=False,
+    )
+    return {name: (factors.A(name), factors.G(name)) for name in names}
+
+
+def synchronize() -> None:
+    """Wait for the GPU, if there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def contender(name: str) -> Any:
+    """Return the function of a contender; the peers' are imported where they are installed."""
+    if name in PEERS:
+        import peers
+
+        return getattr(peers, "run_" + name)
+    return globals()["run_" + name]
+
+
+def work(options: argparse.Namespace) -> None:
+    """Run one contender in this process, and print what was measured as JSON."""
+    torch.set_num_threads(options.threads)
+    model, names, ids = load(options)
+    run = contender(options.only)
+    result: dict[str, Any] = {}
+    if options.factors:
+        found = run(model, names, ids[: options.batch], options.batch, "data")
+        tensors = {}
+        for name, (a, g) in found.items():
+            tensors |= {"A." + name: a.contiguous().cpu(), "G." + name: g.contiguous().cpu()}
+        from safetensors.torch import save_file
+
+        save_file(tensors, options.factors)
+    else:
+        run(model, names, ids[: options.batch], options.batch, "sampled")
+        loaded = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        synchronize()
+        began = time.perf_counter()
+        run(model, names, ids, options.batch, "sampled")
+        synchronize()
+        seconds = time.perf_counter() - began
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        result = {
+            "tokens/s": options.sequences * options.length / seconds,
+            "peak MB": max(peak, loaded) / 1024,
+        }
+        if torch.cuda.is_available():
+            result["GPU MB"] = torch.cuda.max_memory_allocated() / 2**20
+            result["products/s"] = _flops(model, names) * result["tokens/s"]
+    print("RESULT " + json.dumps(result))
+
+
+def _flops(model: Any, names: list[str]) -> float:
+    """Floating-point operations of one token: forward, truncated backward, full covariances."""
+    head = model.get_output_embeddings().weight.numel()
+    total = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
+    modules = dict(model.named_modules())
+    shapes = {name: modules[name].weight.shape for name in names}
+    products = sum(out**2 for out, _ in shapes.values())
+    products += sum(inner**2 for n, (_, inner) in shapes.items() if not n.endswith("up_proj"))
+    first = min(int(name.split(".layers.")[1].split(".")[0]) for name in names)
+    layers = model.config.num_hidden_layers
+    return 2.0 * (total + head + (total - head) * (layers - first) / layers + products)
+
+
+def spawn(options: argparse.Namespace, name: str, python: str, *extra: str) -> dict[str, Any]:
+    """Run one contender in a process of its own."""
+    command = [python, str(Path(__file__).resolve()), "--only", name, *extra]
+    for key in ("model", "layers", "sequences", "length", "batch", "device", "threads"):
+        command += [f"--{key}", str(getattr(options, key))]
+    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+    if not lines:
+        raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
+    return dict(json.loads(lines[-1][7:]))
+
+
+def peer_python(folder: str) -> str:
+    """Make the peers' environment if it is not there, and return its interpreter."""
+    python = Path(folder) / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+    ready = [str(python), "-c", "import curvlinops, kronfluence, transformers"]
+    if subprocess.run(ready, capture_output=True).returncode:
+        # Lines of a local installation are no constraints.
+        pinned = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if "==" in x]
+        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
+            file.write("\n".join(x for x in pinned if not x.startswith("#")))
+            file.flush()
+            packages = ["torch", "transformers", "kronfluence", "curvlinops-for-pytorch"]
+            subprocess.run(
+                [str(python), "-m", "pip", "install", "-q", "-c", file.name, *packages], check=True
+            )
+    return str(python)
+
+
+def compare(options: argparse.Namespace, contenders: dict[str, str]) -> None:
+    """Print how far the factors of each contender are from ours, up to a common scale."""
+    from safetensors.torch import load_file
+
+    found = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, python in contenders.items():
+            if name in ("forward", "floor"):
+                continue
+            spawn(options, name, python, "--factors", f"{folder}/{name}")
+            found[name] = load_file(f"{folder}/{name}")
+    for name, tensors in found.items():
+        worst = 0.0
+        for key, tensor in found["kfac"].items():
+            one, two = (x.double() / x.double().trace() for x in (tensor, tensors[key]))
+            worst = max(worst, float((one - two).norm() / one.norm()))
+        print(f"factors of {name:12s} differ from ours by at most {worst:.1e}")
+        if worst > 1e-3:
+            raise SystemExit(f"{name} does not compute the same factors: nothing was timed")
+
+
+def collection(options: argparse.Namespace) -> None:
+    """Time all contenders in turns."""
+    contenders = dict.fromkeys(OURS, sys.executable)
+    if options.peers:
+        contenders |= dict.fromkeys(PEERS, peer_python(options.peers_folder))
+    compare(options, contenders)
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
+    for _ in range(options.rounds):
+        for name, python in contenders.items():
+            results[name].append(spawn(options, name, python))
+    ours = [result["tokens/s"] for result in results["kfac"]]
+    print("\n| contender | tokens/s | kfac is faster by (median of rounds) | peak MB |")
+    print("|---|---|---|---|")
+    for name, rounds in results.items():
+        speeds = [result["tokens/s"] for result in rounds]
+        ratio = statistics.median(a / b for a, b in zip(ours, speeds, strict=True))
+        peak = max(result["peak MB"] for result in rounds)
+        print(f"| {name} | {statistics.median(speeds):.0f} | {ratio:.2f} | {peak:.0f} |")
+        if "GPU MB" in rounds[0]:
+            print(f"  {name}: {rounds[0]['GPU MB']:.0f} MB on the GPU")
+    if options.device != "cpu":
+        rate, ceiling = results["kfac"][0]["products/s"], _ceiling(options.device)
+        print(f"kfac: {rate / 1e12:.1f} of {ceiling / 1e12:.1f} TFLOP/s ({rate / ceiling:.0%})")
+
+
+def _ceiling(device: str) -> float:
+    """Measure the speed of a large bfloat16 product."""
+    matrix = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    matrix @ matrix
+    synchronize()
+    began = time.perf_counter()
+    for _ in range(20):
+        matrix @ matrix
+    synchronize()
+    return 20 * 2 * 8192**3 / (time.perf_counter() - began)
+
+
+def heap(lam: Any, mu: Any, keep: float, limit: float) -> tuple[list[int], float]:
+    """Take pairs one by one from a heap, in descending mass, until `keep` or `limit` seconds."""
+    import heapq
+
+    goal = keep * lam.sum() * mu.sum()
+    queue, seen, mass = [(-lam[0] * mu[0], 0, 0)], {(0, 0)}, 0.0
+    counts = [0] * len(lam)
+    began = time.perf_counter()
+    while queue and mass < goal and time.perf_counter() - began < limit:
+        negative, i, j = heapq.heappop(queue)
+        mass -= negative
+        counts[i] += 1
+        for row, column in ((i + 1, j), (i, j + 1)):
+            if row < len(lam) and column < len(mu) and (row, column) not in seen:
+                seen.add((row, column))
+                heapq.heappush(queue, (-lam[row] * mu[column], row, column))
+    return counts, time.perf_counter() - began
+
+
+def selection() -> None:
+    """Time the staircase against a heap, and ten values of `keep` against one."""
+    from kfac.spectrum import staircase
+
+    rng = np.random.default_rng(0)
+
+    def spectrum(size: int) -> Any:
+        return np.sort(np.arange(1, size + 1) ** -0.7 * rng.lognormal(0, 0.3, size))[::-1].copy()
+
+    lam, mu = spectrum(256), spectrum(688)
+    counts, _ = heap(lam, mu, 0.6, 60)
+    assert counts == staircase(lam, mu, 0.6).counts.tolist(), "the heap takes other pairs"
+    lam, mu = spectrum(4096), spectrum(11008)
+    times = []
+    for _ in range(7):
+        began = time.perf_counter()
+        chosen = staircase(lam, mu, 0.6)
+        times.append(time.perf_counter() - began)
+    ours = statistics.median(times)
+    counts, seconds = heap(lam, mu, 0.6, 20)
+    taken = sum(counts)
+    # A heap's step only grows with its size, so the rest of it takes at least as long per pair.
+    whole = seconds * chosen.pairs / taken
+    print(f"\nstaircase 4096 x 11008 at 0.6: {ours * 1000:.1f} ms for {chosen.pairs:,} pairs")
+    print(
+        f"heap: {seconds:.1f} s for {taken:,} pairs, so {whole:.0f} s: {whole / ours:,.0f} x slower"
+    )
+
+
+def sweep() -> None:
+    """Time ten values of `keep` against one, from factors to edited weights."""
+    from torch import nn
+
+    import kfac
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(576, 1536, bias=False), nn.Tanh(), nn.Linear(1536, 64))
+    x = torch.randn(4000, 576) * torch.arange(1, 577) ** -0.5
+
+    def forward(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        return model(batch), torch.ones(len(batch), dtype=torch.bool)
+
+    def edit(keeps: list[float]) -> float:
+        factors = kfac.collect(
+            model, [x], kfac.named_targets(model, ["0"]), forward=forward, progress=False
+        )
+        began = time.perf_counter()
+        for keep in keeps:
+            with kfac.CurvatureEdit(factors, keep).apply(model):
+                pass
+        return time.perf_counter() - began
+
+    edit([0.5])
+    one = statistics.median(edit([0.6]) for _ in range(3))
+    ten = statistics.median(edit([0.5 + 0.04 * i for i in range(10)]) for _ in range(3))
+    print(f"one keep {one * 1000:.0f} ms, ten {ten * 1000:.0f} ms: {ten / one:.2f} x")
+
+
+def main() -> None:
+    """Run all parts, or the one contender that a parent process asks for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", help="folder or hub id, or 'blocks' for 7B-shaped blocks")
+    parser.add_argument("--layers", default="20,21,22")
+    parser.add_argument("--sequences", type=int, default=8)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--peers", action="store_true", help="also time kronfluence and curvlinops")
+    parser.add_argument("--peers-folder", default=str(ROOT / ".venv-peers"))
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--factors", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.only:
+        work(options)
+        return
+    torch.set_num_threads(options.threads)
+    if options.model:
+        collection(options)
+    selection()
+    sweep()
+
+
+if __name__ == "__main__":
+    main()
