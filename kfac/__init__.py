@@ -5,9 +5,9 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(model):
     ...
 """
 
-from kfac.baselines import RandomPairsEdit, SVDEdit
+from kfac.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
 from kfac.collect import Forward, collect, language_model_forward
-from kfac.edit import CurvatureEdit, EditHandle, SpectralEdit, TargetReport, WeightEdit
+from kfac.edit import CurvatureEdit, SpectralEdit, TargetReport
 from kfac.errors import (
     BatchError,
     EditError,
@@ -21,8 +21,10 @@ from kfac.errors import (
     TargetError,
 )
 from kfac.factors import Eigen, Factors, TargetRecord, weight_digest
+from kfac.selection import OrderedSelection, Selection, TableSelection
 from kfac.spectrum import Staircase, eigenbasis, staircase
 from kfac.targets import Target, find_targets, named_targets
+from kfac.weight_edit import EditHandle, WeightEdit
 
 __all__ = [
     "BatchError",

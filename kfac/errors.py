@@ -39,3 +39,19 @@ class EditError(KfacError):
 
 class EditOrderError(EditError):
     """Edits of the same weight must be removed in the reverse order of their attachment."""
+
+
+class EstimatorError(KfacError):
+    """An estimator of the curvature is unknown, or its sums were not collected."""
+
+
+class CheckpointError(KfacError):
+    """A checkpoint cannot be read, or belongs to other data, targets or settings."""
+
+
+class BudgetError(KfacError):
+    """The memory budget is too small for a single target."""
+
+
+class DistributedError(KfacError):
+    """The processes of one collection do not agree on their data or targets."""
