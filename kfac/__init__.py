@@ -5,13 +5,17 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(model):
     ...
 """
 
+from kfac import plots
+from kfac.bands import BandProfile, BandRatios, band_profile, band_ratios, task_ratios
 from kfac.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
 from kfac.collect import Forward, collect, language_model_forward
+from kfac.detect import RecitationScores, score_recitation
 from kfac.edit import CurvatureEdit, SpectralEdit, TargetReport
 from kfac.errors import (
     BatchError,
     EditError,
     EditOrderError,
+    EstimatorError,
     FactorsFileError,
     FactorsMismatchError,
     KeepError,
@@ -21,40 +25,74 @@ from kfac.errors import (
     TargetError,
 )
 from kfac.factors import Eigen, Factors, TargetRecord, weight_digest
+from kfac.passages import recitation
+from kfac.relearn import Relearning, relearn
+from kfac.reliability import SplitHalf, split_half
 from kfac.selection import OrderedSelection, Selection, TableSelection
+from kfac.slices import LossSlices, loss_slices
 from kfac.spectrum import Staircase, eigenbasis, staircase
+from kfac.statistics import Estimate, auroc
+from kfac.subnet import SubnetEdit, fit_balanced_subnet
 from kfac.targets import Target, find_targets, named_targets
+from kfac.variants import RemovalEdit, UnionEdit
 from kfac.weight_edit import EditHandle, WeightEdit
 
 __all__ = [
+    "BandProfile",
+    "BandRatios",
     "BatchError",
     "CurvatureEdit",
     "EditError",
     "EditHandle",
     "EditOrderError",
     "Eigen",
+    "Estimate",
+    "EstimatorError",
     "Factors",
     "FactorsFileError",
     "FactorsMismatchError",
     "Forward",
     "KeepError",
     "KfacError",
+    "LossSlices",
+    "MagnitudeEdit",
     "NonFiniteError",
+    "OrderedSelection",
     "RandomPairsEdit",
+    "RandomRotationEdit",
+    "RecitationScores",
+    "Relearning",
+    "RemovalEdit",
     "SVDEdit",
+    "Selection",
     "SpectralEdit",
     "SpectrumError",
+    "SplitHalf",
     "Staircase",
+    "SubnetEdit",
+    "TableSelection",
     "Target",
     "TargetError",
     "TargetRecord",
     "TargetReport",
+    "UnionEdit",
     "WeightEdit",
+    "auroc",
+    "band_profile",
+    "band_ratios",
     "collect",
     "eigenbasis",
     "find_targets",
+    "fit_balanced_subnet",
     "language_model_forward",
+    "loss_slices",
     "named_targets",
+    "plots",
+    "recitation",
+    "relearn",
+    "score_recitation",
+    "split_half",
     "staircase",
+    "task_ratios",
     "weight_digest",
 ]

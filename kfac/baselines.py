@@ -223,7 +223,8 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
     """Return an orthogonal matrix (size, size), float32, drawn uniformly (Haar)."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator))
     signs: Tensor = r.diagonal().sign()
-    return q * signs
+    result: Tensor = q * signs
+    return result
 
 
 def largest_of_smallest(values: Tensor, count: int) -> Tensor:

@@ -16,6 +16,14 @@ from kfac.sampling import attended
 from kfac.targets import Target
 
 
+def position_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of every counted position of a batch, in nats, shape (positions,)."""
+    logits, counted, following = _predictions(model, batch)
+    return nn.functional.cross_entropy(
+        logits[counted].float(), following[counted], reduction="none"
+    )
+
+
 def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     """Return the mean loss of each text of a batch, in nats per position, shape (B,).
 

@@ -152,9 +152,7 @@ def select_separable(
     return OrderedSelection(stairs, np.argsort(row_order), np.argsort(column_order))
 
 
-def select_largest(
-    scores: Tensor, keep: float, weights: Tensor | None = None
-) -> TableSelection:
+def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -> TableSelection:
     """Select the fewest entries of largest score that hold `keep` of the total.
 
     No sort of all entries: not negative floats are ordered as their bit patterns, so a histogram

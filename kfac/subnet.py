@@ -198,9 +198,7 @@ class _Masked:
         }
 
     def _mask(self) -> None:
-        for target, original, score in zip(
-            self.targets, self.originals, self.scores, strict=True
-        ):
+        for target, original, score in zip(self.targets, self.originals, self.scores, strict=True):
             target.parameter.data = original * target.orient(self._kept(score))
 
     def _kept(self, score: Tensor) -> Tensor:

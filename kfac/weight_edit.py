@@ -138,7 +138,7 @@ class WeightEdit(abc.ABC):
             # Experts of one stack are written into one new tensor.
             _, into = changes.get(id(parameter), (parameter, None))
             stored = target.placed(weight, into=into)
-            if not bool(_matrix(target, stored).isfinite().all()):
+            if not bool(target.view(stored).isfinite().all()):
                 raise EditError(f"target {target.name!r}: its edited weight is not finite")
             changes[id(parameter)] = (parameter, stored)
         return list(changes.values())
@@ -146,9 +146,4 @@ class WeightEdit(abc.ABC):
 
 def originals_of(target: Target) -> list[Tensor]:
     """Return the weights (out, in) that the edits in place have replaced, oldest first."""
-    return [_matrix(target, original) for _, original in _STACKS.get(target.parameter, [])]
-
-
-def _matrix(target: Target, stored: Tensor) -> Tensor:
-    """Return the (out, in) matrix of a target in a tensor of its parameter's shape."""
-    return target.orient(stored if target.expert is None else stored[target.expert])
+    return [target.view(original) for _, original in _STACKS.get(target.parameter, [])]
