@@ -20,7 +20,7 @@ def position_losses(model: nn.Module, batch: Any) -> Tensor:
     """Return the loss of every counted position of a batch, in nats, shape (positions,)."""
     logits, counted, following = _predictions(model, batch)
     return nn.functional.cross_entropy(
-        logits[counted].float(), following[counted], reduction="none"
+        _exact(logits[counted]), following[counted], reduction="none"
     )
 
 
@@ -35,7 +35,7 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     """
     logits, counted, following = _predictions(model, batch)
     losses = nn.functional.cross_entropy(
-        logits.flatten(0, 1).float(), following.flatten(), reduction="none"
+        _exact(logits.flatten(0, 1)), following.flatten(), reduction="none"
     ).view(counted.shape)
     return (losses * counted).sum(1) / counted.sum(1)
 
@@ -121,3 +121,7 @@ def _predictions(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
     ids = ready["input_ids"]
     following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).to(logits.device)
     return logits, counted.to(logits.device), following
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

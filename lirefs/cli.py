@@ -15,6 +15,7 @@ from rich.table import Table
 
 import kfac
 import lirefs
+from lirefs import commands_curvature
 from lirefs.errors import SettingError
 from lirefs.files import cache_dir
 from lirefs.harness import plots, report, suite
@@ -26,6 +27,7 @@ DEFAULT_MODEL = "smollm2-135m"
 BATCH_TOKENS = 1024
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app.add_typer(commands_curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 
 

@@ -4,7 +4,7 @@ from test_kfac_collect import batch, collect, llama
 from test_kfac_edit import assert_restored, snapshot
 
 import kfac
-from kfac import BatchError, CurvatureEdit, EditError, NonFiniteError, relearn
+from kfac import BatchError, EditError, NonFiniteError, SVDEdit, relearn
 
 
 def prefix_labels(one, prefix=2):
@@ -51,8 +51,7 @@ def test_padding_does_not_change_recitation(trained):
 
 def test_relearning_restores_the_model_and_separates_the_arms(trained):
     model, texts = trained
-    factors = collect(model, texts, kfac.find_targets(model, projections="mlp"))
-    edit = CurvatureEdit(factors, 0.05)
+    edit = SVDEdit([*collect(model, texts).names, "lm_head"], 0.3)
     model.train()
     model.lm_head.weight.requires_grad_(False)
     before = snapshot(model)

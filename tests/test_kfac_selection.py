@@ -77,7 +77,7 @@ def test_shapes(shape):
     rows = torch.tensor([1.0, 4.0, 3.0, 2.0], dtype=torch.float64)
     columns = torch.tensor([5.0, 1.0, 4.0], dtype=torch.float64)
     chosen = select_separable(rows, columns, 0.49, shape)
-    # 0.49 of 10 is reached by 4 + 3; its root 0.7 as well. 0.49 of 10 is reached by 5; 0.7 by 5 + 4.
+    # Rows: 0.49 and 0.7 of 10 are reached by 4 + 3. Columns: 0.49 by 5, 0.7 by 5 + 4.
     kept_rows = {"input": [0, 1, 2, 3]}.get(shape, [1, 2])
     kept_columns = {"input": [0], "output": [0, 1, 2], "rectangle": [0, 2]}[shape]
     expected = torch.zeros(4, 3, dtype=torch.bool)
