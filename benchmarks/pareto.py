@@ -1,8 +1,8 @@
 """Recitation against perplexity and against each task group, for every method of editing weights.
 
 Each method runs at a few strengths, all on the same items. Strengths are chosen by bisection, so
-that the perplexity on validation texts rises by the same factors for every method: nominal strengths of
-different methods cannot be compared.
+that the perplexity on validation texts rises by the same factors for every method: nominal
+strengths of different methods cannot be compared.
 
 python benchmarks/pareto.py [--model smollm2-135m] [--quick]
 

@@ -8,11 +8,15 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(model):
 from kfac import plots
 from kfac.bands import BandProfile, BandRatios, band_profile, band_ratios, task_ratios
 from kfac.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
-from kfac.collect import Forward, collect, language_model_forward
+from kfac.collect import collect
 from kfac.detect import RecitationScores, score_recitation
 from kfac.edit import CurvatureEdit, SpectralEdit, TargetReport
+from kfac.ekfac import correct
 from kfac.errors import (
     BatchError,
+    BudgetError,
+    CheckpointError,
+    DistributedError,
     EditError,
     EditOrderError,
     EstimatorError,
@@ -24,8 +28,12 @@ from kfac.errors import (
     SpectrumError,
     TargetError,
 )
+from kfac.estimators import ESTIMATORS, Curvature
 from kfac.factors import Eigen, Factors, TargetRecord, weight_digest
+from kfac.merging import merge
 from kfac.passages import recitation
+from kfac.passes import Forward, language_model_forward
+from kfac.plan import Plan, plan
 from kfac.relearn import Relearning, relearn
 from kfac.reliability import SplitHalf, split_half
 from kfac.selection import OrderedSelection, Selection, TableSelection
@@ -38,10 +46,15 @@ from kfac.variants import RemovalEdit, UnionEdit
 from kfac.weight_edit import EditHandle, WeightEdit
 
 __all__ = [
+    "ESTIMATORS",
     "BandProfile",
     "BandRatios",
     "BatchError",
+    "BudgetError",
+    "CheckpointError",
+    "Curvature",
     "CurvatureEdit",
+    "DistributedError",
     "EditError",
     "EditHandle",
     "EditOrderError",
@@ -58,6 +71,7 @@ __all__ = [
     "MagnitudeEdit",
     "NonFiniteError",
     "OrderedSelection",
+    "Plan",
     "RandomPairsEdit",
     "RandomRotationEdit",
     "RecitationScores",
@@ -81,12 +95,15 @@ __all__ = [
     "band_profile",
     "band_ratios",
     "collect",
+    "correct",
     "eigenbasis",
     "find_targets",
     "fit_balanced_subnet",
     "language_model_forward",
     "loss_slices",
+    "merge",
     "named_targets",
+    "plan",
     "plots",
     "recitation",
     "relearn",

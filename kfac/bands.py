@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kfac.edit import check_weight
 from kfac.errors import BatchError, SpectrumError
 from kfac.factors import Factors
-from kfac.hooks import as_guest
+from kfac.guest import as_guest
 from kfac.passages import target_inputs
 from kfac.statistics import RESAMPLES, Floats, resample_counts
 

@@ -18,7 +18,7 @@ from kfac.bands import distinct_inputs
 from kfac.edit import check_weight
 from kfac.errors import BatchError, SpectrumError
 from kfac.factors import Factors
-from kfac.hooks import as_guest
+from kfac.guest import as_guest
 from kfac.passages import target_inputs
 from kfac.statistics import Floats
 

@@ -5,20 +5,23 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from kfac.errors import FactorsFileError, FactorsMismatchError, KfacError, TargetError
+from kfac.errors import (
+    EstimatorError,
+    FactorsFileError,
+    FactorsMismatchError,
+    KfacError,
+    TargetError,
+)
+from kfac.estimators import ESTIMATORS, Curvature, marginal_spectra
 from kfac.spectrum import eigenbasis
+from kfac.store import library_version, read_tensors, tensor_bytes, write_tensors
 from kfac.targets import Target, named_targets
 
 FORMAT = 1
@@ -32,7 +35,7 @@ class TargetRecord:
     Attributes:
         out_features: Rows of the weight, size of G.
         in_features: Columns of the weight, size of A.
-        count: Positions summed over.
+        count: Positions summed over; 0 for an expert that no counted position was sent to.
         source: Name of the target under which the shared A is stored.
         digest: SHA-256 of the weight at collection.
     """
@@ -62,35 +65,51 @@ class Eigen:
 
 
 class Factors:
-    """A = E[a aᵀ] and G = E[g gᵀ] of some targets.
+    """A = E[a aᵀ] and G = E[g gᵀ] of some targets, and what other estimators need.
 
     Sums and counts are stored, never means, so factors of different data can be merged. An A
     that several targets share (gate and up read the same input) is stored once.
 
-    Attributes:
-        records: One `TargetRecord` for each target name, in collection order.
+    Args:
+        records: One for each target name, in collection order.
+        sums: By letter and target: "A.<source>" sums a aᵀ, "G.<name>" g gᵀ, "AW." ‖g‖² a aᵀ, "GW."
+            ‖a‖² g gᵀ, "D." the squared entries of g aᵀ, "E." the same in the eigenbases.
         seeds: Seeds of the sampled labels, one for each collection that was merged.
         tokens: Counted positions of the data.
+        labels: "sampled" (Fisher), "data" (empirical Fisher) or "mixed".
         provenance: What the user said about the data; JSON values.
+        bases: Eigenvalues and eigenvectors that the sums "E." belong to.
+
+    Attributes:
+        records: One `TargetRecord` for each target name, in collection order.
+        seeds: As given.
+        tokens: As given.
+        labels: As given.
+        provenance: As given.
     """
 
     def __init__(
         self,
         records: Mapping[str, TargetRecord],
-        a_sums: Mapping[str, Tensor],
-        g_sums: Mapping[str, Tensor],
+        sums: Mapping[str, Tensor],
         *,
         seeds: Iterable[int],
         tokens: int,
+        labels: str = "sampled",
         provenance: Mapping[str, Any] | None = None,
+        bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.records = dict(records)
-        self._a = dict(a_sums)
-        self._g = dict(g_sums)
+        self.sums = dict(sums)
         self.seeds = list(seeds)
         self.tokens = tokens
+        self.labels = labels
         self.provenance = dict(provenance or {})
-        self._bases: dict[str, tuple[Tensor, Tensor]] = {}
+        self._stored_bases = dict(bases or {})
+        self._bases = {
+            key: (values.double(), vectors.double())
+            for key, (values, vectors) in self._stored_bases.items()
+        }
         self._coordinates: dict[str, tuple[str, Tensor]] = {}
         self._digest: str | None = None
 
@@ -102,15 +121,29 @@ class Factors:
         """Target names, in collection order."""
         return list(self.records)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the sums."""
+        return next(iter(self.sums.values())).dtype
+
+    @property
+    def estimators(self) -> list[str]:
+        """The estimators that `curvature` can give for every target."""
+        letters = {"marginal": "AW", "diagonal": "D", "ekfac": "E"}
+        return [
+            estimator
+            for estimator in ESTIMATORS
+            if estimator not in letters
+            or all(f"{letters[estimator]}.{name}" in self.sums for name in self.records)
+        ]
+
     def A(self, name: str) -> Tensor:
         """Return E[a aᵀ] of a target, shape (in, in)."""
-        record = self._record(name)
-        return self._a[record.source] / self.records[record.source].count
+        return self._mean("A", self._record(name).source)
 
     def G(self, name: str) -> Tensor:
         """Return E[g gᵀ] of a target, shape (out, out); g belongs to a summed loss."""
-        count = self._record(name).count
-        return self._g[name] / count
+        return self._mean("G", name)
 
     def count(self, name: str) -> int:
         """Return the number of positions that a target's factors sum over."""
@@ -128,6 +161,40 @@ class Factors:
         if (g_key := "G." + name) not in self._bases:
             self._bases[g_key] = eigenbasis(self.G(name))
         return Eigen(*self._bases[g_key], *self._bases[a_key])
+
+    def curvature(self, name: str, estimator: str = "kfac") -> Curvature:
+        """Return the mass that an estimator gives to each coordinate of a target.
+
+        Args:
+            name: Target name.
+            estimator: "kfac": λᵢ μⱼ. "ekfac": E[(uᵢ·g)² (vⱼ·a)²], the exact diagonal of the Fisher
+                in K-FAC's eigenbasis (George et al. 2018, arXiv 1806.03884), after `correct`.
+                "marginal": the separable table with EK-FAC's row and column sums, without a second
+                pass. "input": μⱼ, G taken as identity. "output": λᵢ, A taken as identity.
+                "diagonal": E[(∂L/∂W)²], the mean squared gradient of each entry of W itself.
+
+        Returns:
+            The curvature; for all but "diagonal" in the coordinates of `eigen(name)`.
+
+        Raises:
+            EstimatorError: The estimator is unknown, or its sums were not collected.
+        """
+        if estimator not in ESTIMATORS:
+            raise EstimatorError(f"estimator={estimator!r} is unknown: use one of {ESTIMATORS}")
+        if estimator == "diagonal":
+            return Curvature(estimator, None, None, self._mean("D", name), rotated=False)
+        if estimator == "ekfac":
+            return Curvature(estimator, None, None, self._mean("E", name), rotated=True)
+        basis = self.eigen(name)
+        lam, mu = basis.lam, basis.mu
+        if estimator == "marginal":
+            weighted = self._mean("AW", name), self._mean("GW", name)
+            lam, mu = marginal_spectra(*weighted, basis.u_out, basis.u_in)
+        elif estimator == "input":
+            lam = torch.ones_like(lam)
+        elif estimator == "output":
+            mu = torch.ones_like(mu)
+        return Curvature(estimator, lam, mu, None, rotated=True)
 
     def coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         """Return C = U_Gᵀ W U_A, the weight in the eigenbases of its target.
@@ -159,40 +226,32 @@ class Factors:
             sha = hashlib.sha256(json.dumps(self._header(with_provenance=False)).encode())
             for key, tensor in sorted(self._tensors().items()):
                 sha.update(key.encode())
-                sha.update(_bytes(tensor))
+                sha.update(tensor_bytes(tensor))
             self._digest = sha.hexdigest()
         return self._digest
 
     def merge(self, other: Factors) -> Factors:
-        """Return the factors of both data sets together.
+        """Return the factors of both data sets together; see `kfac.merge` for weights.
 
         Raises:
             FactorsMismatchError: Other targets, shapes, weights, or another sharing of inputs.
         """
-        if self.names != other.names:
-            raise FactorsMismatchError(
-                f"cannot merge: targets differ ({self.names} and {other.names})"
-            )
-        records = {}
-        for name, mine in self.records.items():
-            yours = other.records[name]
-            same = TargetRecord(**{**vars(yours), "count": mine.count})
-            if mine != same:
-                raise FactorsMismatchError(
-                    f"cannot merge: target {name!r} was collected from another weight, shape or "
-                    f"input group ({mine} and {yours})"
-                )
-            records[name] = TargetRecord(**{**vars(mine), "count": mine.count + yours.count})
-        return Factors(
-            records,
-            {key: value + other._a[key] for key, value in self._a.items()},
-            {key: value + other._g[key] for key, value in self._g.items()},
-            seeds=self.seeds + other.seeds,
-            tokens=self.tokens + other.tokens,
-            provenance={"merged": [self.provenance, other.provenance]},
-        )
+        from kfac.merging import merge
+
+        return merge([self, other])
+
+    def subtract(self, part: Factors) -> Factors:
+        """Return the factors of the data without a part of it (leave one set out).
+
+        Raises:
+            FactorsMismatchError: Other targets, or the part has more positions than the whole.
+        """
+        from kfac.merging import subtract
+
+        return subtract(self, part)
 
     __add__ = merge
+    __sub__ = subtract
 
     def check(self, model: nn.Module) -> None:
         """Verify that these factors were collected from this model.
@@ -232,20 +291,11 @@ class Factors:
         Raises:
             KfacError: The provenance is not JSON.
         """
-        target = Path(path)
         try:
             header = json.dumps(self._header(with_provenance=True))
         except TypeError as error:
             raise KfacError(f"provenance must hold JSON values only: {error}") from error
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
-        os.close(handle)
-        try:
-            tensors = {key: value.contiguous() for key, value in self._tensors().items()}
-            save_file(tensors, temporary, metadata={_HEADER: header})
-            Path(temporary).replace(target)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+        write_tensors(path, self._tensors(), {_HEADER: header})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Factors:
@@ -262,16 +312,9 @@ class Factors:
             FactorsFileError: The file is missing, truncated, foreign, or of a newer format.
             FactorsMismatchError: The factors are not of `model`.
         """
+        header, tensors = read_tensors(path, _HEADER, "factors")
         try:
-            with safe_open(str(path), framework="pt") as file:
-                header = (file.metadata() or {}).get(_HEADER)
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError) as error:
-            raise FactorsFileError(f"{path} cannot be read as a factors file: {error}") from error
-        if header is None:
-            raise FactorsFileError(f"{path} is a safetensors file, but holds no factors")
-        try:
-            factors = cls._from_header(json.loads(header), tensors)
+            factors = cls._from_header(header, tensors)
         except (KeyError, TypeError, ValueError) as error:
             raise FactorsFileError(f"{path} has a damaged header: {error!r}") from error
         if model is not None:
@@ -286,18 +329,19 @@ class Factors:
                 f"this version reads format {FORMAT}"
             )
         records = {name: TargetRecord(**record) for name, record in header["targets"].items()}
-        sizes = {"G." + name: record.out_features for name, record in records.items()}
-        sizes |= {"A." + r.source: r.in_features for r in records.values()}
-        found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-        if found != {key: (size, size) for key, size in sizes.items()}:
-            raise ValueError(f"its tensors do not match its targets: {found}")
+        bases = {
+            key: (tensors.pop("values." + key), tensors.pop("vectors." + key))
+            for key in [key[7:] for key in tensors if key.startswith("values.")]
+        }
+        _check_shapes(records, tensors, bases)
         return cls(
             records,
-            {key[2:]: tensor for key, tensor in tensors.items() if key.startswith("A.")},
-            {key[2:]: tensor for key, tensor in tensors.items() if key.startswith("G.")},
+            tensors,
             seeds=header["seeds"],
             tokens=header["tokens"],
+            labels=header.get("labels", "sampled"),
             provenance=header["provenance"],
+            bases=bases,
         )
 
     def _header(self, *, with_provenance: bool) -> dict[str, Any]:
@@ -305,15 +349,28 @@ class Factors:
             "format": FORMAT,
             "seeds": self.seeds,
             "tokens": self.tokens,
-            "targets": {name: vars(record) for name, record in self.records.items()},
+            "labels": self.labels,
+            "targets": {name: asdict(record) for name, record in self.records.items()},
         }
         if with_provenance:
             header |= {"version": library_version(), "provenance": self.provenance}
         return header
 
     def _tensors(self) -> dict[str, Tensor]:
-        named = {"A." + key: value for key, value in self._a.items()}
-        return named | {"G." + key: value for key, value in self._g.items()}
+        tensors = dict(self.sums)
+        for key, (values, vectors) in self._stored_bases.items():
+            tensors |= {"values." + key: values, "vectors." + key: vectors}
+        return tensors
+
+    def _mean(self, letter: str, name: str) -> Tensor:
+        record = self._record(name)
+        if (key := f"{letter}.{name}") not in self.sums:
+            how = {
+                "E": "run kfac.correct",
+                "D": "collect with diagonal=True",
+            }.get(letter, "collect with marginals=True")
+            raise EstimatorError(f"the factors hold no such sums for target {name!r}: {how}")
+        return self.sums[key] / max(record.count, 1)
 
     def _record(self, name: str) -> TargetRecord:
         if name not in self.records:
@@ -324,17 +381,28 @@ class Factors:
 def weight_digest(weight: Tensor) -> str:
     """Return the SHA-256 of a weight's dtype, shape and bytes."""
     sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    sha.update(_bytes(weight))
+    sha.update(tensor_bytes(weight))
     return sha.hexdigest()
 
 
-def library_version() -> str:
-    """Return the installed version; "unknown" when run from a source tree."""
-    try:
-        return metadata.version("lirefs")
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def _check_shapes(
+    records: Mapping[str, TargetRecord],
+    sums: Mapping[str, Tensor],
+    bases: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Raise ValueError unless a file holds exactly the tensors that its targets ask for."""
+    letters = {key.partition(".")[0] for key in sums} | {"A", "G"}
+    expected: dict[str, tuple[int, int]] = {}
+    for name, record in records.items():
+        out, into = record.out_features, record.in_features
+        shapes = {"A": (into, into), "G": (out, out), "AW": (into, into), "GW": (out, out)}
+        for letter in letters:
+            key = f"{letter}.{record.source if letter == 'A' else name}"
+            expected[key] = shapes.get(letter, (out, into))
+    found = {key: tuple(tensor.shape) for key, tensor in sums.items()}
+    if found != expected:
+        raise ValueError(f"its tensors do not match its targets: {found}")
+    wanted = {key for key in expected if key.startswith(("A.", "G."))} if "E" in letters else set()
+    squares = {key for key, (_, vectors) in bases.items() if tuple(vectors.shape) == expected[key]}
+    if set(bases) != wanted or squares != wanted:
+        raise ValueError(f"its eigenbases do not match its targets: {sorted(bases)}")

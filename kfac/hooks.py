@@ -1,40 +1,46 @@
-"""Hooks that sum a aᵀ and g gᵀ while a model runs, and the rules of a guest in a user's model."""
+"""Hooks on targets: they start the graph, and hand counted inputs and output gradients to sums."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac.errors import KfacError, NonFiniteError, TargetError
+from kfac.errors import KfacError, TargetError
+from kfac.experts import observed
 from kfac.factors import TargetRecord
+from kfac.sums import Rows, Sums
 from kfac.targets import Target
 
 
-@contextmanager
-def as_guest(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters and switch to evaluation mode; restore both, whatever happens."""
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for parameter, _ in flags:
-            parameter.requires_grad_(False)
-        model.eval()
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
-        for module, mode in modes:
-            module.training = mode
+@dataclass(eq=False)
+class _Call:
+    """One use of a target in a forward pass.
+
+    Attributes:
+        tensor: The input as the target saw it.
+        version: Its version counter then, which shows later changes in place.
+        positions: For each row its position in the batch; None when the rows are all positions.
+        key: Identity of the input, to find targets that read the same one.
+        chosen: Indices of the counted rows, once the mask is known; None for all rows.
+        rows: The counted rows, once the mask is known and if gradients will need them.
+    """
+
+    tensor: Tensor | None
+    version: int
+    positions: Tensor | None
+    key: int
+    chosen: Tensor | None = None
+    rows: Rows | None = None
 
 
-class CovarianceSums:
-    """Running sums of a aᵀ and g gᵀ over the counted positions of some targets.
+class Taps:
+    """Takes the counted rows of inputs and output gradients of some targets to their sums.
 
     With all weights frozen no tensor requires a gradient, so the graph begins where this class
     makes it begin: at the output of the first target. Nothing before it is backpropagated, and no
@@ -42,157 +48,196 @@ class CovarianceSums:
 
     Args:
         targets: At least one.
-        dtype: Of the sums.
+        dtype: Of the rows that the sums are given.
+        sums: Where the rows go.
+        counts: Positions counted before, by target, when a collection goes on.
+        sources: Which targets share an input, as found before.
     """
 
-    def __init__(self, targets: Sequence[Target], dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        dtype: torch.dtype,
+        sums: Sums,
+        counts: Mapping[str, int] | None = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
         self.targets = {target.name: target for target in targets}
         self.dtype = dtype
-        self.sources: dict[str, str] = {}
-        self.counts = dict.fromkeys(self.targets, 0)
-        self._a: dict[str, Tensor] = {}
-        self._g: dict[str, Tensor] = {}
-        self._inputs: dict[str, list[tuple[Tensor, int]]] = {}
-        self._positions = torch.empty(0, dtype=torch.int64)
+        self.sums = sums
+        self.sources: dict[str, str] = dict(sources or {})
+        self.counts = dict.fromkeys(self.targets, 0) | dict(counts or {})
+        self._calls: dict[str, list[_Call]] = {}
+        self._open = False
+        self._share = 1.0
+        self._mask = torch.empty(0, dtype=torch.bool)
+        self._per_sequence = 1
         self._anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Keep a forward hook on every target for the time of the context."""
-        handles = []
-        try:
+        """Watch every target for the time of the context."""
+        stacks: dict[nn.Module, dict[tuple[str, int], str]] = {}
+        with ExitStack() as stack:
             for name, target in self.targets.items():
+                if target.expert is not None:
+                    known = stacks.setdefault(target.module, {})
+                    known[target.attribute, target.expert] = name
+                    continue
                 hook: Callable[..., Any] = partial(self._on_forward, name)
-                handles.append(target.module.register_forward_hook(hook, with_kwargs=True))
+                handle = target.module.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            for module, names in stacks.items():
+                stack.enter_context(observed(module, partial(self._on_expert, names)))
+            stack.callback(self._calls.clear)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
-            self._inputs.clear()
 
     def begin(self) -> None:
-        """Forget the inputs of the last batch."""
-        self._inputs = {name: [] for name in self.targets}
+        """Forget the calls of the last batch and record those of the next forward pass."""
+        self._calls = {name: [] for name in self.targets}
+        self._open = True
 
-    def add_inputs(self, mask: Tensor) -> None:
-        """Add the counted positions of all inputs seen since `begin`.
+    def add_inputs(self, mask: Tensor, draws: int) -> None:
+        """Add the counted rows of all inputs seen since `begin`.
 
         Args:
-            mask: bool; its number of entries is that of the inputs' rows.
+            mask: bool; its entries are the positions of the targets' input, sequences first.
+            draws: How many times the gradients of this batch will be backpropagated.
         """
-        self._positions = mask.flatten().nonzero()[:, 0]
+        # From here to `begin` a forward call is the recomputation of an activation checkpoint.
+        self._open = False
+        self._share = 1.0 / draws
+        self._mask = mask.flatten()
+        self._per_sequence = max(1, mask.numel() // mask.shape[0])
         known = set(self.sources)
         read: dict[str, list[int]] = {}
-        for name, calls in self._inputs.items():
+        common: dict[torch.device, Tensor | None] = {}
+        for name, calls in self._calls.items():
             if not calls:
                 continue
-            read[name] = [id(tensor) for tensor, _ in calls]
-            if name not in known:
-                # Only a target that is new as well has an A with the same history.
-                same = (n for n in read if n not in known and read[n] == read[name])
-                self.sources[name] = self.sources.get(next(same), name)
-            source = self.sources[name]
-            if read.get(source) != read[name]:
-                raise KfacError(
-                    f"targets {source!r} and {name!r} shared their input in earlier batches, but "
-                    "not in this one; collect them separately"
-                )
-            self.counts[name] += len(self._positions) * len(calls)
-            if source == name:
-                for tensor, version in calls:
-                    self._check_unchanged(name, tensor, version)
-                    self._add(self._a, name, tensor, mask.numel())
-        self._inputs = {name: [] for name in self.targets}
+            read[name] = [call.key for call in calls]
+            source = self._source(name, known, read)
+            for call, shared in zip(calls, self._calls[source], strict=True):
+                if source == name:
+                    self._add_input(name, call, common)
+                call.chosen, call.rows, call.tensor = shared.chosen, shared.rows, None
+                every = len(self._mask) if call.positions is None else len(call.positions)
+                self.counts[name] += every if call.chosen is None else len(call.chosen)
 
-    def check_finite(self, index: int) -> None:
-        """Raise if a sum is not finite; a square on the diagonal shows any NaN or overflow.
-
-        Raises:
-            NonFiniteError: Naming target and batch.
-        """
-        sums = [("activation", *item) for item in self._a.items()]
-        sums += [("output gradient", *item) for item in self._g.items()]
-        traces = torch.stack([total.diagonal().sum().to(sums[0][2].device) for *_, total in sums])
-        if bool(traces.isfinite().all()):
-            return
-        what, name, _ = sums[int((~traces.isfinite()).nonzero()[0])]
-        raise NonFiniteError(
-            f"batch {index}: an {what} of target {name!r} is NaN or infinite, or its square "
-            f"overflows {self.dtype}"
-        )
-
-    def finish(
-        self, digests: Mapping[str, str]
-    ) -> tuple[dict[str, TargetRecord], dict[str, Tensor], dict[str, Tensor]]:
-        """Return records, sums of a aᵀ and sums of g gᵀ, on CPU.
+    def records(self, digests: Mapping[str, str]) -> dict[str, TargetRecord]:
+        """Return the record of every target.
 
         Raises:
             TargetError: A target was never called, or its output never reached the logits.
         """
-        unused = [name for name, count in self.counts.items() if not count]
-        if unused:
+        plain = [name for name, target in self.targets.items() if target.expert is None]
+        if unused := [name for name in plain if not self.counts[name]]:
             raise TargetError(f"targets never called by the forward pass: {unused}")
         apart = [name for name, s in self.sources.items() if self.counts[name] != self.counts[s]]
         if apart:
             raise KfacError(f"targets that shared their input in some batches only: {apart}")
-        cut = [name for name in self.targets if name not in self._g]
-        if cut:
-            raise TargetError(f"targets whose output never reaches the logits: {cut}")
-        records = {
+        return {
             name: TargetRecord(
                 out_features=target.out_features,
                 in_features=target.in_features,
                 count=self.counts[name],
-                source=self.sources[name],
+                source=self.sources.get(name, name),
                 digest=digests[name],
             )
             for name, target in self.targets.items()
         }
-        return (
-            records,
-            {name: total.cpu() for name, total in self._a.items()},
-            {name: total.cpu() for name, total in self._g.items()},
-        )
+
+    def _source(self, name: str, known: set[str], read: dict[str, list[int]]) -> str:
+        if name not in known:
+            # Only a target that is new as well has an A with the same history.
+            same = (n for n in read if n not in known and read[n] == read[name])
+            self.sources[name] = self.sources.get(next(same), name)
+        source = self.sources[name]
+        if read.get(source) != read[name]:
+            raise KfacError(
+                f"targets {source!r} and {name!r} shared their input in earlier batches, but "
+                "not in this one; collect them separately"
+            )
+        return source
 
     def _on_forward(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> Tensor:
-        if not torch.is_grad_enabled():
-            raise TargetError(f"target {name!r} runs with gradients disabled (no_grad)")
         tensor = args[0] if args else next(iter(kwargs.values()))
-        self._inputs[name].append((tensor, tensor._version))
+        return self._watch(name, tensor, output, None)
+
+    def _on_expert(
+        self,
+        names: Mapping[tuple[str, int], str],
+        attribute: str,
+        expert: int,
+        rows: Tensor,
+        output: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        name = names.get((attribute, expert))
+        return output if name is None else self._watch(name, rows, output, positions)
+
+    def _watch(self, name: str, tensor: Tensor, output: Tensor, positions: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise TargetError(
+                f"target {name!r} runs with gradients disabled (under no_grad, or in a re-entrant "
+                "activation checkpoint: use use_reentrant=False)"
+            )
         if not output.requires_grad:
             output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
-        output.register_hook(partial(self._on_gradient, name))  # type: ignore[no-untyped-call]
+        if self._open:
+            call = _Call(tensor, tensor._version, positions, id(tensor))
+            self._calls[name].append(call)
+            output.register_hook(partial(self._on_gradient, name, call))  # type: ignore[no-untyped-call]
         return output
 
-    def _on_gradient(self, name: str, gradient: Tensor) -> None:
-        self._add(self._g, name, gradient, None)
+    def _on_gradient(self, name: str, call: _Call, gradient: Tensor) -> None:
+        self.sums.add_gradient(name, self._pick(gradient, call.chosen), call.rows, self._share)
 
-    def _add(self, table: dict[str, Tensor], name: str, rows: Tensor, expected: int | None) -> None:
-        flat = rows.detach().reshape(-1, rows.shape[-1])
-        if expected is not None and len(flat) != expected:
-            raise KfacError(
-                f"target {name!r} was given {len(flat)} rows, but the mask has {expected} "
-                "positions: it sees only part of the positions (an expert?), or the mask of "
-                "`forward` has another shape than its input"
-            )
-        positions = self._positions.to(flat.device)
-        if len(positions) < len(flat):
-            flat = flat[positions]
-        flat = flat.to(self.dtype)
-        if name not in table:
-            size = flat.shape[1]
-            table[name] = torch.zeros(size, size, dtype=self.dtype, device=flat.device)
-        table[name].addmm_(flat.T, flat)
-
-    @staticmethod
-    def _check_unchanged(name: str, tensor: Tensor, version: int) -> None:
-        if tensor._version != version:
+    def _add_input(self, name: str, call: _Call, common: dict[torch.device, Tensor | None]) -> None:
+        tensor = call.tensor
+        assert tensor is not None
+        if tensor._version != call.version:
             raise KfacError(
                 f"target {name!r}: the model changed its input in place after use; collection "
                 "needs it unchanged until the end of the forward pass"
             )
+        rows = tensor.numel() // tensor.shape[-1]
+        device = tensor.device
+        if call.positions is not None:
+            call.chosen = _true(self._mask.to(device)[call.positions])
+        elif rows != len(self._mask):
+            raise KfacError(
+                f"target {name!r} was given {rows} rows, but the mask has {len(self._mask)} "
+                "positions: it sees only part of the positions (an expert?), or the mask of "
+                "`forward` has another shape than its input"
+            )
+        else:
+            if device not in common:
+                common[device] = _true(self._mask.to(device))
+            call.chosen = common[device]
+        positions = call.positions
+        if positions is None:
+            positions = torch.arange(rows, device=device)
+        if call.chosen is not None:
+            positions = positions[call.chosen]
+        inputs = Rows(self._pick(tensor, call.chosen), positions // self._per_sequence)
+        self.sums.add_input(name, inputs)
+        if self.sums.needs_both:
+            call.rows = inputs
+
+    def _pick(self, tensor: Tensor, chosen: Tensor | None) -> Tensor:
+        flat = tensor.detach().reshape(-1, tensor.shape[-1])
+        if chosen is not None:
+            # With device_map an output may live elsewhere than the input that it was made from.
+            flat = flat[chosen.to(flat.device)]
+        return flat.to(self.dtype)
+
+
+def _true(mask: Tensor) -> Tensor | None:
+    """Return the indices of the true entries; None when all are."""
+    return None if bool(mask.all()) else mask.nonzero()[:, 0]
 
 
 class _Root(torch.autograd.Function):

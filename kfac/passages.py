@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac.collect import _device, _to_device, language_model_forward
 from kfac.errors import BatchError, TargetError
+from kfac.passes import _device, _to_device, language_model_forward
 from kfac.sampling import attended
 from kfac.targets import Target
 

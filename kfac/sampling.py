@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,30 +31,34 @@ class RowSeeds:
         self.seed = seed
         self._seen: Counter[bytes] = Counter()
 
-    def draw(self, batch: Any, where: Tensor) -> Tensor:
-        """Draw one number for each true entry of `where`, in row order.
+    def draw(self, contents: Sequence[bytes], where: Tensor, draws: int = 1) -> Tensor:
+        """Draw numbers for each true entry of `where`, in row order.
 
         Args:
-            batch: The batch; its tensors have the sequences first.
+            contents: From `row_contents`, one for each sequence.
             where: bool, shape (B, ...).
+            draws: Numbers for each entry; the first ones do not depend on how many follow.
 
         Returns:
-            float64 on CPU, shape of `where`; NaN where it is false.
+            float64 on CPU, shape (draws, *where.shape); NaN where `where` is false.
         """
         where = where.cpu()
-        result = torch.full(where.shape, float("nan"), dtype=torch.float64)
-        for row, content in enumerate(_row_contents(batch, where.shape[0])):
+        result = torch.full((draws, *where.shape), float("nan"), dtype=torch.float64)
+        for row, content in enumerate(contents):
             repeat = self._seen[content]
             self._seen[content] += 1
             key = hashlib.sha256(f"{self.seed} {repeat} ".encode() + content).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(key[:8], "little"))
             # One dimension is kept so that rows of (B,) and (B, T) are filled alike.
             chosen = where[row : row + 1]
-            count = int(chosen.sum())
-            result[row : row + 1][chosen] = torch.rand(
-                count, generator=generator, dtype=torch.float64
+            result[:, row : row + 1][:, chosen] = torch.rand(
+                draws, int(chosen.sum()), generator=generator, dtype=torch.float64
             )
         return result
+
+    def skip(self, contents: Sequence[bytes]) -> None:
+        """Count sequences that are not drawn for here: done before, or by another process."""
+        self._seen.update(contents)
 
 
 def attended(batch: Any) -> Tensor | None:
@@ -67,35 +71,68 @@ def attended(batch: Any) -> Tensor | None:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
 
-def fisher_gradient(logits: Tensor, rows: Tensor, uniforms: Tensor) -> Tensor | None:
-    """Sample labels and return the gradient of their summed negative log-likelihood.
+def data_labels(batch: Mapping[str, Any]) -> Tensor:
+    """Return the token that follows each position, shape (B, T); the last column is unused."""
+    given = batch.get("labels")
+    following: Tensor = given if isinstance(given, Tensor) else batch["input_ids"]
+    return following.roll(-1, 1)
+
+
+def label_gradients(
+    logits: Tensor, rows: Tensor, uniforms: Tensor | None, labels: Tensor | None
+) -> Iterator[Tensor] | None:
+    """Return the gradients of the summed negative log-likelihood of labels, one for each draw.
 
     The gradient with respect to a row of logits is softmax minus one-hot, so no loss graph is
-    needed: one softmax serves the draw and the gradient.
+    needed: one softmax serves all draws and all gradients.
 
     Args:
         logits: Shape (..., C), any floating dtype.
         rows: int64 (n,), the counted rows of the flattened logits.
-        uniforms: float64 (n,), one draw for each of these rows.
+        uniforms: float64 (draws, n), to sample labels with; or None.
+        labels: int64 (n,), the labels if they are not sampled.
 
     Returns:
-        Shape and dtype of `logits`, zero outside `rows`; None if a counted row is not finite.
+        Gradients of the shape and dtype of `logits`, zero outside `rows`. Each is only valid until
+        the next. None if a counted row is not finite.
     """
     classes = logits.shape[-1]
     flat = logits.reshape(-1, classes)
     dtype = torch.promote_types(flat.dtype, torch.float32)
-    rows, uniforms = rows.to(flat.device), uniforms.to(_wide(flat.device)).to(flat.device)
-    gradient = torch.zeros_like(flat)
+    rows = rows.to(flat.device)
+    every = len(rows) == len(flat)
+    gradient = torch.empty_like(flat) if every else torch.zeros_like(flat)
     finite = torch.ones((), dtype=torch.bool, device=flat.device)
+    if uniforms is not None:
+        uniforms = uniforms.to(_wide(flat.device)).to(flat.device)
+        drawn = torch.empty(uniforms.shape, dtype=torch.int64, device=flat.device)
+    else:
+        assert labels is not None
+        drawn = labels.to(flat.device)[None]
+    chances = torch.empty(drawn.shape, dtype=dtype, device=flat.device)
     step = max(1, _CHUNK // classes)
     for start in range(0, len(rows), step):
-        index = rows[start : start + step]
+        part = slice(start, start + step)
+        index = part if every else rows[part]
         chunk = torch.softmax(flat[index], dim=-1, dtype=dtype)
-        labels = sample_labels(chunk, uniforms[start : start + step])
         finite &= chunk[:, 0].isfinite().all()
-        chunk.scatter_add_(1, labels[:, None], chunk.new_full((len(labels), 1), -1.0))
+        if uniforms is not None:
+            for number, uniform in enumerate(uniforms):
+                drawn[number, part] = sample_labels(chunk, uniform[part])
+        chances[:, part] = chunk.gather(1, drawn[:, part].T).T
         gradient[index] = chunk.to(flat.dtype)
-    return gradient.reshape(logits.shape) if bool(finite) else None
+    if not bool(finite):
+        return None
+    return _with_labels(gradient, logits.shape, rows, drawn, chances)
+
+
+def _with_labels(
+    gradient: Tensor, shape: torch.Size, rows: Tensor, drawn: Tensor, chances: Tensor
+) -> Iterator[Tensor]:
+    for labels, chance in zip(drawn, chances, strict=True):
+        gradient[rows, labels] = (chance - 1).to(gradient.dtype)
+        yield gradient.reshape(shape)
+        gradient[rows, labels] = chance.to(gradient.dtype)
 
 
 def sample_labels(probabilities: Tensor, uniforms: Tensor) -> Tensor:
@@ -141,22 +178,23 @@ def _wide(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
-def _row_contents(batch: Any, rows: int) -> list[bytes]:
-    """Return the bytes that identify each row: its real tokens, or all its tensors."""
+def row_contents(batch: Any) -> list[bytes]:
+    """Return the bytes that identify each sequence: its real tokens, or its part of all tensors."""
     mask = attended(batch)
     if mask is not None:
         real = mask.cpu().numpy()
         ids = batch["input_ids"].cpu().numpy().astype(np.int64)
-        return [ids[row][real[row]].tobytes() for row in range(rows)]
+        return [ids[row][real[row]].tobytes() for row in range(len(ids))]
     if isinstance(batch, Mapping):
         parts: Sequence[Any] = [batch[key] for key in sorted(batch)]
     else:
         parts = [batch] if isinstance(batch, Tensor) else batch
-    tensors = [
-        part.detach().cpu().contiguous()
-        for part in parts
-        if isinstance(part, Tensor) and part.ndim and part.shape[0] == rows
-    ]
+    tensors = [part.detach().cpu() for part in parts if isinstance(part, Tensor) and part.ndim]
+    if not tensors:
+        return []
+    # The size that most tensors begin with is the batch; a table that rides along is left out.
+    rows = Counter(len(tensor) for tensor in tensors).most_common(1)[0][0]
+    tensors = [tensor.contiguous() for tensor in tensors if len(tensor) == rows]
     return [
         b"".join(tensor[row].reshape(-1).view(torch.uint8).numpy().tobytes() for tensor in tensors)
         for row in range(rows)

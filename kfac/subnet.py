@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 from kfac.baselines import largest_of_smallest
 from kfac.errors import BatchError, EditError, FactorsMismatchError, NonFiniteError
 from kfac.factors import weight_digest
-from kfac.hooks import as_guest
+from kfac.guest import as_guest
 from kfac.passages import passage_losses
 from kfac.targets import Target, named_targets
 from kfac.weight_edit import WeightEdit

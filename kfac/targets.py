@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac.errors import TargetError
+from kfac.experts import check_stack, is_stack, stacked
 
+_EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Names of MLP matrices, relative to their block and in lower case. A name ending in one of these
@@ -32,21 +34,27 @@ class Target:
     """One weight matrix with an input and an output.
 
     Attributes:
-        name: Dotted module name inside the model.
-        module: The `nn.Linear` or transformers `Conv1D` that owns the weight.
+        name: Dotted module name inside the model; for one expert of a fused stack the parameter's
+            name and the index, as in "model.layers.0.mlp.experts.gate_up_proj[3]".
+        module: The `nn.Linear` or transformers `Conv1D` that owns the weight, or the module that
+            holds the stack.
         layer: Index of the decoder block, from 0; None outside the main block list.
-        transposed: True when the parameter is stored as (in, out), as in GPT-2.
+        transposed: True when the matrix is stored as (in, out), as in GPT-2.
+        attribute: Name of the parameter inside the module.
+        expert: Index into a stack of shape (experts, ., .); None for a matrix of its own.
     """
 
     name: str
     module: nn.Module
     layer: int | None = None
     transposed: bool = False
+    attribute: str = "weight"
+    expert: int | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as the module stores it."""
-        parameter = self.module.weight
+        """The parameter as the module stores it: the whole stack for an expert."""
+        parameter = getattr(self.module, self.attribute)
         if not isinstance(parameter, nn.Parameter):
             raise TargetError(
                 f"target {self.name!r}: its weight is a {type(parameter).__name__}, not a "
@@ -57,7 +65,7 @@ class Target:
     @property
     def weight(self) -> Tensor:
         """The weight, detached, as a view of shape (out_features, in_features)."""
-        return self.orient(self.parameter.detach())
+        return self.view(self.parameter)
 
     @property
     def out_features(self) -> int:
@@ -73,13 +81,41 @@ class Target:
         """Turn a stored matrix into (out, in) or back; both directions are the same step."""
         return matrix.T if self.transposed else matrix
 
+    def view(self, stored: Tensor) -> Tensor:
+        """Return the target's (out, in) view of a tensor that is shaped as its parameter."""
+        stored = stored.detach()
+        return self.orient(stored if self.expert is None else stored[self.expert])
+
+    def placed(self, weight: Tensor, into: Tensor | None = None) -> Tensor:
+        """Return a tensor for the parameter's place that holds a new weight of this target.
+
+        Args:
+            weight: Shape (out, in), any floating dtype and device.
+            into: A copy of the parameter's tensor to write into, for several experts of one stack;
+                None makes one.
+
+        Returns:
+            Shape, dtype and device of the parameter; other experts as they are.
+        """
+        if into is None:
+            if self.expert is None:
+                parameter = self.parameter
+                return self.orient(weight).to(parameter.device, parameter.dtype).contiguous()
+            into = self.parameter.detach().clone()
+        self.view(into).copy_(weight)
+        return into
+
 
 def find_targets(
     model: nn.Module,
     layers: Iterable[int] | None = None,
     projections: str | Sequence[str] = "mlp_in",
+    experts: Iterable[int] | None = None,
 ) -> list[Target]:
     """Find target matrices by layer and role, in the order of `model.named_modules()`.
+
+    Of a mixture of experts that transformers stores as stacks of shape (experts, ., .), every
+    expert is a target of its own.
 
     Args:
         model: Any module. Its main block list is the outermost `nn.ModuleList` with the most
@@ -87,6 +123,7 @@ def find_targets(
         layers: Block indices from 0; None takes all.
         projections: "mlp_in" (matrices that read the block's stream: gate and up), "mlp_out"
             (down), "mlp" (both), or a list of name endings such as ["gate_proj", "q_proj"].
+        experts: Indices of the experts to take from fused stacks; None takes all.
 
     Returns:
         At least one target.
@@ -108,6 +145,7 @@ def find_targets(
     else:
         endings = tuple(projections)
 
+    chosen = None if experts is None else set(experts)
     found = []
     for name, module in model.named_modules():
         layer, local = _locate(name, prefix)
@@ -116,10 +154,11 @@ def find_targets(
         if by_role and ((blocks and layer is None) or _in_attention(local)):
             continue
         text = local.lower() if by_role else name
-        if not any(text == end or text.endswith("." + end) for end in endings):
+        found += _stack_targets(name, text, module, layer, endings, chosen)
+        if not _ends(text, endings):
             continue
         # A container of the same name (a block called "0") is not a matrix; its children are seen.
-        if _kind(module) is None and any(module.children()):
+        if _kind(module) is None and (any(module.children()) or is_stack(module)):
             continue
         found.append(_make(name, module, layer))
     if not found:
@@ -148,11 +187,19 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
     modules = dict(model.named_modules())
     result: dict[str, Target] = {}
     for name in names:
-        if name not in modules:
-            raise TargetError(f"no module called {name!r}; the model has: {_inventory(model)}")
+        match = _EXPERT.fullmatch(name)
+        owner = match["module"] if match else name
+        if owner not in modules:
+            raise TargetError(f"no module called {owner!r}; the model has: {_inventory(model)}")
         if name in result:
             raise TargetError(f"target {name!r} is named twice")
-        result[name] = _make(name, modules[name], _locate(name, prefix)[0])
+        layer = _locate(owner, prefix)[0]
+        if match:
+            result[name] = _expert(
+                owner, modules[owner], layer, match["attribute"], int(match["expert"])
+            )
+        else:
+            result[name] = _make(name, modules[name], layer)
     return list(result.values())
 
 
@@ -173,19 +220,65 @@ def _make(name: str, module: nn.Module, layer: int | None) -> Target:
             f"module {name!r} is a {type(module).__name__}; only nn.Linear and Conv1D are "
             "supported (load quantized models dequantized)"
         )
-    weight = module.weight
-    if not isinstance(weight, Tensor) or weight.dtype not in _FLOATS or weight.ndim != 2:
-        described = f"{getattr(weight, 'dtype', type(weight))}, {getattr(weight, 'shape', '?')}"
+    _check_weight(f"module {name!r} ({type(module).__name__})", module.weight, 2)
+    return Target(name, module, layer, transposed=kind == "conv1d")
+
+
+def _expert(name: str, module: nn.Module, layer: int | None, attribute: str, index: int) -> Target:
+    full = f"{name}.{attribute}[{index}]"
+    if attribute not in stacked(module):
         raise TargetError(
-            f"module {name!r} ({type(module).__name__}) has a weight of {described}; a dense "
-            "floating-point matrix is needed (load quantized models dequantized)"
+            f"module {name!r} ({type(module).__name__}) has no stack of experts called "
+            f"{attribute!r}; it has: {stacked(module) or 'none'}"
+        )
+    check_stack(name, module)
+    stack = getattr(module, attribute)
+    _check_weight(f"target {full!r}", stack, 3)
+    if index >= len(stack):
+        raise TargetError(f"target {full!r} does not exist: the stack has {len(stack)} experts")
+    return Target(full, module, layer, bool(module.is_transposed), attribute, index)
+
+
+def _stack_targets(
+    name: str,
+    text: str,
+    module: nn.Module,
+    layer: int | None,
+    endings: tuple[str, ...],
+    chosen: set[int] | None,
+) -> list[Target]:
+    result = []
+    for attribute in stacked(module):
+        if not _ends(f"{text}.{attribute}", endings):
+            continue
+        indices = range(len(getattr(module, attribute))) if chosen is None else sorted(chosen)
+        result += [_expert(name, module, layer, attribute, index) for index in indices]
+    return result
+
+
+def _ends(text: str, endings: tuple[str, ...]) -> bool:
+    return any(text == end or text.endswith("." + end) for end in endings)
+
+
+def _check_weight(what: str, weight: object, dimensions: int) -> None:
+    """Refuse what a hook can run on, but what is not one dense matrix in this process's memory."""
+    # Quantized and sharded tensors (torchao, DTensor) are subclasses that report a float dtype.
+    if type(weight) not in (Tensor, nn.Parameter):
+        raise TargetError(
+            f"{what} has a weight of type {type(weight).__name__}: quantized or sharded weights "
+            "are out of reach; load the model dequantized, or gather its shards"
+        )
+    assert isinstance(weight, Tensor)
+    if weight.dtype not in _FLOATS or weight.ndim != dimensions or not weight.numel():
+        raise TargetError(
+            f"{what} has a weight of {weight.dtype}, {tuple(weight.shape)}; a dense floating-point "
+            "matrix is needed (load quantized models dequantized, gather sharded ones)"
         )
     if weight.is_meta:
         raise TargetError(
-            f"module {name!r} has its weight on the meta device (offloaded or not loaded); "
+            f"{what} has its weight on the meta device (offloaded or not loaded); "
             "load the model fully on its devices"
         )
-    return Target(name, module, layer, transposed=kind == "conv1d")
 
 
 def _main_blocks(model: nn.Module) -> tuple[str | None, int]:
@@ -231,7 +324,9 @@ def _in_attention(local: str) -> bool:
 
 def _inventory(model: nn.Module) -> str:
     """List the supported matrices with block numbers folded to *, for error messages."""
-    names = (name for name, module in model.named_modules() if _kind(module) is not None)
+    modules = list(model.named_modules())
+    names = [name for name, module in modules if _kind(module) is not None]
+    names += [f"{name}.{stack}[*]" for name, module in modules for stack in stacked(module)]
     folded = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     more = f" and {len(folded) - 20} more" if len(folded) > 20 else ""
     return (", ".join(folded[:20]) + more) or "no Linear and no Conv1D"

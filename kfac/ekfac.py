@@ -1,0 +1,165 @@
+"""EK-FAC: a second pass that puts the exact second moments in place of products of eigenvalues."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfac.collect import open_checkpoint
+from kfac.errors import KfacError
+from kfac.factors import Factors, TargetRecord
+from kfac.guest import full_precision
+from kfac.passes import Forward, Recipe, run_passes
+from kfac.plan import plan
+from kfac.sums import Rows, add_product
+
+_LOGGER = logging.getLogger("kfac")
+
+
+def correct(
+    model: nn.Module,
+    batches: Iterable[Any],
+    factors: Factors,
+    *,
+    per: str = "position",
+    seed: int = 0,
+    labels: str = "sampled",
+    samples: int = 1,
+    forward: Forward | None = None,
+    budget: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 300.0,
+    progress: bool = True,
+) -> Factors:
+    """Add EK-FAC's corrected eigenvalues to factors (George et al. 2018, arXiv 1806.03884).
+
+    In the eigenbases of G and A, each coordinate is given the mean square of its gradient: the
+    exact diagonal of the Fisher there, where K-FAC has the product of two means.
+
+    Args:
+        model: The model that the factors were collected from.
+        batches: As in `collect`; usually the same.
+        factors: From `collect`; they are not changed.
+        per: Whose gradients are squared: "position" (the gradient of one position's product g aᵀ,
+            as K-FAC assumes) or "sequence" (the sum over a sequence's positions, with the
+            cross terms that K-FAC leaves out). For one position per sequence both are the same.
+        seed: As in `collect`, as are the other arguments.
+        labels: As in `collect`.
+        samples: As in `collect`.
+        forward: As in `collect`.
+        budget: As in `collect`; the rotated bases count as well.
+        checkpoint: As in `collect`.
+        checkpoint_every: As in `collect`.
+        progress: As in `collect`.
+
+    Returns:
+        New factors that give the "ekfac" estimator; the eigenbases are saved with them.
+
+    Raises:
+        FactorsMismatchError: The factors are not of this model.
+        KfacError: As in `collect`.
+    """
+    if per not in ("position", "sequence"):
+        raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
+    factors.check(model)
+    dtype = factors.dtype
+    recipe = Recipe(seed, labels, samples, forward, dtype)
+    targets = factors.targets(model)
+    layout = plan(targets, budget, dtype=dtype, correction=True)
+    _LOGGER.info("%s", layout)
+    bases = {}
+    for name, record in factors.records.items():
+        basis = factors.eigen(name)
+        bases["A." + record.source] = (basis.mu, basis.u_in.to(dtype))
+        bases["G." + name] = (basis.lam, basis.u_out.to(dtype))
+    settings = recipe.settings() | {
+        "task": "correct",
+        "per": per,
+        "passes": [[target.name for target in group] for group in layout.passes],
+        "factors": factors.digest,
+    }
+    records, tables, _ = run_passes(
+        model,
+        batches,
+        layout.passes,
+        lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
+        recipe,
+        open_checkpoint(checkpoint, checkpoint_every, settings),
+        {name: record.digest for name, record in factors.records.items()},
+        progress=progress,
+        title="correction",
+    )
+    # Means are taken over the positions of the first pass; other data may have had more or fewer.
+    corrected = {
+        f"E.{name}": tables[f"E.{name}"] * (record.count / max(records[name].count, 1))
+        for name, record in factors.records.items()
+    }
+    return Factors(
+        factors.records,
+        factors.sums | corrected,
+        seeds=factors.seeds,
+        tokens=factors.tokens,
+        labels=factors.labels,
+        provenance=factors.provenance,
+        bases=bases,
+    )
+
+
+class _CorrectionSums:
+    """Sums of squared gradients in the eigenbases."""
+
+    needs_both = True
+
+    def __init__(
+        self,
+        records: Mapping[str, TargetRecord],
+        bases: Mapping[str, tuple[Tensor, Tensor]],
+        whole_sequences: bool,
+    ) -> None:
+        self.tables: dict[str, Tensor] = {}
+        self._records = records
+        self._vectors = {key: vectors for key, (_, vectors) in bases.items()}
+        self._whole_sequences = whole_sequences
+
+    def keys(self, name: str, record: TargetRecord) -> dict[str, tuple[int, int]]:
+        """Return the key and shape of the one table of a target."""
+        return {"E." + name: (record.out_features, record.in_features)}
+
+    def add_input(self, source: str, a: Rows) -> None:
+        """Do nothing: inputs count together with gradients only."""
+
+    def add_gradient(self, name: str, g: Tensor, a: Rows | None, share: float) -> None:
+        """Rotate both sides, and add the squares of their products."""
+        assert a is not None
+        with full_precision(g.device):
+            source = "A." + self._records[name].source
+            if "rotated" not in a.cache:
+                a.cache["rotated"] = a.values @ self._basis(source, a.values)
+            inputs, outputs = a.cache["rotated"], g @ self._basis("G." + name, g)
+            if self._whole_sequences:
+                self._add_sequences("E." + name, outputs, inputs, a.sequences, share)
+            else:
+                if "squares" not in a.cache:
+                    a.cache["squares"] = inputs.square()
+                add_product(self.tables, "E." + name, outputs.square(), a.cache["squares"], share)
+
+    def finish(self) -> None:
+        """Do nothing: the tables are not symmetric."""
+
+    def _add_sequences(
+        self, key: str, outputs: Tensor, inputs: Tensor, sequences: Tensor, share: float
+    ) -> None:
+        if key not in self.tables:
+            self.tables[key] = outputs.new_zeros(outputs.shape[1], inputs.shape[1])
+        for sequence in sorted(set(sequences.tolist())):
+            rows = sequences == sequence
+            gradient = outputs[rows].T @ inputs[rows]
+            self.tables[key].addcmul_(gradient, gradient, value=share)
+
+    def _basis(self, key: str, like: Tensor) -> Tensor:
+        self._vectors[key] = self._vectors[key].to(like.device)
+        return self._vectors[key]

@@ -1,0 +1,75 @@
+"""Files of tensors with a JSON header: safetensors, written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kfac.errors import FactorsFileError
+
+
+def write_tensors(
+    path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]
+) -> None:
+    """Write one safetensors file; an existing file is replaced at once, when all is on disk."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
+    os.close(handle)
+    try:
+        whole = {key: value.contiguous() for key, value in tensors.items()}
+        save_file(whole, temporary, metadata=dict(header))
+        Path(temporary).replace(target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def read_tensors(
+    path: str | os.PathLike[str], key: str, what: str
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read a file written by `write_tensors`.
+
+    Args:
+        path: The file.
+        key: Of the header's JSON text.
+        what: Name of the content, for messages.
+
+    Raises:
+        FactorsFileError: The file is missing, truncated or foreign.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = (file.metadata() or {}).get(key)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise FactorsFileError(f"{path} cannot be read as a {what} file: {error}") from error
+    if header is None:
+        raise FactorsFileError(f"{path} is a safetensors file, but holds no {what}")
+    try:
+        values = json.loads(header)
+    except ValueError as error:
+        raise FactorsFileError(f"{path} has a damaged header: {error!r}") from error
+    return values, tensors
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor, for hashing."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def library_version() -> str:
+    """Return the installed version; "unknown" when run from a source tree."""
+    try:
+        return metadata.version("lirefs")
+    except metadata.PackageNotFoundError:
+        return "unknown"
