@@ -150,7 +150,7 @@ def test_wrong_values_end_in_one_line(made, factors, tmp_path, monkeypatch, caps
         ("edit", ["--estimator", "ekfac"], "EstimatorError"),
         ("detect", ["--flat", "2"], "SpectrumError"),
         ("relearn", ["--lr", "0", "--memorized", made / "memorized.jsonl"], "EditError"),
-        ("relearn", ["--memorized", made / "texts.jsonl"], "TaskError"),
+        ("relearn", ["--memorized", made / "texts.jsonl"], "SettingError"),
     ):
         assert run(monkeypatch, command, *common, *options) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")

@@ -96,9 +96,9 @@ def test_a_large_table_is_not_sorted():
     scores = torch.rand(2000, 2000) ** 6
 
     def seconds(function):
-        start = time.perf_counter()
+        start = time.process_time()
         function()
-        return time.perf_counter() - start
+        return time.process_time() - start
 
     select_largest(scores, 0.6)
     quick = min(seconds(lambda: select_largest(scores, 0.6)) for _ in range(3))
