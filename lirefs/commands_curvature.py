@@ -162,8 +162,8 @@ def bands(
     ordinary = [t for _, t in suite.heldout_texts("test")] if clean is None else _texts(clean)
     lm, known = _load(model, device, factors)
     sets = [_memorized_ids(lm, memorized), lm.encode(ordinary)]
-    profiles = [kfac.band_profile(lm.model, _batches(lm, ids)[1], known) for ids in sets]
-    ratios = kfac.band_ratios(*profiles, seed=seed)
+    first, second = (kfac.band_profile(lm.model, _batches(lm, ids)[1], known) for ids in sets)
+    ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
     places = [layer for layer in layers if layer is not None]
     distinct = len(set(places)) == len(layers)
@@ -217,11 +217,11 @@ def detect(
     order, batches = _batches(lm, ids)
     scores = kfac.score_recitation(lm.model, batches, known, flat=flat)
     lines: list[dict[str, Any]] = [{} for _ in rows]
-    for place, row in enumerate(order):
-        words = [lm.tokenizer.decode([token]) for token in ids[row]]
-        lines[row] = {
-            "id": str(rows[row].get("id", row)),
-            "label": rows[row].get("label"),
+    for place, index in enumerate(order):
+        words = [lm.tokenizer.decode([token]) for token in ids[index]]
+        lines[index] = {
+            "id": str(rows[index].get("id", index)),
+            "label": rows[index].get("label"),
             "score": float(scores.passages[place]),
             "tokens": [
                 [word, round(float(value), 5)]

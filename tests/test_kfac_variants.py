@@ -7,7 +7,7 @@ import torch
 from test_kfac_collect import batch, collect, llama
 from test_kfac_edit import assert_restored, reference, snapshot
 from test_kfac_targets import build
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 import kfac
 from kfac import (
@@ -105,7 +105,18 @@ def test_the_diagonal_ranks_the_entries_of_the_weight_itself(model, halves):
 
 
 def test_experts_of_one_stack_are_edited_together():
-    model = build("mixtral").float()
+    config = MixtralConfig(
+        vocab_size=50,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=2,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
     name = "model.layers.0.mlp.experts.gate_up_proj"
     names = [f"{name}[0]", f"{name}[1]"]
     factors = collect(model, [batch(range(6))], kfac.named_targets(model, names))
