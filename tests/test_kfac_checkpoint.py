@@ -1,0 +1,184 @@
+import contextlib
+import os
+import random
+import signal
+
+import pytest
+import torch
+from test_kfac_collect import assert_same, batch, collect, llama
+from torch import nn
+
+import kfac
+from kfac import BatchError, CheckpointError
+
+BATCHES = [
+    batch([0, 1]),
+    batch([2]),
+    batch([3, 4], "left", 1),
+    batch([5]),
+    batch([0, 2]),
+    batch([1]),
+]
+
+
+class Interruption(BaseException):
+    """Stands for a kill: nothing may catch it but a clean-up."""
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama(torch.float32)
+
+
+def targets(model):
+    return kfac.find_targets(model, layers=[1], projections="mlp")
+
+
+def run(model, path, batches=BATCHES, **kwargs):
+    options = {"marginals": True, "samples": 2, "checkpoint_every": 0.0} | kwargs
+    return collect(model, batches, targets(model), checkpoint=path, dtype=torch.float32, **options)
+
+
+class Bomb:
+    """Raises in the n-th call of anything that a collection goes through."""
+
+    def __init__(self, model, monkeypatch, fuse):
+        self.left = fuse
+        monkeypatch.setattr(
+            model.model.layers[0], "forward", self.wrap(model.model.layers[0].forward)
+        )
+        monkeypatch.setattr(model.lm_head, "forward", self.wrap(model.lm_head.forward))
+        for name in ("add_input", "add_gradient"):
+            monkeypatch.setattr(
+                kfac.sums.CovarianceSums, name, self.wrap(getattr(kfac.sums.CovarianceSums, name))
+            )
+        monkeypatch.setattr(
+            kfac.checkpoint, "write_tensors", self.wrap(kfac.checkpoint.write_tensors)
+        )
+
+    def wrap(self, function):
+        def wrapped(*args, **kwargs):
+            self.left -= 1
+            if self.left == 0:
+                raise Interruption
+            return function(*args, **kwargs)
+
+        return wrapped
+
+
+@pytest.mark.parametrize("number", range(20))
+def test_killed_anywhere_it_goes_on_to_the_bit(number, model, tmp_path, monkeypatch):
+    expected = run(model, None)
+    path = tmp_path / "state"
+    pick = random.Random(number)
+    every = pick.choice([0.0, 0.0, 1e9])
+    with monkeypatch.context() as patch:
+        Bomb(model, patch, pick.randrange(1, 60))
+        with pytest.raises(Interruption):
+            run(model, path, checkpoint_every=every)
+        patch.undo()
+        # A second time, unless less is left to do than the fuse is long.
+        Bomb(model, patch, pick.randrange(1, 60))
+        with contextlib.suppress(Interruption):
+            run(model, path, checkpoint_every=every)
+    assert run(model, path).digest == expected.digest
+    # A finished collection only reads its data again.
+    assert run(model, path).digest == expected.digest
+    assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+def test_ctrl_c_waits_for_the_batch_and_leaves_a_checkpoint(model, tmp_path):
+    path = tmp_path / "state"
+    expected = run(model, None)
+    handler = signal.getsignal(signal.SIGINT)
+    seen = []
+
+    def press(module, args, output):
+        seen.append(1)
+        if len(seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    hook = model.lm_head.register_forward_hook(press)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, path, checkpoint_every=1e9)
+    hook.remove()
+    assert signal.getsignal(signal.SIGINT) is handler
+    assert len(seen) == 3
+    assert kfac.checkpoint.Checkpoint(path, 0, {}).path.exists()
+    seen.clear()
+    hook = model.lm_head.register_forward_hook(press)
+    seen += [1] * 9
+    found = run(model, path)
+    hook.remove()
+    assert len(seen) == 9 + len(BATCHES) - 3
+    assert found.digest == expected.digest
+
+
+def test_ctrl_c_between_batches(model, tmp_path):
+    def interrupted():
+        yield from BATCHES[:4]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(model, tmp_path / "state", interrupted(), checkpoint_every=1e9)
+    assert run(model, tmp_path / "state").digest == run(model, None).digest
+
+
+def stop_after(count, batches=BATCHES):
+    class Stopping:
+        def __init__(self):
+            self.given = 0
+
+        def __iter__(self):
+            for item in batches:
+                if self.given == count:
+                    raise Interruption
+                self.given += 1
+                yield item
+
+    return Stopping()
+
+
+def test_interrupted_in_a_later_pass(model, tmp_path):
+    path = tmp_path / "state"
+    need = kfac.plan(targets(model), marginals=True).bytes[0]
+    with pytest.raises(Interruption):
+        run(model, path, stop_after(9), budget=need - 1)
+    assert run(model, path, budget=need - 1).digest == run(model, None).digest
+
+
+def test_interrupted_correction(model, tmp_path):
+    factors = run(model, None)
+    expected = kfac.correct(model, BATCHES, factors, progress=False)
+    options = {"checkpoint": tmp_path / "state", "checkpoint_every": 0.0, "progress": False}
+    with pytest.raises(Interruption):
+        kfac.correct(model, stop_after(3), factors, **options)
+    assert kfac.correct(model, BATCHES, factors, **options).digest == expected.digest
+
+
+def test_other_data_or_settings_are_refused(model, tmp_path):
+    path = tmp_path / "state"
+    with pytest.raises(Interruption):
+        run(model, path, stop_after(3))
+    with pytest.raises(CheckpointError, match="other data"):
+        run(model, path, BATCHES[::-1])
+    with pytest.raises(CheckpointError, match="only 2 are given"):
+        run(model, path, BATCHES[:2])
+    with pytest.raises(CheckpointError, match="seed"):
+        run(model, path, seed=1)
+    other = llama(torch.float32)
+    nn.init.normal_(other.model.layers[1].mlp.up_proj.weight)
+    with pytest.raises(CheckpointError, match="digests"):
+        run(other, path)
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="delete it"):
+        run(model, path)
+
+
+def test_passes_give_what_one_pass_gives(model):
+    need = kfac.plan(targets(model), marginals=True).bytes[0] - 1
+    one, many = run(model, None), run(model, None, budget=need)
+    assert many.names == one.names
+    assert_same(one, many, 1e-12)
+    with pytest.raises(BatchError, match="only once"):
+        run(model, None, iter(BATCHES), budget=need)

@@ -1,0 +1,83 @@
+import multiprocessing
+import traceback
+
+import pytest
+import torch
+import torch.distributed as dist
+from test_kfac_collect import assert_same, batch, llama
+
+import kfac
+from kfac import DistributedError, Factors
+
+BATCHES = [batch([0, 1]), batch([2]), batch([0, 4], "left", 1), batch([5]), batch([3])]
+
+
+def everything(batches=BATCHES, **kwargs):
+    torch.set_num_threads(1)
+    model = llama(torch.float32)
+    targets = kfac.find_targets(model, layers=[1], projections="mlp")
+    factors = kfac.collect(
+        model, batches, targets, marginals=True, diagonal=True, progress=False, **kwargs
+    )
+    return kfac.correct(model, batches, factors, progress=False)
+
+
+def worker(rank, size, folder, task, failures):
+    try:
+        dist.init_process_group(
+            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+        )
+        task(rank, folder)
+        dist.destroy_process_group()
+    except BaseException:
+        failures.put(traceback.format_exc())
+        raise
+
+
+def run(task, folder, size=2):
+    context = multiprocessing.get_context("spawn")
+    failures = context.Queue()
+    workers = [
+        context.Process(target=worker, args=(rank, size, str(folder), task, failures))
+        for rank in range(size)
+    ]
+    for process in workers:
+        process.start()
+    for process in workers:
+        process.join(120)
+    if not failures.empty():
+        pytest.fail(failures.get())
+    assert [process.exitcode for process in workers] == [0] * size
+
+
+def save(rank, folder):
+    everything(checkpoint=f"{folder}/state").save(f"{folder}/{rank}.safetensors")
+    everything(BATCHES[:1]).save(f"{folder}/short-{rank}.safetensors")
+
+
+def refuse(rank, folder):
+    with pytest.raises(DistributedError, match="different batches"):
+        everything(BATCHES[rank:])
+
+
+def test_two_processes_give_what_one_gives(tmp_path):
+    run(save, tmp_path)
+    for stem, batches in (("", BATCHES), ("short-", BATCHES[:1])):
+        one = everything(batches)
+        zero, other = (Factors.load(tmp_path / f"{stem}{rank}.safetensors") for rank in (0, 1))
+        assert_same(one, zero, 1e-6)
+        assert zero.tokens == one.tokens
+        for name in one.names:
+            assert torch.equal(zero.G(name), other.G(name))
+            for estimator in ("marginal", "diagonal"):
+                a, b = (f.curvature(name, estimator).mass() for f in (one, zero))
+                assert (a - b).norm() <= 1e-5 * a.norm()
+            # Eigenvectors of nearly equal eigenvalues may turn; the total does not depend on them.
+            a, b = (f.curvature(name, "ekfac").total for f in (one, zero))
+            assert a == pytest.approx(b, rel=1e-5)
+    names = sorted(p.name for p in tmp_path.glob("state*"))
+    assert names == ["state.0-of-2", "state.1-of-2"]
+
+
+def test_different_batches_are_refused(tmp_path):
+    run(refuse, tmp_path)
