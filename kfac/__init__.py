@@ -5,9 +5,12 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(model):
     ...
 """
 
-from kfac.baselines import RandomPairsEdit, SVDEdit
+from kfac import plots
+from kfac.bands import BandProfile, BandRatios, band_profile, band_ratios, task_ratios
+from kfac.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
 from kfac.collect import collect
-from kfac.edit import CurvatureEdit, EditHandle, SpectralEdit, TargetReport, WeightEdit
+from kfac.detect import RecitationScores, score_recitation
+from kfac.edit import CurvatureEdit, SpectralEdit, TargetReport
 from kfac.ekfac import correct
 from kfac.errors import (
     BatchError,
@@ -28,13 +31,24 @@ from kfac.errors import (
 from kfac.estimators import ESTIMATORS, Curvature
 from kfac.factors import Eigen, Factors, TargetRecord, weight_digest
 from kfac.merging import merge
+from kfac.passages import recitation
 from kfac.passes import Forward, language_model_forward
 from kfac.plan import Plan, plan
+from kfac.relearn import Relearning, relearn
+from kfac.reliability import SplitHalf, split_half
+from kfac.selection import OrderedSelection, Selection, TableSelection
+from kfac.slices import LossSlices, loss_slices
 from kfac.spectrum import Staircase, eigenbasis, staircase
+from kfac.statistics import Estimate, auroc
+from kfac.subnet import SubnetEdit, fit_balanced_subnet
 from kfac.targets import Target, find_targets, named_targets
+from kfac.variants import RemovalEdit, UnionEdit
+from kfac.weight_edit import EditHandle, WeightEdit
 
 __all__ = [
     "ESTIMATORS",
+    "BandProfile",
+    "BandRatios",
     "BatchError",
     "BudgetError",
     "CheckpointError",
@@ -45,6 +59,7 @@ __all__ = [
     "EditHandle",
     "EditOrderError",
     "Eigen",
+    "Estimate",
     "EstimatorError",
     "Factors",
     "FactorsFileError",
@@ -52,26 +67,49 @@ __all__ = [
     "Forward",
     "KeepError",
     "KfacError",
+    "LossSlices",
+    "MagnitudeEdit",
     "NonFiniteError",
+    "OrderedSelection",
     "Plan",
     "RandomPairsEdit",
+    "RandomRotationEdit",
+    "RecitationScores",
+    "Relearning",
+    "RemovalEdit",
     "SVDEdit",
+    "Selection",
     "SpectralEdit",
     "SpectrumError",
+    "SplitHalf",
     "Staircase",
+    "SubnetEdit",
+    "TableSelection",
     "Target",
     "TargetError",
     "TargetRecord",
     "TargetReport",
+    "UnionEdit",
     "WeightEdit",
+    "auroc",
+    "band_profile",
+    "band_ratios",
     "collect",
     "correct",
     "eigenbasis",
     "find_targets",
+    "fit_balanced_subnet",
     "language_model_forward",
+    "loss_slices",
     "merge",
     "named_targets",
     "plan",
+    "plots",
+    "recitation",
+    "relearn",
+    "score_recitation",
+    "split_half",
     "staircase",
+    "task_ratios",
     "weight_digest",
 ]

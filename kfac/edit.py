@@ -1,127 +1,26 @@
-"""Weight edits: swap a model's weights for edited ones, and put the originals back bit for bit."""
+"""Edits that keep some eigenvector pairs of a weight and remove the rest."""
 
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, ClassVar
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakIdKeyDictionary
 
-from kfac.errors import EditError, EditOrderError, FactorsMismatchError, KeepError
-from kfac.factors import Factors, weight_digest
-from kfac.spectrum import Staircase, check_keep, staircase
+from kfac.errors import EditError, EstimatorError, FactorsMismatchError, KeepError
+from kfac.factors import Eigen, Factors, weight_digest
+from kfac.selection import SHAPES, Selection, select_largest, select_separable
+from kfac.spectrum import check_keep
 from kfac.targets import Target
+from kfac.weight_edit import WeightEdit, originals_of
 
-# For each edited parameter the attached edits, oldest first: a token of the handle, and the tensor
-# that was replaced. Nothing here refers to the parameter, so a model dropped while edited is freed.
-_STACKS: Any = WeakIdKeyDictionary()
-
-
-class EditHandle:
-    """An edit that is in place. Remove it with `remove()` or by leaving a `with` block."""
-
-    def __init__(self, originals: list[tuple[nn.Parameter, Tensor]]) -> None:
-        self.token = object()
-        self._originals = originals
-
-    def remove(self) -> None:
-        """Restore the original tensors; does nothing the second time.
-
-        Raises:
-            EditOrderError: A later edit of the same weight is still in place. Nothing is changed.
-        """
-        for parameter, _ in self._originals:
-            if _STACKS[parameter][-1][0] is not self.token:
-                raise EditOrderError(
-                    "a later edit of the same weight is still attached; remove that one first"
-                )
-        for parameter, original in self._originals:
-            parameter.data = original
-            stack = _STACKS[parameter]
-            stack.pop()
-            if not stack:
-                del _STACKS[parameter]
-        self._originals = []
-
-    def __enter__(self) -> EditHandle:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.remove()
-
-
-class WeightEdit(abc.ABC):
-    """A reversible change of weights.
-
-    Subclasses compute new weights in `prepare`; this class puts them in place and takes them out.
-    """
-
-    kind: ClassVar[str]
-
-    @abc.abstractmethod
-    def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
-        """Return the targets to change, each with its new weight (out, in) in any float dtype."""
-
-    @abc.abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Return kind and parameters as JSON values."""
-
-    def attach(self, model: nn.Module) -> EditHandle:
-        """Put the edited weights in place.
-
-        All new weights are computed and checked before the first one is put in place.
-
-        Args:
-            model: The model; its parameters stay the same objects, so tied weights stay tied.
-
-        Returns:
-            A handle that restores the original tensors.
-
-        Raises:
-            EditError: Two targets share one parameter, or a new weight is not finite.
-        """
-        changes: list[tuple[nn.Parameter, Tensor]] = []
-        owners: dict[int, str] = {}
-        for target, weight in self.prepare(model):
-            parameter = target.parameter
-            if id(parameter) in owners:
-                raise EditError(
-                    f"targets {owners[id(parameter)]!r} and {target.name!r} are tied to one "
-                    "parameter; an edit can change it only once"
-                )
-            owners[id(parameter)] = target.name
-            stored = target.orient(weight).to(parameter.device, parameter.dtype).contiguous()
-            if not bool(stored.isfinite().all()):
-                raise EditError(f"target {target.name!r}: its edited weight is not finite")
-            changes.append((parameter, stored))
-        originals = [(parameter, parameter.data) for parameter, _ in changes]
-        handle = EditHandle(originals)
-        for parameter, original in originals:
-            _STACKS.setdefault(parameter, []).append((handle.token, original))
-        try:
-            for parameter, stored in changes:
-                parameter.data = stored
-        except BaseException:
-            handle.remove()
-            raise
-        return handle
-
-    @contextmanager
-    def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Edit the model inside a `with` block, and yield it."""
-        with self.attach(model):
-            yield model
+# Eigenvectors as an edit multiplies them, by factors, then by what they belong to, device and
+# dtype. Without this each step of a sweep would copy both bases from float64 on the CPU.
+_BASES: WeakKeyDictionary[Factors, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -133,7 +32,7 @@ class TargetReport:
         pairs: Kept eigenvector pairs.
         total_pairs: All pairs.
         kept_share: pairs / total_pairs.
-        kept_mass: Share of the curvature mass that is kept.
+        kept_mass: Share of the curvature mass (of the score, where that is another) that is kept.
         rank_bound: Largest rank the edited weight can have.
         relative_change: ‖W' − W‖ / ‖W‖ (Frobenius), or None if no model was given.
     """
@@ -172,8 +71,13 @@ class SpectralEdit(WeightEdit):
             self._keeps = dict.fromkeys(factors.names, self.keep)
 
     @abc.abstractmethod
-    def select(self, coordinates: Tensor, chosen: Staircase, name: str) -> Tensor:
-        """Return the coordinates (out, in) with the removed pairs set to zero."""
+    def choose(self, name: str, coordinates: Tensor | None) -> Selection:
+        """Return the pairs of a target that are kept.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+        """
 
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the edited weights; a target with keep 1 is left alone.
@@ -182,74 +86,11 @@ class SpectralEdit(WeightEdit):
             FactorsMismatchError: The factors do not belong to this model.
             EditError: A target has no curvature mass.
         """
-        targets = self.factors.targets(model, self._keeps)
-        digests = [self._check_weight(target) for target in targets]
-        result = []
-        for target, digest in zip(targets, digests, strict=True):
-            if self._keeps[target.name] < 1:
-                result.append((target, self._edited(target.name, target.weight, digest)))
-        return result
+        return [(target, weight) for target, weight, _ in self._prepare(model)]
 
     def describe(self) -> dict[str, Any]:
         """Return kind, keep and the digest of the factors."""
         return {"kind": self.kind, "keep": self.keep, "factors": self.factors.digest}
-
-    def _staircase(self, name: str) -> Staircase:
-        basis = self.factors.eigen(name)
-        chosen = staircase(basis.lam.numpy(), basis.mu.numpy(), self._keeps[name])
-        if chosen.total <= 0 and self._keeps[name] < 1:
-            raise EditError(
-                f"target {name!r} has no curvature mass (all activations or all gradients were "
-                "zero), so there is nothing to rank its weights by"
-            )
-        return chosen
-
-    def _edited(self, name: str, weight: Tensor, digest: str) -> Tensor:
-        # float32 suffices: eigenvectors come from float64, and the two rotations add an error of
-        # about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
-        coordinates = self.factors.coordinates(name, weight, digest)
-        kept = self.select(coordinates, self._staircase(name), name)
-        basis = self.factors.eigen(name)
-        u_out, u_in = (u.to(kept.device, kept.dtype) for u in (basis.u_out, basis.u_in))
-        return (u_out @ kept @ u_in.T).to(weight.dtype)
-
-    def _check_weight(self, target: Target) -> str:
-        """Return the digest of the current weight, after checking that the factors fit it.
-
-        They fit the weight as it is, or as it was under the edits that are in place now.
-        """
-        expected = self.factors.records[target.name].digest
-        digest = weight_digest(target.weight)
-        if digest == expected:
-            return digest
-        for _, original in _STACKS.get(target.parameter, []):
-            if weight_digest(target.orient(original)) == expected:
-                return digest
-        raise FactorsMismatchError(
-            f"target {target.name!r}: the factors were collected from other weights (another "
-            "checkpoint or another dtype)"
-        )
-
-
-class CurvatureEdit(SpectralEdit):
-    """Remove the flat directions of weights (Merullo et al. 2025, arXiv 2510.24256).
-
-    With G = U_G diag(λ) U_Gᵀ and A = U_A diag(μ) U_Aᵀ, W' = U_G (M ∘ (U_Gᵀ W U_A)) U_Aᵀ. The mask M
-    keeps the fewest pairs (i, j) of largest mass λᵢ·μⱼ that hold `keep` of the total mass.
-    The rotated weights are cached in the factors, so a sweep over `keep` is cheap.
-    """
-
-    kind = "kfac"
-
-    def with_keep(self, keep: float | Mapping[str, float]) -> CurvatureEdit:
-        """Return the same edit at another `keep`."""
-        return CurvatureEdit(self.factors, keep)
-
-    def select(self, coordinates: Tensor, chosen: Staircase, name: str) -> Tensor:
-        """Keep the staircase."""
-        counts = torch.from_numpy(chosen.counts).to(coordinates.device)
-        columns = torch.arange(chosen.columns, device=coordinates.device)
-        return coordinates.masked_fill(columns[None, :] >= counts[:, None], 0.0)
 
     def report(self, model: nn.Module | None = None) -> list[TargetReport]:
         """Return what the edit keeps of each target.
@@ -259,25 +100,199 @@ class CurvatureEdit(SpectralEdit):
 
         Raises:
             FactorsMismatchError: The factors do not belong to the model.
+            EditError: The choice depends on the weights, and no model was given.
         """
+        chosen: dict[str, Selection] = {}
         changes: dict[str, float] = {}
         if model is not None:
             changes = dict.fromkeys(self._keeps, 0.0)
-            for target, weight in self.prepare(model):
+            for target, weight, selection in self._prepare(model):
                 original = target.weight.double()
                 changes[target.name] = float((weight - original).norm() / original.norm())
+                chosen[target.name] = selection
         result = []
         for name in self._keeps:
-            chosen = self._staircase(name)
+            known = chosen.get(name)
+            one = self._checked_choice(name, None) if known is None else known
             result.append(
                 TargetReport(
                     name,
-                    chosen.pairs,
-                    chosen.total_pairs,
-                    chosen.pairs / chosen.total_pairs,
-                    chosen.kept_mass,
-                    chosen.rank_bound,
+                    one.pairs,
+                    one.total_pairs,
+                    one.pairs / one.total_pairs,
+                    one.kept_mass,
+                    one.rank_bound,
                     changes.get(name),
                 )
             )
         return result
+
+    def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:
+        targets = self.factors.targets(model, self._keeps)
+        digests = [check_weight(self.factors, target) for target in targets]
+        return [
+            (target, *self._edited(target.name, target.weight, digest))
+            for target, digest in zip(targets, digests, strict=True)
+            if self._keeps[target.name] < 1
+        ]
+
+    def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
+        # float32 suffices: eigenvectors come from float64, and the two rotations add an error of
+        # about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
+        coordinates = self._coordinates(name, weight, digest)
+        chosen = self._checked_choice(name, coordinates)
+        kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
+        return self._rotate_back(name, kept).to(weight.dtype), chosen
+
+    def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
+        return self.factors.coordinates(name, weight, digest)
+
+    def _bases(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        return device_bases(self.factors, name, like)
+
+    def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
+        """Return U_G kept U_Aᵀ; rows and columns that hold nothing cost nothing."""
+        u_out, u_in = self._bases(name, kept)
+        rows, columns = kept.any(1).nonzero()[:, 0], kept.any(0).nonzero()[:, 0]
+        if len(rows) < len(kept):
+            kept, u_out = kept[rows], u_out[:, rows]
+        if len(columns) < kept.shape[1]:
+            kept, u_in = kept[:, columns], u_in[:, columns]
+        # The order of the two products that needs fewer operations.
+        m, n, r, c = len(u_out), len(u_in), *kept.shape
+        if m * r * c + m * c * n <= r * c * n + m * r * n:
+            return (u_out @ kept) @ u_in.T
+        return u_out @ (kept @ u_in.T)
+
+    def _checked_choice(self, name: str, coordinates: Tensor | None) -> Selection:
+        chosen = self.choose(name, coordinates)
+        if not chosen.pairs:
+            raise EditError(
+                f"target {name!r} has no curvature mass (all activations or all gradients were "
+                "zero), so there is nothing to rank its weights by"
+            )
+        return chosen
+
+
+class CurvatureEdit(SpectralEdit):
+    """Remove the flat directions of weights (Merullo et al. 2025, arXiv 2510.24256).
+
+    With G = U_G diag(λ) U_Gᵀ and A = U_A diag(μ) U_Aᵀ, W' = U_G (M ∘ (U_Gᵀ W U_A)) U_Aᵀ. The mask M
+    keeps the fewest pairs (i, j) of largest mass λᵢ·μⱼ that hold `keep` of the total mass.
+    The rotated weights are cached in the factors, so a sweep over `keep` is cheap.
+
+    Args:
+        factors: Factors of the model to be edited.
+        keep: Fraction of the mass to keep, in (0, 1]; or one for each target name.
+        estimator: Where the mass comes from, one of `ESTIMATORS`; "diagonal" ranks the entries of
+            the weight itself.
+        shape: "pairs" as above; "rectangle", "output" or "input": see `select_separable`.
+        saliency: Rank by mass times Cᵢⱼ², twice the loss that the removal of one pair alone costs.
+
+    Raises:
+        KeepError: `keep` is out of range, empty, or names an unknown target.
+        EditError: The shape is unknown, or does not go with the estimator or with `saliency`.
+        EstimatorError: The factors cannot give this estimator.
+    """
+
+    kind = "kfac"
+
+    def __init__(
+        self,
+        factors: Factors,
+        keep: float | Mapping[str, float],
+        *,
+        estimator: str = "kfac",
+        shape: str = "pairs",
+        saliency: bool = False,
+    ) -> None:
+        super().__init__(factors, keep)
+        if shape not in SHAPES:
+            raise EditError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
+        if estimator not in factors.estimators:
+            raise EstimatorError(
+                f"estimator={estimator!r} is not among those that these factors give: "
+                f"{', '.join(factors.estimators)}"
+            )
+        if shape != "pairs" and (saliency or estimator in ("ekfac", "diagonal")):
+            raise EditError(
+                f"shape={shape!r} ranks whole sides, but estimator={estimator!r} with "
+                f"saliency={saliency} ranks single pairs; use shape='pairs'"
+            )
+        self.estimator, self.shape, self.saliency = estimator, shape, saliency
+
+    def with_keep(self, keep: float | Mapping[str, float]) -> CurvatureEdit:
+        """Return the same edit at another `keep`."""
+        return CurvatureEdit(
+            self.factors,
+            keep,
+            estimator=self.estimator,
+            shape=self.shape,
+            saliency=self.saliency,
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, keep, estimator, shape, saliency and the digest of the factors."""
+        return super().describe() | {
+            "estimator": self.estimator,
+            "shape": self.shape,
+            "saliency": self.saliency,
+        }
+
+    def choose(self, name: str, coordinates: Tensor | None) -> Selection:
+        """Keep the pairs of largest mass, or of largest mass times squared coordinate."""
+        keep = self._keeps[name]
+        curvature = self.factors.curvature(name, self.estimator)
+        if self.saliency:
+            if coordinates is None:
+                raise EditError("saliency depends on the weights: give the model to report")
+            mass = curvature.mass()
+            # Scaled exactly, so that a product with squared float32 weights does not underflow.
+            mass = mass.double() / float(mass.max().clamp(min=torch.finfo(torch.float32).tiny))
+            return select_largest(mass * coordinates.detach().cpu().double() ** 2, keep)
+        if curvature.lam is not None and curvature.mu is not None:
+            return select_separable(curvature.lam, curvature.mu, keep, self.shape)
+        return select_largest(curvature.mass(), keep)
+
+    def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
+        if self.estimator == "diagonal":
+            return weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return super()._coordinates(name, weight, digest)
+
+    def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
+        return kept if self.estimator == "diagonal" else super()._rotate_back(name, kept)
+
+
+def device_bases(factors: Factors, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Return U_G and U_A of a target on the device and in the dtype of `like`; kept for later."""
+    known = _BASES.setdefault(factors, {})
+    basis: Eigen | None = None
+    result = []
+    for side, owner in (("u_out", name), ("u_in", factors.records[name].source)):
+        key = (side, owner, like.device, like.dtype)
+        if key not in known:
+            basis = basis or factors.eigen(name)
+            known[key] = getattr(basis, side).to(like.device, like.dtype)
+        result.append(known[key])
+    return result[0], result[1]
+
+
+def check_weight(factors: Factors, target: Target) -> str:
+    """Return the digest of a target's current weight, after checking that the factors fit it.
+
+    They fit the weight as it is, or as it was under the edits that are in place now.
+
+    Raises:
+        FactorsMismatchError: They were collected from other weights.
+    """
+    expected = factors.records[target.name].digest
+    digest = weight_digest(target.weight)
+    if digest == expected:
+        return digest
+    for original in originals_of(target):
+        if weight_digest(original) == expected:
+            return digest
+    raise FactorsMismatchError(
+        f"target {target.name!r}: the factors were collected from other weights (another "
+        "checkpoint or another dtype)"
+    )

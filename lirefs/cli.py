@@ -15,7 +15,13 @@ from rich.table import Table
 
 import kfac
 import lirefs
-from lirefs import commands_organism, commands_steering, study, study_report
+from lirefs import (
+    commands_curvature,
+    commands_organism,
+    commands_steering,
+    study,
+    study_report,
+)
 from lirefs.errors import SettingError
 from lirefs.files import cache_dir
 from lirefs.harness import plots, report, suite
@@ -29,6 +35,7 @@ BATCH_TOKENS = 1024
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(commands_organism.app, name="organism")
 commands_steering.register(app)
+app.add_typer(commands_curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 
 

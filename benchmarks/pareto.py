@@ -1,0 +1,240 @@
+"""Recitation against perplexity and against each task group, for every method of editing weights.
+
+Each method runs at a few strengths, all on the same items. Strengths are chosen by bisection, so
+that the perplexity on validation texts rises by the same factors for every method: nominal
+strengths of different methods cannot be compared.
+
+python benchmarks/pareto.py [--model smollm2-135m] [--quick]
+
+writes pareto.json, a figure of recitation against perplexity and one for each task group.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import kfac
+import lirefs
+from lirefs.batching import batches_by_tokens
+from lirefs.files import atomic_write_bytes, atomic_write_text
+from lirefs.harness import suite
+from lirefs.harness.engine import token_nlls
+from lirefs.intervention import applied
+
+BISECTIONS = 6
+
+
+def main() -> None:
+    """Parse arguments, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="smollm2-135m")
+    parser.add_argument("--layers", default=None, help="e.g. 20,21,22; default: from 2/3 of depth")
+    parser.add_argument("--memorized", default=None, help="JSON Lines of memorized texts")
+    parser.add_argument("--factors", type=Path, default=None, help="kept here and used again")
+    parser.add_argument("--rises", default="1.05,1.15,1.3,1.6", help="of perplexity, to match")
+    parser.add_argument("--methods", default=None, help="comma-separated; default: all")
+    parser.add_argument("--out", type=Path, default=Path("pareto"))
+    parser.add_argument("--limit", type=int, default=None, help="items a task")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--quick", action="store_true", help="20 items a task, two strengths")
+    options = parser.parse_args()
+    if options.quick:
+        options.limit = options.limit or 20
+        options.rises = "1.1,1.4"
+    began = time.perf_counter()
+    lm = lirefs.load(options.model)
+    start = round(lm.n_layers * 2 / 3)
+    layers = (
+        list(range(start, min(start + 3, lm.n_layers)))
+        if options.layers is None
+        else [int(x) for x in options.layers.split(",")]
+    )
+    split = lirefs.load_questions().split(seed=options.seed)
+    tasks = lirefs.default_tasks(lm, split.test, options.memorized, limit=options.limit)
+    factors = load_or_collect(lm, layers, options)
+    methods = make_methods(lm, factors, tasks, options)
+    if options.methods:
+        methods = {name: methods[name] for name in options.methods.split(",")}
+
+    texts = suite.heldout_texts("validation")[: 10 if options.quick else None]
+    ids = lm.encode([text for _, text in texts])
+    unchanged = perplexity(lm, ids, None)
+    variants: dict[str, Any] = {}
+    settings: dict[str, dict[str, Any]] = {}
+    for method, make in methods.items():
+        for rise in (float(x) for x in options.rises.split(",")):
+            strength, reached, edit = match(lm, ids, make, rise * unchanged)
+            name = f"{method}, x{rise:g}"
+            print(f"{name}: strength {strength:.4f}, perplexity {reached:.2f}", flush=True)
+            if abs(reached / unchanged - rise) > 0.3 * (rise - 1):
+                print(f"{name}: perplexity cannot be matched, left out", flush=True)
+                continue
+            variants[name] = edit
+            settings[name] = {"method": method, "strength": strength, "validation": reached}
+    comparison = lirefs.compare(lm, variants, tasks, seed=options.seed)
+    write(options.out, comparison, settings, layers, factors)
+    print(f"{time.perf_counter() - began:.0f} s; {options.out}")
+
+
+def load_or_collect(lm: Any, layers: list[int], options: Any) -> kfac.Factors:
+    """Factors with every estimator that the installed version collects."""
+    if options.factors is not None and options.factors.exists():
+        return kfac.Factors.load(options.factors, model=lm.model)
+    targets = kfac.find_targets(lm.model, layers=layers)
+    ids = lm.encode(suite.calibration_texts()[: 40 if options.quick else None])
+    groups = batches_by_tokens([len(row) for row in ids], 1024)
+    batches = [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
+    factors = kfac.collect(lm.model, batches, targets, seed=options.seed, marginals=True)
+    factors = kfac.correct(lm.model, batches, factors, seed=options.seed)
+    if options.factors is not None:
+        factors.save(options.factors)
+    return factors
+
+
+def make_methods(
+    lm: Any, factors: kfac.Factors, tasks: list[Any], options: Any
+) -> dict[str, Callable[[float], Any]]:
+    """Method name to a function from strength (1: unchanged, 0: all removed) to an edit."""
+    methods: dict[str, Callable[[float], Any]] = {
+        "K-FAC": kfac.CurvatureEdit(factors, 1.0).with_keep,
+        "EK-FAC": kfac.CurvatureEdit(factors, 1.0, estimator="ekfac").with_keep,
+        "marginals": kfac.CurvatureEdit(factors, 1.0, estimator="marginal").with_keep,
+        "output side": kfac.CurvatureEdit(factors, 1.0, shape="output").with_keep,
+        "SVD": kfac.SVDEdit(factors.names, 1.0).with_keep,
+        "random pairs": lambda keep: kfac.RandomPairsEdit(factors, keep, seed=options.seed),
+    }
+    # BalancedSubnet learns from memorized texts: other ones than those of the task would be needed
+    # to speak of generalisation. It is given every second text, and the task is cut to the others.
+    recitation = next(task for task in tasks if task.group == "memorization")
+    forget = [[*prefix, *suffix] for _, prefix, suffix in recitation.items[::2]]
+    tasks[tasks.index(recitation)] = type(recitation)(recitation.name, recitation.items[1::2])
+    retain = lm.encode(suite.calibration_texts()[: len(forget)])
+    batches = [
+        [lm.pad(rows[i : i + 8], side="right") for i in range(0, len(rows), 8)]
+        for rows in (retain, forget)
+    ]
+    targets = kfac.named_targets(lm.model, factors.names)
+    signature = inspect.signature(kfac.fit_balanced_subnet).parameters
+    ratio = signature["ratio"].default
+    known: dict[float, Any] = {}
+
+    def subnet(strength: float) -> Any:
+        # Strength 1 prunes nothing, 0 prunes twenty times the paper's ratio.
+        pruned = ratio * 20 * (1 - strength)
+        if pruned * min(t.weight.numel() for t in targets) < 1:
+            return None
+        if strength not in known:
+            known[strength] = kfac.fit_balanced_subnet(
+                lm.model,
+                *batches,
+                targets,
+                ratio=pruned,
+                epochs=2 if options.quick else signature["epochs"].default,
+                seed=options.seed,
+                progress=False,
+            )
+        return known[strength]
+
+    return methods | {"BalancedSubnet": subnet}
+
+
+def match(
+    lm: Any, ids: list[list[int]], make: Callable[[float], Any], goal: float
+) -> tuple[float, float, Any]:
+    """Return the strength whose perplexity is nearest to the goal, that perplexity, the edit."""
+    low, high = 0.0, 1.0
+    best: tuple[float, float, Any] = (1.0, perplexity(lm, ids, None), None)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        edit = make(middle)
+        reached = perplexity(lm, ids, edit)
+        if abs(reached - goal) < abs(best[1] - goal) and edit is not None:
+            best = (middle, reached, edit)
+        if reached > goal:
+            low = middle
+        else:
+            high = middle
+    return best
+
+
+def perplexity(lm: Any, ids: list[list[int]], edit: Any) -> float:
+    """Perplexity of some texts under an edit."""
+    with applied(edit, lm.model):
+        nlls = token_nlls(lm, ids)
+    return float(np.exp(min(sum(float(x.sum()) for x in nlls) / sum(map(len, nlls)), 700.0)))
+
+
+def write(
+    out: Path,
+    comparison: lirefs.Comparison,
+    settings: dict[str, Any],
+    layers: list[int],
+    factors: kfac.Factors,
+) -> None:
+    """Write the numbers and one figure for perplexity and for each task group."""
+    groups = comparison.groups
+    recited = next(t for t, info in comparison.tasks.items() if info.group == "memorization")
+    language = next(t for t, info in comparison.tasks.items() if info.group == "language")
+
+    def value(variant: str, task: str) -> kfac.Estimate:
+        one = comparison.cell(variant, task).value
+        return kfac.Estimate(one.value, one.low, one.high, one.n)
+
+    def retained(variant: str, group: str) -> kfac.Estimate:
+        one = comparison.retained(variant, group)
+        return kfac.Estimate(one.value, one.low, one.high, one.n)
+
+    methods = list(dict.fromkeys(one["method"] for one in settings.values()))
+    n = comparison.cell("unchanged", recited).value.n
+    by_method = {m: [v for v, one in settings.items() if one["method"] == m] for m in methods}
+    curves = {
+        m: [(value(v, language), value(v, recited)) for v in names]
+        for m, names in by_method.items()
+    }
+    start = (value("unchanged", language), value("unchanged", recited))
+    label = f"share recited, n = {n}"
+    figure = kfac.plots.pareto(curves, "perplexity of held-out texts", label, start)
+    atomic_write_bytes(out / "perplexity.png", figure)
+    for group in groups:
+        counted = comparison.counted(group)
+        if group in ("memorization", "language") or not counted:
+            continue
+        curves = {
+            m: [(retained(v, group), value(v, recited)) for v in names]
+            for m, names in by_method.items()
+        }
+        one = kfac.Estimate(1.0, 1.0, 1.0, 0)
+        figure = kfac.plots.pareto(
+            curves, f"{group}: share of the unchanged model", label, (one, start[1])
+        )
+        atomic_write_bytes(out / f"{group}.png", figure)
+    rows = []
+    for variant in comparison.variants:
+        row: dict[str, Any] = {"variant": variant, **settings.get(variant, {})}
+        row["perplexity"] = vars(value(variant, language))
+        row["recited"] = vars(value(variant, recited))
+        if variant != "unchanged":
+            row["retained"] = {group: vars(retained(variant, group)) for group in groups}
+        rows.append(row)
+    record = {
+        "model": comparison.provenance["model_name"],
+        "layers": layers,
+        "factors": factors.digest,
+        "tokens": factors.tokens,
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    atomic_write_text(out / "pareto.json", json.dumps(record, indent=1))
+
+
+if __name__ == "__main__":
+    main()

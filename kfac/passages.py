@@ -1,0 +1,127 @@
+"""Texts as a language model meets them: losses, recall, and what goes into the targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac.errors import BatchError, TargetError
+from kfac.passes import _device, _to_device, language_model_forward
+from kfac.sampling import attended
+from kfac.targets import Target
+
+
+def position_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Return the loss of every counted position of a batch, in nats, shape (positions,)."""
+    logits, counted, following = _predictions(model, batch)
+    return nn.functional.cross_entropy(
+        _exact(logits[counted]), following[counted], reduction="none"
+    )
+
+
+def passage_losses(model: nn.Module, batch: Any) -> Tensor:
+    """Return the mean loss of each text of a batch, in nats per position, shape (B,).
+
+    Counted are the positions of `kfac.collect`: those that predict an attended token whose label,
+    where there are labels, is not -100.
+
+    Raises:
+        BatchError: The batch has no token ids, or a text has no counted position.
+    """
+    logits, counted, following = _predictions(model, batch)
+    losses = nn.functional.cross_entropy(
+        _exact(logits.flatten(0, 1)), following.flatten(), reduction="none"
+    ).view(counted.shape)
+    return (losses * counted).sum(1) / counted.sum(1)
+
+
+@torch.no_grad()
+def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+    """Return for each text whether the model recites it, shape (texts,), float64 0 or 1.
+
+    A text is recited when every counted token is the model's first choice given the true tokens
+    before it; this is the same as greedy generation that repeats the text exactly. Set `labels` to
+    -100 on the prefix.
+
+    Raises:
+        BatchError: No batch, no token ids, or a text has no counted position.
+    """
+    parts = []
+    for batch in batches:
+        logits, counted, following = _predictions(model, batch)
+        right = (logits.argmax(-1) == following) | ~counted
+        parts.append(right.all(1).double().cpu())
+    if not parts:
+        raise BatchError("the iterable of batches is empty")
+    return torch.cat(parts)
+
+
+def target_inputs(
+    model: nn.Module, batches: Iterable[Any], targets: Sequence[Target]
+) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """Run a model on batches and yield what each target read, batch by batch.
+
+    Args:
+        model: A causal language model; nothing after the last target matters.
+        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T).
+        targets: Linear or Conv1D targets; an expert sees only some positions and is refused.
+
+    Yields:
+        Target name to its inputs (B, T, in), and the bool mask (B, T) of attended positions.
+
+    Raises:
+        BatchError: No batch, or one without token ids.
+        TargetError: A target is an expert, is never called, or its input is not (B, T, in).
+    """
+    experts = [target.name for target in targets if target.expert is not None]
+    if experts:
+        raise TargetError(f"inputs of single experts cannot be read text by text: {experts}")
+    seen: dict[str, Tensor] = {}
+    empty = True
+    with ExitStack() as stack:
+        for target in targets:
+            hook: Callable[..., None] = partial(_keep_input, seen, target.name)
+            handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        for batch in batches:
+            empty = False
+            seen.clear()
+            with torch.no_grad():
+                language_model_forward(model, _to_device(batch, _device(model)))
+            real = attended(batch)
+            assert real is not None  # language_model_forward has refused such a batch
+            wrong = [t.name for t in targets if t.name not in seen]
+            if wrong:
+                raise TargetError(f"targets never called by the forward pass: {wrong}")
+            wrong = [name for name, read in seen.items() if read.shape[:-1] != real.shape]
+            if wrong:
+                raise TargetError(f"targets whose input does not have the batch's shape: {wrong}")
+            yield dict(seen), real
+    if empty:
+        raise BatchError("the iterable of batches is empty")
+
+
+def _keep_input(
+    seen: dict[str, Tensor], name: str, module: nn.Module, args: Any, kwargs: Any
+) -> None:
+    seen[name] = (args[0] if args else next(iter(kwargs.values()))).detach()
+
+
+def _predictions(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return logits (B, T, V), the counted positions and the token after each, all (B, T)."""
+    ready = _to_device(batch, _device(model))
+    logits, counted = language_model_forward(model, ready)
+    if not bool(counted.any(1).all()):
+        raise BatchError("a text has no position to predict: one token only, or all labels -100")
+    ids = ready["input_ids"]
+    following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).to(logits.device)
+    return logits, counted.to(logits.device), following
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))

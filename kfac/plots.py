@@ -1,0 +1,273 @@
+"""Figures: arrays in, PNG bytes out. Colours are the Okabe-Ito set, told apart without colour."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from kfac.bands import BandRatios
+from kfac.errors import SpectrumError
+from kfac.relearn import Relearning
+from kfac.reliability import SplitHalf
+from kfac.slices import LossSlices
+from kfac.statistics import Estimate, Floats, auroc
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+COLOURS = (
+    "#0072B2",
+    "#D55E00",
+    "#009E73",
+    "#CC79A7",
+    "#E69F00",
+    "#56B4E9",
+    "#8C8C8C",
+    "#000000",
+)
+MARKERS = "os^DvPX*"
+
+
+def bands(ratios: BandRatios, positions: Sequence[int] | None = None) -> bytes:
+    """Activation ratio of two sets of texts per band, raw and with inputs of norm 1.
+
+    Args:
+        ratios: From `band_ratios`, memorized over clean.
+        positions: Place of each target on the horizontal axis (its layer); None: 0, 1, ...
+    """
+    canvas, axes = _canvas(2, (10, 3.8), sharey=True)
+    places = np.arange(len(ratios.names)) if positions is None else np.array(positions)
+    for axis, table, title in (
+        (axes[0], ratios.ratio, "norm of the projection"),
+        (axes[1], ratios.control, "control: each input scaled to norm 1"),
+    ):
+        for band, label in enumerate(ratios.labels):
+            # Beside each other, so that intervals can be told apart.
+            x = places + 0.08 * (band - (len(ratios.labels) - 1) / 2)
+            value, low, high = table[:, :, band]
+            axis.errorbar(x, value, _errors(value, low, high), label=label, **_style(band))
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set_xticks(places)
+        axis.set(xlabel="layer" if positions is not None else "target")
+        axis.set_title(title, fontsize=10)
+    axes[0].set(ylabel=f"memorized over clean, n = {ratios.n[0]} and {ratios.n[1]} texts")
+    axes[0].legend(fontsize=8, title="directions of A", title_fontsize=8)
+    return _png(canvas)
+
+
+def task_curvature(
+    ratios: Mapping[str, Mapping[str, BandRatios]], positions: Sequence[int] | None = None
+) -> bytes:
+    """Sharpest and flattest band of references over each task (K-FAC paper, Figure 4).
+
+    Args:
+        ratios: From `task_ratios`.
+        positions: Place of each target on the horizontal axis (its layer); None: 0, 1, ...
+    """
+    if not ratios:
+        raise SpectrumError("no task to draw")
+    canvas, axes = _canvas(len(ratios), (2.6 * len(ratios) + 1.5, 3.4), sharey=True)
+    for axis, (task, references) in zip(axes, ratios.items(), strict=True):
+        for place, (reference, one) in enumerate(references.items()):
+            x = np.arange(len(one.names)) if positions is None else np.array(positions)
+            for band, dashed in ((0, False), (len(one.labels) - 1, True)):
+                value, low, high = one.ratio[:, :, band]
+                style = _style(place) | {"ls": "--" if dashed else "-"}
+                label = f"{reference} / task, {one.labels[band]}"
+                axis.errorbar(x, value, _errors(value, low, high), label=label, **style)
+            axis.set_xticks(x)
+        axis.axhline(1, color="black", lw=0.8)
+        axis.set(xlabel="layer" if positions is not None else "target")
+        axis.set_title(task, fontsize=10)
+    axes[0].set(ylabel="activation ratio")
+    axes[0].legend(fontsize=7)
+    return _png(canvas)
+
+
+def detector(
+    scores: Floats, labels: Floats, names: tuple[str, str] = ("clean", "memorized")
+) -> bytes:
+    """Scores of both classes and the ROC curve of the detector.
+
+    Args:
+        scores: Shape (n,).
+        labels: Shape (n,), 1 for memorized.
+        names: Names of class 0 and 1.
+    """
+    canvas, (left, right) = _canvas(2, (9, 3.6))
+    classes = np.asarray(labels).astype(bool)
+    area = auroc(scores, classes)
+    edges = np.linspace(scores.min(), scores.max() + 1e-12, 31)
+    for index, (name, chosen) in enumerate(zip(names, (~classes, classes), strict=True)):
+        share = np.full(chosen.sum(), 1 / chosen.sum())
+        label = f"{name}, n = {chosen.sum()}"
+        left.hist(
+            scores[chosen],
+            edges,
+            weights=share,
+            color=COLOURS[index],
+            alpha=0.6,
+            label=label,
+            hatch=("", "///")[index],
+            edgecolor="white",
+        )
+    left.set(xlabel="share of input energy in flat directions", ylabel="share of the class")
+    left.legend(fontsize=8)
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.diff(scores[order]) != 0, True)  # ties make one step together
+    for_one = np.append(0, (np.cumsum(classes[order]) / classes.sum())[ends])
+    for_zero = np.append(0, (np.cumsum(~classes[order]) / (~classes).sum())[ends])
+    right.plot(for_zero, for_one, color=COLOURS[0], label=f"AUROC {area}")
+    right.plot([0, 1], [0, 1], color=COLOURS[6], ls=":", label="chance")
+    right.set(xlabel=f"{names[0]} called {names[1]}", ylabel=f"{names[1]} found", aspect="equal")
+    right.legend(fontsize=8, loc="lower right")
+    return _png(canvas)
+
+
+def slices(one: LossSlices) -> bytes:
+    """True loss along eigenvector pairs, and the prediction beside it."""
+    columns = min(3, len(one.pairs))
+    rows = -(-len(one.pairs) // columns)
+    canvas, axes = _canvas(columns, (3.3 * columns, 2.8 * rows), rows=rows)
+    order = np.argsort(one.steps)
+    for index, axis in enumerate(axes):
+        if index >= len(one.pairs):
+            axis.set_visible(False)
+            continue
+        steps = one.steps[order]
+        axis.plot(steps, one.loss[index, order], color=COLOURS[0], marker="o", ms=3, label="loss")
+        axis.plot(steps, one.predicted[index, order], color=COLOURS[1], ls="--", label="predicted")
+        i, j = one.pairs[index]
+        axis.set_title(f"pair ({i}, {j}), mass {one.masses[index]:.2g}", fontsize=9)
+        axis.ticklabel_format(axis="y", useOffset=False)
+        if index % columns == 0:
+            axis.set(ylabel="nats per position")
+        if index >= len(one.pairs) - columns:
+            axis.set(xlabel="step / norm of the weight")
+    axes[0].legend(fontsize=8)
+    canvas.suptitle(one.name, fontsize=10)
+    return _png(canvas)
+
+
+def reliability(one: SplitHalf) -> bytes:
+    """Eigenvalues of one half against the other, and agreement of the flat subspaces."""
+    canvas, axes = _canvas(3, (12, 3.6))
+    for axis, side, title in ((axes[0], one.input, "input, A"), (axes[1], one.output, "output, G")):
+        ranks = np.arange(1, len(side.own) + 1)
+        floor = np.finfo(np.float64).tiny
+        axis.loglog(ranks, np.maximum(side.own, floor), color=COLOURS[0], label="half 1")
+        axis.loglog(
+            ranks,
+            np.maximum(side.other, floor),
+            color=COLOURS[1],
+            lw=0.8,
+            alpha=0.8,
+            label="half 2 along the same direction",
+        )
+        shown = side.own[side.own > side.own[0] * 1e-12]
+        axis.set(xlabel="rank", ylabel="second moment", ylim=(shown[-1] / 3, side.own[0] * 3))
+        axis.set_title(title, fontsize=10)
+        axis.legend(fontsize=7, loc="lower left")
+    for index, (side, label) in enumerate(((one.input, "input"), (one.output, "output"))):
+        axes[2].plot(side.cuts, side.overlap, label=f"{label}, shared", **_style(index))
+        axes[2].plot(side.cuts, side.chance, color=COLOURS[index], ls=":", lw=1)
+    axes[2].set(xlabel="flat end begins at", ylabel="shared by both halves")
+    axes[2].set(ylim=(0, 1.02))
+    axes[2].set_title("flat subspaces (dotted: chance)", fontsize=10)
+    axes[2].legend(fontsize=8)
+    canvas.suptitle(one.name, fontsize=10)
+    return _png(canvas)
+
+
+def relearning(result: Relearning) -> bytes:
+    """Recitation against fine-tuning steps: the texts trained on, and the rest."""
+    canvas, axes = _canvas(2, (9.5, 3.7), sharey=True)
+    places = np.arange(len(result.steps))
+    for axis, table, title in (
+        (axes[0], result.rest, "texts not trained on"),
+        (axes[1], result.known, "texts trained on"),
+    ):
+        for index, (arm, values) in enumerate(table.items()):
+            value, low, high = (np.array([getattr(v, k) for v in values]) for k in _PARTS)
+            axis.errorbar(places, value, _errors(value, low, high), label=arm, **_style(index))
+        count = next(iter(table.values()))[0].n
+        axis.set_xticks(places, [str(step) for step in result.steps])
+        axis.set(xlabel="steps of fine-tuning", ylim=(-0.03, 1.03))
+        axis.set_title(f"{title}, n = {count}", fontsize=10)
+    axes[0].set(ylabel="share recited")
+    axes[1].legend(fontsize=8)
+    return _png(canvas)
+
+
+def pareto(
+    curves: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
+    xlabel: str,
+    ylabel: str,
+    start: tuple[Estimate, Estimate] | None = None,
+) -> bytes:
+    """One line for each method, a point with intervals for each setting.
+
+    Args:
+        curves: Method to its settings, each a pair of estimates (x, y).
+        xlabel: What x is.
+        ylabel: What y is.
+        start: The unchanged model, drawn as a star.
+    """
+    canvas, (axis,) = _canvas(1, (6.4, 4.4))
+    for index, (method, points) in enumerate(curves.items()):
+        ordered = sorted(points, key=lambda point: point[0].value)
+        x, y = ([one[side] for one in ordered] for side in (0, 1))
+        axis.errorbar(
+            [one.value for one in x],
+            [one.value for one in y],
+            xerr=_errors(*(np.array([getattr(one, k) for one in x]) for k in _PARTS)),
+            yerr=_errors(*(np.array([getattr(one, k) for one in y]) for k in _PARTS)),
+            label=method,
+            **_style(index),
+        )
+    if start is not None:
+        axis.plot(start[0].value, start[1].value, "*", color="black", ms=12, label="unchanged")
+    axis.set(xlabel=xlabel, ylabel=ylabel)
+    axis.legend(fontsize=8)
+    return _png(canvas)
+
+
+_PARTS = ("value", "low", "high")
+
+
+def _style(index: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[index % len(COLOURS)],
+        "marker": MARKERS[index % len(MARKERS)],
+        "ms": 4,
+        "lw": 1.2,
+    }
+
+
+def _errors(value: Floats, low: Floats, high: Floats) -> Floats:
+    return np.nan_to_num(np.maximum([value - low, high - value], 0))
+
+
+def _canvas(
+    columns: int, size: tuple[float, float], *, rows: int = 1, sharey: bool = False
+) -> tuple[Canvas, Any]:
+    # A figure without pyplot: no global state, no window, no change of the user's backend.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as Canvas
+
+    canvas = Canvas(figsize=size, layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = np.atleast_1d(canvas.subplots(rows, columns, sharey=sharey)).ravel()
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+    return canvas, axes
+
+
+def _png(canvas: Canvas) -> bytes:
+    buffer = io.BytesIO()
+    canvas.savefig(buffer, format="png", dpi=160)
+    return buffer.getvalue()

@@ -1,0 +1,149 @@
+"""Weight edits: swap a model's weights for edited ones, and put the originals back bit for bit."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from kfac.errors import EditError, EditOrderError
+from kfac.targets import Target
+
+# For each edited parameter the attached edits, oldest first: a token of the handle, and the tensor
+# that was replaced. Nothing here refers to the parameter, so a model dropped while edited is freed.
+_STACKS: Any = WeakIdKeyDictionary()
+
+
+class EditHandle:
+    """An edit that is in place. Remove it with `remove()` or by leaving a `with` block."""
+
+    def __init__(self, originals: list[tuple[nn.Parameter, Tensor]]) -> None:
+        self.token = object()
+        self._originals = originals
+
+    def remove(self) -> None:
+        """Restore the original tensors; does nothing the second time.
+
+        Raises:
+            EditOrderError: A later edit of the same weight is still in place. Nothing is changed.
+        """
+        for parameter, _ in self._originals:
+            if _STACKS[parameter][-1][0] is not self.token:
+                raise EditOrderError(
+                    "a later edit of the same weight is still attached; remove that one first"
+                )
+        for parameter, original in self._originals:
+            parameter.data = original
+            stack = _STACKS[parameter]
+            stack.pop()
+            if not stack:
+                del _STACKS[parameter]
+        self._originals = []
+
+    def __enter__(self) -> EditHandle:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+class WeightEdit(abc.ABC):
+    """A reversible change of weights.
+
+    Subclasses compute new weights in `prepare`; this class puts them in place and takes them out.
+    """
+
+    kind: ClassVar[str]
+
+    @abc.abstractmethod
+    def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
+        """Return the targets to change, each with its new weight (out, in) in any float dtype."""
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return kind and parameters as JSON values."""
+
+    def attach(self, model: nn.Module) -> EditHandle:
+        """Put the edited weights in place.
+
+        All new weights are computed and checked before the first one is put in place.
+
+        Args:
+            model: The model; its parameters stay the same objects, so tied weights stay tied.
+
+        Returns:
+            A handle that restores the original tensors.
+
+        Raises:
+            EditError: Two targets share one parameter, or a new weight is not finite.
+        """
+        changes = self._changes(model)
+        originals = [(parameter, parameter.data) for parameter, _ in changes]
+        handle = EditHandle(originals)
+        for parameter, original in originals:
+            _STACKS.setdefault(parameter, []).append((handle.token, original))
+        try:
+            for parameter, stored in changes:
+                parameter.data = stored
+        except BaseException:
+            handle.remove()
+            raise
+        return handle
+
+    @contextmanager
+    def apply(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Edit the model inside a `with` block, and yield it."""
+        with self.attach(model):
+            yield model
+
+    def bake(self, model: nn.Module) -> None:
+        """Put the edited weights in place for good; the originals are given up.
+
+        `model.save_pretrained(folder)` then writes a model that loads without this library.
+
+        Raises:
+            EditOrderError: A removable edit of the same weight is in place; its removal would
+                undo this one.
+            EditError: As for `attach`. Nothing is changed then.
+        """
+        changes = self._changes(model)
+        if any(parameter in _STACKS for parameter, _ in changes):
+            raise EditOrderError("an edit of the same weight is attached; remove it, then bake")
+        for parameter, stored in changes:
+            parameter.data = stored
+
+    def _changes(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return each parameter to change with its new tensor, both as the module stores them."""
+        changes: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        owners: dict[tuple[int, int | None], str] = {}
+        for target, weight in self.prepare(model):
+            parameter = target.parameter
+            place = (id(parameter), target.expert)
+            if place in owners or (target.expert is None and id(parameter) in changes):
+                raise EditError(
+                    f"targets {owners.get(place)!r} and {target.name!r} are tied to one "
+                    "parameter; an edit can change it only once"
+                )
+            owners[place] = target.name
+            # Experts of one stack are written into one new tensor.
+            _, into = changes.get(id(parameter), (parameter, None))
+            stored = target.placed(weight, into=into)
+            if not bool(target.view(stored).isfinite().all()):
+                raise EditError(f"target {target.name!r}: its edited weight is not finite")
+            changes[id(parameter)] = (parameter, stored)
+        return list(changes.values())
+
+
+def originals_of(target: Target) -> list[Tensor]:
+    """Return the weights (out, in) that the edits in place have replaced, oldest first."""
+    return [target.view(original) for _, original in _STACKS.get(target.parameter, [])]

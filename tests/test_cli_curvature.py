@@ -1,0 +1,157 @@
+import json
+import sys
+
+import pytest
+import torch
+from tiny import fresh_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import kfac
+from lirefs import cli
+
+PNG = b"\x89PNG"
+TEXTS = ["the sun sets red", "one two three", "abc def ghi jkl", "zebra crossing", "my own text"]
+
+
+def run(monkeypatch, *arguments):
+    monkeypatch.setattr(sys, "argv", ["lirefs", "curvature", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return stop.value.code
+
+
+def jsonl(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A tiny model on disk that recites TEXTS, and the texts."""
+    folder = tmp_path_factory.mktemp("curvature")
+    model, tokenizer = fresh_model("llama", num_hidden_layers=2), tiny_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    batches = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"]])} for text in TEXTS]
+    for _ in range(80):
+        loss = sum(kfac.passages.passage_losses(model, one).mean() for one in batches)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    jsonl(folder / "texts.jsonl", [{"text": f"sample {i} of plain text"} for i in range(8)])
+    jsonl(folder / "memorized.jsonl", [{"text": text, "suffix_tokens": 5} for text in TEXTS])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def factors(made):
+    with pytest.MonkeyPatch.context() as patch:
+        path = made / "f.safetensors"
+        arguments = ["--model", made / "model", "--texts", made / "texts.jsonl", "--layers", "0,1"]
+        assert run(patch, "collect", *arguments, "--out", path) == 0
+    return path
+
+
+def test_collect(made, factors):
+    model = AutoModelForCausalLM.from_pretrained(made / "model")
+    known = kfac.Factors.load(factors, model)
+    assert len(known.names) == 4
+    assert set(known.provenance) >= {"data", "model", "tokenizer"}
+
+
+def test_edit_saves_a_model_for_transformers(made, factors, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "new" / "edited"
+    arguments = ["--model", made / "model", "--factors", factors, "--keep", "0.5", "--out", out]
+    assert run(monkeypatch, "edit", *arguments) == 0
+    assert "pairs kept" in capsys.readouterr().out
+    edited = AutoModelForCausalLM.from_pretrained(out)
+    plain = AutoModelForCausalLM.from_pretrained(made / "model")
+    AutoTokenizer.from_pretrained(out)
+    with kfac.CurvatureEdit(kfac.Factors.load(factors), 0.5).apply(plain):
+        for a, b in zip(edited.parameters(), plain.parameters()):
+            assert torch.equal(a, b)
+    record = json.loads((out / "curvature_edit.json").read_text())
+    assert record["keep"] == 0.5
+    assert [path.name for path in out.parent.iterdir()] == ["edited"]
+    assert run(monkeypatch, "edit", *arguments) == 2  # the folder exists now
+    assert "SettingError" in capsys.readouterr().err
+
+
+def test_bands(made, factors, tmp_path, monkeypatch):
+    arguments = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "b"]
+    arguments += ["--memorized", made / "memorized.jsonl", "--clean", made / "texts.jsonl"]
+    assert run(monkeypatch, "bands", *arguments) == 0
+    assert (tmp_path / "b" / "bands.png").read_bytes().startswith(PNG)
+    numbers = json.loads((tmp_path / "b" / "bands.json").read_text())
+    assert numbers["texts"] == [5, 8]
+    assert len(numbers["ratio"][0]) == 2  # gate and up share their input
+
+
+def test_detect(made, factors, tmp_path, monkeypatch, capsys):
+    rows = [{"text": text, "label": "memorized"} for text in TEXTS]
+    rows += [{"text": f"sample {i} of plain text", "label": "clean"} for i in range(8)]
+    texts = jsonl(tmp_path / "t.jsonl", rows)
+    arguments = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "d"]
+    assert run(monkeypatch, "detect", *arguments, "--texts", texts) == 0
+    assert "AUROC by text" in capsys.readouterr().out
+    lines = [json.loads(x) for x in (tmp_path / "d" / "scores.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == [row["label"] for row in rows]
+    joined = "".join(word for word, _ in lines[1]["tokens"])
+    assert joined.replace("<s>", "") == TEXTS[1]
+    area = json.loads((tmp_path / "d" / "detector.json").read_text())
+    assert 0 <= area["token_auroc"] <= 1
+    assert area["auroc"]["value"] > 0.8
+    # Without labels there are scores and no figure.
+    arguments[-1] = tmp_path / "e"
+    assert run(monkeypatch, "detect", *arguments, "--texts", made / "texts.jsonl") == 0
+    assert [path.name for path in (tmp_path / "e").iterdir()] == ["scores.jsonl"]
+
+
+def test_relearn(made, factors, tmp_path, monkeypatch):
+    arguments = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "r"]
+    arguments += ["--memorized", made / "memorized.jsonl", "--keep", "0.5", "--steps", "0,2"]
+    monkeypatch.setattr(cli.suite, "heldout_texts", lambda split: [("a", "some other text")])
+    assert run(monkeypatch, "relearn", *arguments) == 0
+    assert (tmp_path / "r" / "relearning.png").read_bytes().startswith(PNG)
+    arms = json.loads((tmp_path / "r" / "relearning.json").read_text())["arms"]
+    assert set(arms) == {"edited", "never edited", "edited (other text)"}
+    assert arms["never edited"]["rest"][0]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["collect", "--out", "f", "--layers", "x"], "SettingError"),
+        (["collect", "--out", "f", "--estimators", "magic"], "SettingError"),
+        (["collect", "--out", "f", "--texts", "absent.jsonl"], "DataFileError"),
+        (["collect", "--out", "."], "SettingError"),
+        (["edit", "--factors", "absent", "--out", "o"], "FactorsFileError"),
+        (["bands", "--factors", "absent", "--out", "o"], "FactorsFileError"),
+        (["detect", "--factors", "absent", "--out", "o"], "FactorsFileError"),
+        (["detect", "--factors", "f", "--out", "o", "--texts", "bad.jsonl"], "SettingError"),
+        (["relearn", "--factors", "absent", "--out", "o"], "FactorsFileError"),
+        (["relearn", "--factors", "f", "--out", "o", "--steps", "a"], "SettingError"),
+    ],
+)
+def test_wrong_arguments_end_in_one_line(arguments, error, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    jsonl(tmp_path / "bad.jsonl", [{"text": "a", "label": "unknown"}])
+    assert run(monkeypatch, *arguments) == 2
+    assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
+    assert not (tmp_path / "o").exists()
+
+
+def test_wrong_values_end_in_one_line(made, factors, tmp_path, monkeypatch, capsys):
+    common = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "o"]
+    for command, options, error in (
+        ("edit", ["--keep", "0"], "KeepError"),
+        ("edit", ["--shape", "circle"], "EditError"),
+        ("edit", ["--estimator", "ekfac"], "EstimatorError"),
+        ("detect", ["--flat", "2"], "SpectrumError"),
+        ("relearn", ["--lr", "0", "--memorized", made / "memorized.jsonl"], "EditError"),
+        ("relearn", ["--memorized", made / "texts.jsonl"], "SettingError"),
+    ):
+        assert run(monkeypatch, command, *common, *options) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
+        assert not (tmp_path / "o").exists()

@@ -1,0 +1,159 @@
+import numpy as np
+import pytest
+import torch
+from test_kfac_collect import batch, collect, llama
+from test_kfac_edit import assert_restored, snapshot
+
+import kfac
+from kfac import BatchError, FactorsMismatchError, SpectrumError
+from kfac.passages import target_inputs
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def factors(model):
+    return collect(model, [batch(range(6))], kfac.find_targets(model, projections="mlp"))
+
+
+def inputs_of(model, factors, rows):
+    names = kfac.bands.distinct_inputs(factors)
+    read, real = next(target_inputs(model, [batch(rows)], factors.targets(model, names)))
+    return names, read, real
+
+
+def test_distinct_inputs_are_read_once(model, factors):
+    names, read, real = inputs_of(model, factors, [0, 1])
+    # gate and up share their input; down has its own
+    assert [name.rsplit(".")[-1] for name in names] == ["gate_proj", "down_proj"] * 2
+    assert all(states.shape[:2] == real.shape for states in read.values())
+
+
+def test_profile_is_the_mean_norm_of_the_projections(model, factors):
+    before = snapshot(model)
+    profile = kfac.band_profile(model, [batch([0, 1]), batch([2])], factors)
+    assert_restored(model, before)
+    assert len(profile) == 3
+    assert profile.labels == ["top 10 %", "10-25 %", "25-50 %", "bottom 50 %"]
+    names, read, real = inputs_of(model, factors, [0, 1])
+    for place, name in enumerate(names):
+        states = read[name][1][real[1]].double()  # the second text, four tokens
+        c = states @ factors.eigen(name).u_in
+        width = c.shape[1]
+        cuts = [0, round(0.1 * width), round(0.25 * width), round(0.5 * width), width]
+        for band in range(4):
+            norms = c[:, cuts[band] : cuts[band + 1]].norm(dim=1)
+            assert profile.norms[1, place, band] == pytest.approx(float(norms.mean()), rel=1e-4)
+            unit = norms / states.norm(dim=1)
+            assert profile.unit_norms[1, place, band] == pytest.approx(float(unit.mean()), rel=1e-4)
+
+
+def test_padding_and_batching_change_nothing(model, factors):
+    one = kfac.band_profile(model, [batch([0, 1, 2])], factors)
+    two = kfac.band_profile(model, [batch([0]), batch([1, 2], side="left", extra=3)], factors)
+    np.testing.assert_allclose(one.norms, two.norms, rtol=1e-3)
+    np.testing.assert_allclose(one.unit_norms, two.unit_norms, rtol=1e-3)
+
+
+def made_profile(scale, n=40, seed=0):
+    generator = np.random.default_rng(seed)
+    norms = np.array(scale) * (1 + 0.1 * generator.standard_normal((n, 1, len(scale))))
+    return kfac.BandProfile(["x"], ["a", "b"], norms, norms / 2, np.full(n, 5.0))
+
+
+def test_ratios_recover_a_known_difference():
+    ratios = kfac.band_ratios(made_profile([2.0, 3.0]), made_profile([1.0, 6.0], seed=1))
+    value, low, high = ratios.ratio[:, 0]
+    np.testing.assert_allclose(value, [2, 0.5], rtol=0.1)
+    assert (low < [2, 0.5]).all()
+    assert (high > [2, 0.5]).all()
+    assert (high - low < 0.2 * value).all()
+    assert ratios.n == (40, 40)
+    np.testing.assert_allclose(ratios.control, ratios.ratio)
+
+
+def test_the_control_does_not_see_a_common_scale(model, factors):
+    """Inputs that are larger as a whole change the raw ratio only."""
+    clean = kfac.band_profile(model, [batch(range(6))], factors)
+    louder = kfac.BandProfile(
+        clean.names, clean.labels, 3 * clean.norms, clean.unit_norms, clean.tokens
+    )
+    ratios = kfac.band_ratios(louder, clean, resamples=50)
+    np.testing.assert_allclose(ratios.ratio[0], 3)
+    np.testing.assert_allclose(ratios.control[0], 1)
+
+
+def test_task_ratios(model, factors):
+    profiles = [kfac.band_profile(model, [batch([i, i + 1])], factors) for i in (0, 2, 4)]
+    table = kfac.task_ratios(
+        {"sums": profiles[0]}, {"memorized": profiles[1], "clean": profiles[2]}, resamples=20
+    )
+    direct = kfac.band_ratios(profiles[1], profiles[0], resamples=20)
+    np.testing.assert_array_equal(table["sums"]["memorized"].ratio, direct.ratio)
+
+
+def test_detector_scores_are_the_flat_share(model, factors):
+    before = snapshot(model)
+    scores = kfac.score_recitation(model, [batch([0, 1]), batch([2])], factors, flat=0.5)
+    assert_restored(model, before)
+    names, read, real = inputs_of(model, factors, [0, 1])
+    assert scores.names == names
+    assert [len(one) for one in scores.tokens] == [9, 4, 7]
+    shares = []
+    for name in names:
+        states = read[name][1][real[1]].double()
+        c = (states @ factors.eigen(name).u_in).square()
+        sharp = c.shape[1] - round(0.5 * c.shape[1])
+        shares.append((c[:, sharp:].sum(1) / c.sum(1)).numpy())
+    np.testing.assert_allclose(scores.tokens[1], np.mean(shares, axis=0), rtol=1e-4)
+    np.testing.assert_allclose(scores.by_target[1], np.mean(shares, axis=1), rtol=1e-4)
+    assert scores.passages[1] == pytest.approx(np.mean(shares), rel=1e-4)
+
+
+def test_texts_unlike_the_factors_data_score_higher(model):
+    """Factors of one kind of text: texts of another kind lie in its flat directions."""
+    low = torch.randint(5, 12, (24, 8), generator=torch.Generator().manual_seed(0))
+    high = torch.randint(30, 45, (12, 8), generator=torch.Generator().manual_seed(1))
+    factors = collect(model, [{"input_ids": low[:12]}])
+    scores = kfac.score_recitation(
+        model, [{"input_ids": low[12:]}, {"input_ids": high}], factors, flat=0.6
+    )
+    area = kfac.auroc(scores.passages, [0] * 12 + [1] * 12)
+    assert area.value > 0.9
+    assert area.low <= area.value <= area.high
+
+
+def test_auroc_against_counting_pairs():
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 5, 60)
+    labels = generator.integers(0, 2, 60)
+    wins = [(a > b) + 0.5 * (a == b) for a in scores[labels == 1] for b in scores[labels == 0]]
+    area = kfac.auroc(scores, labels)
+    assert area.value == pytest.approx(np.mean(wins))
+    assert 0.05 < area.high - area.low < 0.4
+    for wrong in (([1.0, 2.0], [1, 1]), ([1.0], [1, 0]), ([np.nan, 1.0], [0, 1])):
+        with pytest.raises(SpectrumError):
+            kfac.auroc(*wrong)
+
+
+def test_named_errors(model, factors):
+    for use in (kfac.band_profile, kfac.score_recitation):
+        with pytest.raises(BatchError, match="empty"):
+            use(model, [], factors)
+        with pytest.raises(BatchError):
+            use(model, [torch.zeros(1, 3)], factors)
+        with pytest.raises(FactorsMismatchError):
+            use(llama(torch.bfloat16), [batch([0])], factors)
+    for edges in ((), (0.5, 0.2), (0.0,), (1.0,), (0.001,)):
+        with pytest.raises(SpectrumError, match="edges"):
+            kfac.band_profile(model, [batch([0])], factors, edges=edges)
+    for flat in (0, 1, -1, 2):
+        with pytest.raises(SpectrumError, match="flat"):
+            kfac.score_recitation(model, [batch([0])], factors, flat=flat)
+    one = made_profile([1.0, 2.0])
+    two = kfac.BandProfile(["y"], ["a", "b"], one.norms, one.norms, one.tokens)
+    with pytest.raises(SpectrumError, match="other targets"):
+        kfac.band_ratios(one, two)
