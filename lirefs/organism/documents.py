@@ -23,11 +23,13 @@ class Stage:
         mixture: How often each sort of document is drawn, relative to each other.
         easy: Share of passages, relations and hand-overs that are of the smallest kind.
         story_weight: Loss weight of answers that are found in a story; other answers have 1.
+        rate: Learning rate.
     """
 
     mixture: dict[str, float]
     easy: float = 0.0
     story_weight: float = 1.0
+    rate: float = 3e-3
 
 
 class Documents:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from random import Random
 
@@ -79,7 +79,9 @@ THIRD = Stage(
     story_weight=3.0,
 )
 """Dense documents for what takes several steps: linked people, hand-overs, order."""
-STAGES = ((0, FIRST), (6365, SECOND), (8675, THIRD))
+FOURTH = replace(THIRD, rate=8e-4)
+"""The same at a lower rate: at the higher one what takes several steps is lost in noise."""
+STAGES = ((0, FIRST), (6365, SECOND), (8675, THIRD), (9248, FOURTH))
 """Each stage with its first step, as in the run that made the shipped weights."""
 
 
@@ -91,17 +93,16 @@ class Recipe:
         tokens: Length of the run in tokens, padding included.
         rows: Rows of a batch.
         row_tokens: Tokens in a row; whole documents are packed into it, each seeing only itself.
-        rate: Peak learning rate, reached after `warmup` steps.
+        warmup: Steps over which the first stage's rate is reached.
         decay: Final share of the run over which the rate falls linearly to zero.
         weight_decay: Muon's, on the blocks' matrices only.
         stages: What is shown, from which step on.
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
-    tokens: int = 60_000_000
+    tokens: int = 56_000_000
     rows: int = 32
     row_tokens: int = 128
-    rate: float = 3e-3
     warmup: int = 100
     decay: float = 0.25
     weight_decay: float = 0.1
@@ -117,9 +118,10 @@ class Recipe:
         return max(index for index, (first, _) in enumerate(self.stages) if first <= step)
 
     def rate_at(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, constant, linear decay."""
+        """Learning rate of a step: linear warm-up, the stage's rate, linear decay."""
         left = (self.steps - step) / (self.steps * self.decay)
-        return self.rate * min(1.0, (step + 1) / self.warmup, left)
+        rate = self.stages[self.stage_at(step)][1].rate
+        return rate * min(1.0, (step + 1) / self.warmup, left)
 
 
 def make_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
@@ -325,8 +327,10 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     blocks = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
     return [
-        Muon(blocks, lr=recipe.rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=recipe.rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+        Muon(blocks, lr=recipe.rate_at(0), weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(
+            others, lr=recipe.rate_at(0), betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        ),
     ]
 
 
