@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HFValidationError, HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lirefs.directions import Directions
 from lirefs.errors import DownloadError
