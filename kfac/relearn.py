@@ -145,7 +145,9 @@ def _train(
         while done < wanted:
             loss = passage_losses(model, batches[next(order)]).mean()
             if not bool(loss.isfinite()):
-                raise NonFiniteError(f"the loss is {float(loss.detach())} after {done} steps; lower lr")
+                raise NonFiniteError(
+                    f"the loss is {float(loss.detach())} after {done} steps; lower lr"
+                )
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
