@@ -40,16 +40,16 @@ def main() -> None:
     parser.add_argument("--layers", default=None, help="e.g. 20,21,22; default: from 2/3 of depth")
     parser.add_argument("--memorized", default=None, help="JSON Lines of memorized texts")
     parser.add_argument("--factors", type=Path, default=None, help="kept here and used again")
-    parser.add_argument("--rises", default="1.05,1.15,1.3,1.6", help="of perplexity, to match")
+    parser.add_argument("--rises", default=None, help="of perplexity; default: 1.05,1.15,1.3,1.6")
     parser.add_argument("--methods", default=None, help="comma-separated; default: all")
     parser.add_argument("--out", type=Path, default=Path("pareto"))
     parser.add_argument("--limit", type=int, default=None, help="items a task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="20 items a task, two strengths")
+    parser.add_argument("--quick", action="store_true", help="14 items a task, two strengths")
     options = parser.parse_args()
     if options.quick:
-        options.limit = options.limit or 20
-        options.rises = "1.1,1.4"
+        options.limit = options.limit or 14
+    options.rises = options.rises or ("1.1,1.4" if options.quick else "1.05,1.15,1.3,1.6")
     began = time.perf_counter()
     lm = lirefs.load(options.model)
     start = round(lm.n_layers * 2 / 3)

@@ -142,10 +142,11 @@ def coefficients(estimator: Any) -> Floats:
             f"{type(estimator).__name__} has no coef_: a direction needs a linear model, given "
             "by itself and not inside a pipeline"
         )
-    rows = np.atleast_2d(np.asarray(found, np.float64))
+    rows: Floats = np.atleast_2d(np.asarray(found, np.float64))
     if rows.shape[0] != 1:
         raise SettingError(f"{type(estimator).__name__} has {rows.shape[0]} rows of coef_, not one")
-    return rows[0]
+    only: Floats = rows[0]
+    return only
 
 
 def vector_of(estimator: Any, states: Floats, targets: npt.NDArray[Any]) -> Floats:

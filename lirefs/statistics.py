@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -77,7 +78,7 @@ def auroc(scores: Floats, labels: npt.NDArray[np.int64], resamples: int = 2000) 
     return Estimate(value, *interval(areas), len(scores))
 
 
-def areas(scores: Floats, labels: npt.NDArray[np.int64]) -> Floats:
+def areas(scores: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int64]) -> Floats:
     """Areas under many ROC curves at once.
 
     Args:

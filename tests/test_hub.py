@@ -67,7 +67,7 @@ def test_what_goes_wrong_has_a_name(directions, server, lm, monkeypatch):
         raise OSError("no route to host\nmore")
 
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
-    with pytest.raises(DownloadError, match="no route to host$"):
+    with pytest.raises(DownloadError, match=r"no route to host$"):
         hub.load_directions("me/mine")
     monkeypatch.setattr(hub.HfApi, "create_repo", refuse)
     with pytest.raises(DownloadError, match="cannot be pushed"):

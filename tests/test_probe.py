@@ -188,8 +188,8 @@ def test_models_that_give_no_direction_are_refused(probe):
     _, lm = probe
     with pytest.raises(SettingError, match="coef_"):
         fit(lm, split(), KNeighborsClassifier(), layers=[1], shuffles=1, progress=False)
+    pipeline = make_pipeline(StandardScaler(), LogisticRegression())
     with pytest.raises(SettingError, match="coef_"):
-        pipeline = make_pipeline(StandardScaler(), LogisticRegression())
         fit(lm, split(), pipeline, layers=[1], shuffles=1, progress=False)
 
 

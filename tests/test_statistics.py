@@ -1,8 +1,9 @@
 import numpy as np
 import pytest
+from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import roc_auc_score
 
-from lirefs.statistics import auroc, interval, resample_counts, wilson
+from lirefs.statistics import areas, auroc, correlation, interval, resample_counts, wilson
 
 
 def test_wilson_against_published_values():
@@ -58,3 +59,28 @@ def test_resamples_draw_n_items_each():
 def test_interval_ignores_what_is_not_finite():
     assert interval(np.array([np.nan, np.inf])) == (pytest.approx(np.nan, nan_ok=True),) * 2
     assert interval(np.array([1.0, np.nan])) == (1.0, 1.0)
+
+
+def test_many_areas_at_once_are_those_of_scikit_learn():
+    generator = np.random.default_rng(0)
+    scores = generator.integers(0, 5, size=(30, 3, 2)).astype(float)  # with ties
+    labels = np.arange(30) % 2
+    for place in np.ndindex(3, 2):
+        expected = roc_auc_score(labels, scores[(slice(None), *place)])
+        assert areas(scores, labels)[place] == pytest.approx(expected)
+    each = np.stack([generator.permutation(labels) for _ in range(2)], axis=1)
+    expected = roc_auc_score(each[:, 1], scores[:, 2, 1])
+    assert areas(scores, each[:, None])[2, 1] == pytest.approx(expected)
+
+
+def test_correlations_are_those_of_scipy():
+    generator = np.random.default_rng(0)
+    one = generator.normal(size=50)
+    other = np.exp(one + 0.5 * generator.normal(size=50))
+    assert correlation(one, other).value == pytest.approx(pearsonr(one, other).statistic)
+    rank = correlation(one, other, ranks=True)
+    assert rank.value == pytest.approx(spearmanr(one, other).statistic)
+    assert rank.low < rank.value < rank.high
+    known = pearsonr(one, other).confidence_interval()
+    assert correlation(one, other).low == pytest.approx(known.low, abs=1e-6)
+    assert np.isnan(correlation(one, np.ones(50)).value)
