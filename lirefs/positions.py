@@ -47,6 +47,14 @@ class Prompt:
         self.decisions: dict[int, Tensor] = {}
         self.checked: set[int] = set()
 
+    def select(self, rows: Tensor) -> Prompt:
+        """What is known after the rows of the batch were picked anew, (rows,) indices."""
+        picked = Prompt(self.lengths[rows.to(self.lengths.device)], self.width, self.explicit)
+        picked.decisions = {
+            gate: decided[rows.to(decided.device)] for gate, decided in self.decisions.items()
+        }
+        return picked
+
 
 _PROMPT: ContextVar[Prompt | None] = ContextVar("prompt", default=None)
 
@@ -72,12 +80,13 @@ def prompt_lengths(lengths: int | Sequence[int] | Tensor) -> Iterator[None]:
     for row, value in enumerate(values):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ScopeError(f"the prompt length of row {row} must be a positive integer: {value}")
-    with _using(Prompt(torch.tensor(values))):
+    with prompt_known(Prompt(torch.tensor(values))):
         yield
 
 
 @contextmanager
-def _using(prompt: Prompt) -> Iterator[None]:
+def prompt_known(prompt: Prompt) -> Iterator[None]:
+    """The same for a caller that keeps what is known, from one forward pass to the next."""
     token = _PROMPT.set(prompt)
     try:
         yield
@@ -182,7 +191,7 @@ class Tracker:
         def generate(*args: Any, **kwargs: Any) -> Any:
             if _PROMPT.get() is not None:
                 return original(*args, **kwargs)
-            with _using(_prompt_of(args, kwargs)):
+            with prompt_known(_prompt_of(args, kwargs)):
                 return original(*args, **kwargs)
 
         model.__dict__["generate"] = generate

@@ -2,7 +2,7 @@ import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
-from lirefs import wrap
+from lirefs import Direction, prompt_lengths, wrap
 from lirefs.batching import batches_by_tokens
 from lirefs.harness.engine import greedy, option_log_likelihoods, token_nlls
 
@@ -79,3 +79,30 @@ def test_batches_hold_the_budget_and_every_item_once():
     assert sorted(index for batch in batches for index in batch) == list(range(7))
     for batch in batches:
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 12
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generated", "last_prompt_token"])
+@pytest.mark.parametrize("shared", ["", FEW_SHOT])
+def test_scopes_know_the_prompt_in_batches_with_a_shared_beginning(shared, scope):
+    lm = model_of("llama")
+    direction = Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)), 1)
+    steer = direction.steer("add", 3.0, scope=scope)
+    prompts = lm.encode([shared + text for text in ("x", "something else", "why not")])
+    items = [lm.encode([shared + q + o for o in (" yes", " no")]) for q in ("one", "other?")]
+    with steer.apply(lm.model):
+        outputs = greedy(lm, prompts, 5)
+        found = option_log_likelihoods(lm, items)
+        for prompt, output in zip(prompts, outputs):
+            ids = list(prompt)
+            for _ in range(5):
+                with torch.no_grad(), prompt_lengths(len(prompt)):
+                    logits = lm.model(torch.tensor([ids]), use_cache=False).logits
+                ids.append(int(logits[0, -1].argmax()))
+            assert output == ids[-5:]
+        for options, values in zip(items, found):
+            start = next(i for i, (a, b) in enumerate(zip(*options)) if a != b)
+            for option, value in zip(options, values):
+                with prompt_lengths(start):
+                    logprobs = reference_logprobs(lm, option)
+                assert value == pytest.approx(float(logprobs[start - 1 :].sum()), abs=1e-4)
+    assert outputs != greedy(lm, prompts, 5)

@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from lirefs.batching import batches_by_tokens
 from lirefs.layout import accepts, evaluating
 from lirefs.models import LanguageModel
+from lirefs.positions import Prompt, prompt_known
 
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
@@ -125,9 +126,16 @@ class _Batch:
     """Left-padded prompts after their prefill: cache, mask, positions, last logits."""
 
     def __init__(
-        self, lm: LanguageModel, rests: list[list[int]], prefix: DynamicCache | None, shared: int
+        self,
+        lm: LanguageModel,
+        rests: list[list[int]],
+        prefix: DynamicCache | None = None,
+        shared: int = 0,
+        unfinished: bool = False,
     ) -> None:
         self.model = lm.model
+        # A prefix that prompts share has no last prompt token: the prompt goes on after it.
+        self.prompt = Prompt(torch.tensor([shared + len(rest) + unfinished for rest in rests]))
         inputs = lm.pad(rests, side="left")
         self.mask = inputs["attention_mask"]
         self.cache: Any = None
@@ -146,13 +154,14 @@ class _Batch:
             extra["position_ids"] = positions
         if last_only and accepts(self.model, "logits_to_keep"):
             extra["logits_to_keep"] = 1
-        out = self.model(
-            input_ids=ids,
-            attention_mask=self.mask,
-            past_key_values=self.cache,
-            use_cache=True,
-            **extra,
-        )
+        with prompt_known(self.prompt):
+            out = self.model(
+                input_ids=ids,
+                attention_mask=self.mask,
+                past_key_values=self.cache,
+                use_cache=True,
+                **extra,
+            )
         self.cache = out.past_key_values
         logits: Tensor = out.logits
         return logits
@@ -164,6 +173,7 @@ class _Batch:
         )
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
+        self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
 
 
@@ -235,5 +245,5 @@ def _shared_prefix(
     shared = _common_prefix(prompts) if len(prompts) > 1 else 0
     if shared < SHORTEST_SHARED:
         return 0, None
-    batch = _Batch(lm, [list(prompts[0][:shared])], None, 0)
+    batch = _Batch(lm, [list(prompts[0][:shared])], unfinished=True)
     return (shared, batch.cache) if type(batch.cache) is DynamicCache else (0, None)

@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from lirefs.geometry import Components, Transfer, cosines
-from lirefs.harness.plots import COLOURS, _canvas, _png
+from lirefs.harness.plots import COLOURS, canvas_of, png_of
 from lirefs.probe import Probe
 from lirefs.statistics import Estimate, Floats
 
 
 def per_layer(probe: Probe) -> bytes:
     """AUROC, accuracy and correlations of every layer, with both controls."""
-    canvas, (left, right) = _canvas(2, (10, 3.8))
+    canvas, (left, right) = canvas_of(2, (10, 3.8))
     layers = _layers(probe)
     _band(left, layers, [one.test_auroc for one in probe.scores], COLOURS[0], "test AUROC")
     _band(left, layers, [one.test_accuracy for one in probe.scores], COLOURS[2], "test accuracy")
@@ -33,12 +33,12 @@ def per_layer(probe: Probe) -> bytes:
     right.axhline(0, color="black", lw=0.6)
     right.set(xlabel="layer", ylabel="correlation with the grade, controls: 2 AUROC - 1")
     right.legend(fontsize=6.5)
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def best_layer(probes: Mapping[str, Probe]) -> bytes:
     """Test AUROC of the best layer beside the best layer under shuffled labels, by estimator."""
-    canvas, (axis,) = _canvas(1, (8, 0.8 + 0.62 * len(probes)))
+    canvas, (axis,) = canvas_of(1, (8, 0.8 + 0.62 * len(probes)))
     for row, probe in enumerate(probes.values()):
         found, random = probe.best_scores.test_auroc, probe.best_scores.random_auroc
         if probe.null:
@@ -59,23 +59,23 @@ def best_layer(probes: Mapping[str, Probe]) -> bytes:
         "dot: fitted, 95 %; grey: shuffled labels, layer chosen anew; blue bar: random directions",
         fontsize=8,
     )
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def cosine_maps(maps: Mapping[str, Floats]) -> bytes:
     """Cosines between layers, and between question sets or models; random ones in the title."""
-    canvas, axes = _canvas(len(maps), (4.4 * len(maps), 3.9))
+    canvas, axes = canvas_of(len(maps), (4.4 * len(maps), 3.9))
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         picture = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, origin="lower")
         axis.set(xlabel="layer", ylabel="layer")
         axis.set_title(name, fontsize=8)
     canvas.colorbar(picture, ax=list(axes), label="cosine")
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def scatter(found: Components, probe: Probe) -> bytes:
     """Test states on two principal components with the boundary; cosine with each component."""
-    canvas, (left, right) = _canvas(2, (10, 4))
+    canvas, (left, right) = canvas_of(2, (10, 4))
     for label, name, colour in ((0, "memory", COLOURS[3]), (1, "reasoning", COLOURS[2])):
         points = found.points[found.labels == label]
         left.scatter(points[:, 0], points[:, 1], s=10, color=colour, alpha=0.7, label=name)
@@ -101,12 +101,12 @@ def scatter(found: Components, probe: Probe) -> bytes:
     right.axhline(found.random, color=COLOURS[5], ls="--", label="random directions, 97.5 %")
     right.set(xlabel="principal component of train states", ylim=(0, 1))
     right.legend(fontsize=7)
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def side_by_side(probes: Mapping[str, Probe]) -> bytes:
     """Two models (base against instruct): separation per layer, and their directions' cosines."""
-    canvas, axes = _canvas(3, (13, 3.8))
+    canvas, axes = canvas_of(3, (13, 3.8))
     for axis, (name, probe) in zip(axes, probes.items(), strict=False):
         _band(
             axis, _layers(probe), [one.test_auroc for one in probe.scores], COLOURS[0], "test AUROC"
@@ -122,12 +122,12 @@ def side_by_side(probes: Mapping[str, Probe]) -> bytes:
     axes[2].axhspan(-chance, chance, color=COLOURS[5], alpha=0.3, label="random directions, 95 %")
     axes[2].set(xlabel="layer", ylabel=f"cosine, {' and '.join(list(probes)[:2])}", ylim=(-1, 1))
     axes[2].legend(fontsize=6.5)
-    return _png(canvas)
+    return png_of(canvas)
 
 
 def transfers(probe: Probe, found: Mapping[str, Transfer]) -> bytes:
     """AUROC on other question sets beside the own test items and the controls."""
-    canvas, (axis,) = _canvas(1, (7.5, 4))
+    canvas, (axis,) = canvas_of(1, (7.5, 4))
     tests = [one.test_auroc for one in probe.scores]
     _band(axis, _layers(probe), tests, COLOURS[0], "own test items")
     for index, (name, one) in enumerate(found.items(), start=1):
@@ -147,7 +147,7 @@ def transfers(probe: Probe, found: Mapping[str, Transfer]) -> bytes:
     axis.axhline(0.5, color="black", lw=0.6)
     axis.set(xlabel="layer", ylabel="AUROC", ylim=(0, 1.02))
     axis.legend(fontsize=7)
-    return _png(canvas)
+    return png_of(canvas)
 
 
 _ENDS = ("low", "high")
