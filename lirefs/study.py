@@ -30,6 +30,7 @@ FORMS: tuple[Form, ...] = get_args(Form)
 STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 """Forms whose directions are candidates for steering."""
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
+SCOPES = ("all", "last_prompt_token")
 KEEPS = (0.6, 0.7, 0.8, 0.9, 0.95)
 SWEPT_STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
 SWEPT_KEEPS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -140,12 +141,15 @@ def curvature_candidates(
 def steering_candidates(
     probes: Mapping[Form, Probe], operator: str, strength: float | None
 ) -> dict[str, Intervention]:
-    """One operator with every direction of two question sets at every strength."""
+    """One operator with every direction of two question sets, at every strength and scope."""
     strengths = STRENGTHS if strength is None else (strength,)
     return {
-        f"{form}, layer {direction.layer}, {value:g}": direction.steer(operator, value)
+        f"{form}, layer {direction.layer}, {scope}, {value:g}": direction.steer(
+            operator, value, scope=scope
+        )
         for form in STEERING_FORMS
         for direction in probes[form].directions.values()
+        for scope in SCOPES
         for value in ((1.0,) if operator == "ablate" else strengths)
     }
 
@@ -235,6 +239,7 @@ class Study:
         steers: Operator to what was chosen.
         direction: The direction of the `add` that was chosen.
         form: The question set it was fitted on.
+        scope: The tokens it is added to.
         strength: Its strength.
         keeps: The curvature edit at `SWEPT_KEEPS`, on test items; described, never used to choose.
         pushes: `add` at `SWEPT_STRENGTHS` and at every layer, beside random directions; the same.
@@ -248,6 +253,7 @@ class Study:
     steers: dict[str, Choice]
     direction: Direction
     form: Form
+    scope: str
     strength: float
     keeps: Comparison
     pushes: Comparison
@@ -308,7 +314,7 @@ def run(
     say(matched)
 
     add = steers["add"].intervention
-    words, place, amount = steers["add"].label.split(", ")
+    words, place, scope, amount = steers["add"].label.split(", ")
     form = next(one for one in FORMS if one == words)
     direction = probes[form].directions[int(place.removeprefix("layer "))]
     interventions: dict[str, Any] = {
@@ -318,7 +324,7 @@ def run(
         "LiReF add": add,
         "LiReF amplify": steers["amplify"].intervention,
         "LiReF ablate": steers["ablate"].intervention,
-        "random direction": direction.random_like(seed).steer("add", float(amount)),
+        "random direction": direction.random_like(seed).steer("add", float(amount), scope=scope),
         "LiReF add + K-FAC": add + edit.intervention,
     }
     test = organism_tasks(lm, "test", limit)
@@ -331,9 +337,9 @@ def run(
     spectrum = [task for task in test if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
     pushes: dict[str, Any] = {}
     for value in SWEPT_STRENGTHS:
-        pushes |= _beside_random(f"strength {value:g}", direction, value, seed)
+        pushes |= _beside_random(f"strength {value:g}", direction, value, scope, seed)
     for one in probes[form].directions.values():
-        pushes |= _beside_random(f"layer {one.layer}", one, float(amount), seed)
+        pushes |= _beside_random(f"layer {one.layer}", one, float(amount), scope, seed)
     steered = [task for task in test if task.name in STEERED_TASKS]
     return Study(
         comparison=comparison,
@@ -343,6 +349,7 @@ def run(
         steers=steers,
         direction=direction,
         form=form,
+        scope=scope,
         strength=float(amount),
         keeps=compare(lm, edits, spectrum, seed=seed),
         pushes=compare(lm, pushes, steered, seed=seed),
@@ -350,8 +357,11 @@ def run(
     )
 
 
-def _beside_random(name: str, direction: Direction, strength: float, seed: int) -> dict[str, Any]:
+def _beside_random(
+    name: str, direction: Direction, strength: float, scope: str, seed: int
+) -> dict[str, Any]:
     controls = [direction.random_like(seed + i) for i in range(RANDOM_DIRECTIONS)]
-    return {name: direction.steer("add", strength)} | {
-        f"{name}, random {i}": one.steer("add", strength) for i, one in enumerate(controls)
+    return {name: direction.steer("add", strength, scope=scope)} | {
+        f"{name}, random {i}": one.steer("add", strength, scope=scope)
+        for i, one in enumerate(controls)
     }
