@@ -68,7 +68,8 @@ def figures(study: Study) -> list[Figure]:
             "strength_sweep",
             "Questions 2 and 3: steering against random directions",
             f"Adding the direction (form {form}, layer {study.direction.layer}, scope "
-            f"{study.scope}) at several strengths; 1 moves a state by the distance between the class means. Grey: "
+            f"{study.scope}) at several strengths; 1 moves a state by the distance "
+            "between the class means. Grey: "
             f"{RANDOM_DIRECTIONS} random directions of the same norm.",
             sweep_plots.strength_effect(
                 study.pushes, strengths, controls, (TRUE, READ, "relations")
