@@ -223,6 +223,9 @@ def peer_python(folder: str) -> str:
             subprocess.run(
                 [str(python), "-m", "pip", "install", "-q", "-c", file.name, *packages], check=True
             )
+        # A dependency of a dependency that nothing here imports; built for another torch it breaks
+        # the import of transformers.
+        subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", "torchvision"])
     return str(python)
 
 
