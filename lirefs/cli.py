@@ -188,7 +188,7 @@ def _study(
         layers=layers,
         keep=keep,
         strength=strength,
-        limit=20 if quick else 100,
+        limit=20 if quick else 80,
         seed=seed,
         cache=cache / "activations",
         say=lambda line: console.print(line, markup=False),

@@ -16,6 +16,7 @@ from lirefs.files import read_jsonl
 LABELS = ("memory", "reasoning")
 SIDES = ("train", "validation", "test")
 PROMPT_FORMAT = "Q: {question}\nA: "
+_MARKS = ".,;:!?'\"\u2018\u2019\u201c\u201d"
 BUILTIN = {"default": "questions.jsonl"}
 
 
@@ -50,8 +51,13 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Question text without case, punctuation and spacing: equal keys are duplicates."""
-        return "".join(character for character in self.text.casefold() if character.isalnum())
+        """Question text without case, spacing and the marks of prose: equal keys are duplicates.
+
+        Signs and brackets stay: they make another question of the same numbers.
+        """
+        return "".join(
+            one for one in self.text.casefold() if not one.isspace() and one not in _MARKS
+        )
 
 
 class Questions(Sequence[Question]):
@@ -99,7 +105,7 @@ class Questions(Sequence[Question]):
     def split(self, train: float = 0.5, validation: float = 0.25, seed: int = 0) -> Split:
         """Split into train, validation and test items, stratified by label.
 
-        Duplicate questions (equal up to case, punctuation and spacing) stay on one side. A set
+        Duplicate questions (equal up to case, marks of prose and spacing) stay on one side. A set
         whose items all say their side is split so, and the arguments are not used.
 
         Args:

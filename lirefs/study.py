@@ -31,11 +31,11 @@ STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 """Forms whose directions are candidates for steering."""
 STRENGTHS = (0.5, 1.0, 2.0, 4.0)
 SCOPES = ("all", "last_prompt_token")
-KEEPS = (0.6, 0.7, 0.8, 0.9, 0.95)
-SWEPT_STRENGTHS = (-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0)
-SWEPT_KEEPS = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
+KEEPS = (0.7, 0.8, 0.9, 0.95, 0.98)
+SWEPT_STRENGTHS = (-4.0, -2.0, 2.0, 4.0)
+SWEPT_KEEPS = (0.4, 0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
 RANDOM_DIRECTIONS = 3
-FINALISTS = 8
+FINALISTS = 6
 PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
 
 RECITED = "planted sequences"
@@ -49,9 +49,12 @@ SPECTRUM_TASKS = (
     RECITED, "exceptions, memorized label", TRUE, "rare facts", "common facts", "addition",
     "facts with their passage", "boolean expressions", "relations", "object tracking",
 )  # fmt: skip
-STEERED_TASKS = (TRUE, READ, "conflicts, answer recalled", "relations")
+STEERED_TASKS = (TRUE, READ, "relations")
 KEPT_SHARE, PERPLEXITY_RATIO = 0.95, 1.05
 """An intervention should keep this share of each skill, at no more than this perplexity."""
+STILL_RECITED, BACK_AT_TRUTH = 0.034, 0.61
+"""The edit should leave at most this share recited and return this share of exceptions: the K-FAC
+paper's recitation after its edit, and what a trial of this experiment had reached."""
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,10 @@ def choose(
 
 
 def curvature_objective(comparison: Comparison, variant: str) -> float:
-    """Share still recited, plus every miss of the goals for skills, common facts and perplexity."""
-    recited = comparison.cell(variant, RECITED).value.value
-    return recited + harm(comparison, variant, (*SKILLS, "common facts"))
+    """Sum of what is missed of every goal for the edit; 0 meets all."""
+    recited, true = (comparison.cell(variant, task).value.value for task in (RECITED, TRUE))
+    missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
+    return missed + harm(comparison, variant, (*SKILLS, "common facts"))
 
 
 def steering_objective(comparison: Comparison, variant: str) -> float:
@@ -123,7 +127,7 @@ def curvature_candidates(
 ) -> dict[str, kfac.CurvatureEdit]:
     """Edits of runs of layers, of two choices of matrices, at several values of keep."""
     runs = [[layer] for layer in range(n_layers)]
-    runs += [[layer, layer + 1] for layer in range(n_layers - 1)] + [list(range(n_layers))]
+    runs += [[layer, layer + 1] for layer in range(n_layers - 1)]
     result = {}
     for run in runs if layers is None else [list(layers)]:
         for words, projections in PROJECTIONS.items():
@@ -267,7 +271,7 @@ def run(
     layers: Sequence[int] | None = None,
     keep: float | None = None,
     strength: float | None = None,
-    limit: int = 100,
+    limit: int = 80,
     seed: int = 0,
     cache: Any = None,
     say: Callable[[str], None] = lambda line: None,
@@ -288,13 +292,13 @@ def run(
     probes = fit_all(lm, seed, cache, n=max(20, limit))
     few = organism_tasks(lm, "validation", max(8, limit * 2 // 5))
     say("choosing the edit on validation items")
-    wanted = {RECITED, "common facts", LANGUAGE, *SKILLS}
+    wanted = {RECITED, TRUE, "common facts", LANGUAGE, *SKILLS}
     edit = choose(
         lm,
         curvature_candidates(factors, lm.n_layers, layers, keep),
         [task for task in few if task.name in wanted],
         curvature_objective,
-        screen=(RECITED, LANGUAGE),
+        screen=(RECITED, TRUE, LANGUAGE),
     )
     say(f"edit: {edit.label} (of {edit.tried})")
     wanted = {TRUE, LANGUAGE, *SKILLS}

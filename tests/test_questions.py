@@ -88,3 +88,13 @@ def test_missing_file_and_too_few_questions(tmp_path):
         questions.split()
     with pytest.raises(QuestionsError, match="rest for test"):
         questions.split(train=0.8, validation=0.2)
+
+
+def test_marks_of_prose_make_no_difference_but_signs_and_brackets_do():
+    def key(text):
+        return Question(text, "reasoning", "a").key
+
+    assert key("Is it so?") == key("is it  so")
+    assert key("“Who?”") == key("Who")
+    assert key("1 + 23 =") != key("12 + 3 =")
+    assert key("( a or b ) and c") != key("a or ( b and c )")

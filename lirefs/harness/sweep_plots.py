@@ -57,14 +57,17 @@ def strength_effect(
         tasks: One panel each.
     """
     canvas, axes = canvas_of(len(tasks), (3.4 * len(tasks), 3.6))
-    x = np.array(list(steered))
+    x = np.array([*steered, 0.0])  # strength 0 is the unchanged model
+    order = np.argsort(x)
     for axis, task in zip(axes, tasks, strict=True):
         for number, control in enumerate(controls):
-            shares = [comparison.cell(name, task).value.value for name in control.values()]
+            names = [*control.values(), "unchanged"]
+            shares = np.array([comparison.cell(name, task).value.value for name in names])[order]
             label = "random directions of the same norm" if number == 0 else None
-            axis.plot(list(control), shares, color=COLOURS[6], lw=1, alpha=0.8, label=label)
-        values = _estimates([comparison.cell(name, task).value for name in steered.values()])
-        _line(axis, x, values, 0, "LiReF, 95 % interval")
+            axis.plot(x[order], shares, color=COLOURS[6], lw=1, alpha=0.8, label=label)
+        names = [*steered.values(), "unchanged"]
+        values = _estimates([comparison.cell(name, task).value for name in names])[order]
+        _line(axis, x[order], values, 0, "LiReF, 95 % interval")
         axis.axvline(0, color="black", lw=0.6, ls=":")
         axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
         n = comparison.cell(next(iter(steered.values())), task).value.n
