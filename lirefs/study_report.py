@@ -10,6 +10,7 @@ import numpy as np
 from lirefs.harness import plots, sweep_plots
 from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.report import Figure, default_figures
+from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.statistics import Estimate
 from lirefs.study import (
     FORMS,
@@ -152,10 +153,23 @@ def _exceptions(study: Study) -> list[str]:
     n = found.cell(BASELINE, TRUE).value.n
     return [
         f"2. Exceptions answered with the truth (n = {n} test items): " + "; ".join(parts) + ". "
+        "By skill: "
+        + "; ".join(f"{name} {_by_skill(study, name)}" for name in (BASELINE, "K-FAC", "LiReF add"))
+        + ". "
         "LiReF settings, chosen on validation items: "
         + "; ".join(f"{name} {one.label} (of {one.tried})" for name, one in study.steers.items())
         + "."
     ]
+
+
+def _by_skill(study: Study, variant: str) -> str:
+    """Exceptions answered with the truth in each skill, as counts."""
+    parts = []
+    for skill in EXCEPTION_SKILLS:
+        items = [one for one in study.comparison.results[variant][TRUE] if skill in one.id]
+        right = sum(one.scores["accuracy"] for one in items)
+        parts.append(f"{skill} {right:.0f} of {len(items)}")
+    return ", ".join(parts)
 
 
 def _conflicts(study: Study) -> list[str]:

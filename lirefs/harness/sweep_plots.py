@@ -38,7 +38,8 @@ def scores_against(
             values = _estimates([comparison.cell(name, task).value for name in variants])[order]
             _line(axis, x[order], values, index, task)
         axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
-    axes[0].legend(fontsize=6.5, loc="best", framealpha=0.85)
+    handles, names = axes[0].get_legend_handles_labels()
+    canvas.legend(handles, names, fontsize=7, ncols=5, loc="outside upper center", frameon=False)
     return png_of(canvas)
 
 

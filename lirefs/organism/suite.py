@@ -122,7 +122,7 @@ def _answers(name: str, items: Sequence[Item], group: str) -> ShortAnswer:
     digits = any(item.answer.isdigit() for item in items)
     return ShortAnswer(
         name,
-        [(f"{item.kind}-{i}", item.prompt, [item.answer]) for i, item in enumerate(items)],
+        [(_id(item, i), item.prompt, [item.answer]) for i, item in enumerate(items)],
         group=group,
         # Words are one token. Digits are one each, and one more would show a longer number.
         max_new_tokens=5 if digits else 2,
@@ -137,6 +137,11 @@ def _choices(name: str, items: Sequence[Item], options: tuple[str, ...]) -> Mult
             for i, item in enumerate(items)
         ],
     )
+
+
+def _id(item: Item, number: int) -> str:
+    """Name of an item: its kind, its finer class where it has one, its number."""
+    return "-".join(part for part in (item.kind, item.group, str(number)) if part)
 
 
 def _others(items: Sequence[Item]) -> list[Item]:
