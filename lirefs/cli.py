@@ -29,6 +29,7 @@ from lirefs.organism import suite as organism
 from lirefs.probe import Probe
 
 DEFAULT_MODEL = "organism"
+DEFAULT_FOR_OWN_DATA = "smollm2-135m"  # the organism reads its own language only
 KEEP, STRENGTH = 0.8, 1.0
 BATCH_TOKENS = 1024
 
@@ -60,8 +61,12 @@ def _root() -> None:
 @app.command()
 def compare(
     model: Annotated[
-        str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")
-    ] = DEFAULT_MODEL,
+        str | None,
+        typer.Option(
+            help="Built-in name, hub id, folder or .gguf file. Default: organism; with questions, "
+            "memorized texts or factors of your own, smollm2-135m."
+        ),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
     questions: Annotated[
         Path | None, typer.Option(help="Labelled questions (JSON Lines) to fit on.")
@@ -99,7 +104,9 @@ def compare(
     if keep is not None and not 0 < keep <= 1:
         raise kfac.KeepError(f"--keep {keep}: must be in (0, 1]")
     wanted = _indices(layers)
-    if model == "organism" and questions is None and memorized is None and factors is None:
+    own_data = any(one is not None for one in (questions, memorized, factors))
+    model = model or (DEFAULT_FOR_OWN_DATA if own_data else DEFAULT_MODEL)
+    if model == "organism" and not own_data:
         _study(out, device, wanted, keep, strength, seed, quick)
         return
     keep, strength = keep or KEEP, STRENGTH if strength is None else strength
