@@ -33,9 +33,9 @@ is known what was memorized and what must be computed. Stored as bfloat16. Not a
 
 ## Recipe
 
-``json
+```json
 {recipe}
-``
+```
 
 ## Scores on {split} items (greedy, the whole answer must agree)
 
