@@ -145,7 +145,11 @@ def curvature_candidates(
 def steering_candidates(
     probes: Mapping[Form, Probe], operator: str, strength: float | None
 ) -> dict[str, Intervention]:
-    """One operator with every direction of two question sets, at every strength and scope."""
+    """One operator with every direction of two question sets, at every strength and scope.
+
+    Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
+    words apart and nothing that the model does.
+    """
     strengths = STRENGTHS if strength is None else (strength,)
     return {
         f"{form}, layer {direction.layer}, {scope}, {value:g}": direction.steer(
@@ -153,6 +157,7 @@ def steering_candidates(
         )
         for form in STEERING_FORMS
         for direction in probes[form].directions.values()
+        if direction.layer > 0
         for scope in SCOPES
         for value in ((1.0,) if operator == "ablate" else strengths)
     }
