@@ -77,6 +77,8 @@ class Comparison:
     provenance: dict[str, Any] = field(default_factory=dict)
     resamples: int = 5000
     seed: int = 0
+    _cells: dict[tuple[str, str], Cell] = field(default_factory=dict, init=False, repr=False)
+    _retained: dict[tuple[str, str], Estimate] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def variants(self) -> list[str]:
@@ -91,6 +93,12 @@ class Comparison:
 
     def cell(self, variant: str, task: str) -> Cell:
         """One variant on one task."""
+        # Reports ask for the same cells again and again, and each costs thousands of resamples.
+        if (variant, task) not in self._cells:
+            self._cells[variant, task] = self._cell(variant, task)
+        return self._cells[variant, task]
+
+    def _cell(self, variant: str, task: str) -> Cell:
         group, metric = self.tasks[task].group, self.tasks[task].metric
         items, base = self.results[variant][task], self.results[BASELINE][task]
         draws = self._draws(task)
@@ -150,6 +158,11 @@ class Comparison:
 
         The interval resamples the items of each task, paired with the baseline.
         """
+        if (variant, group) not in self._retained:
+            self._retained[variant, group] = self._mean_retained(variant, group)
+        return self._retained[variant, group]
+
+    def _mean_retained(self, variant: str, group: str) -> Estimate:
         values, samples, n = [], [], 0
         for task in self.counted(group):
             cell, metric = self.cell(variant, task), self.tasks[task].metric

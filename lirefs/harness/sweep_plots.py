@@ -28,7 +28,7 @@ def scores_against(
         comparison: Holds every variant.
         variants: Name to its place on the two horizontal axes.
         tasks: One line each.
-        labels: Of the horizontal axes.
+        labels: Of the horizontal axes; the second one is logarithmic.
     """
     canvas, axes = canvas_of(2, (10.5, 4.2))
     for panel, axis in enumerate(axes):
@@ -38,6 +38,7 @@ def scores_against(
             values = _estimates([comparison.cell(name, task).value for name in variants])[order]
             _line(axis, x[order], values, index, task)
         axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
+    axes[1].set_xscale("log")
     handles, names = axes[0].get_legend_handles_labels()
     canvas.legend(handles, names, fontsize=7, ncols=5, loc="outside upper center", frameon=False)
     return png_of(canvas)
