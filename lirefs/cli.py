@@ -106,7 +106,9 @@ def compare(
     wanted = _indices(layers)
     own_data = any(one is not None for one in (questions, memorized, factors))
     model = model or (DEFAULT_FOR_OWN_DATA if own_data else DEFAULT_MODEL)
-    if model == "organism" and not own_data:
+    if model == "organism" and own_data:
+        raise SettingError("the organism reads its own language only; give another --model")
+    if model == "organism":
         _study(out, device, wanted, keep, strength, seed, quick)
         return
     keep, strength = keep or KEEP, STRENGTH if strength is None else strength
@@ -195,7 +197,7 @@ def _study(
         layers=layers,
         keep=keep,
         strength=strength,
-        limit=20 if quick else 80,
+        limit=14 if quick else 80,
         seed=seed,
         cache=cache / "activations",
         say=lambda line: console.print(line, markup=False),
@@ -205,6 +207,12 @@ def _study(
     shown.append(_spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
     comparison = found.comparison
     comparison.provenance.update(study_report.provenance(found))
+    comparison.provenance["factors"] = collected.digest
+    comparison.provenance["settings"] = {
+        "seed": seed,
+        "quick": quick,
+        "given": {"layers": layers, "keep": keep, "strength": strength},
+    }
     page = comparison.save(out, shown)
     for form, probe in found.probes.items():
         probe.directions.save(out / f"directions-{form}.safetensors")

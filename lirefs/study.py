@@ -29,12 +29,12 @@ FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
 STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 """Forms whose directions are candidates for steering."""
-STRENGTHS = (0.5, 1.0, 2.0, 4.0)
+STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 SCOPES = ("all", "last_prompt_token")
-KEEPS = (0.7, 0.8, 0.9, 0.95, 0.98)
+KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SWEPT_STRENGTHS = (-4.0, -2.0, 2.0, 4.0)
-SWEPT_KEEPS = (0.6, 0.8, 0.9, 0.95, 0.98, 0.995)
-RANDOM_DIRECTIONS = 3
+SWEPT_KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+RANDOM_DIRECTIONS = 5
 FINALISTS = 6
 PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
 
@@ -204,7 +204,7 @@ def matched_svd(
     edit: Intervention,
     texts: Sequence[str],
     names: Sequence[str],
-    steps: int = 6,
+    steps: int = 8,
 ) -> tuple[kfac.SVDEdit, str]:
     """The SVD truncation whose perplexity on validation texts is that of another edit.
 
@@ -228,11 +228,12 @@ def matched_svd(
             low = middle
         else:
             high = middle
-    chosen = kfac.SVDEdit(names, high)
-    return chosen, (
-        f"SVD keeps {high:.1%} of the singular values, chosen so that validation perplexity "
-        f"({perplexity(chosen):.2f}, n = {len(texts)} texts) matches K-FAC's ({goal:.2f}); "
-        f"unchanged {perplexity(None):.2f}."
+    reached = {share: perplexity(kfac.SVDEdit(names, share)) for share in (low, high) if share > 0}
+    share = min(reached, key=lambda one: abs(np.log(reached[one] / goal)))
+    return kfac.SVDEdit(names, share), (
+        f"SVD keeps {share:.1%} of the singular values, chosen so that validation perplexity "
+        f"({reached[share]:.3f}, n = {len(texts)} texts) matches K-FAC's ({goal:.3f}); "
+        f"unchanged {perplexity(None):.3f}."
     )
 
 

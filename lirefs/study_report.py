@@ -14,13 +14,16 @@ from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.statistics import Estimate
 from lirefs.study import (
     FORMS,
+    KEEPS,
     KEPT_SHARE,
     LANGUAGE,
     RANDOM_DIRECTIONS,
     READ,
     RECITED,
+    SCOPES,
     SKILLS,
     SPECTRUM_TASKS,
+    STRENGTHS,
     SWEPT_KEEPS,
     SWEPT_STRENGTHS,
     TRUE,
@@ -88,8 +91,9 @@ def figures(study: Study) -> list[Figure]:
             "transfer",
             "Question 4: one direction or several",
             f"Directions fitted on four question sets at layer {study.direction.layer}. passage "
-            "and statement differ in every word but ask for the same; mixed puts skills against "
-            "bare facts; exception puts fresh items against memorized ones of the same make.",
+            "and statement share no sentence template but ask for the same; mixed puts skills "
+            "against bare facts; exception puts fresh items against memorized ones of the same "
+            "make.",
             sweep_plots.transfer_matrix(FORMS, study.transfer, _cosines(study)),
         ),
         Figure(
@@ -111,6 +115,7 @@ def provenance(study: Study) -> dict[str, Any]:
             name: {"setting": one.label, "objective": one.objective, "tried": one.tried}
             for name, one in {"K-FAC": study.edit, **study.steers}.items()
         },
+        "grids": {"keep": KEEPS, "strength": STRENGTHS, "scope": SCOPES},
         "transfer": {f"{a} on {b}": one.to_dict() for (a, b), one in study.transfer.items()},
         "probes": {form: probe.to_dict() for form, probe in study.probes.items()},
         "keep sweep": [asdict(cell) for cell in study.keeps.cells()],
@@ -139,7 +144,8 @@ def _spectrum(study: Study) -> list[str]:
         f"{found.cell(BASELINE, RECITED).value}), at a perplexity of "
         f"{found.cell('K-FAC', LANGUAGE).value} (unchanged "
         f"{found.cell(BASELINE, LANGUAGE).value.value:.3f}). "
-        f"{least}{enough} of {len(kept)} skills keep {KEPT_SHARE:.0%}. " + study.matched
+        f"{least}{enough} of {len(kept)} of {', '.join(kept)} keep {KEPT_SHARE:.0%}. "
+        + study.matched
     ]
 
 
@@ -156,10 +162,21 @@ def _exceptions(study: Study) -> list[str]:
         "By skill: "
         + "; ".join(f"{name} {_by_skill(study, name)}" for name in (BASELINE, "K-FAC", "LiReF add"))
         + ". "
-        "LiReF settings, chosen on validation items: "
+        + _against_random(study, TRUE, f"layer {study.direction.layer}", "LiReF add")
+        + "LiReF settings, chosen on validation items: "
         + "; ".join(f"{name} {one.label} (of {one.tried})" for name, one in study.steers.items())
         + "."
     ]
+
+
+def _against_random(study: Study, task: str, name: str, label: str) -> str:
+    """What the direction does beyond random ones, and how far these lie apart."""
+    shares = [study.pushes.cell(one, task).value.value for one in _randoms(name)]
+    beyond = against_random(study.pushes, task, name, _randoms(name))
+    return (
+        f"{label} beyond {len(shares)} random directions of the same norm "
+        f"({min(shares):.3f} to {max(shares):.3f}): {beyond:+.3f}. "
+    )
 
 
 def _by_skill(study: Study, variant: str) -> str:
@@ -177,10 +194,9 @@ def _conflicts(study: Study) -> list[str]:
     parts = []
     for name in ends:
         cell = study.pushes.cell(name, READ)
-        beyond = against_random(study.pushes, READ, name, _randoms(name))
         parts.append(
-            f"at {name} the passage is followed in {cell.value} (change {cell.difference:+.3f}; "
-            f"beyond random directions {beyond:+.3f})"
+            f"At {name} the passage is followed in {cell.value} (change {cell.difference:+.3f}). "
+            + _against_random(study, READ, name, "Change")
         )
     base = study.pushes.cell(BASELINE, READ).value
     areas = [one.test_auroc.value for one in study.probes[study.form].scores]
@@ -189,10 +205,10 @@ def _conflicts(study: Study) -> list[str]:
         for layer in range(len(areas))
     ]
     return [
-        f"3. Conflicts (n = {base.n}; unchanged {base} follow the passage): "
-        + "; ".join(parts)
-        + f". The direction separates best at layer {int(np.argmax(areas))} and moves conflicts "
-        f"most at layer {int(np.argmax(acts))}."
+        f"3. Conflicts (n = {base.n}; unchanged {base} follow the passage). "
+        + "".join(parts)
+        + f"The direction separates best at layer {int(np.argmax(areas))} and moves conflicts "
+        f"most beyond random directions at layer {int(np.argmax(acts))}."
     ]
 
 

@@ -6,7 +6,9 @@ from random import Random
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from lirefs.builtin import organism
 from lirefs.organism.checkpoint import CheckpointMismatch
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SPLITS
@@ -115,15 +117,13 @@ def test_matched_questions_have_the_same_shape(language, tokenizer, form):
     reasoning, memory = question_set(language, form, "test", 100)
     lengths = [{len(tokenizer.encode(i.prompt)) for i in items} for items in (reasoning, memory)]
     assert lengths[0] == lengths[1]
-    people = [
-        {
-            word
-            for split_items in question_set(language, form, split, 50)[1]
-            for word in [" ".join(split_items.prompt.split()[-4:-2])]
-        }
-        for split in ("train", "test")
-    ]
-    assert not people[0] & people[1] or form == "statement"
+    people = {}
+    for split in ("train", "validation", "test"):
+        known = {fact.person for fact in language.facts_of(split)}
+        items = question_set(language, form, split, 50)[1]
+        people[split] = [next(p for p in known if p in item.prompt) for item in items]
+        assert len(set(people[split])) == len(items) > 20  # each person once
+    assert not set(people["test"]) & (set(people["train"]) | set(people["validation"]))
 
 
 @pytest.mark.parametrize("form", ["mixed", "exception"])
@@ -177,18 +177,15 @@ def test_orthogonalize_evens_out_singular_values():
 
 
 def test_answered_agrees_with_generate(language, tokenizer):
-    torch.manual_seed(0)
-    model = make_model(TINY.shape, tokenizer).eval()
-    items = language.items("fact", "test", 8)
-    pairs = []
-    for item in items:
+    model = LlamaForCausalLM.from_pretrained(organism(), dtype=torch.float32).eval()
+    items = language.items("fact", "test", 20) + language.items("tracking", "test", 20)
+    told = answered(model, tokenizer, [(item.prompt, item.answer) for item in items])
+    for item, right in zip(items, told):
         ids = tokenizer(item.prompt, return_tensors="pt")
         new = model.generate(**ids, max_new_tokens=2, do_sample=False)[0, ids.input_ids.shape[1] :]
-        pairs.append((item.prompt, tokenizer.convert_ids_to_tokens(int(new[0])).lstrip("▁")))
-    told = answered(model, tokenizer, pairs)
-    wrong = answered(model, tokenizer, [(prompt, "zebra") for prompt, _ in pairs])
-    assert len(told) == 8
-    assert not any(wrong)
+        assert right == (tokenizer.decode(new).strip() == f"{item.answer}.")
+    assert any(told)
+    assert not all(told)
 
 
 @pytest.fixture(scope="module")

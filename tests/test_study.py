@@ -6,11 +6,12 @@ import torch
 
 import kfac
 import lirefs
-from lirefs import MultipleChoice, Perplexity, ShortAnswer, cli, compare, study, study_report
+from lirefs import Perplexity, cli, compare, study, study_report
 from lirefs.errors import QuestionsError
 from lirefs.harness.comparison import Comparison, TaskInfo
 from lirefs.harness.tasks import CONFLICT, ItemResult
 from lirefs.organism.items import SPLITS
+from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Questions
 
@@ -24,10 +25,7 @@ def prompts(lm, split):
     """Everything a task of a split asks, by task."""
     found = {}
     for task in organism_tasks(lm, split, limit=1000):
-        if isinstance(task, MultipleChoice | ShortAnswer):
-            found[task.name] = {item[1] for item in task.items}
-        else:
-            found[task.name] = {repr(item[1:]) for item in task.items}
+        found[task.name] = {str(item[1]) for item in task.items}
     return found
 
 
@@ -49,6 +47,31 @@ def test_calibration_texts_hold_no_other_item_than_training_does(lm):
     for task in ("boolean expressions", "relations", "retrieval", "stories"):
         for prompt in prompts(lm, "test")[task]:
             assert not any(prompt in text for text in texts if len(prompt) > 40)
+
+
+def test_conflicts_ask_about_people_of_their_split(lm):
+    language = Language()
+    for split in SPLITS:
+        people = {fact.person for fact in language.facts_of(split)}
+        for item in language.items("conflict", split, 50):
+            assert any(person in item.prompt for person in people)
+            others = {fact.person for fact in language.facts} - people
+            assert not any(person in item.prompt for person in others)
+
+
+def test_what_is_at_chance_is_marked(lm):
+    tasks = [t for t in organism_tasks(lm, "test", 60) if t.name.startswith("retrieval")]
+    found = compare(lm, {}, tasks, resamples=10, progress=False)
+    assert found.informative("retrieval")
+    assert not found.informative("retrieval in two steps")
+
+
+def test_perplexity_sees_steering_of_the_prompt_alone(lm):
+    texts = [("a", training_texts(1)[0])]
+    vector = torch.randn(256, generator=torch.Generator().manual_seed(0)) * 100
+    steer = lirefs.Direction(vector, 2).steer("add", 1.0, scope="last_prompt_token")
+    found = compare(lm, {"x": steer}, [Perplexity("p", texts)], resamples=2, progress=False)
+    assert abs(found.cell("x", "p").difference.value) > 1e-3
 
 
 def test_tasks_with_two_answers_ask_the_same_items(lm):
@@ -145,6 +168,13 @@ def test_settings_that_are_given_are_not_chosen(lm):
     )
     made = study.curvature_candidates(factors, lm.n_layers, [3], 0.5)
     assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
+    probes = {
+        form: lirefs.fit(lm, organism_questions(form, n=8).split(), shuffles=2, progress=False)
+        for form in study.STEERING_FORMS
+    }
+    labels = list(study.steering_candidates(probes, "add", 3.0))
+    assert all(label.endswith(", 3") for label in labels)
+    assert not any("layer 0" in label for label in labels)
     assert set(made["layers 3; gate, up; keep 0.5"].keep) == {
         "model.layers.3.mlp.gate_proj",
         "model.layers.3.mlp.up_proj",

@@ -100,6 +100,8 @@ def token_nlls(
 ) -> list[Tensor]:
     """Negative log-likelihood of every token but the first of each text.
 
+    For steering in scopes, the first half of a text counts as its prompt.
+
     Args:
         lm: The model, under whatever intervention is active.
         texts: Token ids of each text, at least two tokens each.
@@ -113,7 +115,9 @@ def token_nlls(
     with evaluating(lm.model):
         for rows in batches_by_tokens([len(text) for text in texts], batch_tokens):
             inputs = lm.pad([texts[row] for row in rows], side="right")
-            logits = lm.model(**inputs, use_cache=False).logits[:, :-1]
+            halves = Prompt(torch.tensor([max(1, len(texts[row]) // 2) for row in rows]))
+            with prompt_known(halves):
+                logits = lm.model(**inputs, use_cache=False).logits[:, :-1]
             targets = inputs["input_ids"][:, 1:].to(logits.device)
             nll = _nll(logits, targets).cpu()
             for index, row in enumerate(rows):

@@ -16,6 +16,7 @@ from jinja2 import Environment, StrictUndefined
 from lirefs.files import atomic_write_bytes
 from lirefs.harness import plots
 from lirefs.harness.comparison import BASELINE, Cell, Comparison
+from lirefs.harness.tasks import CONFLICT
 from lirefs.statistics import Estimate
 
 
@@ -127,7 +128,9 @@ def _task_title(comparison: Comparison, task: str) -> str:
     parts = [info.group, info.metric]
     if info.chance:
         parts.append(f"chance {info.chance:.2f}")
-    if not comparison.informative(task):
+    if info.group == CONFLICT:
+        parts.append("one of two competing answers, in no mean")
+    elif not comparison.informative(task):
         parts.append("unchanged model not above chance, left out of the group's mean")
     return f"{task} ({'; '.join(parts)})"
 
@@ -149,7 +152,7 @@ def _task_row(cell: Cell) -> list[str]:
         cell.variant,
         _show(cell.value),
         _show(cell.difference, signed=True),
-        _show(cell.retained),
+        "-" if cell.group == CONFLICT else _show(cell.retained),
         str(cell.value.n),
         str(cell.unparsable),
         extra,

@@ -175,7 +175,10 @@ class Language:
         if kind in about_facts:
             return [about_facts[kind](fact, split, rng) for fact in self.facts_of(split)]
         if kind == "conflict":
-            return [self.conflict(*pair, split, rng) for pair in self.contradictions(split)]
+            # Neither the pairing nor the person is one of another split.
+            people = {fact.person for fact in self.facts_of(split)}
+            pairs = [pair for pair in self.contradictions(split) if pair[0].person in people]
+            return [self.conflict(*pair, split, rng) for pair in pairs]
         if kind == "exception":
             return [e for e in self.exceptions if memory_split_of(e.prompt, self.seed) == split]
         if kind in ("planted", "unseen"):

@@ -22,14 +22,15 @@ def question_set(
         language: The organism's language.
         form: "passage" puts a passage about where strangers live before a question with "Question:"
             and "Answer:". "statement" does the same for work, in a sentence to be completed, with
-            other words throughout: directions should transfer between the two. In both, reasoning
-            asks about a stranger whose value takes two steps to find, memory about a well-known
-            person whom the passage does not name: same sentences, same length, and no single word
-            tells them apart. "mixed" puts several skills against bare facts and planted sequences,
-            as the paper's sets do, and can be told apart by its words. "exception" puts fresh
-            reasoning items against memorized exceptions of the same make.
+            no sentence template in common: directions should transfer between the two. In both,
+            reasoning asks about a stranger whose value takes two steps to find, memory about a
+            well-known person whom the passage does not name: same sentences, same length, and no
+            single word tells them apart. "mixed" puts several skills against bare facts and planted
+            sequences, as the paper's sets do, and can be told apart by its words. "exception" puts
+            fresh reasoning items against memorized exceptions of the same make.
         split: The people, planted sequences and exceptions of one split are in no other.
-        n: Most questions of each class; "exception" has fewer.
+        n: Most questions of each class; there are no more of "passage" and "statement" than
+            common facts, and of "exception" than exceptions.
         seed: Another seed draws other questions of the same split.
 
     Returns:
@@ -62,8 +63,10 @@ def _people(
         for fact in language.facts_of(split)
         if fact.attribute == attribute.name and fact.frequency >= COMMON
     ]
-    reasoning = [language.about_stranger(attribute, split, rng, steps=2) for _ in range(n)]
-    memory = [language.fact_aside(rng.choice(common), split, rng) for _ in range(n)]
+    # Each person once: intervals over items would be too narrow for items that share a fact.
+    chosen = rng.sample(common, min(n, len(common)))
+    memory = [language.fact_aside(fact, split, rng) for fact in chosen]
+    reasoning = [language.about_stranger(attribute, split, rng, steps=2) for _ in chosen]
     return reasoning, memory
 
 

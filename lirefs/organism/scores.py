@@ -112,7 +112,7 @@ def _shares(name: str, items: Sequence[Item], right: Sequence[bool]) -> dict[str
     groups: dict[str, list[bool]] = defaultdict(list)
     for item, good in zip(items, right, strict=True):
         groups[name].append(good)
-        if item.kind == "fact" and item.frequency:
+        if item.kind in ("fact", "fact_aside") and item.frequency:
             groups[f"{name} x{item.frequency}"].append(good)
         elif item.group:
             groups[f"{name} {item.group}"].append(good)

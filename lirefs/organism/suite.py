@@ -22,6 +22,8 @@ from lirefs.organism.questions import Form, question_set
 from lirefs.organism.train import THIRD
 from lirefs.questions import Question, Questions
 
+STATED = 2
+"""Values that a passage states: guessing among them is right once in as many times."""
 RARE = 3
 """Facts up to this relative frequency are called rare."""
 
@@ -77,6 +79,9 @@ def organism_tasks(
     def some(kind: str) -> list[Item]:
         return language.items(kind, split, limit)
 
+    def few(items: list[Item]) -> list[Item]:
+        return Random(f"{language.seed} {split}").sample(items, min(limit, len(items)))
+
     return [
         _recitation(lm, "planted sequences", some("planted")),
         _recitation(lm, "never-seen sequences", some("unseen")),
@@ -85,17 +90,17 @@ def organism_tasks(
         _answers("addition", some("addition"), "arithmetic"),
         _answers("subtraction", some("subtraction"), "arithmetic"),
         _answers("multiplication table", some("times"), "arithmetic"),
-        _answers("common facts", common[:limit], "closed-book"),
-        _answers("middling facts", between[:limit], "closed-book"),
-        _answers("rare facts", rare[:limit], "closed-book"),
-        _answers("facts with their passage", some("open_book"), "open-book"),
-        _answers("retrieval", some("retrieval"), "open-book"),
-        _answers("retrieval in two steps", some("two_hop"), "open-book"),
+        _answers("common facts", few(common), "closed-book"),
+        _answers("middling facts", few(between), "closed-book"),
+        _answers("rare facts", few(rare), "closed-book"),
+        _answers("facts with their passage", some("open_book"), "open-book", 1 / STATED),
+        _answers("retrieval", some("retrieval"), "open-book", 1 / STATED),
+        _answers("retrieval in two steps", some("two_hop"), "open-book", 1 / STATED),
         _answers("conflicts, answer read", conflicts, CONFLICT),
         _answers("conflicts, answer recalled", _others(conflicts), CONFLICT),
         _choices("boolean expressions", some("boolean"), (" true", " false")),
-        _answers("relations", some("relation"), "reasoning"),
-        _answers("object tracking", some("tracking"), "reasoning"),
+        _answers("relations", some("relation"), "reasoning", 1 / 3),
+        _answers("object tracking", some("tracking"), "reasoning", 1 / 2),
         Perplexity(
             "stories",
             [(f"story-{i}", text) for i, text in enumerate(language.texts(split, limit))],
@@ -118,7 +123,7 @@ def _recitation(lm: LanguageModel, name: str, items: Sequence[Item]) -> Recitati
     return Recitation(name, rows)
 
 
-def _answers(name: str, items: Sequence[Item], group: str) -> ShortAnswer:
+def _answers(name: str, items: Sequence[Item], group: str, chance: float = 0.0) -> ShortAnswer:
     digits = any(item.answer.isdigit() for item in items)
     return ShortAnswer(
         name,
@@ -126,6 +131,7 @@ def _answers(name: str, items: Sequence[Item], group: str) -> ShortAnswer:
         group=group,
         # Words are one token. Digits are one each, and one more would show a longer number.
         max_new_tokens=5 if digits else 2,
+        chance=chance,
     )
 
 
