@@ -112,6 +112,14 @@ class SpectralEdit(WeightEdit):
                 chosen[target.name] = selection
         result = []
         for name in self._keeps:
+            if self._keeps[name] == 1:
+                record = self.factors.records[name]
+                size, rank = (
+                    record.out_features * record.in_features,
+                    min(record.out_features, record.in_features),
+                )
+                result.append(TargetReport(name, size, size, 1.0, 1.0, rank, changes.get(name)))
+                continue
             known = chosen.get(name)
             one = self._checked_choice(name, None) if known is None else known
             result.append(

@@ -88,13 +88,16 @@ def run_passes(
             sums = make_sums()
             owners = {target.name: target.parameter.device for target in group}
             # Of an earlier pass the sums wait in main memory; of this one they go to their device.
-            for key in [key for key in state.tables if key.partition(".")[2] in owners]:
+            # They stay in the state until the pass is over: an interruption here must not save
+            # a checkpoint without them.
+            mine = [key for key in state.tables if key.partition(".")[2] in owners]
+            for key in mine:
                 device = owners[key.partition(".")[2]] if turn >= state.turn else "cpu"
-                sums.tables[key] = state.tables.pop(key).to(device)
+                sums.tables[key] = state.tables[key].to(device, copy=True)
             counts = {name: state.counts[name] for name in owners if name in state.counts}
             sources = {name: state.sources[name] for name in owners if name in state.sources}
             taps = Taps(group, recipe.dtype, sums, counts, sources)
-            others = dict(state.tables)
+            others = {key: table for key, table in state.tables.items() if key not in mine}
             if turn >= state.turn:
                 if turn > state.turn:
                     state.turn, state.done, state.data = turn, 0, ""

@@ -164,7 +164,11 @@ class _Masked:
         for target in self.targets:
             target.parameter.grad = None
             target.parameter.requires_grad_(True)
-        self._mask()
+        try:
+            self._mask()
+        except BaseException:  # no exit follows an entry that failed
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -79,13 +79,14 @@ def collect(
     options: dict[str, Any] = {"seed": seed, "samples": samples}
     if budget is not None:
         options["budget"] = int(budget * 2**30)
+    state = out.with_name(out.name + ".checkpoint")
     factors = kfac.collect(
         lm.model,
         batches,
         targets,
         marginals="marginal" in wanted,
         diagonal="diagonal" in wanted,
-        checkpoint=out.with_name(out.name + ".checkpoint"),
+        checkpoint=state,
         provenance={
             "data": hashlib.sha256(repr(ids).encode()).hexdigest(),
             "model": lm.fingerprint,
@@ -97,6 +98,7 @@ def collect(
     if "ekfac" in wanted:
         factors = kfac.correct(lm.model, batches, factors, **options)
     factors.save(out)
+    state.unlink(missing_ok=True)
     console.print(f"{factors}: {out}", markup=False, soft_wrap=True)
 
 

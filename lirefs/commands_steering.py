@@ -100,7 +100,10 @@ def probe(
     )
     if against is not None:
         second = lirefs.load(against, device=device)
-        pair = {lm.name: found, second.name: lirefs.fit(second, split, **settings)}
+        pair = {
+            lm.name: found,
+            second.name: lirefs.fit(second, split, ESTIMATORS[estimator](), **settings),
+        }
         figures["side_by_side"] = probe_plots.side_by_side(pair)
     found.directions.save(out / "directions.safetensors")
     for name, picture in figures.items():

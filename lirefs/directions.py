@@ -326,7 +326,7 @@ class Directions(Mapping[tuple[int, str], Direction]):
             "provenance": json.dumps(self.provenance),
         }
         tensors = {
-            f"{layer}.{site}": direction.vector.detach().float().cpu().contiguous()
+            f"{layer}.{site}": direction.vector.detach().float().cpu().contiguous().clone()
             for (layer, site), direction in self.items()
         }
         with atomic_path(Path(path)) as temporary:

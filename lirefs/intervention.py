@@ -13,9 +13,9 @@ from lirefs.choice import Choice
 from lirefs.directions import Direction, Directions
 from lirefs.errors import InterventionError, ProvenanceError, ScopeError
 from lirefs.layout import Layout, layout_of, text_config
+from lirefs.models import is_model
 from lirefs.operators import IDLE_AT_ZERO, OPERATORS, Operator
 from lirefs.positions import tracker_of
-from lirefs.provenance import fingerprint_of
 from lirefs.scope import ALL, Scope, as_scope
 from lirefs.sites import change_at
 from lirefs.strength import Gate, Rows, Schedule, Strength, as_strength
@@ -205,10 +205,10 @@ class Steer:
         if not self.any_model:
             used = [*self.directions, *([self.gate.direction] if self.gate else [])]
             for made_on in {one.model for one in used if one.model}:
-                if fingerprint_of(model) != made_on:
+                if not is_model(model, made_on):
                     raise ProvenanceError(
-                        f"the direction was fitted on another model ({made_on[:12]}, this one is "
-                        f"{fingerprint_of(model)[:12]}); any_model=True steers it all the same"
+                        f"the direction was fitted on another model ({made_on[:12]}); "
+                        "any_model=True steers this one all the same"
                     )
         return layout
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lirefs.builtin import BUILTIN
@@ -35,6 +37,26 @@ _NOT_ESSENTIAL = {
     "use_cache",
 }
 _HUB_SECONDS = 5.0
+
+
+# Fingerprints that each model has or had: an edit that comes and goes leaves it the model it was.
+_KNOWN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+
+
+def is_model(model: nn.Module, made_on: str) -> bool:
+    """Whether a model is the one of a fingerprint, now or at an earlier look.
+
+    Args:
+        model: The bare model.
+        made_on: What `LanguageModel.fingerprint` said.
+
+    Raises:
+        ProvenanceError: A weight is offloaded and cannot be read.
+    """
+    known = _KNOWN.setdefault(model, set())
+    if made_on not in known:
+        known.add(_model_hash(model))
+    return made_on in known
 
 
 class LanguageModel:
@@ -85,9 +107,14 @@ class LanguageModel:
         Raises:
             ProvenanceError: A weight is offloaded and cannot be read.
         """
-        state = tuple((p.data_ptr(), p._version) for p in self.model.parameters())
+        # An address alone would not do: freed memory is given to the next edit's weights.
+        state = tuple(
+            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), p._version)  # type: ignore[no-untyped-call]
+            for p in self.model.parameters()
+        )
         if self._fingerprint is None or self._fingerprint[0] != state:
             self._fingerprint = (state, _model_hash(self.model))
+            _KNOWN.setdefault(self.model, set()).add(self._fingerprint[1])
         return self._fingerprint[1]
 
     @property

@@ -176,6 +176,8 @@ class Tracker:
         if model is not None:
             _TRACKERS.pop(model, None)
             model.__dict__.pop("generate", None)
+            if self._own_generate is not None:
+                model.__dict__["generate"] = self._own_generate
 
     def _shadow_generate(self, model: nn.Module) -> None:
         """Let `generate` say where the prompt ends, for as long as this tracker lives.
@@ -184,6 +186,7 @@ class Tracker:
         candidate tokens of an assistant, a forward pass alone does not show it.
         """
         original: Any = getattr(model, "generate", None)
+        self._own_generate = model.__dict__.get("generate")
         if original is None:
             return
 
@@ -207,6 +210,8 @@ class Tracker:
             raise ScopeError(f"the batch is empty: {rows} row(s) of {width} token(s)")
         cache: Any = given.get("past_key_values")
         past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
+        if isinstance(past, Tensor):
+            past = past.clone()  # a static cache goes on counting in place
         position = _positions(given, rows, width, past, source.device)
         prompt = _PROMPT.get()
         fresh = None

@@ -487,3 +487,22 @@ def test_steering_on_a_gpu_agrees_with_the_cpu():
 def test_steering_needs_a_decoder():
     with pytest.raises(Exception, match="blocks"):
         direction().steer("add").attach(nn.Linear(2, 2))
+
+
+def test_a_model_stays_itself_under_and_after_an_edit():
+    one = wrap(fresh_model("llama"), tiny_tokenizer())
+    made = dataclasses.replace(direction(), model=one.fingerprint)
+    weight = one.model.model.layers[0].mlp.up_proj.weight
+    original = weight.data
+    weight.data = original * 2
+    with made.steer("add").apply(one.model):  # first steered while edited
+        pass
+    edited = dataclasses.replace(direction(), model=one.fingerprint)
+    weight.data = original
+    with made.steer("add").apply(one.model), edited.steer("add").apply(one.model):
+        pass
+    with (
+        pytest.raises(ProvenanceError),
+        dataclasses.replace(made, model="f" * 64).steer("add").apply(one.model),
+    ):
+        pass
