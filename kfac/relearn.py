@@ -110,6 +110,8 @@ def relearn(
 def trainable(model: nn.Module) -> Iterator[None]:
     """Let all parameters of a model be trained on copies, in evaluation mode.
 
+    Copies of half-precision weights are float32: a step of 1e-5 is lost in their rounding.
+
     After the context the model holds its original tensors, gradients, flags and modes again.
     """
     before: list[tuple[nn.Parameter, Tensor, Tensor | None, bool]] = []
@@ -118,7 +120,8 @@ def trainable(model: nn.Module) -> Iterator[None]:
         model.eval()
         for parameter in model.parameters():
             before.append((parameter, parameter.data, parameter.grad, parameter.requires_grad))
-            parameter.data = parameter.data.clone()
+            half = parameter.dtype in (torch.float16, torch.bfloat16)
+            parameter.data = parameter.data.float() if half else parameter.data.clone()
             parameter.grad = None
             parameter.requires_grad_(True)
         with torch.inference_mode(False), torch.enable_grad():

@@ -193,12 +193,21 @@ class Directions(Mapping[tuple[int, str], Direction]):
     Attributes:
         items_by_place: The directions.
         provenance: Hashes of model, tokenizer and data, settings and library version.
+
+    Raises:
+        DirectionError: If a key is not the (layer, site) of its direction.
     """
 
     items_by_place: dict[tuple[int, str], Direction]
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        for place, one in self.items_by_place.items():
+            if place != (one.layer, one.site):
+                raise DirectionError(
+                    f"the direction under {place} is of layer {one.layer}, {one.site}: "
+                    "the key must be its own (layer, site)"
+                )
         made_on = str(self.provenance.get("model", ""))
         items = {
             place: replace(one, model=made_on) if made_on and one.model != made_on else one

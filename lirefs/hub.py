@@ -6,7 +6,6 @@ import tempfile
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from lirefs.directions import Directions
 from lirefs.errors import DownloadError
@@ -95,7 +94,7 @@ def push_directions(
             commit = api.upload_folder(
                 repo_id=repository, folder_path=work, commit_message="Add directions"
             )
-        except (HfHubHTTPError, HFValidationError, OSError) as problem:
+        except Exception as problem:  # the hub's client lets its HTTP library's errors through
             raise DownloadError(f"{repository}: cannot be pushed: {_first(problem)}") from problem
     return str(commit.commit_url)
 
@@ -122,7 +121,7 @@ def load_directions(
     """
     try:
         path = hf_hub_download(repository, FILE, revision=revision, token=token)
-    except (HfHubHTTPError, HFValidationError, OSError) as problem:
+    except Exception as problem:  # the hub's client lets its HTTP library's errors through
         raise DownloadError(f"{repository}: cannot be loaded: {_first(problem)}") from problem
     return Directions.load(path, lm)
 

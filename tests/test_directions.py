@@ -139,6 +139,8 @@ def test_what_does_not_fit_is_refused():
         lambda: Direction.mean_of([]),
         lambda: Directions.mean_of([]),
         lambda: some() + Directions({(0, "resid_pre"): one}),
+        lambda: Directions({(1, "resid_pre"): one}),
+        lambda: Directions({(0, "resid_post"): one}),
     ]:
         with pytest.raises(DirectionError):
             wrong()

@@ -69,6 +69,16 @@ def test_what_goes_wrong_has_a_name(directions, server, lm, monkeypatch):
     monkeypatch.setattr(hub, "hf_hub_download", refuse)
     with pytest.raises(DownloadError, match=r"no route to host$"):
         hub.load_directions("me/mine")
+
+    class ConnectError(Exception):
+        """An HTTP library's own error, as httpx has them: no OSError."""
+
+    def unreachable(*arguments, **settings):
+        raise ConnectError("name does not resolve")
+
+    monkeypatch.setattr(hub, "hf_hub_download", unreachable)
+    with pytest.raises(DownloadError, match="name does not resolve"):
+        hub.load_directions("me/mine")
     monkeypatch.setattr(hub.HfApi, "create_repo", refuse)
     with pytest.raises(DownloadError, match="cannot be pushed"):
         hub.push_directions(directions, "me/mine")

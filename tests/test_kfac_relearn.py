@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from test_kfac_collect import batch, collect, llama
@@ -5,6 +7,7 @@ from test_kfac_edit import assert_restored, snapshot
 
 import kfac
 from kfac import BatchError, EditError, NonFiniteError, SVDEdit, relearn
+from kfac.relearn import trainable
 
 
 def prefix_labels(one, prefix=2):
@@ -76,6 +79,21 @@ def test_relearning_restores_the_model_and_separates_the_arms(trained):
     with edit.apply(model):
         assert result.rest["edited"][0].value == float(kfac.recitation(model, texts[3:]).mean())
     assert [one.n for one in result.rest["edited"]] == [2, 2, 2]
+
+
+def test_half_precision_learns_in_float32_and_comes_back(trained):
+    model, texts = trained
+    half = copy.deepcopy(model).bfloat16()
+    before = snapshot(half)
+    weight = half.model.layers[0].mlp.up_proj.weight
+    with trainable(half):
+        start = weight.detach().clone()
+        optimizer = torch.optim.AdamW(half.parameters(), lr=1e-5, weight_decay=0.0)
+        kfac.passages.passage_losses(half, texts[0]).mean().backward()
+        optimizer.step()
+        # Each weight takes its small step; in bfloat16 nearly all would have stayed.
+        assert ((weight.detach() - start).abs() > 5e-6).double().mean() > 0.9
+    assert_restored(half, before)
 
 
 def test_named_errors(trained):
