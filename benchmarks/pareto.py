@@ -4,7 +4,7 @@ Each method runs at a few strengths, all on the same items. Strengths are chosen
 that the perplexity on validation texts rises by the same factors for every method: nominal
 strengths of different methods cannot be compared.
 
-python benchmarks/pareto.py [--model smollm2-135m] [--quick]
+python benchmarks/pareto.py [--model smollm2-135m|organism] [--quick]
 
 writes pareto.json, a figure of recitation against perplexity and one for each task group.
 """
@@ -25,10 +25,13 @@ import torch
 import kfac
 import lirefs
 from lirefs.batching import batches_by_tokens
+from lirefs.builtin import language_seed
 from lirefs.files import atomic_write_bytes, atomic_write_text
 from lirefs.harness import suite
 from lirefs.harness.engine import token_nlls
 from lirefs.intervention import applied
+from lirefs.organism.language import Language
+from lirefs.organism.suite import organism_tasks, training_texts
 
 BISECTIONS = 6
 
@@ -58,15 +61,13 @@ def main() -> None:
         if options.layers is None
         else [int(x) for x in options.layers.split(",")]
     )
-    split = lirefs.load_questions().split(seed=options.seed)
-    tasks = lirefs.default_tasks(lm, split.test, options.memorized, limit=options.limit)
-    factors = load_or_collect(lm, layers, options)
-    methods = make_methods(lm, factors, tasks, options)
+    tasks, calibration, validation, forget = material(lm, options)
+    factors = load_or_collect(lm, layers, calibration, options)
+    methods = make_methods(lm, factors, calibration, forget, options)
     if options.methods:
         methods = {name: methods[name] for name in options.methods.split(",")}
 
-    texts = suite.heldout_texts("validation")[: 10 if options.quick else None]
-    ids = lm.encode([text for _, text in texts])
+    ids = lm.encode(validation[: 10 if options.quick else None])
     unchanged = perplexity(lm, ids, None)
     variants: dict[str, Any] = {}
     settings: dict[str, dict[str, Any]] = {}
@@ -85,12 +86,37 @@ def main() -> None:
     print(f"{time.perf_counter() - began:.0f} s; {options.out}")
 
 
-def load_or_collect(lm: Any, layers: list[int], options: Any) -> kfac.Factors:
+def material(lm: Any, options: Any) -> tuple[list[Any], list[str], list[str], list[list[int]]]:
+    """Tasks, texts for curvature, texts for matching perplexity, sequences for BalancedSubnet.
+
+    BalancedSubnet learns what to forget. It is never tested on what it learned from: on the
+    organism it gets the planted sequences of the train split, elsewhere every second memorized
+    text, and the task is cut to the others.
+    """
+    taught = language_seed(options.model)
+    if taught is not None:
+        language = Language(taught)
+        tasks = organism_tasks(lm, language, "test", options.limit or 80)
+        planted = [item.text for item in language.items("planted", "train")]
+        texts = language.texts("validation", 60)
+        return tasks, training_texts(language, 1500, options.seed), texts, lm.encode(planted)
+    split = lirefs.load_questions().split(seed=options.seed)
+    tasks = lirefs.default_tasks(lm, split.test, options.memorized, limit=options.limit)
+    recitation = next(task for task in tasks if task.group == "memorization")
+    forget = [[*prefix, *suffix] for _, prefix, suffix in recitation.items[::2]]
+    tasks[tasks.index(recitation)] = type(recitation)(recitation.name, recitation.items[1::2])
+    texts = [text for _, text in suite.heldout_texts("validation")]
+    return tasks, suite.calibration_texts(), texts, forget
+
+
+def load_or_collect(
+    lm: Any, layers: list[int], calibration: list[str], options: Any
+) -> kfac.Factors:
     """Factors with every estimator that the installed version collects."""
     if options.factors is not None and options.factors.exists():
         return kfac.Factors.load(options.factors, model=lm.model)
     targets = kfac.find_targets(lm.model, layers=layers)
-    ids = lm.encode(suite.calibration_texts()[: 40 if options.quick else None])
+    ids = lm.encode(calibration[: 40 if options.quick else None])
     groups = batches_by_tokens([len(row) for row in ids], 1024)
     batches = [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
     factors = kfac.collect(lm.model, batches, targets, seed=options.seed, marginals=True)
@@ -101,7 +127,11 @@ def load_or_collect(lm: Any, layers: list[int], options: Any) -> kfac.Factors:
 
 
 def make_methods(
-    lm: Any, factors: kfac.Factors, tasks: list[Any], options: Any
+    lm: Any,
+    factors: kfac.Factors,
+    calibration: list[str],
+    forget: list[list[int]],
+    options: Any,
 ) -> dict[str, Callable[[float], Any]]:
     """Method name to a function from strength (1: unchanged, 0: all removed) to an edit."""
     methods: dict[str, Callable[[float], Any]] = {
@@ -112,12 +142,7 @@ def make_methods(
         "SVD": kfac.SVDEdit(factors.names, 1.0).with_keep,
         "random pairs": lambda keep: kfac.RandomPairsEdit(factors, keep, seed=options.seed),
     }
-    # BalancedSubnet learns from memorized texts: other ones than those of the task would be needed
-    # to speak of generalisation. It is given every second text, and the task is cut to the others.
-    recitation = next(task for task in tasks if task.group == "memorization")
-    forget = [[*prefix, *suffix] for _, prefix, suffix in recitation.items[::2]]
-    tasks[tasks.index(recitation)] = type(recitation)(recitation.name, recitation.items[1::2])
-    retain = lm.encode(suite.calibration_texts()[: len(forget)])
+    retain = lm.encode(calibration[: len(forget)])
     batches = [
         [lm.pad(rows[i : i + 8], side="right") for i in range(0, len(rows), 8)]
         for rows in (retain, forget)

@@ -27,7 +27,7 @@ from typing import Any
 
 import torch
 
-PEERS = {"steering-vectors": "steering-vectors==0.12.2", "repeng": "repeng==0.5.0"}
+PEERS = {"steering-vectors": "steering-vectors==0.12.2", "repeng": "repeng==0.4.0"}
 WORDS = "the of river seven because light answer under machine green count little before"
 BATCH = 8
 
@@ -221,12 +221,14 @@ def make_peers(folder: Path) -> Path:
 
 def peer_worker(name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
     """Inside the peers' environment: capture and generation, beside plain generation."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    # The tokenizer's class in the folder is one that their older transformers does not know.
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.set_num_threads(job["threads"])
     model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    tokenizer.model_input_names = ["input_ids", "attention_mask"]
     layers = list(range(model.config.num_hidden_layers))
     vector = torch.ones(model.config.hidden_size) / model.config.hidden_size**0.5
     batch = tokenizer(job["texts"], return_tensors="pt", padding=True)
