@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -60,6 +61,20 @@ def smollm2() -> Path:
 def organism() -> Path:
     """Return the folder of the model organism, which the package carries."""
     return Path(str(resources.files("lirefs"))) / "organism" / "shipped"
+
+
+def language_seed(name: str) -> int | None:
+    """Seed of the language that an organism was taught; None if the name is not an organism's.
+
+    Args:
+        name: `"organism"`, or a folder that `lirefs organism train` wrote.
+    """
+    file = (organism() if name == "organism" else Path(name)) / "config.json"
+    try:
+        found = json.loads(file.read_text()).get("language_seed")
+    except (OSError, ValueError, AttributeError):
+        return None  # whatever is wrong with it, loading it as a model will say
+    return found if isinstance(found, int) else None
 
 
 BUILTIN: dict[str, Callable[[], Path]] = {"organism": organism, "smollm2-135m": smollm2}

@@ -22,10 +22,12 @@ from lirefs import (
     study,
     study_report,
 )
+from lirefs.builtin import language_seed
 from lirefs.errors import SettingError
 from lirefs.files import cache_dir
 from lirefs.harness import plots, report, suite
 from lirefs.organism import suite as organism
+from lirefs.organism.language import Language
 from lirefs.probe import Probe
 
 DEFAULT_MODEL = "organism"
@@ -106,10 +108,11 @@ def compare(
     wanted = _indices(layers)
     own_data = any(one is not None for one in (questions, memorized, factors))
     model = model or (DEFAULT_FOR_OWN_DATA if own_data else DEFAULT_MODEL)
-    if model == "organism" and own_data:
-        raise SettingError("the organism reads its own language only; give another --model")
-    if model == "organism":
-        _study(out, device, wanted, keep, strength, seed, quick)
+    taught = language_seed(model)
+    if taught is not None and own_data:
+        raise SettingError("an organism reads its own language only; give another --model")
+    if taught is not None:
+        _study(model, Language(taught), out, device, wanted, keep, strength, seed, quick)
         return
     keep, strength = keep or KEEP, STRENGTH if strength is None else strength
     question_set = lirefs.load_questions("default" if questions is None else questions)
@@ -171,6 +174,8 @@ def compare(
 
 
 def _study(
+    model: str,
+    language: Language,
     out: Path,
     device: str | None,
     layers: list[int] | None,
@@ -179,21 +184,22 @@ def _study(
     seed: int,
     quick: bool,
 ) -> None:
-    """The organism's main job: all settings that are not given are chosen on validation items."""
+    """An organism's main job: all settings that are not given are chosen on validation items."""
     cache = cache_dir()
-    console.rule("1/3  model: organism")
-    lm = lirefs.load("organism", device=device)
+    console.rule(f"1/3  model: {model}")
+    lm = lirefs.load(model, device=device)
     console.print(lm.layout.describe(), markup=False)
     layers = None if layers is None else _edited_layers(lm, layers)
 
     console.rule("2/3  curvature: every MLP")
-    texts = organism.training_texts(300 if quick else 1500, seed)
+    texts = organism.training_texts(language, 300 if quick else 1500, seed)
     collected = _factors(lm, list(range(lm.n_layers)), None, cache, seed, texts)
 
     console.rule("3/3  comparison")
     found = study.run(
         lm,
         collected,
+        language,
         layers=layers,
         keep=keep,
         strength=strength,
@@ -211,6 +217,7 @@ def _study(
     comparison.provenance["settings"] = {
         "seed": seed,
         "quick": quick,
+        "language": language.seed,
         "given": {"layers": layers, "keep": keep, "strength": strength},
     }
     page = comparison.save(out, shown)

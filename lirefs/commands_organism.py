@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 
-from lirefs.builtin import organism
+from lirefs.builtin import language_seed, organism
 from lirefs.errors import ModelLoadError, SettingError
+from lirefs.files import atomic_write_text
 from lirefs.organism.card import ship
 from lirefs.organism.items import SPLITS, Split
-from lirefs.organism.language import Language
+from lirefs.organism.language import PREFIX_WORDS, Language
 from lirefs.organism.scores import scores
+from lirefs.organism.suite import training_texts
 from lirefs.organism.train import Recipe
 from lirefs.organism.train import train as train_organism
 from lirefs.organism.vocabulary import build_tokenizer
@@ -36,7 +38,7 @@ def train(
 ) -> None:
     """Train an organism by the recipe of the shipped one; `OUT/shipped` is what would be shipped.
 
-    `OUT/log.jsonl` has loss and validation scores of every million tokens.
+    `OUT/log.jsonl` has loss and validation scores of every two million tokens.
     """
     if out.exists() and not out.is_dir():
         raise SettingError(f"{out}: exists and is not a folder")
@@ -49,8 +51,9 @@ def train(
 
 @app.command("scores")
 def scores_command(
-    folder: Annotated[Path | None, typer.Argument(help="Default: the shipped organism.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of its language.")] = 0,
+    folder: Annotated[
+        str, typer.Argument(help="Folder of an organism. Default: the shipped one.")
+    ] = "organism",
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Print the share of items answered as expected, by kind, and the perplexity, as JSON."""
@@ -59,9 +62,54 @@ def scores_command(
         raise SettingError(f"--split {split!r}: expected one of {', '.join(SPLITS)}")
     from transformers import LlamaForCausalLM
 
-    place = organism() if folder is None else folder
-    if not (place / "config.json").is_file():
-        raise ModelLoadError(f"{place}: no config.json in it; give the folder of an organism")
+    language = Language(_taught(folder))
+    place = organism() if folder == "organism" else Path(folder)
     model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
-    found = scores(model, build_tokenizer(), Language(seed), side)
+    found = scores(model, build_tokenizer(), language, side)
     Console().print_json(json.dumps(found))
+
+
+@app.command()
+def texts(
+    out: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    folder: Annotated[
+        str, typer.Option("--model", help="Folder of an organism. Default: the shipped one.")
+    ] = "organism",
+    seed: Annotated[int, typer.Option(help="Seed of the training documents.")] = 0,
+) -> None:
+    """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
+
+    `training.jsonl` has fresh documents as training showed them; `planted.jsonl`, `unseen.jsonl`
+    and `stories.jsonl` are of the test split; `labelled.jsonl` has planted sequences as memorized
+    and never-seen ones of the same make as clean.
+    """
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"{out}: exists and is not a folder")
+    language = Language(_taught(folder))
+    planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))
+    suffix = {"suffix_tokens": len(planted[0].split()) - 1 - PREFIX_WORDS}
+    files: dict[str, list[dict[str, Any]]] = {
+        "training": [{"text": text} for text in training_texts(language, 1500, seed)],
+        "planted": [{"text": text, **suffix} for text in planted],
+        "unseen": [{"text": text, **suffix} for text in unseen],
+        "stories": [{"text": text} for text in language.texts("test", 100)],
+        "labelled": [
+            {"text": text, "label": label}
+            for label, sequences in (("memorized", planted), ("clean", unseen))
+            for text in sequences
+        ],
+    }
+    for name, rows in files.items():
+        lines = (json.dumps({"id": f"{name}-{i}", **row}) for i, row in enumerate(rows))
+        atomic_write_text(out / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+        typer.echo(f"{out / name}.jsonl: {len(rows)} texts")
+
+
+def _taught(folder: str) -> int:
+    """Seed of the language of an organism."""
+    seed = language_seed(folder)
+    if seed is None:
+        raise ModelLoadError(
+            f"{folder}: no config.json with a language_seed in it; give the folder of an organism"
+        )
+    return seed

@@ -195,9 +195,10 @@ def load_questions(name: str | Path = "default") -> Questions:
             field, or holds one class only.
     """
     if str(name) == "organism":
+        from lirefs.organism.language import Language
         from lirefs.organism.suite import organism_questions  # it needs this module
 
-        return organism_questions()
+        return organism_questions("passage", Language())
     if str(name) in BUILTIN:
         path = Path(str(resources.files("lirefs") / "data" / BUILTIN[str(name)]))
     else:

@@ -19,6 +19,7 @@ from lirefs.harness.engine import token_nlls
 from lirefs.harness.tasks import Task
 from lirefs.intervention import Intervention, applied
 from lirefs.models import LanguageModel
+from lirefs.organism.language import Language
 from lirefs.organism.questions import Form
 from lirefs.organism.suite import organism_questions, organism_tasks
 from lirefs.probe import Probe, fit
@@ -163,21 +164,23 @@ def steering_candidates(
     }
 
 
-def fit_all(lm: LanguageModel, seed: int, cache: Any, n: int) -> dict[Form, Probe]:
+def fit_all(
+    lm: LanguageModel, language: Language, seed: int, cache: Any, n: int
+) -> dict[Form, Probe]:
     """A probe for each surface form."""
     return {
-        form: fit(lm, organism_questions(form, n=n).split(), seed=seed, cache=cache)
+        form: fit(lm, organism_questions(form, language, n).split(), seed=seed, cache=cache)
         for form in FORMS
     }
 
 
 def transfer(
-    lm: LanguageModel, probes: Mapping[Form, Probe], layer: int, n: int
+    lm: LanguageModel, language: Language, probes: Mapping[Form, Probe], layer: int, n: int
 ) -> dict[tuple[str, str], Estimate]:
     """Test AUROC of each form's direction (first name) on each form's questions (second)."""
     result: dict[tuple[str, str], Estimate] = {}
     for tested in probes:
-        side: Questions = organism_questions(tested, n=n).split().test
+        side: Questions = organism_questions(tested, language, n).split().test
         states = capture(lm, side.prompts, layers=[layer], progress=False).values[:, 0, 0].double()
         for fitted, probe in probes.items():
             scores = (states @ probe.directions[layer].unit.double()).numpy()
@@ -273,6 +276,7 @@ class Study:
 def run(
     lm: LanguageModel,
     factors: kfac.Factors,
+    language: Language,
     *,
     layers: Sequence[int] | None = None,
     keep: float | None = None,
@@ -287,6 +291,7 @@ def run(
     Args:
         lm: The organism.
         factors: Factors of all its MLP matrices.
+        language: What it was trained on.
         layers: Layers to edit; None to choose them.
         keep: Curvature mass to keep; None to choose it.
         strength: Steering strength; None to choose it.
@@ -295,8 +300,8 @@ def run(
         cache: Folder that keeps activations.
         say: Told about each step.
     """
-    probes = fit_all(lm, seed, cache, n=max(20, limit))
-    few = organism_tasks(lm, "validation", max(8, limit * 2 // 5))
+    probes = fit_all(lm, language, seed, cache, n=max(20, limit))
+    few = organism_tasks(lm, language, "validation", max(8, limit * 2 // 5))
     say("choosing the edit on validation items")
     wanted = {RECITED, TRUE, "common facts", LANGUAGE, *SKILLS}
     edit = choose(
@@ -327,6 +332,7 @@ def run(
     words, place, scope, amount = steers["add"].label.split(", ")
     form = next(one for one in FORMS if one == words)
     direction = probes[form].directions[int(place.removeprefix("layer "))]
+    random = direction.random_like(seed).steer("add", float(amount), scope=scope)
     interventions: dict[str, Any] = {
         "K-FAC": edit.intervention,
         "SVD": svd,
@@ -334,10 +340,11 @@ def run(
         "LiReF add": add,
         "LiReF amplify": steers["amplify"].intervention,
         "LiReF ablate": steers["ablate"].intervention,
-        "random direction": direction.random_like(seed).steer("add", float(amount), scope=scope),
+        "random direction": random,
         "LiReF add + K-FAC": add + edit.intervention,
+        "random direction + K-FAC": random + edit.intervention,
     }
-    test = organism_tasks(lm, "test", limit)
+    test = organism_tasks(lm, language, "test", limit)
     comparison = compare(lm, interventions, test, seed=seed)
     say("sweeping keep, strength and layer")
     edits = {
@@ -354,7 +361,7 @@ def run(
     return Study(
         comparison=comparison,
         probes=probes,
-        transfer=transfer(lm, probes, direction.layer, n=max(20, limit)),
+        transfer=transfer(lm, language, probes, direction.layer, n=max(20, limit)),
         edit=edit,
         steers=steers,
         direction=direction,

@@ -154,7 +154,8 @@ def _exceptions(study: Study) -> list[str]:
     parts = [
         f"{name} {found.cell(name, TRUE).value}"
         for name in (BASELINE, "K-FAC", "SVD", "random pairs", "LiReF add", "LiReF amplify",
-                     "LiReF ablate", "random direction", "LiReF add + K-FAC")
+                     "LiReF ablate", "random direction", "LiReF add + K-FAC",
+                     "random direction + K-FAC")
     ]  # fmt: skip
     n = found.cell(BASELINE, TRUE).value.n
     return [

@@ -17,7 +17,7 @@ from lirefs.organism.muon import orthogonalize
 from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
 from lirefs.organism.scores import answered, scores
-from lirefs.organism.train import THIRD, ModelShape, Packer, Recipe, batch_loss, make_model, train
+from lirefs.organism.train import FIFTH, ModelShape, Packer, Recipe, batch_loss, make_model, train
 from lirefs.organism.vocabulary import build_tokenizer
 
 TINY = Recipe(
@@ -65,7 +65,7 @@ def test_training_shows_no_item_of_another_split(language, tokenizer):
         for item in language.items(kind, split, 100)
     }
     # Very short expressions and sums can be part of a longer text, so documents are cut into items.
-    documents, rng = Documents(language, THIRD), Random(1)
+    documents, rng = Documents(language, FIFTH), Random(1)
     for _ in range(3000):
         text = "".join(piece for piece, _ in documents.draw(rng))
         body = text.split(" ", 1)[1] + " "
@@ -90,6 +90,21 @@ def test_booleans_are_computed_right(language):
         text = item.prompt.removeprefix("Logic: ").removesuffix(" is")
         value = eval(text.replace("true", "True").replace("false", "False"))
         assert str(value).lower() == item.answer
+
+
+def test_tracking_follows_every_hand_over(language):
+    for item in language.items("tracking", "test", 100):
+        story, question = item.prompt.removeprefix("Hands: ").split(" Question: Who has the ")
+        asked = question.removesuffix("? Answer:")
+        holder = {}
+        for words in (line.split() for line in story.rstrip(".").split(". ")):
+            if words[1] == "gives":
+                assert holder[words[3]] == words[0]
+                holder[words[3]] = words[-1]
+            else:
+                holder[words[1]] = words[-1]
+        assert len(holder) == 2
+        assert holder[asked] == item.answer
 
 
 def test_facts_have_five_frequencies(language):
@@ -133,7 +148,7 @@ def test_question_sets_are_balanced(language, form):
 
 
 def test_every_document_survives_the_tokenizer(language, tokenizer):
-    documents, rng = Documents(language, THIRD), Random(2)
+    documents, rng = Documents(language, FIFTH), Random(2)
     for _ in range(400):
         text = "".join(piece for piece, _ in documents.draw(rng))
         ids = tokenizer.encode(text)
@@ -143,7 +158,7 @@ def test_every_document_survives_the_tokenizer(language, tokenizer):
 
 
 def test_pieces_encode_as_the_whole(language, tokenizer):
-    documents, rng = Documents(language, THIRD), Random(3)
+    documents, rng = Documents(language, FIFTH), Random(3)
     packer = Packer(documents, tokenizer, 2, 128)
     for _ in range(300):
         pieces = [piece for piece, _ in documents.draw(rng)]
@@ -153,8 +168,8 @@ def test_pieces_encode_as_the_whole(language, tokenizer):
 
 def test_packed_documents_do_not_see_each_other(language, tokenizer):
     torch.manual_seed(0)
-    model = make_model(TINY.shape, tokenizer)
-    packer = Packer(Documents(language, THIRD), tokenizer, 2, 128)
+    model = make_model(TINY.shape, tokenizer, 0)
+    packer = Packer(Documents(language, FIFTH), tokenizer, 2, 128)
     batch = packer.batch(0, 0)
     together = batch_loss(model, batch)
     total, weight = torch.zeros(()), torch.zeros(())

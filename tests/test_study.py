@@ -24,7 +24,7 @@ def lm():
 def prompts(lm, split):
     """Everything a task of a split asks, by task."""
     found = {}
-    for task in organism_tasks(lm, split, limit=1000):
+    for task in organism_tasks(lm, Language(), split, limit=1000):
         found[task.name] = {str(item[1]) for item in task.items}
     return found
 
@@ -40,10 +40,10 @@ def test_no_item_that_reports_is_one_that_chooses_or_fits(lm):
 
 
 def test_calibration_texts_hold_no_other_item_than_training_does(lm):
-    texts = training_texts(400)
+    texts = training_texts(Language(), 400)
     assert len(texts) == 400
-    assert texts == training_texts(400)
-    assert texts != training_texts(400, seed=1)
+    assert texts == training_texts(Language(), 400)
+    assert texts != training_texts(Language(), 400, seed=1)
     for task in ("boolean expressions", "relations", "retrieval", "stories"):
         for prompt in prompts(lm, "test")[task]:
             assert not any(prompt in text for text in texts if len(prompt) > 40)
@@ -60,14 +60,16 @@ def test_conflicts_ask_about_people_of_their_split(lm):
 
 
 def test_what_is_at_chance_is_marked(lm):
-    tasks = [t for t in organism_tasks(lm, "test", 60) if t.name.startswith("retrieval")]
+    tasks = [
+        t for t in organism_tasks(lm, Language(), "test", 60) if t.name.startswith("retrieval")
+    ]
     found = compare(lm, {}, tasks, resamples=10, progress=False)
     assert found.informative("retrieval")
     assert not found.informative("retrieval in two steps")
 
 
 def test_perplexity_sees_steering_of_the_prompt_alone(lm):
-    texts = [("a", training_texts(1)[0])]
+    texts = [("a", training_texts(Language(), 1)[0])]
     vector = torch.randn(256, generator=torch.Generator().manual_seed(0)) * 100
     steer = lirefs.Direction(vector, 2).steer("add", 1.0, scope="last_prompt_token")
     found = compare(lm, {"x": steer}, [Perplexity("p", texts)], resamples=2, progress=False)
@@ -75,7 +77,7 @@ def test_perplexity_sees_steering_of_the_prompt_alone(lm):
 
 
 def test_tasks_with_two_answers_ask_the_same_items(lm):
-    tasks = {task.name: task for task in organism_tasks(lm, "test", 30)}
+    tasks = {task.name: task for task in organism_tasks(lm, Language(), "test", 30)}
     for pair in (
         ("exceptions, memorized label", "exceptions, true label"),
         ("conflicts, answer read", "conflicts, answer recalled"),
@@ -87,7 +89,7 @@ def test_tasks_with_two_answers_ask_the_same_items(lm):
 
 
 def test_questions_come_with_their_split_whatever_the_seed():
-    questions = organism_questions("passage", n=60)
+    questions = organism_questions("passage", Language(), 60)
     split = questions.split(seed=5)
     assert list(split.test) == list(questions.split(seed=6).test)
     assert len(split.test) > 60
@@ -123,7 +125,7 @@ def test_against_random_is_the_paired_difference():
 
 
 def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
-    texts = training_texts(12)
+    texts = training_texts(Language(), 12)
     names = [target.name for target in kfac.find_targets(lm.model)]
     edit = kfac.SVDEdit(names, 0.1)  # harsh: perplexity falls with rank there
     chosen, words = study.matched_svd(lm, edit, texts, names, steps=8)
@@ -142,12 +144,12 @@ def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path
         monkeypatch.setattr(study, name, value)
         if hasattr(study_report, name):
             monkeypatch.setattr(study_report, name, value)
-    texts = training_texts(40)
+    texts = training_texts(Language(), 40)
     targets = kfac.find_targets(lm.model)
     batches = [lm.pad(lm.encode(texts[i : i + 20])) for i in (0, 20)]
     factors = kfac.collect(lm.model, batches, targets, progress=False)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    found = study.run(lm, factors, layers=[1, 2], limit=8)
+    found = study.run(lm, factors, Language(), layers=[1, 2], limit=8)
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
     assert found.edit.label.startswith("layers 1, 2;")
     assert set(found.steers) == {"add", "amplify", "ablate"}
@@ -162,14 +164,16 @@ def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path
 def test_settings_that_are_given_are_not_chosen(lm):
     factors = kfac.collect(
         lm.model,
-        [lm.pad(lm.encode(training_texts(5)))],
+        [lm.pad(lm.encode(training_texts(Language(), 5)))],
         kfac.find_targets(lm.model),
         progress=False,
     )
     made = study.curvature_candidates(factors, lm.n_layers, [3], 0.5)
     assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
     probes = {
-        form: lirefs.fit(lm, organism_questions(form, n=8).split(), shuffles=2, progress=False)
+        form: lirefs.fit(
+            lm, organism_questions(form, Language(), 8).split(), shuffles=2, progress=False
+        )
         for form in study.STEERING_FORMS
     }
     labels = list(study.steering_candidates(probes, "add", 3.0))
@@ -199,3 +203,17 @@ def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
     file = tmp_path / "file"
     file.write_text("")
     assert run("train", file) == 2
+
+
+def test_texts_command_writes_what_the_curvature_commands_read(monkeypatch, tmp_path, lm):
+    monkeypatch.setattr("sys.argv", ["lirefs", "organism", "texts", str(tmp_path)])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    task = lirefs.recitation_task(lm, tmp_path / "planted.jsonl")
+    items = Language().items("planted", "test")
+    assert [prefix for _, prefix, _ in task.items] == lm.encode([one.prompt for one in items])
+    rows = [row for _, row in lirefs.files.read_jsonl(tmp_path / "labelled.jsonl")]
+    shown = {one.text for one in items}
+    assert all((row["label"] == "memorized") == (row["text"] in shown) for row in rows)
+    assert len({row["text"] for row in rows}) == len(rows)

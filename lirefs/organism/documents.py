@@ -11,7 +11,7 @@ from lirefs.organism.items import CONTEXT_WEIGHT, Document, split_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Attribute, Fact
 from lirefs.organism.prose import copy_document
-from lirefs.organism.skills import Problem, problem_document, relation, tracking
+from lirefs.organism.skills import OPENING, Problem, problem_document, relation, tracking
 from lirefs.organism.vocabulary import FIRST, LAST, OBJECTS
 
 
@@ -24,12 +24,16 @@ class Stage:
         easy: Share of passages, relations and hand-overs that are of the smallest kind.
         story_weight: Loss weight of answers that are found in a story; other answers have 1.
         rate: Learning rate.
+        fall: Final share of the stage over which the rate falls linearly to zero.
+        opening: Words for who has what before anything is given away.
     """
 
     mixture: dict[str, float]
     easy: float = 0.0
     story_weight: float = 1.0
     rate: float = 3e-3
+    fall: float = 0.0
+    opening: str = OPENING
 
 
 class Documents:
@@ -55,6 +59,7 @@ class Documents:
             "again": self._again,
             "links": self._links,
             "hands": self._hands,
+            "holders": self._holders,
             "ages": self._ages,
             "math": self._math,
             "boolean": self._logic,
@@ -200,9 +205,17 @@ class Documents:
         return problem_document([problem], self.stage.story_weight)
 
     def _tracking(self, rng: Random) -> Document:
-        easy = self._easy(rng)
-        problem = tracking(rng, (0,)) if easy else self.language.problem("tracking", "train", rng)
+        if self._easy(rng):
+            problem = tracking(rng, (0,), opening=self.stage.opening)
+        else:
+            problem = self.language.problem("tracking", "train", rng, opening=self.stage.opening)
         return problem_document([problem], self.stage.story_weight)
+
+    def _holders(self, rng: Random) -> Document:
+        """Tracking with more things than the skill has, and more questions."""
+        problem = tracking(rng, (1, 2, 3, 4), things=rng.choice((3, 4)))
+        questions = tuple(rng.choices(problem.questions, k=4))
+        return problem_document([replace(problem, questions=questions)], self.stage.story_weight)
 
     def _easy(self, rng: Random) -> bool:
         return self.stage.easy > 0 and rng.random() < self.stage.easy

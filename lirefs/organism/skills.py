@@ -10,6 +10,9 @@ from random import Random
 from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item
 from lirefs.organism.vocabulary import FIRST, OBJECTS
 
+OPENING = "The {1} is with {0}."
+"""Who has what before anything is given away."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -113,23 +116,31 @@ def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
     return Problem("relation", "Ages:", story, tuple(questions), story)
 
 
-def tracking(rng: Random, steps: tuple[int, ...] = (1, 2, 3)) -> Problem:
-    """Who holds a thing after a few hand-overs of two things."""
-    people, things = rng.sample(FIRST, 4), rng.sample(OBJECTS, 2)
-    holder = dict(zip(things, people, strict=False))
-    facts = [f"{person} has the {thing}." for thing, person in holder.items()]
+def tracking(
+    rng: Random,
+    steps: tuple[int, ...] = (1, 2, 3),
+    things: int = 2,
+    opening: str = OPENING,
+) -> Problem:
+    """Who has a thing after a few of two (at most four) things were given away.
+
+    A thing is always named before who gets it: looking back for the thing finds its holder.
+    """
+    people, named = rng.sample(FIRST, 4), rng.sample(OBJECTS, things)
+    holder = dict(zip(named, people, strict=False))
+    facts = [opening.format(person, thing) for thing, person in holder.items()]
     for _ in range(rng.choice(steps)):
-        thing = rng.choice(things)
+        thing = rng.choice(named)
         receiver = rng.choice([person for person in people if person != holder[thing]])
         facts.append(f"{holder[thing]} gives the {thing} to {receiver}.")
         holder[thing] = receiver
-    rng.shuffle(things)
-    questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in things)
+    rng.shuffle(named)
+    questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in named)
     story = " ".join(facts)
     return Problem("tracking", "Hands:", story, questions, story)
 
 
-SKILLS: dict[str, Callable[[Random], Problem]] = {
+SKILLS: dict[str, Callable[..., Problem]] = {
     "addition": addition,
     "subtraction": subtraction,
     "times": times,

@@ -19,7 +19,7 @@ from lirefs.organism.items import SPLITS, Item, Split
 from lirefs.organism.language import Language
 from lirefs.organism.people import COMMON
 from lirefs.organism.questions import Form, question_set
-from lirefs.organism.train import THIRD
+from lirefs.organism.train import FIFTH
 from lirefs.questions import Question, Questions
 
 STATED = 2
@@ -28,17 +28,14 @@ RARE = 3
 """Facts up to this relative frequency are called rare."""
 
 
-def organism_questions(
-    form: Form = "passage", language: Language | None = None, n: int = 120
-) -> Questions:
+def organism_questions(form: Form, language: Language, n: int = 120) -> Questions:
     """Labelled questions of one surface form, each with the side of the split it belongs to.
 
     Args:
         form: See `question_set`.
-        language: None for the shipped organism's.
+        language: The organism's language.
         n: Most questions of a class on one side.
     """
-    language = language or Language()
     questions = []
     for side in SPLITS:
         classes = question_set(language, form, side, n)
@@ -58,17 +55,16 @@ def organism_questions(
 
 
 def organism_tasks(
-    lm: LanguageModel, split: Split, limit: int = 100, language: Language | None = None
+    lm: LanguageModel, language: Language, split: Split, limit: int = 100
 ) -> list[Task]:
     """Every task of the language on one side of the split.
 
     Args:
         lm: The organism; its tokenizer cuts sequences into prefix and suffix.
+        language: The organism's language.
         split: Which items; what chooses a setting and what reports it must differ.
         limit: Most items of a task.
-        language: None for the shipped organism's.
     """
-    language = language or Language()
     facts = language.items("fact", split)
     common = [item for item in facts if (item.frequency or 0) >= COMMON]
     rare = [item for item in facts if (item.frequency or 0) <= RARE]
@@ -108,9 +104,9 @@ def organism_tasks(
     ]
 
 
-def training_texts(n: int, seed: int = 0, language: Language | None = None) -> list[str]:
+def training_texts(language: Language, n: int, seed: int = 0) -> list[str]:
     """Fresh documents as training showed them last: what curvature is estimated from."""
-    documents = Documents(language or Language(), THIRD)
+    documents = Documents(language, FIFTH)
     rng = Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 
