@@ -9,7 +9,7 @@ with the data's labels (sampled labels differ by chance).
 
 `forward` is the bare forward pass. `floor` is what cannot be left out: forward, backward to the
 first target, and one plain product for each covariance. `--peers` makes a virtual environment with
-kronfluence and curvlinops, with the versions of constraints.txt.
+kronfluence and curvlinops; torch and transformers are those of constraints.txt.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+VERSIONS = ("kronfluence==1.0.1", "curvlinops-for-pytorch==3.0.1")
 OURS, PEERS = ("forward", "floor", "kfac"), ("kronfluence", "curvlinops")
 
 
@@ -219,7 +220,7 @@ def peer_python(folder: str) -> str:
         with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
             file.write("\n".join(x for x in pinned if not x.startswith("#")))
             file.flush()
-            packages = ["torch", "transformers", "kronfluence", "curvlinops-for-pytorch"]
+            packages = ["torch", "transformers", *VERSIONS]
             subprocess.run(
                 [str(python), "-m", "pip", "install", "-q", "-c", file.name, *packages], check=True
             )

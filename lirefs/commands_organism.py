@@ -38,7 +38,7 @@ def train(
 ) -> None:
     """Train an organism by the recipe of the shipped one; `OUT/shipped` is what would be shipped.
 
-    `OUT/log.jsonl` has loss and validation scores of every two million tokens.
+    `OUT/log.jsonl` has loss and validation scores of every million tokens.
     """
     if out.exists() and not out.is_dir():
         raise SettingError(f"{out}: exists and is not a folder")
