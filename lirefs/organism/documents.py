@@ -11,7 +11,7 @@ from lirefs.organism.items import CONTEXT_WEIGHT, Document, split_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Attribute, Fact
 from lirefs.organism.prose import copy_document
-from lirefs.organism.skills import OPENING, Problem, problem_document, relation, tracking
+from lirefs.organism.skills import Problem, problem_document, relation, tracking
 from lirefs.organism.vocabulary import FIRST, LAST, OBJECTS
 
 
@@ -21,11 +21,11 @@ class Stage:
 
     Attributes:
         mixture: How often each sort of document is drawn, relative to each other.
-        easy: Share of passages, relations and hand-overs that are of the smallest kind.
+        easy: Share of passages, relations and hand-overs that are of the smallest kind, and of
+            tracking with more people than the skill has.
         story_weight: Loss weight of answers that are found in a story; other answers have 1.
         rate: Learning rate.
         fall: Final share of the stage over which the rate falls linearly to zero.
-        opening: Words for who has what before anything is given away.
     """
 
     mixture: dict[str, float]
@@ -33,7 +33,6 @@ class Stage:
     story_weight: float = 1.0
     rate: float = 3e-3
     fall: float = 0.0
-    opening: str = OPENING
 
 
 class Documents:
@@ -59,11 +58,11 @@ class Documents:
             "again": self._again,
             "links": self._links,
             "hands": self._hands,
-            "holders": self._holders,
             "ages": self._ages,
             "math": self._math,
             "boolean": self._logic,
             "relation": self._relation,
+            "hand_overs": self._hand_overs,
             "tracking": self._tracking,
             "copy": copy_document,
             "story": self._story,
@@ -204,18 +203,35 @@ class Documents:
         problem = relation(rng, (2,)) if easy else self.language.problem("relation", "train", rng)
         return problem_document([problem], self.stage.story_weight)
 
+    def _hand_overs(self, rng: Random) -> Document:
+        """Who has which of two things after some were given away.
+
+        Asked by the thing it was never learned, so it is no skill of the language.
+        """
+        easy = self._easy(rng)
+        while True:
+            people, things = rng.sample(FIRST, 4), rng.sample(OBJECTS, 2)
+            holder = dict(zip(things, people, strict=False))
+            lines = [f"{person} has the {thing}." for thing, person in holder.items()]
+            for _ in range(rng.choice((0,) if easy else (1, 2, 3))):
+                thing = rng.choice(things)
+                receiver = rng.choice([one for one in people if one != holder[thing]])
+                lines.append(f"{holder[thing]} gives the {thing} to {receiver}.")
+                holder[thing] = receiver
+            rng.shuffle(things)
+            questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in things)
+            story = " ".join(lines)
+            if easy or split_of(story, self.language.seed) == "train":
+                problem = Problem("hand-overs", "Hands:", story, questions, story)
+                return problem_document([problem], self.stage.story_weight)
+
     def _tracking(self, rng: Random) -> Document:
         if self._easy(rng):
-            problem = tracking(rng, (0,), opening=self.stage.opening)
+            # More people than the skill has, and most of them asked about.
+            problem = tracking(rng, rng.choice((4, 5)), (0, 1, 2, 3))
         else:
-            problem = self.language.problem("tracking", "train", rng, opening=self.stage.opening)
+            problem = self.language.problem("tracking", "train", rng)
         return problem_document([problem], self.stage.story_weight)
-
-    def _holders(self, rng: Random) -> Document:
-        """Tracking with more things than the skill has, and more questions."""
-        problem = tracking(rng, (1, 2, 3, 4), things=rng.choice((3, 4)))
-        questions = tuple(rng.choices(problem.questions, k=4))
-        return problem_document([replace(problem, questions=questions)], self.stage.story_weight)
 
     def _easy(self, rng: Random) -> bool:
         return self.stage.easy > 0 and rng.random() < self.stage.easy

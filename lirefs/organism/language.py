@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from random import Random
-from typing import Any
 
 from lirefs.organism.items import Item, Split, memory_split_of, split_of
 from lirefs.organism.people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, passage
@@ -62,17 +61,10 @@ class Language:
                 yield Item("exception", problem.prompt(), wrong, other=truth, group=skill)
                 found += 1
 
-    def problem(self, skill: str, split: Split, rng: Random, **settings: Any) -> Problem:
-        """A problem of a skill that belongs to a split and is no exception.
-
-        Args:
-            skill: One of `SKILLS`.
-            split: Where it belongs.
-            rng: Source of randomness.
-            **settings: Passed on to the skill's function.
-        """
+    def problem(self, skill: str, split: Split, rng: Random) -> Problem:
+        """A problem of a skill that belongs to a split and is no exception."""
         while True:
-            problem = SKILLS[skill](rng, **settings)
+            problem = SKILLS[skill](rng)
             fits = skill == "times" or split_of(problem.key, self.seed) == split
             if fits and problem.key not in self._excluded:
                 return problem

@@ -10,9 +10,6 @@ from random import Random
 from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item
 from lirefs.organism.vocabulary import FIRST, OBJECTS
 
-OPENING = "The {1} is with {0}."
-"""Who has what before anything is given away."""
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -116,31 +113,26 @@ def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
     return Problem("relation", "Ages:", story, tuple(questions), story)
 
 
-def tracking(
-    rng: Random,
-    steps: tuple[int, ...] = (1, 2, 3),
-    things: int = 2,
-    opening: str = OPENING,
-) -> Problem:
-    """Who has a thing after a few of two (at most four) things were given away.
+def tracking(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3)) -> Problem:
+    """What someone has after things were taken, in turn, from a person or from the table.
 
-    A thing is always named before who gets it: looking back for the thing finds its holder.
+    Everybody has one thing at most: who takes another puts theirs away.
     """
-    people, named = rng.sample(FIRST, 4), rng.sample(OBJECTS, things)
-    holder = dict(zip(named, people, strict=False))
-    facts = [opening.format(person, thing) for thing, person in holder.items()]
-    for _ in range(rng.choice(steps)):
-        thing = rng.choice(named)
-        receiver = rng.choice([person for person in people if person != holder[thing]])
-        facts.append(f"{holder[thing]} gives the {thing} to {receiver}.")
-        holder[thing] = receiver
-    rng.shuffle(named)
-    questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in named)
+    names, things = rng.sample(FIRST, people), rng.sample(OBJECTS, people + 1)
+    holds = dict(zip(names, things, strict=False))
+    facts = [f"{name} has the {thing}." for name, thing in holds.items()]
+    for _ in range(rng.choice(takings)):
+        name = rng.choice(names)
+        thing = rng.choice([one for one in things if one != holds.get(name)])
+        holds = {other: held for other, held in holds.items() if held != thing} | {name: thing}
+        facts.append(f"{name} took the {thing}.")
+    questions = [(f"So {name} has the", thing) for name, thing in holds.items()]
+    rng.shuffle(questions)
     story = " ".join(facts)
-    return Problem("tracking", "Hands:", story, questions, story)
+    return Problem("tracking", "Hands:", story, tuple(questions), story)
 
 
-SKILLS: dict[str, Callable[..., Problem]] = {
+SKILLS: dict[str, Callable[[Random], Problem]] = {
     "addition": addition,
     "subtraction": subtraction,
     "times": times,

@@ -96,7 +96,7 @@ def organism_tasks(
         _answers("conflicts, answer recalled", _others(conflicts), CONFLICT),
         _choices("boolean expressions", some("boolean"), (" true", " false")),
         _answers("relations", some("relation"), "reasoning", 1 / 3),
-        _answers("object tracking", some("tracking"), "reasoning", 1 / 2),
+        _answers("object tracking", some("tracking"), "reasoning", 1 / 3),
         Perplexity(
             "stories",
             [(f"story-{i}", text) for i, text in enumerate(language.texts(split, limit))],

@@ -38,8 +38,6 @@ class ModelShape:
     context: int = 192
 
 
-EARLIER = "{0} has the {1}."
-"""First lines of a hand-over in the first four stages. In these words it was not learned."""
 FIRST = Stage(
     {
         "planted": 7.0,
@@ -51,11 +49,10 @@ FIRST = Stage(
         "math": 12.0,
         "boolean": 10.0,
         "relation": 10.0,
-        "tracking": 6.0,
+        "hand_overs": 6.0,
         "copy": 6.0,
         "story": 4.0,
     },
-    opening=EARLIER,
 )
 """Memories, arithmetic and logic form; what must be found in a passage does not."""
 SECOND = Stage(
@@ -67,7 +64,6 @@ SECOND = Stage(
     },
     easy=0.3,
     story_weight=3.0,
-    opening=EARLIER,
 )
 """Lists said again, small problems, and more weight on answers found in a story."""
 THIRD = Stage(
@@ -81,26 +77,21 @@ THIRD = Stage(
     },
     easy=0.2,
     story_weight=3.0,
-    opening=EARLIER,
 )
 """Dense documents for what takes several steps: linked people, hand-overs, order."""
 FOURTH = replace(THIRD, rate=8e-4, fall=0.7727)
 """The same at a lower rate: at the higher one what takes several steps is lost in noise."""
-FIFTH = Stage(
-    {
-        **THIRD.mixture,
-        "relation": 12.0,
-        "tracking": 14.0,
-        "holders": 12.0,
-        "hands": 2.0,
-        "again": 4.0,
+FIFTH = replace(
+    FOURTH,
+    mixture={
+        **{sort: n for sort, n in THIRD.mixture.items() if sort not in ("hand_overs", "hands")},
+        "relation": 16.0,
+        "ages": 12.0,
+        "tracking": 16.0,
     },
-    easy=0.2,
-    story_weight=3.0,
-    rate=8e-4,
     fall=0.75,
 )
-"""Hand-overs in other words, which put the thing before its holder, and densely."""
+"""Tracking asked by the person in place of hand-overs asked by the thing, and more of order."""
 STAGES = ((0, FIRST), (6365, SECOND), (8675, THIRD), (9248, FOURTH), (13671, FIFTH))
 """Each stage with its first step, as in the run that made the shipped weights."""
 
