@@ -34,22 +34,33 @@ class Prompt:
     Attributes:
         lengths: Tokens of each prompt, padding not counted, (items,).
         width: For `generate`: columns of the prompt, padding counted; None elsewhere. There, all
-            rows of the batch end their prompt in the same column.
+            rows of the batch begin to generate in the same column.
+        ages: For `generate` with a mask: index among the generated tokens of each column of the
+            prompt, (items, width), so -1 for the last token and -1 - length for padding.
         decisions: What the gates decided for each row, by gate.
         checked: Scopes that were compared with the lengths already.
         explicit: Whether somebody said where it ends.
     """
 
-    def __init__(self, lengths: Tensor, width: int | None = None, explicit: bool = True) -> None:
+    def __init__(
+        self,
+        lengths: Tensor,
+        width: int | None = None,
+        explicit: bool = True,
+        ages: Tensor | None = None,
+    ) -> None:
         self.lengths = lengths
         self.width = width
         self.explicit = explicit
+        self.ages = ages
         self.decisions: dict[int, Tensor] = {}
         self.checked: set[int] = set()
 
     def select(self, rows: Tensor) -> Prompt:
         """What is known after the rows of the batch were picked anew, (rows,) indices."""
-        picked = Prompt(self.lengths[rows.to(self.lengths.device)], self.width, self.explicit)
+        rows = rows.to(self.lengths.device)
+        ages = None if self.ages is None else self.ages[rows]
+        picked = Prompt(self.lengths[rows], self.width, self.explicit, ages)
         picked.decisions = {
             gate: decided[rows.to(decided.device)] for gate, decided in self.decisions.items()
         }
@@ -109,17 +120,29 @@ class Tokens:
         self.known_prompt = prompt
         self._past = past
         self._begins = begins
+        if prompt is not None and prompt.ages is not None:
+            # Its mask knows the padding on either side, under any cache.
+            self.position = self.age + self._lengths(prompt)
 
     @functools.cached_property
     def age(self) -> Tensor:
         """Index among the generated tokens, (rows or 1, tokens); negative inside the prompt."""
         prompt = self.prompt
+        if prompt.width is None:
+            return self.position - self._lengths(prompt)
         rows, width = self.position.shape
-        if prompt.width is not None:
-            columns = torch.arange(width, device=self.position.device)
-            return (columns + (self._past - prompt.width)).unsqueeze(0)
+        columns = torch.arange(width, device=self.position.device) + self._past
+        new = (columns - prompt.width).unsqueeze(0)
+        if prompt.ages is None:
+            return new
+        prompt.ages = prompt.ages.to(self.position.device)
+        old = for_rows(prompt.ages, rows)[:, columns.clamp(max=prompt.width - 1)]
+        return torch.where(new < 0, old, new)
+
+    def _lengths(self, prompt: Prompt) -> Tensor:
+        """Tokens of the prompt of each row, (rows, 1)."""
         prompt.lengths = prompt.lengths.to(self.position.device)
-        return self.position - for_rows(prompt.lengths, rows).unsqueeze(1)
+        return for_rows(prompt.lengths, self.position.shape[0]).unsqueeze(1)
 
     @functools.cached_property
     def prompt(self) -> Prompt:
@@ -278,6 +301,9 @@ def _prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         # Longer than the inputs where a cache holds the beginning.
-        return Prompt((mask != 0).sum(dim=1), width=max(mask.shape[1], source.shape[1]))
+        real = mask != 0
+        lengths = real.sum(dim=1)
+        position = (real.cumsum(dim=1) - 1).masked_fill(~real, -1)
+        return Prompt(lengths, width=mask.shape[1], ages=position - lengths.unsqueeze(1))
     lengths = torch.full((source.shape[0],), source.shape[1], device=source.device)
     return Prompt(lengths, width=source.shape[1])

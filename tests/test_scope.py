@@ -11,7 +11,7 @@ import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
-from lirefs import Direction, wrap
+from lirefs import Direction, Gate, wrap
 from lirefs import scope as scopes
 from lirefs.errors import InterventionError, ScopeError
 from lirefs.positions import prompt_lengths
@@ -75,14 +75,18 @@ def reference(lm, ids, touched):
     return logits
 
 
-def compare(lm, name, rows, texts, logits):
+def compare(lm, name, rows, texts, logits, side="left"):
     """Compare the logits that predicted each new token with the reference, and the tokens."""
+    longest = max(len(ids) - len(found) for ids, found in zip(texts, logits))
     for index, (ids, found) in enumerate(zip(texts, logits)):
         prompt = len(ids) - len(found)
         touched = MEANING[name](prompt, len(ids), rows[index])
         assert name == "mask" or list(touched), "a cell that touches nothing shows nothing"
         expected = reference(lm, ids, touched)
         expected = expected[prompt - 1 : -1]
+        if side == "right" and prompt < longest:
+            # `generate` reads the first new token off the padding, which no unpadded text has.
+            found, expected = found[1:], expected[1:]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     return expected
 
@@ -91,11 +95,12 @@ def steered(name, rows):
     return Direction(VECTOR, LAYER).steer("add", scope=scope_of(name, rows))
 
 
-def generate(lm, name, rows=(0, 1, 2), prompts=None, greedy=True, **settings):
+def generate(lm, name, rows=(0, 1, 2), prompts=None, greedy=True, side="left", **settings):
     """Rows of a call of `generate`: whole unpadded texts, and the logits of their new tokens."""
     ids = lm.encode([TEXTS[i] for i in rows]) if prompts is None else prompts
-    batch = lm.pad(ids)
-    batch.pop("position_ids", None)
+    batch = lm.pad(ids, side=side)
+    if side == "left":  # on the right, `generate` would go on from the position of the padding
+        batch.pop("position_ids", None)
     width = batch["input_ids"].shape[1]
     settings = {
         "do_sample": False,
@@ -147,6 +152,16 @@ GENERATE = {
     "sampling, four each": {"do_sample": True, "num_return_sequences": 4, "greedy": False},
     "embeddings": {"embeds": True},
     "embeddings, two rows": {"embeds": True, "rows": (1, 0)},
+    "padded right": {"side": "right"},
+    "padded right, no cache": {"side": "right", "use_cache": False},
+    "padded right, static cache": {"side": "right", "cache_implementation": "static"},
+    "padded right, chunks of 4": {"side": "right", "prefill_chunk_size": 4},
+    "padded right, two each": {
+        "side": "right",
+        "do_sample": True,
+        "num_return_sequences": 2,
+        "greedy": False,
+    },
 }
 
 
@@ -158,7 +173,35 @@ def test_generate(name, setting):
     texts, logits = generate(lm, name, **GENERATE[setting])
     rows = GENERATE[setting].get("rows", (0, 1, 2))
     each = len(texts) // len(rows)
-    compare(lm, name, [row for row in rows for _ in range(each)], texts, logits)
+    side = GENERATE[setting].get("side", "left")
+    compare(lm, name, [row for row in rows for _ in range(each)], texts, logits, side)
+
+
+def test_a_row_gate_reads_the_last_token_and_not_the_padding_after_it():
+    lm = language_model("llama")
+    ids = lm.encode(["a longer prompt it is", "ab"])
+    batch = lm.pad(ids, side="right")
+    probe = Direction(VECTOR, 0, "resid_pre")
+    with torch.no_grad():
+        states = lm.model.get_input_embeddings()(batch["input_ids"])
+    along = states @ probe.unit
+    last, padding = float(along[1, len(ids[1]) - 1]), float(along[1, -1])
+    for above in (last > padding, last < padding):  # the token decides so, the padding otherwise
+        gate = Gate(probe, (last + padding) / 2, per="row", above=above)
+        seen = []
+        steer = Direction(VECTOR, LAYER).steer("add", gate=gate)
+        with steer.apply(lm.model), torch.no_grad():
+            block = lm.layout.block(lm.model, LAYER)
+            hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0][1].clone()))
+            lm.model.generate(**batch, max_new_tokens=1, do_sample=False, pad_token_id=2)
+            hook.remove()
+        with torch.no_grad():
+            hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0][1].clone()))
+            lm.model.generate(**batch, max_new_tokens=1, do_sample=False, pad_token_id=2)
+            hook.remove()
+        moved = (seen[0] - seen[1]).norm(dim=-1) > 1e-3
+        passes = above == (last > padding)
+        assert moved.tolist() == [passes and i == len(ids[1]) - 1 for i in range(len(moved))]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2", "bloom", "opt", "falcon"])
