@@ -186,21 +186,21 @@ def test_a_row_gate_reads_the_last_token_and_not_the_padding_after_it():
         states = lm.model.get_input_embeddings()(batch["input_ids"])
     along = states @ probe.unit
     last, padding = float(along[1, len(ids[1]) - 1]), float(along[1, -1])
-    for above in (last > padding, last < padding):  # the token decides so, the padding otherwise
-        gate = Gate(probe, (last + padding) / 2, per="row", above=above)
-        seen = []
-        steer = Direction(VECTOR, LAYER).steer("add", gate=gate)
-        with steer.apply(lm.model), torch.no_grad():
-            block = lm.layout.block(lm.model, LAYER)
-            hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0][1].clone()))
-            lm.model.generate(**batch, max_new_tokens=1, do_sample=False, pad_token_id=2)
-            hook.remove()
-        with torch.no_grad():
-            hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0][1].clone()))
-            lm.model.generate(**batch, max_new_tokens=1, do_sample=False, pad_token_id=2)
-            hook.remove()
-        moved = (seen[0] - seen[1]).norm(dim=-1) > 1e-3
-        passes = above == (last > padding)
+    seen = []
+    block = lm.layout.block(lm.model, LAYER)
+
+    def generated():
+        """What the block reads of the short row."""
+        hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0][1].clone()))
+        lm.model.generate(**batch, max_new_tokens=1, do_sample=False, pad_token_id=2)
+        hook.remove()
+        return seen.pop()
+
+    for passes in (True, False):  # the token decides so, its padding the other way
+        gate = Gate(probe, (last + padding) / 2, per="row", above=passes == (last > padding))
+        with Direction(VECTOR, LAYER).steer("add", gate=gate).apply(lm.model):
+            steered_states = generated()
+        moved = (steered_states - generated()).norm(dim=-1) > 1e-3
         assert moved.tolist() == [passes and i == len(ids[1]) - 1 for i in range(len(moved))]
 
 
