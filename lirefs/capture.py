@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from lirefs.batching import batches_by_tokens
 from lirefs.errors import CaptureError
 from lirefs.files import atomic_path
-from lirefs.layout import evaluating, hidden_input, hidden_of
+from lirefs.guest import evaluating, hidden_input, hidden_of
 from lirefs.models import LanguageModel
 
 BATCH_TOKENS = 2048

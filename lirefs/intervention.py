@@ -12,7 +12,8 @@ from torch import nn
 from lirefs.choice import Choice
 from lirefs.directions import Direction, Directions
 from lirefs.errors import InterventionError, ProvenanceError, ScopeError
-from lirefs.layout import Layout, layout_of, text_config
+from lirefs.guest import text_config
+from lirefs.layout import Layout, layout_of
 from lirefs.models import is_model
 from lirefs.operators import IDLE_AT_ZERO, OPERATORS, Operator
 from lirefs.positions import tracker_of

@@ -18,35 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lirefs.errors import LayoutError, SettingError
-from lirefs.guest import (
-    Seen,
-    accepts,
-    evaluating,
-    hidden_input,
-    hidden_of,
-    input_device,
-    maybe_call,
-    observe,
-    text_config,
-    with_hidden,
-    with_hidden_input,
-)
-
-__all__ = [
-    "SITES",
-    "Layout",
-    "Site",
-    "accepts",
-    "evaluating",
-    "find_layout",
-    "hidden_input",
-    "hidden_of",
-    "input_device",
-    "layout_of",
-    "text_config",
-    "with_hidden",
-    "with_hidden_input",
-]
+from lirefs.guest import Seen, maybe_call, observe, text_config
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out")

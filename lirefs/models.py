@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lirefs.builtin import BUILTIN
 from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
-from lirefs.layout import Layout, accepts, evaluating, find_layout, input_device
+from lirefs.guest import accepts, evaluating, input_device
+from lirefs.layout import Layout, find_layout
 
 # Settings of a configuration that do not change what the model computes, or that depend on how
 # it was loaded. Keys that begin with an underscore are left out as well.

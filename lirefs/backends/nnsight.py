@@ -15,8 +15,9 @@ from torch import Tensor
 from lirefs.backends import operators
 from lirefs.capture import Activations
 from lirefs.errors import CaptureError
+from lirefs.guest import hidden_of, with_hidden
 from lirefs.intervention import Steer
-from lirefs.layout import Layout, hidden_of, with_hidden
+from lirefs.layout import Layout
 from lirefs.models import LanguageModel
 
 __all__ = ["capture", "generate", "logits", "steer_here", "wrap"]
