@@ -16,7 +16,7 @@ from lirefs.guest import text_config
 from lirefs.layout import Layout, layout_of
 from lirefs.models import is_model
 from lirefs.operators import IDLE_AT_ZERO, OPERATORS, Operator
-from lirefs.positions import tracker_of
+from lirefs.positions import refuse_empty, tracker_of
 from lirefs.scope import ALL, Scope, as_scope
 from lirefs.sites import change_at
 from lirefs.strength import Gate, Rows, Schedule, Strength, as_strength
@@ -246,6 +246,8 @@ class Steer:
                 gate = self.gate.direction
                 module, side = layout.module(model, gate.site, gate.layer)
                 handles.add(change_at(module, side, choice.read_gate))
+        else:
+            handles.add(refuse_empty(model, layout))
         for layer, site, direction in self.places(layout):
             number = self._number(layer)
             # Strength 0 must leave every bit as it is (h + 0 would turn -0.0 into 0.0): no hook.

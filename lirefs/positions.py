@@ -37,8 +37,9 @@ class Prompt:
             rows of the batch begin to generate in the same column.
         ages: For `generate` with a mask: index among the generated tokens of each column of the
             prompt, (items, width), so -1 for the last token and -1 - length for padding.
-        decisions: What the gates decided for each row, by gate.
-        checked: Scopes that were compared with the lengths already.
+        decisions: What the gates decided for each row, by the attached steering (held weakly:
+            another one may come to its address).
+        checked: Those whose scopes were compared with the lengths already.
         explicit: Whether somebody said where it ends.
     """
 
@@ -53,17 +54,16 @@ class Prompt:
         self.width = width
         self.explicit = explicit
         self.ages = ages
-        self.decisions: dict[int, Tensor] = {}
-        self.checked: set[int] = set()
+        self.decisions: weakref.WeakKeyDictionary[object, Tensor] = weakref.WeakKeyDictionary()
+        self.checked: weakref.WeakSet[object] = weakref.WeakSet()
 
     def select(self, rows: Tensor) -> Prompt:
         """What is known after the rows of the batch were picked anew, (rows,) indices."""
         rows = rows.to(self.lengths.device)
         ages = None if self.ages is None else self.ages[rows]
         picked = Prompt(self.lengths[rows], self.width, self.explicit, ages)
-        picked.decisions = {
-            gate: decided[rows.to(decided.device)] for gate, decided in self.decisions.items()
-        }
+        for gate, decided in self.decisions.items():
+            picked.decisions[gate] = decided[rows.to(decided.device)]
         return picked
 
 
@@ -143,6 +143,16 @@ class Tokens:
         """Tokens of the prompt of each row, (rows, 1)."""
         prompt.lengths = prompt.lengths.to(self.position.device)
         return for_rows(prompt.lengths, self.position.shape[0]).unsqueeze(1)
+
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts the rows belong to (beams share one), None where nobody said."""
+        known = self.known_prompt
+        if known is None:
+            return None
+        # One length without `generate` may have been said for all rows.
+        alone = len(known.lengths) == 1 and known.width is None and len(self.position) > 1
+        return None if alone else len(known.lengths)
 
     @functools.cached_property
     def prompt(self) -> Prompt:
@@ -224,13 +234,10 @@ class Tracker:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        source = given.get("inputs_embeds")
-        source = given.get("input_ids") if source is None else source
-        if not isinstance(source, Tensor):
+        source = _source(given)
+        if source is None:
             raise ScopeError("the forward pass has neither input_ids nor inputs_embeds")
         rows, width = source.shape[:2]
-        if not rows or not width:
-            raise ScopeError(f"the batch is empty: {rows} row(s) of {width} token(s)")
         cache: Any = given.get("past_key_values")
         past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if isinstance(past, Tensor):
@@ -256,6 +263,21 @@ class Tracker:
             self._by_cache[cache] = self._learned
 
 
+def refuse_empty(model: nn.Module, layout: Layout) -> Callable[[], None]:
+    """Let every forward pass of an empty batch end with a named error, before a block runs.
+
+    Returns:
+        A function that takes this off again.
+    """
+    owner = model.get_submodule(layout.blocks.rpartition(".")[0])
+    names = list(inspect.signature(owner.forward).parameters)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _source(dict(zip(names, args, strict=False)) | kwargs)
+
+    return owner.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove
+
+
 _TRACKERS: weakref.WeakKeyDictionary[nn.Module, Tracker] = weakref.WeakKeyDictionary()
 
 
@@ -264,6 +286,21 @@ def tracker_of(model: nn.Module, layout: Layout) -> Tracker:
     if model not in _TRACKERS:
         _TRACKERS[model] = Tracker(model, layout)
     return _TRACKERS[model]
+
+
+def _source(given: dict[str, Any]) -> Tensor | None:
+    """What a forward pass reads, (rows, tokens, ...), None where it is not found.
+
+    Raises:
+        ScopeError: The batch is empty.
+    """
+    source = given.get("inputs_embeds")
+    source = given.get("input_ids") if source is None else source
+    if not isinstance(source, Tensor):
+        return None
+    if not source.shape[0] or not source.shape[1]:
+        raise ScopeError(f"the batch is empty: its shape is {tuple(source.shape)}")
+    return source
 
 
 def _positions(

@@ -5,15 +5,16 @@ changed by a hook that multiplies by a mask written out by hand.
 """
 
 import functools
+import gc
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
-from lirefs import Direction, Gate, wrap
+from lirefs import Direction, Gate, positions, wrap
 from lirefs import scope as scopes
-from lirefs.errors import InterventionError, ScopeError
+from lirefs.errors import ScopeError
 from lirefs.positions import prompt_lengths
 
 NEW = 5
@@ -355,6 +356,7 @@ def test_named_errors():
     one = Direction(VECTOR, LAYER)
     for wrong in [
         lambda: scopes.as_scope("answer"),
+        lambda: scopes.as_scope(["prompt"]),
         lambda: scopes.first_generated(0),
         lambda: scopes.from_position(-1),
         lambda: scopes.mask([]),
@@ -377,10 +379,46 @@ def test_named_errors():
             lm.generate(TEXTS[:2], max_new_tokens=2)
         with pytest.raises(ScopeError, match="made for 2 row"):
             lm.generate(TEXTS, max_new_tokens=2)
-    with one.steer("add", scope="prompt").apply(lm.model):
-        with pytest.raises(InterventionError, match="batch is empty"):
-            lm.model(torch.zeros(0, 4, dtype=torch.long))
-        with pytest.raises(InterventionError, match="batch is empty"):
-            lm.model.generate(torch.zeros(0, 4, dtype=torch.long))
+    for scope in ("prompt", "all"):
+        with one.steer("add", scope=scope).apply(lm.model):
+            with pytest.raises(ScopeError, match="batch is empty"):
+                lm.model(torch.zeros(0, 4, dtype=torch.long))
+            with pytest.raises(ScopeError, match="batch is empty"):
+                lm.model.generate(torch.zeros(0, 4, dtype=torch.long))
     hook.remove()
     assert not seen  # nothing ran
+
+
+@pytest.mark.parametrize("kind", ["strengths", "mask", "spans"])
+def test_unrelated_prompts_are_not_taken_for_beams(kind):
+    lm = language_model("llama")
+    one, texts = Direction(VECTOR, LAYER), ["ab", "cd", "ef", "gh"]
+    steer = {
+        "strengths": one.steer("add", [1.0, 5.0]),
+        "mask": one.steer("add", scope=scopes.mask([[True], [False]])),
+        "spans": one.steer("add", scope=scopes.spans(TOKENIZER, texts[:2], [[(0, 1)], [(1, 2)]])),
+    }[kind]
+    batch = lm.pad(lm.encode(texts))
+    with steer.apply(lm.model), torch.no_grad():
+        for four in (
+            lambda: lm.generate(texts, max_new_tokens=1),
+            lambda: lm.model(**batch),
+        ):
+            with pytest.raises(ScopeError, match=r"made for 2 row.* 4 prompt"):
+                four()
+        with prompt_lengths([3, 3, 3, 3]), pytest.raises(ScopeError, match="4 prompt"):
+            lm.model(**batch)
+        lm.generate(texts[:2], max_new_tokens=1, num_beams=2)
+        with prompt_lengths([3, 3]):  # four rows of two prompts, as somebody said
+            lm.model(**batch)
+
+
+def test_what_a_gate_decided_goes_with_it():
+    lm = language_model("llama")
+    gate = Gate(Direction(VECTOR, 0), 0.0, per="row")
+    with prompt_lengths([4]):
+        with Direction(VECTOR, LAYER).steer("add", gate=gate).apply(lm.model):
+            lm.model(torch.tensor([[0, 40, 50, 60]]))
+            assert len(positions._PROMPT.get().decisions) == 1
+        gc.collect()  # the next steering may come to the same address
+        assert not positions._PROMPT.get().decisions
