@@ -10,9 +10,9 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -112,6 +112,18 @@ class Layout:
             "norms": ", ".join(self.norms) or "none",
         }
         return "\n".join(f"{part}: {name}" for part, name in parts.items())
+
+
+def indices(layers: Iterable[SupportsIndex]) -> list[int]:
+    """Layers as plain integers, in the order given.
+
+    Raises:
+        SettingError: They are no collection of integers.
+    """
+    try:
+        return [operator.index(layer) for layer in layers]
+    except TypeError:
+        raise SettingError(f"layers must be a list of integers, got {layers!r}") from None
 
 
 def layout_of(model: nn.Module) -> Layout:

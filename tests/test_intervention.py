@@ -1,11 +1,13 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
 from torch import nn
 
+import kfac
 from lirefs import Direction, Directions, Gate, Schedule, compose, wrap
 from lirefs.errors import InterventionError, LayoutError, ProvenanceError, SettingError
 from lirefs.intervention import Steer
@@ -102,9 +104,10 @@ def test_zero_strength_changes_no_bit(lm, operator):
 def test_all_layers_and_chosen_layers(lm):
     one = direction(layer=0)
     with one.steer("ablate", layers="all").apply(lm.model):
-        assert sum(len(pre) for _, pre in hooks_of(lm.model).values()) == lm.n_layers
+        names = [name for name, (_, pre) in hooks_of(lm.model).items() if "layers." in name and pre]
+        assert len(names) == lm.n_layers
     with one.steer("ablate", layers=[3, 1]).apply(lm.model):
-        names = [name for name, (_, pre) in hooks_of(lm.model).items() if pre]
+        names = [name for name, (_, pre) in hooks_of(lm.model).items() if "layers." in name and pre]
     assert names == ["model.layers.1", "model.layers.3"]
 
 
@@ -435,6 +438,10 @@ def test_more_named_errors(lm):
         lambda: one.steer("add", torch.ones(2, 2)),
         lambda: one.steer("add", "strong"),
         lambda: one.steer("add", {1: float("nan")}),
+        lambda: one.steer("add", {"a": 1.0}),
+        lambda: one.steer("add", layers=[]),
+        lambda: one.steer("add", sites=[]),
+        lambda: one.steer("add", scope=["prompt"]),
         lambda: one.steer("ablate", [1.0, 2.0]),
         lambda: one.steer("add", Schedule([])),
         lambda: one.steer("add", gate=0.5),
@@ -449,6 +456,10 @@ def test_more_named_errors(lm):
     ]:
         with pytest.raises(InterventionError):
             wrong()
+    for layers in (3, ["1"]):
+        with pytest.raises(SettingError, match="list of integers"):
+            one.steer("add", layers=layers)
+    assert one.steer("add", layers=np.array([2, 1])).layers == [1, 2]
     with pytest.raises(SettingError, match="site must be"):
         direction(site="resid_mid").steer("add").attach(lm.model)
     layout = dataclasses.replace(lm.layout, attention=None)
@@ -489,20 +500,73 @@ def test_steering_needs_a_decoder():
         direction().steer("add").attach(nn.Linear(2, 2))
 
 
-def test_a_model_stays_itself_under_and_after_an_edit():
-    one = wrap(fresh_model("llama"), tiny_tokenizer())
-    made = dataclasses.replace(direction(), model=one.fingerprint)
-    weight = one.model.model.layers[0].mlp.up_proj.weight
-    original = weight.data
-    weight.data = original * 2
-    with made.steer("add").apply(one.model):  # first steered while edited
+def curvature_edit(model):
+    ids = torch.randint(3, 120, (6, 12), generator=torch.Generator().manual_seed(0))
+    targets = kfac.find_targets(model, layers=[1, 2])
+    return kfac.CurvatureEdit(kfac.collect(model, [{"input_ids": ids}], targets, seed=0), 0.6)
+
+
+def test_steering_and_a_curvature_edit_compose():
+    lm = wrap(fresh_model("llama"), tiny_tokenizer())
+    made = dataclasses.replace(direction(layer=2), model=lm.fingerprint)
+    edit, steer = curvature_edit(lm.model), made.steer("add", 2.0)
+    clean = logits(lm.model)
+    weight = lm.model.model.layers[1].mlp.up_proj.weight.clone()
+    with edit.apply(lm.model):
+        edited = logits(lm.model)
+        hook = lm.layout.block(lm.model, 2).register_forward_pre_hook(
+            lambda _, args: (args[0] + 2 * made.vector, *args[1:])
+        )
+        expected = logits(lm.model)
+        hook.remove()
+    assert (expected - edited).abs().max() > 1e-3
+    assert (edited - clean).abs().max() > 1e-3
+    for both in (steer + edit, edit + steer):
+        with both.apply(lm.model):
+            torch.testing.assert_close(logits(lm.model), expected, atol=1e-5, rtol=1e-5)
+        assert torch.equal(logits(lm.model), clean)
+        assert torch.equal(lm.model.model.layers[1].mlp.up_proj.weight, weight)
+    assert (steer + edit).describe()["members"][1]["kind"] == "kfac"
+
+
+def test_a_model_stays_itself_under_an_edit_that_is_attached():
+    lm = wrap(fresh_model("llama"), tiny_tokenizer())
+    made = dataclasses.replace(direction(), model=lm.fingerprint)
+    with curvature_edit(lm.model).apply(lm.model):
+        with made.steer("add").apply(lm.model):
+            pass
+        edited = dataclasses.replace(direction(), model=lm.fingerprint)
+        assert edited.model != made.model
+        with edited.steer("add").apply(lm.model):
+            pass
+    with made.steer("add").apply(lm.model), pytest.raises(ProvenanceError):
+        edited.steer("add").attach(lm.model)
+
+
+def test_a_model_that_was_trained_on_is_another_model():
+    lm = wrap(fresh_model("llama"), tiny_tokenizer())
+    made = dataclasses.replace(direction(), model=lm.fingerprint)
+    weight = lm.model.model.layers[0].mlp.up_proj.weight
+    before = weight.detach().clone()
+    with made.steer("add").apply(lm.model), torch.no_grad():
+        weight.add_(0.01)
+    with pytest.raises(ProvenanceError):
+        made.steer("add").attach(lm.model)
+    with torch.no_grad():
+        weight.copy_(before)
+    with made.steer("add").apply(lm.model):
         pass
-    edited = dataclasses.replace(direction(), model=one.fingerprint)
-    weight.data = original
-    with made.steer("add").apply(one.model), edited.steer("add").apply(one.model):
-        pass
+
+
+@pytest.mark.parametrize("per", ["token", "row"])
+def test_a_gate_that_reads_what_is_not_finite_says_so(lm, per):
+    gate = Gate(direction(layer=1, seed=7), 0.0, per=per)
+    hook = lm.layout.block(lm.model, 0).register_forward_pre_hook(
+        lambda _, args: (args[0] * torch.nan, *args[1:])
+    )
     with (
-        pytest.raises(ProvenanceError),
-        dataclasses.replace(made, model="f" * 64).steer("add").apply(one.model),
+        pytest.raises(InterventionError, match=r"layer 1, resid_pre .* not finite"),
+        direction(layer=2).steer("add", gate=gate).apply(lm.model),
     ):
-        pass
+        logits(lm.model)
+    hook.remove()
