@@ -14,7 +14,7 @@ from transformers import DynamicCache
 
 from lirefs import Direction, Gate, positions, wrap
 from lirefs import scope as scopes
-from lirefs.errors import ScopeError
+from lirefs.errors import InterventionError, ScopeError
 from lirefs.positions import prompt_lengths
 
 NEW = 5
@@ -422,3 +422,18 @@ def test_what_a_gate_decided_goes_with_it():
             assert len(positions._PROMPT.get().decisions) == 1
         gc.collect()  # the next steering may come to the same address
         assert not positions._PROMPT.get().decisions
+
+
+@pytest.mark.parametrize("per", ["token", "row"])
+def test_a_gate_that_reads_what_is_not_finite_says_so(per):
+    lm = language_model("llama")
+    gate = Gate(Direction(VECTOR, 1), 0.0, per=per)
+    hook = lm.layout.block(lm.model, 0).register_forward_pre_hook(
+        lambda _, args: (args[0] * torch.nan, *args[1:])
+    )
+    with (
+        pytest.raises(InterventionError, match=r"layer 1, resid_pre .* not finite"),
+        Direction(VECTOR, 2).steer("add", gate=gate).apply(lm.model),
+    ):
+        lm.model(torch.tensor([[0, 40, 50]]))
+    hook.remove()
