@@ -18,7 +18,14 @@ from torch import Tensor, nn
 
 from lirefs.errors import BakeError
 from lirefs.guest import Seen, evaluating, input_device, maybe_call, observe, text_config
-from lirefs.intervention import SITE_ORDER, Composition, Intervention, Steer, applied
+from lirefs.intervention import (
+    SITE_ORDER,
+    Composition,
+    Intervention,
+    Steer,
+    applied,
+    refuse_steered,
+)
 from lirefs.layout import Layout, find_layout
 from lirefs.scope import ALL
 
@@ -69,9 +76,11 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
         The changed copy, of the same class.
 
     Raises:
-        BakeError: Something cannot be expressed in weights; the message says what and why.
+        BakeError: Something cannot be expressed in weights; the message says what and why. Or a
+            steering is attached, whose hooks the copy would keep.
         InterventionError: The steering does not fit the model.
     """
+    refuse_steered(model, BakeError, "baked")
     members = _steerings(intervention)
     for one in members:
         layout = one.check(model)

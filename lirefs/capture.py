@@ -19,7 +19,8 @@ from tqdm.auto import tqdm
 from lirefs.batching import batches_by_tokens
 from lirefs.errors import CaptureError
 from lirefs.files import atomic_path
-from lirefs.layout import evaluating, hidden_input, hidden_of
+from lirefs.guest import evaluating, hidden_input, hidden_of
+from lirefs.layout import indices
 from lirefs.models import LanguageModel
 
 BATCH_TOKENS = 2048
@@ -88,8 +89,8 @@ def capture(
             layer does not exist, or a value is not finite (the message says where).
         LayoutError: If the architecture lacks a site.
     """
-    chosen = list(range(lm.n_layers)) if layers is None else list(layers)
-    offsets = (positions,) if isinstance(positions, int) else tuple(positions)
+    chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
+    offsets = (positions,) if isinstance(positions, int) else tuple(map(int, positions))
     places = tuple((layer, site) for layer in chosen for site in sites)
     ids = _token_ids(lm, prompts)
     _check(lm, ids, chosen, offsets, places)
@@ -101,7 +102,7 @@ def capture(
     values = torch.empty(len(ids), len(places), len(offsets), lm.width)
     for rows, states in _batches(lm, ids, places, offsets, batch_tokens, padding_side, progress):
         values[rows] = states
-    _check_finite(values, places, range(len(ids)))
+    check_finite(values, places, range(len(ids)))
     if file is not None:
         with atomic_path(file) as temporary:
             save_file({"values": values}, temporary)
@@ -137,12 +138,12 @@ def stream(
         CaptureError: As `capture`.
         LayoutError: If the architecture lacks a site.
     """
-    chosen = list(range(lm.n_layers)) if layers is None else list(layers)
+    chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
     places = tuple((layer, site) for layer in chosen for site in sites)
     ids = _token_ids(lm, prompts)
     _check(lm, ids, chosen, (position,), places)
     for rows, states in _batches(lm, ids, places, (position,), batch_tokens, "left", progress):
-        _check_finite(states, places, rows)
+        check_finite(states, places, rows)
         yield rows, states[:, :, 0]
 
 
@@ -254,10 +255,20 @@ def _check(
                 )
 
 
-def _check_finite(
+def check_finite(
     values: Tensor, places: tuple[tuple[int, str], ...], prompts: Sequence[int]
 ) -> None:
-    bad = ~torch.isfinite(values).all(dim=-1).all(dim=-1)
+    """Look for states that are not finite.
+
+    Args:
+        values: Shape (prompts, places, ..., width).
+        places: The (layer, site) pairs of the second axis.
+        prompts: What the prompts of the first axis are called in the message.
+
+    Raises:
+        CaptureError: One is not; the message says where.
+    """
+    bad = ~torch.isfinite(values).flatten(2).all(dim=-1)
     if bool(bad.any()):
         prompt, place = bad.nonzero()[0].tolist()
         layer, site = places[place]

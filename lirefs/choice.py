@@ -73,7 +73,9 @@ class Choice:
         """Take the gate's decision from the hidden states at its place; return them as they are."""
         if self._gate is None or self._tokens is None:
             return h
-        passes = self._gate.passes(h).view(self._tokens.position.shape)
+        position = self._tokens.position
+        rows = h.reshape(*position.shape, -1)  # some modules flatten the batch (OPT)
+        passes = self._gate.passes(rows, (position >= 0).to(h.device))
         if self._gate.per == "row":
             passes = self._decide(passes, self._tokens)
         self._passes = passes
@@ -84,10 +86,10 @@ class Choice:
         age = tokens.age.to(passes.device)
         last = (age == -1).expand(passes.shape)
         decided, now = (last & passes).any(dim=1), last.any(dim=1)
-        before = tokens.prompt.decisions.get(id(self))
+        before = tokens.prompt.decisions.get(self)
         if before is not None:
             decided = torch.where(now, decided, for_rows(before, len(decided)))
-        tokens.prompt.decisions[id(self)] = decided
+        tokens.prompt.decisions[self] = decided
         return decided.unsqueeze(1) & (age >= -1)
 
     def _shaped(self, values: Tensor, h: Tensor) -> Tensor:
@@ -101,9 +103,9 @@ class Choice:
             return
         # Only a beginning can be compared: what continues an unknown cache has no known length.
         prompt = tokens.known_prompt
-        if prompt is None or id(self) in prompt.checked:
+        if prompt is None or self in prompt.checked:
             return
-        prompt.checked.add(id(self))
+        prompt.checked.add(self)
         here = tokens.position.amax(dim=1) + 1
         lengths = for_rows(prompt.lengths.to(here.device), len(here))
-        self._scope.check(torch.maximum(here, lengths))
+        self._scope.check(torch.maximum(here, lengths), tokens.prompts)

@@ -69,6 +69,11 @@ def probe(
     asked = lirefs.load_questions("default" if questions is None else questions)
     other = None if transfer is None else lirefs.load_questions(transfer)
     split = asked.split(seed=seed)
+    # What can be wrong with a second set or model is looked at before the first fit.
+    other_split = None
+    if other is not None:
+        geometry.must_be_new(other, split)
+        other_split = other.split(seed=seed)
     settings: dict[str, Any] = {
         "site": site,
         "shuffles": shuffles,
@@ -77,7 +82,14 @@ def probe(
         "cache": cache_dir() / "activations",
     }
     lm = lirefs.load(model, device=device)
+    second = None if against is None else lirefs.load(against, device=device)
+    if second is not None and second.width != lm.width:
+        raise SettingError(
+            f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
+            "directions do not compare"
+        )
     found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
+    found.directions.save(out / "directions.safetensors")
     from lirefs.harness import probe_plots  # matplotlib takes a second to load
 
     figures = {
@@ -88,24 +100,22 @@ def probe(
     chance = 1.96 / lm.width**0.5
     maps = {f"between layers (random directions: within {chance:.2f})": found.directions}
     results = found.to_dict()
-    if other is not None:
+    if other is not None and other_split is not None:
         scored = geometry.transfer(lm, found.directions, other, split, seed=seed)
         figures["transfer"] = probe_plots.transfers(found, {other.source: scored})
         results["transfer"] = [one.to_dict() for one in scored.auroc]
         maps[f"with directions of {Path(other.source).name}"] = lirefs.fit(
-            lm, other.split(seed=seed), ESTIMATORS[estimator](), **{**settings, "grades": None}
+            lm, other_split, ESTIMATORS[estimator](), **{**settings, "grades": None}
         ).directions
     figures["cosines"] = probe_plots.cosine_maps(
         {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
     )
-    if against is not None:
-        second = lirefs.load(against, device=device)
+    if second is not None:
         pair = {
             lm.name: found,
             second.name: lirefs.fit(second, split, ESTIMATORS[estimator](), **settings),
         }
         figures["side_by_side"] = probe_plots.side_by_side(pair)
-    found.directions.save(out / "directions.safetensors")
     for name, picture in figures.items():
         atomic_write_bytes(out / f"{name}.png", picture)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
@@ -135,12 +145,13 @@ def steer(
         raise SettingError(f"--operator {operator!r}: one of {', '.join(OPERATORS)}")
     lm = lirefs.load(model, device=device)
     chosen = _direction(directions, layer, lm)
+    steerings = [chosen.steer(operator, value) for value in values]  # all, before any text
     table = Table(title=f"{operator} at layer {chosen.layer}, {chosen.site}", show_lines=True)
     table.add_column("strength")
     table.add_column("continuation")
     table.add_row("unsteered", lm.generate(prompt, max_new_tokens=tokens))
-    for value in values:
-        with chosen.steer(operator, value).apply(lm.model):
+    for value, steering in zip(values, steerings, strict=True):
+        with steering.apply(lm.model):
             table.add_row(f"{value:g}", lm.generate(prompt, max_new_tokens=tokens))
     Console().print(table, markup=False)
 
@@ -162,11 +173,12 @@ def export(
 def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:
     found = lirefs.Directions.load(path, lm)
     wanted = found.provenance.get("best_layer") if layer is None else layer
+    has = f"{path} has layers {', '.join(str(one) for one, _ in found)}"
+    if wanted is None:
+        raise SettingError(f"give --layer: {has}, and does not say which is the best")
     places = [one for one in found if one[0] == wanted]
     if len(places) != 1:
-        raise SettingError(
-            f"--layer {wanted}: {path} has layers {', '.join(str(one) for one, _ in found)}"
-        )
+        raise SettingError(f"--layer {wanted}: {has}")
     return found[places[0]]
 
 

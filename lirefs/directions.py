@@ -351,7 +351,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
         Raises:
             DirectionsFileError: If the file is missing, truncated or of another format.
-            ProvenanceError: If the directions were fitted on another model than `lm`.
+            ProvenanceError: If the directions were fitted on another model than `lm`, or the file
+                does not say on which.
         """
         try:
             with safe_open(str(path), framework="pt") as file:
@@ -375,7 +376,12 @@ class Directions(Mapping[tuple[int, str], Direction]):
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DirectionsFileError(f"{path}: cannot be read as directions: {error}") from error
         result = cls({(one.layer, one.site): one for one in directions}, provenance)
-        if lm is not None and provenance.get("model") != lm.fingerprint:
+        if lm is not None and not provenance.get("model"):
+            raise ProvenanceError(
+                f"{path}: does not say which model it was fitted on; load it without the model, "
+                "Directions.load(path), to use it all the same"
+            )
+        if lm is not None and provenance["model"] != lm.fingerprint:
             raise ProvenanceError(
                 f"{path}: fitted on another model ({provenance.get('model_name')!r}, not "
                 f"{lm.name!r})"

@@ -77,12 +77,7 @@ def transfer(
         QuestionsError: If the sets share a question.
         CaptureError: If activations cannot be read.
     """
-    used = {item.key for side in (fitted_on.train, fitted_on.validation) for item in side}
-    shared = [item.id for item in questions if item.key in used]
-    if shared:
-        raise QuestionsError(
-            f"{questions.source}: {len(shared)} question(s) were fitted on, first {shared[0]!r}"
-        )
+    must_be_new(questions, fitted_on)
     layers = [layer for layer, _ in directions]
     sites = {site for _, site in directions}
     units = _units(directions)
@@ -103,6 +98,24 @@ def transfer(
         auroc=tuple(auroc(projections[:, place], labels) for place in range(len(layers))),
         random=tuple(Estimate(float(one.mean()), *interval(one), len(labels)) for one in found),
     )
+
+
+def must_be_new(questions: Questions, fitted_on: Split) -> None:
+    """Look for questions that directions were fitted or chosen on.
+
+    Args:
+        questions: The set to score directions on.
+        fitted_on: What they were fitted and chosen on.
+
+    Raises:
+        QuestionsError: If the sets share a question.
+    """
+    used = {item.key for side in (fitted_on.train, fitted_on.validation) for item in side}
+    shared = [item.id for item in questions if item.key in used]
+    if shared:
+        raise QuestionsError(
+            f"{questions.source}: {len(shared)} question(s) were fitted on, first {shared[0]!r}"
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -39,6 +39,9 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
     Raises:
         BackendError: The steering is not an addition, or is at a place that llama.cpp lacks.
         InterventionError: A layer or a width does not exist in the model.
+        LayoutError: The architecture lacks a site.
+        ProvenanceError: A direction was fitted on another model.
+        SettingError: There is no site of such a name.
     """
     steering = steer if isinstance(steer, Steer) else steer.steer("add")
     if steering.operator != "add":
@@ -47,7 +50,7 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
             "weights instead"
         )
     summed: dict[int, Tensor] = {}
-    for layer, site, operator in operators(steering, lm.layout):
+    for layer, site, operator in operators(steering, lm):
         block = layer - 1 if site == "resid_pre" else layer
         if site == "attn_out":
             raise BackendError("attn_out cannot be written: the MLP of the same block reads it")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
@@ -11,17 +12,22 @@ from torch import nn
 
 from lirefs.choice import Choice
 from lirefs.directions import Direction, Directions
-from lirefs.errors import InterventionError, ProvenanceError, ScopeError
-from lirefs.layout import Layout, layout_of, text_config
+from lirefs.errors import InterventionError, LirefsError, ProvenanceError, ScopeError
+from lirefs.guest import text_config
+from lirefs.layout import Layout, indices, layout_of
 from lirefs.models import is_model
 from lirefs.operators import IDLE_AT_ZERO, OPERATORS, Operator
-from lirefs.positions import tracker_of
+from lirefs.positions import refuse_empty, tracker_of
 from lirefs.scope import ALL, Scope, as_scope
 from lirefs.sites import change_at
 from lirefs.strength import Gate, Rows, Schedule, Strength, as_strength
 
 # The order in which the sites of a block are computed.
 SITE_ORDER = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+
+
+# The steerings that are attached to each model, in order.
+_ATTACHED: weakref.WeakKeyDictionary[nn.Module, list[Steer]] = weakref.WeakKeyDictionary()
 
 
 class Handle(Protocol):
@@ -87,7 +93,7 @@ class Steer:
         directions: One direction, or `Directions`, each acting at its own place.
         operator: One of the above.
         strength: a: a finite number; a mapping from layer to number; a list or tensor with one
-            entry for each row of the batch (None: leave this row as it is); a `Schedule`, or a
+            entry for each prompt of the batch (None: leave it as it is); a `Schedule`, or a
             function from the index of a generated token to a number. `ablate` takes none but 1.
         layers: For a single direction: None for its own layer, `"all"`, or layer indices.
         sites: Sites at each of these layers; None for the direction's own.
@@ -99,6 +105,7 @@ class Steer:
 
     Raises:
         InterventionError: If an argument is not one of these.
+        SettingError: If `layers` are no indices.
         ScopeError: If there is no such scope.
     """
 
@@ -139,9 +146,11 @@ class Steer:
             raise InterventionError("there is no direction to steer with")
         self.operator = operator
         self.layers: str | list[int] | None = (
-            layers if layers is None or isinstance(layers, str) else sorted(set(layers))
+            layers if layers is None or isinstance(layers, str) else sorted(set(indices(layers)))
         )
         self.sites = None if sites is None else tuple(sites)
+        if self.layers == [] or self.sites == ():
+            raise InterventionError("layers or sites are empty: there is no place to steer")
         self.scope = as_scope(scope)
         self.gate = gate
         self.any_model = any_model
@@ -226,13 +235,19 @@ class Steer:
             LayoutError: If the architecture lacks a site.
             ProvenanceError: If a direction was fitted on another model.
         """
-        layout = self.check(model)
+        return self.attach_checked(model, self.check(model))
+
+    def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
+        """Install the hooks on a model for which `check` returned this layout."""
         handles = _Handles()
         try:
             self._install(model, layout, handles)
         except BaseException:
             handles.remove()
             raise
+        attached = _ATTACHED.setdefault(model, [])
+        attached.append(self)
+        handles.add(lambda: attached.remove(self))
         return handles
 
     def _install(self, model: nn.Module, layout: Layout, handles: _Handles) -> None:
@@ -245,6 +260,8 @@ class Steer:
                 gate = self.gate.direction
                 module, side = layout.module(model, gate.site, gate.layer)
                 handles.add(change_at(module, side, choice.read_gate))
+        else:
+            handles.add(refuse_empty(model, layout))
         for layer, site, direction in self.places(layout):
             number = self._number(layer)
             # Strength 0 must leave every bit as it is (h + 0 would turn -0.0 into 0.0): no hook.
@@ -285,11 +302,34 @@ class Steer:
             ],
         }
 
+    def __str__(self) -> str:
+        layers = self.layers or sorted({one.layer for one in self.directions})
+        return f"{self.operator} at layers {layers}, scope {self.scope.name!r}"
+
     def __add__(self, other: Intervention) -> Composition:
         return compose(self, other)
 
     def __radd__(self, other: Intervention) -> Composition:
         return compose(other, self)
+
+
+def refuse_steered(model: nn.Module, error: type[LirefsError], doing: str) -> None:
+    """Refuse a model that is steered, for what would copy its hooks.
+
+    Args:
+        model: The model.
+        error: What to raise.
+        doing: What was to be done, as in "cannot be baked".
+
+    Raises:
+        LirefsError: Of the type `error`; the message says which steering is attached.
+    """
+    attached = _ATTACHED.get(model)
+    if attached:
+        raise error(
+            f"a steered model cannot be {doing}: {'; '.join(map(str, attached))} is attached; take "
+            "it off first (leave the `with`, or call the handle's remove)"
+        )
 
 
 def _only_ones(strength: float | dict[int, float] | Rows | Schedule) -> bool:
@@ -326,13 +366,14 @@ class Composition:
         Steerings are checked first of all: a weight edit among the members would make the model
         look like another than the one that their directions were fitted on.
         """
-        for member in self.members:
-            if isinstance(member, Steer):
-                member.check(model)
+        layouts = [one.check(model) if isinstance(one, Steer) else None for one in self.members]
         handles = _Handles()
         try:
-            for member in self.members:
-                handles.add(member.attach(model).remove)
+            for member, layout in zip(self.members, layouts, strict=True):
+                if isinstance(member, Steer) and layout is not None:
+                    handles.add(member.attach_checked(model, layout).remove)
+                else:
+                    handles.add(member.attach(model).remove)
         except BaseException:
             handles.remove()
             raise

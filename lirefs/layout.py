@@ -10,43 +10,15 @@ from __future__ import annotations
 import itertools
 import operator
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, SupportsIndex
 
 import torch
 from torch import Tensor, nn
 
 from lirefs.errors import LayoutError, SettingError
-from lirefs.guest import (
-    Seen,
-    accepts,
-    evaluating,
-    hidden_input,
-    hidden_of,
-    input_device,
-    maybe_call,
-    observe,
-    text_config,
-    with_hidden,
-    with_hidden_input,
-)
-
-__all__ = [
-    "SITES",
-    "Layout",
-    "Site",
-    "accepts",
-    "evaluating",
-    "find_layout",
-    "hidden_input",
-    "hidden_of",
-    "input_device",
-    "layout_of",
-    "text_config",
-    "with_hidden",
-    "with_hidden_input",
-]
+from lirefs.guest import Seen, maybe_call, observe, text_config
 
 Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
 SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out")
@@ -140,6 +112,18 @@ class Layout:
             "norms": ", ".join(self.norms) or "none",
         }
         return "\n".join(f"{part}: {name}" for part, name in parts.items())
+
+
+def indices(layers: Iterable[SupportsIndex]) -> list[int]:
+    """Layers as plain integers, in the order given.
+
+    Raises:
+        SettingError: They are no collection of integers.
+    """
+    try:
+        return [operator.index(layer) for layer in layers]
+    except TypeError:
+        raise SettingError(f"layers must be a list of integers, got {layers!r}") from None
 
 
 def layout_of(model: nn.Module) -> Layout:

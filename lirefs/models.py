@@ -8,6 +8,7 @@ import os
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -18,9 +19,11 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+from kfac.weight_edit import originals_of
 from lirefs.builtin import BUILTIN
 from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
-from lirefs.layout import Layout, accepts, evaluating, find_layout, input_device
+from lirefs.guest import accepts, evaluating, input_device
+from lirefs.layout import Layout, find_layout
 
 # Settings of a configuration that do not change what the model computes, or that depend on how
 # it was loaded. Keys that begin with an underscore are left out as well.
@@ -39,12 +42,13 @@ _NOT_ESSENTIAL = {
 _HUB_SECONDS = 5.0
 
 
-# Fingerprints that each model has or had: an edit that comes and goes leaves it the model it was.
-_KNOWN: weakref.WeakKeyDictionary[nn.Module, set[str]] = weakref.WeakKeyDictionary()
+# Fingerprints of the last few states of each model, so that a sweep hashes its weights once.
+_HASHES: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
+_STATES = 4
 
 
 def is_model(model: nn.Module, made_on: str) -> bool:
-    """Whether a model is the one of a fingerprint, now or at an earlier look.
+    """Whether a model is the one of a fingerprint: as it is, or without the edits it is under.
 
     Args:
         model: The bare model.
@@ -53,10 +57,33 @@ def is_model(model: nn.Module, made_on: str) -> bool:
     Raises:
         ProvenanceError: A weight is offloaded and cannot be read.
     """
-    known = _KNOWN.setdefault(model, set())
-    if made_on not in known:
-        known.add(_model_hash(model))
-    return made_on in known
+    return made_on in (_fingerprint(model, edited=False), _fingerprint(model))
+
+
+def _fingerprint(model: nn.Module, edited: bool = True) -> str:
+    """SHA-256 of configuration and weights; `edited`: with the removable edits in place."""
+    weights = {
+        name: parameter if edited else _unedited(parameter)
+        for name, parameter in model.named_parameters()
+    }
+    # An address alone would not do: freed memory is given to the next edit's weights. The version
+    # is the parameter's own, which counts changes in place and not the edits that come and go.
+    state = tuple(
+        (StorageWeakRef(one.untyped_storage()), one.data_ptr(), parameter._version)  # type: ignore[no-untyped-call]
+        for one, parameter in zip(weights.values(), model.parameters(), strict=True)
+    )
+    hashes = _HASHES.setdefault(model, {})
+    if state not in hashes:
+        hashes[state] = _model_hash(model, weights)
+        for old in list(hashes)[:-_STATES]:
+            del hashes[old]
+    return hashes[state]
+
+
+def _unedited(parameter: nn.Parameter) -> Tensor:
+    """What a parameter held before the edits of `kfac` that are attached now."""
+    whole: Any = SimpleNamespace(parameter=parameter, view=lambda tensor: tensor)
+    return next(iter(originals_of(whole)), parameter)
 
 
 class LanguageModel:
@@ -76,7 +103,6 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.layout = layout
         self.name = name
-        self._fingerprint: tuple[object, str] | None = None
         self._tokenizer_fingerprint: str | None = None
 
     def __repr__(self) -> str:
@@ -107,15 +133,7 @@ class LanguageModel:
         Raises:
             ProvenanceError: A weight is offloaded and cannot be read.
         """
-        # An address alone would not do: freed memory is given to the next edit's weights.
-        state = tuple(
-            (StorageWeakRef(p.untyped_storage()), p.data_ptr(), p._version)  # type: ignore[no-untyped-call]
-            for p in self.model.parameters()
-        )
-        if self._fingerprint is None or self._fingerprint[0] != state:
-            self._fingerprint = (state, _model_hash(self.model))
-            _KNOWN.setdefault(self.model, set()).add(self._fingerprint[1])
-        return self._fingerprint[1]
+        return _fingerprint(self.model)
 
     @property
     def tokenizer_fingerprint(self) -> str:
@@ -341,17 +359,17 @@ def _load_error(
     )
 
 
-def _model_hash(model: nn.Module) -> str:
+def _model_hash(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of configuration and weights, streamed one parameter at a time."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else {}
     digest = hashlib.sha256()
     digest.update(json.dumps(_essential(settings), sort_keys=True, default=str).encode())
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, weight in weights.items():
+        if weight.is_meta:
             raise ProvenanceError(f"{name} is offloaded, so the model has no fingerprint")
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        flat = parameter.detach().reshape(-1).contiguous().cpu()
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().reshape(-1).contiguous().cpu()
         digest.update(flat.view(torch.uint8).numpy().data)
     return digest.hexdigest()
 

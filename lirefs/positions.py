@@ -34,25 +34,36 @@ class Prompt:
     Attributes:
         lengths: Tokens of each prompt, padding not counted, (items,).
         width: For `generate`: columns of the prompt, padding counted; None elsewhere. There, all
-            rows of the batch end their prompt in the same column.
-        decisions: What the gates decided for each row, by gate.
-        checked: Scopes that were compared with the lengths already.
+            rows of the batch begin to generate in the same column.
+        ages: For `generate` with a mask: index among the generated tokens of each column of the
+            prompt, (items, width), so -1 for the last token and -1 - length for padding.
+        decisions: What the gates decided for each row, by the attached steering (held weakly:
+            another one may come to its address).
+        checked: Those whose scopes were compared with the lengths already.
         explicit: Whether somebody said where it ends.
     """
 
-    def __init__(self, lengths: Tensor, width: int | None = None, explicit: bool = True) -> None:
+    def __init__(
+        self,
+        lengths: Tensor,
+        width: int | None = None,
+        explicit: bool = True,
+        ages: Tensor | None = None,
+    ) -> None:
         self.lengths = lengths
         self.width = width
         self.explicit = explicit
-        self.decisions: dict[int, Tensor] = {}
-        self.checked: set[int] = set()
+        self.ages = ages
+        self.decisions: weakref.WeakKeyDictionary[object, Tensor] = weakref.WeakKeyDictionary()
+        self.checked: weakref.WeakSet[object] = weakref.WeakSet()
 
     def select(self, rows: Tensor) -> Prompt:
         """What is known after the rows of the batch were picked anew, (rows,) indices."""
-        picked = Prompt(self.lengths[rows.to(self.lengths.device)], self.width, self.explicit)
-        picked.decisions = {
-            gate: decided[rows.to(decided.device)] for gate, decided in self.decisions.items()
-        }
+        rows = rows.to(self.lengths.device)
+        ages = None if self.ages is None else self.ages[rows]
+        picked = Prompt(self.lengths[rows], self.width, self.explicit, ages)
+        for gate, decided in self.decisions.items():
+            picked.decisions[gate] = decided[rows.to(decided.device)]
         return picked
 
 
@@ -109,17 +120,39 @@ class Tokens:
         self.known_prompt = prompt
         self._past = past
         self._begins = begins
+        if prompt is not None and prompt.ages is not None:
+            # Its mask knows the padding on either side, under any cache.
+            self.position = self.age + self._lengths(prompt)
 
     @functools.cached_property
     def age(self) -> Tensor:
         """Index among the generated tokens, (rows or 1, tokens); negative inside the prompt."""
         prompt = self.prompt
+        if prompt.width is None:
+            return self.position - self._lengths(prompt)
         rows, width = self.position.shape
-        if prompt.width is not None:
-            columns = torch.arange(width, device=self.position.device)
-            return (columns + (self._past - prompt.width)).unsqueeze(0)
+        columns = torch.arange(width, device=self.position.device) + self._past
+        new = (columns - prompt.width).unsqueeze(0)
+        if prompt.ages is None:
+            return new
+        prompt.ages = prompt.ages.to(self.position.device)
+        old = for_rows(prompt.ages, rows)[:, columns.clamp(max=prompt.width - 1)]
+        return torch.where(new < 0, old, new)
+
+    def _lengths(self, prompt: Prompt) -> Tensor:
+        """Tokens of the prompt of each row, (rows, 1)."""
         prompt.lengths = prompt.lengths.to(self.position.device)
-        return self.position - for_rows(prompt.lengths, rows).unsqueeze(1)
+        return for_rows(prompt.lengths, self.position.shape[0]).unsqueeze(1)
+
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts the rows belong to (beams share one), None where nobody said."""
+        known = self.known_prompt
+        if known is None:
+            return None
+        # One length without `generate` may have been said for all rows.
+        alone = len(known.lengths) == 1 and known.width is None and len(self.position) > 1
+        return None if alone else len(known.lengths)
 
     @functools.cached_property
     def prompt(self) -> Prompt:
@@ -201,13 +234,10 @@ class Tracker:
 
     def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         given = dict(zip(self._names, args, strict=False)) | kwargs
-        source = given.get("inputs_embeds")
-        source = given.get("input_ids") if source is None else source
-        if not isinstance(source, Tensor):
+        source = _source(given)
+        if source is None:
             raise ScopeError("the forward pass has neither input_ids nor inputs_embeds")
         rows, width = source.shape[:2]
-        if not rows or not width:
-            raise ScopeError(f"the batch is empty: {rows} row(s) of {width} token(s)")
         cache: Any = given.get("past_key_values")
         past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
         if isinstance(past, Tensor):
@@ -233,6 +263,21 @@ class Tracker:
             self._by_cache[cache] = self._learned
 
 
+def refuse_empty(model: nn.Module, layout: Layout) -> Callable[[], None]:
+    """Let every forward pass of an empty batch end with a named error, before a block runs.
+
+    Returns:
+        A function that takes this off again.
+    """
+    owner = model.get_submodule(layout.blocks.rpartition(".")[0])
+    names = list(inspect.signature(owner.forward).parameters)
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        _source(dict(zip(names, args, strict=False)) | kwargs)
+
+    return owner.register_forward_pre_hook(before, with_kwargs=True, prepend=True).remove
+
+
 _TRACKERS: weakref.WeakKeyDictionary[nn.Module, Tracker] = weakref.WeakKeyDictionary()
 
 
@@ -241,6 +286,21 @@ def tracker_of(model: nn.Module, layout: Layout) -> Tracker:
     if model not in _TRACKERS:
         _TRACKERS[model] = Tracker(model, layout)
     return _TRACKERS[model]
+
+
+def _source(given: dict[str, Any]) -> Tensor | None:
+    """What a forward pass reads, (rows, tokens, ...), None where it is not found.
+
+    Raises:
+        ScopeError: The batch is empty.
+    """
+    source = given.get("inputs_embeds")
+    source = given.get("input_ids") if source is None else source
+    if not isinstance(source, Tensor):
+        return None
+    if not source.shape[0] or not source.shape[1]:
+        raise ScopeError(f"the batch is empty: its shape is {tuple(source.shape)}")
+    return source
 
 
 def _positions(
@@ -278,6 +338,9 @@ def _prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
         # Longer than the inputs where a cache holds the beginning.
-        return Prompt((mask != 0).sum(dim=1), width=max(mask.shape[1], source.shape[1]))
+        real = mask != 0
+        lengths = real.sum(dim=1)
+        position = (real.cumsum(dim=1) - 1).masked_fill(~real, -1)
+        return Prompt(lengths, width=mask.shape[1], ages=position - lengths.unsqueeze(1))
     lengths = torch.full((source.shape[0],), source.shape[1], device=source.device)
     return Prompt(lengths, width=source.shape[1])

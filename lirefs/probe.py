@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +14,12 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from lirefs.capture import Activations, capture, stream
+from lirefs.capture import Activations, capture, check_finite, stream
 from lirefs.directions import Direction, Directions
-from lirefs.errors import CaptureError, QuestionsError
+from lirefs.errors import CaptureError, QuestionsError, SettingError
 from lirefs.estimators import MeanDifference
 from lirefs.files import read_jsonl
+from lirefs.layout import indices
 from lirefs.learning import Floats, HoldingLearner, Ints, Learner, SumLearner
 from lirefs.models import LanguageModel
 from lirefs.questions import LABELS, Questions, Split
@@ -124,7 +125,7 @@ def fit(
     split: Split,
     estimator: Any = None,
     *,
-    layers: list[int] | None = None,
+    layers: Sequence[int] | None = None,
     site: str = "resid_pre",
     grades: Mapping[str, float] | None = None,
     shuffles: int = 100,
@@ -148,7 +149,8 @@ def fit(
         site: Where in the block; always the raw states, never after the final norm.
         grades: Score in [0, 1] by question id, how much reasoning a question needs; None for
             the labels.
-        shuffles: Repetitions of the shuffled-label control, and number of random directions.
+        shuffles: Repetitions of the shuffled-label control, and number of random directions; at
+            least 1.
         seed: Seed of the controls.
         cache: Folder that keeps the activations (see `capture`).
         progress: Show progress bars.
@@ -156,15 +158,19 @@ def fit(
     Raises:
         CaptureError: If activations cannot be read, or no layer separates train items at all.
         QuestionsError: If a question has no grade, or one outside [0, 1].
-        SettingError: If the estimator is not a linear model.
+        SettingError: If the estimator is not a linear model, `shuffles` is below 1, or `layers`
+            are no indices.
     """
+    if shuffles < 1:
+        raise SettingError(f"shuffles={shuffles}: the controls need at least one")
+    layers = list(range(lm.n_layers)) if layers is None else indices(layers)
     estimator = MeanDifference() if estimator is None else estimator
     items = [item for side in split.sides.values() for item in side]
     labels = np.array([label for side in split.sides.values() for label in side.labels])
     targets = _grades(items, grades, labels)
     first, second = len(split.train), len(split.train) + len(split.validation)
     prompts = [item.prompt for item in items]
-    places = [(layer, site) for layer in (range(lm.n_layers) if layers is None else layers)]
+    places = [(layer, site) for layer in layers]
     states = None
     if cache is not None:
         held = capture(lm, prompts, layers=layers, sites=[site], cache=cache, progress=progress)
@@ -221,7 +227,8 @@ def fit_directions(
             model is refused.
 
     Raises:
-        CaptureError: If there is not one label for each prompt, or not one position.
+        CaptureError: If there is not one label for each prompt, or not one position, a label is
+            neither 0 nor 1 or one of them is missing, or a state is not finite.
         SettingError: If the estimator is not a linear model.
     """
     values = states.values
@@ -230,6 +237,12 @@ def fit_directions(
             f"expected one position and {len(values)} labels, got {values.shape[2]} and "
             f"{len(labels)}"
         )
+    found = set(labels)
+    if found != {0, 1}:
+        raise CaptureError(
+            f"labels must hold 0 (memory) and 1 (reasoning), both of them; found {sorted(found)}"
+        )
+    check_finite(values, states.places, range(len(values)))
     index = np.asarray(labels, np.int64)
     estimator = MeanDifference() if estimator is None else estimator
     none = np.empty((0, len(index)), np.int64)

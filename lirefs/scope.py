@@ -33,6 +33,11 @@ class Where(Protocol):
         """
         ...
 
+    @property
+    def prompts(self) -> int | None:
+        """How many prompts the rows belong to (beams share one), None where nobody said."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class Scope:
@@ -52,21 +57,23 @@ class Scope:
     first: int = 0
     ends: Tensor | None = None
 
-    def check(self, lengths: Tensor) -> None:
+    def check(self, lengths: Tensor, prompts: int | None = None) -> None:
         """Compare with the texts it is used on.
 
         Args:
             lengths: Tokens in each row, (rows,).
+            prompts: How many prompts the rows belong to, where that is known.
 
         Raises:
             ScopeError: It was made for another number of rows, or reaches past the end of one.
         """
         if self.ends is None:
             return
-        beyond = (for_rows(self.ends.to(lengths.device), len(lengths)) > lengths).nonzero()
+        ends = for_rows(self.ends.to(lengths.device), len(lengths), prompts)
+        beyond = (ends > lengths).nonzero()
         if len(beyond):
             row = int(beyond[0])
-            last = int(for_rows(self.ends, len(lengths))[row]) - 1
+            last = int(ends[row]) - 1
             raise ScopeError(
                 f"the scope {self.name!r} reaches past the end: position {last} of row {row}, "
                 f"which has {int(lengths[row])} token(s)"
@@ -116,6 +123,8 @@ def first_generated(n: int) -> Scope:
 
 def from_position(position: int) -> Scope:
     """Every token from a position on, counted from 0 in the unpadded text.
+
+    A text that ends before it is not steered: how far a generation goes is not known beforehand.
 
     Raises:
         ScopeError: `position` is not an integer from 0.
@@ -206,7 +215,7 @@ def as_scope(scope: Scope | str) -> Scope:
     """
     if isinstance(scope, Scope):
         return scope
-    if scope not in _BY_NAME:
+    if not isinstance(scope, str) or scope not in _BY_NAME:
         raise ScopeError(
             f"scope {scope!r} is not one of {', '.join(_BY_NAME)}; the others are functions of "
             "lirefs.scope"
@@ -214,17 +223,23 @@ def as_scope(scope: Scope | str) -> Scope:
     return _BY_NAME[scope]()
 
 
-def for_rows(values: Tensor, rows: int) -> Tensor:
+def for_rows(values: Tensor, rows: int, prompts: int | None = None) -> Tensor:
     """Values of each item for the rows of a batch, in which an item may have several (beams).
 
     Args:
         values: One entry per item along the first axis.
         rows: Rows of the batch; those of an item stand together.
+        prompts: How many prompts the rows belong to; None where nobody said.
 
     Raises:
-        ScopeError: The rows are no multiple of the items.
+        ScopeError: The items are neither one nor as many as the prompts, or the rows are no
+            multiple of them.
     """
     items = values.shape[0]
+    if prompts is not None and items not in (1, prompts):
+        raise ScopeError(
+            f"made for {items} row(s), but the batch has {prompts} prompt(s); give one for each"
+        )
     if items in (1, rows):
         return values.expand(rows, *values.shape[1:])
     if rows % items:
@@ -244,7 +259,7 @@ def _marked(name: str, positions: list[list[int]]) -> Scope:
         position = where.position
         if position.device not in tables:
             tables[position.device] = table.to(position.device)
-        known = for_rows(tables[position.device], position.shape[0])
+        known = for_rows(tables[position.device], position.shape[0], where.prompts)
         inside = (position >= 0) & (position < table.shape[1])
         return known.gather(1, position.clamp(0, table.shape[1] - 1)) & inside
 

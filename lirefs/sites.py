@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from lirefs.layout import hidden_input, hidden_of, with_hidden, with_hidden_input
+from lirefs.guest import hidden_input, hidden_of, with_hidden, with_hidden_input
 
 Change = Callable[[Tensor], Tensor]
 Side = Literal["input", "output"]

@@ -12,6 +12,9 @@ from sklearn.metrics import roc_auc_score
 
 Floats = npt.NDArray[np.float64]
 
+# Counts held at once by a bootstrap, which is otherwise resamples times items.
+CHUNK = 1 << 20
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -45,7 +48,7 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> Estimate:
     return Estimate(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
 
 
-def resample_counts(n: int, resamples: int, seed: int) -> Floats:
+def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> Floats:
     """How often each of n items is drawn in each bootstrap resample, shape (resamples, n)."""
     generator = np.random.default_rng(seed)
     return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
@@ -70,11 +73,21 @@ def auroc(scores: Floats, labels: npt.NDArray[np.int64], resamples: int = 2000) 
     """
     value = float(roc_auc_score(labels, scores))
     positive, negative = scores[labels == 1], scores[labels == 0]
-    # AUROC = mean over pairs of [p > n] + [p = n] / 2, so a resample only reweights the pairs.
-    wins = (positive[:, None] > negative[None]) + 0.5 * (positive[:, None] == negative[None])
-    rows = resample_counts(len(positive), resamples, seed=0)
-    columns = resample_counts(len(negative), resamples, seed=1)
-    areas = np.einsum("rn,rn->r", rows @ wins, columns) / wins.size
+    # AUROC = mean over pairs of [p > n] + [p = n] / 2, so a resample only reweights the pairs: a
+    # positive wins the weight of the negatives below it, and half the weight of those beside it.
+    order = np.argsort(negative)
+    below = np.searchsorted(negative, positive, "left", sorter=order)
+    up_to = np.searchsorted(negative, positive, "right", sorter=order)
+    first, second = np.random.default_rng(0), np.random.default_rng(1)
+    areas = np.empty(resamples)
+    step = max(1, CHUNK // len(scores))
+    for begin in range(0, resamples, step):
+        size = min(step, resamples - begin)
+        rows = resample_counts(len(positive), size, first)
+        columns = resample_counts(len(negative), size, second)[:, order]
+        weight = np.pad(columns.cumsum(axis=1), ((0, 0), (1, 0)))
+        wins = np.einsum("rn,rn->r", rows, weight[:, below] + weight[:, up_to])
+        areas[begin : begin + size] = wins / (2 * len(positive) * len(negative))
     return Estimate(value, *interval(areas), len(scores))
 
 

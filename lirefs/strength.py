@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -41,10 +42,11 @@ class Rows:
     def at(self, where: Where) -> tuple[Tensor, Tensor]:
         """Strength of each token, and which are steered at all: both (rows, 1)."""
         rows, device = where.position.shape[0], where.position.device
+        prompts = where.prompts
         self._strengths, self._steered = self._strengths.to(device), self._steered.to(device)
         return (
-            for_rows(self._strengths, rows).unsqueeze(1),
-            for_rows(self._steered, rows).unsqueeze(1),
+            for_rows(self._strengths, rows, prompts).unsqueeze(1),
+            for_rows(self._steered, rows, prompts).unsqueeze(1),
         )
 
     def describe(self) -> Any:
@@ -108,6 +110,9 @@ def as_strength(strength: Strength) -> float | dict[int, float] | Rows | Schedul
     if isinstance(strength, Tensor) and strength.dim() == 0:
         return finite(strength.item())
     if isinstance(strength, Mapping):
+        for layer in strength:
+            if isinstance(layer, bool) or not isinstance(layer, Integral):
+                raise InterventionError(f"strengths by layer go under integers, got {layer!r}")
         return {int(layer): finite(value) for layer, value in strength.items()}
     if isinstance(strength, Sequence | Tensor) and not isinstance(strength, str):
         return Rows(strength)
@@ -172,10 +177,27 @@ class Gate:
         """The threshold that counts."""
         return sum(self.direction.means) / 2 if self.threshold is None else self.threshold
 
-    def passes(self, states: Tensor) -> Tensor:
-        """Which hidden states pass: (..., width) to boolean (...)."""
+    def passes(self, states: Tensor, real: Tensor) -> Tensor:
+        """Which hidden states pass.
+
+        Args:
+            states: Shape (..., width).
+            real: Which of them are no padding, boolean, (...).
+
+        Returns:
+            Boolean, (...).
+
+        Raises:
+            InterventionError: The projection of one that is no padding is not finite, so nothing
+                could be decided.
+        """
         dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
         along = states.to(dtype) @ self.direction.unit.to(states.device, dtype)
+        if not torch.compiler.is_compiling() and not bool((along.isfinite() | ~real).all()):
+            raise InterventionError(
+                f"the gate at layer {self.direction.layer}, {self.direction.site} reads hidden "
+                "states that are not finite; try a wider dtype"
+            )
         return along > self.level if self.above else along < self.level
 
     def describe(self) -> dict[str, Any]:

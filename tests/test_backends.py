@@ -1,6 +1,7 @@
 """One direction, one operator, three runtimes: the same logits and the same text."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,14 +11,14 @@ from lirefs import Direction, capture, wrap
 from lirefs.backends import nnsight as sight
 from lirefs.backends import operators
 from lirefs.backends import transformer_lens as lens
-from lirefs.errors import BackendError, CaptureError, InterventionError
+from lirefs.errors import BackendError, CaptureError, InterventionError, ProvenanceError
 from lirefs.intervention import applied
 from lirefs.scope import generated
 
 PROMPTS = ["Q: how many\nA: ", "a text of some length"]
 
 
-@pytest.fixture(scope="module", params=["llama", "olmo2", "gpt2"])
+@pytest.fixture(scope="module", params=["llama", "olmo2", "gpt2", "gemma2"])
 def runtimes(request):
     lm = wrap(fresh_model(request.param), tiny_tokenizer(), name=f"tiny-{request.param}")
     before = copy.deepcopy(lm.model.state_dict())
@@ -42,7 +43,7 @@ STEERS = [
 @pytest.mark.parametrize("steer", [None, *STEERS], ids=lambda s: s and s.operator)
 def test_three_runtimes_agree(runtimes, steer):
     lm, bridge, model, _ = runtimes
-    hooks = [] if steer is None else lens.hooks(steer, bridge, lm.layout)
+    hooks = [] if steer is None else lens.hooks(steer, bridge, lm)
     for ids in lm.encode(PROMPTS):
         tokens = torch.tensor([ids])
         with torch.no_grad(), applied(steer, lm.model):
@@ -60,18 +61,18 @@ def test_three_runtimes_agree(runtimes, steer):
             )
         torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
         assert continued.tolist() == text.tolist()
-        seen = sight.logits(model, lm.layout, tokens, steer)
+        seen = sight.logits(model, lm, tokens, steer)
         torch.testing.assert_close(seen, ours, atol=1e-4, rtol=0)
-        traced = sight.generate(model, lm.layout, tokens, steer, max_new_tokens=5)
+        traced = sight.generate(model, lm, tokens, steer, max_new_tokens=5)
         assert traced.tolist() == text.tolist()
 
 
 def test_steering_moves_the_logits(runtimes):
     lm, _, model, _ = runtimes
     tokens = torch.tensor(lm.encode(PROMPTS[:1]))
-    plain = sight.logits(model, lm.layout, tokens)
+    plain = sight.logits(model, lm, tokens)
     for steer in STEERS:
-        assert (sight.logits(model, lm.layout, tokens, steer) - plain).abs().max() > 1e-3
+        assert (sight.logits(model, lm, tokens, steer) - plain).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("site", ["resid_pre", "resid_post", "attn_out", "mlp_out"])
@@ -84,6 +85,47 @@ def test_three_runtimes_see_the_same_states(runtimes, site):
     ):
         assert theirs.places == ours.places
         torch.testing.assert_close(theirs.values, ours.values, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("steer", STEERS, ids=lambda s: s.operator)
+def test_three_runtimes_agree_on_a_padded_batch(runtimes, steer):
+    lm, bridge, model, _ = runtimes
+    batch = lm.pad(lm.encode(PROMPTS))
+    ids, mask = batch["input_ids"], batch["attention_mask"]
+    with torch.no_grad(), steer.apply(lm.model):
+        ours = lm.model(**batch).logits[mask == 1]
+    with torch.no_grad(), bridge.hooks(fwd_hooks=lens.hooks(steer, bridge, lm)):
+        theirs = bridge(ids, attention_mask=mask, return_type="logits")[mask == 1]
+    torch.testing.assert_close(theirs, ours, atol=1e-4, rtol=0)
+    traced = sight.logits(model, lm, batch, steer)[mask == 1]
+    torch.testing.assert_close(traced, ours, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("site", ["resid_pre", "attn_out", "mlp_out"])
+def test_nnsight_reads_modules_that_flatten_the_batch(site):
+    lm = wrap(fresh_model("opt"), tiny_tokenizer())
+    ours = capture(lm, PROMPTS, sites=[site], progress=False)
+    theirs = sight.capture(sight.wrap(lm), lm, PROMPTS, site=site)
+    torch.testing.assert_close(theirs.values, ours.values, atol=1e-4, rtol=1e-4)
+
+
+def test_states_that_are_not_finite_are_refused():
+    lm = wrap(fresh_model("llama"), tiny_tokenizer(), name="tiny")
+    with torch.no_grad():
+        lm.model.model.layers[1].mlp.down_proj.weight[0, 0] = torch.inf
+    bridge, model = lens.boot(lm), sight.wrap(lm)
+    for read in (
+        lambda: lens.capture(bridge, lm, PROMPTS),
+        lambda: sight.capture(model, lm, PROMPTS),
+    ):
+        with pytest.raises(CaptureError, match="first at prompt 0, layer 2"):
+            read()
+
+
+def test_a_steered_model_is_not_booted():
+    lm = wrap(fresh_model("llama"), tiny_tokenizer(), name="tiny")
+    with direction().steer("add").apply(lm.model), pytest.raises(BackendError, match="add at lay"):
+        lens.boot(lm)
 
 
 def test_the_users_model_is_left_as_it_was(runtimes):
@@ -118,10 +160,12 @@ def test_what_cannot_be_carried_over_is_refused(lm):
         one.steer("add", [1.0, None]),
     ):
         with pytest.raises(BackendError):
-            operators(steer, lm.layout)
+            operators(steer, lm)
     with pytest.raises(InterventionError, match="layer 9"):
-        operators(one.steer("add", layers=[9]), lm.layout)
-    assert operators(one.steer("add", 0.0), lm.layout) == []
+        operators(one.steer("add", layers=[9]), lm)
+    with pytest.raises(ProvenanceError, match="another model"):
+        operators(dataclasses.replace(one, model="f" * 64).steer("add"), lm)
+    assert operators(one.steer("add", 0.0), lm) == []
 
 
 def test_no_prompts_is_an_error(runtimes):

@@ -118,6 +118,12 @@ def test_what_cannot_be_baked_says_why():
     ]:
         with pytest.raises(BakeError, match=why):
             bake(steer, llama)
+    for attached in (one.steer("add"), one.steer("add", scope="prompt")):
+        with (
+            pytest.raises(BakeError, match=r"add at layers \[1\], scope .* is attached"),
+            attached.apply(llama),
+        ):
+            bake(one.steer("add"), llama)
     for family in ("olmo2", "gemma2"):
         with pytest.raises(BakeError, match="a norm or experts stand behind it"):
             bake(one.steer("add"), fresh_model(family))

@@ -4,6 +4,7 @@ import pytest
 from test_cli import folder, questions, run  # noqa: F401 (fixtures)
 from tiny import build, fresh_model, tiny_config, tiny_tokenizer
 
+import lirefs
 from lirefs import Directions
 from lirefs.gguf import from_gguf
 
@@ -62,6 +63,16 @@ def test_probe_steer_and_export(fitted, folder, tmp_path, monkeypatch, capsys): 
     for arguments, error in wrong:
         assert run(monkeypatch, *arguments) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
+    # Directions made of others say of no layer that it is the best.
+    (directions - 0.5 * directions).save(tmp_path / "made.safetensors")
+    arguments = ["steer", tmp_path / "made.safetensors", "x", "--model", folder]
+    assert run(monkeypatch, *arguments) == 2
+    assert "SettingError: give --layer:" in capsys.readouterr().err
+    # Every strength is looked at before any text is made.
+    with monkeypatch.context() as patched:
+        patched.setattr("lirefs.models.LanguageModel.generate", None)
+        assert run(patched, "steer", file, "x", *model, "--strengths", "1,nan") == 2
+    assert "InterventionError" in capsys.readouterr().err
     other = tmp_path / "other"
     fresh_model("llama", num_hidden_layers=3).save_pretrained(other)
     tiny_tokenizer().save_pretrained(other)
@@ -75,3 +86,42 @@ def test_wrong_settings_end_before_the_model_is_loaded(tmp_path, monkeypatch, ca
     (tmp_path / "q.jsonl").write_text('{"question": "a", "label": "memory", "score": "high"}')
     assert run(monkeypatch, "probe", "--questions", tmp_path / "q.jsonl") == 2
     assert "QuestionsError" in capsys.readouterr().err
+
+
+def test_what_can_be_wrong_is_found_before_the_first_fit(
+    folder,  # noqa: F811
+    questions,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    monkeypatch.setattr("lirefs.fit", None)
+    arguments = ["probe", "--model", folder, "--questions", questions, "--out", tmp_path / "out"]
+    small = tmp_path / "small.jsonl"
+    rows = [{"question": f"is {label}", "label": label} for label in ("memory", "reasoning")]
+    small.write_text("\n".join(map(json.dumps, rows)))
+    wide = tmp_path / "wide"
+    fresh_model("llama", hidden_size=64).save_pretrained(wide)
+    tiny_tokenizer().save_pretrained(wide)
+    for more, error in [
+        (["--transfer", questions], "were fitted on"),
+        (["--transfer", small], "too few questions"),
+        (["--against", wide], "width 64"),
+    ]:
+        assert run(monkeypatch, *arguments, *more) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_directions_are_written_before_anything_else_can_fail(
+    folder,  # noqa: F811
+    questions,  # noqa: F811
+    tmp_path,
+    monkeypatch,
+):
+    def fails(*arguments):
+        raise lirefs.LirefsError("no picture")
+
+    monkeypatch.setattr("lirefs.harness.probe_plots.per_layer", fails)
+    arguments = ["probe", "--model", folder, "--questions", questions, "--shuffles", "2"]
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
+    assert Directions.load(tmp_path / "out" / "directions.safetensors")

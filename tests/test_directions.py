@@ -59,6 +59,10 @@ def test_another_model_is_refused(tmp_path):
         lm.model.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     with pytest.raises(ProvenanceError, match="another model"):
         Directions.load(tmp_path / "d.safetensors", lm)
+    Directions(dict(some())).save(tmp_path / "unknown.safetensors")
+    with pytest.raises(ProvenanceError, match=r"does not say .* Directions\.load\(path\)"):
+        Directions.load(tmp_path / "unknown.safetensors", lm)
+    assert Directions.load(tmp_path / "unknown.safetensors")
 
 
 def test_damaged_and_foreign_files_are_named(tmp_path):

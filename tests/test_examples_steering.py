@@ -1,6 +1,7 @@
 """The steering examples, each at small size."""
 
 import importlib.util
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -47,6 +48,27 @@ def test_lm_eval_says_how_to_install_it(folder, monkeypatch):
         run("lm_eval_steered.py", monkeypatch, folder)
 
 
-def test_lm_eval_steered_runs(folder, monkeypatch, capsys):
+TASK = """
+task: sums
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+doc_to_choice: ["2", "3"]
+doc_to_target: answer
+metric_list: [{{metric: acc}}]
+"""
+
+
+def test_lm_eval_steered_runs(folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'lm-eval>=0.4.9'")
-    pytest.skip("its tasks are fetched from a hub")
+    data = tmp_path / "sums.jsonl"
+    rows = [{"question": f"1 + {1 + i % 2} =", "answer": i % 2} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "sums.yaml").write_text(TASK.format(data=data))
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    run("lm_eval_steered.py", monkeypatch, folder, "sums", 4, tmp_path)
+    out = capsys.readouterr().out
+    assert "unsteered {" in out
+    assert "acc" in out

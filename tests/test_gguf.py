@@ -1,4 +1,5 @@
 import ctypes
+import dataclasses
 import os
 from pathlib import Path
 
@@ -8,8 +9,15 @@ import pytest
 import torch
 from tiny import fresh_model, tiny_tokenizer
 
-from lirefs import Direction, Directions, load, wrap
-from lirefs.errors import BackendError, DirectionsFileError, InterventionError
+from lirefs import Direction, Directions, layout, load, wrap
+from lirefs.errors import (
+    BackendError,
+    DirectionsFileError,
+    InterventionError,
+    LayoutError,
+    ProvenanceError,
+    SettingError,
+)
 from lirefs.gguf import from_gguf, to_gguf
 from lirefs.scope import generated
 
@@ -81,6 +89,21 @@ def test_what_cannot_be_written_says_so_and_leaves_no_file(lm, tmp_path, steer, 
 def test_another_width_is_refused(lm, tmp_path):
     with pytest.raises(InterventionError, match="width"):
         to_gguf(direction(width=16), tmp_path / "c.gguf", lm)
+
+
+def test_another_model_and_places_that_are_not_there_are_refused(lm, tmp_path, monkeypatch):
+    file = tmp_path / "c.gguf"
+    with pytest.raises(ProvenanceError, match="another model"):
+        to_gguf(dataclasses.replace(direction(), model="f" * 64), file, lm)
+    to_gguf(dataclasses.replace(direction(), model=lm.fingerprint), file, lm)
+    file.unlink()
+    with pytest.raises(SettingError, match="site must be"):
+        to_gguf(direction(site="resid_mid"), file, lm)
+    without = dataclasses.replace(lm.layout, mlp=None)
+    monkeypatch.setitem(layout._LAYOUTS, lm.model, without)
+    with pytest.raises(LayoutError, match="mlp_out is not available"):
+        to_gguf(direction(site="mlp_out"), file, lm)
+    assert not file.exists()
 
 
 def test_other_files_are_named(lm, tmp_path):

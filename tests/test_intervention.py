@@ -1,13 +1,14 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
 from torch import nn
 
 from lirefs import Direction, Directions, Gate, Schedule, compose, wrap
-from lirefs.errors import InterventionError, LayoutError, ProvenanceError, SettingError
+from lirefs.errors import InterventionError, LayoutError, SettingError
 from lirefs.intervention import Steer
 
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80]])
@@ -102,9 +103,10 @@ def test_zero_strength_changes_no_bit(lm, operator):
 def test_all_layers_and_chosen_layers(lm):
     one = direction(layer=0)
     with one.steer("ablate", layers="all").apply(lm.model):
-        assert sum(len(pre) for _, pre in hooks_of(lm.model).values()) == lm.n_layers
+        names = [name for name, (_, pre) in hooks_of(lm.model).items() if "layers." in name and pre]
+        assert len(names) == lm.n_layers
     with one.steer("ablate", layers=[3, 1]).apply(lm.model):
-        names = [name for name, (_, pre) in hooks_of(lm.model).items() if pre]
+        names = [name for name, (_, pre) in hooks_of(lm.model).items() if "layers." in name and pre]
     assert names == ["model.layers.1", "model.layers.3"]
 
 
@@ -388,45 +390,6 @@ def test_a_gate_by_row_is_decided_by_each_prompt(lm, more):
         assert lm.generate(prompts, **settings) == later
 
 
-def test_directions_of_another_model_are_refused():
-    lm, other = (wrap(fresh_model("llama"), tiny_tokenizer()) for _ in range(2))
-    with torch.no_grad():
-        other.model.model.norm.weight[0] += 1
-    items = {(1, "resid_pre"): direction()}
-    directions = Directions(items, {"model": lm.fingerprint})
-    for steer in (directions.steer("add"), directions[1].steer("add")):
-        with steer.apply(lm.model):
-            pass
-        with pytest.raises(ProvenanceError, match="any_model"):
-            steer.attach(other.model)
-    gate = Gate(directions[1], 0.0)
-    with pytest.raises(ProvenanceError):
-        direction(layer=2).steer("add", gate=gate).attach(other.model)
-    with directions[1].steer("add", any_model=True).apply(other.model):
-        pass
-
-
-def test_an_edit_before_the_steering_is_no_other_model():
-    model = fresh_model("llama")
-    directions = Directions(
-        {(1, "resid_pre"): direction()}, {"model": wrap(model, tiny_tokenizer()).fingerprint}
-    )
-    with compose(Doubled(), directions.steer("add")).apply(model):
-        assert not torch.equal(model.model.norm.weight, torch.ones(32))
-
-
-class Doubled:
-    """A weight edit."""
-
-    def attach(self, model):
-        weight = model.model.layers[0].mlp.up_proj.weight
-        weight.data.mul_(2)
-        return type("Handle", (), {"remove": lambda self: weight.data.div_(2)})()
-
-    def describe(self):
-        return {}
-
-
 def test_more_named_errors(lm):
     one = direction()
     for wrong in [
@@ -435,6 +398,10 @@ def test_more_named_errors(lm):
         lambda: one.steer("add", torch.ones(2, 2)),
         lambda: one.steer("add", "strong"),
         lambda: one.steer("add", {1: float("nan")}),
+        lambda: one.steer("add", {"a": 1.0}),
+        lambda: one.steer("add", layers=[]),
+        lambda: one.steer("add", sites=[]),
+        lambda: one.steer("add", scope=["prompt"]),
         lambda: one.steer("ablate", [1.0, 2.0]),
         lambda: one.steer("add", Schedule([])),
         lambda: one.steer("add", gate=0.5),
@@ -449,6 +416,10 @@ def test_more_named_errors(lm):
     ]:
         with pytest.raises(InterventionError):
             wrong()
+    for layers in (3, ["1"]):
+        with pytest.raises(SettingError, match="list of integers"):
+            one.steer("add", layers=layers)
+    assert one.steer("add", layers=np.array([2, 1])).layers == [1, 2]
     with pytest.raises(SettingError, match="site must be"):
         direction(site="resid_mid").steer("add").attach(lm.model)
     layout = dataclasses.replace(lm.layout, attention=None)
@@ -487,22 +458,3 @@ def test_steering_on_a_gpu_agrees_with_the_cpu():
 def test_steering_needs_a_decoder():
     with pytest.raises(Exception, match="blocks"):
         direction().steer("add").attach(nn.Linear(2, 2))
-
-
-def test_a_model_stays_itself_under_and_after_an_edit():
-    one = wrap(fresh_model("llama"), tiny_tokenizer())
-    made = dataclasses.replace(direction(), model=one.fingerprint)
-    weight = one.model.model.layers[0].mlp.up_proj.weight
-    original = weight.data
-    weight.data = original * 2
-    with made.steer("add").apply(one.model):  # first steered while edited
-        pass
-    edited = dataclasses.replace(direction(), model=one.fingerprint)
-    weight.data = original
-    with made.steer("add").apply(one.model), edited.steer("add").apply(one.model):
-        pass
-    with (
-        pytest.raises(ProvenanceError),
-        dataclasses.replace(made, model="f" * 64).steer("add").apply(one.model),
-    ):
-        pass

@@ -12,16 +12,8 @@ from tiny import FAMILIES, LAYERS, WIDTH, build, fresh_model, tiny_config, tiny_
 from torch import nn
 
 from lirefs.errors import LayoutError, SettingError
-from lirefs.layout import (
-    SITES,
-    evaluating,
-    find_layout,
-    hidden_input,
-    hidden_of,
-    layout_of,
-    with_hidden,
-    with_hidden_input,
-)
+from lirefs.guest import evaluating, hidden_input, hidden_of, with_hidden, with_hidden_input
+from lirefs.layout import SITES, find_layout, layout_of
 
 POST_NORM = ("post_attention_layernorm", "post_feedforward_layernorm")
 WHERE = {

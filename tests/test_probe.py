@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -203,3 +205,26 @@ def test_directions_from_states_are_those_of_fit(probe):
     assert made[1].model == lm.fingerprint
     with pytest.raises(CaptureError, match="labels"):
         fit_directions(states, [0, 1])
+    for labels in ([0] * 24, [1] * 24, [1, 2] * 12):
+        with pytest.raises(CaptureError, match="both of them"):
+            fit_directions(states, labels)
+    broken = dataclasses.replace(states, values=states.values.clone())
+    broken.values[3, 1] = torch.inf
+    for estimator in (MeanDifference(), LogisticDirection()):
+        with pytest.raises(CaptureError, match="prompt 3, layer 1"):
+            fit_directions(broken, train.labels, estimator)
+
+
+def test_layers_and_shuffles_of_a_fit(probe, tmp_path):
+    _, lm = probe
+    for cache in (None, tmp_path):
+        settings = {"shuffles": 1, "cache": cache, "progress": False}
+        found = fit(lm, split(), layers=np.array([1, 2]), **settings)
+        assert list(found.directions) == [(1, "resid_pre"), (2, "resid_pre")]
+        for layers in (3, ["1"]):
+            with pytest.raises(SettingError, match="list of integers"):
+                fit(lm, split(), layers=layers, **settings)
+            with pytest.raises(SettingError, match="list of integers"):
+                capture(lm, ["a"], layers=layers, cache=cache, progress=False)
+    with pytest.raises(SettingError, match="at least one"):
+        fit(lm, split(), shuffles=0, progress=False)

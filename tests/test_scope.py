@@ -5,13 +5,14 @@ changed by a hook that multiplies by a mask written out by hand.
 """
 
 import functools
+import gc
 
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
-from lirefs import Direction, wrap
+from lirefs import Direction, Gate, positions, wrap
 from lirefs import scope as scopes
 from lirefs.errors import InterventionError, ScopeError
 from lirefs.positions import prompt_lengths
@@ -75,14 +76,18 @@ def reference(lm, ids, touched):
     return logits
 
 
-def compare(lm, name, rows, texts, logits):
+def compare(lm, name, rows, texts, logits, side="left"):
     """Compare the logits that predicted each new token with the reference, and the tokens."""
+    longest = max(len(ids) - len(found) for ids, found in zip(texts, logits))
     for index, (ids, found) in enumerate(zip(texts, logits)):
         prompt = len(ids) - len(found)
         touched = MEANING[name](prompt, len(ids), rows[index])
         assert name == "mask" or list(touched), "a cell that touches nothing shows nothing"
         expected = reference(lm, ids, touched)
         expected = expected[prompt - 1 : -1]
+        if side == "right" and prompt < longest:
+            # `generate` reads the first new token off the padding, which no unpadded text has.
+            found, expected = found[1:], expected[1:]
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     return expected
 
@@ -91,11 +96,12 @@ def steered(name, rows):
     return Direction(VECTOR, LAYER).steer("add", scope=scope_of(name, rows))
 
 
-def generate(lm, name, rows=(0, 1, 2), prompts=None, greedy=True, **settings):
+def generate(lm, name, rows=(0, 1, 2), prompts=None, greedy=True, side="left", **settings):
     """Rows of a call of `generate`: whole unpadded texts, and the logits of their new tokens."""
     ids = lm.encode([TEXTS[i] for i in rows]) if prompts is None else prompts
-    batch = lm.pad(ids)
-    batch.pop("position_ids", None)
+    batch = lm.pad(ids, side=side)
+    if side == "left":  # on the right, `generate` would go on from the position of the padding
+        batch.pop("position_ids", None)
     width = batch["input_ids"].shape[1]
     settings = {
         "do_sample": False,
@@ -147,6 +153,16 @@ GENERATE = {
     "sampling, four each": {"do_sample": True, "num_return_sequences": 4, "greedy": False},
     "embeddings": {"embeds": True},
     "embeddings, two rows": {"embeds": True, "rows": (1, 0)},
+    "padded right": {"side": "right"},
+    "padded right, no cache": {"side": "right", "use_cache": False},
+    "padded right, static cache": {"side": "right", "cache_implementation": "static"},
+    "padded right, chunks of 4": {"side": "right", "prefill_chunk_size": 4},
+    "padded right, two each": {
+        "side": "right",
+        "do_sample": True,
+        "num_return_sequences": 2,
+        "greedy": False,
+    },
 }
 
 
@@ -158,7 +174,35 @@ def test_generate(name, setting):
     texts, logits = generate(lm, name, **GENERATE[setting])
     rows = GENERATE[setting].get("rows", (0, 1, 2))
     each = len(texts) // len(rows)
-    compare(lm, name, [row for row in rows for _ in range(each)], texts, logits)
+    side = GENERATE[setting].get("side", "left")
+    compare(lm, name, [row for row in rows for _ in range(each)], texts, logits, side)
+
+
+def test_a_row_gate_reads_the_last_token_and_not_the_padding_after_it():
+    lm = language_model("llama")
+    ids = lm.encode(["a longer prompt it is", "ab"])
+    batch = lm.pad(ids, side="right")
+    probe = Direction(VECTOR, 0, "resid_pre")
+    with torch.no_grad():
+        states = lm.model.get_input_embeddings()(batch["input_ids"])
+    along = states @ probe.unit
+    last, padding = float(along[1, len(ids[1]) - 1]), float(along[1, -1])
+    seen = []
+    block = lm.layout.block(lm.model, LAYER)
+
+    def generated():
+        """What the block reads of the short row."""
+        hook = block.register_forward_pre_hook(lambda _, args: seen.append(args[0][1].clone()))
+        lm.model.generate(**batch, max_new_tokens=1, do_sample=False, pad_token_id=2)
+        hook.remove()
+        return seen.pop()
+
+    for passes in (True, False):  # the token decides so, its padding the other way
+        gate = Gate(probe, (last + padding) / 2, per="row", above=passes == (last > padding))
+        with Direction(VECTOR, LAYER).steer("add", gate=gate).apply(lm.model):
+            steered_states = generated()
+        moved = (steered_states - generated()).norm(dim=-1) > 1e-3
+        assert moved.tolist() == [passes and i == len(ids[1]) - 1 for i in range(len(moved))]
 
 
 @pytest.mark.parametrize("family", ["gpt2", "gemma2", "olmo2", "bloom", "opt", "falcon"])
@@ -312,6 +356,7 @@ def test_named_errors():
     one = Direction(VECTOR, LAYER)
     for wrong in [
         lambda: scopes.as_scope("answer"),
+        lambda: scopes.as_scope(["prompt"]),
         lambda: scopes.first_generated(0),
         lambda: scopes.from_position(-1),
         lambda: scopes.mask([]),
@@ -334,10 +379,61 @@ def test_named_errors():
             lm.generate(TEXTS[:2], max_new_tokens=2)
         with pytest.raises(ScopeError, match="made for 2 row"):
             lm.generate(TEXTS, max_new_tokens=2)
-    with one.steer("add", scope="prompt").apply(lm.model):
-        with pytest.raises(InterventionError, match="batch is empty"):
-            lm.model(torch.zeros(0, 4, dtype=torch.long))
-        with pytest.raises(InterventionError, match="batch is empty"):
-            lm.model.generate(torch.zeros(0, 4, dtype=torch.long))
+    for scope in ("prompt", "all"):
+        with one.steer("add", scope=scope).apply(lm.model):
+            with pytest.raises(ScopeError, match="batch is empty"):
+                lm.model(torch.zeros(0, 4, dtype=torch.long))
+            with pytest.raises(ScopeError, match="batch is empty"):
+                lm.model.generate(torch.zeros(0, 4, dtype=torch.long))
     hook.remove()
     assert not seen  # nothing ran
+
+
+@pytest.mark.parametrize("kind", ["strengths", "mask", "spans"])
+def test_unrelated_prompts_are_not_taken_for_beams(kind):
+    lm = language_model("llama")
+    one, texts = Direction(VECTOR, LAYER), ["ab", "cd", "ef", "gh"]
+    steer = {
+        "strengths": one.steer("add", [1.0, 5.0]),
+        "mask": one.steer("add", scope=scopes.mask([[True], [False]])),
+        "spans": one.steer("add", scope=scopes.spans(TOKENIZER, texts[:2], [[(0, 1)], [(1, 2)]])),
+    }[kind]
+    batch = lm.pad(lm.encode(texts))
+    with steer.apply(lm.model), torch.no_grad():
+        for four in (
+            lambda: lm.generate(texts, max_new_tokens=1),
+            lambda: lm.model(**batch),
+        ):
+            with pytest.raises(ScopeError, match=r"made for 2 row.* 4 prompt"):
+                four()
+        with prompt_lengths([3, 3, 3, 3]), pytest.raises(ScopeError, match="4 prompt"):
+            lm.model(**batch)
+        lm.generate(texts[:2], max_new_tokens=1, num_beams=2)
+        with prompt_lengths([3, 3]):  # four rows of two prompts, as somebody said
+            lm.model(**batch)
+
+
+def test_what_a_gate_decided_goes_with_it():
+    lm = language_model("llama")
+    gate = Gate(Direction(VECTOR, 0), 0.0, per="row")
+    with prompt_lengths([4]):
+        with Direction(VECTOR, LAYER).steer("add", gate=gate).apply(lm.model):
+            lm.model(torch.tensor([[0, 40, 50, 60]]))
+            assert len(positions._PROMPT.get().decisions) == 1
+        gc.collect()  # the next steering may come to the same address
+        assert not positions._PROMPT.get().decisions
+
+
+@pytest.mark.parametrize("per", ["token", "row"])
+def test_a_gate_that_reads_what_is_not_finite_says_so(per):
+    lm = language_model("llama")
+    gate = Gate(Direction(VECTOR, 1), 0.0, per=per)
+    hook = lm.layout.block(lm.model, 0).register_forward_pre_hook(
+        lambda _, args: (args[0] * torch.nan, *args[1:])
+    )
+    with (
+        pytest.raises(InterventionError, match=r"layer 1, resid_pre .* not finite"),
+        Direction(VECTOR, 2).steer("add", gate=gate).apply(lm.model),
+    ):
+        lm.model(torch.tensor([[0, 40, 50]]))
+    hook.remove()

@@ -1,3 +1,5 @@
+import tracemalloc
+
 import numpy as np
 import pytest
 from scipy.stats import pearsonr, spearmanr
@@ -34,6 +36,29 @@ def test_auroc_and_its_interval():
     low, high = interval(np.array(resampled))
     assert found.low == pytest.approx(low, abs=0.02)
     assert found.high == pytest.approx(high, abs=0.02)
+
+
+def test_auroc_bootstrap_is_that_of_all_pairs(monkeypatch):
+    generator = np.random.default_rng(2)
+    labels = np.arange(61) % 3 // 2
+    scores = generator.integers(0, 7, size=61).astype(float)
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    wins = np.sign(positive[:, None] - negative) / 2 + 0.5
+    rows, columns = resample_counts(20, 300, seed=0), resample_counts(41, 300, seed=1)
+    expected = interval(((rows @ wins) * columns).sum(axis=1) / wins.size)
+    whole = auroc(scores, labels, resamples=300)
+    assert (whole.low, whole.high) == expected
+    monkeypatch.setattr("lirefs.statistics.CHUNK", 61 * 7)
+    assert auroc(scores, labels, resamples=300) == whole
+
+
+def test_memory_of_auroc_does_not_grow_with_the_pairs():
+    scores = np.random.default_rng(0).normal(size=8000)
+    tracemalloc.start()
+    auroc(scores, np.arange(8000) % 2, resamples=20)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4000 * 4000 * 8 / 4
 
 
 def test_auroc_intervals_cover_the_truth():

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 from lirefs.errors import BackendError
 from lirefs.intervention import SITE_ORDER, Steer
-from lirefs.layout import Layout
+from lirefs.models import LanguageModel
 from lirefs.operators import IDLE_AT_ZERO, Operator
 from lirefs.scope import ALL
 
 __all__ = ["operators"]
 
 
-def operators(steer: Steer, layout: Layout) -> list[tuple[int, str, Operator]]:
+def operators(steer: Steer, lm: LanguageModel) -> list[tuple[int, str, Operator]]:
     """The operators of a steering by place, in the order of the forward pass.
 
     Args:
         steer: Steers every token with one number per layer: another runtime hands its hooks the
             hidden states alone, without the positions and rows that scopes and gates need.
-        layout: Layout of the model.
+        lm: The model that the other runtime runs.
 
     Returns:
         (layer, site, operator), those that change nothing left out.
@@ -29,13 +29,16 @@ def operators(steer: Steer, layout: Layout) -> list[tuple[int, str, Operator]]:
     Raises:
         BackendError: The steering has a scope, a gate, or strengths by row or by token.
         InterventionError: A layer or a width does not exist in the model.
+        LayoutError: The architecture lacks a site.
+        ProvenanceError: A direction was fitted on another model.
+        SettingError: There is no site of such a name.
     """
     if steer.scope is not ALL or steer.gate is not None:
         raise BackendError("other runtimes steer every token: take away the scope or the gate")
     if not isinstance(steer.strength, float | dict):
         raise BackendError("other runtimes take one strength, or one for each layer")
     made = []
-    for layer, site, direction in steer.places(layout):
+    for layer, site, direction in steer.places(steer.check(lm.model)):
         number = steer.strength if isinstance(steer.strength, float) else steer.strength[layer]
         if number != 0 or steer.operator not in IDLE_AT_ZERO:
             made.append((layer, site, Operator(steer.operator, direction.vector, number)))

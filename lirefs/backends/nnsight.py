@@ -13,10 +13,11 @@ from nnsight.modeling.transformers import TransformersModel
 from torch import Tensor
 
 from lirefs.backends import operators
-from lirefs.capture import Activations
+from lirefs.capture import Activations, check_finite
 from lirefs.errors import CaptureError
+from lirefs.guest import hidden_of, with_hidden
 from lirefs.intervention import Steer
-from lirefs.layout import Layout, hidden_of, with_hidden
+from lirefs.layout import Layout
 from lirefs.models import LanguageModel
 
 __all__ = ["capture", "generate", "logits", "steer_here", "wrap"]
@@ -32,7 +33,7 @@ def wrap(lm: LanguageModel) -> Any:
     )
 
 
-def steer_here(steer: Steer, model: Any, layout: Layout) -> None:
+def steer_here(steer: Steer, model: Any, lm: LanguageModel) -> None:
     """Steer the forward pass of the trace, or the step of the generation, that it is called in.
 
     nnsight wants modules touched in the order of the forward pass: what the same trace reads
@@ -41,15 +42,16 @@ def steer_here(steer: Steer, model: Any, layout: Layout) -> None:
     Args:
         steer: Steering of every token (see `operators`).
         model: What `wrap` returned.
-        layout: Layout of the model, `lm.layout`.
+        lm: The model that was wrapped.
 
     Raises:
         BackendError: The steering cannot be carried over.
         InterventionError: A layer or a width does not exist in the model.
+        ProvenanceError: A direction was fitted on another model.
         LayoutError: The architecture lacks a site.
     """
-    for layer, site, operator in operators(steer, layout):
-        envoy, end = _envoy(model, layout, layer, site)
+    for layer, site, operator in operators(steer, lm):
+        envoy, end = _envoy(model, lm.layout, layer, site)
         if end == "input":
             envoy.input = operator(envoy.input)
         else:
@@ -57,12 +59,12 @@ def steer_here(steer: Steer, model: Any, layout: Layout) -> None:
             envoy.output = with_hidden(output, operator(hidden_of(output)))
 
 
-def logits(model: Any, layout: Layout, inputs: Any, steer: Steer | None = None) -> Tensor:
+def logits(model: Any, lm: LanguageModel, inputs: Any, steer: Steer | None = None) -> Tensor:
     """Logits of one forward pass, (rows, tokens, vocabulary), steered or not.
 
     Args:
         model: What `wrap` returned.
-        layout: Layout of the model.
+        lm: The model that was wrapped.
         inputs: Anything that `model.trace` takes: texts or token ids, padded on the left.
         steer: The steering, if any.
 
@@ -71,14 +73,14 @@ def logits(model: Any, layout: Layout, inputs: Any, steer: Steer | None = None) 
     """
     with torch.no_grad(), model.trace(inputs):
         if steer is not None:
-            steer_here(steer, model, layout)
+            steer_here(steer, model, lm)
         result = model.output.logits.save()
     return torch.as_tensor(result)
 
 
 def generate(
     model: Any,
-    layout: Layout,
+    lm: LanguageModel,
     inputs: Any,
     steer: Steer | None = None,
     max_new_tokens: int = 40,
@@ -87,7 +89,7 @@ def generate(
 
     Args:
         model: What `wrap` returned.
-        layout: Layout of the model.
+        lm: The model that was wrapped.
         inputs: Anything that `model.generate` takes.
         steer: The steering, if any; it acts on the prompt and on every generated token.
         max_new_tokens: The most tokens to add.
@@ -103,7 +105,7 @@ def generate(
             with tracer.invoke(inputs):
                 if steer is not None:
                     for _ in tracer.iter[:]:
-                        steer_here(steer, model, layout)
+                        steer_here(steer, model, lm)
             with tracer.invoke():
                 result = tracer.result.save()
     return torch.as_tensor(result)
@@ -129,7 +131,7 @@ def capture(
         batch: Prompts per trace.
 
     Raises:
-        CaptureError: There are no prompts.
+        CaptureError: There are no prompts, or a value is not finite.
         LayoutError: The architecture lacks the site.
     """
     if not prompts:
@@ -138,16 +140,20 @@ def capture(
     ids = lm.encode(prompts)
     rows = []
     for start in range(0, len(ids), batch):
-        inputs = lm.pad(ids[start : start + batch])  # on the left: the last token is at -1
+        held = ids[start : start + batch]
+        inputs = lm.pad(held)  # on the left: the last token is at -1
         with torch.no_grad(), model.trace(inputs) as tracer:
             states = save([])
             for layer in chosen:
                 envoy, end = _envoy(model, lm.layout, layer, site)
-                hidden = hidden_of(envoy.input if end == "input" else envoy.output)
+                found = envoy.input if end == "input" else envoy.output
+                hidden = hidden_of(found, batch=len(held))  # some modules flatten the batch (OPT)
                 states.append(hidden[:, -1].detach().float().cpu())
             tracer.stop()
         rows.append(torch.stack(list(states), dim=1))
-    return Activations(torch.cat(rows)[:, :, None], tuple((one, site) for one in chosen), (-1,))
+    values, places = torch.cat(rows)[:, :, None], tuple((one, site) for one in chosen)
+    check_finite(values, places, range(len(values)))
+    return Activations(values, places, (-1,))
 
 
 def _envoy(model: Any, layout: Layout, layer: int, site: str) -> tuple[Any, str]:

@@ -13,10 +13,9 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from lirefs.backends import operators
-from lirefs.capture import Activations
+from lirefs.capture import Activations, check_finite
 from lirefs.errors import BackendError, CaptureError
-from lirefs.intervention import Steer
-from lirefs.layout import Layout
+from lirefs.intervention import Steer, refuse_steered
 from lirefs.models import LanguageModel
 
 __all__ = ["boot", "capture", "from_cache", "hook_name", "hooks"]
@@ -35,8 +34,10 @@ def boot(lm: LanguageModel) -> Any:
         lm: The model; its configuration must be one that TransformerLens knows.
 
     Raises:
-        BackendError: TransformerLens cannot take the model.
+        BackendError: TransformerLens cannot take the model, or a steering is attached, whose
+            hooks the copy would keep.
     """
+    refuse_steered(lm.model, BackendError, "booted")
     twin = copy.deepcopy(lm.model)
     twin.config.architectures = twin.config.architectures or [type(lm.model).__name__]
     # The bridge loads the tokenizer anew, from the folder that it was last loaded from.
@@ -76,13 +77,13 @@ def hook_name(bridge: Any, layer: int, site: str) -> str:
     raise BackendError(f"TransformerLens has no hook point for {site} of layer {layer}")
 
 
-def hooks(steer: Steer, bridge: Any, layout: Layout) -> list[tuple[str, Hook]]:
+def hooks(steer: Steer, bridge: Any, lm: LanguageModel) -> list[tuple[str, Hook]]:
     """The steering as hooks, for `bridge.hooks(fwd_hooks=...)` or `run_with_hooks`.
 
     Args:
         steer: Steering of every token (see `operators`).
         bridge: The bridge.
-        layout: Layout of the model, `lm.layout`.
+        lm: The model that the bridge was booted from.
 
     Returns:
         Names and functions, in the order of the forward pass.
@@ -90,10 +91,11 @@ def hooks(steer: Steer, bridge: Any, layout: Layout) -> list[tuple[str, Hook]]:
     Raises:
         BackendError: The steering or a site cannot be carried over.
         InterventionError: A layer or a width does not exist in the model.
+        ProvenanceError: A direction was fitted on another model.
     """
     return [
         (hook_name(bridge, layer, site), _hook(operator))
-        for layer, site, operator in operators(steer, layout)
+        for layer, site, operator in operators(steer, lm)
     ]
 
 
@@ -123,7 +125,7 @@ def capture(
 
     Raises:
         BackendError: There is no hook point for the site.
-        CaptureError: There are no prompts.
+        CaptureError: There are no prompts, or a value is not finite.
     """
     if not prompts:
         raise CaptureError("no prompts to capture activations of")
@@ -135,7 +137,9 @@ def capture(
             tokens = torch.tensor([ids], device=lm.device)
             _, cache = bridge.run_with_cache(tokens, names_filter=names)
             rows.append(from_cache(cache, bridge, layers=chosen, site=site).values)
-    return Activations(torch.cat(rows), tuple((layer, site) for layer in chosen), (-1,))
+    values, places = torch.cat(rows), tuple((layer, site) for layer in chosen)
+    check_finite(values, places, range(len(values)))
+    return Activations(values, places, (-1,))
 
 
 def from_cache(

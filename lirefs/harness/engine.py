@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from lirefs.batching import batches_by_tokens
-from lirefs.layout import accepts, evaluating
+from lirefs.guest import accepts, evaluating
 from lirefs.models import LanguageModel
 from lirefs.positions import Prompt, prompt_known
 
