@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kfac.edit import check_weight
 from kfac.errors import BatchError, SpectrumError
 from kfac.factors import Factors
-from kfac.guest import as_guest
+from kfac.guest import as_guest, full_precision
 from kfac.passages import target_inputs
 from kfac.statistics import RESAMPLES, Floats, resample_counts
 
@@ -190,7 +190,8 @@ def _band_sums(
     states: Tensor, real: Tensor, basis: Tensor, cuts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens the norm of each band's projection, raw and of unit inputs, (B, bands)."""
-    squares = (states @ basis).square()
+    with full_precision(states.device):
+        squares = (states @ basis).square()
     bands = torch.stack(
         [
             squares[..., start:end].sum(-1).sqrt()

@@ -106,6 +106,7 @@ def correct(
         labels=factors.labels,
         provenance=factors.provenance,
         bases=bases,
+        weighted=factors.weighted,
     )
 
 

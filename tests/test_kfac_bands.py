@@ -113,6 +113,20 @@ def test_detector_scores_are_the_flat_share(model, factors):
     assert scores.passages[1] == pytest.approx(np.mean(shares), rel=1e-4)
 
 
+def test_autocast_does_not_round_a_projection():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 5, 16, generator=generator)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
+
+    def measure():
+        sums = kfac.bands._band_sums(states, torch.ones(2, 5, dtype=torch.bool), basis, [4, 8])
+        return torch.cat([torch.cat(sums).flatten(), kfac.detect._flat_share(states, basis, 8)[0]])
+
+    outside = measure()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(measure(), outside)
+
+
 def test_texts_unlike_the_factors_data_score_higher(model):
     """Factors of one kind of text: texts of another kind lie in its flat directions."""
     low = torch.randint(5, 12, (24, 8), generator=torch.Generator().manual_seed(0))

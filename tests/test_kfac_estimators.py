@@ -262,6 +262,22 @@ def test_merge_with_weights_and_subtract():
         kfac.merge([])
     with pytest.raises(FactorsMismatchError, match="not a part"):
         parts[0] - whole
+    for one, two in ((weighted, parts[0]), (weighted + parts[0], parts[0])):
+        with pytest.raises(FactorsMismatchError, match="weights"):
+            one - two
+    with pytest.raises(FactorsMismatchError, match="was not in the whole"):
+        kfac.merge(parts[:2]) - parts[2]
+
+
+def test_weighted_factors_stay_weighted(tmp_path):
+    model = llama()
+    weighted = kfac.merge([collect(model, [batch([row])]) for row in (0, 1)], [1, 2])
+    corrected = kfac.correct(model, [batch([0])], weighted, progress=False)
+    corrected.save(tmp_path / "f.safetensors")
+    loaded = kfac.Factors.load(tmp_path / "f.safetensors")
+    assert loaded.weighted
+    assert loaded.digest == corrected.digest
+    assert not collect(model, [batch([0])]).weighted
 
 
 def test_merged_factors_lose_the_correction():
