@@ -123,7 +123,8 @@ class _CorrectionSums:
     ) -> None:
         self.tables: dict[str, Tensor] = {}
         self._records = records
-        self._vectors = {key: vectors for key, (_, vectors) in bases.items()}
+        self._bases = bases
+        self._moved: dict[str, Tensor] = {}
         self._whole_sequences = whole_sequences
 
     def keys(self, name: str, record: TargetRecord) -> dict[str, tuple[int, int]]:
@@ -148,6 +149,11 @@ class _CorrectionSums:
                     a.cache["squares"] = inputs.square()
                 add_product(self.tables, "E." + name, outputs.square(), a.cache["squares"], share)
 
+    def leave_device(self) -> None:
+        """Move the tables to the CPU and let go of the bases: the next pass needs the room."""
+        self.tables = {key: table.cpu() for key, table in self.tables.items()}
+        self._moved = {}
+
     def finish(self) -> None:
         """Do nothing: the tables are not symmetric."""
 
@@ -162,5 +168,6 @@ class _CorrectionSums:
             self.tables[key].addcmul_(gradient, gradient, value=share)
 
     def _basis(self, key: str, like: Tensor) -> Tensor:
-        self._vectors[key] = self._vectors[key].to(like.device)
-        return self._vectors[key]
+        if key not in self._moved:
+            self._moved[key] = self._bases[key][1].to(like.device)
+        return self._moved[key]

@@ -20,7 +20,14 @@ from kfac.errors import BatchError, CheckpointError, KfacError, NonFiniteError, 
 from kfac.factors import TargetRecord
 from kfac.guest import as_guest
 from kfac.hooks import Taps
-from kfac.sampling import RowSeeds, attended, data_labels, label_gradients, row_contents
+from kfac.sampling import (
+    RowSeeds,
+    attended,
+    batch_digest,
+    data_labels,
+    label_gradients,
+    row_contents,
+)
 from kfac.sums import Sums, check_finite
 from kfac.targets import Target
 
@@ -108,7 +115,14 @@ def run_passes(
                 with taps.hooked(), bar:
                     run(bar, compare=first)
                 first = False
-                sums.tables = {key: table.cpu() for key, table in sums.tables.items()}
+                sums.leave_device()
+                state.whole = state.whole or state.data
+                if state.data != state.whole:
+                    raise BatchError(
+                        f"the batches of pass {turn + 1} differ from those of pass 1, so the sums "
+                        "would be of different data: give the same in the same order each time (a "
+                        "list, or a DataLoader without shuffling), or a larger budget"
+                    )
             kept.append((taps, sums))
             state.tables = others | sums.tables
         checkpoint.save(state)
@@ -190,8 +204,7 @@ class _Pass:
             if self.recipe.forward is None:
                 _check_tokens(batch, index)
             contents = row_contents(batch)
-            for content in contents:
-                data.update(hashlib.sha256(content).digest())
+            data.update(batch_digest(batch, contents))
             seen = index + 1
             if index == 0 and compare:
                 world.check_equal(data.hexdigest(), "batches")
@@ -298,15 +311,13 @@ def _finish(
         taps.sources |= sources
     records = taps.records(digests)
     reached = {key for _, _, keys in parts for key in keys}
-    for name, target in taps.targets.items():
+    for name in taps.targets:
         keys = sums.keys(name, records[name])
         if records[name].count and not any(key in reached for key in keys if key[0] != "A"):
             raise TargetError(f"targets whose output never reaches the logits: {[name]}")
         for key, shape in keys.items():
             if key not in sums.tables:
-                sums.tables[key] = torch.zeros(
-                    shape, dtype=taps.dtype, device=target.parameter.device
-                )
+                sums.tables[key] = torch.zeros(shape, dtype=taps.dtype)
     world.add(sums.tables)
     sums.finish()
     return records

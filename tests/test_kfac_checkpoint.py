@@ -182,3 +182,69 @@ def test_passes_give_what_one_pass_gives(model):
     assert_same(one, many, 1e-12)
     with pytest.raises(BatchError, match="only once"):
         run(model, None, iter(BATCHES), budget=need)
+
+
+def test_a_resumed_collection_sees_labels_gaps_and_ends_of_batches(model, tmp_path):
+    labelled = [one | {"labels": one["input_ids"].clone()} for one in BATCHES]
+    fewer = [one | {"labels": one["labels"].clone()} for one in labelled]
+    fewer[0]["labels"][0, 3] = -100
+    # The tokens of BATCHES[1], with a masked one among them.
+    ids, mask = batch([2], extra=1).values()
+    order = [0, 1, 2, 7, 3, 4, 5, 6]
+    gap = [BATCHES[0], {"input_ids": ids[:, order], "attention_mask": mask[:, order]}, *BATCHES[2:]]
+    pairs = ((labelled, fewer), (labelled, BATCHES), (BATCHES, gap))
+    for number, (given, changed) in enumerate(pairs):
+        path = tmp_path / str(number)
+        with pytest.raises(Interruption):
+            run(model, path, stop_after(3, given))
+        with pytest.raises(CheckpointError, match="other data"):
+            run(model, path, changed)
+    path = tmp_path / "ends"
+    run(model, path, [batch([0]), batch([1, 2]), batch([5])])
+    with pytest.raises(CheckpointError, match="other data"):
+        run(model, path, [batch([0]), batch([1]), batch([2, 5])])
+
+
+def test_a_resumed_collection_does_not_mind_padding(model, tmp_path):
+    path = tmp_path / "state"
+    with pytest.raises(Interruption):
+        run(model, path, stop_after(3, [batch([0]), batch([1, 2]), batch([5]), batch([4])]))
+    other = [batch([0], "left", 2), batch([1, 2], "left"), batch([5], "right", 1), batch([4])]
+    assert run(model, path, other).tokens == run(model, None, other).tokens
+
+
+def test_batches_that_change_between_passes_are_refused(model):
+    class Changing:
+        def __init__(self):
+            self.turns = 0
+
+        def __iter__(self):
+            self.turns += 1
+            return iter(BATCHES[: 5 - self.turns])
+
+    need = kfac.plan(targets(model), marginals=True).bytes[0] - 1
+    with pytest.raises(BatchError, match="pass 2 differ"):
+        run(model, None, Changing(), budget=need)
+
+
+def test_a_correction_lets_go_of_the_bases_after_each_pass(model, monkeypatch):
+    made, held = [], []
+
+    class Watched(kfac.ekfac._CorrectionSums):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+        def add_gradient(self, *args):
+            super().add_gradient(*args)
+            held.append([len(sums._moved) for sums in made])
+
+    factors = run(model, None)
+    expected = kfac.correct(model, BATCHES, factors, progress=False)
+    monkeypatch.setattr(kfac.ekfac, "_CorrectionSums", Watched)
+    need = kfac.plan(targets(model), correction=True).bytes[0] - 1
+    found = kfac.correct(model, BATCHES, factors, progress=False, budget=need)
+    assert found.digest == expected.digest
+    assert len(made) == 2
+    assert held[-1][0] == 0
+    assert held[-1][1] > 0
