@@ -86,8 +86,9 @@ def band_profile(
             first. The default gives top 10 %, 10-25 %, 25-50 % and bottom 50 %.
 
     Raises:
-        BatchError: No batch, one without token ids, or a text without a token.
+        BatchError: No batch, a malformed one, or a text without a token.
         FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: The edges are not ascending fractions, or a band has no direction.
     """
     names = distinct_inputs(factors)

@@ -55,8 +55,9 @@ def score_recitation(
         flat: Fraction of the input directions, those of smallest eigenvalue, that counts as flat.
 
     Raises:
-        BatchError: No batch, one without token ids, or a text without a token.
+        BatchError: No batch, a malformed one, or a text without a token.
         FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: `flat` leaves no direction on one side.
     """
     names = distinct_inputs(factors)

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from kfac.collect import open_checkpoint
+from kfac.collect import announce, open_checkpoint
 from kfac.errors import KfacError
 from kfac.factors import Factors, TargetRecord
 from kfac.guest import full_precision
 from kfac.passes import Forward, Recipe, run_passes
 from kfac.plan import plan
 from kfac.sums import Rows, add_product
-
-_LOGGER = logging.getLogger("kfac")
 
 
 def correct(
@@ -70,7 +67,7 @@ def correct(
     recipe = Recipe(seed, labels, samples, forward, dtype)
     targets = factors.targets(model)
     layout = plan(targets, budget, dtype=dtype, correction=True)
-    _LOGGER.info("%s", layout)
+    announce(layout, progress)
     bases = {}
     for name, record in factors.records.items():
         basis = factors.eigen(name)

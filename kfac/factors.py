@@ -155,10 +155,6 @@ class Factors:
         """Return the number of positions that a target's factors sum over."""
         return self._record(name).count
 
-    def shares_input(self, first: str, second: str) -> bool:
-        """Return True when two targets were given the same input tensor and share one A."""
-        return self._record(first).source == self._record(second).source
-
     def eigen(self, name: str) -> Eigen:
         """Return spectra and eigenvectors of a target; computed once, a shared A once for all."""
         source = self._record(name).source

@@ -202,7 +202,7 @@ class _Pass:
         state.tables = {**self.others, **self.sums.tables}
         for index, batch in enumerate(bar):
             if self.recipe.forward is None:
-                _check_tokens(batch, index)
+                check_tokens(self.model, batch, f"batch {index}")
             contents = row_contents(batch)
             data.update(batch_digest(batch, contents))
             seen = index + 1
@@ -264,7 +264,12 @@ def _add_batch(
     uniforms = labels = None
     if recipe.labels == "data":
         seeds.skip(contents)
-        labels = _given_labels(batch, rest, shape, recipe, index)[labelled]
+        labels = _given_labels(batch, rest, shape, recipe, index)[labelled].long()
+        if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+            raise BatchError(
+                f"batch {index}: a label of a counted position is not in the vocabulary of "
+                f"{logits.shape[-1]}; -100 marks what is not counted"
+            )
     else:
         # Drawing at every real token, counted or not, makes a label independent of the mask.
         drawn = real if real is not None and real.shape == shape else labelled
@@ -323,22 +328,48 @@ def _finish(
     return records
 
 
-def _check_tokens(batch: Any, index: int) -> None:
+def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
+    """Verify that a batch is one that a causal language model can be given.
+
+    Args:
+        model: If it names its embedding, as those of transformers do, ids must lie within it.
+        batch: What was given as a batch.
+        place: Name of the batch, for messages.
+
+    Raises:
+        BatchError: No mapping with integer input_ids (B, T), a mask or labels of another shape, or
+            an id outside the vocabulary.
+    """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise BatchError(
-            f"batch {index} must be a mapping with input_ids as a tensor, not a "
+            f"{place} must be a mapping with input_ids as a tensor, not a "
             f"{type(batch).__name__}; for other models pass `forward`"
         )
-    shape = batch["input_ids"].shape
-    if len(shape) != 2:
-        raise BatchError(f"batch {index}: input_ids must have shape (B, T), not {tuple(shape)}")
+    ids, shape = batch["input_ids"], batch["input_ids"].shape
+    if len(shape) != 2 or ids.dtype not in (torch.int32, torch.int64):
+        raise BatchError(
+            f"{place}: input_ids must be integers of shape (B, T), not {ids.dtype} of "
+            f"{tuple(shape)}"
+        )
     for key in ("attention_mask", "labels"):
         value = batch.get(key)
         if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise BatchError(
-                f"batch {index}: {key} must be a tensor of shape {tuple(shape)}, not {found}"
+                f"{place}: {key} must be a tensor of shape {tuple(shape)}, not {found}"
             )
+    size = _vocabulary(model)
+    if size is not None and bool(((ids < 0) | (ids >= size)).any()):
+        raise BatchError(f"{place}: an id in input_ids is not in the model's vocabulary of {size}")
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return the number of token ids that a model of transformers can embed."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
 
 
 def _device(model: nn.Module) -> torch.device:

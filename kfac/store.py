@@ -24,14 +24,13 @@ def write_tensors(
     """Write one safetensors file; an existing file is replaced at once, when all is on disk."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
-    os.close(handle)
-    try:
+    # A private folder and not a private file: the writer makes the file itself, so that it gets
+    # the ordinary permissions of the user and not the 0600 of mkstemp.
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
+        temporary = Path(folder) / target.name
         whole = {key: value.contiguous() for key, value in tensors.items()}
         save_file(whole, temporary, metadata=dict(header))
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.replace(target)
 
 
 def read_tensors(

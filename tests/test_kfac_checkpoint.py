@@ -2,6 +2,9 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 
 import kfac
 from kfac import BatchError, CheckpointError
+from kfac.store import read_tensors
 
 BATCHES = [
     batch([0, 1]),
@@ -85,6 +89,39 @@ def test_killed_anywhere_it_goes_on_to_the_bit(number, model, tmp_path, monkeypa
     # A finished collection only reads its data again.
     assert run(model, path).digest == expected.digest
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import test_kfac_checkpoint as test
+
+def slowly():
+    for number, one in enumerate(test.BATCHES):
+        if number == 4:
+            print("four batches", flush=True)
+            sys.stdin.read()  # the kill comes here
+        yield one
+
+test.run(test.llama(test.torch.float32), Path(sys.argv[1]), slowly())
+"""
+
+
+def test_a_process_killed_by_the_system_goes_on_to_the_bit(model, tmp_path):
+    path = tmp_path / "state"
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdout.readline() == "four batches\n"
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert read_tensors(path, "kfac_checkpoint", "checkpoint")[0]["done"] == 4
+    assert run(model, path).digest == run(model, None).digest
 
 
 def test_ctrl_c_waits_for_the_batch_and_leaves_a_checkpoint(model, tmp_path):
@@ -220,7 +257,8 @@ def test_batches_that_change_between_passes_are_refused(model):
 
         def __iter__(self):
             self.turns += 1
-            return iter(BATCHES[: 5 - self.turns])
+            self.turns += 1
+            yield from BATCHES[: 5 - self.turns]
 
     need = kfac.plan(targets(model), marginals=True).bytes[0] - 1
     with pytest.raises(BatchError, match="pass 2 differ"):

@@ -213,3 +213,9 @@ def test_tables_of_experts_without_tokens_are_where_the_others_are():
         "A.stack[0]": "cpu",
         "G.stack[0]": "cpu",
     }
+
+
+@pytest.mark.parametrize("expert", [-1, 4])
+def test_an_expert_that_does_not_exist(expert):
+    with pytest.raises(TargetError, match="does not exist"):
+        find_targets(build("mixtral"), experts=[expert])
