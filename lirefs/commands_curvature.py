@@ -20,7 +20,7 @@ import kfac
 import lirefs
 from lirefs.batching import batches_by_tokens
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_bytes, atomic_write_text, read_jsonl
+from lirefs.files import atomic_write_bytes, atomic_write_text, read_jsonl, usual_permissions
 from lirefs.harness import suite
 
 BATCH_TOKENS = 1024
@@ -133,6 +133,7 @@ def edit(
         lm.tokenizer.save_pretrained(made)
         record = {**change.describe(), "targets": [vars(report) for report in reports]}
         atomic_write_text(made / "curvature_edit.json", json.dumps(record, indent=1))
+        usual_permissions(made)
         made.rename(out)
     table = Table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
