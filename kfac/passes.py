@@ -346,10 +346,10 @@ def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
             f"{type(batch).__name__}; for other models pass `forward`"
         )
     ids, shape = batch["input_ids"], batch["input_ids"].shape
-    if len(shape) != 2 or ids.dtype not in (torch.int32, torch.int64):
+    if len(shape) != 2 or not ids.numel() or ids.dtype not in (torch.int32, torch.int64):
         raise BatchError(
-            f"{place}: input_ids must be integers of shape (B, T), not {ids.dtype} of "
-            f"{tuple(shape)}"
+            f"{place}: input_ids must be integers of shape (B, T), not empty, but are "
+            f"{ids.dtype} of {tuple(shape)}"
         )
     for key in ("attention_mask", "labels"):
         value = batch.get(key)

@@ -175,6 +175,7 @@ def test_named_errors(model, factors):
 
 MALFORMED = {
     "one text without a batch": {"input_ids": torch.tensor([5, 6, 7])},
+    "a batch without a text": {"input_ids": torch.zeros(0, 3, dtype=torch.long)},
     "ids that are no integers": {"input_ids": torch.zeros(1, 3)},
     "an id past the vocabulary": {"input_ids": torch.tensor([[5, 50]])},
     "a mask of another shape": {
