@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from kfac.edit import check_weight
 from kfac.errors import BatchError, SpectrumError
 from kfac.factors import Factors
-from kfac.guest import as_guest
+from kfac.guest import as_guest, full_precision
 from kfac.passages import target_inputs
 from kfac.statistics import RESAMPLES, Floats, resample_counts
 
@@ -86,8 +86,9 @@ def band_profile(
             first. The default gives top 10 %, 10-25 %, 25-50 % and bottom 50 %.
 
     Raises:
-        BatchError: No batch, one without token ids, or a text without a token.
+        BatchError: No batch, a malformed one, or a text without a token.
         FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: The edges are not ascending fractions, or a band has no direction.
     """
     names = distinct_inputs(factors)
@@ -190,7 +191,8 @@ def _band_sums(
     states: Tensor, real: Tensor, basis: Tensor, cuts: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
     """Sum over tokens the norm of each band's projection, raw and of unit inputs, (B, bands)."""
-    squares = (states @ basis).square()
+    with full_precision(states.device):
+        squares = (states @ basis).square()
     bands = torch.stack(
         [
             squares[..., start:end].sum(-1).sqrt()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kfac.edit import SpectralEdit
 from kfac.errors import TargetError
 from kfac.factors import Factors, weight_digest
+from kfac.guest import full_precision
 from kfac.selection import Selection, TableSelection, select_separable
 from kfac.spectrum import check_keep
 from kfac.targets import Target, named_targets
@@ -167,13 +168,15 @@ class SVDEdit(_DataFreeEdit):
         known = self._cache.get(target.name)
         if known is None or known[0] != digest or known[1].device != weight.device:
             wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
-            left, values, right = torch.linalg.svd(wide, full_matrices=False)
+            with full_precision(weight.device):
+                left, values, right = torch.linalg.svd(wide, full_matrices=False)
             known = (digest, left, values, right)
             self._cache[target.name] = known
         _, left, values, right = known
         # The subtraction keeps 0.3 of 10 at 3: in floating point the product is a little above 3.
         rank = math.ceil(self.keep * len(values) - 1e-9)
-        return (left[:, :rank] * values[:rank]) @ right[:rank]
+        with full_precision(weight.device):
+            return (left[:, :rank] * values[:rank]) @ right[:rank]
 
 
 class MagnitudeEdit(_DataFreeEdit):

@@ -33,6 +33,7 @@ class State:
         counts: Positions by target.
         sources: Which targets share an input.
         data: SHA-256 of the batches of this pass so far.
+        whole: SHA-256 of all batches, once the first pass is over.
         tables: The sums.
     """
 
@@ -42,6 +43,7 @@ class State:
     counts: dict[str, int] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
     data: str = ""
+    whole: str = ""
     tables: dict[str, Tensor] = field(default_factory=dict)
 
 

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from tqdm.auto import tqdm
 
 from kfac.checkpoint import Checkpoint
 from kfac.distributed import World
 from kfac.errors import TargetError
 from kfac.factors import Factors, weight_digest
 from kfac.passes import Forward, Recipe, run_passes
-from kfac.plan import plan
+from kfac.plan import Plan, plan
 from kfac.sums import CovarianceSums
 from kfac.targets import Target
-
-_LOGGER = logging.getLogger("kfac")
 
 
 def collect(
@@ -78,7 +77,8 @@ def collect(
         checkpoint: File to keep the state in. If it exists, the collection goes on from it.
             Ctrl-C writes it too. It is not deleted. Each process has its own, named by its rank.
         checkpoint_every: Seconds between writes.
-        progress: Show a bar with tokens (counted positions) per second and the time left.
+        progress: Show the memory plan in a line, and a bar with tokens (counted positions) per
+            second and the time left.
         provenance: JSON values to keep with the factors: where the data came from.
 
     Returns:
@@ -95,7 +95,7 @@ def collect(
     """
     recipe = Recipe(seed, labels, samples, forward, dtype)
     layout = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
-    _LOGGER.info("%s", layout)
+    announce(layout, progress)
     if len({target.name for target in targets}) < len(targets):
         raise TargetError("a target is given twice")
     digests = {target.name: weight_digest(target.weight) for target in targets}
@@ -125,6 +125,12 @@ def collect(
         labels=labels,
         provenance=provenance,
     )
+
+
+def announce(layout: Plan, progress: bool) -> None:
+    """Show how much memory a collection will take, where its progress will be shown."""
+    if progress and World().rank == 0:
+        tqdm.write(str(layout), file=sys.stderr)
 
 
 def open_checkpoint(

@@ -18,7 +18,7 @@ from kfac.bands import distinct_inputs
 from kfac.edit import check_weight
 from kfac.errors import BatchError, SpectrumError
 from kfac.factors import Factors
-from kfac.guest import as_guest
+from kfac.guest import as_guest, full_precision
 from kfac.passages import target_inputs
 from kfac.statistics import Floats
 
@@ -55,8 +55,9 @@ def score_recitation(
         flat: Fraction of the input directions, those of smallest eigenvalue, that counts as flat.
 
     Raises:
-        BatchError: No batch, one without token ids, or a text without a token.
+        BatchError: No batch, a malformed one, or a text without a token.
         FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: `flat` leaves no direction on one side.
     """
     names = distinct_inputs(factors)
@@ -94,6 +95,7 @@ def score_recitation(
 
 def _flat_share(states: Tensor, basis: Tensor, sharp: int) -> Tensor:
     """Return for each token the share of its squared norm past the first `sharp` directions."""
-    squares = (states @ basis).square()
+    with full_precision(states.device):
+        squares = (states @ basis).square()
     total = squares.sum(-1).clamp(min=torch.finfo(squares.dtype).tiny)
     return squares[..., sharp:].sum(-1) / total

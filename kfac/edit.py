@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kfac.errors import EditError, EstimatorError, FactorsMismatchError, KeepError
 from kfac.factors import Eigen, Factors, weight_digest
+from kfac.guest import full_precision
 from kfac.selection import SHAPES, Selection, select_largest, select_separable
 from kfac.spectrum import check_keep
 from kfac.targets import Target
@@ -147,10 +148,11 @@ class SpectralEdit(WeightEdit):
     def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
         # float32 suffices: eigenvectors come from float64, and the two rotations add an error of
         # about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
-        coordinates = self._coordinates(name, weight, digest)
-        chosen = self._checked_choice(name, coordinates)
-        kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
-        return self._rotate_back(name, kept).to(weight.dtype), chosen
+        with full_precision(weight.device):
+            coordinates = self._coordinates(name, weight, digest)
+            chosen = self._checked_choice(name, coordinates)
+            kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
+            return self._rotate_back(name, kept).to(weight.dtype), chosen
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         return self.factors.coordinates(name, weight, digest)

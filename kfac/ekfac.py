@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from kfac.collect import open_checkpoint
+from kfac.collect import announce, open_checkpoint
 from kfac.errors import KfacError
 from kfac.factors import Factors, TargetRecord
 from kfac.guest import full_precision
 from kfac.passes import Forward, Recipe, run_passes
 from kfac.plan import plan
 from kfac.sums import Rows, add_product
-
-_LOGGER = logging.getLogger("kfac")
 
 
 def correct(
@@ -70,7 +67,7 @@ def correct(
     recipe = Recipe(seed, labels, samples, forward, dtype)
     targets = factors.targets(model)
     layout = plan(targets, budget, dtype=dtype, correction=True)
-    _LOGGER.info("%s", layout)
+    announce(layout, progress)
     bases = {}
     for name, record in factors.records.items():
         basis = factors.eigen(name)
@@ -106,6 +103,7 @@ def correct(
         labels=factors.labels,
         provenance=factors.provenance,
         bases=bases,
+        weighted=factors.weighted,
     )
 
 
@@ -122,7 +120,8 @@ class _CorrectionSums:
     ) -> None:
         self.tables: dict[str, Tensor] = {}
         self._records = records
-        self._vectors = {key: vectors for key, (_, vectors) in bases.items()}
+        self._bases = bases
+        self._moved: dict[str, Tensor] = {}
         self._whole_sequences = whole_sequences
 
     def keys(self, name: str, record: TargetRecord) -> dict[str, tuple[int, int]]:
@@ -147,6 +146,11 @@ class _CorrectionSums:
                     a.cache["squares"] = inputs.square()
                 add_product(self.tables, "E." + name, outputs.square(), a.cache["squares"], share)
 
+    def leave_device(self) -> None:
+        """Move the tables to the CPU and let go of the bases: the next pass needs the room."""
+        self.tables = {key: table.cpu() for key, table in self.tables.items()}
+        self._moved = {}
+
     def finish(self) -> None:
         """Do nothing: the tables are not symmetric."""
 
@@ -161,5 +165,6 @@ class _CorrectionSums:
             self.tables[key].addcmul_(gradient, gradient, value=share)
 
     def _basis(self, key: str, like: Tensor) -> Tensor:
-        self._vectors[key] = self._vectors[key].to(like.device)
-        return self._vectors[key]
+        if key not in self._moved:
+            self._moved[key] = self._bases[key][1].to(like.device)
+        return self._moved[key]

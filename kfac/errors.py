@@ -14,7 +14,7 @@ class BatchError(KfacError):
 
 
 class NonFiniteError(KfacError):
-    """An activation, a gradient or a logit was NaN or infinite during collection."""
+    """An activation, a gradient or a logit was NaN or infinite while data was run."""
 
 
 class FactorsFileError(KfacError):

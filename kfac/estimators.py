@@ -37,11 +37,6 @@ class Curvature:
     rotated: bool
 
     @property
-    def separable(self) -> bool:
-        """True when the mass is lam[i] * mu[j]."""
-        return self.table is None
-
-    @property
     def total(self) -> float:
         """The mass of all coordinates together."""
         if self.table is not None:
@@ -55,18 +50,6 @@ class Curvature:
             return self.table
         lam, mu = self._spectra()
         return torch.outer(lam, mu)
-
-    def sorted(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return lam and mu in descending order, and the rows and columns that they came from.
-
-        The sort is stable: spectra that are sorted already (K-FAC's) stay as they are.
-
-        Raises:
-            EstimatorError: The estimator is not separable.
-        """
-        spectra = self._spectra()
-        (lam, rows), (mu, columns) = (x.sort(descending=True, stable=True) for x in spectra)
-        return lam, mu, rows, columns
 
     def _spectra(self) -> tuple[Tensor, Tensor]:
         if self.lam is None or self.mu is None:

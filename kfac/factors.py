@@ -20,6 +20,7 @@ from kfac.errors import (
     TargetError,
 )
 from kfac.estimators import ESTIMATORS, Curvature, marginal_spectra
+from kfac.guest import full_precision
 from kfac.spectrum import eigenbasis
 from kfac.store import library_version, read_tensors, tensor_bytes, write_tensors
 from kfac.targets import Target, named_targets
@@ -79,6 +80,8 @@ class Factors:
         labels: "sampled" (Fisher), "data" (empirical Fisher) or "mixed".
         provenance: What the user said about the data; JSON values.
         bases: Eigenvalues and eigenvectors that the sums "E." belong to.
+        weighted: The sums of a part were scaled when parts were merged, so no part can be taken
+            out again.
 
     Attributes:
         records: One `TargetRecord` for each target name, in collection order.
@@ -86,6 +89,7 @@ class Factors:
         tokens: As given.
         labels: As given.
         provenance: As given.
+        weighted: As given.
     """
 
     def __init__(
@@ -98,6 +102,7 @@ class Factors:
         labels: str = "sampled",
         provenance: Mapping[str, Any] | None = None,
         bases: Mapping[str, tuple[Tensor, Tensor]] | None = None,
+        weighted: bool = False,
     ) -> None:
         self.records = dict(records)
         self.sums = dict(sums)
@@ -105,6 +110,7 @@ class Factors:
         self.tokens = tokens
         self.labels = labels
         self.provenance = dict(provenance or {})
+        self.weighted = weighted
         self._stored_bases = dict(bases or {})
         self._bases = {
             key: (values.double(), vectors.double())
@@ -148,10 +154,6 @@ class Factors:
     def count(self, name: str) -> int:
         """Return the number of positions that a target's factors sum over."""
         return self._record(name).count
-
-    def shares_input(self, first: str, second: str) -> bool:
-        """Return True when two targets were given the same input tensor and share one A."""
-        return self._record(first).source == self._record(second).source
 
     def eigen(self, name: str) -> Eigen:
         """Return spectra and eigenvectors of a target; computed once, a shared A once for all."""
@@ -215,7 +217,8 @@ class Factors:
         basis = self.eigen(name)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         u_out, u_in = (u.to(weight.device, dtype) for u in (basis.u_out, basis.u_in))
-        result = u_out.T @ weight.to(dtype) @ u_in
+        with full_precision(weight.device):
+            result = u_out.T @ weight.to(dtype) @ u_in
         self._coordinates[name] = (digest, result)
         return result
 
@@ -244,7 +247,8 @@ class Factors:
         """Return the factors of the data without a part of it (leave one set out).
 
         Raises:
-            FactorsMismatchError: Other targets, or the part has more positions than the whole.
+            FactorsMismatchError: Other targets, weighted factors, or the part was never in the
+                whole, as far as their sums tell.
         """
         from kfac.merging import subtract
 
@@ -342,6 +346,7 @@ class Factors:
             labels=header.get("labels", "sampled"),
             provenance=header["provenance"],
             bases=bases,
+            weighted=bool(header.get("weighted", False)),
         )
 
     def _header(self, *, with_provenance: bool) -> dict[str, Any]:
@@ -352,6 +357,8 @@ class Factors:
             "labels": self.labels,
             "targets": {name: asdict(record) for name, record in self.records.items()},
         }
+        if self.weighted:
+            header["weighted"] = True
         if with_provenance:
             header |= {"version": library_version(), "provenance": self.provenance}
         return header

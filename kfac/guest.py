@@ -43,8 +43,8 @@ def as_guest(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast off: an autocast region of the caller must not round the sums."""
-    with torch.autocast(device.type, enabled=False):
+    """Switch autocast and TF32 off: what the caller has set must not round sums and products."""
+    with torch.autocast(device.type, enabled=False), _without_tf32():
         yield
 
 

@@ -10,6 +10,10 @@ from torch import Tensor
 from kfac.errors import FactorsMismatchError, KfacError
 from kfac.factors import Factors, TargetRecord
 
+# A sum of squares that is negative by more than this share of what it was before a subtraction is
+# wrong. Rounding is far below it, also where batches of another shape ran in half precision.
+_ROUNDING = 0.01
+
 
 def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
     """Put the factors of several data sets together.
@@ -58,6 +62,7 @@ def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
         tokens=sum(part.tokens for part in parts),
         labels=labels.pop() if len(labels) == 1 else "mixed",
         provenance=provenance,
+        weighted=weights is not None or any(part.weighted for part in parts),
     )
 
 
@@ -72,17 +77,34 @@ def subtract(whole: Factors, part: Factors) -> Factors:
         Equal, up to rounding of the sums, to factors that never saw the part.
 
     Raises:
-        FactorsMismatchError: The part has other targets, or is not smaller than the whole.
+        FactorsMismatchError: The part has other targets or is not smaller than the whole; one of
+            the two was merged with weights; or what would be left is no sum of squares, so that the
+            part was never in the whole.
     """
     _check_same(whole, part, "subtract")
+    if whole.weighted or part.weighted:
+        raise FactorsMismatchError(
+            "cannot subtract: merging with weights scaled the sums, so a part no longer stands in "
+            "them as it was; merge the other parts anew"
+        )
     rest = {name: whole.count(name) - part.count(name) for name in whole.names}
     if part.tokens >= whole.tokens or min(rest.values()) < 0:
         raise FactorsMismatchError(
             f"cannot subtract {part.tokens} tokens from {whole.tokens}: not a part of them"
         )
+    sums = _combine([whole, part], lambda key, _: whole.sums[key] - part.sums[key])
+    for key, left in sums.items():
+        squares, before = (
+            table if key.startswith("D.") else table.diagonal() for table in (left, whole.sums[key])
+        )
+        if bool((squares < -_ROUNDING * before).any()):
+            raise FactorsMismatchError(
+                f"cannot subtract: sums of squares of target {key.partition('.')[2]!r} would turn "
+                "negative, so the part was not in the whole; subtract only what was merged in"
+            )
     return Factors(
         _counted(whole, rest),
-        _combine([whole, part], lambda key, _: whole.sums[key] - part.sums[key]),
+        sums,
         seeds=whole.seeds,
         tokens=whole.tokens - part.tokens,
         labels=whole.labels,

@@ -10,14 +10,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac.errors import BatchError, TargetError
-from kfac.passes import _device, _to_device, language_model_forward
+from kfac.errors import BatchError, NonFiniteError, TargetError
+from kfac.passes import _device, _to_device, check_tokens, language_model_forward
 from kfac.sampling import attended
 from kfac.targets import Target
 
 
 def position_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss of every counted position of a batch, in nats, shape (positions,)."""
+    """Return the loss of every counted position of a batch, in nats, shape (positions,).
+
+    Raises:
+        BatchError: The batch is malformed, or a text has no counted position.
+    """
     logits, counted, following = _predictions(model, batch)
     return nn.functional.cross_entropy(
         _exact(logits[counted]), following[counted], reduction="none"
@@ -31,7 +35,7 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     where there are labels, is not -100.
 
     Raises:
-        BatchError: The batch has no token ids, or a text has no counted position.
+        BatchError: The batch is malformed, or a text has no counted position.
     """
     logits, counted, following = _predictions(model, batch)
     losses = nn.functional.cross_entropy(
@@ -49,11 +53,15 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     -100 on the prefix.
 
     Raises:
-        BatchError: No batch, no token ids, or a text has no counted position.
+        BatchError: No batch, a malformed one, or a text has no counted position.
+        NonFiniteError: A logit of a counted position is NaN, or a row of logits infinite.
     """
     parts = []
-    for batch in batches:
-        logits, counted, following = _predictions(model, batch)
+    for index, batch in enumerate(batches):
+        logits, counted, following = _predictions(model, batch, f"batch {index}")
+        # A single logit of minus infinity excludes a token; the largest one shows all else.
+        if not bool(logits[counted].amax(-1).isfinite().all()):
+            raise NonFiniteError(f"batch {index}: the logits hold NaN or infinity")
         right = (logits.argmax(-1) == following) | ~counted
         parts.append(right.all(1).double().cpu())
     if not parts:
@@ -75,7 +83,8 @@ def target_inputs(
         Target name to its inputs (B, T, in), and the bool mask (B, T) of attended positions.
 
     Raises:
-        BatchError: No batch, or one without token ids.
+        BatchError: No batch, or a malformed one.
+        NonFiniteError: An input at an attended position is NaN or infinite.
         TargetError: A target is an expert, is never called, or its input is not (B, T, in).
     """
     experts = [target.name for target in targets if target.expert is not None]
@@ -88,19 +97,25 @@ def target_inputs(
             hook: Callable[..., None] = partial(_keep_input, seen, target.name)
             handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
-        for batch in batches:
+        for index, batch in enumerate(batches):
             empty = False
+            check_tokens(model, batch, f"batch {index}")
             seen.clear()
             with torch.no_grad():
                 language_model_forward(model, _to_device(batch, _device(model)))
             real = attended(batch)
-            assert real is not None  # language_model_forward has refused such a batch
+            assert real is not None  # check_tokens has refused such a batch
             wrong = [t.name for t in targets if t.name not in seen]
             if wrong:
                 raise TargetError(f"targets never called by the forward pass: {wrong}")
             wrong = [name for name, read in seen.items() if read.shape[:-1] != real.shape]
             if wrong:
                 raise TargetError(f"targets whose input does not have the batch's shape: {wrong}")
+            for name, read in seen.items():
+                if not bool((read.isfinite().all(-1) | ~real.to(read.device)).all()):
+                    raise NonFiniteError(
+                        f"batch {index}: the input of target {name!r} holds NaN or infinity"
+                    )
             yield dict(seen), real
     if empty:
         raise BatchError("the iterable of batches is empty")
@@ -112,12 +127,17 @@ def _keep_input(
     seen[name] = (args[0] if args else next(iter(kwargs.values()))).detach()
 
 
-def _predictions(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _predictions(
+    model: nn.Module, batch: Any, place: str = "the batch"
+) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits (B, T, V), the counted positions and the token after each, all (B, T)."""
+    check_tokens(model, batch, place)
     ready = _to_device(batch, _device(model))
     logits, counted = language_model_forward(model, ready)
     if not bool(counted.any(1).all()):
-        raise BatchError("a text has no position to predict: one token only, or all labels -100")
+        raise BatchError(
+            f"{place}: a text has no position to predict: one token only, or all labels -100"
+        )
     ids = ready["input_ids"]
     following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).to(logits.device)
     return logits, counted.to(logits.device), following

@@ -20,7 +20,14 @@ from kfac.errors import BatchError, CheckpointError, KfacError, NonFiniteError, 
 from kfac.factors import TargetRecord
 from kfac.guest import as_guest
 from kfac.hooks import Taps
-from kfac.sampling import RowSeeds, attended, data_labels, label_gradients, row_contents
+from kfac.sampling import (
+    RowSeeds,
+    attended,
+    batch_digest,
+    data_labels,
+    label_gradients,
+    row_contents,
+)
 from kfac.sums import Sums, check_finite
 from kfac.targets import Target
 
@@ -108,7 +115,14 @@ def run_passes(
                 with taps.hooked(), bar:
                     run(bar, compare=first)
                 first = False
-                sums.tables = {key: table.cpu() for key, table in sums.tables.items()}
+                sums.leave_device()
+                state.whole = state.whole or state.data
+                if state.data != state.whole:
+                    raise BatchError(
+                        f"the batches of pass {turn + 1} differ from those of pass 1, so the sums "
+                        "would be of different data: give the same in the same order each time (a "
+                        "list, or a DataLoader without shuffling), or a larger budget"
+                    )
             kept.append((taps, sums))
             state.tables = others | sums.tables
         checkpoint.save(state)
@@ -188,10 +202,9 @@ class _Pass:
         state.tables = {**self.others, **self.sums.tables}
         for index, batch in enumerate(bar):
             if self.recipe.forward is None:
-                _check_tokens(batch, index)
+                check_tokens(self.model, batch, f"batch {index}")
             contents = row_contents(batch)
-            for content in contents:
-                data.update(hashlib.sha256(content).digest())
+            data.update(batch_digest(batch, contents))
             seen = index + 1
             if index == 0 and compare:
                 world.check_equal(data.hexdigest(), "batches")
@@ -251,7 +264,12 @@ def _add_batch(
     uniforms = labels = None
     if recipe.labels == "data":
         seeds.skip(contents)
-        labels = _given_labels(batch, rest, shape, recipe, index)[labelled]
+        labels = _given_labels(batch, rest, shape, recipe, index)[labelled].long()
+        if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+            raise BatchError(
+                f"batch {index}: a label of a counted position is not in the vocabulary of "
+                f"{logits.shape[-1]}; -100 marks what is not counted"
+            )
     else:
         # Drawing at every real token, counted or not, makes a label independent of the mask.
         drawn = real if real is not None and real.shape == shape else labelled
@@ -298,36 +316,60 @@ def _finish(
         taps.sources |= sources
     records = taps.records(digests)
     reached = {key for _, _, keys in parts for key in keys}
-    for name, target in taps.targets.items():
+    for name in taps.targets:
         keys = sums.keys(name, records[name])
         if records[name].count and not any(key in reached for key in keys if key[0] != "A"):
             raise TargetError(f"targets whose output never reaches the logits: {[name]}")
         for key, shape in keys.items():
             if key not in sums.tables:
-                sums.tables[key] = torch.zeros(
-                    shape, dtype=taps.dtype, device=target.parameter.device
-                )
+                sums.tables[key] = torch.zeros(shape, dtype=taps.dtype)
     world.add(sums.tables)
     sums.finish()
     return records
 
 
-def _check_tokens(batch: Any, index: int) -> None:
+def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
+    """Verify that a batch is one that a causal language model can be given.
+
+    Args:
+        model: If it names its embedding, as those of transformers do, ids must lie within it.
+        batch: What was given as a batch.
+        place: Name of the batch, for messages.
+
+    Raises:
+        BatchError: No mapping with integer input_ids (B, T), a mask or labels of another shape, or
+            an id outside the vocabulary.
+    """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise BatchError(
-            f"batch {index} must be a mapping with input_ids as a tensor, not a "
+            f"{place} must be a mapping with input_ids as a tensor, not a "
             f"{type(batch).__name__}; for other models pass `forward`"
         )
-    shape = batch["input_ids"].shape
-    if len(shape) != 2:
-        raise BatchError(f"batch {index}: input_ids must have shape (B, T), not {tuple(shape)}")
+    ids, shape = batch["input_ids"], batch["input_ids"].shape
+    if len(shape) != 2 or not ids.numel() or ids.dtype not in (torch.int32, torch.int64):
+        raise BatchError(
+            f"{place}: input_ids must be integers of shape (B, T), not empty, but are "
+            f"{ids.dtype} of {tuple(shape)}"
+        )
     for key in ("attention_mask", "labels"):
         value = batch.get(key)
         if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise BatchError(
-                f"batch {index}: {key} must be a tensor of shape {tuple(shape)}, not {found}"
+                f"{place}: {key} must be a tensor of shape {tuple(shape)}, not {found}"
             )
+    size = _vocabulary(model)
+    if size is not None and bool(((ids < 0) | (ids >= size)).any()):
+        raise BatchError(f"{place}: an id in input_ids is not in the model's vocabulary of {size}")
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Return the number of token ids that a model of transformers can embed."""
+    try:
+        embedding = model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return None
+    return getattr(embedding, "num_embeddings", None)
 
 
 def _device(model: nn.Module) -> torch.device:

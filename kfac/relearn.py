@@ -94,9 +94,10 @@ def relearn(
             bar.set_postfix_str(name)
             result.known[name], result.rest[name] = [], []
             with ExitStack() as stack:
-                stack.enter_context(trainable(model))
+                # The edit comes first: it knows the weights as they are, not as float32 copies.
                 if edit is not None:
                     stack.enter_context(edit.apply(model))
+                stack.enter_context(trainable(model))
                 for _ in _train(model, texts, wanted, lr, seed, bar):
                     for table, batches in (
                         (result.known, sets["known"]),

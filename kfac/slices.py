@@ -80,8 +80,8 @@ def loss_slices(
     shape = (target.out_features, target.in_features)
     if pairs is None:
         pairs = [tuple(int(q * (size - 1)) for size in shape) for q in QUANTILES]  # type: ignore[misc]
-    wanted = np.array(pairs, dtype=np.int64).reshape(-1, 2)
-    if not len(wanted) or (wanted < 0).any() or (wanted >= np.array(shape)).any():
+    wanted = _ranks(pairs)
+    if (wanted < 0).any() or (wanted >= np.array(shape)).any():
         raise SpectrumError(f"pairs={list(pairs)}: ranks must lie within {shape}")
     distances = np.array(steps, dtype=np.float64)
     if distances.ndim != 1 or not len(distances) or not np.isfinite(distances).all():
@@ -105,6 +105,16 @@ def loss_slices(
     return LossSlices(name, wanted, masses, slopes, distances, loss, predicted)
 
 
+def _ranks(pairs: Sequence[tuple[int, int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    try:
+        ranks = np.array(pairs, dtype=np.int64)
+    except (TypeError, ValueError):  # rows of several lengths, or no numbers
+        ranks = np.empty(0, dtype=np.int64)
+    if ranks.ndim != 2 or ranks.shape[1] != 2:
+        raise SpectrumError(f"pairs={list(pairs)}: a list of (output rank, input rank) is needed")
+    return ranks
+
+
 def _gradient(model: nn.Module, batches: list[Any], target: Target) -> tuple[float, Tensor]:
     """Return the mean loss and its gradient by the target's weight, (out, in) float64 on CPU."""
     parameter = target.parameter
@@ -117,8 +127,6 @@ def _gradient(model: nn.Module, batches: list[Any], target: Target) -> tuple[flo
             losses.sum().backward()  # type: ignore[no-untyped-call]
             total += float(losses.detach().sum(dtype=torch.float64))
             count += len(losses)
-        if not count:
-            raise BatchError("no batch has a position to predict")
         if parameter.grad is None:
             raise SpectrumError(f"the loss does not depend on target {target.name!r}")
         gradient = target.view(parameter.grad).double().cpu() / count

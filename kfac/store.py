@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from importlib import metadata
@@ -24,14 +25,16 @@ def write_tensors(
     """Write one safetensors file; an existing file is replaced at once, when all is on disk."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".")
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
+        temporary = Path(folder) / target.name
         whole = {key: value.contiguous() for key, value in tensors.items()}
         save_file(whole, temporary, metadata=dict(header))
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        # safetensors makes its files readable by their owner alone. A new file has what the umask
+        # leaves, and the umask itself can only be read by setting it, for all threads.
+        new = Path(folder) / ".new"
+        new.touch()
+        temporary.chmod(stat.S_IMODE(new.stat().st_mode))
+        temporary.replace(target)
 
 
 def read_tensors(

@@ -17,7 +17,7 @@ from kfac.factors import weight_digest
 from kfac.guest import as_guest
 from kfac.passages import passage_losses
 from kfac.targets import Target, named_targets
-from kfac.weight_edit import WeightEdit
+from kfac.weight_edit import WeightEdit, originals_of
 
 
 class SubnetEdit(WeightEdit):
@@ -45,7 +45,9 @@ class SubnetEdit(WeightEdit):
         result = []
         for target in named_targets(model, self.masks):
             weight = target.weight
-            if weight_digest(weight) != self.digests[target.name]:
+            # Under other edits the weights that the mask was learned on are the replaced ones.
+            held = (weight_digest(one) for one in (weight, *originals_of(target)))
+            if self.digests[target.name] not in held:
                 raise FactorsMismatchError(
                     f"target {target.name!r}: the mask was learned on other weights"
                 )

@@ -54,6 +54,9 @@ class Sums(Protocol):
         """Return the key and shape of every table that a target needs."""
         ...
 
+    def leave_device(self) -> None:
+        """Move the tables to the CPU and let go of all else: the pass is over."""
+
     def finish(self) -> None:
         """Bring the tables into their final form."""
 
@@ -102,6 +105,10 @@ class CovarianceSums:
         if self.diagonal:
             keys["D." + name] = (out, into)
         return keys
+
+    def leave_device(self) -> None:
+        """Move the tables to the CPU."""
+        self.tables = {key: table.cpu() for key, table in self.tables.items()}
 
     def finish(self) -> None:
         """Mirror the upper triangles, which are all that was computed."""

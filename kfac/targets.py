@@ -129,8 +129,9 @@ def find_targets(
         At least one target.
 
     Raises:
-        TargetError: A layer is out of range, nothing matches, or a match is not a dense
-            floating-point Linear or Conv1D. The message lists what the model has.
+        TargetError: A layer is out of range, nothing matches, a name ending matches nothing, an
+            expert does not exist, or a match is not a dense floating-point Linear or Conv1D. The
+            message lists what the model has.
     """
     prefix, blocks = _main_blocks(model)
     wanted = _wanted_layers(layers, blocks)
@@ -143,7 +144,7 @@ def find_targets(
             )
         endings: tuple[str, ...] = _MLP_GROUPS[projections]
     else:
-        endings = tuple(projections)
+        endings = tuple(ending.strip() for ending in projections)
 
     chosen = None if experts is None else set(experts)
     found = []
@@ -161,11 +162,15 @@ def find_targets(
         if _kind(module) is None and (any(module.children()) or is_stack(module)):
             continue
         found.append(_make(name, module, layer))
-    if not found:
+    names = {target.name.partition("[")[0] for target in found}
+    # Of a group's endings a model has some; of endings that a user wrote, one without a match is
+    # a mistake.
+    unmatched = [end for end in endings if not any(_ends(name, (end,)) for name in names)]
+    if not found or (unmatched and not by_role):
         where = "" if wanted is None else f" in layers {sorted(wanted)}"
         raise TargetError(
-            f"no matrix matches projections={projections!r}{where}; the model has: "
-            f"{_inventory(model)}"
+            f"no matrix matches projections={projections if by_role else unmatched!r}{where}; the "
+            f"model has: {_inventory(model)}"
         )
     return found
 
@@ -234,7 +239,7 @@ def _expert(name: str, module: nn.Module, layer: int | None, attribute: str, ind
     check_stack(name, module)
     stack = getattr(module, attribute)
     _check_weight(f"target {full!r}", stack, 3)
-    if index >= len(stack):
+    if not 0 <= index < len(stack):
         raise TargetError(f"target {full!r} does not exist: the stack has {len(stack)} experts")
     return Target(full, module, layer, bool(module.is_transposed), attribute, index)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +20,7 @@ import kfac
 import lirefs
 from lirefs.batching import batches_by_tokens
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_bytes, atomic_write_text, read_jsonl
+from lirefs.files import atomic_write_bytes, atomic_write_text, read_jsonl, usual_permissions
 from lirefs.harness import suite
 
 BATCH_TOKENS = 1024
@@ -72,21 +72,21 @@ def collect(
     rows = suite.calibration_texts() if texts is None else _texts(texts)
     lm = lirefs.load(model, device=device)
     groups = {"mlp_in", "mlp_out", "mlp"}
-    roles = projections if projections in groups else projections.split(",")
+    roles = projections.strip() if projections.strip() in groups else projections.split(",")
     targets = kfac.find_targets(lm.model, chosen, roles)
     ids = lm.encode(rows)
     _, batches = _batches(lm, ids)
     options: dict[str, Any] = {"seed": seed, "samples": samples}
     if budget is not None:
         options["budget"] = int(budget * 2**30)
-    state = out.with_name(out.name + ".checkpoint")
+    states = [out.with_name(out.name + end) for end in (".checkpoint", ".ekfac-checkpoint")]
     factors = kfac.collect(
         lm.model,
         batches,
         targets,
         marginals="marginal" in wanted,
         diagonal="diagonal" in wanted,
-        checkpoint=state,
+        checkpoint=states[0],
         provenance={
             "data": hashlib.sha256(repr(ids).encode()).hexdigest(),
             "model": lm.fingerprint,
@@ -96,9 +96,10 @@ def collect(
         **options,
     )
     if "ekfac" in wanted:
-        factors = kfac.correct(lm.model, batches, factors, **options)
+        factors = kfac.correct(lm.model, batches, factors, checkpoint=states[1], **options)
     factors.save(out)
-    state.unlink(missing_ok=True)
+    for state in states:
+        state.unlink(missing_ok=True)
     console.print(f"{factors}: {out}", markup=False, soft_wrap=True)
 
 
@@ -125,16 +126,15 @@ def edit(
     reports = change.report(lm.model)
     change.bake(lm.model)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made = Path(tempfile.mkdtemp(prefix=".tmp-", dir=out.parent))
-    try:
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
+        made = Path(folder) / "model"  # of ordinary permissions, inside a private folder
+        made.mkdir()
         lm.model.save_pretrained(made)
         lm.tokenizer.save_pretrained(made)
         record = {**change.describe(), "targets": [vars(report) for report in reports]}
         atomic_write_text(made / "curvature_edit.json", json.dumps(record, indent=1))
-        made.chmod(0o755)
+        usual_permissions(made)
         made.rename(out)
-    finally:
-        shutil.rmtree(made, ignore_errors=True)
     table = Table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         table.add_row(
@@ -160,10 +160,14 @@ def bands(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Compare how memorized and clean texts activate each curvature band."""
+    """Compare how memorized and clean texts activate each curvature band.
+
+    Memorized texts that the model does not recite are left out.
+    """
     ordinary = [t for _, t in suite.heldout_texts("test")] if clean is None else _texts(clean)
     lm, known = _load(model, device, factors)
-    sets = [_memorized_ids(lm, memorized), lm.encode(ordinary)]
+    recited = _recited(lm, memorized, 2, "to compare them with clean ones")
+    sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
     first, second = (kfac.band_profile(lm.model, _batches(lm, ids)[1], known) for ids in sets)
     ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
@@ -199,7 +203,7 @@ def detect(
         Path | None,
         typer.Option(
             help="JSON Lines with `text` and, to measure the detector, `label` (memorized, clean); "
-            "default: the project's memorized passages and held-out texts."
+            "default: the project's passages that the model recites, and held-out texts."
         ),
     ] = None,
     flat: Annotated[
@@ -210,11 +214,15 @@ def detect(
     """Score texts by how much of them lies in flat directions: recited ones score high."""
     rows = _detector_rows() if texts is None else [row for _, row in read_jsonl(texts)]
     for number, row in enumerate(rows, start=1):
-        if not isinstance(row.get("text"), str) or row.get("label", "clean") not in CLASSES:
+        # A list of the names: a label that cannot be hashed is compared as well.
+        if not isinstance(row.get("text"), str) or row.get("label", "clean") not in list(CLASSES):
             raise SettingError(
                 f"--texts, row {number}: needs `text`, and a `label` only of {' or '.join(CLASSES)}"
             )
     lm, known = _load(model, device, factors)
+    if texts is None:
+        recited = {key for key, _, _ in _recited(lm, None, 0)}
+        rows = [row for row in rows if row["label"] == "clean" or str(row["id"]) in recited]
     ids = lm.encode([row["text"] for row in rows])
     order, batches = _batches(lm, ids)
     scores = kfac.score_recitation(lm.model, batches, known, flat=flat)
@@ -270,25 +278,18 @@ def relearn(
     points = _indices(steps, "--steps") or [0]
     lm, known = _load(model, device, factors)
     change = kfac.CurvatureEdit(known, keep)
-    task = lirefs.recitation_task(lm, memorized or suite.DATA / "passages.jsonl")
-    batches = [_labelled(lm, list(prefix), list(suffix)) for _, prefix, suffix in task.items]
-    recited = kfac.recitation(lm.model.eval(), batches).bool().tolist()
-    kept = [batch for batch, yes in zip(batches, recited, strict=True) if yes]
-    if len(kept) < 4:
-        raise SettingError(
-            f"the unchanged model recites {len(kept)} of {len(batches)} texts; at least 4 are "
-            "needed, half to train on and half to test"
-        )
+    recited = _recited(lm, memorized, 4, "half to train on and half to test")
     generator = torch.Generator().manual_seed(seed)
-    mixed = [kept[i] for i in torch.randperm(len(kept), generator=generator).tolist()]
+    mixed = [recited[i] for i in torch.randperm(len(recited), generator=generator).tolist()]
     half = len(mixed) // 2
-    other = _batches(lm, lm.encode([text for _, text in suite.heldout_texts("validation")]))[1]
+    batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in mixed]
+    unrelated = lm.encode([text for _, text in suite.heldout_texts("validation")])
     result = kfac.relearn(
         lm.model,
         {"edited": change, "never edited": None},
-        mixed[:half],
-        mixed[half:],
-        other=other,
+        batches[:half],
+        batches[half:],
+        other=_cut_alike(lm, unrelated, mixed[:half]),
         steps=points,
         lr=lr,
         seed=seed,
@@ -328,16 +329,48 @@ def _batches(
     return [row for rows in groups for row in rows], batches
 
 
-def _labelled(lm: lirefs.LanguageModel, prefix: list[int], suffix: list[int]) -> dict[str, Any]:
-    batch: dict[str, Any] = dict(lm.pad([prefix + suffix], side="right"))
+def _labelled(
+    lm: lirefs.LanguageModel, prefix: Sequence[int], suffix: Sequence[int]
+) -> dict[str, Any]:
+    batch: dict[str, Any] = dict(lm.pad([[*prefix, *suffix]], side="right"))
     labels = batch["input_ids"].clone()
     labels[:, : len(prefix)] = -100
     return batch | {"labels": labels}
 
 
-def _memorized_ids(lm: lirefs.LanguageModel, path: Path | None) -> list[list[int]]:
-    task = lirefs.recitation_task(lm, path or suite.DATA / "passages.jsonl")
-    return [[*prefix, *suffix] for _, prefix, suffix in task.items]
+def _recited(
+    lm: lirefs.LanguageModel, path: Path | None, least: int, purpose: str = ""
+) -> list[tuple[str, Sequence[int], Sequence[int]]]:
+    """Return (id, prefix, suffix) of the memorized texts that the model recites, and say how many.
+
+    Raises:
+        SettingError: There are fewer than `least`.
+    """
+    items = lirefs.recitation_task(lm, path or suite.DATA / "passages.jsonl").items
+    batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in items]
+    flags = kfac.recitation(lm.model.eval(), batches).bool().tolist()
+    recited = [item for item, yes in zip(items, flags, strict=True) if yes]
+    found = f"the unchanged model recites {len(recited)} of {len(items)} memorized texts"
+    if len(recited) < least:
+        raise SettingError(f"{found}; at least {least} are needed, {purpose}")
+    console.print(found, markup=False)
+    return recited
+
+
+def _cut_alike(
+    lm: lirefs.LanguageModel,
+    texts: Sequence[Sequence[int]],
+    items: Sequence[tuple[str, Sequence[int], Sequence[int]]],
+) -> list[dict[str, Any]]:
+    """Return a batch for each text, cut and labelled like one of the items.
+
+    Training on one or the other then differs in what is read, not in how much a step reads.
+    """
+    batches = []
+    for text, (_, prefix, suffix) in zip(texts, itertools.cycle(items), strict=False):
+        start = min(len(prefix), len(text) - 1)
+        batches.append(_labelled(lm, text[:start], text[start : start + len(suffix)]))
+    return batches
 
 
 def _detector_rows() -> list[dict[str, Any]]:

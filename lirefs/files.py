@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,11 +35,24 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     final = Path(path)
     final.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=final.parent) as folder:
-        # A private folder and not a private file: the writer creates the file itself, so that it
-        # gets the ordinary permissions of the user instead of the 0600 of mkstemp.
         temporary = Path(folder) / final.name
         yield temporary
+        usual_permissions(Path(folder))
         os.replace(temporary, final)  # noqa: PTH105 (the name that the reader knows as atomic)
+
+
+def usual_permissions(folder: Path) -> None:
+    """Give the files in a folder the permissions of any new file of this process.
+
+    safetensors makes its files readable by their owner alone, whatever the umask is.
+    """
+    # The umask can only be read by setting it, for all threads; a new file tells it as well.
+    new = folder / ".new"
+    new.touch()
+    mode = stat.S_IMODE(new.stat().st_mode)
+    new.unlink()
+    for file in folder.iterdir():
+        file.chmod(mode)
 
 
 def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:

@@ -1,4 +1,7 @@
+import itertools
 import json
+import os
+import signal
 import sys
 
 import pytest
@@ -7,7 +10,7 @@ from tiny import fresh_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kfac
-from lirefs import cli
+from lirefs import cli, commands_curvature
 
 PNG = b"\x89PNG"
 TEXTS = ["the sun sets red", "one two three", "abc def ghi jkl", "zebra crossing", "my own text"]
@@ -60,10 +63,39 @@ def test_collect(made, factors):
     assert set(known.provenance) >= {"data", "model", "tokenizer"}
 
 
+def test_an_interrupted_collection_goes_on_in_both_passes(made, factors, tmp_path, monkeypatch):
+    out = tmp_path / "f.safetensors"
+    arguments = ["--model", made / "model", "--texts", made / "texts.jsonl", "--layers", "0,1"]
+    arguments += ["--estimators", "kfac,ekfac", "--out", out]
+    monkeypatch.setattr(commands_curvature, "BATCH_TOKENS", 64)
+    add, calls = kfac.ekfac._CorrectionSums.add_gradient, []
+
+    def counted(*call):
+        calls.append(1)
+        if len(calls) == 6:  # of four targets: in the second batch
+            signal.raise_signal(signal.SIGINT)
+        add(*call)
+
+    monkeypatch.setattr(kfac.ekfac._CorrectionSums, "add_gradient", counted)
+    assert run(monkeypatch, "collect", *arguments) == 130
+    states = ["f.safetensors.checkpoint", "f.safetensors.ekfac-checkpoint"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == states
+    assert run(monkeypatch, "collect", *arguments) == 0
+    assert len(calls) == 4 * 4  # no batch twice
+    assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
+    assert "ekfac" in kfac.Factors.load(out).estimators
+
+
 def test_edit_saves_a_model_for_transformers(made, factors, tmp_path, monkeypatch, capsys):
     out = tmp_path / "new" / "edited"
     arguments = ["--model", made / "model", "--factors", factors, "--keep", "0.5", "--out", out]
-    assert run(monkeypatch, "edit", *arguments) == 0
+    mask = os.umask(0o027)
+    try:
+        assert run(monkeypatch, "edit", *arguments) == 0
+    finally:
+        os.umask(mask)
+    assert out.stat().st_mode & 0o777 == 0o750
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
     assert "pairs kept" in capsys.readouterr().out
     edited = AutoModelForCausalLM.from_pretrained(out)
     plain = AutoModelForCausalLM.from_pretrained(made / "model")
@@ -78,10 +110,14 @@ def test_edit_saves_a_model_for_transformers(made, factors, tmp_path, monkeypatc
     assert "SettingError" in capsys.readouterr().err
 
 
-def test_bands(made, factors, tmp_path, monkeypatch):
+def test_bands(made, factors, tmp_path, monkeypatch, capsys):
+    # Of seven texts the model recites five.
+    rows = [{"text": text, "suffix_tokens": 5} for text in [*TEXTS, "never seen", "nor this one"]]
+    texts = jsonl(tmp_path / "m.jsonl", rows)
     arguments = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "b"]
-    arguments += ["--memorized", made / "memorized.jsonl", "--clean", made / "texts.jsonl"]
+    arguments += ["--memorized", texts, "--clean", made / "texts.jsonl"]
     assert run(monkeypatch, "bands", *arguments) == 0
+    assert "recites 5 of 7" in capsys.readouterr().err
     assert (tmp_path / "b" / "bands.png").read_bytes().startswith(PNG)
     numbers = json.loads((tmp_path / "b" / "bands.json").read_text())
     assert numbers["texts"] == [5, 8]
@@ -102,6 +138,18 @@ def test_detect(made, factors, tmp_path, monkeypatch, capsys):
     area = json.loads((tmp_path / "d" / "detector.json").read_text())
     assert 0 <= area["token_auroc"] <= 1
     assert area["auroc"]["value"] > 0.8
+    # Of the default passages only those that the model recites are called memorized.
+    folder = tmp_path / "data"
+    folder.mkdir()
+    passages = [{"id": str(i), "text": text} for i, text in enumerate([*TEXTS[:2], "x" * 20])]
+    jsonl(folder / "passages.jsonl", [one | {"suffix_tokens": 5} for one in passages])
+    monkeypatch.setattr(cli.suite, "DATA", folder)
+    monkeypatch.setattr(cli.suite, "heldout_texts", lambda split: [("2", "some other text")])
+    arguments[-1] = tmp_path / "g"
+    assert run(monkeypatch, "detect", *arguments) == 0
+    assert "recites 2 of 3" in capsys.readouterr().err
+    lines = [json.loads(x) for x in (tmp_path / "g" / "scores.jsonl").read_text().splitlines()]
+    assert [line["label"] for line in lines] == ["memorized", "memorized", "clean"]
     # Without labels there are scores and no figure.
     arguments[-1] = tmp_path / "e"
     assert run(monkeypatch, "detect", *arguments, "--texts", made / "texts.jsonl") == 0
@@ -111,8 +159,22 @@ def test_detect(made, factors, tmp_path, monkeypatch, capsys):
 def test_relearn(made, factors, tmp_path, monkeypatch):
     arguments = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "r"]
     arguments += ["--memorized", made / "memorized.jsonl", "--keep", "0.5", "--steps", "0,2"]
-    monkeypatch.setattr(cli.suite, "heldout_texts", lambda split: [("a", "some other text")])
+    long = [(str(i), f"some other text {i}, " * 4) for i in range(3)]
+    monkeypatch.setattr(cli.suite, "heldout_texts", lambda split: long)
+    given, plain = [], kfac.relearn
+
+    def watched(model, arms, known, rest, *, other, **settings):
+        given.extend([known, other])
+        return plain(model, arms, known, rest, other=other, **settings)
+
+    monkeypatch.setattr(kfac, "relearn", watched)
     assert run(monkeypatch, "relearn", *arguments) == 0
+    known, other = given
+    assert len(other) == 3
+    # A step on other text reads and counts as many tokens as one on a passage.
+    for one, two in zip(other, itertools.cycle(known)):
+        assert one["input_ids"].shape == two["input_ids"].shape
+        assert torch.equal(one["labels"] == -100, two["labels"] == -100)
     assert (tmp_path / "r" / "relearning.png").read_bytes().startswith(PNG)
     arms = json.loads((tmp_path / "r" / "relearning.json").read_text())["arms"]
     assert set(arms) == {"edited", "never edited", "edited (other text)"}
@@ -130,6 +192,7 @@ def test_relearn(made, factors, tmp_path, monkeypatch):
         (["bands", "--factors", "absent", "--out", "o"], "FactorsFileError"),
         (["detect", "--factors", "absent", "--out", "o"], "FactorsFileError"),
         (["detect", "--factors", "f", "--out", "o", "--texts", "bad.jsonl"], "SettingError"),
+        (["detect", "--factors", "f", "--out", "o", "--texts", "list.jsonl"], "SettingError"),
         (["relearn", "--factors", "absent", "--out", "o"], "FactorsFileError"),
         (["relearn", "--factors", "f", "--out", "o", "--steps", "a"], "SettingError"),
     ],
@@ -137,6 +200,7 @@ def test_relearn(made, factors, tmp_path, monkeypatch):
 def test_wrong_arguments_end_in_one_line(arguments, error, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     jsonl(tmp_path / "bad.jsonl", [{"text": "a", "label": "unknown"}])
+    jsonl(tmp_path / "list.jsonl", [{"text": "a", "label": ["clean"]}])
     assert run(monkeypatch, *arguments) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
     assert not (tmp_path / "o").exists()
@@ -151,6 +215,7 @@ def test_wrong_values_end_in_one_line(made, factors, tmp_path, monkeypatch, caps
         ("detect", ["--flat", "2"], "SpectrumError"),
         ("relearn", ["--lr", "0", "--memorized", made / "memorized.jsonl"], "EditError"),
         ("relearn", ["--memorized", made / "texts.jsonl"], "SettingError"),
+        ("bands", ["--memorized", made / "texts.jsonl"], "SettingError"),
     ):
         assert run(monkeypatch, command, *common, *options) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")

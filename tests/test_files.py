@@ -1,8 +1,11 @@
 from __future__ import annotations
 
 import hashlib
+import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lirefs.errors import DataFileError, QuestionsError
 from lirefs.files import atomic_path, atomic_write_text, cache_dir, read_jsonl, sha256_of
@@ -81,3 +84,14 @@ def test_read_jsonl_without_a_file(tmp_path):
         read_jsonl(tmp_path / "absent.jsonl")
     with pytest.raises(DataFileError, match="cannot be read"):
         read_jsonl(tmp_path)
+
+
+def test_a_written_file_has_the_permissions_that_the_user_gives(tmp_path):
+    before = os.umask(0o027)
+    try:
+        atomic_write_text(tmp_path / "a.txt", "a")
+        with atomic_path(tmp_path / "b.safetensors") as temporary:
+            save_file({"a": torch.zeros(1)}, temporary)
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o640}

@@ -5,7 +5,7 @@ from test_kfac_collect import batch, collect, llama
 from test_kfac_edit import assert_restored, snapshot
 
 import kfac
-from kfac import BatchError, FactorsMismatchError, SpectrumError
+from kfac import BatchError, FactorsMismatchError, NonFiniteError, SpectrumError
 from kfac.passages import target_inputs
 
 
@@ -113,6 +113,20 @@ def test_detector_scores_are_the_flat_share(model, factors):
     assert scores.passages[1] == pytest.approx(np.mean(shares), rel=1e-4)
 
 
+def test_autocast_does_not_round_a_projection():
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, 5, 16, generator=generator)
+    basis = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
+
+    def measure():
+        sums = kfac.bands._band_sums(states, torch.ones(2, 5, dtype=torch.bool), basis, [4, 8])
+        return torch.cat([torch.cat(sums).flatten(), kfac.detect._flat_share(states, basis, 8)[0]])
+
+    outside = measure()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(measure(), outside)
+
+
 def test_texts_unlike_the_factors_data_score_higher(model):
     """Factors of one kind of text: texts of another kind lie in its flat directions."""
     low = torch.randint(5, 12, (24, 8), generator=torch.Generator().manual_seed(0))
@@ -157,3 +171,53 @@ def test_named_errors(model, factors):
     two = kfac.BandProfile(["y"], ["a", "b"], one.norms, one.norms, one.tokens)
     with pytest.raises(SpectrumError, match="other targets"):
         kfac.band_ratios(one, two)
+
+
+MALFORMED = {
+    "one text without a batch": {"input_ids": torch.tensor([5, 6, 7])},
+    "a batch without a text": {"input_ids": torch.zeros(0, 3, dtype=torch.long)},
+    "ids that are no integers": {"input_ids": torch.zeros(1, 3)},
+    "an id past the vocabulary": {"input_ids": torch.tensor([[5, 50]])},
+    "a mask of another shape": {
+        "input_ids": torch.tensor([[5, 6]]),
+        "attention_mask": torch.ones(1, 3, dtype=torch.long),
+    },
+    "labels of another shape": {
+        "input_ids": torch.tensor([[5, 6]]),
+        "labels": torch.ones(1, 3, dtype=torch.long),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_batches_are_refused_by_name(model, factors, kind):
+    uses = (
+        lambda one: kfac.band_profile(model, [one], factors),
+        lambda one: kfac.score_recitation(model, [one], factors),
+        lambda one: kfac.recitation(model, [one]),
+        lambda one: kfac.passages.position_losses(model, one),
+        lambda one: collect(model, [one]),
+    )
+    for use in uses:
+        with pytest.raises(BatchError, match="batch"):
+            use(MALFORMED[kind])
+
+
+@pytest.mark.parametrize("label", [50, -1])
+def test_labels_outside_the_vocabulary_are_refused(model, label):
+    one = batch([0]) | {"labels": batch([0])["input_ids"].clone()}
+    one["labels"][0, 3] = label
+    with pytest.raises(BatchError, match="vocabulary of 50"):
+        collect(model, [one], labels="data")
+
+
+def test_weights_that_are_nan_are_an_error():
+    broken = llama(torch.float32)
+    with torch.no_grad():
+        broken.model.layers[0].self_attn.o_proj.weight[0, 0] = float("nan")
+    known = collect(llama(torch.float32), [batch([0, 1])])  # of its other weights, the same
+    for use in (kfac.band_profile, kfac.score_recitation):
+        with pytest.raises(NonFiniteError, match="gate_proj"):
+            use(broken, [batch([0])], known)
+    with pytest.raises(NonFiniteError, match="batch 0"):
+        kfac.recitation(broken, [batch([0])])

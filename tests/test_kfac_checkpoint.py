@@ -2,6 +2,9 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +13,7 @@ from torch import nn
 
 import kfac
 from kfac import BatchError, CheckpointError
+from kfac.store import read_tensors
 
 BATCHES = [
     batch([0, 1]),
@@ -85,6 +89,39 @@ def test_killed_anywhere_it_goes_on_to_the_bit(number, model, tmp_path, monkeypa
     # A finished collection only reads its data again.
     assert run(model, path).digest == expected.digest
     assert [p.name for p in tmp_path.iterdir()] == ["state"]
+
+
+KILLED = """
+import sys
+from pathlib import Path
+import test_kfac_checkpoint as test
+
+def slowly():
+    for number, one in enumerate(test.BATCHES):
+        if number == 4:
+            print("four batches", flush=True)
+            sys.stdin.read()  # the kill comes here
+        yield one
+
+test.run(test.llama(test.torch.float32), Path(sys.argv[1]), slowly())
+"""
+
+
+def test_a_process_killed_by_the_system_goes_on_to_the_bit(model, tmp_path):
+    path = tmp_path / "state"
+    child = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(path)],
+        cwd=Path(__file__).parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with child:
+        assert child.stdout.readline() == "four batches\n"
+        child.kill()
+    assert child.returncode == -signal.SIGKILL
+    assert read_tensors(path, "kfac_checkpoint", "checkpoint")[0]["done"] == 4
+    assert run(model, path).digest == run(model, None).digest
 
 
 def test_ctrl_c_waits_for_the_batch_and_leaves_a_checkpoint(model, tmp_path):
@@ -182,3 +219,70 @@ def test_passes_give_what_one_pass_gives(model):
     assert_same(one, many, 1e-12)
     with pytest.raises(BatchError, match="only once"):
         run(model, None, iter(BATCHES), budget=need)
+
+
+def test_a_resumed_collection_sees_labels_gaps_and_ends_of_batches(model, tmp_path):
+    labelled = [one | {"labels": one["input_ids"].clone()} for one in BATCHES]
+    fewer = [one | {"labels": one["labels"].clone()} for one in labelled]
+    fewer[0]["labels"][0, 3] = -100
+    # The tokens of BATCHES[1], with a masked one among them.
+    ids, mask = batch([2], extra=1).values()
+    order = [0, 1, 2, 7, 3, 4, 5, 6]
+    gap = [BATCHES[0], {"input_ids": ids[:, order], "attention_mask": mask[:, order]}, *BATCHES[2:]]
+    pairs = ((labelled, fewer), (labelled, BATCHES), (BATCHES, gap))
+    for number, (given, changed) in enumerate(pairs):
+        path = tmp_path / str(number)
+        with pytest.raises(Interruption):
+            run(model, path, stop_after(3, given))
+        with pytest.raises(CheckpointError, match="other data"):
+            run(model, path, changed)
+    path = tmp_path / "ends"
+    run(model, path, [batch([0]), batch([1, 2]), batch([5])])
+    with pytest.raises(CheckpointError, match="other data"):
+        run(model, path, [batch([0]), batch([1]), batch([2, 5])])
+
+
+def test_a_resumed_collection_does_not_mind_padding(model, tmp_path):
+    path = tmp_path / "state"
+    with pytest.raises(Interruption):
+        run(model, path, stop_after(3, [batch([0]), batch([1, 2]), batch([5]), batch([4])]))
+    other = [batch([0], "left", 2), batch([1, 2], "left"), batch([5], "right", 1), batch([4])]
+    assert run(model, path, other).tokens == run(model, None, other).tokens
+
+
+def test_batches_that_change_between_passes_are_refused(model):
+    class Changing:
+        def __init__(self):
+            self.turns = 0
+
+        def __iter__(self):
+            self.turns += 1
+            self.turns += 1
+            yield from BATCHES[: 5 - self.turns]
+
+    need = kfac.plan(targets(model), marginals=True).bytes[0] - 1
+    with pytest.raises(BatchError, match="pass 2 differ"):
+        run(model, None, Changing(), budget=need)
+
+
+def test_a_correction_lets_go_of_the_bases_after_each_pass(model, monkeypatch):
+    made, held = [], []
+
+    class Watched(kfac.ekfac._CorrectionSums):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+        def add_gradient(self, *args):
+            super().add_gradient(*args)
+            held.append([len(sums._moved) for sums in made])
+
+    factors = run(model, None)
+    expected = kfac.correct(model, BATCHES, factors, progress=False)
+    monkeypatch.setattr(kfac.ekfac, "_CorrectionSums", Watched)
+    need = kfac.plan(targets(model), correction=True).bytes[0] - 1
+    found = kfac.correct(model, BATCHES, factors, progress=False, budget=need)
+    assert found.digest == expected.digest
+    assert len(made) == 2
+    assert held[-1][0] == 0
+    assert held[-1][1] > 0

@@ -7,6 +7,10 @@ from transformers import AutoModelForCausalLM
 
 import kfac
 from kfac import TargetError, find_targets, named_targets
+from kfac.distributed import World
+from kfac.hooks import Taps
+from kfac.passes import _finish
+from kfac.sums import CovarianceSums
 
 COMMON = {
     "vocab_size": 50,
@@ -197,3 +201,21 @@ def test_expert_errors():
     stack.down_proj = nn.Parameter(torch.zeros(2, 3, 4))
     with pytest.raises(TargetError, match="interface"):
         find_targets(nn.ModuleDict({"experts": stack}), projections=["down_proj"])
+
+
+def test_tables_of_experts_without_tokens_are_where_the_others_are():
+    module = nn.Module()
+    module.stack = nn.Parameter(torch.empty(1, 3, 4, device="meta"))
+    target = kfac.Target("stack[0]", module, attribute="stack", expert=0)
+    sums = CovarianceSums(torch.float32, marginals=False, diagonal=False)
+    _finish(Taps([target], torch.float32, sums), sums, {target.name: ""}, World())
+    assert {key: table.device.type for key, table in sums.tables.items()} == {
+        "A.stack[0]": "cpu",
+        "G.stack[0]": "cpu",
+    }
+
+
+@pytest.mark.parametrize("expert", [-1, 4])
+def test_an_expert_that_does_not_exist(expert):
+    with pytest.raises(TargetError, match="does not exist"):
+        find_targets(build("mixtral"), experts=[expert])

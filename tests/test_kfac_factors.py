@@ -1,4 +1,5 @@
 import json
+import os
 
 import pytest
 import torch
@@ -68,6 +69,15 @@ def test_failed_save_leaves_the_old_file(tmp_path, model, factors):
         broken.save(path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_saved_file_has_the_permissions_that_the_user_gives(tmp_path, factors):
+    before = os.umask(0o027)
+    try:
+        factors.save(tmp_path / "f.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "f.safetensors").stat().st_mode & 0o777 == 0o640
 
 
 def change_header(path, **values):

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 import kfac
 from kfac import TargetError
-from kfac.guest import as_guest
+from kfac.guest import as_guest, full_precision
 
 BATCHES = [batch([0, 1, 2], "left", 1), batch([3, 4, 5])]
 
@@ -172,9 +172,10 @@ def test_tf32_is_off_inside_and_as_it_was_outside():
     before = getattr(matmul, name)
     setattr(matmul, name, "tf32" if name == "fp32_precision" else True)
     try:
-        with as_guest(nn.Linear(2, 2)):
-            assert getattr(matmul, name) in ("ieee", False)
-        assert getattr(matmul, name) in ("tf32", True)
+        for off in (as_guest(nn.Linear(2, 2)), full_precision(torch.device("cpu"))):
+            with off:
+                assert getattr(matmul, name) in ("ieee", False)
+            assert getattr(matmul, name) in ("tf32", True)
     finally:
         setattr(matmul, name, before)
 

@@ -50,3 +50,13 @@ def test_a_budget_too_small_is_named_before_work(model):
         collect(model, batches(), targets, budget=10)
     with pytest.raises(TargetError, match="no targets"):
         kfac.plan([])
+
+
+def test_the_plan_is_shown_with_the_progress(model, capsys):
+    targets = kfac.find_targets(model)
+    factors = kfac.collect(model, [batch([0])], targets)
+    assert str(kfac.plan(targets)) in capsys.readouterr().err
+    kfac.correct(model, [batch([0])], factors)
+    assert str(kfac.plan(targets, dtype=factors.dtype, correction=True)) in capsys.readouterr().err
+    kfac.correct(model, [batch([0])], factors, progress=False)
+    assert not capsys.readouterr().err

@@ -96,6 +96,20 @@ def test_half_precision_learns_in_float32_and_comes_back(trained):
     assert_restored(half, before)
 
 
+def test_a_curvature_edit_of_a_half_precision_model(trained):
+    model, texts = trained
+    half = copy.deepcopy(model).bfloat16()
+    edit = kfac.CurvatureEdit(collect(half, texts), 0.5)
+    before = snapshot(half)
+    arms = {"edited": edit, "unchanged": None}
+    result = relearn(half, arms, texts[:3], texts[3:], steps=[0, 2], progress=False)
+    assert_restored(half, before)
+    # Tested is the edited model in its own precision, computed in float32.
+    with edit.apply(half), trainable(half):
+        expected = kfac.recitation(half, texts[:3]).mean()
+    assert result.known["edited"][0].value == float(expected)
+
+
 def test_named_errors(trained):
     model, texts = trained
     before = snapshot(model)

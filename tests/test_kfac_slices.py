@@ -85,7 +85,7 @@ def test_default_pairs_go_from_sharp_to_flat(model, factors):
 
 
 def test_named_errors(model, factors):
-    for pairs in ([], [(0, 99999)], [(-1, 0)]):
+    for pairs in ([], [(0, 99999)], [(-1, 0)], [(0, 1, 2)], [(0, 1, 2)] * 2, [(0, 1), (2,)]):
         with pytest.raises(SpectrumError, match="pairs"):
             kfac.loss_slices(model, [batch([0])], factors, NAME, pairs=pairs)
     with pytest.raises(SpectrumError, match="steps"):

@@ -1,3 +1,4 @@
+import heapq
 import time
 
 import numpy as np
@@ -56,6 +57,29 @@ def test_staircase_equals_brute_force(case):
     assert np.sort(kept)[1:].sum() < keep * mass.sum()
     assert chosen.mass == pytest.approx(kept.sum(), rel=1e-12)
     assert chosen.kept_mass >= keep
+
+
+def by_heap(lam, mu, keep):
+    """Take one pair after the other from a heap until their mass suffices; return the counts."""
+    goal, held = keep * float(np.outer(lam, mu).sum()), 0.0
+    heap = [(-float(value * mu[0]), row, 0) for row, value in enumerate(lam)]
+    heapq.heapify(heap)
+    counts = np.zeros(len(lam), dtype=np.int64)
+    while held < goal:
+        mass, row, column = heapq.heappop(heap)
+        held -= mass
+        counts[row] += 1
+        if column + 1 < len(mu):
+            heapq.heappush(heap, (-float(lam[row] * mu[column + 1]), row, column + 1))
+    return counts
+
+
+@pytest.mark.parametrize("case", range(21))
+def test_staircase_equals_a_heap(case):
+    rng = np.random.default_rng(1000 + case)
+    lam, mu = spectrum(rng, KINDS[case % 7], 40), spectrum(rng, KINDS[case // 7], 60)
+    for keep in (0.1, 0.6, 0.9):
+        np.testing.assert_array_equal(staircase(lam, mu, keep).counts, by_heap(lam, mu, keep))
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -51,6 +51,19 @@ def test_the_ratio_is_pruned_in_each_matrix(model):
     assert json.loads(json.dumps(edit.describe()))["kind"] == "balanced_subnet"
 
 
+def test_it_nests_inside_another_edit(model):
+    before = snapshot(model)
+    edit = fit(model, ratio=0.1, epochs=1)
+    names = list(edit.masks)
+    with kfac.SVDEdit(names, 0.5).apply(model):
+        inner = {target.name: weight.clone() for target, weight in edit.prepare(model)}
+        with edit.apply(model):
+            for target in kfac.named_targets(model, names):
+                assert torch.equal(target.weight, inner[target.name])
+                assert not target.weight[~edit.masks[target.name]].any()
+    assert_restored(model, before)
+
+
 def test_a_seed_gives_the_same_mask(model):
     one, two, other = (fit(model, ratio=0.1, epochs=2, seed=s).describe() for s in (0, 0, 1))
     assert one["masks"] == two["masks"] != other["masks"]

@@ -124,11 +124,22 @@ def test_blocks_are_the_outermost_list():
         ({"layers": []}, "empty"),
         ({"projections": "mpl"}, "mlp_in"),
         ({"projections": ["gate"]}, "gate_proj"),
+        ({"projections": ["gate_proj", "up_porj"]}, r"\['up_porj'\]; the model has"),
+        ({"projections": ["gate_proj", ""]}, r"\[''\]"),
     ],
 )
 def test_errors_say_what_is_there(llama, arguments, message):
     with pytest.raises(TargetError, match=message):
         find_targets(llama, **arguments)
+
+
+def test_spaces_around_endings_do_not_matter(llama):
+    spaced, plain = (
+        find_targets(llama, projections=ends)
+        for ends in (["gate_proj", " up_proj"], ["gate_proj", "up_proj"])
+    )
+    assert [t.name for t in spaced] == [t.name for t in plain]
+    assert len(plain) == 4
 
 
 def test_missing_and_repeated_names(llama):

@@ -142,6 +142,26 @@ def test_settings_that_do_not_go_together(halves):
             CurvatureEdit(halves[0], 0.5, estimator=estimator)
 
 
+@pytest.mark.parametrize("kind", ["kfac", "union", "rotation", "svd"])
+def test_autocast_does_not_round_an_edit(model, halves, kind):
+    def prepare():
+        first, second = (kfac.merge([half]) for half in halves)  # with nothing computed before
+        edit = {
+            "kfac": CurvatureEdit(first, 0.5),
+            "union": UnionEdit(first, second, 0.5),
+            "rotation": RandomRotationEdit(first, 0.5),
+            "svd": SVDEdit(first.names, 0.5),
+        }[kind]
+        return edit.prepare(model)
+
+    outside = prepare()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = prepare()
+    assert len(inside) == len(outside) == 2
+    for (_, one), (_, two) in zip(outside, inside, strict=True):
+        assert torch.equal(one, two)
+
+
 def test_union_of_a_set_with_itself_is_the_plain_edit(model, halves):
     one = UnionEdit(halves[0], halves[0], 0.6).prepare(model)
     two = CurvatureEdit(halves[0], 0.6).prepare(model)

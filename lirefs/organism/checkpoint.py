@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.errors import LirefsError
+from lirefs.files import atomic_path, atomic_write_text, usual_permissions
 
 STATE = "training.safetensors"
 RECIPE = "training.json"
@@ -39,6 +40,7 @@ def save_model(
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         model.config.dtype = held
+        usual_permissions(Path(folder))
         for file in Path(folder).iterdir():
             file.replace(out / file.name)
 
@@ -61,13 +63,12 @@ def save_checkpoint(
         tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    temporary = out / f".{STATE}"
     # The step travels in the tensor file, so that step and tensors can never disagree.
-    save_file(tensors, temporary, metadata={"step": str(step), "seed": str(seed)})
-    temporary.replace(out / STATE)
-    temporary = out / f".{RECIPE}"
-    temporary.write_text(json.dumps({"step": step, "seed": seed, "recipe": recipe}, indent=2))
-    temporary.replace(out / RECIPE)
+    with atomic_path(out / STATE) as temporary:
+        save_file(tensors, temporary, metadata={"step": str(step), "seed": str(seed)})
+    atomic_write_text(
+        out / RECIPE, json.dumps({"step": step, "seed": seed, "recipe": recipe}, indent=2)
+    )
 
 
 def load_checkpoint(
