@@ -33,7 +33,8 @@ STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 STRENGTHS = (1.0, 2.0, 4.0, 8.0)
 SCOPES = ("all", "last_prompt_token")
 KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-SWEPT_STRENGTHS = (-4.0, -2.0, 2.0, 4.0)
+SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
+"""Swept strengths, as multiples of the one that was chosen."""
 SWEPT_KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 RANDOM_DIRECTIONS = 5
 FINALISTS = 6
@@ -255,7 +256,8 @@ class Study:
         scope: The tokens it is added to.
         strength: Its strength.
         keeps: The curvature edit at `SWEPT_KEEPS`, on test items; described, never used to choose.
-        pushes: `add` at `SWEPT_STRENGTHS` and at every layer, beside random directions; the same.
+        pushes: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, beside random
+            directions; the same.
         matched: What SVD was matched to, in words.
     """
 
@@ -353,7 +355,8 @@ def run(
     }
     spectrum = [task for task in test if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
     pushes: dict[str, Any] = {}
-    for value in SWEPT_STRENGTHS:
+    for multiple in SWEPT_MULTIPLES:
+        value = multiple * float(amount)
         pushes |= _beside_random(f"strength {value:g}", direction, value, scope, seed)
     for one in probes[form].directions.values():
         pushes |= _beside_random(f"layer {one.layer}", one, float(amount), scope, seed)

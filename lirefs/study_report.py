@@ -25,7 +25,7 @@ from lirefs.study import (
     SPECTRUM_TASKS,
     STRENGTHS,
     SWEPT_KEEPS,
-    SWEPT_STRENGTHS,
+    SWEPT_MULTIPLES,
     TRUE,
     Study,
     against_random,
@@ -42,7 +42,10 @@ def figures(study: Study) -> list[Figure]:
     form, probe = study.form, study.probes[study.form]
     keeps = {f"keep {value:g}": value for value in SWEPT_KEEPS}
     places = {name: (value, _perplexity(study.keeps, name)) for name, value in keeps.items()}
-    strengths = {value: f"strength {value:g}" for value in SWEPT_STRENGTHS}
+    strengths = {
+        multiple * study.strength: f"strength {multiple * study.strength:g}"
+        for multiple in SWEPT_MULTIPLES
+    }
     controls = [
         {value: f"{name}, random {i}" for value, name in strengths.items()}
         for i in range(RANDOM_DIRECTIONS)
@@ -191,7 +194,7 @@ def _by_skill(study: Study, variant: str) -> str:
 
 
 def _conflicts(study: Study) -> list[str]:
-    ends = [f"strength {value:g}" for value in (min(SWEPT_STRENGTHS), max(SWEPT_STRENGTHS))]
+    ends = [f"strength {sign * study.strength:g}" for sign in (-1, 1)]
     parts = []
     for name in ends:
         cell = study.pushes.cell(name, READ)

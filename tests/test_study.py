@@ -139,7 +139,7 @@ def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
 def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path):
     for name, value in {
         "KEEPS": (0.9,), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
-        "SWEPT_STRENGTHS": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
+        "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
     }.items():  # fmt: skip
         monkeypatch.setattr(study, name, value)
         if hasattr(study_report, name):
