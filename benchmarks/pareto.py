@@ -33,7 +33,10 @@ from lirefs.intervention import applied
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_tasks, training_texts
 
-BISECTIONS = 6
+BISECTIONS = 12
+ENOUGH = 0.1
+"""Nearness to the wanted rise of perplexity, as a share of it, at which a search ends."""
+SUBNET = "BalancedSubnet"
 
 
 def main() -> None:
@@ -91,7 +94,7 @@ def material(lm: Any, options: Any) -> tuple[list[Any], list[str], list[str], li
 
     BalancedSubnet learns what to forget. It is never tested on what it learned from: on the
     organism it gets the planted sequences of the train split, elsewhere every second memorized
-    text, and the task is cut to the others.
+    text, and the task is cut to the others. All memorized texts are asked, whatever the limit.
     """
     taught = language_seed(options.model)
     if taught is not None:
@@ -102,9 +105,13 @@ def material(lm: Any, options: Any) -> tuple[list[Any], list[str], list[str], li
         return tasks, training_texts(language, 1500, options.seed), texts, lm.encode(planted)
     split = lirefs.load_questions().split(seed=options.seed)
     tasks = lirefs.default_tasks(lm, split.test, options.memorized, limit=options.limit)
-    recitation = next(task for task in tasks if task.group == "memorization")
-    forget = [[*prefix, *suffix] for _, prefix, suffix in recitation.items[::2]]
-    tasks[tasks.index(recitation)] = type(recitation)(recitation.name, recitation.items[1::2])
+    place = next(i for i, task in enumerate(tasks) if task.group == "memorization")
+    recited = lirefs.default_tasks(lm, split.test, options.memorized)[place]
+    forget = []
+    if options.methods is None or SUBNET in options.methods.split(","):
+        forget = [[*prefix, *suffix] for _, prefix, suffix in recited.items[::2]]
+        recited = type(recited)(recited.name, recited.items[1::2])
+    tasks[place] = recited
     texts = [text for _, text in suite.heldout_texts("validation")]
     return tasks, suite.calibration_texts(), texts, forget
 
@@ -169,7 +176,7 @@ def make_methods(
             )
         return known[strength]
 
-    return methods | {"BalancedSubnet": subnet}
+    return methods | {SUBNET: subnet}
 
 
 def match(
@@ -177,8 +184,11 @@ def match(
 ) -> tuple[float, float, Any]:
     """Return the strength whose perplexity is nearest to the goal, that perplexity, the edit."""
     low, high = 0.0, 1.0
-    best: tuple[float, float, Any] = (1.0, perplexity(lm, ids, None), None)
+    unchanged = perplexity(lm, ids, None)
+    best: tuple[float, float, Any] = (1.0, unchanged, None)
     for _ in range(BISECTIONS):
+        if abs(best[1] - goal) < ENOUGH * (goal - unchanged):
+            break
         middle = (low + high) / 2
         edit = make(middle)
         reached = perplexity(lm, ids, edit)

@@ -123,7 +123,9 @@ def retained_performance(comparison: Comparison) -> bytes:
     variants, groups = comparison.variants[1:], comparison.groups
     canvas, (axis,) = canvas_of(1, (10, 4.2))
     width = 0.84 / len(variants)
-    top = 1.6
+    shares = [comparison.retained(variant, group) for variant in variants for group in groups]
+    highest = max((one.high for one in shares if math.isfinite(one.high)), default=1.0)
+    top = min(1.6, max(1.1, 1.05 * highest))
     for index, variant in enumerate(variants):
         kept = [comparison.retained(variant, group) for group in groups]
         x = np.arange(len(groups)) + (index - (len(variants) - 1) / 2) * width
@@ -136,7 +138,8 @@ def retained_performance(comparison: Comparison) -> bytes:
             width * 0.92,
             label=variant,
             color=COLOURS[index % len(COLOURS)],
-            hatch=HATCHES[index % len(HATCHES)],
+            # One round of colours later every hatch is another one: no two bars look alike.
+            hatch=HATCHES[(index + 3 * (index // len(COLOURS))) % len(HATCHES)],
             edgecolor="white",
             linewidth=0.4,
         )
