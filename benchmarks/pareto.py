@@ -79,6 +79,13 @@ def main() -> None:
             strength, reached, edit = match(lm, ids, make, rise * unchanged)
             name = f"{method}, x{rise:g}"
             print(f"{name}: strength {strength:.4f}, perplexity {reached:.2f}", flush=True)
+            if reached / unchanged - 1 < 0.7 * (rise - 1) and strength < 0.1:
+                # Gentler than wanted at any strength: shown once, as far as it goes.
+                variants[f"{method}, strongest"] = edit
+                settings[f"{method}, strongest"] = {
+                    "method": method, "strength": strength, "validation": reached
+                }  # fmt: skip
+                break
             if abs(reached / unchanged - rise) > 0.3 * (rise - 1):
                 print(f"{name}: perplexity cannot be matched, left out", flush=True)
                 continue

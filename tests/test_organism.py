@@ -187,7 +187,7 @@ def test_orthogonalize_evens_out_singular_values():
 
 def test_answered_agrees_with_generate(language, tokenizer):
     model = LlamaForCausalLM.from_pretrained(organism(), dtype=torch.float32).eval()
-    items = language.items("fact", "test", 20) + language.items("tracking", "test", 20)
+    items = language.items("fact", "test", 20) + language.items("two_hop", "test", 20)
     told = answered(model, tokenizer, [(item.prompt, item.answer) for item in items])
     for item, right in zip(items, told):
         ids = tokenizer(item.prompt, return_tensors="pt")

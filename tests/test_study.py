@@ -127,7 +127,7 @@ def test_against_random_is_the_paired_difference():
 def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
     texts = training_texts(Language(), 12)
     names = [target.name for target in kfac.find_targets(lm.model)]
-    edit = kfac.SVDEdit(names, 0.1)  # harsh: perplexity falls with rank there
+    edit = kfac.SVDEdit(names, 0.25)  # perplexity falls with rank there
     chosen, words = study.matched_svd(lm, edit, texts, names, steps=8)
     task = Perplexity("texts", [(str(i), text) for i, text in enumerate(texts)])
     found = compare(lm, {"goal": edit, "svd": chosen}, [task], resamples=2, progress=False)
