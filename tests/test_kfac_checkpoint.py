@@ -103,6 +103,8 @@ def slowly():
             sys.stdin.read()  # the kill comes here
         yield one
 
+# Sums are the same to the bit only with as many threads.
+test.torch.set_num_threads(int(sys.argv[2]))
 test.run(test.llama(test.torch.float32), Path(sys.argv[1]), slowly())
 """
 
@@ -110,7 +112,7 @@ test.run(test.llama(test.torch.float32), Path(sys.argv[1]), slowly())
 def test_a_process_killed_by_the_system_goes_on_to_the_bit(model, tmp_path):
     path = tmp_path / "state"
     child = subprocess.Popen(
-        [sys.executable, "-c", KILLED, str(path)],
+        [sys.executable, "-c", KILLED, str(path), str(torch.get_num_threads())],
         cwd=Path(__file__).parent,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
