@@ -24,6 +24,11 @@ def logits(model, **kwargs):
         return model(IDS, **kwargs).logits
 
 
+def logits_of(lm, ids):
+    with torch.no_grad():
+        return lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].clone()
+
+
 def states(model, n=4):
     """The input of every block, seen by hooks of our own."""
     seen = {}
@@ -317,11 +322,6 @@ def test_a_schedule_steers_generated_tokens_in_turn(lm, more):
                 step[lm.tokenizer.eos_token_id] = -torch.inf
                 ids.append(int(step.argmax()))
             assert text == lm.tokenizer.decode(ids[length:], skip_special_tokens=True)
-
-
-def logits_of(lm, ids):
-    with torch.no_grad():
-        return lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].clone()
 
 
 def test_more_named_errors(lm):
