@@ -15,7 +15,8 @@ from lirefs.estimators import (
     RidgeDirection,
     WhitenedMeanDifference,
 )
-from lirefs.harness.comparison import Comparison, compare
+from lirefs.harness.comparison import Comparison
+from lirefs.harness.running import compare
 from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.intervention import Intervention, Steer, compose

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
-from lirefs.files import atomic_path
+from lirefs.files import atomic_path, sha256_of
 
 if TYPE_CHECKING:
     from lirefs.intervention import Steer
@@ -57,6 +57,11 @@ class Direction:
     def norm(self) -> float:
         """Length of the vector, in units of the activations."""
         return float(self.vector.norm())
+
+    @property
+    def digest(self) -> str:
+        """First 16 hex digits of the SHA-256 of the vector: what tells two directions apart."""
+        return sha256_of(self.vector.detach().float().cpu().numpy().tobytes())[:16]
 
     def project(self, states: Tensor) -> Tensor:
         """Component of hidden states along the unit vector: (..., width) to (...)."""

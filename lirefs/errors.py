@@ -57,6 +57,10 @@ class TaskError(LirefsError):
     """A task or one of its items is malformed or cannot be scored."""
 
 
+class ResultsFileError(LirefsError):
+    """Saved results are missing, damaged or of an unknown version."""
+
+
 class DownloadError(LirefsError):
     """A file could not be fetched, or is not the file that was expected."""
 

@@ -298,7 +298,8 @@ class Steer:
             "scope": self.scope.describe(),
             "gate": None if self.gate is None else self.gate.describe(),
             "directions": [
-                {"layer": one.layer, "site": one.site, "norm": one.norm} for one in self.directions
+                {"layer": one.layer, "site": one.site, "norm": one.norm, "digest": one.digest}
+                for one in self.directions
             ],
         }
 

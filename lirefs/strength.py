@@ -205,6 +205,7 @@ class Gate:
         return {
             "layer": self.direction.layer,
             "site": self.direction.site,
+            "digest": self.direction.digest,
             "threshold": self.level,
             "per": self.per,
             "above": self.above,

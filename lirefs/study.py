@@ -14,8 +14,9 @@ import numpy as np
 import kfac
 from lirefs.capture import capture
 from lirefs.directions import Direction
-from lirefs.harness.comparison import Comparison, compare
+from lirefs.harness.comparison import Comparison
 from lirefs.harness.engine import token_nlls
+from lirefs.harness.running import compare
 from lirefs.harness.tasks import Task
 from lirefs.intervention import Intervention, applied
 from lirefs.models import LanguageModel
@@ -325,7 +326,7 @@ def run(
             screen=(TRUE, LANGUAGE),
         )
         say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
-    texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]  # type: ignore[attr-defined]
+    texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]
     names = list(edit.intervention.keep)
     svd, matched = matched_svd(lm, edit.intervention, texts, names)
     say(matched)

@@ -90,7 +90,7 @@ def test_saved_report_is_whole_and_self_contained(comparison, tmp_path):
         assert variant in html
         assert variant in (tmp_path / "report" / "report.md").read_text()
     data = json.loads((tmp_path / "report" / "results.json").read_text())
-    assert len(data["items"]["strong"]["choose"]) == 8
+    assert len(data["results"]["strong"]["choose"]) == 8
     assert len(data["cells"]) == 3 * 4
 
 

@@ -1,24 +1,18 @@
-"""Compare interventions on the same items with paired statistics."""
+"""What a comparison found: values, paired differences and retained shares with intervals."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from tqdm.auto import tqdm
 
-from lirefs.errors import TaskError
 from lirefs.files import atomic_write_text
-from lirefs.harness.tasks import GROUPS, ItemResult, Task
-from lirefs.intervention import Intervention, applied
-from lirefs.models import LanguageModel
+from lirefs.harness.tasks import CONFLICT, GROUPS, ItemResult
 from lirefs.statistics import Estimate, Floats, interval, resample_counts, wilson
-from lirefs.version import __version__
 
 if TYPE_CHECKING:
     from lirefs.harness.report import Figure
@@ -88,8 +82,9 @@ class Comparison:
     @property
     def groups(self) -> list[str]:
         """Task groups with something to retain that occur, in their usual order."""
-        present = {task.group for task in self.tasks.values()}
-        return [group for group in GROUPS if group in present]
+        present = list(dict.fromkeys(task.group for task in self.tasks.values()))
+        others = [group for group in present if group not in (*GROUPS, CONFLICT)]
+        return [group for group in GROUPS if group in present] + others
 
     def cell(self, variant: str, task: str) -> Cell:
         """One variant on one task."""
@@ -181,24 +176,6 @@ class Comparison:
             return Estimate(math.nan, math.nan, math.nan, 0)
         return Estimate(float(np.mean(values)), *interval(np.mean(samples, axis=0)), n)
 
-    def to_dict(self) -> dict[str, Any]:
-        """As a JSON object with every cell and every item."""
-        return {
-            "format": "lirefs-comparison-1",
-            "provenance": self.provenance,
-            "resamples": self.resamples,
-            "seed": self.seed,
-            "tasks": {
-                name: {**asdict(info), "informative": self.informative(name)}
-                for name, info in self.tasks.items()
-            },
-            "cells": [asdict(cell) for cell in self.cells()],
-            "items": {
-                variant: {task: [asdict(item) for item in items] for task, items in tasks.items()}
-                for variant, tasks in self.results.items()
-            },
-        }
-
     def save(self, folder: str | Path, figures: Sequence[Figure] | None = None) -> Path:
         """Write `report.md`, `report.html`, `results.json` and the figures as PNG files.
 
@@ -209,16 +186,30 @@ class Comparison:
         Returns:
             The path of `report.html`.
         """
-        from lirefs.harness import report
+        from lirefs.harness import report, storage
 
         folder = Path(folder)
         shown = report.default_figures(self) if figures is None else figures
         for figure in shown:
             figure.save(folder)
-        atomic_write_text(folder / "results.json", _dumps(self.to_dict()))
+        atomic_write_text(folder / "results.json", storage.dumps(self, shown))
         atomic_write_text(folder / "report.md", report.markdown(self, shown))
         atomic_write_text(folder / "report.html", report.html(self, shown))
         return folder / "report.html"
+
+    @classmethod
+    def load(cls, path: str | Path) -> Comparison:
+        """Read a comparison that was saved.
+
+        Args:
+            path: `results.json`, or the folder that holds it.
+
+        Raises:
+            ResultsFileError: The file is missing, damaged, or of another version.
+        """
+        from lirefs.harness import storage
+
+        return storage.load(Path(path))
 
     def _draws(self, task: str) -> Floats:
         # The same resamples for every variant: that is what pairs them.
@@ -227,76 +218,10 @@ class Comparison:
         return resample_counts(n, self.resamples, seed=self.seed * 1000 + index)
 
 
-def compare(
-    lm: LanguageModel,
-    interventions: Mapping[str, Intervention],
-    tasks: Sequence[Task] | None = None,
-    *,
-    resamples: int = 5000,
-    seed: int = 0,
-    provenance: Mapping[str, Any] | None = None,
-    progress: bool = True,
-) -> Comparison:
-    """Run tasks on the unchanged model and under each intervention, on the same items.
-
-    Args:
-        lm: The model.
-        interventions: Name to intervention; the unchanged model is added under `unchanged`.
-        tasks: What to run; None for `default_tasks()`.
-        resamples: Bootstrap resamples of the paired intervals.
-        seed: Seed of the bootstrap.
-        provenance: Settings to save with the results.
-        progress: Show a progress bar.
-
-    Raises:
-        TaskError: If there is no task, two share a name, or a variant is called `unchanged`.
-        InterventionError: If an intervention does not fit the model.
-    """
-    if tasks is None:
-        from lirefs.harness.suite import default_tasks
-
-        tasks = default_tasks(lm)
-    if not tasks:
-        raise TaskError("no tasks to compare on")
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise TaskError(f"two tasks share a name: {', '.join(sorted(names))}")
-    if BASELINE in interventions:
-        raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
-    variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
-    for one in interventions.values():  # all are tried before hours of work begin
-        with applied(one, lm.model):
-            pass
-    results: dict[str, dict[str, list[ItemResult]]] = {}
-    total = len(variants) * sum(len(task) for task in tasks)
-    with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
-        for variant, intervention in variants.items():
-            results[variant] = {}
-            with applied(intervention, lm.model):
-                for task in tasks:
-                    bar.set_postfix_str(f"{variant}: {task.name}")
-                    results[variant][task.name] = task.run(lm, bar.update)
-    made_by = {
-        "lirefs": __version__,
-        "model": lm.fingerprint,
-        "model_name": lm.name,
-        "tokenizer": lm.tokenizer_fingerprint,
-        "device": str(lm.device),
-        "interventions": {name: one.describe() for name, one in interventions.items()},
-        **(provenance or {}),
-    }
-    return Comparison(
-        results=results,
-        tasks={task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks},
-        provenance=made_by,
-        resamples=resamples,
-        seed=seed,
-    )
-
-
 def _mean(items: list[ItemResult], metric: str, draws: Floats) -> tuple[float, Floats]:
-    scores = np.array([item.scores[metric] for item in items])
-    return float(scores.mean()), draws @ scores / len(scores)
+    weights = np.array([item.weight for item in items], dtype=float)
+    scores = np.array([item.scores[metric] for item in items]) * weights
+    return float(scores.sum() / weights.sum()), (draws @ scores) / (draws @ weights)
 
 
 def _perplexity(items: list[ItemResult], draws: Floats) -> tuple[float, Floats]:
@@ -304,14 +229,3 @@ def _perplexity(items: list[ItemResult], draws: Floats) -> tuple[float, Floats]:
     tokens = np.array([item.weight for item in items])
     with np.errstate(over="ignore"):
         return float(np.exp(nll.sum() / tokens.sum())), np.exp((draws @ nll) / (draws @ tokens))
-
-
-def _dumps(value: Any) -> str:
-    def plain(one: Any) -> Any:
-        if isinstance(one, float) and not math.isfinite(one):
-            return None  # JSON has no NaN
-        if isinstance(one, Mapping):
-            return {key: plain(entry) for key, entry in one.items()}
-        return [plain(entry) for entry in one] if isinstance(one, list | tuple) else one
-
-    return json.dumps(plain(value), indent=1)

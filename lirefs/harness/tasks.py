@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, Self
 
 from lirefs.errors import TaskError
 from lirefs.harness.engine import Advance, greedy, option_log_likelihoods, token_nlls
@@ -21,9 +21,10 @@ class ItemResult:
     """What one item gave.
 
     Attributes:
-        id: Name of the item, the same under every variant.
+        id: Name of the item, the same under every variant. In `tag/rest` the tag is a class of
+            items, a relation say, that analyses tell apart.
         scores: Metric name to value; perplexity has `nll` (nats, summed) instead.
-        weight: Number of tokens for perplexity, else 1.
+        weight: What the item counts for in a mean: its number of tokens where tokens are scored.
         prompt: What was asked.
         expected: What counts as right.
         output: What the model gave.
@@ -40,7 +41,11 @@ class ItemResult:
 
 
 class Task(Protocol):
-    """A task: anything with a name, a group, a metric and `run`."""
+    """A task: anything with a name, a group, a metric, items, `subset` and `run`.
+
+    An item is scored from itself alone, whatever else is in its batch: comparisons run tasks in
+    parts, go on where they were killed, and split parts over processes.
+    """
 
     @property
     def name(self) -> str:
@@ -62,8 +67,17 @@ class Task(Protocol):
         """Score of guessing; a share that does not exceed it says nothing."""
         ...
 
+    @property
+    def items(self) -> Sequence[Any]:
+        """What is asked; the `repr` of an item tells it apart from any other."""
+        ...
+
     def __len__(self) -> int:
         """Number of items."""
+        ...
+
+    def subset(self, rows: Sequence[int]) -> Task:
+        """The same task on some of its items."""
         ...
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
@@ -72,7 +86,31 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Recitation:
+class ItemTask:
+    """Base of the tasks here: a name and items.
+
+    Attributes:
+        name: Name of the task, unique in a comparison.
+        items: What is asked; at least one.
+    """
+
+    name: str
+    items: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise TaskError(f"task {self.name!r} has no items")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, rows: Sequence[int]) -> Self:
+        """The same task on some of its items."""
+        return replace(self, items=[self.items[row] for row in rows])
+
+
+@dataclass(frozen=True)
+class Recitation(ItemTask):
     """Greedy continuation of a prefix, compared with the text that training showed.
 
     Scores of an item of L suffix tokens and token Levenshtein distance d (Merullo et al. 2025,
@@ -82,20 +120,16 @@ class Recitation:
         items: (id, prefix ids, suffix ids).
     """
 
-    name: str
     items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
     group: str = "memorization"
     metric: str = "strict"
     chance: float = 0.0
 
     def __post_init__(self) -> None:
-        _nonempty(self.name, self.items)
+        super().__post_init__()
         for item, prefix, suffix in self.items:
             if not prefix or not suffix:
                 raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
@@ -122,7 +156,7 @@ class Recitation:
 
 
 @dataclass(frozen=True)
-class Perplexity:
+class Perplexity(ItemTask):
     """Token-weighted perplexity of texts: exp(sum of nll / number of tokens).
 
     Attributes:
@@ -130,18 +164,11 @@ class Perplexity:
         max_tokens: Longer texts are cut there.
     """
 
-    name: str
     items: Sequence[tuple[str, str]]
     group: str = "language"
     metric: str = "perplexity"
     max_tokens: int = 512
     chance: float = 0.0
-
-    def __post_init__(self) -> None:
-        _nonempty(self.name, self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every text."""
@@ -162,7 +189,7 @@ class Perplexity:
 
 
 @dataclass(frozen=True)
-class MultipleChoice:
+class MultipleChoice(ItemTask):
     """The option with the highest log-likelihood after the prompt (lm-eval's `acc`).
 
     Attributes:
@@ -170,13 +197,12 @@ class MultipleChoice:
             leading space.
     """
 
-    name: str
     items: Sequence[tuple[str, str, Sequence[str], int]]
     group: str = "reasoning"
     metric: str = "accuracy"
 
     def __post_init__(self) -> None:
-        _nonempty(self.name, self.items)
+        super().__post_init__()
         for item, _, options, answer in self.items:
             if not 0 <= answer < len(options):
                 raise TaskError(f"{self.name}: item {item!r} has no option {answer}")
@@ -185,9 +211,6 @@ class MultipleChoice:
     def chance(self) -> float:
         """Expected accuracy of a guess: the mean of 1 / number of options."""
         return sum(1 / len(options) for _, _, options, _ in self.items) / len(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
@@ -212,7 +235,7 @@ class MultipleChoice:
 
 
 @dataclass(frozen=True)
-class ShortAnswer:
+class ShortAnswer(ItemTask):
     """Greedy answer up to the end of its line, compared with aliases or a number.
 
     An output from which no answer can be read counts as wrong and as unparsable; it is never
@@ -226,19 +249,12 @@ class ShortAnswer:
         chance: Score of guessing, where the prompt itself offers the answers.
     """
 
-    name: str
     items: Sequence[tuple[str, str, Sequence[str]]]
     group: str = "closed-book"
     metric: str = "accuracy"
     kind: Literal["text", "number"] = "text"
     max_new_tokens: int = 8
     chance: float = 0.0
-
-    def __post_init__(self) -> None:
-        _nonempty(self.name, self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
@@ -296,8 +312,3 @@ def levenshtein(first: Sequence[Any], second: Sequence[Any]) -> int:
         for j, other in enumerate(second, start=1):
             previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (one != other))
     return row[-1]
-
-
-def _nonempty(name: str, items: Sequence[Any]) -> None:
-    if not items:
-        raise TaskError(f"task {name!r} has no items")
