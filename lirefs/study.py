@@ -17,6 +17,7 @@ from lirefs.directions import Direction
 from lirefs.harness.comparison import Comparison
 from lirefs.harness.engine import token_nlls
 from lirefs.harness.running import compare
+from lirefs.harness.suites import memory_measures
 from lirefs.harness.tasks import Task
 from lirefs.intervention import Intervention, applied
 from lirefs.models import LanguageModel
@@ -96,6 +97,9 @@ def choose(
     tasks: Sequence[Task],
     objective: Callable[[Comparison, str], float],
     screen: Sequence[str],
+    *,
+    journal: Any = None,
+    progress: bool = True,
 ) -> Choice:
     """The candidate with the smallest objective on validation tasks; ties go to the first.
 
@@ -103,7 +107,7 @@ def choose(
     """
 
     def ranked(some: Mapping[str, Intervention], on: Sequence[Task]) -> list[tuple[float, str]]:
-        comparison = compare(lm, some, on, resamples=2)
+        comparison = compare(lm, some, on, resamples=2, journal=journal, progress=progress)
         return sorted(((objective(comparison, name), name) for name in some), key=lambda p: p[0])
 
     finalists = [name for _, name in ranked(candidates, [t for t in tasks if t.name in screen])]
@@ -284,10 +288,13 @@ def run(
     layers: Sequence[int] | None = None,
     keep: float | None = None,
     strength: float | None = None,
+    measures: bool = False,
     limit: int = 80,
     seed: int = 0,
     cache: Any = None,
+    journal: Any = None,
     say: Callable[[str], None] = lambda line: None,
+    progress: bool = True,
 ) -> Study:
     """Fit, choose on validation items, report on test items.
 
@@ -298,10 +305,13 @@ def run(
         layers: Layers to edit; None to choose them.
         keep: Curvature mass to keep; None to choose it.
         strength: Steering strength; None to choose it.
+        measures: Whether to add the stress test and nDCG@10.
         limit: Most test items of a task; validation uses 40 % of it.
         seed: Seed of controls and intervals.
         cache: Folder that keeps activations.
+        journal: Folder that keeps finished items, see `compare`.
         say: Told about each step.
+        progress: Show progress bars.
     """
     probes = fit_all(lm, language, seed, cache, n=max(20, limit))
     few = organism_tasks(lm, language, "validation", max(8, limit * 2 // 5))
@@ -313,6 +323,8 @@ def run(
         [task for task in few if task.name in wanted],
         curvature_objective,
         screen=(RECITED, TRUE, LANGUAGE),
+        journal=journal,
+        progress=progress,
     )
     say(f"edit: {edit.label} (of {edit.tried})")
     wanted = {TRUE, LANGUAGE, *SKILLS}
@@ -324,6 +336,8 @@ def run(
             [task for task in few if task.name in wanted],
             steering_objective,
             screen=(TRUE, LANGUAGE),
+            journal=journal,
+            progress=progress,
         )
         say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
     texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]
@@ -348,7 +362,13 @@ def run(
         "random direction + K-FAC": random + edit.intervention,
     }
     test = organism_tasks(lm, language, "test", limit)
-    comparison = compare(lm, interventions, test, seed=seed)
+    if measures:
+        test += memory_measures(lm, test)
+
+    def compared(some: Mapping[str, Any], on: Sequence[Task]) -> Comparison:
+        return compare(lm, some, on, seed=seed, journal=journal, progress=progress)
+
+    comparison = compared(interventions, test)
     say("sweeping keep, strength and layer")
     edits = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
@@ -372,8 +392,8 @@ def run(
         form=form,
         scope=scope,
         strength=float(amount),
-        keeps=compare(lm, edits, spectrum, seed=seed),
-        pushes=compare(lm, pushes, steered, seed=seed),
+        keeps=compared(edits, spectrum),
+        pushes=compared(pushes, steered),
         matched=matched,
     )
 

@@ -38,3 +38,9 @@ def test_detect_recitation(folder, monkeypatch, capsys):
 def test_protect_arithmetic(folder, monkeypatch, capsys):
     run(monkeypatch, "protect_arithmetic.py", folder, "1,2", 4)
     assert "arithmetic protected" in capsys.readouterr().out
+
+
+def test_custom_task(folder, tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "custom_task.py", folder, "1,2", tmp_path / "report")
+    assert capsys.readouterr().out.count("distinct") == 4
+    assert (tmp_path / "report" / "report.html").exists()

@@ -1,0 +1,56 @@
+"""A task of your own beside the built-in ones: does an intervention make the model repeat itself?
+
+python examples/custom_task.py [MODEL [LAYERS [FOLDER]]]
+"""
+
+import sys
+from dataclasses import dataclass
+
+import kfac
+import lirefs
+from lirefs.harness.engine import greedy
+from lirefs.harness.tasks import ItemResult, ItemTask
+
+MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
+LAYERS = [int(x) for x in sys.argv[2].split(",")] if len(sys.argv) > 2 else [20, 21, 22]
+FOLDER = sys.argv[3] if len(sys.argv) > 3 else "custom-task"
+
+
+@dataclass(frozen=True)
+class Variety(ItemTask):
+    """Share of the continuation's tokens that differ from all before them; 1 repeats nothing."""
+
+    group: str = "language"
+    metric: str = "distinct"
+    chance: float = 0.0
+    tokens: int = 24
+
+    def run(self, lm, advance):
+        """Score each (id, prompt) from its own continuation."""
+        outputs = greedy(lm, lm.encode([p for _, p in self.items]), self.tokens, advance=advance)
+        return [
+            ItemResult(
+                id=name,
+                scores={"distinct": len(set(output)) / self.tokens},
+                prompt=prompt,
+                output=lm.tokenizer.decode(output),
+            )
+            for (name, prompt), output in zip(self.items, outputs, strict=True)
+        ]
+
+
+lm = lirefs.load(MODEL)
+batches = [lm.pad([ids], side="right") for ids in lm.encode(lirefs.calibration_texts()[:20])]
+factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=LAYERS))
+
+openings = ["My favourite meal is", "Last summer we went to", "The best way to learn is"]
+yours = [("green", "Grass is", [" green", " loud"], 0), ("wet", "Rain is", [" dry", " wet"], 1)]
+tasks = [
+    Variety("variety", [(str(i), opening) for i, opening in enumerate(openings)]),
+    lirefs.MultipleChoice("common sense", yours, group="closed-book"),
+]
+variants = {f"keep {keep}": kfac.CurvatureEdit(factors, keep) for keep in (0.95, 0.8, 0.6)}
+comparison = lirefs.compare(lm, variants, tasks)
+for cell in comparison.cells():
+    print(f"{cell.variant:10s} {cell.task:14s} {cell.metric:9s} {cell.value}")
+print(comparison.save(FOLDER))

@@ -1,0 +1,78 @@
+"""Suites of tasks by name: what the papers measure, on any model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import StrEnum
+from pathlib import Path
+
+from lirefs.harness.memorization import StressTest, ndcg_task
+from lirefs.harness.skills import SKILLS, skill_tasks
+from lirefs.harness.suite import default_tasks
+from lirefs.harness.tasks import Perplexity, Recitation, Task
+from lirefs.models import LanguageModel
+from lirefs.questions import Question
+
+
+class Suite(StrEnum):
+    """What to measure beside the default tasks' recited passages and perplexity."""
+
+    MEMORIZATION = "memorization"
+    """Recited passages, windows and quotes; the position stress test; perplexity and nDCG@10."""
+    SKILLS = "skills"
+    """The K-FAC paper's tasks in their groups, and the sets of the LiReF paper."""
+    PAPERS = "papers"
+    """Both, and the default tasks."""
+
+
+def suite_tasks(
+    lm: LanguageModel,
+    suite: Suite | str,
+    questions: Sequence[Question] | None = None,
+    *,
+    memorized: str | Path | None = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Task], dict[str, str]]:
+    """Tasks of a suite.
+
+    Args:
+        lm: The model, with nothing applied to it: the lists of nDCG are frozen here.
+        suite: Which.
+        questions: Labelled questions of the default tasks.
+        memorized: Memorized texts, see `recitation_task`.
+        data: Folder of local JSON Lines, see `lirefs.harness.skills`; what is not there is asked
+            for on the hub.
+        limit: At most this many items per task, and half as many texts.
+        seed: Draws few-shot examples and generated items.
+
+    Returns:
+        The tasks, and why others were left out.
+
+    Raises:
+        ValueError: If there is no such suite.
+    """
+    suite = Suite(suite)
+    basis = default_tasks(lm, questions, memorized, limit)
+    kept = [task for task in basis if task.group in ("memorization", "language")]
+    wanted = [
+        name
+        for name, skill in SKILLS.items()
+        if suite is Suite.PAPERS or (skill.group == "memorization") == (suite is Suite.MEMORIZATION)
+    ]
+    skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
+    tasks = [*(basis if suite is Suite.PAPERS else kept), *skills]
+    if suite is not Suite.SKILLS:
+        tasks += memory_measures(lm, tasks)
+    return tasks, left_out
+
+
+def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:
+    """The stress test on the items of the first recitation task, nDCG on the perplexity's texts."""
+    recited = next(task for task in tasks if isinstance(task, Recitation))
+    texts = next(task for task in tasks if isinstance(task, Perplexity))
+    return [
+        StressTest(f"{recited.name}, stress test", recited.items),
+        ndcg_task(lm, texts.items, name=f"{texts.name}, top 10"),
+    ]
