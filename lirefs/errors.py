@@ -57,6 +57,10 @@ class TaskError(LirefsError):
     """A task or one of its items is malformed or cannot be scored."""
 
 
+class NoDataError(TaskError):
+    """The data of a task is neither on the disk nor to be had from the hub."""
+
+
 class DownloadError(LirefsError):
     """A file could not be fetched, or is not the file that was expected."""
 
