@@ -16,6 +16,7 @@ from lirefs.estimators import (
     WhitenedMeanDifference,
 )
 from lirefs.harness.comparison import Comparison, compare
+from lirefs.harness.skills import skill_tasks
 from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.intervention import Intervention, Steer, compose
@@ -67,5 +68,6 @@ __all__ = [
     "load_questions",
     "prompt_lengths",
     "recitation_task",
+    "skill_tasks",
     "wrap",
 ]

@@ -9,6 +9,7 @@ from typing import Any
 from lirefs.errors import TaskError
 from lirefs.harness.parsing import number_at
 from lirefs.harness.sources import Row, passage_around
+from lirefs.harness.tasks import normalise
 
 LETTERS = "ABCDEFGHIJ"
 
@@ -36,9 +37,15 @@ class Example:
     tag: str = ""
 
 
-def question(row: Row) -> Example:
-    """`question`, `answers` and perhaps `relation`: asked from memory."""
-    answers = _texts(row, "answers")
+def question(row: Row) -> Example | None:
+    """`question`, `answers` and perhaps `relation`: asked from memory.
+
+    Aliases without a word that is compared ("The The", "?") are left out, since any text would
+    begin with them; None if no other is left.
+    """
+    answers = tuple(answer for answer in _texts(row, "answers") if normalise(answer))
+    if not answers:
+        return None
     return Example(
         f"Q: {_text(row, 'question')}\nA:",
         f" {answers[0]}",
@@ -52,8 +59,10 @@ def question_with_passage(row: Row) -> Example | None:
 
     None if no answer occurs in the context.
     """
-    passage = passage_around(str(row.get("context") or ""), list(_texts(row, "answers")))
     asked = question(row)
+    if asked is None:
+        return None
+    passage = passage_around(str(row.get("context") or ""), list(asked.accepted))
     if not passage:
         return None
     return Example(f"Passage: {passage}\n{asked.prompt}", asked.answer, asked.accepted)
@@ -68,6 +77,8 @@ def relation(row: Row) -> Example:
     if template.count("{}") != 1:
         raise TaskError("'prompt' must hold {} once, for the subject")
     answer = _unescaped(_text(row, "object"))
+    if not normalise(answer):
+        raise TaskError(f"'object' is {answer!r}, which has no word to compare")
     return Example(
         template.replace("{}", _unescaped(_text(row, "subject"))),
         f" {answer}",
@@ -217,7 +228,7 @@ def _texts(row: Row, field: str) -> tuple[str, ...]:
     values: Any = row.get(field)
     if not isinstance(values, list | tuple) or not values:
         raise TaskError(f"no list of texts {field!r} in it")
-    if not all(isinstance(value, str) and value.strip() for value in values):
+    if not all(isinstance(value, str) for value in values):
         raise TaskError(f"{field!r} holds something that is not a text")
     return tuple(values)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -16,7 +17,7 @@ from lirefs.files import read_jsonl
 from lirefs.harness.answers import FilledBlank, GeneratedAnswer
 from lirefs.harness.readers import Example
 from lirefs.harness.skill_table import SKILLS, Skill
-from lirefs.harness.sources import Numbered, Sources
+from lirefs.harness.sources import Numbered, Rows, Sources
 from lirefs.harness.suite import recitation_task
 from lirefs.harness.tasks import MultipleChoice, ShortAnswer, Task
 from lirefs.models import LanguageModel
@@ -51,7 +52,7 @@ def skill_tasks(
         lm: The model; its tokenizer cuts the texts to recite.
         data: Folder of JSON Lines files, see `lirefs.harness.skill_table`; None for none.
         names: Skills to make; None for all that have data.
-        limit: At most this many items per task.
+        limit: At most this many items per task; of each tag in turn.
         seed: Seed of shuffles and generators.
 
     Returns:
@@ -89,10 +90,10 @@ def _task(skill: Skill, lm: LanguageModel, found: Sources, limit: int | None, se
         return _scored(skill, skill.make(min(limit or GENERATED, GENERATED), seed))
     rows = found.rows(skill.file, skill.hub)
     random_order = random.Random(f"{skill.name} {seed}")
-    tested = _read(skill, rows.source, rows.tested)
-    shots = _read(skill, rows.source, rows.shots)
+    tested, shots = _read(skill, rows, rows.tested), _read(skill, rows, rows.shots)
     random_order.shuffle(tested)
     random_order.shuffle(shots)
+    tested = _in_turn(tested)
     if not tested:
         raise NoDataError(f"{rows.source}: no row has what the skill asks about")
     chosen = _choose_shots(skill, shots or tested)
@@ -107,18 +108,27 @@ def _task(skill: Skill, lm: LanguageModel, found: Sources, limit: int | None, se
     return _scored(skill, items)
 
 
-def _read(skill: Skill, source: str, rows: Numbered) -> Asked:
+def _read(skill: Skill, rows: Rows, numbered: Numbered) -> Asked:
     assert skill.read is not None
     asked = []
-    for number, row in rows:
+    for number, row in numbered:
         try:
             example = skill.read(row)
         except TaskError as problem:
-            raise TaskError(f"{source}, row {number}: {problem}") from None
+            raise rows.error(f"{rows.source}, row {number}: {problem}") from None
         if example is not None:
             tag = example.tag.replace("/", "_")
             asked.append((f"{tag}/{number}" if tag else str(number), example))
     return asked
+
+
+def _in_turn(asked: Asked) -> Asked:
+    """Rows of each tag in turn, so that a limit leaves some of every tag."""
+    by_tag: dict[str, Asked] = defaultdict(list)
+    for one in asked:
+        by_tag[one[1].tag].append(one)
+    rounds = itertools.zip_longest(*by_tag.values())
+    return [one for round_ in rounds for one in round_ if one is not None]
 
 
 def _choose_shots(skill: Skill, asked: Asked) -> dict[str, list[Example]]:
@@ -210,6 +220,8 @@ def _recitation(skill: Skill, lm: LanguageModel, found: Sources, limit: int | No
 def _own_ids(lm: LanguageModel, rows: Numbered) -> bool:
     """Whether the ids of the first rows decode to their texts: then they are this tokenizer's."""
     for _, row in rows[:8]:
+        if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
+            return False
         ids, text = row.get("prefix_ids"), row.get("prefix_text")
         if not isinstance(ids, list) or not ids or max(ids) >= len(lm.tokenizer):
             return False

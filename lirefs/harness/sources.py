@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import DataFileError, NoDataError
+from lirefs.errors import DataFileError, NoDataError, TaskError
 from lirefs.files import read_jsonl
 
 Row = dict[str, Any]
@@ -46,11 +46,14 @@ class Rows:
         source: Where they are from, for messages.
         tested: Rows to ask about.
         shots: Rows for answered examples; empty: some of the tested ones have to serve.
+        error: What to raise for a malformed row: a file can be mended, a set of the hub cannot
+            be had in the form that is needed.
     """
 
     source: str
     tested: Numbered
     shots: Numbered = field(default_factory=list)
+    error: type[TaskError] = TaskError
 
 
 class Sources:
@@ -109,6 +112,7 @@ class Sources:
             f"{hub.id} of the hub",
             list(enumerate(tested, start=1)),
             list(enumerate(shots, start=1)),
+            NoDataError,
         )
 
     def _download(self, hub: Hub, config: str | None, split: str) -> list[Row]:
