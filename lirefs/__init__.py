@@ -16,7 +16,6 @@ from lirefs.estimators import (
     WhitenedMeanDifference,
 )
 from lirefs.harness.comparison import Comparison, compare
-from lirefs.harness.skills import skill_tasks
 from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.intervention import Intervention, Steer, compose
@@ -68,6 +67,5 @@ __all__ = [
     "load_questions",
     "prompt_lengths",
     "recitation_task",
-    "skill_tasks",
     "wrap",
 ]

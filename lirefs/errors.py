@@ -57,16 +57,16 @@ class TaskError(LirefsError):
     """A task or one of its items is malformed or cannot be scored."""
 
 
-class NoDataError(TaskError):
-    """The data of a task is neither on the disk nor to be had from the hub."""
-
-
 class DownloadError(LirefsError):
     """A file could not be fetched, or is not the file that was expected."""
 
 
 class SettingError(LirefsError):
     """An argument has a value that cannot be used."""
+
+
+class NoDataError(TaskError):
+    """The data of a task is neither on the disk nor to be had from the hub."""
 
 
 class BackendError(InterventionError):
