@@ -69,5 +69,9 @@ class SettingError(LirefsError):
     """An argument has a value that cannot be used."""
 
 
+class NoDataError(TaskError):
+    """The data of a task is neither on the disk nor to be had from the hub."""
+
+
 class BackendError(InterventionError):
     """A steering cannot be carried over to another runtime or file format."""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datasets
 import pytest
 import torch
+from skill_rows import write
 from tiny import tiny_model, tiny_tokenizer
 
+from lirefs.harness.skill_table import SKILLS
 from lirefs.models import LanguageModel, wrap
 
 torch.set_num_threads(1)
@@ -46,3 +49,24 @@ def tokenizer():
 def lm() -> LanguageModel:
     """The shared tiny Llama; tests that change weights build their own with ``fresh_model``."""
     return wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny-llama")
+
+
+@pytest.fixture
+def asked_of_the_hub(monkeypatch):
+    """Every call of load_dataset; none reaches a network."""
+    calls = []
+
+    def load_dataset(name, config=None, split=None):
+        calls.append((name, config, split))
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with synthetic rows for every skill."""
+    for file in {skill.file for skill in SKILLS.values() if skill.file}:
+        write(tmp_path, file)
+    return tmp_path

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from lirefs.errors import TaskError
 from lirefs.files import read_jsonl
+from lirefs.harness.generators import (
+    addition_items,
+    boolean_items,
+    elimination_items,
+    tracking_items,
+)
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer, Task
 from lirefs.models import LanguageModel
 from lirefs.questions import Question, load_questions
@@ -123,108 +128,6 @@ def fact_items(frequency: str, with_passage: bool) -> list[tuple[str, str, list[
         (str(row["id"]), shots + ask(row), list(row["answers"]))
         for row in rows
         if row["frequency"] == frequency
-    ]
-
-
-def addition_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str]]]:
-    """Sums of two two-digit numbers, five answered examples before each."""
-    generator = random.Random(f"addition {seed}")
-    pairs = [(a, b) for a in range(10, 100) for b in range(10, 100)]
-    chosen = generator.sample(pairs, n + 5)
-    shots = "".join(f"What is {a} + {b}? Answer: {a + b}\n" for a, b in chosen[:5])
-    return [
-        (f"{a} + {b}", f"{shots}What is {a} + {b}? Answer:", [str(a + b)]) for a, b in chosen[5:]
-    ]
-
-
-def boolean_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str], int]]:
-    """Boolean expressions of depth two or three, four answered examples before each."""
-    generator = random.Random(f"boolean {seed}")
-
-    def expression(depth: int) -> tuple[str, bool]:
-        if depth == 0:
-            value = generator.random() < 0.5
-            return str(value), value
-        left, x = expression(depth - 1)
-        if generator.random() < 0.25:
-            return f"not ( {left} )", not x
-        right, y = expression(generator.randrange(depth))
-        word = generator.choice(("and", "or"))
-        return f"( {left} ) {word} ( {right} )", (x and y) if word == "and" else (x or y)
-
-    def draw() -> tuple[str, bool]:
-        text, value = expression(generator.choice((2, 3)))
-        return text.replace("( True )", "True").replace("( False )", "False") + " is", value
-
-    wanted = [True, False, False, True] + [bool(i % 2) for i in range(n)]
-    drawn: list[tuple[str, bool]] = []
-    seen: set[str] = set()
-    while len(drawn) < len(wanted):
-        text, value = draw()
-        if text not in seen and value == wanted[len(drawn)]:  # as many true as false ones
-            seen.add(text)
-            drawn.append((text, value))
-    shots = "".join(f"{text} {value}\n" for text, value in drawn[:4])
-    return [
-        (f"boolean-{index}", shots + text, [" True", " False"], 0 if value else 1)
-        for index, (text, value) in enumerate(drawn[4:])
-    ]
-
-
-_NAMES = ("Tom", "Ann", "Bob", "Eve", "Max", "Sue", "Dan", "Kim", "Leo", "Mia")
-_OBJECTS = ("book", "key", "ball", "cup", "hat")
-_COLOURS = ("red", "blue", "green", "yellow")
-
-
-def tracking_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str], int]]:
-    """Who holds an object after three hand-overs, four answered examples before each."""
-    generator = random.Random(f"tracking {seed}")
-
-    def draw() -> tuple[str, list[str], str]:
-        a, b, c, d = generator.sample(_NAMES, 4)
-        thing = generator.choice(_OBJECTS)
-        steps = " ".join(f"{x} gives the {thing} to {y}." for x, y in ((a, b), (b, c), (c, d)))
-        return f"{steps} The {thing} is now with", [a, b, c, d], d
-
-    return _few_shot_choices("tracking", n, generator, draw)
-
-
-def elimination_items(n: int, seed: int = 0) -> list[tuple[str, str, list[str], int]]:
-    """The one colour that is left for the third person, four answered examples before each."""
-    generator = random.Random(f"elimination {seed}")
-
-    def draw() -> tuple[str, list[str], str]:
-        a, b, c = generator.sample(_NAMES, 3)
-        x, y, z = generator.sample(_COLOURS, 3)
-        text = f"{a}, {b} and {c} have a {x}, a {y} and a {z} hat."
-        return f"{text} {a} has the {x} hat. {b} has the {y} hat. {c} has the", [x, y, z], z
-
-    return _few_shot_choices("elimination", n, generator, draw)
-
-
-def _few_shot_choices(
-    name: str,
-    n: int,
-    generator: random.Random,
-    draw: Callable[[], tuple[str, list[str], str]],
-    shots: int = 4,
-) -> list[tuple[str, str, list[str], int]]:
-    """Distinct drawn items (text, options, answer) after the same answered examples."""
-    drawn: dict[str, tuple[list[str], str]] = {}
-    while len(drawn) < n + shots:
-        text, options, answer = draw()
-        generator.shuffle(options)  # the place of an option must not tell the answer
-        drawn.setdefault(text, (options, answer))
-    rows = list(drawn.items())
-    examples = "".join(f"{text} {answer}\n" for text, (_, answer) in rows[:shots])
-    return [
-        (
-            f"{name}-{index}",
-            examples + text,
-            [f" {one}" for one in options],
-            options.index(answer),
-        )
-        for index, (text, (options, answer)) in enumerate(rows[shots:])
     ]
 
 

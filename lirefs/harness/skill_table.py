@@ -1,0 +1,299 @@
+"""The skills of both papers, as a table: the memory, math, question and logic sets, and LiReF's.
+
+Each skill reads `<folder>/<file>.jsonl` if it is there, else a set of the hub; generated ones need
+neither. Fields of the local files (JSON Lines, one object a line):
+
+| file | fields | skills |
+|---|---|---|
+| `memorized_windows*` | `prefix_ids`, `suffix_ids`, `prefix_text`, `suffix_text` | of that name |
+| `quotes` | `prefix`, `suffix` | quotes |
+| `gsm8k`, `gsm_symbolic` | `question`, `answer` (ends in `#### N`, or is N) | of the same names |
+| `mgsm` | `question`, `answer`, `language` | mgsm |
+| `bbh_*` | `input`, `target` | the BBH skills, by the names after `bbh_` |
+| `popqa` | `question`, `answers`, `relation` | popqa |
+| `triviaqa` | `question`, `answers`, `context` | triviaqa, triviaqa_open |
+| `relations` | `relation`, `prompt` with `{}`, `subject`, `object` | relations |
+| `boolq` | `passage`, `question`, `answer` (true, false) | boolq |
+| `openbookqa` | `question`, `options`, `answer_index`, `fact` | openbookqa, openbookqa_fact |
+| `winogrande` | `sentence` with one `_`, `option1`, `option2`, `answer` (1, 2) | winogrande |
+| `mmlu_reasoning_memory` | `question`, `options`, `answer_index`, `label` | both halves |
+| `mmlu_pro` | `question`, `options`, `answer_index`, `category` | mmlu_pro, mmlu_pro_math |
+| `ceval_h` | `question`, `options`, `answer_index`, `subject` | ceval_h |
+
+A relation with no more rows than answered examples is not tested.
+
+Scores: `choice` compares log-likelihoods of the options, chance is the mean of 1 / their number;
+`blank` those of the text after a filled blank, chance 1/2; all others are generated greedily,
+chance 0. Scores, shots and groups of each skill stand in `SKILLS`. The K-FAC paper colours
+OpenBookQA open-book with and without its fact, and so does this table.
+
+Sources: Merullo et al. 2025, section 5 and figure 3 (evaluated with OLMES, whose prompts are not
+in the paper; those here are this project's), Hong et al. 2025, section 3.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from lirefs.harness import generators, readers, sources, worked_examples
+from lirefs.harness.readers import Example
+from lirefs.harness.sources import Hub, Row
+
+Kind = Literal["choice", "blank", "text", "number", "worked", "words", "recitation"]
+
+
+@dataclass(frozen=True)
+class Skill:
+    """One skill: where its rows are from, how they are asked and how they are scored.
+
+    Attributes:
+        name: Name of the task.
+        group: One of `lirefs.harness.tasks.GROUPS`.
+        kind: How it is scored, see the module.
+        read: A row as a question; None leaves the row out.
+        file: Local file without `.jsonl`.
+        hub: Set of the hub that serves without the file.
+        shots: Number of answered examples before each question. They are never tested.
+        shots_by_tag: Whether the examples are of the question's own tag.
+        preamble: Fixed text before each question: worked examples.
+        separator: What ends an answered example.
+        max_new_tokens: Length limit of a generated answer.
+        make: For generated skills: items for a number and a seed.
+        missing: What to say when there is no local file and no set of the hub.
+    """
+
+    name: str
+    group: str
+    kind: Kind
+    read: Callable[[Row], Example | None] | None = None
+    file: str = ""
+    hub: Hub | None = None
+    shots: int = 0
+    shots_by_tag: bool = False
+    preamble: str = ""
+    separator: str = "\n\n"
+    max_new_tokens: int = 16
+    make: Callable[[int, int], Sequence[Any]] | None = None
+    missing: str = ""
+
+
+def _grade_school(name: str, hub: Hub) -> Skill:
+    return Skill(
+        name,
+        "arithmetic",
+        "worked",
+        readers.word_problem,
+        name,
+        hub,
+        preamble=worked_examples.WORD_PROBLEMS,
+        max_new_tokens=300,
+    )
+
+
+def _bbh(name: str, group: str, kind: Kind, read: Callable[[Row], Example], **more: Any) -> Skill:
+    hub = Hub("SaylorTwift/bbh", configs=(name,))
+    return Skill(name, group, kind, read, f"bbh_{name}", hub, **more)
+
+
+_MGSM = ("bn", "de", "fr", "ja", "ru", "sw", "te", "zh")
+_CEVAL_HUMANITIES = (
+    "art_studies",
+    "chinese_language_and_literature",
+    "high_school_chinese",
+    "high_school_history",
+    "ideological_and_moral_cultivation",
+    "law",
+    "legal_professional",
+    "logic",
+    "middle_school_history",
+    "modern_chinese_history",
+    "professional_tour_guide",
+)
+_TRIVIAQA = partial(Hub, "mandarjoshi/trivia_qa", "validation", adapt=sources.triviaqa_row)
+_OPENBOOKQA = Hub(
+    "allenai/openbookqa",
+    configs=("additional",),
+    shots_split="train",
+    adapt=sources.openbookqa_row,
+)
+_MMLU_PRO = Hub("TIGER-Lab/MMLU-Pro", shots_split="validation")
+_NEEDS_LABELS = (
+    "the split into reasoning and memory needs rows with a 'label'; TIGER-Lab/MMLU-Pro has none "
+    "(without the split: mmlu_pro)"
+)
+
+_ALL = [
+    # memory
+    Skill("memorized_windows", "memorization", "recitation", file="memorized_windows*"),
+    Skill("quotes", "memorization", "recitation", file="quotes"),
+    # math
+    _grade_school("gsm8k", Hub("openai/gsm8k", configs=("main",))),
+    _grade_school("gsm_symbolic", Hub("apple/GSM-Symbolic", configs=("main",))),
+    _grade_school(
+        "mgsm",
+        Hub("juletxara/mgsm", configs=_MGSM, adapt=sources.mgsm_row, config_field="language"),
+    ),
+    _bbh(
+        "multistep_arithmetic_two",
+        "arithmetic",
+        "worked",
+        readers.bbh_number,
+        preamble=worked_examples.ARITHMETIC,
+        max_new_tokens=200,
+    ),
+    _bbh(
+        "object_counting",
+        "arithmetic",
+        "worked",
+        readers.bbh_number,
+        preamble=worked_examples.COUNTING,
+        max_new_tokens=150,
+    ),
+    Skill("simple_math", "arithmetic", "number", make=generators.simple_math_items),
+    Skill("generated_addition", "arithmetic", "number", make=generators.addition_items),
+    Skill(
+        "mmlu_pro_math",
+        "arithmetic",
+        "choice",
+        partial(readers.in_category, category="math"),
+        "mmlu_pro",
+        _MMLU_PRO,
+        shots=5,
+    ),
+    # closed book
+    Skill(
+        "popqa",
+        "closed-book",
+        "text",
+        readers.question,
+        "popqa",
+        Hub("akariasai/PopQA", adapt=sources.popqa_row),
+        shots=5,
+    ),
+    Skill(
+        "triviaqa",
+        "closed-book",
+        "text",
+        readers.question,
+        "triviaqa",
+        _TRIVIAQA(configs=("rc.nocontext",)),
+        shots=5,
+    ),
+    Skill(
+        "relations",
+        "closed-book",
+        "text",
+        readers.relation,
+        "relations",
+        shots=4,
+        shots_by_tag=True,
+        separator="\n",
+    ),
+    Skill(
+        "mmlu_memory",
+        "closed-book",
+        "choice",
+        partial(readers.labelled, label="memory"),
+        "mmlu_reasoning_memory",
+        shots=5,
+        missing=_NEEDS_LABELS,
+    ),
+    Skill(
+        "ceval_h",
+        "closed-book",
+        "choice",
+        readers.lettered_chinese,
+        "ceval_h",
+        Hub("ceval/ceval-exam", "val", _CEVAL_HUMANITIES, "dev", sources.ceval_row, "subject"),
+        shots=5,
+        shots_by_tag=True,
+    ),
+    # open book
+    Skill(
+        "triviaqa_open",
+        "open-book",
+        "text",
+        readers.question_with_passage,
+        "triviaqa",
+        _TRIVIAQA(configs=("rc.wikipedia",)),
+        shots=3,
+    ),
+    Skill(
+        "boolq",
+        "open-book",
+        "choice",
+        readers.yes_or_no,
+        "boolq",
+        Hub("google/boolq", "validation", shots_split="train"),
+        shots=4,
+    ),
+    Skill(
+        "openbookqa",
+        "open-book",
+        "choice",
+        readers.lettered,
+        "openbookqa",
+        _OPENBOOKQA,
+        shots=5,
+    ),
+    Skill(
+        "openbookqa_fact",
+        "open-book",
+        "choice",
+        readers.lettered_with_fact,
+        "openbookqa",
+        _OPENBOOKQA,
+        shots=5,
+    ),
+    # logic
+    Skill("boar_etruscan", "reasoning", "words", make=generators.boar_items, max_new_tokens=32),
+    Skill(
+        "winogrande",
+        "reasoning",
+        "blank",
+        readers.blank,
+        "winogrande",
+        Hub("allenai/winogrande", "validation", ("winogrande_xl",), "train"),
+        shots=5,
+    ),
+    *(
+        _bbh(f"{name}_{number}_objects", "reasoning", "choice", readers.bbh_options, shots=3)
+        for name in ("logical_deduction", "tracking_shuffled_objects")
+        for number in ("three", "five", "seven")
+    ),
+    _bbh(
+        "boolean_expressions",
+        "reasoning",
+        "choice",
+        readers.boolean_expression,
+        shots=4,
+        separator="\n",
+    ),
+    _bbh("web_of_lies", "reasoning", "choice", readers.web_of_lies, shots=4),
+    Skill(
+        "mmlu_reasoning",
+        "reasoning",
+        "choice",
+        partial(readers.labelled, label="reasoning"),
+        "mmlu_reasoning_memory",
+        shots=5,
+        missing=_NEEDS_LABELS,
+    ),
+    Skill(
+        "mmlu_pro",
+        "reasoning",
+        "choice",
+        partial(readers.lettered, tag="category"),
+        "mmlu_pro",
+        _MMLU_PRO,
+        shots=5,
+        shots_by_tag=True,
+    ),
+    Skill("generated_booleans", "reasoning", "choice", make=generators.boolean_items),
+    Skill("generated_tracking", "reasoning", "choice", make=generators.tracking_items),
+    Skill("generated_elimination", "reasoning", "choice", make=generators.elimination_items),
+]
+SKILLS: dict[str, Skill] = {skill.name: skill for skill in _ALL}
