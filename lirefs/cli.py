@@ -17,6 +17,7 @@ import kfac
 import lirefs
 from lirefs import (
     commands_curvature,
+    commands_mine,
     commands_organism,
     commands_steering,
     study,
@@ -38,6 +39,7 @@ BATCH_TOKENS = 1024
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(commands_organism.app, name="organism")
 commands_steering.register(app)
+commands_mine.register(app)
 app.add_typer(commands_curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 
