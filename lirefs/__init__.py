@@ -16,8 +16,11 @@ from lirefs.estimators import (
     WhitenedMeanDifference,
 )
 from lirefs.harness.comparison import Comparison
+from lirefs.harness.memorization import StressTest, recitation_task
+from lirefs.harness.mining import mine
+from lirefs.harness.rank_agreement import ndcg_task
 from lirefs.harness.running import compare
-from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
+from lirefs.harness.suite import calibration_texts, default_tasks
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.intervention import Intervention, Steer, compose
 from lirefs.layout import Layout
@@ -54,6 +57,7 @@ __all__ = [
     "ShortAnswer",
     "Split",
     "Steer",
+    "StressTest",
     "WhitenedMeanDifference",
     "__version__",
     "bake",
@@ -66,6 +70,8 @@ __all__ = [
     "fit_directions",
     "load",
     "load_questions",
+    "mine",
+    "ndcg_task",
     "prompt_lengths",
     "recitation_task",
     "wrap",

@@ -12,6 +12,7 @@ import lirefs
 from lirefs import (
     commands_compare,
     commands_curvature,
+    commands_mine,
     commands_organism,
     commands_steering,
 )
@@ -20,6 +21,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 commands_compare.register(app)
 app.add_typer(commands_organism.app, name="organism")
 commands_steering.register(app)
+commands_mine.register(app)
 app.add_typer(commands_curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 

@@ -86,6 +86,11 @@ def _unedited(parameter: nn.Parameter) -> Tensor:
     return next(iter(originals_of(whole)), parameter)
 
 
+def is_edited(model: nn.Module) -> bool:
+    """Whether a removable weight edit is attached to a model."""
+    return any(_unedited(parameter) is not parameter for parameter in model.parameters())
+
+
 class LanguageModel:
     """A decoder and its tokenizer. Made by ``load`` or ``wrap``.
 

@@ -47,7 +47,7 @@ def test_a_strong_variant_differs(comparison):
     recite = comparison.cell("strong", "recite")
     assert recite.value.value < 1
     assert recite.difference.high <= 0
-    assert set(recite.extra) == {"loose", "levenshtein"}
+    assert set(recite.extra) == {"loose", "levenshtein", "token_match"}
     strong, base = (comparison.cell(name, "texts") for name in ("strong", "unchanged"))
     assert strong.retained.value == pytest.approx(base.value.value / strong.value.value)
 

@@ -7,7 +7,6 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import TaskError
 from lirefs.files import read_jsonl
 from lirefs.harness.generators import (
     addition_items,
@@ -15,12 +14,12 @@ from lirefs.harness.generators import (
     elimination_items,
     tracking_items,
 )
-from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer, Task
+from lirefs.harness.memorization import recitation_task
+from lirefs.harness.tasks import MultipleChoice, Perplexity, ShortAnswer, Task
 from lirefs.models import LanguageModel
 from lirefs.questions import Question, load_questions
 
 DATA = Path(str(resources.files("lirefs"))) / "data"
-SUFFIX_TOKENS = 12
 
 
 def default_tasks(
@@ -68,45 +67,6 @@ def default_tasks(
     tasks.append(MultipleChoice("elimination", elimination_items(80)[:limit]))
     tasks.append(Perplexity("held-out texts", heldout_texts("test")[: limit and limit // 2]))
     return tasks
-
-
-def recitation_task(
-    lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
-) -> Recitation:
-    """A recitation task from a file.
-
-    Args:
-        lm: The model; its tokenizer cuts texts into prefix and suffix.
-        path: JSON Lines, each row with `text` (the last `suffix_tokens` tokens, 12 by default,
-            are the suffix), or `prefix` and `suffix` texts, or `prefix_ids` and `suffix_ids`.
-        limit: At most this many items.
-        name: Name of the task.
-
-    Raises:
-        DataFileError: If the file cannot be read.
-        TaskError: If a row has none of these fields or is too short.
-    """
-    items = []
-    for line, row in read_jsonl(path)[:limit]:
-        item = str(row.get("id") or f"line-{line}")
-        where = f"{path}, line {line}"
-        if "prefix_ids" in row and "suffix_ids" in row:
-            prefix, suffix = list(row["prefix_ids"]), list(row["suffix_ids"])
-        elif "prefix" in row and "suffix" in row:
-            # Cut at a token boundary of the whole text, as the model saw it in training.
-            whole = lm.encode([row["prefix"] + row["suffix"]])[0]
-            start = len(lm.encode([row["prefix"]])[0])
-            prefix, suffix = whole[:start], whole[start:]
-        elif "text" in row:
-            whole = lm.encode([row["text"]])[0]
-            length = int(row.get("suffix_tokens", SUFFIX_TOKENS))
-            prefix, suffix = whole[:-length], whole[-length:]
-        else:
-            raise TaskError(f"{where}: needs 'text', 'prefix' and 'suffix', or their ids")
-        if not prefix or not suffix:
-            raise TaskError(f"{where}: too short for a prefix and a suffix")
-        items.append((item, prefix, suffix))
-    return Recitation(name, items)
 
 
 def fact_items(frequency: str, with_passage: bool) -> list[tuple[str, str, list[str]]]:

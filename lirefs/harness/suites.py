@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
-from lirefs.harness.memorization import StressTest, ndcg_task
+from lirefs.harness.memorization import StressTest
+from lirefs.harness.rank_agreement import ndcg_task
 from lirefs.harness.skills import SKILLS, skill_tasks
 from lirefs.harness.suite import default_tasks
 from lirefs.harness.tasks import Perplexity, Recitation, Task

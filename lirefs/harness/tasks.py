@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, Self
 
 from lirefs.errors import TaskError
 from lirefs.harness.engine import Advance, greedy, option_log_likelihoods, token_nlls
+from lirefs.harness.recall import recitation_scores
 from lirefs.models import LanguageModel
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
@@ -113,8 +114,7 @@ class ItemTask:
 class Recitation(ItemTask):
     """Greedy continuation of a prefix, compared with the text that training showed.
 
-    Scores of an item of L suffix tokens and token Levenshtein distance d (Merullo et al. 2025,
-    section 5): `strict` d = 0, `loose` 1 - d/L >= 0.75, `levenshtein` d/L.
+    Scores of an item: those of `lirefs.harness.recall.recitation_scores`.
 
     Attributes:
         items: (id, prefix ids, suffix ids).
@@ -140,14 +140,9 @@ class Recitation(ItemTask):
             outputs = greedy(lm, [self.items[i][1] for i in rows], length, advance=advance)
             for row, output in zip(rows, outputs, strict=True):
                 item, prefix, suffix = self.items[row]
-                distance = levenshtein(output, suffix) / length
                 results[row] = ItemResult(
                     id=item,
-                    scores={
-                        "strict": float(distance == 0),
-                        "loose": float(1 - distance >= 0.75),
-                        "levenshtein": distance,
-                    },
+                    scores=recitation_scores(output, suffix),
                     prompt=lm.tokenizer.decode(prefix),
                     expected=lm.tokenizer.decode(suffix),
                     output=lm.tokenizer.decode(output),
@@ -302,13 +297,3 @@ def normalise(text: str) -> list[str]:
     """Words of a text without case, punctuation and articles."""
     words = re.findall(r"\w+", text.casefold())
     return [word for word in words if word not in ("a", "an", "the")]
-
-
-def levenshtein(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Edit distance between two sequences (insert, delete, replace, each 1)."""
-    row = list(range(len(second) + 1))
-    for i, one in enumerate(first, start=1):
-        previous, row[0] = row[0], i
-        for j, other in enumerate(second, start=1):
-            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (one != other))
-    return row[-1]

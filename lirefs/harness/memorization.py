@@ -1,0 +1,240 @@
+"""Recitation from files of memorized texts, and the position stress test."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lirefs.errors import TaskError
+from lirefs.files import read_jsonl
+from lirefs.guest import maybe_call
+from lirefs.harness.engine import Advance, greedy
+from lirefs.harness.recall import matching_tokens
+from lirefs.harness.tasks import ItemResult, Recitation
+from lirefs.models import LanguageModel
+
+SUFFIX_TOKENS = 12
+
+
+def recitation_task(
+    lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
+) -> Recitation:
+    """A recitation task from a file.
+
+    Args:
+        lm: The model; its tokenizer cuts texts into prefix and suffix.
+        path: JSON Lines, each row with `prefix_ids` and `suffix_ids`, or `prefix` and `suffix`
+            texts, or one `text`. Texts are cut between two tokens of the whole text: as
+            `suffix_start` says, or, where a row has `suffix_tokens` (12 by default for a `text`),
+            that many tokens before the end. Ids may be accompanied by `tokenizer`, the
+            fingerprint of the tokenizer that they are of.
+        limit: At most this many items.
+        name: Name of the task.
+
+    Raises:
+        DataFileError: If the file cannot be read.
+        TaskError: If a row has none of these fields, is too short, or has ids of another
+            tokenizer.
+    """
+    items = []
+    for line, row in read_jsonl(path)[:limit]:
+        where = f"{path}, line {line}"
+        prefix, suffix = _cut(lm, row, where)
+        if not prefix or not suffix:
+            raise TaskError(f"{where}: too short for a prefix and a suffix")
+        items.append((str(row.get("id") or f"line-{line}"), prefix, suffix))
+    return Recitation(name, items)
+
+
+def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
+    """Token ids of a text, and the index of the first token that begins at or after a cut.
+
+    The tokens are those of the whole text, as training showed it: tokens of the two halves would
+    differ from them, above all where the cut is inside a word. A token begins at its first
+    character that is not a space, so that " word" begins a suffix whether its space stands before
+    the cut or after it; a token that the cut divides belongs to the prefix.
+
+    Args:
+        tokenizer: A tokenizer of `transformers`, fast or not.
+        text: The whole text.
+        cut: Number of characters before the cut.
+
+    Raises:
+        TaskError: The tokenizer is not a fast one and does not give the text back, so that
+            nothing tells where its tokens begin.
+    """
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
+        ends = [0, *(end for _, end in spans)]
+        # Byte-level tokenizers leave spaces out of their spans, which may be empty then.
+        begins = [min(start, end) for (start, _), end in zip(spans, ends[:-1], strict=True)]
+    else:
+        ids = list(tokenizer(text)["input_ids"])
+        # A character of several tokens shows as U+FFFD until its last one is there.
+        heads = [
+            tokenizer.decode(
+                ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            for end in range(len(ids) + 1)
+        ]
+        if heads[-1] != text:
+            raise TaskError(
+                "the tokenizer does not give a text back as it was, so that it cannot be cut; give "
+                "`prefix_ids` and `suffix_ids`, or `suffix_tokens`"
+            )
+        ends = [len(head.rstrip("\ufffd")) for head in heads]
+        begins = ends[:-1]
+    for index, (begin, end) in enumerate(zip(begins, ends[1:], strict=True)):
+        piece = text[begin:end]
+        spaces = len(piece) - len(piece.lstrip()) if piece.strip() else 0
+        if begin + spaces >= cut:
+            return ids, index
+    return ids, len(ids)
+
+
+def _cut(lm: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
+    if "prefix_ids" in row and "suffix_ids" in row:
+        if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
+            raise TaskError(f"{where}: its ids are of another tokenizer than that of {lm.name}")
+        return _ids(lm, row["prefix_ids"], where), _ids(lm, row["suffix_ids"], where)
+    parts = [row[key] for key in ("prefix", "suffix") if key in row]
+    if len(parts) < 2:
+        parts = [row.get("text")]
+    if not all(isinstance(part, str) for part in parts):
+        raise TaskError(f"{where}: needs 'text', 'prefix' and 'suffix', or their ids")
+    whole = "".join(parts)
+    length = row.get("suffix_tokens", SUFFIX_TOKENS if len(parts) == 1 else None)
+    if length is None:
+        try:
+            ids, start = suffix_start(lm.tokenizer, whole, len(parts[0]))
+        except TaskError as error:
+            raise TaskError(f"{where}: {error}") from None
+        return ids[:start], ids[start:]
+    if not isinstance(length, int) or length < 1:
+        raise TaskError(f"{where}: 'suffix_tokens' is {length!r}, expected a positive number")
+    ids = lm.encode([whole])[0]
+    return ids[:-length], ids[-length:]
+
+
+def _ids(lm: LanguageModel, ids: Any, where: str) -> list[int]:
+    known = getattr(maybe_call(lm.model, "get_input_embeddings"), "num_embeddings", None)
+    if not isinstance(ids, list) or not all(type(one) is int and one >= 0 for one in ids):
+        raise TaskError(f"{where}: 'prefix_ids' and 'suffix_ids' must be lists of token ids")
+    if known is not None and any(one >= known for one in ids):
+        raise TaskError(
+            f"{where}: token id {max(ids)} is none of the {known} of {lm.name}; ids belong to the "
+            "model that they were mined on"
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class StressTest:
+    """Position stress test: how much of a suffix can still be drawn out at other positions.
+
+    Greedy continuations of longer prompts, which hold up to `shifts` tokens of the suffix, and of
+    shorter ones, which lack up to `shifts` tokens at their beginning (Huang et al. 2024; Merullo
+    et al. 2025, table 6). The score of a prompt is the number of leading tokens of its
+    continuation that agree with what is left of the suffix. Scores of an item, in tokens:
+    `original`, that of the prefix itself, and `perturbed`, the highest over all prompts.
+
+    Attributes:
+        items: (id, prefix ids, suffix ids). A leading beginning-of-sequence token stays where it
+            is in every prompt and does not count.
+        shifts: The paper's t. Shorter prompts keep more than this many tokens.
+    """
+
+    name: str
+    items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+    group: str = "memorization"
+    metric: str = "perturbed"
+    chance: float = 0.0
+    shifts: int = 20
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise TaskError(f"task {self.name!r} has no items")
+        if self.shifts < 0:
+            raise TaskError(f"{self.name}: shifts is {self.shifts}, expected 0 or more")
+        for item, prefix, suffix in self.items:
+            if not prefix or not suffix:
+                raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, rows: Sequence[int]) -> StressTest:
+        """The same task on some of its items."""
+        return replace(self, items=[self.items[row] for row in rows])
+
+    def prompts(
+        self, prefix: Sequence[int], suffix: Sequence[int], bos: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Prompts of an item, each with the rest of the suffix; first the prefix itself.
+
+        Args:
+            prefix: Token ids.
+            suffix: Token ids.
+            bos: Id of the beginning-of-sequence token, if there is one.
+        """
+        lead = [bos] if prefix[0] == bos else []
+        body = list(prefix[len(lead) :])
+        longer = [
+            ([*lead, *body, *suffix[:shift]], list(suffix[shift:]))
+            for shift in range(min(self.shifts, len(suffix) - 1) + 1)
+        ]
+        shorter = [
+            ([*lead, *body[shift:]], list(suffix))
+            for shift in range(1, self.shifts + 1)
+            if len(body) - shift > self.shifts
+        ]
+        return longer + shorter
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item."""
+        bos = lm.tokenizer.bos_token_id
+        asked = [self.prompts(prefix, suffix, bos) for _, prefix, suffix in self.items]
+        starts = [0]
+        for prompts in asked:
+            starts.append(starts[-1] + len(prompts))
+        flat = [prompt for prompts in asked for prompt in prompts]
+        outputs: list[list[int]] = [[] for _ in flat]
+        step = _of_items(advance, len(self.items), len(flat))
+        # One call per length of what is left: every row of a batch decodes for equally long.
+        for length in sorted({len(rest) for _, rest in flat}):
+            rows = [row for row, (_, rest) in enumerate(flat) if len(rest) == length]
+            found = greedy(lm, [flat[row][0] for row in rows], length, advance=step)
+            for row, output in zip(rows, found, strict=True):
+                outputs[row] = output
+        scores = [
+            matching_tokens(output, rest) for output, (_, rest) in zip(outputs, flat, strict=True)
+        ]
+        results = []
+        for (item, _, _), (first, after) in zip(self.items, pairwise(starts), strict=True):
+            best = max(range(first, after), key=scores.__getitem__)
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"original": float(scores[first]), "perturbed": float(scores[best])},
+                    prompt=lm.tokenizer.decode(flat[best][0]),
+                    expected=lm.tokenizer.decode(flat[best][1]),
+                    output=lm.tokenizer.decode(outputs[best]),
+                )
+            )
+        return results
+
+
+def _of_items(advance: Advance, items: int, prompts: int) -> Advance:
+    """Progress in items, reported as prompts are finished."""
+    done = 0
+
+    def step(n: int) -> None:
+        nonlocal done
+        before, done = done * items // prompts, done + n
+        advance(done * items // prompts - before)
+
+    return step
