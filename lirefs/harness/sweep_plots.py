@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lirefs.harness.plots import COLOURS, canvas_of, png_of
+from lirefs.harness.sweeps import Curves, damage_of, matched, pareto_front
 from lirefs.statistics import Estimate
 
 if TYPE_CHECKING:
@@ -76,6 +77,60 @@ def strength_effect(
         axis.set_title(f"{task}, n = {n}", fontsize=9)
     axes[0].set_ylabel("share of items")
     axes[0].legend(fontsize=7)
+    return png_of(canvas)
+
+
+def pareto_fronts(
+    comparison: Comparison,
+    curves: Curves,
+    task: str,
+    by: str,
+    labels: tuple[str, str],
+    larger_is_better: bool = True,
+) -> bytes:
+    """Score against damage, one line with its 95 % band for each method, for one column of a page.
+
+    Lines and bands are those of `matched`; filled markers are settings that no other setting of
+    any method dominates, hollow ones the others. Less damage is better.
+
+    Args:
+        comparison: Holds every variant.
+        curves: The sweeps.
+        task: Vertical axis.
+        by: Horizontal axis, the measure of damage.
+        labels: Of the two axes.
+        larger_is_better: Whether a larger score on the task is.
+    """
+    canvas, (axis,) = canvas_of(1, (3.4, 3.0))
+    settings = [(method, name) for method, curve in curves.items() for _, name in curve]
+    damage = {name: damage_of(comparison, name, by) for _, name in settings}
+    score = {name: _value(comparison.cell(name, task).value) for _, name in settings}
+    sign = 1 if larger_is_better else -1
+    front = dict(
+        zip(
+            damage, pareto_front([(-damage[one], sign * score[one]) for one in damage]), strict=True
+        )
+    )
+    start = damage_of(comparison, "unchanged", by)
+    for index, (method, curve) in enumerate(curves.items()):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        names = [name for _, name in curve]
+        # The settings themselves are among the goals, so that the line has all its corners.
+        own = [start, *(damage[name] for name in names)]
+        goals = np.unique([*np.linspace(min(own), max(own), 40), *own])
+        line = _estimates(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
+        axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)
+        style = "-" if index < len(COLOURS) else "--"
+        axis.plot(goals, line[:, 0], color=colour, lw=1.2, ls=style)
+        axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=method)
+        for name in names:
+            face = colour if front[name] else "white"
+            axis.plot(damage[name], score[name], marker, color=colour, mfc=face, ms=4.5, mew=1)
+    base = _value(comparison.cell("unchanged", task).value)
+    axis.plot(start, base, "*", color="black", ms=9, ls="none", label="unchanged", zorder=3)
+    axis.set_xlabel(labels[0], fontsize=8)
+    axis.set_ylabel(labels[1], fontsize=8)
+    canvas.legend(fontsize=7, ncols=2, loc="outside upper center", frameon=False)
     return png_of(canvas)
 
 
