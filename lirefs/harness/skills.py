@@ -15,10 +15,10 @@ from typing import Any
 from lirefs.errors import NoDataError, SettingError, TaskError
 from lirefs.files import read_jsonl
 from lirefs.harness.answers import FilledBlank, GeneratedAnswer
+from lirefs.harness.memorization import recitation_task
 from lirefs.harness.readers import Example
 from lirefs.harness.skill_table import SKILLS, Skill
 from lirefs.harness.sources import Numbered, Rows, Sources
-from lirefs.harness.suite import recitation_task
 from lirefs.harness.tasks import MultipleChoice, ShortAnswer, Task
 from lirefs.models import LanguageModel
 
