@@ -41,6 +41,10 @@ class Cell:
             always worse; None for the baseline, not finite where the baseline is 0.
         unparsable: Number of items whose output held no answer.
         extra: The task's other metrics.
+        p: Of no difference from the baseline, on the same items: McNemar's test where every score
+            is 0 or 1, a paired sign-flip test otherwise; None for the baseline.
+        p_holm: `p` after Holm's adjustment over all cells of the comparison.
+        detectable: Smallest true difference that this many items show with 80 % power.
     """
 
     variant: str
@@ -52,6 +56,9 @@ class Cell:
     retained: Estimate | None
     unparsable: int
     extra: dict[str, float]
+    p: float | None = None
+    p_holm: float | None = None
+    detectable: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
