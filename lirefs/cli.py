@@ -18,6 +18,7 @@ import lirefs
 from lirefs import (
     commands_curvature,
     commands_organism,
+    commands_report,
     commands_steering,
     study,
     study_report,
@@ -38,6 +39,7 @@ BATCH_TOKENS = 1024
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 app.add_typer(commands_organism.app, name="organism")
 commands_steering.register(app)
+commands_report.register(app)
 app.add_typer(commands_curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 

@@ -184,11 +184,14 @@ class Comparison:
         return Estimate(float(np.mean(values)), *interval(np.mean(samples, axis=0)), n)
 
     def save(self, folder: str | Path, figures: Sequence[Figure] | None = None) -> Path:
-        """Write `report.md`, `report.html`, `results.json` and the figures as PNG files.
+        """Write the report: `report.html`, `report.md`, `results.json`, CSV, LaTeX and figures.
+
+        The page needs no other file. `results.json` has every item; `results.csv` a row for each
+        cell; `overview.tex` tables for a paper; figures are PNG and SVG.
 
         Args:
             folder: Made when missing; files of these names in it are replaced.
-            figures: Figures to show; None for the retained-performance chart alone.
+            figures: Figures to show; None for retained performance by group and by task.
 
         Returns:
             The path of `report.html`.
@@ -197,12 +200,8 @@ class Comparison:
 
         folder = Path(folder)
         shown = report.default_figures(self) if figures is None else figures
-        for figure in shown:
-            figure.save(folder)
         atomic_write_text(folder / "results.json", storage.dumps(self, shown))
-        atomic_write_text(folder / "report.md", report.markdown(self, shown))
-        atomic_write_text(folder / "report.html", report.html(self, shown))
-        return folder / "report.html"
+        return report.write(self, folder, shown)
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
