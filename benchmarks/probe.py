@@ -12,7 +12,7 @@ from pathlib import Path
 
 import lirefs
 from lirefs import geometry
-from lirefs.files import atomic_write_bytes, atomic_write_text, cache_dir, read_jsonl
+from lirefs.files import atomic_write_text, cache_dir, read_jsonl
 from lirefs.harness import probe_plots
 from lirefs.questions import Question, Questions
 
@@ -84,7 +84,7 @@ def main() -> None:
         "null": probe_plots.per_layer(probes["mean difference"]),
     }
     for name, picture in figures.items():
-        atomic_write_bytes(arguments.out / f"{name}.png", picture)
+        picture.save(arguments.out, name)
     atomic_write_text(arguments.out / "probe.json", json.dumps(table, indent=2))
 
 

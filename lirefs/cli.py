@@ -14,6 +14,7 @@ from lirefs import (
     commands_curvature,
     commands_mine,
     commands_organism,
+    commands_report,
     commands_steering,
 )
 
@@ -22,6 +23,7 @@ commands_compare.register(app)
 app.add_typer(commands_organism.app, name="organism")
 commands_steering.register(app)
 commands_mine.register(app)
+commands_report.register(app)
 app.add_typer(commands_curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 

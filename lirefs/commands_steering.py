@@ -13,7 +13,7 @@ from rich.table import Table
 import lirefs
 from lirefs import estimators, geometry
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_bytes, atomic_write_text, cache_dir
+from lirefs.files import atomic_write_text, cache_dir
 from lirefs.gguf import to_gguf
 from lirefs.operators import OPERATORS
 from lirefs.probe import load_grades
@@ -117,7 +117,7 @@ def probe(
         }
         figures["side_by_side"] = probe_plots.side_by_side(pair)
     for name, picture in figures.items():
-        atomic_write_bytes(out / f"{name}.png", picture)
+        picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
     best = found.best_scores
     console.print(

@@ -14,7 +14,7 @@ import numpy as np
 import kfac
 from lirefs.capture import capture
 from lirefs.directions import Direction
-from lirefs.harness.comparison import Comparison
+from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.engine import token_nlls
 from lirefs.harness.running import compare
 from lirefs.harness.suites import memory_measures
@@ -84,10 +84,11 @@ def harm(comparison: Comparison, variant: str, skills: Sequence[str]) -> float:
     for task in (*skills, LANGUAGE):
         if task not in comparison.tasks or not comparison.informative(task):
             continue
-        kept = comparison.cell(variant, task).retained
-        assert kept is not None
-        goal = 1 / PERPLEXITY_RATIO if task == LANGUAGE else KEPT_SHARE
-        total += max(0.0, goal - kept.value)
+        score, before = comparison.score(variant, task), comparison.score(BASELINE, task)
+        kept, goal = score / before, KEPT_SHARE
+        if task == LANGUAGE:
+            kept, goal = before / score, 1 / PERPLEXITY_RATIO
+        total += max(0.0, goal - kept)
     return total
 
 
@@ -107,7 +108,7 @@ def choose(
     """
 
     def ranked(some: Mapping[str, Intervention], on: Sequence[Task]) -> list[tuple[float, str]]:
-        comparison = compare(lm, some, on, resamples=2, journal=journal, progress=progress)
+        comparison = compare(lm, some, on, journal=journal, progress=progress)
         return sorted(((objective(comparison, name), name) for name in some), key=lambda p: p[0])
 
     finalists = [name for _, name in ranked(candidates, [t for t in tasks if t.name in screen])]
@@ -118,14 +119,14 @@ def choose(
 
 def curvature_objective(comparison: Comparison, variant: str) -> float:
     """Sum of what is missed of every goal for the edit; 0 meets all."""
-    recited, true = (comparison.cell(variant, task).value.value for task in (RECITED, TRUE))
+    recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
     missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
     return missed + harm(comparison, variant, (*SKILLS, "common facts"))
 
 
 def steering_objective(comparison: Comparison, variant: str) -> float:
     """Exceptions not answered with the truth, plus every miss of the goals for skills."""
-    true = comparison.cell(variant, TRUE).value.value
+    true = comparison.score(variant, TRUE)
     return 1 - true + harm(comparison, variant, SKILLS)
 
 

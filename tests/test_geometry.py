@@ -66,4 +66,4 @@ def test_every_figure_is_drawn(fitted):
         probe_plots.side_by_side({"base": probe, "instruct": probe}),
         probe_plots.transfers(probe, {"other": moved}),
     ]
-    assert all(one.startswith(b"\x89PNG") for one in figures)
+    assert all(one.png.startswith(b"\x89PNG") and b"<svg" in one.svg for one in figures)

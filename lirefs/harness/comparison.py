@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from lirefs.files import atomic_write_text
+from lirefs.harness.cells import Cell, Scores, cell_of
 from lirefs.harness.tasks import CONFLICT, GROUPS, ItemResult
-from lirefs.statistics import Estimate, Floats, interval, resample_counts, wilson
+from lirefs.paired import mean_of
+from lirefs.significance import holm
+from lirefs.statistics import Estimate, Floats, resample_counts
 
 if TYPE_CHECKING:
     from lirefs.harness.report import Figure
@@ -27,31 +27,6 @@ class TaskInfo:
     group: str
     metric: str
     chance: float = 0.0
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One variant on one task.
-
-    Attributes:
-        value: The task's metric; Wilson interval for shares, bootstrap otherwise.
-        difference: Value minus the baseline's, paired bootstrap over items; None for the
-            baseline itself.
-        retained: Value over the baseline's, for perplexity the inverse, so that less than 1 is
-            always worse; None for the baseline, not finite where the baseline is 0.
-        unparsable: Number of items whose output held no answer.
-        extra: The task's other metrics.
-    """
-
-    variant: str
-    task: str
-    group: str
-    metric: str
-    value: Estimate
-    difference: Estimate | None
-    retained: Estimate | None
-    unparsable: int
-    extra: dict[str, float]
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +47,9 @@ class Comparison:
     resamples: int = 5000
     seed: int = 0
     _cells: dict[tuple[str, str], Cell] = field(default_factory=dict, init=False, repr=False)
-    _retained: dict[tuple[str, str], Estimate] = field(default_factory=dict, init=False, repr=False)
+    _tests: dict[tuple[str, str], tuple[float, float]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     @property
     def variants(self) -> list[str]:
@@ -86,48 +63,35 @@ class Comparison:
         others = [group for group in present if group not in (*GROUPS, CONFLICT)]
         return [group for group in GROUPS if group in present] + others
 
+    def score(self, variant: str, task: str) -> float:
+        """A task's value without its interval."""
+        return float(self._scores(variant, task).value()[0])
+
     def cell(self, variant: str, task: str) -> Cell:
         """One variant on one task."""
         # Reports ask for the same cells again and again, and each costs thousands of resamples.
         if (variant, task) not in self._cells:
-            self._cells[variant, task] = self._cell(variant, task)
+            info = self.tasks[task]
+            base = None if variant == BASELINE else self.results[BASELINE][task]
+            items = self.results[variant][task]
+            found = cell_of((variant, task), info.group, info.metric, items, base, self.draws(task))
+            if base is not None:
+                p, p_holm = self._p_values()[variant, task]
+                found = replace(found, p=p, p_holm=p_holm)
+            self._cells[variant, task] = found
         return self._cells[variant, task]
 
-    def _cell(self, variant: str, task: str) -> Cell:
-        group, metric = self.tasks[task].group, self.tasks[task].metric
-        items, base = self.results[variant][task], self.results[BASELINE][task]
-        draws = self._draws(task)
-        if metric == "perplexity":
-            value, samples = _perplexity(items, draws)
-            base_value, base_samples = _perplexity(base, draws)
-            ratio, ratios = base_value / value, base_samples / samples
-        else:
-            value, samples = _mean(items, metric, draws)
-            base_value, base_samples = _mean(base, metric, draws)
-            ratio = value / base_value if base_value else math.nan
-            with np.errstate(divide="ignore", invalid="ignore"):
-                ratios = samples / base_samples
-        n = len(items)
-        scores = [item.scores.get(metric, math.nan) for item in items]
-        if set(scores) <= {0.0, 1.0}:
-            estimate = wilson(int(sum(scores)), n)
-        else:
-            estimate = Estimate(value, *interval(samples), n)
-        baseline = variant == BASELINE
-        names = [name for name in items[0].scores if name not in (metric, "nll")]
-        return Cell(
-            variant=variant,
-            task=task,
-            group=group,
-            metric=metric,
-            value=estimate,
-            difference=None
-            if baseline
-            else Estimate(value - base_value, *interval(samples - base_samples), n),
-            retained=None if baseline else Estimate(ratio, *interval(ratios), n),
-            unparsable=sum(not item.parsed for item in items),
-            extra={name: float(np.mean([i.scores[name] for i in items])) for name in names},
-        )
+    def _p_values(self) -> dict[tuple[str, str], tuple[float, float]]:
+        """Plain and adjusted p-values; the family is every variant on every task."""
+        if not self._tests:
+            plain = {
+                (variant, task): self._scores(variant, task).p_value(self._scores(BASELINE, task))
+                for variant in self.variants[1:]
+                for task in self.tasks
+            }
+            adjusted = holm(plain)
+            self._tests.update({key: (plain[key], adjusted[key]) for key in plain})
+        return self._tests
 
     def cells(self) -> list[Cell]:
         """Every variant on every task, tasks in order, variants within."""
@@ -149,39 +113,22 @@ class Comparison:
         return [task for task in of_group if self.informative(task)]
 
     def retained(self, variant: str, group: str) -> Estimate:
-        """Mean of the retained shares of a group's informative tasks; not finite without any.
-
-        The interval resamples the items of each task, paired with the baseline.
-        """
-        if (variant, group) not in self._retained:
-            self._retained[variant, group] = self._mean_retained(variant, group)
-        return self._retained[variant, group]
-
-    def _mean_retained(self, variant: str, group: str) -> Estimate:
-        values, samples, n = [], [], 0
-        for task in self.counted(group):
-            cell, metric = self.cell(variant, task), self.tasks[task].metric
-            one = cell.retained.value if cell.retained else 1.0
-            draws = self._draws(task)
-            items, base = self.results[variant][task], self.results[BASELINE][task]
-            if metric == "perplexity":
-                ratios = _perplexity(base, draws)[1] / _perplexity(items, draws)[1]
-            else:
-                with np.errstate(divide="ignore", invalid="ignore"):
-                    ratios = _mean(items, metric, draws)[1] / _mean(base, metric, draws)[1]
-            values.append(one)
-            samples.append(ratios)
-            n += len(items)
-        if not values:
-            return Estimate(math.nan, math.nan, math.nan, 0)
-        return Estimate(float(np.mean(values)), *interval(np.mean(samples, axis=0)), n)
+        """Mean of the retained shares of a group's informative tasks; not finite without any."""
+        counted = self.counted(group)
+        kept = [self.cell(variant, task).retained for task in counted]
+        if variant == BASELINE and counted:
+            return Estimate(1.0, 1.0, 1.0, sum(len(self.results[BASELINE][t]) for t in counted))
+        return mean_of([one for one in kept if one is not None])
 
     def save(self, folder: str | Path, figures: Sequence[Figure] | None = None) -> Path:
-        """Write `report.md`, `report.html`, `results.json` and the figures as PNG files.
+        """Write the report: `report.html`, `report.md`, `results.json`, CSV, LaTeX and figures.
+
+        The page needs no other file. `results.json` has every item; `results.csv` a row for each
+        cell; `overview.tex` tables for a paper; figures are PNG and SVG.
 
         Args:
             folder: Made when missing; files of these names in it are replaced.
-            figures: Figures to show; None for the retained-performance chart alone.
+            figures: Figures to show; None for retained performance by group and by task.
 
         Returns:
             The path of `report.html`.
@@ -190,12 +137,8 @@ class Comparison:
 
         folder = Path(folder)
         shown = report.default_figures(self) if figures is None else figures
-        for figure in shown:
-            figure.save(folder)
         atomic_write_text(folder / "results.json", storage.dumps(self, shown))
-        atomic_write_text(folder / "report.md", report.markdown(self, shown))
-        atomic_write_text(folder / "report.html", report.html(self, shown))
-        return folder / "report.html"
+        return report.write(self, folder, shown)
 
     @classmethod
     def load(cls, path: str | Path) -> Comparison:
@@ -211,21 +154,14 @@ class Comparison:
 
         return storage.load(Path(path))
 
-    def _draws(self, task: str) -> Floats:
-        # The same resamples for every variant: that is what pairs them.
+    def draws(self, task: str) -> Floats:
+        """How often each item is drawn in each bootstrap resample, shape (resamples, items).
+
+        The same for every variant: that is what pairs them.
+        """
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])
         return resample_counts(n, self.resamples, seed=self.seed * 1000 + index)
 
-
-def _mean(items: list[ItemResult], metric: str, draws: Floats) -> tuple[float, Floats]:
-    weights = np.array([item.weight for item in items], dtype=float)
-    scores = np.array([item.scores[metric] for item in items]) * weights
-    return float(scores.sum() / weights.sum()), (draws @ scores) / (draws @ weights)
-
-
-def _perplexity(items: list[ItemResult], draws: Floats) -> tuple[float, Floats]:
-    nll = np.array([item.scores["nll"] for item in items])
-    tokens = np.array([item.weight for item in items])
-    with np.errstate(over="ignore"):
-        return float(np.exp(nll.sum() / tokens.sum())), np.exp((draws @ nll) / (draws @ tokens))
+    def _scores(self, variant: str, task: str) -> Scores:
+        return Scores.of(self.results[variant][task], self.tasks[task].metric)

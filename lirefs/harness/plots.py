@@ -1,21 +1,24 @@
-"""Figures: arrays in, PNG bytes out. Colours are the Okabe-Ito set, told apart without colour."""
+"""Figures: arrays in, pictures out. Colours are the Okabe-Ito set, told apart without colour.
+
+Every figure is at most as wide as a page's text, with no letter under 7 pt at that width.
+"""
 
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lirefs.files import atomic_write_bytes
 from lirefs.statistics import Floats
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-    from lirefs.harness.comparison import Comparison
     from lirefs.probe import Probe
 
 COLOURS = (
@@ -28,7 +31,23 @@ COLOURS = (
     "#8C8C8C",
     "#000000",
 )
-HATCHES = ("", "", "", "///", "...", "xxx", "\\\\\\", "+++")
+WIDE = 7.0
+"""Width in inches of a figure that spans both columns of a paper."""
+SMALL = 7.0
+"""Size in points of the smallest letters."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure in two formats: the same data give the same bytes."""
+
+    png: bytes = field(repr=False)
+    svg: bytes = field(repr=False)
+
+    def save(self, folder: Path, name: str) -> None:
+        """Write `name.png` and `name.svg`."""
+        atomic_write_bytes(folder / f"{name}.png", self.png)
+        atomic_write_bytes(folder / f"{name}.svg", self.svg)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +71,9 @@ class Spectrum:
     keep: float
 
 
-def direction_separation(probe: Probe) -> bytes:
+def direction_separation(probe: Probe) -> Picture:
     """AUROC per layer with its controls, and mean cosine with the direction per class."""
-    canvas, (left, right) = canvas_of(2, (10, 3.8))
+    canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
     layers = np.array([one.layer for one in probe.scores])
     test = np.array(
         [[s.test_auroc.value, s.test_auroc.low, s.test_auroc.high] for s in probe.scores]
@@ -73,21 +92,21 @@ def direction_separation(probe: Probe) -> bytes:
         probe.bag_of_words.value, color=COLOURS[1], ls="-.", label="bag of words (no model)"
     )
     left.set(xlabel="layer", ylabel="AUROC, reasoning against memory", ylim=(None, 1.02))
-    left.set_title(f"separation, n = {probe.best_scores.test_auroc.n} test questions", fontsize=10)
-    left.legend(fontsize=7, loc="lower right", framealpha=0.9)
+    left.set_title(f"separation, n = {probe.best_scores.test_auroc.n} test questions", fontsize=8)
+    legend_below(left, columns=1)
     cosines = np.array([one.cosines for one in probe.scores])
     right.plot(layers, cosines[:, 1], color=COLOURS[2], marker="o", ms=3, label="reasoning")
     right.plot(layers, cosines[:, 0], color=COLOURS[3], marker="s", ms=3, label="memory")
     right.axhline(0, color="black", lw=0.6)
     right.set(xlabel="layer", ylabel="mean cosine with the direction")
-    right.set_title("test states along each layer's direction", fontsize=10)
-    right.legend(fontsize=8)
-    return png_of(canvas)
+    right.set_title("test states along each layer's direction", fontsize=8)
+    legend_below(right, columns=2)
+    return picture_of(canvas)
 
 
-def curvature_spectrum(spectra: Sequence[Spectrum]) -> bytes:
+def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     """Mass against share of pairs for every target, and one target's mass with its staircase."""
-    canvas, (left, right) = canvas_of(2, (10, 3.9))
+    canvas, (left, right) = canvas_of(2, (WIDE, 3.4))
     for index, one in enumerate(spectra):
         colour = COLOURS[index % len(COLOURS)]
         style = "-" if index < len(COLOURS) else "--"
@@ -96,8 +115,8 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> bytes:
         left.plot([share], [one.keep], "o", color=colour, ms=4)
     left.axhline(spectra[0].keep, color="black", lw=0.6, ls=":")
     left.set(xscale="log", xlabel="share of pairs kept", ylabel="share of curvature mass kept")
-    left.set_title(f"dots: keep = {spectra[0].keep:g}", fontsize=10)
-    left.legend(fontsize=6, loc="lower right")
+    left.set_title(f"dots: keep = {spectra[0].keep:g}", fontsize=8)
+    legend_below(left, columns=1 if max(len(one.name) for one in spectra) > 14 else 2)
 
     shown = spectra[len(spectra) // 2]
     rows = np.unique(np.geomspace(1, len(shown.output_values), 300).astype(int)) - 1
@@ -106,69 +125,31 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> bytes:
     total = shown.output_values.sum() * shown.input_values.sum()
     tiny = np.finfo(float).tiny
     picture = right.pcolormesh(
-        columns + 1, rows + 1, np.log10(np.maximum(mass / total, tiny)), cmap="cividis", vmin=-12
+        columns + 1,
+        rows + 1,
+        np.log10(np.maximum(mass / total, tiny)),
+        cmap="cividis",
+        vmin=-12,
+        rasterized=True,
     )
     kept = np.maximum(shown.counts[rows], 0.5)
     right.plot(kept, rows + 1, color=COLOURS[1], lw=1.6, label="kept: left of the line")
     right.set(xscale="log", yscale="log", xlim=(1, None), ylim=(len(shown.output_values), 1))
     right.set(xlabel="input eigenvector j", ylabel="output eigenvector i")
-    right.set_title(shown.name, fontsize=9)
-    right.legend(fontsize=7, loc="lower left")
-    canvas.colorbar(picture, ax=right, label="log10 share of mass")
-    return png_of(canvas)
-
-
-def retained_performance(comparison: Comparison) -> bytes:
-    """Retained share of the unchanged model's performance by task group (K-FAC paper, Fig. 3)."""
-    variants, groups = comparison.variants[1:], comparison.groups
-    canvas, (axis,) = canvas_of(1, (10, 4.2))
-    width = 0.84 / len(variants)
-    shares = [comparison.retained(variant, group) for variant in variants for group in groups]
-    highest = max((one.high for one in shares if math.isfinite(one.high)), default=1.0)
-    top = min(1.6, max(1.1, 1.05 * highest))
-    for index, variant in enumerate(variants):
-        kept = [comparison.retained(variant, group) for group in groups]
-        x = np.arange(len(groups)) + (index - (len(variants) - 1) / 2) * width
-        values = np.array([one.value for one in kept])
-        low = np.array([one.value - one.low for one in kept])
-        high = np.array([one.high - one.value for one in kept])
-        axis.bar(
-            x,
-            np.nan_to_num(values),
-            width * 0.92,
-            label=variant,
-            color=COLOURS[index % len(COLOURS)],
-            # One round of colours later every hatch is another one: no two bars look alike.
-            hatch=HATCHES[(index + 3 * (index // len(COLOURS))) % len(HATCHES)],
-            edgecolor="white",
-            linewidth=0.4,
-        )
-        errors = np.nan_to_num(np.maximum([low, high], 0))
-        axis.errorbar(
-            x, np.nan_to_num(values), errors, fmt="none", ecolor="black", elinewidth=0.9, capsize=2
-        )
-        for place, value in zip(x, values, strict=True):
-            if not math.isfinite(value):
-                axis.text(place, 0.02, "n/a", rotation=90, ha="center", fontsize=7)
-            elif value > top:
-                axis.text(place, top * 0.97, f"{value:.1f}", ha="center", va="top", fontsize=7)
-    axis.axhline(1, color="black", lw=0.8)
-    counts = [
-        sum(len(comparison.results[variants[0]][task]) for task in comparison.counted(group))
-        for group in groups
-    ]
-    axis.set_xticks(
-        range(len(groups)), [f"{g}\nn = {n}" for g, n in zip(groups, counts, strict=True)]
-    )
-    axis.set(ylabel="share of the unchanged model", ylim=(0, top))
-    axis.legend(fontsize=7.5, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.2), frameon=False)
-    return png_of(canvas)
+    right.set_title(shown.name, fontsize=8)
+    legend_below(right, columns=1)
+    colour_bar(canvas, picture, right, "log10 share of mass")
+    return picture_of(canvas)
 
 
 def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
     """A figure of panels side by side, and their axes.
 
     Made without pyplot: no global state, no window, no change of the user's backend.
+
+    Args:
+        panels: How many.
+        size: Width and height in inches.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -178,12 +159,42 @@ def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
     axes = np.atleast_1d(canvas.subplots(1, panels))
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
-        axis.tick_params(labelsize=8)
+        axis.tick_params(which="both", labelsize=SMALL)
+        axis.xaxis.label.set_size(8)
+        axis.yaxis.label.set_size(8)
     return canvas, axes
 
 
-def png_of(canvas: Canvas) -> bytes:
-    """A figure as PNG bytes."""
-    buffer = io.BytesIO()
-    canvas.savefig(buffer, format="png", dpi=160)
-    return buffer.getvalue()
+def legend_below(axis: Any, columns: int) -> None:
+    """A legend under an axis and its label, where it covers no data."""
+    from matplotlib.transforms import ScaledTranslation
+
+    below = axis.transAxes + ScaledTranslation(0, -26 / 72, axis.figure.dpi_scale_trans)
+    axis.legend(
+        fontsize=SMALL,
+        ncols=columns,
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0),
+        bbox_transform=below,
+        borderaxespad=0,
+        columnspacing=1.2,
+        frameon=False,
+    )
+
+
+def colour_bar(canvas: Canvas, picture: Any, axes: Any, label: str) -> None:
+    """A colour bar beside axes."""
+    bar = canvas.colorbar(picture, ax=axes)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=SMALL)
+
+
+def picture_of(canvas: Canvas) -> Picture:
+    """A figure as PNG (220 dpi) and as SVG, text kept as text, without date or random names."""
+    import matplotlib
+
+    png, svg = io.BytesIO(), io.BytesIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lirefs"}):
+        canvas.savefig(png, format="png", dpi=220)
+        canvas.savefig(svg, format="svg", dpi=220, metadata={"Date": None})
+    return Picture(png.getvalue(), svg.getvalue())

@@ -1,4 +1,4 @@
-"""Figures of probes, each with its controls: arrays in, PNG bytes out."""
+"""Figures of probes, each with its controls: arrays in, pictures out."""
 
 from __future__ import annotations
 
@@ -8,21 +8,30 @@ from typing import Any
 import numpy as np
 
 from lirefs.geometry import Components, Transfer, cosines
-from lirefs.harness.plots import COLOURS, canvas_of, png_of
+from lirefs.harness.plots import (
+    COLOURS,
+    SMALL,
+    WIDE,
+    Picture,
+    canvas_of,
+    colour_bar,
+    legend_below,
+    picture_of,
+)
 from lirefs.probe import Probe
 from lirefs.statistics import Estimate, Floats
 
 
-def per_layer(probe: Probe) -> bytes:
+def per_layer(probe: Probe) -> Picture:
     """AUROC, accuracy and correlations of every layer, with both controls."""
-    canvas, (left, right) = canvas_of(2, (10, 3.8))
+    canvas, (left, right) = canvas_of(2, (WIDE, 3.4))
     layers = _layers(probe)
     _band(left, layers, [one.test_auroc for one in probe.scores], COLOURS[0], "test AUROC")
     _band(left, layers, [one.test_accuracy for one in probe.scores], COLOURS[2], "test accuracy")
     _controls(left, probe)
     left.axvline(probe.best_layer, color="black", lw=0.8, ls=":", label="chosen on validation")
     left.set(xlabel="layer", ylabel="test items", ylim=(0, 1.02))
-    left.legend(fontsize=6.5)
+    legend_below(left, columns=2)
     _band(right, layers, [one.spearman for one in probe.scores], COLOURS[1], "Spearman")
     _band(right, layers, [one.pearson for one in probe.scores], COLOURS[3], "Pearson")
     # With two classes, the rank correlation of a control is what its AUROC says of it.
@@ -32,13 +41,13 @@ def per_layer(probe: Probe) -> bytes:
         right.fill_between(layers, low, high, color=colour, alpha=0.3, lw=0, label=_NAMES[name])
     right.axhline(0, color="black", lw=0.6)
     right.set(xlabel="layer", ylabel="correlation with the grade, controls: 2 AUROC - 1")
-    right.legend(fontsize=6.5)
-    return png_of(canvas)
+    legend_below(right, columns=2)
+    return picture_of(canvas)
 
 
-def best_layer(probes: Mapping[str, Probe]) -> bytes:
+def best_layer(probes: Mapping[str, Probe]) -> Picture:
     """Test AUROC of the best layer beside the best layer under shuffled labels, by estimator."""
-    canvas, (axis,) = canvas_of(1, (8, 0.8 + 0.62 * len(probes)))
+    canvas, (axis,) = canvas_of(1, (WIDE, 0.8 + 0.5 * len(probes)))
     for row, probe in enumerate(probes.values()):
         found, random = probe.best_scores.test_auroc, probe.best_scores.random_auroc
         if probe.null:
@@ -50,7 +59,11 @@ def best_layer(probes: Mapping[str, Probe]) -> bytes:
         ends = [[found.value - found.low], [found.high - found.value]]
         axis.errorbar(found.value, row, xerr=ends, fmt="o", color=COLOURS[0], capsize=3)
         axis.text(
-            1.02, row, f"layer {probe.best_layer}, p = {probe.p_value:.3f}", fontsize=7, va="center"
+            1.02,
+            row,
+            f"layer {probe.best_layer}, p = {probe.p_value:.3f}",
+            fontsize=SMALL,
+            va="center",
         )
     axis.axvline(0.5, color="black", lw=0.6)
     axis.set_yticks(range(len(probes)), list(probes))
@@ -59,23 +72,23 @@ def best_layer(probes: Mapping[str, Probe]) -> bytes:
         "dot: fitted, 95 %; grey: shuffled labels, layer chosen anew; blue bar: random directions",
         fontsize=8,
     )
-    return png_of(canvas)
+    return picture_of(canvas)
 
 
-def cosine_maps(maps: Mapping[str, Floats]) -> bytes:
+def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
     """Cosines between layers, and between question sets or models; random ones in the title."""
-    canvas, axes = canvas_of(len(maps), (4.4 * len(maps), 3.9))
+    canvas, axes = canvas_of(len(maps), (WIDE, 0.6 + 5.6 / max(2, len(maps))))
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         picture = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, origin="lower")
         axis.set(xlabel="layer", ylabel="layer")
         axis.set_title(name, fontsize=8)
-    canvas.colorbar(picture, ax=list(axes), label="cosine")
-    return png_of(canvas)
+    colour_bar(canvas, picture, list(axes), "cosine")
+    return picture_of(canvas)
 
 
-def scatter(found: Components, probe: Probe) -> bytes:
+def scatter(found: Components, probe: Probe) -> Picture:
     """Test states on two principal components with the boundary; cosine with each component."""
-    canvas, (left, right) = canvas_of(2, (10, 4))
+    canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
     for label, name, colour in ((0, "memory", COLOURS[3]), (1, "reasoning", COLOURS[2])):
         points = found.points[found.labels == label]
         left.scatter(points[:, 0], points[:, 1], s=10, color=colour, alpha=0.7, label=name)
@@ -94,40 +107,40 @@ def scatter(found: Components, probe: Probe) -> bytes:
         f"{best.shuffled_auroc:.2f}; random {best.random_auroc:.2f}",
         fontsize=8,
     )
-    left.legend(fontsize=7)
+    legend_below(left, columns=2)
     places = np.arange(1, len(found.cosines) + 1)
     right.bar(places - 0.2, found.cosines, 0.4, color=COLOURS[0], label="|cosine| with direction")
     right.bar(places + 0.2, found.explained, 0.4, color=COLOURS[4], label="variance explained")
     right.axhline(found.random, color=COLOURS[5], ls="--", label="random directions, 97.5 %")
     right.set(xlabel="principal component of train states", ylim=(0, 1))
-    right.legend(fontsize=7)
-    return png_of(canvas)
+    legend_below(right, columns=2)
+    return picture_of(canvas)
 
 
-def side_by_side(probes: Mapping[str, Probe]) -> bytes:
+def side_by_side(probes: Mapping[str, Probe]) -> Picture:
     """Two models (base against instruct): separation per layer, and their directions' cosines."""
-    canvas, axes = canvas_of(3, (13, 3.8))
+    canvas, axes = canvas_of(3, (WIDE, 2.9))
     for axis, (name, probe) in zip(axes, probes.items(), strict=False):
         _band(
             axis, _layers(probe), [one.test_auroc for one in probe.scores], COLOURS[0], "test AUROC"
         )
         _controls(axis, probe)
         axis.set(xlabel="layer", ylim=(0, 1.02))
-        axis.set_title(f"{name}: best layer {probe.best_layer}", fontsize=9)
-        axis.legend(fontsize=6.5)
+        axis.set_title(f"{name}: best layer {probe.best_layer}", fontsize=8)
+        legend_below(axis, columns=2)
     first, second = list(probes.values())[:2]
     values = np.diag(cosines(first.directions, second.directions))
     axes[2].plot(_layers(first)[: len(values)], values, color=COLOURS[1], marker="o", ms=3)
     chance = 1.96 / np.sqrt(first.best.vector.numel())
     axes[2].axhspan(-chance, chance, color=COLOURS[5], alpha=0.3, label="random directions, 95 %")
     axes[2].set(xlabel="layer", ylabel=f"cosine, {' and '.join(list(probes)[:2])}", ylim=(-1, 1))
-    axes[2].legend(fontsize=6.5)
-    return png_of(canvas)
+    legend_below(axes[2], columns=1)
+    return picture_of(canvas)
 
 
-def transfers(probe: Probe, found: Mapping[str, Transfer]) -> bytes:
+def transfers(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
     """AUROC on other question sets beside the own test items and the controls."""
-    canvas, (axis,) = canvas_of(1, (7.5, 4))
+    canvas, (axis,) = canvas_of(1, (WIDE, 3.6))
     tests = [one.test_auroc for one in probe.scores]
     _band(axis, _layers(probe), tests, COLOURS[0], "own test items")
     for index, (name, one) in enumerate(found.items(), start=1):
@@ -146,8 +159,8 @@ def transfers(probe: Probe, found: Mapping[str, Transfer]) -> bytes:
     axis.axhspan(null.low, null.high, color=COLOURS[6], alpha=0.25, lw=0, label="shuffled labels")
     axis.axhline(0.5, color="black", lw=0.6)
     axis.set(xlabel="layer", ylabel="AUROC", ylim=(0, 1.02))
-    axis.legend(fontsize=7)
-    return png_of(canvas)
+    legend_below(axis, columns=2)
+    return picture_of(canvas)
 
 
 _ENDS = ("low", "high")

@@ -1,23 +1,20 @@
-"""The report of a comparison: Markdown and one self-contained HTML page."""
+"""The report of a comparison: what is written beside its JSON."""
 
 from __future__ import annotations
 
 import base64
-import json
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from importlib import resources
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from jinja2 import Environment, StrictUndefined
+from lirefs.errors import ResultsFileError
+from lirefs.files import atomic_write_text
+from lirefs.harness import exports, page, retained_plots, storage, tables
+from lirefs.harness.plots import Picture
 
-from lirefs.files import atomic_write_bytes
-from lirefs.harness import plots
-from lirefs.harness.comparison import BASELINE, Cell, Comparison
-from lirefs.harness.tasks import CONFLICT
-from lirefs.statistics import Estimate
+if TYPE_CHECKING:
+    from lirefs.harness.comparison import Comparison
 
 
 @dataclass(frozen=True)
@@ -28,151 +25,107 @@ class Figure:
         name: File name without its ending.
         title: Heading.
         caption: What is shown, with n and where the intervals come from.
-        png: The picture.
+        picture: The figure itself.
     """
 
     name: str
     title: str
     caption: str
-    png: bytes = field(repr=False)
-
-    def save(self, folder: Path) -> None:
-        """Write the picture as `name.png`."""
-        atomic_write_bytes(folder / f"{self.name}.png", self.png)
+    picture: Picture
 
     @property
     def data_uri(self) -> str:
-        """The picture as a `data:` address, so that the page needs no other file."""
-        return "data:image/png;base64," + base64.b64encode(self.png).decode()
+        """The picture as a `data:` address, so that a page needs no other file."""
+        return "data:image/png;base64," + base64.b64encode(self.picture.png).decode()
 
 
 def default_figures(comparison: Comparison) -> list[Figure]:
-    """The chart that every comparison has: retained performance by task group."""
+    """The figures that every comparison has: retained performance by task group and by task."""
+    if len(comparison.variants) < 2 or not any(map(comparison.counted, comparison.groups)):
+        return []  # nothing was changed, or there is nothing to retain
+    drawn = (
+        "Share of the unchanged model's score (line at 1: no change); for language, the unchanged "
+        f"perplexity over the variant's. Bars: 95 % intervals of a paired bootstrap over items "
+        f"({comparison.resamples} resamples). Arrows lie beyond the axis. Tasks on which the "
+        "unchanged model is not above chance are left out"
+    )
     return [
         Figure(
             "retained",
             "Retained performance by task group",
-            "Share of the unchanged model's score, mean over the tasks of a group; for language, "
-            "the unchanged perplexity over the variant's. Bars are 95 % intervals of a paired "
-            f"bootstrap over items ({comparison.resamples} resamples). Tasks on which the "
-            "unchanged model is not above chance are left out; n counts the items of the others.",
-            plots.retained_performance(comparison),
-        )
+            f"Mean over the tasks of a group. {drawn}; n counts the items of the others.",
+            retained_plots.by_group(comparison),
+        ),
+        Figure(
+            "retained_tasks",
+            "Retained performance by task",
+            "Filled dots: the difference from the unchanged model is clear, p < "
+            f"{tables.LEVEL:g} after Holm's adjustment; hollow dots: it is not. In brackets: "
+            f"number of items. {drawn}.",
+            retained_plots.by_task(comparison),
+        ),
     ]
+
+
+def load_figures(path: Path, comparison: Comparison) -> tuple[list[Figure], list[str]]:
+    """The figures of a saved report: the default ones drawn again, others from their files.
+
+    Args:
+        path: `results.json`, or the folder that holds it; figures lie beside it.
+        comparison: What was loaded from it.
+
+    Returns:
+        The figures, and the names of files that are missing.
+
+    Raises:
+        ResultsFileError: The list of figures is damaged, or a figure cannot be read.
+    """
+    file = storage.file_of(path)
+    again = {one.name: one for one in default_figures(comparison)}
+    figures, missing = [], []
+    for listed in storage.listed_figures(file):
+        if listed["name"] in again:
+            figures.append(again[listed["name"]])
+            continue
+        png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
+        absent = [one.name for one in (png, svg) if not one.exists()]
+        missing += absent
+        if absent:
+            continue
+        try:
+            figures.append(Figure(**listed, picture=Picture(png.read_bytes(), svg.read_bytes())))
+        except OSError as problem:
+            raise ResultsFileError(f"{png}: cannot be read ({problem.strerror})") from problem
+    return figures, missing
+
+
+def write(comparison: Comparison, folder: Path, figures: Sequence[Figure]) -> Path:
+    """Write all of a report but its JSON: see `Comparison.save`.
+
+    Returns:
+        The path of `report.html`.
+    """
+    for figure in figures:
+        figure.picture.save(folder, figure.name)
+    atomic_write_text(folder / "results.csv", exports.csv_text(comparison))
+    atomic_write_text(folder / "overview.tex", exports.latex(comparison))
+    atomic_write_text(folder / "report.md", markdown(comparison, figures))
+    atomic_write_text(folder / "report.html", page.html(comparison, figures))
+    return folder / "report.html"
 
 
 def markdown(comparison: Comparison, figures: Sequence[Figure]) -> str:
     """The report as Markdown; figures are linked as files beside it."""
-    lines = [f"# {_title(comparison)}", ""]
-    lines += [f"* {finding}" for finding in _findings(comparison)]
-    lines += ["", "## Overview: retained share by task group", ""]
-    head, *rows = _overview(comparison)
-    lines += _markdown_table(head, rows)
+    overview = tables.overview(comparison)
+    lines = [f"# {page.title(comparison)}", ""]
+    lines += [f"* {finding}" for finding in page.findings(comparison)]
+    lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown(overview)]
     for figure in figures:
         lines += ["", f"## {figure.title}", "", f"![{figure.title}]({figure.name}.png)", ""]
         lines += [figure.caption]
-    lines += ["", "## Every task", ""]
+    lines += ["", "## Every task", "", tables.LEGEND, ""]
     for task in comparison.tasks:
-        lines += ["", f"### {_task_title(comparison, task)}", ""]
-        lines += _markdown_table(
-            _TASK_HEAD, [_task_row(comparison.cell(v, task)) for v in comparison.variants]
-        )
-    lines += ["", "## Settings", "", "```json"]
-    lines += [json.dumps(comparison.provenance, indent=1, default=str), "```", ""]
+        table = tables.of_task(comparison, task)
+        lines += ["", f"### {table.name} ({table.note})", "", *tables.markdown(table)]
+    lines += ["", "## Settings", "", "```json", page.settings(comparison), "```", ""]
     return "\n".join(lines)
-
-
-def html(comparison: Comparison, figures: Sequence[Figure]) -> str:
-    """The report as one HTML page that refers to nothing outside itself."""
-    source = (resources.files("lirefs.harness") / "report.html.j2").read_text("utf-8")
-    template = Environment(autoescape=True, undefined=StrictUndefined).from_string(source)
-    head, *rows = _overview(comparison)
-    tasks = []
-    for task in comparison.tasks:
-        cells = [comparison.cell(variant, task) for variant in comparison.variants]
-        rows_of_task = [(_task_row(cell), _clear(cell.difference)) for cell in cells]
-        tasks.append({"title": _task_title(comparison, task), "rows": rows_of_task})
-    return template.render(
-        title=_title(comparison),
-        findings=_findings(comparison),
-        overview_head=head,
-        overview=rows,
-        figures=figures,
-        task_head=_TASK_HEAD,
-        tasks=tasks,
-        settings=json.dumps(comparison.provenance, indent=1, default=str),
-    )
-
-
-_TASK_HEAD = [
-    "variant",
-    "score [95 % interval]",
-    "difference [95 % interval]",
-    "retained [95 % interval]",
-    "n",
-    "unparsable",
-    "other metrics",
-]
-
-
-def _title(comparison: Comparison) -> str:
-    return f"Reasoning against recitation in {comparison.provenance.get('model_name', 'a model')}"
-
-
-def _findings(comparison: Comparison) -> list[str]:
-    return [str(one) for one in comparison.provenance.get("findings", [])]
-
-
-def _task_title(comparison: Comparison, task: str) -> str:
-    info = comparison.tasks[task]
-    parts = [info.group, info.metric]
-    if info.chance:
-        parts.append(f"chance {info.chance:.2f}")
-    if info.group == CONFLICT:
-        parts.append("one of two competing answers, in no mean")
-    elif not comparison.informative(task):
-        parts.append("unchanged model not above chance, left out of the group's mean")
-    return f"{task} ({'; '.join(parts)})"
-
-
-def _overview(comparison: Comparison) -> list[list[str]]:
-    rows = [["variant", *comparison.groups]]
-    for variant in comparison.variants:
-        if variant == BASELINE:
-            rows.append([variant, *("1" for _ in comparison.groups)])
-        else:
-            kept = [comparison.retained(variant, group) for group in comparison.groups]
-            rows.append([variant, *(f"{_show(one)} (n = {one.n})" for one in kept)])
-    return rows
-
-
-def _task_row(cell: Cell) -> list[str]:
-    extra = ", ".join(f"{name} {value:.3f}" for name, value in cell.extra.items())
-    return [
-        cell.variant,
-        _show(cell.value),
-        _show(cell.difference, signed=True),
-        "-" if cell.group == CONFLICT else _show(cell.retained),
-        str(cell.value.n),
-        str(cell.unparsable),
-        extra,
-    ]
-
-
-def _show(estimate: Estimate | None, signed: bool = False) -> str:
-    if estimate is None:
-        return "-"
-    if not math.isfinite(estimate.value):
-        return "n/a"
-    digits = 3 if abs(estimate.value) < 10 else 2
-    return format(estimate, f"{'+' if signed else ''}.{digits}f")
-
-
-def _clear(difference: Estimate | None) -> bool:
-    """Whether the interval of a difference excludes 0."""
-    return difference is not None and (difference.low > 0 or difference.high < 0)
-
-
-def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
-    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return lines + ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows]

@@ -55,12 +55,12 @@ def dumps(comparison: Comparison, figures: Sequence[Figure] = ()) -> str:
             for variant, by_task in comparison.results.items()
         },
     }
-    return json.dumps(_plain(value), indent=1)
+    return json.dumps(plain(value), indent=1)
 
 
 def load(path: Path) -> Comparison:
     """Read what `dumps` wrote; see `Comparison.load`."""
-    file = path / "results.json" if path.is_dir() else path
+    file = file_of(path)
     data = read(file)
     try:
         tasks = {
@@ -92,6 +92,32 @@ def load(path: Path) -> Comparison:
     return comparison
 
 
+def listed_figures(file: Path) -> list[dict[str, str]]:
+    """Name, title and caption of each figure that was saved with a comparison.
+
+    Raises:
+        ResultsFileError: The list is damaged, or the file cannot be read.
+    """
+    try:
+        found = [
+            {key: str(one[key]) for key in ("name", "title", "caption")}
+            for one in read(file)["figures"]
+        ]
+    except (KeyError, TypeError) as problem:
+        raise ResultsFileError(
+            f"{file}: its list of figures is damaged ({type(problem).__name__}: {problem})"
+        ) from problem
+    for one in found:
+        if Path(one["name"]).name != one["name"]:
+            raise ResultsFileError(f"{file}: {one['name']!r} is not the name of a file beside it")
+    return found
+
+
+def file_of(path: Path) -> Path:
+    """The results file that a path names, itself or by its folder."""
+    return path / "results.json" if path.is_dir() else path
+
+
 def read(file: Path) -> dict[str, Any]:
     """The JSON object of a results file, its version checked.
 
@@ -114,9 +140,10 @@ def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
     return {name: math.nan if value is None else value for name, value in scores.items()}
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
+    """A value as it comes back from JSON: no tuples, None for what is not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has no NaN
     if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value

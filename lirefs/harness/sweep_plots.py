@@ -7,7 +7,15 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lirefs.harness.plots import COLOURS, canvas_of, png_of
+from lirefs.harness.plots import (
+    COLOURS,
+    SMALL,
+    WIDE,
+    Picture,
+    canvas_of,
+    legend_below,
+    picture_of,
+)
 from lirefs.harness.sweeps import Curves, damage_of, matched, pareto_front
 from lirefs.statistics import Estimate
 
@@ -22,7 +30,7 @@ def scores_against(
     variants: Mapping[str, tuple[float, float]],
     tasks: Sequence[str],
     labels: tuple[str, str],
-) -> bytes:
+) -> Picture:
     """Scores of tasks against two measures of the same variants, one panel each.
 
     Args:
@@ -31,7 +39,7 @@ def scores_against(
         tasks: One line each.
         labels: Of the horizontal axes; the second one is logarithmic.
     """
-    canvas, axes = canvas_of(2, (10.5, 4.2))
+    canvas, axes = canvas_of(2, (WIDE, 3.6))
     for panel, axis in enumerate(axes):
         x = np.array([places[panel] for places in variants.values()])
         order = np.argsort(x)
@@ -41,8 +49,10 @@ def scores_against(
         axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
     axes[1].set_xscale("log")
     handles, names = axes[0].get_legend_handles_labels()
-    canvas.legend(handles, names, fontsize=7, ncols=5, loc="outside upper center", frameon=False)
-    return png_of(canvas)
+    canvas.legend(
+        handles, names, fontsize=SMALL, ncols=4, loc="outside upper center", frameon=False
+    )
+    return picture_of(canvas)
 
 
 def strength_effect(
@@ -50,7 +60,7 @@ def strength_effect(
     steered: Mapping[float, str],
     controls: Sequence[Mapping[float, str]],
     tasks: Sequence[str],
-) -> bytes:
+) -> Picture:
     """Scores against steering strength, beside random directions of the same norm.
 
     Args:
@@ -59,7 +69,7 @@ def strength_effect(
         controls: The same for each random direction.
         tasks: One panel each.
     """
-    canvas, axes = canvas_of(len(tasks), (3.4 * len(tasks), 3.6))
+    canvas, axes = canvas_of(len(tasks), (WIDE, 2.9))
     x = np.array([*steered, 0.0])  # strength 0 is the unchanged model
     order = np.argsort(x)
     for axis, task in zip(axes, tasks, strict=True):
@@ -74,10 +84,13 @@ def strength_effect(
         axis.axvline(0, color="black", lw=0.6, ls=":")
         axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
         n = comparison.cell(next(iter(steered.values())), task).value.n
-        axis.set_title(f"{task}, n = {n}", fontsize=9)
+        axis.set_title(f"{task}, n = {n}", fontsize=8)
     axes[0].set_ylabel("share of items")
-    axes[0].legend(fontsize=7)
-    return png_of(canvas)
+    handles, names = axes[0].get_legend_handles_labels()
+    canvas.legend(
+        handles, names, fontsize=SMALL, ncols=2, loc="outside lower center", frameon=False
+    )
+    return picture_of(canvas)
 
 
 def pareto_fronts(
@@ -87,7 +100,7 @@ def pareto_fronts(
     by: str,
     labels: tuple[str, str],
     larger_is_better: bool = True,
-) -> bytes:
+) -> Picture:
     """Score against damage, one line with its 95 % band for each method, for one column of a page.
 
     Lines and bands are those of `matched`; filled markers are settings that no other setting of
@@ -131,39 +144,39 @@ def pareto_fronts(
     axis.set_xlabel(labels[0], fontsize=8)
     axis.set_ylabel(labels[1], fontsize=8)
     canvas.legend(fontsize=7, ncols=2, loc="outside upper center", frameon=False)
-    return png_of(canvas)
+    return picture_of(canvas)
 
 
 def layer_effect(
     separation: Sequence[Estimate], effects: Mapping[str, Sequence[Estimate]]
-) -> bytes:
+) -> Picture:
     """Where a direction separates best, and where it acts.
 
     Args:
         separation: Test AUROC at each layer.
         effects: Name of an effect to its difference from random directions at each layer.
     """
-    canvas, (left, right) = canvas_of(2, (9, 3.6))
+    canvas, (left, right) = canvas_of(2, (WIDE, 3.0))
     layers = np.arange(len(separation))
     _line(left, layers, _estimates(separation), 0, "test AUROC, 95 % interval")
     left.axhline(0.5, color="black", lw=0.6, ls=":")
     left.set(xlabel="layer", ylabel="AUROC", ylim=(0.4, 1.02), xticks=layers)
-    left.legend(fontsize=7)
+    legend_below(left, columns=1)
     for index, (name, values) in enumerate(effects.items()):
         _line(right, layers + 0.05 * index, _estimates(values), index + 1, name)
     right.axhline(0, color="black", lw=0.6)
     right.set(xlabel="layer steered", ylabel="LiReF minus random directions", xticks=layers)
-    right.legend(fontsize=7)
-    return png_of(canvas)
+    legend_below(right, columns=1)
+    return picture_of(canvas)
 
 
 def transfer_matrix(
     forms: Sequence[str],
     areas: Mapping[tuple[str, str], Estimate],
     cosines: Mapping[tuple[str, str], float],
-) -> bytes:
+) -> Picture:
     """AUROC of every form's direction on every form's questions, and cosines of the directions."""
-    canvas, axes = canvas_of(2, (9.5, 4.2))
+    canvas, axes = canvas_of(2, (WIDE, 3.5))
     panels: list[tuple[Any, str, float, float]] = [
         (areas, "test AUROC: direction (row) on questions (column)", 0.0, 1.0),
         (cosines, "cosine between directions", -1.0, 1.0),
@@ -179,11 +192,11 @@ def transfer_matrix(
                     text += f"\n[{one.low:.2f}, {one.high:.2f}]"
                 share = (_value(one) - low) / (high - low)
                 colour = "white" if share > 0.85 or share < 0.15 else "black"
-                axis.text(j, i, text, ha="center", va="center", fontsize=7.5, color=colour)
-        axis.set_xticks(range(len(forms)), forms, fontsize=8)
-        axis.set_yticks(range(len(forms)), forms, fontsize=8)
-        axis.set_title(title, fontsize=9)
-    return png_of(canvas)
+                axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
+        axis.set_xticks(range(len(forms)), forms, fontsize=SMALL)
+        axis.set_yticks(range(len(forms)), forms, fontsize=SMALL)
+        axis.set_title(title, fontsize=8)
+    return picture_of(canvas)
 
 
 def _value(one: Estimate | float) -> float:

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from lirefs.errors import SettingError
+from lirefs.harness.cells import Scores
 from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.significance import BestOf, best_of_null, paired_p_value
-from lirefs.statistics import Estimate, Floats, interval, resample_counts
+from lirefs.statistics import Estimate, Floats, interval
 
 Curves = Mapping[str, Sequence[tuple[float, str]]]
 """Method to (strength, variant), from the setting nearest to the unchanged model outward."""
@@ -82,9 +83,9 @@ def damage_of(comparison: Comparison, variant: str, by: str) -> float:
     Raises:
         SettingError: The variant or the task is unknown.
     """
-    value = float(_Series.of(comparison, variant, by).value()[0])
+    value = float(_scores(comparison, variant, by).value()[0])
     if comparison.tasks[by].metric == "perplexity":
-        value /= float(_Series.of(comparison, BASELINE, by).value()[0])
+        value /= float(_scores(comparison, BASELINE, by).value()[0])
     return value
 
 
@@ -149,15 +150,15 @@ def choose_on_validation(
     if not variants or BASELINE in variants:
         raise SettingError(f"give variants to choose from, without {BASELINE!r}")
     sign = 1 if larger_is_better else -1
-    base = _Series.of(validation, BASELINE, task)
-    tried = [_Series.of(validation, variant, task) for variant in variants]
+    base = _scores(validation, BASELINE, task)
+    tried = [_scores(validation, variant, task) for variant in variants]
     share = base.weights / base.weights.mean()  # so that plain means are the weighted ones
     best_of = best_of_null(
-        np.array([sign * share * (one.scores - base.scores) for one in tried]),
+        np.array([sign * share * (one.values - base.values) for one in tried]),
         seed=validation.seed,
     )
     best = variants[int(np.argmax([sign * float(one.value()[0]) for one in tried]))]
-    chosen, before = (_Series.of(test, variant, task) for variant in (best, BASELINE))
+    chosen, before = (_scores(test, variant, task) for variant in (best, BASELINE))
     difference = test.cell(best, task).difference
     assert difference is not None
     return SweepChoice(
@@ -165,54 +166,25 @@ def choose_on_validation(
         validation=validation.cell(best, task).value,
         test=test.cell(best, task).value,
         difference=difference,
-        p_value=paired_p_value(chosen.scores, before.scores, chosen.weights, seed=test.seed),
+        p_value=paired_p_value(chosen.values, before.values, chosen.weights, seed=test.seed),
         best_of=best_of,
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Series:
-    """One variant on one task: a score and a weight for each item, shape (n,).
-
-    Perplexity has nats per token, weighted by tokens; its value is the exponential of the mean.
-    """
-
-    scores: Floats
-    weights: Floats
-    perplexity: bool
-
-    @classmethod
-    def of(cls, comparison: Comparison, variant: str, task: str) -> _Series:
-        if task not in comparison.tasks:
-            raise SettingError(f"no task {task!r}; there are: {', '.join(comparison.tasks)}")
-        if variant not in comparison.results:
-            there = ", ".join(comparison.results)
-            raise SettingError(f"no variant {variant!r}; there are: {there}")
-        items = comparison.results[variant][task]
-        if [one.id for one in items] != _ids(comparison, task):
-            raise SettingError(f"{variant!r} has other items of {task!r} than the unchanged model")
-        metric = comparison.tasks[task].metric
-        weights = np.array([one.weight for one in items], dtype=np.float64)
-        if metric == "perplexity":
-            return cls(np.array([one.scores["nll"] for one in items]) / weights, weights, True)
-        return cls(np.array([one.scores[metric] for one in items]), weights, False)
-
-    def value(self, draws: Floats | None = None) -> Floats:
-        """The score, then that of each resample, shape (1 + resamples,)."""
-        counts = np.ones((1, len(self.scores)))
-        counts = counts if draws is None else np.concatenate([counts, draws])
-        mean = (counts @ (self.weights * self.scores)) / (counts @ self.weights)
-        return np.exp(mean) if self.perplexity else mean
+def _scores(comparison: Comparison, variant: str, task: str) -> Scores:
+    if task not in comparison.tasks:
+        raise SettingError(f"no task {task!r}; there are: {', '.join(comparison.tasks)}")
+    if variant not in comparison.results:
+        there = ", ".join(comparison.results)
+        raise SettingError(f"no variant {variant!r}; there are: {there}")
+    items = comparison.results[variant][task]
+    if [one.id for one in items] != _ids(comparison, task):
+        raise SettingError(f"{variant!r} has other items of {task!r} than the unchanged model")
+    return Scores.of(items, comparison.tasks[task].metric)
 
 
 def _ids(comparison: Comparison, task: str) -> list[str]:
     return [one.id for one in comparison.results[BASELINE][task]]
-
-
-def _draws(comparison: Comparison, task: str) -> Floats:
-    # The resamples that `Comparison` itself uses.
-    seed = comparison.seed * 1000 + list(comparison.tasks).index(task)
-    return resample_counts(len(_ids(comparison, task)), comparison.resamples, seed)
 
 
 def _curves_at(
@@ -220,10 +192,10 @@ def _curves_at(
 ) -> dict[str, Floats]:
     """Method to scores where the damage has each goal, shape (1 + resamples, goals)."""
     for name in (task, by):
-        _Series.of(comparison, BASELINE, name)
-    damage_draws = score_draws = _draws(comparison, by)
+        _scores(comparison, BASELINE, name)
+    damage_draws = score_draws = comparison.draws(by)
     if _ids(comparison, task) != _ids(comparison, by):
-        score_draws = _draws(comparison, task)
+        score_draws = comparison.draws(task)
     found = {}
     for method, settings in curves.items():
         steps = np.diff([strength for strength, _ in settings])
@@ -234,7 +206,7 @@ def _curves_at(
             )
         names = [BASELINE, *(variant for _, variant in settings)]
         damage, scores = (
-            np.stack([_Series.of(comparison, name, one).value(draws) for name in names], axis=1)
+            np.stack([_scores(comparison, name, one).value(draws) for name in names], axis=1)
             for one, draws in ((by, damage_draws), (task, score_draws))
         )
         if comparison.tasks[by].metric == "perplexity":
