@@ -10,14 +10,14 @@ import kfac
 from lirefs import Direction, StressTest, ndcg_task, recitation_task, wrap
 from lirefs.builtin import SMOLLM2_SHA256
 from lirefs.errors import TaskError
-from lirefs.files import read_jsonl
+from lirefs.files import cache_dir, read_jsonl
 from lirefs.harness.memorization import suffix_start
 from lirefs.harness.rank_agreement import RankAgreement, ndcg
 from lirefs.harness.recall import levenshtein, matching_tokens, recitation_scores
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
-# The real cache: each test gets one of its own.
-SMOLLM2 = Path.home() / ".cache" / "lirefs" / "models" / f"smollm2-135m-{SMOLLM2_SHA256[:8]}"
+# Of the user's cache: a test has one of its own.
+SMOLLM2 = cache_dir() / "models" / f"smollm2-135m-{SMOLLM2_SHA256[:8]}"
 TEXTS = ["Attitude is all", "one  two\n\nthree", "a \u2603 and \U0001f600x", "don't stop", " lead"]
 
 

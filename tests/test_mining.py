@@ -172,8 +172,11 @@ def test_an_interrupted_search_goes_on(reciter, corpus, tmp_path, monkeypatch):
     journal.write_text("nonsense\n")
     with pytest.raises(DataFileError, match="damaged"):
         search(reciter, corpus, **settings)
-    journal.write_text('{"format": "lirefs-min')  # killed before the first batch
-    assert search(reciter, corpus, **settings) == whole
+    header = json.dumps(whole.provenance)
+    for begun in (header[:20], header + "\n" + '{"win'):  # killed while the first batch was written
+        journal.write_text(begun)
+        assert search(reciter, corpus, **settings) == whole
+        assert search(reciter, corpus, **settings) == whole
 
 
 def test_named_errors(reciter, corpus):
