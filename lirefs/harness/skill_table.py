@@ -42,11 +42,12 @@ of the hub; skills without a file are generated from a seed.
 
 Fields: `lettered` are `question`, `options` and `answer_index`; `ids and texts` are `prefix_ids`,
 `suffix_ids`, `prefix_text` and `suffix_text`, of which the ids serve where they are of the model's
-tokenizer, else the texts, and the name of the task says which; an `answer` to a word problem ends in `#### N`, or is N; `answers` are all that count;
-`answer` of boolq is true or false, of winogrande 1 or 2; a `sentence` holds one `_`, a `prompt`
-of relations one `{}` for the subject; `label` is reasoning or memory; `language`, `relation` of
-popqa, `category` and `subject` of ceval_h may be absent, but mmlu_pro_math needs its category;
-`bbh_*` stands for the name of the skill after `bbh_`.
+tokenizer, else the texts, and the name of the task says which; an `answer` to a word problem ends
+in `#### N`, or is N; `answers` are all that count; `answer` of boolq is true or false, of
+winogrande 1 or 2; a `sentence` holds one `_`, a `prompt` of relations one `{}` for the subject;
+`label` is reasoning or memory; `language`, `relation` of popqa, `category` and `subject` of
+ceval_h may be absent, but mmlu_pro_math needs its category; the file of a `bbh_*` skill is `bbh_`
+and its name.
 
 Kinds: `recitation` continues a text; `choice` compares the log-likelihoods of the options;
 `blank` those of the text after a filled blank; `text`, `number`, `worked` and `words` are
