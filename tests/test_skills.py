@@ -1,4 +1,5 @@
 import json
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -6,7 +7,7 @@ from skill_rows import N, lettered_options, rows_of, write
 
 from lirefs import MultipleChoice, Recitation, ShortAnswer
 from lirefs.errors import TaskError
-from lirefs.harness import worked_examples
+from lirefs.harness import skill_table, worked_examples
 from lirefs.harness.answers import FilledBlank, GeneratedAnswer
 from lirefs.harness.skill_table import SKILLS
 from lirefs.harness.skills import skill_tasks
@@ -36,6 +37,21 @@ def test_every_skill_builds_from_its_documented_fields(lm, folder, asked_of_the_
         assert type(task) is kinds[skill.kind]
         assert len({item[0] for item in task.items}) == len(task)
         assert task.items == skill_tasks(lm, folder, [skill.name])[0][0].items
+
+
+def test_the_table_in_the_docs_is_the_registry(lm, folder):
+    rows = [line for line in skill_table.__doc__.split("\n") if line.startswith("| ")][1:]
+    chances = {task.name.split(" ")[0]: task.chance for task in skill_tasks(lm, folder)[0]}
+    assert len(rows) == len(SKILLS)
+    for line, (name, skill) in zip(rows, SKILLS.items()):
+        told, file, fields, group, kind, chance = map(str.strip, line.strip("|").split("|"))
+        assert (told, group, kind) == (name, skill.group, skill.kind)
+        assert file == ("bbh_*" if skill.file.startswith("bbh_") else skill.file)
+        assert float(Fraction(chance)) == pytest.approx(chances[name])
+        fields = fields.replace("lettered", "question, options, answer_index")
+        if skill.read:
+            asked = [{k: row[k] for k in fields.split(", ")} for row in rows_of(skill.file)]
+            assert any(map(skill.read, asked)), name  # these fields are enough
 
 
 def test_chance(lm, folder):

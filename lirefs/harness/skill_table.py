@@ -1,34 +1,67 @@
 """The skills of both papers, as a table: the memory, math, question and logic sets, and LiReF's.
 
-Each skill reads `<folder>/<file>.jsonl` if it is there, else a set of the hub; generated ones need
-neither. Fields of the local files (JSON Lines, one object a line):
+Each skill reads `<folder>/<file>.jsonl` (JSON Lines, one object a line) if it is there, else a set
+of the hub; skills without a file are generated from a seed.
 
-| file | fields | skills |
-|---|---|---|
-| `memorized_windows*` | `prefix_ids`, `suffix_ids`, `prefix_text`, `suffix_text` | of that name |
-| `quotes` | `prefix`, `suffix` | quotes |
-| `gsm8k`, `gsm_symbolic` | `question`, `answer` (ends in `#### N`, or is N) | of the same names |
-| `mgsm` | `question`, `answer`, `language` | mgsm |
-| `bbh_*` | `input`, `target` | the BBH skills, by the names after `bbh_` |
-| `popqa` | `question`, `answers`, `relation` | popqa |
-| `triviaqa` | `question`, `answers`, `context` | triviaqa, triviaqa_open |
-| `relations` | `relation`, `prompt` with `{}`, `subject`, `object` | relations |
-| `boolq` | `passage`, `question`, `answer` (true, false) | boolq |
-| `openbookqa` | `question`, `options`, `answer_index`, `fact` | openbookqa, openbookqa_fact |
-| `winogrande` | `sentence` with one `_`, `option1`, `option2`, `answer` (1, 2) | winogrande |
-| `mmlu_reasoning_memory` | `question`, `options`, `answer_index`, `label` | both halves |
-| `mmlu_pro` | `question`, `options`, `answer_index`, `category` | mmlu_pro, mmlu_pro_math |
-| `ceval_h` | `question`, `options`, `answer_index`, `subject` | ceval_h |
+| skill | file | fields | group | kind | chance |
+|---|---|---|---|---|---|
+| memorized_windows | memorized_windows* | ids and texts | memorization | recitation | 0 |
+| quotes | quotes | prefix, suffix | memorization | recitation | 0 |
+| gsm8k | gsm8k | question, answer | arithmetic | worked | 0 |
+| gsm_symbolic | gsm_symbolic | question, answer | arithmetic | worked | 0 |
+| mgsm | mgsm | question, answer, language | arithmetic | worked | 0 |
+| multistep_arithmetic_two | bbh_* | input, target | arithmetic | worked | 0 |
+| object_counting | bbh_* | input, target | arithmetic | worked | 0 |
+| simple_math | | | arithmetic | number | 0 |
+| generated_addition | | | arithmetic | number | 0 |
+| mmlu_pro_math | mmlu_pro | lettered, category | arithmetic | choice | 1/10 |
+| popqa | popqa | question, answers, relation | closed-book | text | 0 |
+| triviaqa | triviaqa | question, answers | closed-book | text | 0 |
+| relations | relations | relation, prompt, subject, object | closed-book | text | 0 |
+| mmlu_memory | mmlu_reasoning_memory | lettered, label | closed-book | choice | 1/4 |
+| ceval_h | ceval_h | lettered, subject | closed-book | choice | 1/4 |
+| triviaqa_open | triviaqa | question, answers, context | open-book | text | 0 |
+| boolq | boolq | passage, question, answer | open-book | choice | 1/2 |
+| openbookqa | openbookqa | lettered | open-book | choice | 1/4 |
+| openbookqa_fact | openbookqa | lettered, fact | open-book | choice | 1/4 |
+| boar_etruscan | | | reasoning | words | 0 |
+| winogrande | winogrande | sentence, option1, option2, answer | reasoning | blank | 1/2 |
+| logical_deduction_three_objects | bbh_* | input, target | reasoning | choice | 1/3 |
+| logical_deduction_five_objects | bbh_* | input, target | reasoning | choice | 1/5 |
+| logical_deduction_seven_objects | bbh_* | input, target | reasoning | choice | 1/7 |
+| tracking_shuffled_objects_three_objects | bbh_* | input, target | reasoning | choice | 1/3 |
+| tracking_shuffled_objects_five_objects | bbh_* | input, target | reasoning | choice | 1/5 |
+| tracking_shuffled_objects_seven_objects | bbh_* | input, target | reasoning | choice | 1/7 |
+| boolean_expressions | bbh_* | input, target | reasoning | choice | 1/2 |
+| web_of_lies | bbh_* | input, target | reasoning | choice | 1/2 |
+| mmlu_reasoning | mmlu_reasoning_memory | lettered, label | reasoning | choice | 1/4 |
+| mmlu_pro | mmlu_pro | lettered, category | reasoning | choice | 1/10 |
+| generated_booleans | | | reasoning | choice | 1/2 |
+| generated_tracking | | | reasoning | choice | 1/4 |
+| generated_elimination | | | reasoning | choice | 1/3 |
+
+Fields: `lettered` are `question`, `options` and `answer_index`; `ids and texts` are `prefix_ids`,
+`suffix_ids`, `prefix_text` and `suffix_text`, of which the ids serve where they are of the model's
+tokenizer, else the texts, and the name of the task says which; an `answer` to a word problem ends
+in `#### N`, or is N; `answers` are all that count; `answer` of boolq is true or false, of
+winogrande 1 or 2; a `sentence` holds one `_`, a `prompt` of relations one `{}` for the subject;
+`label` is reasoning or memory; `language`, `relation` of popqa, `category` and `subject` of
+ceval_h may be absent, but mmlu_pro_math needs its category; the file of a `bbh_*` skill is `bbh_`
+and its name.
+
+Kinds: `recitation` continues a text; `choice` compares the log-likelihoods of the options;
+`blank` those of the text after a filled blank; `text`, `number`, `worked` and `words` are
+generated greedily and read from one line: it begins with an answer, its first number, the number
+of its last "The answer is N", all its words. What cannot be read is counted as unparsable.
+Chance is the mean of 1 / number of options (MMLU-Pro has up to 10).
+
+Groups are those of the K-FAC paper's figure 3, which has OpenBookQA as open-book with and without
+its fact. MMLU-Pro as a whole mixes both; it stands with reasoning.
 
 A relation with no more rows than answered examples is not tested.
 
-Scores: `choice` compares log-likelihoods of the options, chance is the mean of 1 / their number;
-`blank` those of the text after a filled blank, chance 1/2; all others are generated greedily,
-chance 0. Scores, shots and groups of each skill stand in `SKILLS`. The K-FAC paper colours
-OpenBookQA open-book with and without its fact, and so does this table.
-
 Sources: Merullo et al. 2025, section 5 and figure 3 (evaluated with OLMES, whose prompts are not
-in the paper; those here are this project's), Hong et al. 2025, section 3.
+in the paper; those here are this project's); Hong et al. 2025, section 3.
 """
 
 from __future__ import annotations
