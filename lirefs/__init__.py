@@ -16,6 +16,8 @@ from lirefs.estimators import (
     WhitenedMeanDifference,
 )
 from lirefs.harness.comparison import Comparison, compare
+from lirefs.harness.lm_evaluation import lm_eval_model, lm_eval_tasks
+from lirefs.harness.lm_evaluation_export import write_lm_eval_task
 from lirefs.harness.suite import calibration_texts, default_tasks, recitation_task
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.intervention import Intervention, Steer, compose
@@ -63,9 +65,12 @@ __all__ = [
     "default_tasks",
     "fit",
     "fit_directions",
+    "lm_eval_model",
+    "lm_eval_tasks",
     "load",
     "load_questions",
     "prompt_lengths",
     "recitation_task",
     "wrap",
+    "write_lm_eval_task",
 ]

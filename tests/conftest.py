@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
@@ -46,3 +49,15 @@ def tokenizer():
 def lm() -> LanguageModel:
     """The shared tiny Llama; tests that change weights build their own with ``fresh_model``."""
     return wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny-llama")
+
+
+@pytest.fixture
+def quick_lm_eval(monkeypatch):
+    """Without what takes lm-eval seconds: listing its own tasks, and describing the machine."""
+    if importlib.util.find_spec("lm_eval") is not None:
+        import lm_eval.evaluator
+        import lm_eval.tasks
+
+        manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+        monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
