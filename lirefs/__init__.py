@@ -16,6 +16,8 @@ from lirefs.estimators import (
     WhitenedMeanDifference,
 )
 from lirefs.harness.comparison import Comparison
+from lirefs.harness.lm_evaluation import lm_eval_model, lm_eval_tasks
+from lirefs.harness.lm_evaluation_export import write_lm_eval_task
 from lirefs.harness.memorization import StressTest, recitation_task
 from lirefs.harness.mining import mine
 from lirefs.harness.rank_agreement import ndcg_task
@@ -68,6 +70,8 @@ __all__ = [
     "default_tasks",
     "fit",
     "fit_directions",
+    "lm_eval_model",
+    "lm_eval_tasks",
     "load",
     "load_questions",
     "mine",
@@ -75,4 +79,5 @@ __all__ = [
     "prompt_lengths",
     "recitation_task",
     "wrap",
+    "write_lm_eval_task",
 ]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+
 import datasets
 import pytest
 import torch
@@ -52,6 +55,17 @@ def lm() -> LanguageModel:
 
 
 @pytest.fixture
+def quick_lm_eval(monkeypatch):
+    """Without what takes lm-eval seconds: listing its own tasks, and describing the machine."""
+    if importlib.util.find_spec("lm_eval") is not None:
+        import lm_eval.evaluator
+        import lm_eval.tasks
+
+        manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+        monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+
+
 def asked_of_the_hub(monkeypatch):
     """Every call of load_dataset; none reaches a network."""
     calls = []

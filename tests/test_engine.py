@@ -1,10 +1,12 @@
+from collections import Counter
+
 import pytest
 import torch
 from tiny import tiny_model, tiny_tokenizer
 
 from lirefs import Direction, prompt_lengths, wrap
 from lirefs.batching import batches_by_tokens
-from lirefs.harness.engine import greedy, option_log_likelihoods, token_nlls
+from lirefs.harness.engine import greedy, option_log_likelihoods, score_continuations, token_nlls
 
 FEW_SHOT = "a long beginning that every prompt shares: "
 FAMILIES = ["llama", "gpt2", "gpt_neox", "opt", "bloom", "falcon", "gemma2", "olmo2"]
@@ -43,6 +45,71 @@ def test_greedy_stops_each_row_where_asked(lm):
     free = greedy(lm, prompts, 10)
     stopped = greedy(lm, prompts, 10, stop=lambda token: token == free[0][3])
     assert stopped[0] == free[0][: free[0].index(free[0][3]) + 1]
+
+
+@pytest.mark.parametrize("shared", ["", FEW_SHOT])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_stop_leave_the_batch_and_change_no_other(family, shared):
+    lm = model_of(family)
+    prompts = lm.encode([f"{shared}{i}" + "?" * (i % 4) for i in range(9)])
+    free = greedy(lm, prompts, 12)
+    counts = Counter(token for row in free for token in set(row[:10]))
+    last = next(token for token, count in counts.items() if 2 <= count < len(prompts))
+    rows = []
+    handle = lm.model.register_forward_hook(
+        lambda module, args, kwargs, out: rows.append(len(out.logits)), with_kwargs=True
+    )
+    stopped = greedy(lm, prompts, 12, stop=lambda token: token == last)
+    handle.remove()
+    for whole, cut in zip(free, stopped):
+        end = next((i + 1 for i, token in enumerate(whole) if token == last), 12)
+        assert cut == whole[:end]
+    assert rows[-1] < len(prompts)
+
+
+def test_a_batch_whose_rows_stop_together_ends(lm):
+    prompts = lm.encode(["x", "yy", "z"])
+    assert greedy(lm, prompts, 10, stop=lambda token: True) == [
+        row[:1] for row in greedy(lm, prompts, 10)
+    ]
+
+
+def test_greedy_ends_each_row_at_a_text_of_several_tokens(lm):
+    prompts = lm.encode([FEW_SHOT + text for text in ("x", "yy", "why")])
+    free = greedy(lm, prompts, 20)
+    texts = ["", lm.tokenizer.decode(free[0][3:6]), lm.tokenizer.decode(free[1][7:9])]
+    for whole, cut in zip(free, greedy(lm, prompts, 20, until=texts)):
+        said = [lm.tokenizer.decode(whole[: end + 1]) for end in range(20)]
+        first = (i for i, text in enumerate(said) if any(t in text for t in texts[1:]))
+        assert cut == whole[: next(first, 19) + 1]
+    assert len(greedy(lm, prompts, 20, until=texts)[0]) <= 6
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_continuations_are_scored_after_their_prompt(family):
+    lm = model_of(family)
+    pairs = [("q", "yes you"), ("q", "y"), ("q", "yes"), ("another question", " it is")]
+    prompts = [lm.encode([prompt])[0] for prompt, _ in pairs]
+    rests = [lm.encode([text], add_special_tokens=False)[0] for _, text in pairs]
+    said = greedy(lm, prompts[:1], 3)[0]
+    rests[2:2] = [said, [*said[:2], (said[2] + 1) % 100]]
+    items = [(prompts[0], rests[:5]), (prompts[3], rests[5:])]
+    for budget in (1, 4096):
+        found = score_continuations(lm, items, batch_tokens=budget)
+        for (prompt, continuations), values in zip(items, found):
+            for rest, (value, _) in zip(continuations, values):
+                expected = reference_logprobs(lm, [*prompt, *rest])[len(prompt) - 1 :].sum()
+                assert value == pytest.approx(float(expected), abs=1e-4)
+        assert [greedily for _, greedily in found[0]][2:4] == [True, False]
+
+
+def test_padding_may_reach_past_the_last_position():
+    lm = model_of("gpt2")  # 128 positions
+    long, short = lm.encode(["x" * 120, "y"])
+    items = [(long, [[5, 6]]), (short, [list(range(3, 60))])]
+    (((value, _),), _) = score_continuations(lm, items)
+    expected = reference_logprobs(lm, [*long, 5, 6])[-2:].sum()
+    assert value == pytest.approx(float(expected), abs=1e-4)
 
 
 @pytest.mark.parametrize("shared", ["", FEW_SHOT])

@@ -1,6 +1,5 @@
 """The steering examples, each at small size."""
 
-import importlib.util
 import json
 import runpy
 import sys
@@ -42,8 +41,7 @@ def test_example_runs(name, printed, folder, tmp_path, monkeypatch, capsys):
 
 
 def test_lm_eval_says_how_to_install_it(folder, monkeypatch):
-    if importlib.util.find_spec("lm_eval") is not None:
-        pytest.skip("lm_eval is installed")
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit, match="pip install"):
         run("lm_eval_steered.py", monkeypatch, folder)
 
@@ -61,8 +59,8 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_lm_eval_steered_runs(folder, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'lm-eval>=0.4.9'")
+def test_lm_eval_steered_runs(quick_lm_eval, folder, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'lm-eval>=0.4.13'")
     data = tmp_path / "sums.jsonl"
     rows = [{"question": f"1 + {1 + i % 2} =", "answer": i % 2} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, rows)))

@@ -18,6 +18,9 @@ from lirefs.positions import Prompt, prompt_known
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
+# A batch drops its finished rows once no more than this share of its rows goes on: copying the
+# cache of those costs about a tenth of a step.
+GOING_ON = 0.8
 
 Advance = Callable[[int], Any]
 
@@ -28,6 +31,7 @@ def greedy(
     max_new_tokens: int,
     *,
     stop: Callable[[int], bool] | None = None,
+    until: Sequence[str] = (),
     batch_tokens: int = BATCH_TOKENS,
     advance: Advance = lambda n: None,
 ) -> list[list[int]]:
@@ -38,6 +42,7 @@ def greedy(
         prompts: Token ids of each prompt, at least one token each.
         max_new_tokens: Length of each continuation, unless it is stopped.
         stop: Token ids after which a row ends; that token is kept. None: never.
+        until: Texts after which a row ends; the tokens that hold them are kept.
         batch_tokens: Tokens per batch, padding and continuation included.
         advance: Called with the number of prompts finished.
 
@@ -45,13 +50,14 @@ def greedy(
         The new token ids of each prompt, in the order of the prompts.
     """
     results: list[list[int]] = [[] for _ in prompts]
+    ends = _ends(lm, stop, until)
     with evaluating(lm.model):
         shared, prefix = _shared_prefix(lm, prompts)
         rests = [list(prompt[shared:]) for prompt in prompts]
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         for rows in batches_by_tokens(lengths, batch_tokens):
             batch = _Batch(lm, [rests[row] for row in rows], prefix, shared)
-            for row, tokens in zip(rows, _decode(batch, max_new_tokens, stop), strict=True):
+            for row, tokens in zip(rows, _decode(batch, max_new_tokens, ends), strict=True):
                 results[row] = tokens
             advance(len(rows))
     return results
@@ -77,14 +83,40 @@ def option_log_likelihoods(
         Sum of the log-probabilities of the tokens after the shared beginning, per option.
     """
     starts = [_common_prefix(options) for options in items]
-    prompts = [options[0][:start] for options, start in zip(items, starts, strict=True)]
-    results: list[list[float]] = [[] for _ in items]
+    split = [
+        (options[0][:start], [option[start:] for option in options])
+        for options, start in zip(items, starts, strict=True)
+    ]
+    scored = score_continuations(lm, split, batch_tokens=batch_tokens, advance=advance)
+    return [[value for value, _ in values] for values in scored]
+
+
+def score_continuations(
+    lm: LanguageModel,
+    items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    advance: Advance = lambda n: None,
+) -> list[list[tuple[float, bool]]]:
+    """How likely each continuation of each prompt is, and whether it is the greedy one.
+
+    Args:
+        lm: The model, under whatever intervention is active.
+        items: (prompt, continuations), token ids, at least one token each.
+        batch_tokens: Tokens per batch, padding included.
+        advance: Called with the number of items finished.
+
+    Returns:
+        For each continuation its log-likelihood in nats, and whether each of its tokens is the
+        most likely one after those before it.
+    """
+    results: list[list[tuple[float, bool]]] = [[] for _ in items]
     with evaluating(lm.model):
-        shared, prefix = _shared_prefix(lm, prompts)
-        lengths = [sum(len(option) for option in options) for options in items]
+        shared, prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
+        lengths = [sum(len(prompt) + len(one) for one in options) for prompt, options in items]
         for rows in batches_by_tokens(lengths, batch_tokens):
-            batch = _Batch(lm, [list(prompts[row][shared:]) for row in rows], prefix, shared)
-            tails = [[list(option[starts[row] :]) for option in items[row]] for row in rows]
+            batch = _Batch(lm, [list(items[row][0][shared:]) for row in rows], prefix, shared)
+            tails = [[list(option) for option in items[row][1]] for row in rows]
             for row, values in zip(rows, _score_options(batch, tails), strict=True):
                 results[row] = values
             advance(len(rows))
@@ -170,11 +202,9 @@ class _Batch:
         logits: Tensor = out.logits
         return logits
 
-    def repeat(self, counts: list[int]) -> None:
-        """Make `counts[i]` rows of row i."""
-        rows = torch.arange(len(counts), device=self.mask.device).repeat_interleave(
-            torch.tensor(counts, device=self.mask.device)
-        )
+    def select(self, picked: list[int]) -> None:
+        """Make a batch of these rows of it; one may be picked several times."""
+        rows = torch.tensor(picked, device=self.mask.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.prompt = self.prompt.select(rows)
@@ -182,49 +212,81 @@ class _Batch:
 
 
 def _decode(
-    batch: _Batch, max_new_tokens: int, stop: Callable[[int], bool] | None
+    batch: _Batch, max_new_tokens: int, ends: Callable[[list[int]], bool]
 ) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in range(len(batch.mask))]
     done = [False] * len(rows)
+    held = list(range(len(rows)))  # which of them the batch still holds
     logits = batch.last_logits
     for step in range(max_new_tokens):
         tokens = logits.argmax(-1)
-        for index, token in enumerate(tokens.tolist()):
-            if not done[index]:
-                rows[index].append(token)
-                done[index] = stop is not None and stop(token)
-        if all(done) or step == max_new_tokens - 1:
+        for row, token in zip(held, tokens.tolist(), strict=True):
+            if not done[row]:
+                rows[row].append(token)
+                done[row] = ends(rows[row])
+        going = [index for index, row in enumerate(held) if not done[row]]
+        if not going or step == max_new_tokens - 1:
             break
-        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(rows), 1)], dim=1)
+        if len(going) <= GOING_ON * len(held):
+            batch.select(going)
+            tokens = tokens[going]
+            held = [held[index] for index in going]
+        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(held), 1)], dim=1)
         positions = batch.next_position + step
         logits = batch.forward(tokens[:, None].to(batch.mask.device), positions)[:, -1]
     return rows
 
 
-def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[float]]:
-    counts = [len(options) for options in tails]
+def _ends(
+    lm: LanguageModel, stop: Callable[[int], bool] | None, until: Sequence[str]
+) -> Callable[[list[int]], bool]:
+    """Whether a row ends with the tokens it has: tried after each token."""
+    texts = [text for text in until if text]
+    # A token has a byte at least, so these hold any text that the last of them completes; two
+    # more, because the beginning of what is decoded may be half a character or lose a space.
+    reach = max((len(text.encode()) for text in texts), default=0) + 2
+
+    def ends(row: list[int]) -> bool:
+        if stop is not None and stop(row[-1]):
+            return True
+        said = lm.tokenizer.decode(row[-reach:]) if texts else ""
+        return any(text in said for text in texts)
+
+    return ends
+
+
+def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tuple[float, bool]]]:
     flat = [option for options in tails for option in options]
+    owner = [index for index, options in enumerate(tails) for _ in options]
     first = torch.log_softmax(batch.last_logits.float(), dim=-1).cpu()
-    owner = [index for index, count in enumerate(counts) for _ in range(count)]
+    best = first.argmax(-1).tolist()
     values = [float(first[i, option[0]]) for i, option in zip(owner, flat, strict=True)]
-    longest = max(len(option) for option in flat)
-    if longest > 1:
-        batch.repeat(counts)
+    greedily = [best[i] == option[0] for i, option in zip(owner, flat, strict=True)]
+    longer = [index for index, option in enumerate(flat) if len(option) > 1]
+    if longer:
+        batch.select([owner[index] for index in longer])
         device = batch.mask.device
-        ids = torch.zeros(len(flat), longest - 1, dtype=torch.long)
+        longest = max(len(flat[index]) for index in longer)
+        ids = torch.zeros(len(longer), longest - 1, dtype=torch.long)
         targets, valid = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, option in enumerate(flat):
+        for row, index in enumerate(longer):
+            option = flat[index]
             ids[row, : len(option) - 1] = torch.tensor(option[:-1])
             targets[row, : len(option) - 1] = torch.tensor(option[1:])
             valid[row, : len(option) - 1] = 1
         # Padding on the right: masked, and no later token of the row could see it anyway.
         batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
+        # At position 0, because a longer row's padding may reach past the model's last position.
         positions = batch.next_position + torch.arange(longest - 1, device=device)
+        positions = positions * valid.to(device)
         logits = batch.forward(ids.to(device), positions, last_only=False)
-        nll = _nll(logits, targets.to(logits.device)).cpu() * valid
-        values = [value - float(nll[row].sum()) for row, value in enumerate(values)]
-    ends = torch.tensor(counts).cumsum(0).tolist()
-    return [values[end - count : end] for end, count in zip(ends, counts, strict=True)]
+        nll = (_nll(logits, targets.to(logits.device)).cpu() * valid).sum(-1).tolist()
+        right = (logits.argmax(-1).cpu() == targets) | (valid == 0)
+        for index, lost, follows in zip(longer, nll, right.all(-1).tolist(), strict=True):
+            values[index] -= lost
+            greedily[index] = greedily[index] and follows
+    scored = iter(zip(values, greedily, strict=True))
+    return [[next(scored) for _ in options] for options in tails]
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
