@@ -12,8 +12,10 @@ Tree: TypeAlias = Fraction | tuple[str, "Tree", "Tree"]
 """A number, or (operator, left, right)."""
 
 LONGEST_NUMBER = 100
+LONGEST_EXPRESSION = 400
 DEEPEST = 40
-"""Longer numbers and deeper parentheses are unreadable: no text means them."""
+"""Most characters of a number, tokens of an expression and open parentheses: no text means more,
+though a model that repeats itself may write it."""
 
 # Minus, en dash; times, dots, asterisk; division sign; almost equal: a character each.
 _SIGNS = str.maketrans("\u2212\u2013\u00d7\u00b7\u22c5\u2217\u00f7\u2248", "--****/=")
@@ -111,6 +113,8 @@ def tokens(text: str) -> list[Token]:
 
 def read_expression(found: Sequence[Token]) -> Expression | None:
     """Read all of some tokens as one expression; None if they are not one, or ambiguous."""
+    if len(found) > LONGEST_EXPRESSION:
+        return None
     parser = _Parser(found)
     try:
         expression = parser.sum()
