@@ -62,7 +62,7 @@ def tag_bars(found: TagChanges) -> bytes:
     axis.set_xlim(right=high + 5.5 * margin)
     title = f"{found.task} under {found.variant}; right: unchanged score"
     if found.spearman is not None:
-        title += f"\nSpearman with the order of tags {found.spearman:.2f}, p = {found.p_value:.3f}"
+        title += f"\nSpearman of change and order {found.spearman:.2f}, p = {found.p_value:.3f}"
     axis.set_title(title, fontsize=9)
     return png_of(canvas)
 
