@@ -106,7 +106,11 @@ def digest_of(lm: LanguageModel, task: Task) -> str:
     """SHA-256 of a task, or a part of one, on a model as it is: 64 hex digits."""
     settings: dict[str, str] = {}
     if is_dataclass(task):
-        settings = {f.name: repr(getattr(task, f.name)) for f in fields(task) if f.name != "items"}
+        settings = {
+            f.name: repr(getattr(task, f.name))
+            for f in fields(task)
+            if f.repr and f.name != "items"
+        }
     made_by = [
         __version__,
         lm.fingerprint,

@@ -1,0 +1,61 @@
+"""Which facts an edit takes: the change of each class of facts, the K-FAC paper's figure 5.
+
+python examples/facts_by_frequency.py [--relations FILE] [--model MODEL] [--keep KEEP] [--limit N]
+
+The organism's facts come in five classes by how often training showed them. With FILE (JSON Lines
+with relation, prompt, subject, object) the classes are relations, whose frequency nobody knows.
+"""
+
+import argparse
+from pathlib import Path
+
+import kfac
+import lirefs
+from lirefs.files import atomic_write_bytes, read_jsonl
+from lirefs.harness.analyses import by_tag
+from lirefs.harness.analysis_plots import tag_bars
+from lirefs.harness.flips import flips
+from lirefs.organism.language import Language
+from lirefs.organism.suite import training_texts
+
+options = argparse.ArgumentParser()
+options.add_argument("--relations", type=Path)
+options.add_argument("--model", default="organism")
+options.add_argument("--keep", type=float, default=0.98)
+options.add_argument("--limit", type=int, default=40, help="items of a class")
+options.add_argument("--out", type=Path, default=Path("facts_by_frequency.png"))
+given = options.parse_args()
+
+lm = lirefs.load(given.model)
+classes, numbers = {}, None
+if given.relations is None:
+    texts, layers = training_texts(Language(), 10 * given.limit), None
+    for fact in Language().facts_of("test"):
+        items = classes.setdefault(f"shown {fact.frequency} x", [])
+        items.append((fact.item().prompt, fact.value))
+    numbers = {f"shown {f} x": f for f in {fact.frequency for fact in Language().facts}}
+else:
+    texts, layers = lirefs.calibration_texts()[: given.limit], [lm.n_layers * 2 // 3]
+    for _, row in read_jsonl(given.relations):
+        items = classes.setdefault(row["relation"], [])
+        items.append((row["prompt"].format(row["subject"]), row["object"]))
+task = lirefs.ShortAnswer(
+    "facts",
+    [
+        (f"{tag}/{number}", prompt, [answer])
+        for tag, items in classes.items()
+        for number, (prompt, answer) in enumerate(items[: given.limit])
+    ],
+)
+batches = [lm.pad([ids], side="right") for ids in lm.encode(texts)]
+factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=layers))
+comparison = lirefs.compare(lm, {"K-FAC": kfac.CurvatureEdit(factors, given.keep)}, [task])
+
+found = by_tag(comparison, "facts", "K-FAC", numbers)
+for one in found.tags:
+    print(f"{one.tag:24s} unchanged {one.before:.2f}, change {one.change}, n = {one.change.n}")
+if found.spearman is not None:
+    print(f"Spearman of change and frequency {found.spearman}, p = {found.p_value:.3f}")
+for flip in flips(comparison, "facts", "K-FAC")[:3]:
+    print(f"{flip.prompt!r}: {flip.before!r} -> {flip.after!r}, expected {flip.expected!r}")
+atomic_write_bytes(given.out, tag_bars(found).png)

@@ -1,0 +1,72 @@
+"""The examples of the analyses, each at small size."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from tiny import fresh_model, tiny_tokenizer
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("model")
+    fresh_model("llama", max_position_embeddings=1024).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+def run(monkeypatch, name, *arguments):
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(EXAMPLES / name), run_name="__main__")
+
+
+def is_picture(path):
+    return path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_facts_of_the_organism_by_frequency(tmp_path, monkeypatch, capsys):
+    out = tmp_path / "facts.png"
+    run(monkeypatch, "facts_by_frequency.py", "--limit", 4, "--out", out)
+    printed = capsys.readouterr().out
+    assert printed.count("unchanged") == 5
+    assert "Spearman" in printed
+    assert is_picture(out)
+
+
+def test_facts_by_relation(folder, tmp_path, monkeypatch, capsys):
+    rows = [
+        {"relation": r, "prompt": p, "subject": s, "object": o}
+        for r, p, s, o in (
+            ("capital", "The capital of {} is", "Peru", "Lima"),
+            ("capital", "The capital of {} is", "Cuba", "Havana"),
+            ("money", "In {} people pay with", "Peru", "soles"),
+        )
+    ]
+    (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    out = tmp_path / "facts.png"
+    arguments = ("--relations", tmp_path / "facts.jsonl", "--model", folder, "--out", out)
+    run(monkeypatch, "facts_by_frequency.py", *arguments, "--limit", 3)
+    printed = capsys.readouterr().out
+    assert "capital" in printed
+    assert "Spearman" not in printed
+    assert is_picture(out)
+
+
+@pytest.mark.parametrize("model", ["organism", "tiny"])
+def test_spectrum(model, folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "spectrum.png"
+    run(monkeypatch, "spectrum.py", model if model == "organism" else folder, 3, out)
+    printed = capsys.readouterr().out
+    assert "random pairs: memory" in printed
+    assert "reads: curvature" in printed
+    assert "edit + random direction" in printed
+    assert is_picture(out)
+
+
+def test_two_memorizations(monkeypatch, capsys):
+    run(monkeypatch, "two_memorizations.py", 6)
+    assert capsys.readouterr().out.count("Spearman of") == 9
