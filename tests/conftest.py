@@ -55,17 +55,6 @@ def lm() -> LanguageModel:
 
 
 @pytest.fixture
-def quick_lm_eval(monkeypatch):
-    """Without what takes lm-eval seconds: listing its own tasks, and describing the machine."""
-    if importlib.util.find_spec("lm_eval") is not None:
-        import lm_eval.evaluator
-        import lm_eval.tasks
-
-        manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
-        monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
-        monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
-
-
 def asked_of_the_hub(monkeypatch):
     """Every call of load_dataset; none reaches a network."""
     calls = []
@@ -84,3 +73,15 @@ def folder(tmp_path):
     for file in {skill.file for skill in SKILLS.values() if skill.file}:
         write(tmp_path, file)
     return tmp_path
+
+
+@pytest.fixture
+def quick_lm_eval(monkeypatch):
+    """Without what takes lm-eval seconds: listing its own tasks, and describing the machine."""
+    if importlib.util.find_spec("lm_eval") is not None:
+        import lm_eval.evaluator
+        import lm_eval.tasks
+
+        manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+        monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+        monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)

@@ -239,4 +239,4 @@ def test_a_choice_by_perplexity_is_weighted_by_tokens(hand):
 def test_figure_fits_a_column(hand):
     labels = ("perplexity", "share solved")
     png = pareto_fronts(hand, {"a": A, "b": B}, "skill", "texts", labels).png
-    assert Image.open(io.BytesIO(png)).size[0] == int(3.4 * 160)
+    assert Image.open(io.BytesIO(png)).size[0] == int(3.4 * 220)
