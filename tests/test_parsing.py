@@ -3,7 +3,7 @@ import re
 import pytest
 
 from lirefs.harness import worked_examples
-from lirefs.harness.parsing import final_number, judge_words, judge_worked, number_at
+from lirefs.harness.parsing import final_number, judge, number_at
 
 
 @pytest.mark.parametrize(
@@ -76,8 +76,8 @@ def test_what_is_no_single_number(text):
 )
 def test_final_numbers(text, value):
     assert final_number(text) == value
-    assert judge_worked(text, [str(value)]) == (True, True)
-    assert judge_worked(text, [str(value + 1)]) == (True, False)
+    assert judge(text, [str(value)], "worked") == (True, True)
+    assert judge(text, [str(value + 1)], "worked") == (True, False)
 
 
 @pytest.mark.parametrize(
@@ -96,12 +96,12 @@ def test_final_numbers(text, value):
 )
 def test_what_states_no_answer_is_unparsable_and_never_guessed(text):
     assert final_number(text) is None
-    assert judge_worked(text, ["18"]) == (False, False)
+    assert judge(text, ["18"], "worked") == (False, False)
 
 
 def test_gold_answers_are_read_by_the_same_rule():
-    assert judge_worked("The answer is 1450000.", ["1,450,000"]) == (True, True)
-    assert judge_worked("The answer is $70,000.00", ["70000"]) == (True, True)
+    assert judge("The answer is 1450000.", ["1,450,000"], "worked") == (True, True)
+    assert judge("The answer is $70,000.00", ["70000"], "worked") == (True, True)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_gold_answers_are_read_by_the_same_rule():
     ],
 )
 def test_words_must_be_exactly_those(text, result):
-    assert judge_words(text, ["eengreb abletteb"]) == result
+    assert judge(text, ["eengreb abletteb"], "words") == result
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer, recitati
 from lirefs.errors import TaskError
 from lirefs.harness import suite
 from lirefs.harness.engine import greedy, token_nlls
-from lirefs.harness.tasks import judge
+from lirefs.harness.parsing import judge
 
 
 def run(task, lm):
@@ -62,6 +62,7 @@ def test_short_answer_counts_the_unparsable():
     assert judge("the Netherlands", ["Netherlands"], "text") == (True, True)
     assert judge("Parisian", ["Paris"], "text") == (True, False)
     assert judge("...", ["Paris"], "text") == (False, False)
+    assert judge("Paris", ["The The", "?"], "text") == (True, False)  # aliases without words
     assert judge("It is 1,234.", ["1234"], "number") == (True, True)
     assert judge("\u22125", ["-5"], "number") == (True, True)
     assert judge("12", ["1"], "number") == (True, False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from lirefs.files import read_jsonl
 from lirefs.guest import maybe_call
 from lirefs.harness.engine import Advance, greedy
 from lirefs.harness.recall import matching_tokens
-from lirefs.harness.tasks import ItemResult, Recitation
+from lirefs.harness.tasks import ItemResult, ItemTask, Recitation
 from lirefs.models import LanguageModel
 
 SUFFIX_TOKENS = 12
@@ -133,7 +133,7 @@ def _ids(lm: LanguageModel, ids: Any, where: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class StressTest:
+class StressTest(ItemTask):
     """Position stress test: how much of a suffix can still be drawn out at other positions.
 
     Greedy continuations of longer prompts, which hold up to `shifts` tokens of the suffix, and of
@@ -148,7 +148,6 @@ class StressTest:
         shifts: The paper's t. Shorter prompts keep more than this many tokens.
     """
 
-    name: str
     items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
     group: str = "memorization"
     metric: str = "perturbed"
@@ -156,20 +155,12 @@ class StressTest:
     shifts: int = 20
 
     def __post_init__(self) -> None:
-        if not self.items:
-            raise TaskError(f"task {self.name!r} has no items")
+        super().__post_init__()
         if self.shifts < 0:
             raise TaskError(f"{self.name}: shifts is {self.shifts}, expected 0 or more")
         for item, prefix, suffix in self.items:
             if not prefix or not suffix:
                 raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def subset(self, rows: Sequence[int]) -> StressTest:
-        """The same task on some of its items."""
-        return replace(self, items=[self.items[row] for row in rows])
 
     def prompts(
         self, prefix: Sequence[int], suffix: Sequence[int], bos: int | None = None

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Literal
+
+Kind = Literal["text", "words", "number", "worked"]
 
 # What may stand between "answer is" and its number: marks of emphasis, quotes, a colon.
 _STATED = re.compile(r"\banswer is[\s:*_\"'\u201c\u2018(\[\\]*", re.IGNORECASE)
@@ -42,22 +45,35 @@ def final_number(text: str) -> float | None:
     return readable[-1] if readable else None
 
 
-def judge_worked(text: str, answers: Sequence[str]) -> tuple[bool, bool]:
-    """Whether a worked answer states its number, and whether that is one of `answers`."""
-    value = final_number(text)
-    if value is None:
-        return False, False
-    return True, any(value == number_at(answer) for answer in answers)
+def judge(text: str, answers: Sequence[str], kind: Kind) -> tuple[bool, bool]:
+    """Whether an answer can be read from a text, and whether it is right.
 
-
-def judge_words(text: str, answers: Sequence[str]) -> tuple[bool, bool]:
-    """Whether a text has words, and whether they are exactly those of an answer.
-
-    Case, spacing and punctuation do not count.
+    Args:
+        text: One line.
+        answers: Accepted answers.
+        kind: `text`: the text begins with the words of an answer (no case, punctuation or
+            articles); `words`: it has exactly the words of an answer; `number`: its first number
+            is that of an answer; `worked`: it reasons, and the number of its last `the answer is
+            N` counts.
     """
-    words = _words(text)
-    return bool(words), any(words == _words(answer) for answer in answers)
+    if kind == "worked":
+        stated = final_number(text)
+        return stated is not None, any(stated == number_at(answer) for answer in answers)
+    if kind == "number":
+        found = re.search(r"-?\d[\d,]*(?:\.\d+)?", text.replace("\u2212", "-"))
+        if found is None:
+            return False, False
+        number = float(found.group().replace(",", ""))
+        return True, any(number == float(answer) for answer in answers)
+    if kind == "words":
+        words = re.findall(r"\w+", text.casefold())
+        return bool(words), any(words == re.findall(r"\w+", one.casefold()) for one in answers)
+    words = normalise(text)
+    aliases = [alias for alias in map(normalise, answers) if alias]
+    return bool(words), any(words[: len(alias)] == alias for alias in aliases)
 
 
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold())
+def normalise(text: str) -> list[str]:
+    """Words of a text without case, punctuation and articles."""
+    words = re.findall(r"\w+", text.casefold())
+    return [word for word in words if word not in ("a", "an", "the")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -11,14 +11,14 @@ from torch import Tensor
 from lirefs.errors import TaskError
 from lirefs.guest import evaluating
 from lirefs.harness.engine import Advance
-from lirefs.harness.tasks import ItemResult
+from lirefs.harness.tasks import ItemResult, ItemTask
 from lirefs.intervention import refuse_steered
 from lirefs.models import LanguageModel, is_edited
 from lirefs.positions import Prompt, prompt_known
 
 
 @dataclass(frozen=True)
-class RankAgreement:
+class RankAgreement(ItemTask):
     """nDCG of the k likeliest next tokens against a frozen list of them. Made by `ndcg_task`.
 
     Scores of an item, means over its positions, are those of `ndcg`; its weight is the number of
@@ -29,25 +29,16 @@ class RankAgreement:
             next tokens under the unchanged model, likeliest first).
     """
 
-    name: str
     items: Sequence[tuple[str, Sequence[int], Sequence[Sequence[int]]]]
     group: str = "language"
     metric: str = "ndcg"
     chance: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.items:
-            raise TaskError(f"task {self.name!r} has no items")
+        super().__post_init__()
         for item, ids, frozen in self.items:
             if not ids or len(ids) != len(frozen) or len({len(row) for row in frozen}) != 1:
                 raise TaskError(f"{self.name}: item {item!r} needs k tokens for each position")
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def subset(self, rows: Sequence[int]) -> RankAgreement:
-        """The same task on some of its items."""
-        return replace(self, items=[self.items[row] for row in rows])
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every text."""

@@ -9,7 +9,7 @@ from typing import Any
 from lirefs.errors import TaskError
 from lirefs.harness.parsing import number_at
 from lirefs.harness.sources import Row, passage_around
-from lirefs.harness.tasks import normalise
+from lirefs.harness.parsing import normalise
 
 LETTERS = "ABCDEFGHIJ"
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from lirefs.errors import NoDataError, SettingError, TaskError
 from lirefs.files import read_jsonl
-from lirefs.harness.answers import FilledBlank, GeneratedAnswer
+from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.memorization import recitation_task
 from lirefs.harness.readers import Example
 from lirefs.harness.skill_table import SKILLS, Skill
@@ -180,9 +180,7 @@ def _scored(skill: Skill, items: Sequence[Any]) -> Task:
         return MultipleChoice(skill.name, items, group=skill.group)
     if skill.kind == "blank":
         return FilledBlank(skill.name, items, group=skill.group)
-    if skill.kind in ("worked", "words"):
-        return GeneratedAnswer(skill.name, items, skill.group, skill.kind, skill.max_new_tokens)
-    assert skill.kind in ("text", "number")
+    assert skill.kind != "recitation"
     return ShortAnswer(
         skill.name, items, skill.group, kind=skill.kind, max_new_tokens=skill.max_new_tokens
     )
@@ -208,6 +206,8 @@ def _recitation(skill: Skill, lm: LanguageModel, found: Sources, limit: int | No
                 f"{paths[0]}, line {line}: its ids are not of this tokenizer, and it has no "
                 "'prefix_text' and 'suffix_text'"
             )
+        if "\ufffd" in row["prefix_text"] + row["suffix_text"]:
+            continue  # cut inside a character of several tokens: no text that training showed
         texts.append(
             {"id": f"line-{line}", "prefix": row["prefix_text"], "suffix": row["suffix_text"]}
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Protocol, Self
 
 from lirefs.errors import TaskError
 from lirefs.harness.engine import Advance, greedy, option_log_likelihoods, token_nlls
+from lirefs.harness.parsing import Kind, judge
 from lirefs.harness.recall import recitation_scores
 from lirefs.models import LanguageModel
 
@@ -231,15 +231,14 @@ class MultipleChoice(ItemTask):
 
 @dataclass(frozen=True)
 class ShortAnswer(ItemTask):
-    """Greedy answer up to the end of its line, compared with aliases or a number.
+    """Greedy answer up to the end of its line, read by a rule of its kind.
 
     An output from which no answer can be read counts as wrong and as unparsable; it is never
-    guessed.
+    guessed. The line ends worked answers too: every example in a prompt reasons in one line.
 
     Attributes:
         items: (id, prompt, accepted answers).
-        kind: `text`: the normalised answer begins with an alias, at a word boundary;
-            `number`: the first number in the answer equals an alias.
+        kind: How the line is read, see `lirefs.harness.parsing.judge`.
         max_new_tokens: Length limit of the answer.
         chance: Score of guessing, where the prompt itself offers the answers.
     """
@@ -247,7 +246,7 @@ class ShortAnswer(ItemTask):
     items: Sequence[tuple[str, str, Sequence[str]]]
     group: str = "closed-book"
     metric: str = "accuracy"
-    kind: Literal["text", "number"] = "text"
+    kind: Kind = "text"
     max_new_tokens: int = 8
     chance: float = 0.0
 
@@ -278,22 +277,3 @@ class ShortAnswer(ItemTask):
                 )
             )
         return results
-
-
-def judge(text: str, answers: Sequence[str], kind: Literal["text", "number"]) -> tuple[bool, bool]:
-    """Whether an answer can be read from a text, and whether it is right."""
-    if kind == "number":
-        found = re.search(r"-?\d[\d,]*(?:\.\d+)?", text.replace("\u2212", "-"))
-        if found is None:
-            return False, False
-        number = float(found.group().replace(",", ""))
-        return True, any(number == float(answer) for answer in answers)
-    words = normalise(text)
-    aliases = [normalise(answer) for answer in answers]
-    return bool(words), any(words[: len(alias)] == alias for alias in aliases)
-
-
-def normalise(text: str) -> list[str]:
-    """Words of a text without case, punctuation and articles."""
-    words = re.findall(r"\w+", text.casefold())
-    return [word for word in words if word not in ("a", "an", "the")]

@@ -3,7 +3,8 @@ from dataclasses import replace
 import torch
 from skill_rows import rows_of, write
 
-from lirefs.harness.answers import FilledBlank, GeneratedAnswer
+from lirefs import ShortAnswer
+from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.skills import skill_tasks
 
 
@@ -30,7 +31,7 @@ def test_a_blank_is_scored_by_the_text_after_it_alone(lm):
         assert result.expected == contexts[answer]
 
 
-def test_generated_answers_end_at_their_line_and_count_what_is_unparsable(lm, monkeypatch):
+def test_worked_answers_end_at_their_line_and_count_what_is_unparsable(lm, monkeypatch):
     said = ["5 + 6 = 11. The answer is 11.\nThe answer is 12.", "I think 11.", ""]
 
     def greedy(lm, prompts, max_new_tokens, *, stop, advance):
@@ -40,14 +41,14 @@ def test_generated_answers_end_at_their_line_and_count_what_is_unparsable(lm, mo
         advance(len(prompts))
         return [list(range(len(prompts)))[i : i + 1] for i in range(len(prompts))]
 
-    monkeypatch.setattr("lirefs.harness.answers.greedy", greedy)
+    monkeypatch.setattr("lirefs.harness.tasks.greedy", greedy)
     monkeypatch.setattr(type(lm.tokenizer), "decode", lambda self, ids, **_: said[ids[0]])
     monkeypatch.setattr(
         type(lm), "encode", lambda self, prompts, **_: [[ord(one[0]) - 29] for one in prompts]
     )
     said += [""] * 200
     items = [(str(i), "prompt", ["11"]) for i in range(3)]
-    results = GeneratedAnswer("worked", items, max_new_tokens=40).run(lm, lambda n: None)
+    results = ShortAnswer("worked", items, kind="worked", max_new_tokens=40).run(lm, lambda n: None)
     assert [one.scores["accuracy"] for one in results] == [1, 0, 0]
     assert [one.parsed for one in results] == [True, False, False]
     assert results[0].output == "5 + 6 = 11. The answer is 11."
