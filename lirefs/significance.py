@@ -107,6 +107,28 @@ def paired_p_value(
     return sign_flip(scores - base, permutations, seed, weights)
 
 
+def paired_detectable(
+    scores: Floats,
+    base: Floats,
+    weights: Floats | None = None,
+    power: float = 0.8,
+    alpha: float = 0.05,
+) -> float:
+    """`detectable_difference` at the share of items that changed, else `detectable_mean`.
+
+    What a difference that was not found could have been: items and their noise as in the sample.
+    Arguments as in `paired_p_value`; the result is in the unit of the scores.
+    """
+    n = len(scores)
+    if binary(scores, base, weights):
+        return detectable_difference(n, float((scores != base).mean()), power, alpha)
+    share = np.ones(n) if weights is None else weights / weights.mean()
+    gap = scores - base
+    error = share * (gap - (share * gap).mean())  # of the weighted mean, one part an item
+    deviation = float(np.sqrt((error**2).sum() / max(n - 1, 1)))
+    return detectable_mean(n, deviation, power, alpha)
+
+
 def binary(scores: Floats, base: Floats, weights: Floats | None = None) -> bool:
     """Whether all scores are 0 or 1 and all weights equal, so that items can be counted."""
     equal = weights is None or bool((weights == weights[0]).all())

@@ -13,6 +13,7 @@ from lirefs.significance import (
     expected_best,
     holm,
     mcnemar,
+    paired_detectable,
     paired_p_value,
     sign_flip,
 )
@@ -137,7 +138,7 @@ def settings(generator, n, k, correlation):
 def test_best_of_null_against_simulation(correlation):
     generator = np.random.default_rng(2)
     truth = [settings(generator, 100, 8, correlation).mean(axis=1).max() for _ in range(4000)]
-    found = [best_of_null(settings(generator, 100, 8, correlation), 500) for _ in range(400)]
+    found = [best_of_null(settings(generator, 100, 8, correlation), 400) for _ in range(400)]
     assert np.mean([one.luck.value for one in found]) == pytest.approx(np.mean(truth), rel=0.03)
     low, high = np.percentile(truth, [2.5, 97.5])
     assert np.mean([one.luck.low for one in found]) == pytest.approx(low, abs=0.005)
@@ -189,6 +190,25 @@ def test_detectable_mean_against_simulation():
     for n in (8, 30):
         rows = generator.normal(detectable_mean(n, 2.0), 2.0, size=(4000, n))
         assert (ttest_1samp(rows, 0, axis=1).pvalue <= 0.05).mean() == pytest.approx(0.8, abs=0.02)
-        flips = [sign_flip(row, 300) <= 0.05 for row in rows[:600]]
+        flips = [sign_flip(row, 300) <= 0.05 for row in rows[:400]]
         assert np.mean(flips) == pytest.approx(0.8, abs=0.05)
     assert math.isnan(detectable_mean(1, 1.0))
+
+
+def test_paired_detectable_takes_the_noise_from_the_sample():
+    base, scores = np.array([0.0, 1.0] * 30), np.array([1.0, 1.0] * 10 + [0.0, 1.0] * 20)
+    assert paired_detectable(scores, base) == detectable_difference(60, 1 / 6)
+    gap = np.random.default_rng(6).normal(size=30)
+    found = paired_detectable(gap, np.zeros(30))
+    assert found == pytest.approx(detectable_mean(30, float(gap.std(ddof=1))))
+    assert paired_detectable(gap, np.zeros(30), np.full(30, 7.0)) == pytest.approx(found)
+
+
+def test_paired_detectable_with_weights_against_simulation():
+    generator = np.random.default_rng(7)
+    weights = generator.integers(20, 200, 60).astype(float)
+    rows = generator.normal(size=(400, 60))
+    noise = [paired_detectable(row, np.zeros(60), weights) for row in rows]
+    shifted = rows + np.mean(noise)
+    found = [sign_flip(row, 300, weights=weights) <= 0.05 for row in shifted]
+    assert np.mean(found) == pytest.approx(0.8, abs=0.05)

@@ -181,7 +181,7 @@ def test_matched_intervals_cover_the_truth():
                 for name, (right, one) in results.items()
             },
             {task: TASKS[task] for task in ("skill", "texts")},
-            resamples=400,
+            resamples=300,
             seed=repeat,
         )
         found = matched(comparison, curves, "skill", "texts", [goal])

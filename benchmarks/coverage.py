@@ -1,0 +1,102 @@
+"""How often 95 % intervals hold the truth: the percentile bootstrap beside what the harness uses.
+
+python benchmarks/coverage.py [--repeats 4000]
+
+prints three tables: differences and ratios of two shares of the same items, and ratios of the
+perplexities of uneven texts.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+import numpy as np
+
+from lirefs.paired import difference_of_shares, ratio_of_shares, weighted_mean
+from lirefs.statistics import Floats, interval, resample_counts
+
+RESAMPLES = 2000
+Limits = Callable[[Floats], tuple[float, float]]
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=4000)
+    repeats = parser.parse_args().repeats
+    print("difference of shares | n | items that change | of these lost | percentile | score")
+    for n in (40, 100, 400):
+        for changed in (0.05, 0.1, 0.4):
+            for lost in (0.5, 0.75, 0.95):
+                truth = changed * (1 - 2 * lost)
+                shares = [0.5, changed * (1 - lost), changed * lost, 0.5 - changed]
+                found = counted(n, shares, truth, repeats, percentile_difference, score_difference)
+                print(f"| {n} | {changed:.0%} | {lost:.0%} | {found[0]:.1%} | {found[1]:.1%}")
+    print("ratio of shares | n | baseline | ratio | percentile | score")
+    for n in (40, 100, 400):
+        for base, ratio in ((0.3, 0.9), (0.6, 0.9), (0.9, 0.9), (0.9, 0.5)):
+            shares = [base * ratio, 0, base * (1 - ratio), 1 - base]
+            found = counted(n, shares, ratio, repeats, percentile_ratio, score_ratio)
+            print(f"| {n} | {base:g} | {ratio:g} | {found[0]:.1%} | {found[1]:.1%}")
+    print("ratio of perplexities | texts | percentile | expanded | studentized")
+    for n in (10, 20, 40, 100):
+        print(f"| {n} | " + " | ".join(f"{one:.1%}" for one in perplexities(n, repeats // 2)))
+
+
+def counted(
+    n: int, shares: list[float], truth: float, repeats: int, *methods: Limits
+) -> list[float]:
+    """Coverage of intervals of counts (right in both, gained, lost, wrong in both)."""
+    rows = np.random.default_rng(0).multinomial(n, shares, size=repeats)
+    tables, times = np.unique(rows, axis=0, return_counts=True)
+    result = []
+    for limits in methods:
+        found = np.array([limits(row) for row in tables])
+        held = (found[:, 0] <= truth + 1e-12) & (truth - 1e-12 <= found[:, 1])
+        result.append(float(times[held].sum() / repeats))
+    return result
+
+
+def percentile_difference(row: Floats) -> tuple[float, float]:
+    """Percentile bootstrap."""
+    draws = np.random.default_rng(0).multinomial(row.sum(), row / row.sum(), size=RESAMPLES)
+    return interval((draws[:, 1] - draws[:, 2]) / row.sum())
+
+
+def percentile_ratio(row: Floats) -> tuple[float, float]:
+    """Percentile bootstrap."""
+    draws = np.random.default_rng(0).multinomial(row.sum(), row / row.sum(), size=RESAMPLES)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return interval((draws[:, 0] + draws[:, 1]) / (draws[:, 0] + draws[:, 2]))
+
+
+def score_difference(row: Floats) -> tuple[float, float]:
+    """Tango's interval."""
+    one = difference_of_shares(int(row[1]), int(row[2]), int(row.sum()))
+    return one.low, one.high
+
+
+def score_ratio(row: Floats) -> tuple[float, float]:
+    """The interval of Tang and others."""
+    one = ratio_of_shares(int(row[0]), int(row[1]), int(row[2]), int(row.sum()))
+    return one.low, one.high
+
+
+def perplexities(n: int, repeats: int) -> list[float]:
+    """Coverage where lengths differ by an order of magnitude and a few texts lose most."""
+    generator = np.random.default_rng(0)
+    held = np.zeros(3)
+    for _ in range(repeats):
+        tokens = np.round(np.exp(generator.normal(4.8, 0.6, n))) + 2
+        lost = generator.gamma(0.5, 0.2, n)  # nats per token, 0.1 on average
+        draws = resample_counts(n, RESAMPLES // 2, generator)
+        means = (draws @ (tokens * lost)) / (draws @ tokens)
+        one = weighted_mean(lost, tokens, draws)
+        limits = np.array([interval(means), interval(means, n), (one.low, one.high)])
+        held += (limits[:, 0] <= 0.1) & (limits[:, 1] >= 0.1)
+    return [float(one) for one in held / repeats]
+
+
+if __name__ == "__main__":
+    main()
