@@ -206,7 +206,7 @@ def against_random(
 
     gap = scores(variant) - np.mean([scores(name) for name in controls], axis=0)
     draws = resample_counts(len(gap), comparison.resamples, comparison.seed)
-    return Estimate(float(gap.mean()), *interval(draws @ gap / len(gap)), len(gap))
+    return Estimate(float(gap.mean()), *interval(draws @ gap / len(gap), len(gap)), len(gap))
 
 
 def matched_svd(

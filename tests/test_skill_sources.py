@@ -1,9 +1,11 @@
+import re
+
 import datasets
 import pytest
 from huggingface_hub import constants
 from skill_rows import N, bbh, letters, rows_of, write
 
-from lirefs.errors import DataFileError, NoDataError, SettingError, TaskError
+from lirefs.errors import DataFileError, SettingError, TaskError
 from lirefs.harness import sources
 from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.skill_table import SKILLS
@@ -27,8 +29,9 @@ def test_what_has_no_data_is_left_out_with_its_reason(lm, tmp_path, asked_of_the
     assert "needs rows with a 'label'" in left_out["mmlu_reasoning"]
     assert "no data folder given" in skill_tasks(lm, None)[1]["quotes"]
     for name in ("quotes", "boolq", "mmlu_memory"):
-        with pytest.raises(TaskError, match=f"skill '{name}' has no data: no .*jsonl"):
-            skill_tasks(lm, tmp_path, [name])
+        tasks, left_out = skill_tasks(lm, tmp_path, [name])
+        assert tasks == []
+        assert re.search("no .*jsonl", left_out[name])
 
 
 def test_offline_by_choice_each_set_is_looked_for_in_the_cache(lm, asked_of_the_hub, monkeypatch):
@@ -142,8 +145,7 @@ def test_a_set_of_the_hub_with_other_fields_is_a_reason(lm, monkeypatch):
     monkeypatch.setattr(
         datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list([{"other": 1}])
     )
-    with pytest.raises(NoDataError, match="akariasai/PopQA: KeyError"):
-        skill_tasks(lm, None, ["popqa"])
+    assert "akariasai/PopQA: KeyError" in skill_tasks(lm, None, ["popqa"])[1]["popqa"]
 
 
 def test_a_malformed_row_of_the_hub_leaves_the_skill_out(lm, monkeypatch):

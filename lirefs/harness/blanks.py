@@ -69,4 +69,3 @@ def _scored_from(lm: LanguageModel, context: str, ending: str) -> list[list[int]
         start += 1
     other = 0 if whole[start] else 1
     return [whole, [*whole[:start], other]]
-

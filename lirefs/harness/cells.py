@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lirefs.paired import paired_difference, paired_ratio, weighted_mean
-from lirefs.significance import (
-    binary,
-    detectable_difference,
-    detectable_mean,
-    paired_p_value,
-)
+from lirefs.paired import exponential, paired_difference, paired_ratio, weighted_mean
+from lirefs.significance import binary, paired_detectable, paired_p_value
 from lirefs.statistics import Estimate, Floats, interval, wilson
 
 if TYPE_CHECKING:
@@ -101,7 +95,7 @@ class Scores:
         """The task's value with its interval."""
         n = len(self.values)
         if self.perplexity:
-            return _exp(weighted_mean(self.values, self.weights, draws))
+            return exponential(weighted_mean(self.values, self.weights, draws))
         if binary(self.values, self.values, self.weights):
             return wilson(int(self.values.sum()), n)
         value = self.value(draws)
@@ -117,7 +111,7 @@ class Scores:
     def retained(self, base: Scores, draws: Floats) -> Estimate:
         """Value over the baseline's, for perplexity the inverse."""
         if self.perplexity:
-            return _exp(weighted_mean(base.values - self.values, self.weights, draws))
+            return exponential(weighted_mean(base.values - self.values, self.weights, draws))
         return paired_ratio(self.values, base.values, draws, self.weights)
 
     def p_value(self, base: Scores) -> float:
@@ -126,12 +120,7 @@ class Scores:
 
     def detectable(self, base: Scores) -> float:
         """Smallest true difference of the task's value that would be seen; see `Cell`."""
-        n = len(self.values)
-        gaps = self.values - base.values
-        if binary(self.values, base.values, self.weights):
-            return detectable_difference(n, float((gaps != 0).mean()))
-        share = self.weights / self.weights.mean()
-        least = detectable_mean(n, float(np.std(share * gaps, ddof=1)) if n > 1 else math.nan)
+        least = paired_detectable(self.values, base.values, self.weights)
         if not self.perplexity:
             return least
         with np.errstate(over="ignore"):
@@ -177,9 +166,3 @@ def cell_of(
         retained=scores.retained(before, draws),
         detectable=scores.detectable(before),
     )
-
-
-def _exp(one: Estimate) -> Estimate:
-    with np.errstate(over="ignore"):
-        value, low, high = (float(np.exp(x)) for x in (one.value, one.low, one.high))
-    return Estimate(value, low, high, one.n)

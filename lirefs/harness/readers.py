@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lirefs.errors import TaskError
-from lirefs.harness.parsing import number_at
+from lirefs.harness.parsing import normalise, number_at
 from lirefs.harness.sources import Row, passage_around
-from lirefs.harness.parsing import normalise
 
 LETTERS = "ABCDEFGHIJ"
 

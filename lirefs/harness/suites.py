@@ -62,7 +62,7 @@ def suite_tasks(
         for name, skill in SKILLS.items()
         if suite is Suite.PAPERS or (skill.group == "memorization") == (suite is Suite.MEMORIZATION)
     ]
-    skills, missing = skill_tasks(lm, data, limit=limit, seed=seed, among=wanted)
+    skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
     tasks = [*(basis if suite is Suite.PAPERS else kept), *skills]
     if suite is not Suite.SKILLS:
         tasks += memory_measures(lm, tasks)
