@@ -52,19 +52,23 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
         "report.html",
         "report.md",
         "results.json",
-        "retained.png",
-        "separation.png",
-        "spectrum.png",
+        "results.csv",
+        "overview.tex",
+        *(
+            f"{name}.{kind}"
+            for name in ("retained", "retained_tasks", "separation", "spectrum")
+            for kind in ("png", "svg")
+        ),
         "directions.safetensors",
     }
     capsys.readouterr()
     first = json.loads((out / "results.json").read_text())
-    assert set(first["items"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
-    assert set(first["items"]) >= {"random direction", "SVD", "random pairs"}
+    assert set(first["results"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
+    assert set(first["results"]) >= {"random direction", "SVD", "random pairs"}
     monkeypatch.setattr(cli.kfac, "collect", None)  # a second collection would fail
     assert run(monkeypatch, *arguments, "--out", tmp_path / "again") == 0
     second = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert second["items"] == first["items"]
+    assert second["results"] == first["results"]
     # The same factors are refused for another model.
     other = tmp_path / "other"
     fresh_model("llama", num_hidden_layers=3).save_pretrained(other)

@@ -82,7 +82,10 @@ def test_a_task_at_chance_is_marked_and_left_out_of_the_mean(tmp_path):
 def test_saved_report_is_whole_and_self_contained(comparison, tmp_path):
     page = comparison.save(tmp_path / "report")
     names = {path.name for path in (tmp_path / "report").iterdir()}
-    assert names == {"report.html", "report.md", "results.json", "retained.png"}
+    assert names == {
+        *("report.html", "report.md", "results.json", "results.csv", "overview.tex"),
+        *("retained.png", "retained.svg", "retained_tasks.png", "retained_tasks.svg"),
+    }
     html = page.read_text()
     assert "data:image/png;base64," in html
     assert "http" not in html.replace("http-equiv", "")
