@@ -36,12 +36,6 @@ def main() -> None:
         message = " ".join(str(error).split())
         console.print(f"{type(error).__name__}: {message}", markup=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print(
-            "interrupted; finished activations, factors and, with the same command and --resume, "
-            "finished items are used again"
-        )
-        sys.exit(130)
 
 
 @app.callback()

@@ -165,10 +165,17 @@ def compare(
     if asked.journal.exists() and not resume:
         console.print("starting anew; --resume would go on with the interrupted run", markup=False)
         Journal(asked.journal).clear()
-    if taught is None:
-        _language_model(asked, question_set)
-    else:
-        _study(asked, Language(taught))
+    try:
+        if taught is None:
+            _language_model(asked, question_set)
+        else:
+            _study(asked, Language(taught))
+    except KeyboardInterrupt:
+        console.print(
+            "interrupted; finished activations and factors are kept, and finished items are used "
+            "again by the same command with --resume"
+        )
+        raise typer.Exit(130) from None
 
 
 def _language_model(asked: _Asked, question_set: lirefs.Questions) -> None:

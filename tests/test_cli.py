@@ -4,7 +4,9 @@ import sys
 import pytest
 from tiny import fresh_model, tiny_tokenizer
 
-from lirefs import cli
+from lirefs import cli, job
+from lirefs.harness import suite
+from lirefs.harness.journal import Journal
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +45,7 @@ def questions(tmp_path):
 def test_compare_writes_a_whole_report_and_reuses_its_work(
     folder, questions, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(cli.suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
     arguments = ["compare", "--model", folder, "--questions", questions, "--quick"]
     arguments += ["--layers", "1,2", "--keep", "0.9", "--factors", tmp_path / "f.safetensors"]
     out = tmp_path / "report"
@@ -52,19 +54,23 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
         "report.html",
         "report.md",
         "results.json",
-        "retained.png",
-        "separation.png",
-        "spectrum.png",
+        "results.csv",
+        "overview.tex",
+        *(
+            f"{name}.{kind}"
+            for name in ("retained", "retained_tasks", "separation", "spectrum")
+            for kind in ("png", "svg")
+        ),
         "directions.safetensors",
     }
     capsys.readouterr()
     first = json.loads((out / "results.json").read_text())
-    assert set(first["items"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
-    assert set(first["items"]) >= {"random direction", "SVD", "random pairs"}
-    monkeypatch.setattr(cli.kfac, "collect", None)  # a second collection would fail
+    assert set(first["results"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
+    assert set(first["results"]) >= {"random direction", "SVD", "random pairs"}
+    monkeypatch.setattr(job.kfac, "collect", None)  # a second collection would fail
     assert run(monkeypatch, *arguments, "--out", tmp_path / "again") == 0
     second = json.loads((tmp_path / "again" / "results.json").read_text())
-    assert second["items"] == first["items"]
+    assert second["results"] == first["results"]
     # The same factors are refused for another model.
     other = tmp_path / "other"
     fresh_model("llama", num_hidden_layers=3).save_pretrained(other)
@@ -107,6 +113,9 @@ def test_wrong_questions_end_in_one_line(content, error, folder, tmp_path, monke
         (["--memorized", "absent.jsonl"], "DataFileError"),
         (["--questions", "absent.jsonl"], "QuestionsError"),
         (["--model", "absent.gguf"], "ModelNotFoundError"),
+        (["--data", "absent", "--suite", "skills"], "SettingError"),
+        (["--data", "."], "SettingError"),
+        (["--model", "organism", "--suite", "skills"], "SettingError"),
     ],
 )
 def test_wrong_arguments_end_in_one_line(arguments, error, tmp_path, monkeypatch, capsys):
@@ -134,9 +143,50 @@ def test_a_broken_factor_file_is_named(folder, questions, tmp_path, monkeypatch,
     assert not out.exists()
 
 
+def test_a_suite_killed_and_resumed_gives_the_same_report(
+    folder, questions, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    rows = [{"prefix": f"the quote number {i} is", "suffix": f" of no use {i}"} for i in range(4)]
+    data = tmp_path / "data"
+    data.mkdir()
+    (data / "quotes.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    arguments = ["compare", "--model", folder, "--questions", questions, "--quick", "--limit", "3"]
+    arguments += ["--layers", "1,2", "--suite", "memorization", "--data", data]
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
+    assert "left out: memorized_windows" in capsys.readouterr().err
+    whole = (tmp_path / "whole" / "results.json").read_text()
+    assert {"passages", "quotes", "passages, stress test", "held-out texts, top 10"} <= set(
+        json.loads(whole)["tasks"]
+    )
+
+    out, add, parts = tmp_path / "again", Journal.add, []
+
+    def dies(self, key, items):
+        add(self, key, items)
+        parts.append(key)
+        if len(parts) in (5, 8):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Journal, "add", dies)
+    assert run(monkeypatch, *arguments, "--out", out) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
+    assert run(monkeypatch, *arguments, "--out", out, "--resume") == 130
+    assert run(monkeypatch, *arguments, "--out", out, "--resume") == 0
+    assert (out / "results.json").read_text() == whole
+    assert len(set(parts)) == len(parts)  # nothing was done twice
+    assert not (out / "unfinished").exists()
+    # Without --resume, what is left of another run is not used.
+    (out / "unfinished").mkdir()
+    (out / "unfinished" / "items-0.jsonl").write_text("left over")
+    assert run(monkeypatch, *arguments, "--out", out) == 0
+    assert "starting anew" in capsys.readouterr().err
+
+
 @pytest.mark.gpu
 def test_compare_runs_on_a_gpu(folder, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(cli.suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
     arguments = ["--questions", questions, "--quick", "--layers", "1,2", "--device", "cuda"]
     out = tmp_path / "report"
     assert run(monkeypatch, "compare", "--model", folder, *arguments, "--out", out) == 0

@@ -65,26 +65,29 @@ def csv_text(comparison: Comparison) -> str:
 def latex(comparison: Comparison) -> str:
     """Two tables of retained shares, by group and by task, for a page-wide float of a paper."""
     variants, groups = comparison.variants[1:], comparison.groups
-    by_group = [
-        [escape(variant), *(_share(comparison.retained(variant, group)) for group in groups)]
-        for variant in variants
-    ]
-    by_task: list[list[str] | str] = []
+    if not variants:
+        return "% No variant: nothing was changed, so there is nothing to retain.\n"
+    by_group: list[str] = []
+    for variant in variants:
+        shares = [comparison.retained(variant, group) for group in groups]
+        by_group += _row(escape(variant), shares, [False] * len(shares))
+    by_task: list[str] = []
     for group in groups:
         counted = comparison.counted(group)
         if counted:
-            by_task.append(rf"\multicolumn{{{len(variants) + 1}}}{{l}}{{\emph{{{escape(group)}}}}}")
+            width = len(variants) + 1
+            by_task.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{escape(group)}}}}} \\")
         for task in counted:
             cells = [comparison.cell(variant, task) for variant in variants]
             name = f"{escape(task)} ({cells[0].value.n})"
-            by_task.append([name, *(_share(one.retained, clear(one)) for one in cells)])
+            by_task += _row(name, [one.retained for one in cells], [clear(one) for one in cells])
     return "\n".join(
         [
             r"% Needs \usepackage{booktabs}.",
             *_float(
                 "Share of the unchanged model's score that each variant retains, mean over the "
                 "tasks of a group, with the 95\\,\\% interval of a paired bootstrap over items.",
-                ["", *map(escape, groups)],
+                groups,
                 by_group,
             ),
             "",
@@ -92,7 +95,7 @@ def latex(comparison: Comparison) -> str:
                 "The same for each task on which the unchanged model is above chance (number of "
                 f"items). Bold: different from the unchanged model at $p < {LEVEL:g}$ after Holm's "
                 "adjustment.",
-                ["", *map(escape, variants)],
+                variants,
                 by_task,
             ),
             "",
@@ -109,30 +112,38 @@ def _retained(cell: Cell) -> Estimate | None:
     return None if cell.group == CONFLICT else cell.retained
 
 
-def _share(share: Estimate | None, bold: bool = False) -> str:
-    if share is None or not math.isfinite(share.value):
-        return "--"
-    value = rf"\textbf{{{share.value:.2f}}}" if bold else f"{share.value:.2f}"
-    return rf"\shortstack{{{value}\\ \tiny {share.low:.2f}--{share.high:.2f}}}"
+def _row(name: str, shares: Sequence[Estimate | None], bold: Sequence[bool]) -> list[str]:
+    """A line of values and, under it, a line of intervals."""
+    values, intervals = [name], [""]
+    for share, strong in zip(shares, bold, strict=True):
+        if share is None or not math.isfinite(share.value):
+            values.append("--")
+            intervals.append("")
+        else:
+            value = f"{share.value:.2f}"
+            values.append(rf"\textbf{{{value}}}" if strong else value)
+            intervals.append(rf"{{\tiny {share.low:.2f}--{share.high:.2f}}}")
+    return [" & ".join(values) + r" \\", " & ".join(intervals) + r" \\[2pt]"]
 
 
-def _float(caption: str, head: Sequence[str], rows: Sequence[Sequence[str] | str]) -> list[str]:
+def _float(caption: str, columns: Sequence[str], rows: Sequence[str]) -> list[str]:
     return [
         r"\begin{table*}",
         r"\centering\scriptsize\setlength{\tabcolsep}{3pt}",
         rf"\caption{{{caption}}}",
-        rf"\begin{{tabular}}{{l{'c' * (len(head) - 1)}}}",
+        rf"\begin{{tabular}}{{l{'c' * len(columns)}}}",
         r"\toprule",
-        " & ".join(_narrow(name) for name in head) + r" \\",
+        " & ".join(["", *map(_heading, columns)]) + r" \\",
         r"\midrule",
-        *((row if isinstance(row, str) else " & ".join(row)) + r" \\" for row in rows),
+        *rows,
         r"\bottomrule",
         r"\end{tabular}",
         r"\end{table*}",
     ]
 
 
-def _narrow(name: str) -> str:
+def _heading(name: str) -> str:
     """A heading with a word a line."""
-    lines = name.replace(" ", r"\\ ")
-    return rf"\shortstack{{{lines}}}" if " " in name else name
+    words = [escape(word) for word in name.split()]
+    lines = r" \\ ".join(words)
+    return rf"\shortstack{{{lines}}}" if len(words) > 1 else lines

@@ -22,7 +22,7 @@ MOST_FLIPS = 5000
 """Flipped items that a page holds at most: the first ones of each task and variant."""
 MOST_LETTERS = 4000
 """Letters of one text of a flipped item; the middle of a longer one is left out."""
-_MOST_SETTINGS = 60
+_MOST_SETTINGS = 120
 _SHORTEST_SHARED = 80
 
 
@@ -164,6 +164,8 @@ def _flip_data(
 
 def shared_beginning(prompts: Sequence[str]) -> str:
     """The lines that all prompts begin with (few-shot examples); empty where they are few."""
+    if len(prompts) < 2:
+        return ""
     first, last = min(prompts), max(prompts)  # what these two share, all share
     pairs = enumerate(zip(first, last, strict=False))
     common = first[: next((place for place, (a, b) in pairs if a != b), min(len(first), len(last)))]

@@ -91,8 +91,10 @@ def direction_separation(probe: Probe) -> Picture:
     left.axhline(
         probe.bag_of_words.value, color=COLOURS[1], ls="-.", label="bag of words (no model)"
     )
-    left.set(xlabel="layer", ylabel="AUROC, reasoning against memory", ylim=(None, 1.02))
-    left.set_title(f"separation, n = {probe.best_scores.test_auroc.n} test questions", fontsize=8)
+    left.set(xlabel="layer", ylabel="AUROC", ylim=(None, 1.02))
+    left.set_title(
+        f"reasoning against memory, n = {probe.best_scores.test_auroc.n} test questions", fontsize=8
+    )
     legend_below(left, columns=1)
     cosines = np.array([one.cosines for one in probe.scores])
     right.plot(layers, cosines[:, 1], color=COLOURS[2], marker="o", ms=3, label="reasoning")
@@ -101,6 +103,8 @@ def direction_separation(probe: Probe) -> Picture:
     right.set(xlabel="layer", ylabel="mean cosine with the direction")
     right.set_title("test states along each layer's direction", fontsize=8)
     legend_below(right, columns=2)
+    for axis in (left, right):
+        axis.xaxis.get_major_locator().set_params(integer=True)
     return picture_of(canvas)
 
 
@@ -169,7 +173,7 @@ def legend_below(axis: Any, columns: int) -> None:
     """A legend under an axis and its label, where it covers no data."""
     from matplotlib.transforms import ScaledTranslation
 
-    below = axis.transAxes + ScaledTranslation(0, -26 / 72, axis.figure.dpi_scale_trans)
+    below = axis.transAxes + ScaledTranslation(0, -30 / 72, axis.figure.dpi_scale_trans)
     axis.legend(
         fontsize=SMALL,
         ncols=columns,
@@ -196,5 +200,6 @@ def picture_of(canvas: Canvas) -> Picture:
     png, svg = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lirefs"}):
         canvas.savefig(png, format="png", dpi=220)
+        canvas.set_layout_engine("none")  # laid out above, once for both
         canvas.savefig(svg, format="svg", dpi=220, metadata={"Date": None})
     return Picture(png.getvalue(), svg.getvalue())

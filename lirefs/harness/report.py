@@ -81,9 +81,10 @@ def load_figures(path: Path, comparison: Comparison) -> tuple[list[Figure], list
         ResultsFileError: The list of figures is damaged, or a figure cannot be read.
     """
     file = storage.file_of(path)
+    saved = storage.listed_figures(file)
     again = {one.name: one for one in default_figures(comparison)}
     figures, missing = [], []
-    for listed in storage.listed_figures(file):
+    for listed in saved:
         if listed["name"] in again:
             figures.append(again[listed["name"]])
             continue
@@ -126,6 +127,7 @@ def markdown(comparison: Comparison, figures: Sequence[Figure]) -> str:
     lines += ["", "## Every task", "", tables.LEGEND, ""]
     for task in comparison.tasks:
         table = tables.of_task(comparison, task)
-        lines += ["", f"### {table.name} ({table.note})", "", *tables.markdown(table)]
+        about = "; ".join(filter(None, (comparison.tasks[task].group, table.note)))
+        lines += ["", f"### {table.name} ({about})", "", *tables.markdown(table)]
     lines += ["", "## Settings", "", "```json", page.settings(comparison), "```", ""]
     return "\n".join(lines)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from lirefs.harness.plots import COLOURS, SMALL, WIDE, Picture, canvas_of, picture_of
 from lirefs.harness.tables import clear
@@ -101,44 +103,52 @@ def _grid(
     top = min(1.6, max(1.1, 1.05 * max(filter(math.isfinite, highest), default=1.0)))
     for panel, (axis, head) in enumerate(zip(axes, heads, strict=True)):
         axis.axvline(1, color="black", lw=0.7, zorder=0)
+        axis.hlines(range(len(rows)), -0.05, top, color="#e6e6e6", lw=0.5, zorder=-1)
+        _draw(axis, {place: row[panel] for place, row in enumerate(marks) if row}, top, empty)
         for place, row in enumerate(marks):
             if not row:
                 axis.axhspan(place - 0.5, place + 0.5, color="#f0f0f0", lw=0, zorder=1)
-            elif (mark := row[panel]) is not None and math.isfinite(mark.share.value):
-                _draw(axis, place, mark, top)
-            elif empty:
-                axis.text(0.03, place, empty, fontsize=SMALL, va="center", color="#555555")
         axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-0.05, top))
         axis.set_xticks([0, 0.5, 1] if len(columns) <= 6 else [0, 1])
         axis.set_xticklabels(["0", "0.5", "1"] if len(columns) <= 6 else ["0", "1"])
-        axis.grid(axis="y", color="#e6e6e6", lw=0.5)
-        axis.set_axisbelow(True)
-        axis.tick_params(axis="y", length=0)
-        axis.set_yticks(range(len(rows)), rows if panel == 0 else [""] * len(rows))
-        axis.set_title(head, fontsize=SMALL, rotation=90 if turned else 0)
+        axis.set_yticks([])
+        turn = {"rotation": 90, "multialignment": "left"} if turned else {}
+        axis.set_title(head, fontsize=SMALL, **turn)
+    axes[0].set_yticks(range(len(rows)), rows)
+    axes[0].tick_params(axis="y", length=0)
     for label, row in zip(axes[0].get_yticklabels(), marks, strict=True):
         label.set_fontweight("normal" if row else "bold")
     canvas.supxlabel("share of the unchanged model's score", fontsize=8)
     return picture_of(canvas)
 
 
-def _draw(axis: Any, place: int, mark: _Mark, top: float) -> None:
-    share = mark.share
-    low, high = (min(max(end, 0.0), top) for end in (share.low, share.high))
-    if math.isfinite(low) and math.isfinite(high):
-        axis.plot([low, high], [place, place], color=mark.colour, lw=1.1, solid_capstyle="butt")
-    inside = 0 <= share.value <= top
-    axis.plot(
-        [min(max(share.value, 0.0), top)],
-        [place],
-        marker="o" if inside else (">" if share.value > top else "<"),  # beyond the axis
-        ms=3.6,
-        color=mark.colour,
-        mfc=mark.colour if mark.filled else "white",
-        mew=0.9,
-        clip_on=False,
-        zorder=3,
-    )
+def _draw(axis: Any, marks: Mapping[int, _Mark | None], top: float, empty: str) -> None:
+    """Marks of a panel by their row: intervals, and dots or, beyond the axis, arrows."""
+    shown = {place: one for place, one in marks.items() if one and math.isfinite(one.share.value)}
+    for place in marks.keys() - shown.keys():
+        axis.text(0.03, place, empty, fontsize=SMALL, va="center", color="#555555")
+    values = np.array([one.share.value for one in shown.values()])
+    ends = np.array([(one.share.low, one.share.high) for one in shown.values()]).reshape(-1, 2)
+    places, colours = np.array(list(shown)), np.array([one.colour for one in shown.values()])
+    inner = np.where([one.filled for one in shown.values()], colours, "white")
+    low, high = np.nan_to_num(np.clip(ends, 0, top), nan=0.0).T
+    axis.hlines(places, low, high, color=colours, lw=1.1, zorder=2)
+    for shape, chosen in (
+        ("o", (values >= 0) & (values <= top)),
+        (">", values > top),
+        ("<", values < 0),
+    ):
+        axis.scatter(
+            np.clip(values[chosen], 0, top),
+            places[chosen],
+            s=13,
+            marker=shape,
+            c=inner[chosen],
+            edgecolors=colours[chosen],
+            linewidths=0.9,
+            clip_on=False,
+            zorder=3,
+        )
 
 
 def _headings(columns: Sequence[str], inches: float) -> tuple[list[str], bool]:

@@ -39,6 +39,8 @@ def scores_against(
         tasks: One line each.
         labels: Of the horizontal axes; the second one is logarithmic.
     """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     canvas, axes = canvas_of(2, (WIDE, 3.6))
     for panel, axis in enumerate(axes):
         x = np.array([places[panel] for places in variants.values()])
@@ -47,7 +49,11 @@ def scores_against(
             values = _estimates([comparison.cell(name, task).value for name in variants])[order]
             _line(axis, x[order], values, index, task)
         axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
+    axes[0].locator_params(axis="x", nbins=5)
     axes[1].set_xscale("log")
+    axes[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].xaxis.set_minor_formatter(NullFormatter())
     handles, names = axes[0].get_legend_handles_labels()
     canvas.legend(
         handles, names, fontsize=SMALL, ncols=4, loc="outside upper center", frameon=False
@@ -191,7 +197,7 @@ def transfer_matrix(
                 if isinstance(one, Estimate):
                     text += f"\n[{one.low:.2f}, {one.high:.2f}]"
                 share = (_value(one) - low) / (high - low)
-                colour = "white" if share > 0.85 or share < 0.15 else "black"
+                colour = "white" if share > 0.78 or share < 0.22 else "black"
                 axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
         axis.set_xticks(range(len(forms)), forms, fontsize=SMALL)
         axis.set_yticks(range(len(forms)), forms, fontsize=SMALL)
@@ -208,17 +214,15 @@ def _estimates(values: Sequence[Estimate]) -> np.ndarray[Any, Any]:
 
 
 def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
-    errors = np.maximum([values[:, 0] - values[:, 1], values[:, 2] - values[:, 0]], 0)
-    axis.errorbar(
+    colour = COLOURS[index % len(COLOURS)]
+    axis.vlines(x, values[:, 1], values[:, 2], color=colour, lw=1, alpha=0.45)
+    axis.plot(
         x,
         values[:, 0],
-        errors,
-        color=COLOURS[index % len(COLOURS)],
+        color=colour,
         ls="-" if index < len(COLOURS) else "--",
         marker=MARKERS[index % len(MARKERS)],
         ms=3.5,
         lw=1.2,
-        elinewidth=0.7,
-        capsize=1.5,
         label=label,
     )

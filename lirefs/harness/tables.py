@@ -104,11 +104,11 @@ def of_task(comparison: Comparison, task: str) -> Table:
             _number(cell.detectable),
             Entry(str(cell.value.n), cell.value.n),
             Entry(str(cell.unparsable), cell.unparsable),
-            Entry(", ".join(f"{name} {value:.3f}" for name, value in cell.extra.items()) or "-"),
         ]
         for cell in cells
     ]
     head = [
+        "variant",
         f"{cells[0].metric} [95 %]",
         "difference [95 %]",
         "retained [95 %]",
@@ -116,10 +116,14 @@ def of_task(comparison: Comparison, task: str) -> Table:
         "can see",
         "n",
         "unparsable",
-        "other metrics",
     ]
+    if any(cell.extra for cell in cells):
+        head.append("other metrics")
+        for row, cell in zip(rows, cells, strict=True):
+            other = ", ".join(f"{name} {value:.3f}" for name, value in cell.extra.items())
+            row.append(Entry(other or "-"))
     marked = frozenset(row for row, cell in enumerate(cells) if clear(cell))
-    return Table(task, _note(comparison, task), ["variant", *head], rows, marked)
+    return Table(task, _note(comparison, task), head, rows, marked)
 
 
 def markdown(table: Table) -> list[str]:
@@ -131,7 +135,7 @@ def markdown(table: Table) -> list[str]:
 
 def _note(comparison: Comparison, task: str) -> str:
     info = comparison.tasks[task]
-    parts = [info.group]
+    parts = []
     if info.chance:
         parts.append(f"chance {info.chance:.2f}")
     if info.group == CONFLICT:
@@ -146,7 +150,7 @@ def _entry(estimate: Estimate | None, signed: bool = False) -> Entry:
         return Entry("-", math.nan)
     if not math.isfinite(estimate.value):
         return Entry("n/a", math.nan)
-    form = f"{'+' if signed else ''}.{3 if abs(estimate.value) < 10 else 2}f"
+    form = f"{'+' if signed else ''}z.{3 if abs(estimate.value) < 10 else 2}f"
     interval = f"[{estimate.low:{form}}, {estimate.high:{form}}]"
     return Entry(f"{estimate.value:{form}}", estimate.value, interval)
 
