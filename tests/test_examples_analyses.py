@@ -70,3 +70,12 @@ def test_spectrum(model, folder, tmp_path, monkeypatch, capsys):
 def test_two_memorizations(monkeypatch, capsys):
     run(monkeypatch, "two_memorizations.py", 6)
     assert capsys.readouterr().out.count("Spearman of") == 9
+
+
+def test_compare_methods(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "compare_methods.py", 6, tmp_path)
+    printed = capsys.readouterr().out
+    assert printed.count("best on validation") == 3
+    assert printed.count("K-FAC minus SVD") == 10
+    assert is_picture(tmp_path / "pareto.png")
+    assert (tmp_path / "report.html").exists()
