@@ -76,6 +76,6 @@ def test_compare_methods(tmp_path, monkeypatch, capsys):
     run(monkeypatch, "compare_methods.py", 6, tmp_path)
     printed = capsys.readouterr().out
     assert printed.count("best on validation") == 3
-    assert printed.count("K-FAC minus SVD") == 10
+    assert printed.count("K-FAC minus SVD") == 13
     assert is_picture(tmp_path / "pareto.png")
     assert (tmp_path / "report.html").exists()
