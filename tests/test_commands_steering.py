@@ -30,13 +30,14 @@ def test_probe_steer_and_export(fitted, folder, tmp_path, monkeypatch, capsys): 
     assert {path.name for path in fitted.iterdir()} == {
         "directions.safetensors",
         "probe.json",
-        "layers.png",
-        "best_layer.png",
-        "scatter.png",
-        "cosines.png",
-        "transfer.png",
-        "side_by_side.png",
-    }
+        *(
+            f"{name}.{kind}"
+            for name in (
+                "layers", "best_layer", "scatter", "cosines", "transfer", "side_by_side"
+            )
+            for kind in ("png", "svg")
+        ),
+    }  # fmt: skip
     file = fitted / "directions.safetensors"
     directions = Directions.load(file)
     found = json.loads((fitted / "probe.json").read_text())

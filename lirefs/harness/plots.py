@@ -103,33 +103,34 @@ def direction_separation(probe: Probe) -> Picture:
     right.set(xlabel="layer", ylabel="mean cosine with the direction")
     right.set_title("test states along each layer's direction", fontsize=8)
     legend_below(right, columns=2)
-    for axis in (left, right):
-        axis.xaxis.get_major_locator().set_params(integer=True)
+    whole_layers(left, right)
     return picture_of(canvas)
 
 
 def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     """Mass against share of pairs for every target, and one target's mass with its staircase."""
-    canvas, (left, right) = canvas_of(2, (WIDE, 3.4))
-    for index, one in enumerate(spectra):
+    names = _apart([one.name for one in spectra])
+    columns = 1 if max(map(len, names)) > 20 else 2
+    canvas, (left, right) = canvas_of(2, (WIDE, 3.1 + 0.15 * len(names) / columns))
+    for index, (one, name) in enumerate(zip(spectra, names, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         style = "-" if index < len(COLOURS) else "--"
-        left.plot(one.curve[:, 0], one.curve[:, 1], color=colour, ls=style, lw=1.2, label=one.name)
+        left.plot(one.curve[:, 0], one.curve[:, 1], color=colour, ls=style, lw=1.2, label=name)
         share = one.counts.sum() / (len(one.counts) * len(one.input_values))
         left.plot([share], [one.keep], "o", color=colour, ms=4)
     left.axhline(spectra[0].keep, color="black", lw=0.6, ls=":")
     left.set(xscale="log", xlabel="share of pairs kept", ylabel="share of curvature mass kept")
     left.set_title(f"dots: keep = {spectra[0].keep:g}", fontsize=8)
-    legend_below(left, columns=1 if max(len(one.name) for one in spectra) > 14 else 2)
+    legend_below(left, columns)
 
     shown = spectra[len(spectra) // 2]
     rows = np.unique(np.geomspace(1, len(shown.output_values), 300).astype(int)) - 1
-    columns = np.unique(np.geomspace(1, len(shown.input_values), 300).astype(int)) - 1
-    mass = np.outer(shown.output_values[rows], shown.input_values[columns])
+    inputs = np.unique(np.geomspace(1, len(shown.input_values), 300).astype(int)) - 1
+    mass = np.outer(shown.output_values[rows], shown.input_values[inputs])
     total = shown.output_values.sum() * shown.input_values.sum()
     tiny = np.finfo(float).tiny
     picture = right.pcolormesh(
-        columns + 1,
+        inputs + 1,
         rows + 1,
         np.log10(np.maximum(mass / total, tiny)),
         cmap="cividis",
@@ -144,6 +145,15 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     legend_below(right, columns=1)
     colour_bar(canvas, picture, right, "log10 share of mass")
     return picture_of(canvas)
+
+
+def _apart(names: Sequence[str]) -> list[str]:
+    """Dotted names without the parts that all of them share."""
+    parts = [name.split(".") for name in names]
+    if len(names) < 2 or len({len(one) for one in parts}) > 1:
+        return list(names)
+    differ = [place for place, some in enumerate(zip(*parts, strict=True)) if len(set(some)) > 1]
+    return [".".join(one[place] for place in differ) for one in parts]
 
 
 def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
@@ -167,6 +177,12 @@ def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
         axis.xaxis.label.set_size(8)
         axis.yaxis.label.set_size(8)
     return canvas, axes
+
+
+def whole_layers(*axes: Any) -> None:
+    """No tick between two layers."""
+    for axis in axes:
+        axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def legend_below(axis: Any, columns: int) -> None:

@@ -17,6 +17,7 @@ from lirefs.harness.plots import (
     colour_bar,
     legend_below,
     picture_of,
+    whole_layers,
 )
 from lirefs.probe import Probe
 from lirefs.statistics import Estimate, Floats
@@ -40,8 +41,9 @@ def per_layer(probe: Probe) -> Picture:
         low, high = (np.array([2 * getattr(one, end) - 1 for one in found]) for end in _ENDS)
         right.fill_between(layers, low, high, color=colour, alpha=0.3, lw=0, label=_NAMES[name])
     right.axhline(0, color="black", lw=0.6)
-    right.set(xlabel="layer", ylabel="correlation with the grade, controls: 2 AUROC - 1")
+    right.set(xlabel="layer", ylabel="correlation with the grade\n(controls: 2 AUROC - 1)")
     legend_below(right, columns=2)
+    whole_layers(left, right)
     return picture_of(canvas)
 
 
@@ -77,10 +79,12 @@ def best_layer(probes: Mapping[str, Probe]) -> Picture:
 
 def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
     """Cosines between layers, and between question sets or models; random ones in the title."""
-    canvas, axes = canvas_of(len(maps), (WIDE, 0.6 + 5.6 / max(2, len(maps))))
+    canvas, axes = canvas_of(len(maps), (min(WIDE, 3.9 * len(maps)), 0.6 + 5.6 / max(2, len(maps))))
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         picture = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, origin="lower")
         axis.set(xlabel="layer", ylabel="layer")
+        whole_layers(axis)
+        axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_title(name, fontsize=8)
     colour_bar(canvas, picture, list(axes), "cosine")
     return picture_of(canvas)
@@ -103,7 +107,7 @@ def scatter(found: Components, probe: Probe) -> Picture:
     left.set(xlim=limits[0], ylim=limits[1], xlabel="component 1", ylabel="component 2")
     best = probe.best_scores
     left.set_title(
-        f"layer {found.direction.layer}: test AUROC {best.test_auroc:.2f}; shuffled "
+        f"layer {found.direction.layer}: test AUROC {best.test_auroc:.2f}\nshuffled "
         f"{best.shuffled_auroc:.2f}; random {best.random_auroc:.2f}",
         fontsize=8,
     )
@@ -126,15 +130,19 @@ def side_by_side(probes: Mapping[str, Probe]) -> Picture:
         )
         _controls(axis, probe)
         axis.set(xlabel="layer", ylim=(0, 1.02))
-        axis.set_title(f"{name}: best layer {probe.best_layer}", fontsize=8)
-        legend_below(axis, columns=2)
+        axis.set_title(f"{name}\nbest layer {probe.best_layer}", fontsize=8)
     first, second = list(probes.values())[:2]
     values = np.diag(cosines(first.directions, second.directions))
     axes[2].plot(_layers(first)[: len(values)], values, color=COLOURS[1], marker="o", ms=3)
     chance = 1.96 / np.sqrt(first.best.vector.numel())
-    axes[2].axhspan(-chance, chance, color=COLOURS[5], alpha=0.3, label="random directions, 95 %")
-    axes[2].set(xlabel="layer", ylabel=f"cosine, {' and '.join(list(probes)[:2])}", ylim=(-1, 1))
-    legend_below(axes[2], columns=1)
+    axes[2].axhspan(-chance, chance, color=COLOURS[5], alpha=0.3, lw=0)
+    axes[2].set(xlabel="layer", ylim=(-1, 1.05))
+    axes[2].set_title("cosine between the two", fontsize=8)
+    whole_layers(*axes)
+    handles, names = axes[0].get_legend_handles_labels()
+    canvas.legend(
+        handles, names, fontsize=SMALL, ncols=3, loc="outside lower center", frameon=False
+    )
     return picture_of(canvas)
 
 
@@ -160,6 +168,7 @@ def transfers(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
     axis.axhline(0.5, color="black", lw=0.6)
     axis.set(xlabel="layer", ylabel="AUROC", ylim=(0, 1.02))
     legend_below(axis, columns=2)
+    whole_layers(axis)
     return picture_of(canvas)
 
 
