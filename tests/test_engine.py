@@ -148,6 +148,14 @@ def test_batches_hold_the_budget_and_every_item_once():
         assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= 12
 
 
+def test_a_batch_with_enough_tokens_takes_no_much_shorter_item():
+    lengths = [10, 8, 7, 7, 2, 1]
+    assert batches_by_tokens(lengths, 100) == [[0, 1, 2, 3, 4, 5]]
+    assert batches_by_tokens(lengths, 100, enough=20) == [[0, 1], [2, 3, 4], [5]]
+    assert batches_by_tokens(lengths, 100, enough=0) == [[0, 1], [2, 3], [4], [5]]
+    assert batches_by_tokens([3, 3, 3], 5, enough=1) == [[0], [1], [2]]
+
+
 @pytest.mark.parametrize("scope", ["prompt", "generated", "last_prompt_token"])
 @pytest.mark.parametrize("shared", ["", FEW_SHOT])
 def test_scopes_know_the_prompt_in_batches_with_a_shared_beginning(shared, scope):

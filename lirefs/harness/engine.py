@@ -18,9 +18,11 @@ from lirefs.positions import Prompt, prompt_known
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
-# A batch drops its finished rows once no more than this share of its rows goes on: copying the
-# cache of those costs about a tenth of a step.
-GOING_ON = 0.8
+# With fewer tokens a forward pass takes hardly less time, so padding costs nothing.
+ENOUGH = 256
+# A batch drops its finished rows once no more than this share of its rows goes on. Copying the
+# cache of those is cheap beside a step on a CPU, less so on an accelerator.
+GOING_ON = 0.9
 
 Advance = Callable[[int], Any]
 
@@ -113,8 +115,8 @@ def score_continuations(
     results: list[list[tuple[float, bool]]] = [[] for _ in items]
     with evaluating(lm.model):
         shared, prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
-        lengths = [sum(len(prompt) + len(one) for one in options) for prompt, options in items]
-        for rows in batches_by_tokens(lengths, batch_tokens):
+        lengths = [_tokens_held(prompt, options) for prompt, options in items]
+        for rows in batches_by_tokens(lengths, batch_tokens, enough=ENOUGH):
             batch = _Batch(lm, [list(items[row][0][shared:]) for row in rows], prefix, shared)
             tails = [[list(option) for option in items[row][1]] for row in rows]
             for row, values in zip(rows, _score_options(batch, tails), strict=True):
@@ -210,6 +212,13 @@ class _Batch:
         self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
 
+    def copy_of(self, picked: list[int]) -> _Batch:
+        """The same, as a batch of its own."""
+        batch = copy.copy(self)
+        batch.cache = copy.deepcopy(self.cache)
+        batch.select(picked)
+        return batch
+
 
 def _decode(
     batch: _Batch, max_new_tokens: int, ends: Callable[[list[int]], bool]
@@ -262,31 +271,50 @@ def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tup
     best = first.argmax(-1).tolist()
     values = [float(first[i, option[0]]) for i, option in zip(owner, flat, strict=True)]
     greedily = [best[i] == option[0] for i, option in zip(owner, flat, strict=True)]
-    longer = [index for index, option in enumerate(flat) if len(option) > 1]
-    if longer:
-        batch.select([owner[index] for index in longer])
-        device = batch.mask.device
-        longest = max(len(flat[index]) for index in longer)
-        ids = torch.zeros(len(longer), longest - 1, dtype=torch.long)
-        targets, valid = torch.zeros_like(ids), torch.zeros_like(ids)
-        for row, index in enumerate(longer):
-            option = flat[index]
-            ids[row, : len(option) - 1] = torch.tensor(option[:-1])
-            targets[row, : len(option) - 1] = torch.tensor(option[1:])
-            valid[row, : len(option) - 1] = 1
-        # Padding on the right: masked, and no later token of the row could see it anyway.
-        batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
-        # At position 0, because a longer row's padding may reach past the model's last position.
-        positions = batch.next_position + torch.arange(longest - 1, device=device)
-        positions = positions * valid.to(device)
-        logits = batch.forward(ids.to(device), positions, last_only=False)
-        nll = (_nll(logits, targets.to(logits.device)).cpu() * valid).sum(-1).tolist()
-        right = (logits.argmax(-1).cpu() == targets) | (valid == 0)
-        for index, lost, follows in zip(longer, nll, right.all(-1).tolist(), strict=True):
+    for chunk in _of_similar_length([len(option) - 1 for option in flat]):
+        part = batch.copy_of([owner[index] for index in chunk])
+        tails_nll, follows = _score_tails(part, [flat[index] for index in chunk])
+        for index, lost, right in zip(chunk, tails_nll, follows, strict=True):
             values[index] -= lost
-            greedily[index] = greedily[index] and follows
+            greedily[index] = greedily[index] and right
     scored = iter(zip(values, greedily, strict=True))
     return [[next(scored) for _ in options] for options in tails]
+
+
+def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], list[bool]]:
+    """Negative log-likelihood of all but the first token, and whether each is the likeliest."""
+    device = batch.mask.device
+    longest = max(len(option) for option in options)
+    ids = torch.zeros(len(options), longest - 1, dtype=torch.long)
+    targets, valid = torch.zeros_like(ids), torch.zeros_like(ids)
+    for row, option in enumerate(options):
+        ids[row, : len(option) - 1] = torch.tensor(option[:-1])
+        targets[row, : len(option) - 1] = torch.tensor(option[1:])
+        valid[row, : len(option) - 1] = 1
+    # Padding on the right: masked, and no later token of the row could see it anyway.
+    batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
+    # At position 0, because a longer row's padding may reach past the model's last position.
+    positions = batch.next_position + torch.arange(longest - 1, device=device)
+    positions = positions * valid.to(device)
+    logits = batch.forward(ids.to(device), positions, last_only=False)
+    nll = _nll(logits, targets.to(logits.device)).cpu() * valid
+    right = (logits.argmax(-1).cpu() == targets) | (valid == 0)
+    return nll.sum(-1).tolist(), right.all(-1).tolist()
+
+
+def _of_similar_length(lengths: list[int]) -> list[list[int]]:
+    """Indices of positive lengths, in groups of which none is over twice another: less padding."""
+    groups: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        if length > 0:
+            groups.setdefault((length - 1).bit_length(), []).append(index)
+    return list(groups.values())
+
+
+def _tokens_held(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:
+    """Tokens of an item in the cache at the most: each option of several has a copy of its own."""
+    longer = sum(len(option) > 1 for option in options)
+    return max(1, longer) * (len(prompt) + max(len(option) for option in options))
 
 
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
