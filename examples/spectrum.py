@@ -39,7 +39,8 @@ edit = kfac.CurvatureEdit(factors, dict.fromkeys(names, keep))
 found = joint.task_positions(lm, direction, factors, tasks)
 title = f"layer {direction.layer}: Spearman {found.spearman:.2f}, n = {found.spearman.n} tasks"
 atomic_write_bytes(FIGURE, two_sided_spectrum(found.positions, f"{lm.name}, {title}").png)
-print(f"{title}, p = {found.p_value:.3f}; size for random directions {found.random:.2f}")
+print(f"{title}, p = {found.p_value:.3f}; size for random directions {found.random:.2f}, ", end="")
+print(f"{found.above_random:.0%} of them below")
 for one in found.positions:
     print(f"{one.task:28s} projection {one.projection:.2f}, flat {one.flat}")
 
@@ -51,6 +52,7 @@ for one in joint.direction_sharpness(lm, [direction], factors, split.train):
         print(f"{one.target} {one.role}: {name} {place.value:.2f}, ", end="")
         print(f"random {place.isotropic:.2f}, as states vary {place.matched:.2f}")
 
-comparison = lirefs.compare(lm, joint.edit_and_steer(edit, direction, 2.0), tasks)
+few = [task for task in tasks if task.group in ("memorization", "conflict", "language")]
+comparison = lirefs.compare(lm, joint.edit_and_steer(edit, direction, 2.0), few)
 for cell in comparison.cells():
     print(f"{cell.task:28s} {cell.variant:24s} {cell.value:.2f}")

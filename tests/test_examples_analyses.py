@@ -79,3 +79,9 @@ def test_compare_methods(tmp_path, monkeypatch, capsys):
     assert printed.count("K-FAC minus SVD") == 13
     assert is_picture(tmp_path / "pareto.png")
     assert (tmp_path / "report.html").exists()
+
+
+def test_task_bands(tmp_path, monkeypatch, capsys):
+    run(monkeypatch, "task_bands.py", 3, tmp_path / "bands.png")
+    assert capsys.readouterr().out.count("bottom half") == 4 * 3 * 4
+    assert is_picture(tmp_path / "bands.png")

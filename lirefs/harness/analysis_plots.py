@@ -69,6 +69,8 @@ def tag_bars(found: TagChanges) -> Picture:
 
 def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture:
     """Each task by its projection on the LiReF and its share of flat input energy, intervals."""
+    from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
+
     canvas, (axis,) = canvas_of(1, (8.5, 5.6))
     groups = [g for g in (*GROUPS, CONFLICT) if g in {one.group for one in positions}]
     for index, group in enumerate(groups):
@@ -95,6 +97,13 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
             va="bottom",
             fontsize=7,
         )
+    # Recited text lies far above the rest, which a linear scale would press into a line.
+    axis.set_yscale("log")
+    axis.yaxis.set(
+        major_locator=MaxNLocator(10),
+        minor_locator=NullLocator(),
+        major_formatter=ScalarFormatter(),
+    )
     axis.margins(0.12)
     axis.set(
         xlabel="projection of the last prompt token on the LiReF, in class distances",
@@ -113,6 +122,8 @@ def _errors(found: Sequence[Estimate]) -> Any:
 
 def _label(canvas: Any, axis: Any, positions: Sequence[TaskPosition]) -> None:
     """Name each point where its name covers no other name and no point, as near as there is."""
+    from matplotlib.text import Text
+
     canvas.draw_without_rendering()
     renderer = canvas.canvas.get_renderer()
     points = [axis.transData.transform((one.projection.value, one.flat.value)) for one in positions]
@@ -125,16 +136,17 @@ def _label(canvas: Any, axis: Any, positions: Sequence[TaskPosition]) -> None:
             (0, 0),
             textcoords="offset points",
             fontsize=7,
+            arrowprops={"arrowstyle": "-", "lw": 0.4, "shrinkA": 0, "shrinkB": 2},
         )
-        extent = text.get_window_extent(renderer)
+        extent = Text.get_window_extent(text, renderer)  # without the line to the point
         places = [
             (dx, dy)
             for far in (1, 2, 3, 4, 6, 8)
             for dx, dy in (
-                (6, 4 * far),
-                (6, -10 * far),
-                (-6 - extent.width / scale, 4 * far),
-                (-6 - extent.width / scale, -10 * far),
+                (7, 4 * far),
+                (7, -10 * far),
+                (-7 - extent.width / scale, 4 * far),
+                (-7 - extent.width / scale, -10 * far),
                 (-extent.width / scale / 2, 8 * far),
                 (-extent.width / scale / 2, -14 * far),
             )
