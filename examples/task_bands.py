@@ -1,4 +1,4 @@
-"""Where tasks lie between recited and clean text: their curvature bands, the K-FAC paper's figure 4.
+"""Where tasks lie between recited and clean text, band by band: the K-FAC paper's figure 4.
 
 python examples/task_bands.py [ITEMS [FIGURE]]
 """
@@ -23,7 +23,7 @@ def batches(texts):
     return [lm.pad([ids], side="right") for ids in lm.encode(texts)]
 
 
-targets = kfac.find_targets(lm.model, roles=["up_proj"])
+targets = kfac.find_targets(lm.model, projections=["up_proj"])
 factors = kfac.collect(lm.model, batches(training_texts(language, 5 * ITEMS)), targets)
 
 
