@@ -15,6 +15,8 @@ from lirefs.harness.tasks import CONFLICT, GROUPS
 from lirefs.statistics import Estimate
 
 MARKERS = "osD^vP*"
+HIGHEST = 100.0
+"""Per cent at which relative changes are cut: a tag of which little was known can double."""
 
 
 @dataclass(frozen=True)
@@ -41,25 +43,24 @@ def tag_bars(found: TagChanges) -> Picture:
     rows = np.arange(len(found.tags))[::-1]
     finite = [one for one in found.tags if math.isfinite(one.relative.value)]
     ends = [100 * end for one in finite for end in (one.relative.low, one.relative.high, 0.0)]
-    low, high = min(ends, default=-1.0), max(ends, default=1.0)
+    low, high = min(ends, default=-1.0), min(max(ends, default=1.0), HIGHEST)
     margin = 0.05 * max(high - low, 1.0)
     for row, one in zip(rows, found.tags, strict=True):
-        value = 100 * one.relative.value
         note = f"{one.before:.2f}, n = {one.change.n}"
         axis.text(high + margin, row, note, fontsize=7, va="center")
-        if not math.isfinite(value):
+        if not math.isfinite(one.relative.value):
             axis.text(0, row, " n/a", fontsize=7, va="center")
             continue
-        errors = [
-            [max(0.0, value - 100 * one.relative.low)],
-            [max(0.0, 100 * one.relative.high - value)],
-        ]
+        found_ends = (one.relative.low, one.relative.value, one.relative.high)
+        left, value, right = (min(100 * end, high) for end in found_ends)
+        errors = np.maximum([[value - left], [right - value]], 0)
         axis.barh(row, value, 0.7, color=COLOURS[1] if value < 0 else COLOURS[2])
         axis.errorbar(value, row, xerr=errors, fmt="none", ecolor="black", lw=0.9, capsize=2)
     axis.axvline(0, color="black", lw=0.8)
     axis.set_yticks(rows, [one.tag for one in found.tags])
-    axis.set(xlabel="change of the score, % of the unchanged model's", xlim=(low - margin, None))
-    axis.set_xlim(right=high + 5.5 * margin)
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.set(xlabel="change of the score, % of the unchanged model's")
+    axis.set_xlim(low - margin, high + 5.5 * margin)
     title = f"{found.task} under {found.variant}; right: unchanged score"
     if found.spearman is not None:
         title += f"\nSpearman of change and order {found.spearman:.2f}, p = {found.p_value:.3f}"
@@ -107,7 +108,7 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
     axis.margins(0.12)
     axis.set(
         xlabel="projection of the last prompt token on the LiReF, in class distances",
-        ylabel="share of input energy in flat directions",
+        ylabel="share of input energy in flat directions (log scale)",
     )
     axis.set_title(title, fontsize=9, pad=24)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
