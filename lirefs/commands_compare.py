@@ -26,12 +26,14 @@ from lirefs.harness.journal import Journal
 from lirefs.harness.suites import Suite, suite_tasks
 from lirefs.harness.tasks import Task
 from lirefs.job import (
+    arithmetic_lines,
     edit_lines,
     edited_layers,
     factors_of,
     probe_lines,
     separation_figure,
     spectrum_figure,
+    tag_figures,
 )
 from lirefs.organism import suite as organism
 from lirefs.organism.language import Language
@@ -237,7 +239,13 @@ def _language_model(asked: _Asked, question_set: lirefs.Questions) -> None:
         journal=asked.journal,
         progress=not console.quiet,
     )
-    figures = [separation_figure(probe), spectrum_figure(collected, collected.names, keep)]
+    methods = ["K-FAC", "LiReF"]
+    comparison.provenance["findings"] += arithmetic_lines(comparison, methods)
+    figures = [
+        *tag_figures(comparison, methods),
+        separation_figure(probe),
+        spectrum_figure(collected, collected.names, keep),
+    ]
     _save(asked, comparison, figures, {"directions": probe.directions})
 
 

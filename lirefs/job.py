@@ -16,6 +16,10 @@ import kfac
 import lirefs
 from lirefs.errors import SettingError
 from lirefs.harness import plots, report
+from lirefs.harness.analyses import by_tag
+from lirefs.harness.analysis_plots import tag_bars
+from lirefs.harness.arithmetic import arithmetic_errors, steps
+from lirefs.harness.comparison import BASELINE
 from lirefs.probe import Probe
 
 BATCH_TOKENS = 1024
@@ -122,3 +126,42 @@ def separation_figure(probe: Probe) -> report.Figure:
         "measured from the middle of the train class means, with each layer's direction.",
         plots.direction_separation(probe),
     )
+
+
+def arithmetic_lines(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[str]:
+    """What happened to the calculations of worked answers that a variant made wrong."""
+    lines = []
+    for task, info in comparison.tasks.items():
+        outputs = [one.output for one in comparison.results[BASELINE][task]]
+        if info.group != "arithmetic" or not any(map(steps, outputs)):
+            continue
+        for variant in variants:
+            found = arithmetic_errors(comparison, task, variant)
+            if found.lost:
+                counts = "; ".join(f"{verdict} {n}" for verdict, n in found.counts.items() if n)
+                lines.append(
+                    f"Worked answers of {task} that are right unchanged and wrong under {variant}, "
+                    f"n = {found.lost}: {counts}."
+                )
+    return lines
+
+
+def tag_figures(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[report.Figure]:
+    """Change of each relation, or other class of items, for every task whose items have some."""
+    figures = []
+    for task, info in comparison.tasks.items():
+        tags = {one.id.rpartition("/")[0] for one in comparison.results[BASELINE][task]}
+        if len(tags) < 2 or "" in tags or info.metric == "perplexity":
+            continue
+        for variant in variants:
+            found = by_tag(comparison, task, variant)
+            figures.append(
+                report.Figure(
+                    f"{task}-{variant}".replace(" ", "_"),
+                    f"{task} by class under {variant}",
+                    "Change of the score relative to the unchanged model, with 95 % intervals; at "
+                    "the right the unchanged score and the number of items.",
+                    tag_bars(found),
+                )
+            )
+    return figures

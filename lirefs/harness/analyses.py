@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -11,7 +10,8 @@ import numpy as np
 from lirefs.errors import TaskError
 from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.tasks import ItemResult
-from lirefs.statistics import Estimate, correlation, interval, permutation_p, resample_counts
+from lirefs.paired import paired_difference, paired_ratio
+from lirefs.statistics import Estimate, correlation, permutation_p, resample_counts
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,17 @@ def by_tag(
 def _change(
     comparison: Comparison, tag: str, pairs: list[tuple[ItemResult, ItemResult]], metric: str
 ) -> TagChange:
-    scores = np.array([[one.scores[metric] for one in pair] for pair in pairs])
-    weights = np.array([before.weight for before, _ in pairs])
-    draws = resample_counts(len(pairs), comparison.resamples, comparison.seed) * weights
-    means = draws @ scores / draws.sum(axis=1, keepdims=True)
-    before, after = (float(one) for one in weights @ scores / weights.sum())
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = means[:, 1] / means[:, 0] - 1
+    before, after = (
+        np.array([one.scores[metric] for one in side]) for side in zip(*pairs, strict=True)
+    )
+    weights = np.array([one.weight for one, _ in pairs], np.float64)
+    draws = resample_counts(len(pairs), comparison.resamples, comparison.seed)
+    ratio = paired_ratio(after, before, draws, weights)
     return TagChange(
         tag=tag,
-        before=before,
-        change=Estimate(after - before, *interval(means[:, 1] - means[:, 0]), len(pairs)),
-        relative=Estimate(
-            after / before - 1 if before else math.nan, *interval(ratios), len(pairs)
-        ),
+        before=float(weights @ before / weights.sum()),
+        change=paired_difference(after, before, draws, weights),
+        relative=Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1, ratio.n),
     )
 
 
