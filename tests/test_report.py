@@ -5,6 +5,7 @@ import re
 import sys
 from html.parser import HTMLParser
 
+import numpy as np
 import pytest
 from made_up import NASTY, SHARED, made_up
 
@@ -214,14 +215,30 @@ def test_figures_are_the_same_bytes_and_readable(comparison):
     first, second = (report.default_figures(comparison) for _ in range(2))
     assert [one.name for one in first] == ["retained", "retained_tasks"]
     assert first == second
-    for figure in first:
-        svg = figure.picture.svg.decode()
-        assert figure.picture.png.startswith(b"\x89PNG")
-        assert "variant A" in svg  # text is text
+    values = np.geomspace(1, 1e-6, 40)
+    curve = np.stack([np.geomspace(1e-4, 1, 9), np.linspace(0.1, 1, 9)], axis=1)
+    spectra = [
+        plots.Spectrum(f"layers.{i}.up", values, values, values * 40, curve, 0.9) for i in range(9)
+    ]
+    for picture, words in (
+        (first[0].picture, "variant A"),
+        (first[1].picture, "variant A"),
+        (plots.curvature_spectrum(spectra), "layers.4.up"),
+    ):
+        svg = picture.svg.decode()
+        assert picture.png.startswith(b"\x89PNG")
+        assert words in svg  # text is text
         width = float(re.search(r'width="([\d.]+)pt"', svg).group(1))
         assert width <= 72 * plots.WIDE + 1e-6
         sizes = [float(one) for one in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
         assert min(sizes) >= plots.SMALL
+
+
+def test_names_in_a_legend_keep_what_differs():
+    assert plots._apart(["a.0.up", "a.1.up"]) == ["0", "1"]
+    assert plots._apart(["a.0.up", "a.1.down"]) == ["0.up", "1.down"]
+    assert plots._apart(["a.0.up"]) == ["a.0.up"]
+    assert plots._apart(["a", "a.b"]) == ["a", "a.b"]
 
 
 @pytest.mark.parametrize(("tasks", "variants"), [(5, 1), (12, 4), (40, 10)])

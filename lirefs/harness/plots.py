@@ -144,6 +144,9 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     right.set_title(shown.name, fontsize=8)
     legend_below(right, columns=1)
     colour_bar(canvas, picture, right, "log10 share of mass")
+    for each in (left.xaxis, right.xaxis, right.yaxis):
+        each.set_major_formatter("{x:g}")  # exponents would be too small to read
+        each.set_minor_formatter("")
     return picture_of(canvas)
 
 
