@@ -7,9 +7,12 @@ import torch
 
 from lirefs import Direction, MultipleChoice, Perplexity, Recitation, ShortAnswer, compare
 from lirefs.errors import InterventionError, TaskError
+from lirefs.harness import tables
 from lirefs.harness.comparison import Comparison, TaskInfo
 from lirefs.harness.engine import greedy
+from lirefs.harness.flips import flips
 from lirefs.harness.tasks import ItemResult
+from lirefs.significance import detectable_difference
 
 
 @pytest.fixture(scope="module")
@@ -130,3 +133,51 @@ def test_named_errors(lm):
         compare(lm, {"unchanged": good}, [task], progress=False)
     with pytest.raises(InterventionError):  # before any task has run
         compare(lm, {"a": Direction(torch.ones(5), 1).steer("add")}, [task], progress=False)
+
+
+def test_a_null_run_reports_no_difference_anywhere(comparison):
+    alone = Comparison(
+        {name: comparison.results[name] for name in ("unchanged", "same")}, comparison.tasks
+    )
+    assert not any(tables.clear(cell) for cell in alone.cells())
+    assert not any(flips(alone, task, "same") for task in alone.tasks)
+    for group in alone.groups:
+        if alone.counted(group):
+            assert alone.retained("same", group).value == 1
+
+
+def test_a_planted_difference_of_the_detectable_size_is_found_as_often_as_said():
+    """Of four items in ten that change, more are lost than gained, by the detectable difference."""
+    n, discordant = 120, 0.4
+    least = detectable_difference(n, discordant)
+    generator = np.random.default_rng(0)
+    found = 0
+    for _ in range(400):
+        change = generator.choice(
+            [-1, 1, 0], n, p=[(discordant + least) / 2, (discordant - least) / 2, 1 - discordant]
+        )
+        base = np.where(change == 0, generator.random(n) < 0.5, change < 0)
+        results = {
+            name: {"t": [ItemResult(str(i), {"accuracy": float(v)}) for i, v in enumerate(scores)]}
+            for name, scores in (("unchanged", base), ("planted", base + change))
+        }
+        one = Comparison(results, {"t": TaskInfo("reasoning", "accuracy")}, resamples=2)
+        found += one.cell("planted", "t").p_holm < 0.05
+    assert found / 400 == pytest.approx(0.8, abs=0.05)
+
+
+def test_a_planted_difference_is_found_among_many_null_tasks_and_nothing_else():
+    generator = np.random.default_rng(1)
+    base, results = {}, {}
+    for task in range(30):
+        scores = generator.random(150) < 0.6
+        moved = np.where(generator.random(150) < 0.1, generator.random(150) < 0.6, scores)
+        if task == 7:
+            moved = scores & (generator.random(150) < 0.75)
+        base[f"t{task}"], results[f"t{task}"] = (
+            [ItemResult(str(i), {"accuracy": float(v)}) for i, v in enumerate(values)]
+            for values in (scores, moved)
+        )
+    tasks = {name: TaskInfo("reasoning", "accuracy") for name in base}
+    one = Comparison({"unchanged": base, "planted": results}, tasks, resamples=2)
+    assert [cell.task for cell in one.cells() if tables.clear(cell)] == ["t7"]
