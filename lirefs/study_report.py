@@ -9,7 +9,7 @@ import numpy as np
 
 from lirefs.harness import plots, sweep_plots
 from lirefs.harness.comparison import BASELINE, Comparison
-from lirefs.harness.report import Figure, default_figures
+from lirefs.harness.report import Figure
 from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.statistics import Estimate
 from lirefs.study import (
@@ -38,7 +38,7 @@ def findings(study: Study) -> list[str]:
 
 
 def figures(study: Study) -> list[Figure]:
-    """All figures but the curvature spectrum, in the order of the questions."""
+    """Figures of the four questions, in their order."""
     form, probe = study.form, study.probes[study.form]
     keeps = {f"keep {value:g}": value for value in SWEPT_KEEPS}
     places = {name: (value, _perplexity(study.keeps, name)) for name, value in keeps.items()}
@@ -56,7 +56,6 @@ def figures(study: Study) -> list[Figure]:
         for task in (TRUE, READ)
     }
     return [
-        *default_figures(study.comparison),
         Figure(
             "keep_sweep",
             "Question 1: the spectrum from recitation to reasoning",

@@ -21,7 +21,7 @@ class TagChange:
     Attributes:
         tag: The part of their ids before the last slash.
         before: Mean score of the unchanged model.
-        change: Mean score under the variant minus `before`, paired bootstrap over items.
+        change: Mean score under the variant minus `before`, paired over items (`lirefs.paired`).
         relative: `change` over `before`, as the K-FAC paper's figure 5 has it; not finite where
             `before` is 0.
     """

@@ -86,7 +86,7 @@ def latex(comparison: Comparison) -> str:
             r"% Needs \usepackage{booktabs}.",
             *_float(
                 "Share of the unchanged model's score that each variant retains, mean over the "
-                "tasks of a group, with the 95\\,\\% interval of a paired bootstrap over items.",
+                "tasks of a group, with 95\\,\\% intervals, paired over items.",
                 groups,
                 by_group,
             ),

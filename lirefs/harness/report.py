@@ -45,8 +45,8 @@ def default_figures(comparison: Comparison) -> list[Figure]:
         return []  # nothing was changed, or there is nothing to retain
     drawn = (
         "Share of the unchanged model's score (line at 1: no change); for language, the unchanged "
-        f"perplexity over the variant's. Bars: 95 % intervals of a paired bootstrap over items "
-        f"({comparison.resamples} resamples). Arrows lie beyond the axis. Tasks on which the "
+        "perplexity over the variant's. Bars: 95 % intervals, paired over "
+        "items. Arrows lie beyond the axis. Tasks on which the "
         "unchanged model is not above chance are left out"
     )
     return [

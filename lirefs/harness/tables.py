@@ -17,15 +17,15 @@ from lirefs.harness.comparison import Comparison
 LEVEL = 0.05
 """A difference is clear where its adjusted p value is below this."""
 LEGEND = (
-    "Shares have Wilson intervals, other scores and all differences paired bootstrap intervals "
-    "(95 %). p (Holm): that there is no difference from the unchanged model, on the same items "
+    "95 % intervals over items: Wilson's for shares, score intervals for their paired differences "
+    "and ratios, bootstraps for other scores. p (Holm): that there is no difference from the unchanged model, on the same items "
     "(McNemar's test where each item is right or wrong, a sign-flip test otherwise), adjusted over "
     f"all cells of this report. Clear, and marked *, is only what has p (Holm) < {LEVEL:g}. "
     "Can see: the smallest true difference that so many items show with 80 % power."
 )
 OVERVIEW = (
-    "Score over the unchanged model's on the same items, mean over a group's tasks, with the 95 % "
-    "interval of a paired bootstrap; 1 is no change. For language: unchanged perplexity over the "
+    "Score over the unchanged model's on the same items, mean over a group's tasks, with its "
+    "95 % interval, paired over items; 1 is no change. For language: unchanged perplexity over the "
     "variant's."
 )
 
