@@ -18,10 +18,11 @@ LEVEL = 0.05
 """A difference is clear where its adjusted p value is below this."""
 LEGEND = (
     "95 % intervals over items: Wilson's for shares, score intervals for their paired differences "
-    "and ratios, bootstraps for other scores. p (Holm): that there is no difference from the unchanged model, on the same items "
-    "(McNemar's test where each item is right or wrong, a sign-flip test otherwise), adjusted over "
-    f"all cells of this report. Clear, and marked *, is only what has p (Holm) < {LEVEL:g}. "
-    "Can see: the smallest true difference that so many items show with 80 % power."
+    "and ratios, bootstraps for other scores. p (Holm): that there is no difference from the "
+    "unchanged model, on the same items (McNemar's test where each item is right or wrong, a "
+    "sign-flip test otherwise), adjusted over all cells of this report. Clear, and marked *, is "
+    f"only what has p (Holm) < {LEVEL:g}. Can see: the smallest true difference that so many items "
+    "show with 80 % power."
 )
 OVERVIEW = (
     "Score over the unchanged model's on the same items, mean over a group's tasks, with its "
