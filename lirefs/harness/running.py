@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm.auto import tqdm
 
 from lirefs.errors import TaskError
@@ -101,6 +104,13 @@ def compare(
             "model_name": lm.name,
             "tokenizer": lm.tokenizer_fingerprint,
             "device": str(lm.device),
+            "environment": {
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                **{one: metadata.version(one) for one in ("torch", "transformers", "numpy")},
+                "threads": torch.get_num_threads(),
+            },
+            "tasks": {task.name: digest_of(lm, task) for task in tasks},
             "interventions": made_by,
             **(provenance or {}),
         },
