@@ -367,6 +367,21 @@ def test_a_part_of_a_task_keeps_prompts_and_scores(folder):
 
 
 @needs_lm_eval
+def test_options_may_be_contexts_of_one_continuation(folder):
+    text = MULTIPLE_CHOICE.format(data=folder / "rows.jsonl", shots=0).replace("acc_norm", "acc")
+    text = text.replace('doc_to_text: "Q: {{question}}\\nA:"', "doc_to_text: answer")
+    text = text.replace("doc_to_target: answer", 'doc_to_target: "is ripe"')
+    (folder / "fruits.yaml").write_text(text.replace("[{metric: acc}, ", "["))
+    lm = language_model()
+    (task,) = lirefs.lm_eval_tasks(["fruits"], include_path=folder)
+    found = task.run(lm, lambda n: None)
+    theirs = evaluated(hflm(lm), folder, "fruits")["samples"]["fruits"]
+    assert [one.scores["acc"] for one in found] == [one["acc"] for one in theirs]
+    assert [float(one.expected == one.output) for one in found] == [one["acc"] for one in theirs]
+    assert [one.expected for one in found] == [row["options"][row["answer"]] for row in rows()]
+
+
+@needs_lm_eval
 def test_unreadable_answers_are_counted(folder):
     text = (folder / "words.yaml").read_text().replace('"([A-Z])"', '"(impossible)"')
     text = text.replace("  - {name: first, filter: [{function: take_first}]}\n", "")

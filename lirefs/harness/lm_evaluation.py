@@ -151,7 +151,7 @@ class LMEvalTask:
         for key in (first, *others):
             found = self.source.process_results(item[0].doc, [r.filtered_resps[key] for r in item])
             for name, value in found.items():
-                if isinstance(value, numbers.Real | bool):  # else it is one for the whole corpus
+                if isinstance(value, numbers.Real):  # else it is one for the whole corpus
                     scores[name if key == first else f"{name},{key}"] = float(value)
         if self.metric not in scores:
             raise TaskError(f"{self.name}: lm-eval gives no {self.metric} for a single document")
@@ -170,6 +170,8 @@ class LMEvalTask:
         target = self.source.doc_to_target(item[0].doc)
         if self.source.OUTPUT_TYPE != "multiple_choice":
             return str(target), str(response)
+        if self.source.multiple_input:  # the options are contexts of one continuation
+            target = self.source.doc_to_text(item[0].doc)
         options = self.source.doc_to_choice(item[0].doc)
         values = [one.resps[0][0] for one in item[: len(options)]]
         right = options[target] if isinstance(target, int) else str(target)
