@@ -109,7 +109,8 @@ def compare(
         Suite | None, typer.Option(help="Tasks to run. Default: those that the project ships.")
     ] = None,
     data: Annotated[
-        Path | None, typer.Option(help="Folder of JSON Lines for the tasks of a suite.")
+        Path | None,
+        typer.Option(help="Folder of JSON Lines for a suite, or of lm-eval tasks (YAML)."),
     ] = None,
     lm_eval: Annotated[
         str | None, typer.Option(help="Tasks of lm-evaluation-harness to add, by comma.")
@@ -138,8 +139,8 @@ def compare(
         raise kfac.KeepError(f"--keep {keep}: must be in (0, 1]")
     if data is not None and not data.is_dir():
         raise SettingError(f"--data {data}: is not a folder")
-    if data is not None and suite is None:
-        raise SettingError("--data goes with --suite")
+    if data is not None and suite is None and lm_eval is None:
+        raise SettingError("--data goes with --suite or --lm-eval")
     own_data = any(one is not None for one in (questions, memorized, factors, data, lm_eval))
     model = model or (DEFAULT_FOR_OWN_DATA if own_data else DEFAULT_MODEL)
     taught = language_seed(model)
@@ -315,9 +316,8 @@ def _tasks(
     for name, reason in left_out.items():
         console.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
     if asked.lm_eval:
-        from lirefs.harness.lm_evaluation import lm_eval_tasks
-
-        tasks = [*tasks, *lm_eval_tasks(asked.lm_eval, limit=asked.limit)]
+        added = lirefs.lm_eval_tasks(asked.lm_eval, include_path=asked.data, limit=asked.limit)
+        tasks = [*tasks, *added]
     return tasks, left_out
 
 

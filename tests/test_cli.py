@@ -4,6 +4,7 @@ import sys
 import pytest
 from tiny import fresh_model, tiny_tokenizer
 
+import lirefs
 from lirefs import cli, job
 from lirefs.harness import suite
 from lirefs.harness.journal import Journal
@@ -182,6 +183,25 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
     (out / "unfinished" / "items-0.jsonl").write_text("left over")
     assert run(monkeypatch, *arguments, "--out", out) == 0
     assert "starting anew" in capsys.readouterr().err
+
+
+def test_a_task_of_lm_eval_is_compared_beside_ours(
+    folder, questions, tmp_path, monkeypatch, capsys, quick_lm_eval
+):
+    pytest.importorskip("lm_eval", reason="lm-eval is not installed")
+    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    lm = lirefs.load(str(folder))
+    items = [(str(i), lm.encode([f"a prefix {i}"])[0], [40, 50 + i]) for i in range(4)]
+    lirefs.write_lm_eval_task(tmp_path / "tasks", "recite", items, lm.tokenizer)
+    arguments = ["compare", "--model", folder, "--questions", questions, "--quick", "--limit", "3"]
+    arguments += ["--layers", "1,2", "--lm-eval", "recite", "--data", tmp_path / "tasks"]
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "report") == 0
+    saved = lirefs.Comparison.load(tmp_path / "report")
+    assert saved.tasks["recite"].group == "lm-eval"
+    assert len(saved.results["K-FAC"]["recite"]) == 3
+    assert "lm-eval" in (tmp_path / "report" / "report.md").read_text()
+    assert run(monkeypatch, *arguments, "--lm-eval", "absent", "--out", tmp_path / "no") == 2
+    assert "no task absent" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
