@@ -30,6 +30,7 @@ from lirefs.job import (
     edit_lines,
     edited_layers,
     factors_of,
+    indices,
     probe_lines,
     separation_figure,
     spectrum_figure,
@@ -152,7 +153,7 @@ def compare(
     asked = _Asked(
         model=model,
         device=_join_processes(device),
-        layers=_indices(layers),
+        layers=indices(layers),
         keep=keep,
         strength=strength,
         suite=suite,
@@ -352,15 +353,6 @@ def _join_processes(device: str | None) -> str | None:
     local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
     torch.cuda.set_device(local)
     return device if device and ":" in device else f"cuda:{local}"
-
-
-def _indices(text: str | None) -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise SettingError(f"--layers {text!r}: expected indices such as 20,21,22") from None
 
 
 def _print_overview(comparison: lirefs.Comparison) -> None:

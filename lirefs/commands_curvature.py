@@ -22,6 +22,7 @@ from lirefs.batching import batches_by_tokens
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_bytes, atomic_write_text, read_jsonl, usual_permissions
 from lirefs.harness import suite
+from lirefs.job import indices
 
 BATCH_TOKENS = 1024
 CLASSES = {"clean": 0, "memorized": 1}
@@ -68,7 +69,7 @@ def collect(
         raise SettingError(f"--estimators: {unknown[0]!r} is not one that can be collected")
     if out.is_dir():
         raise SettingError(f"--out {out}: is a folder, a file is needed")
-    chosen = _indices(layers)
+    chosen = indices(layers)
     rows = suite.calibration_texts() if texts is None else _texts(texts)
     lm = lirefs.load(model, device=device)
     groups = {"mlp_in", "mlp_out", "mlp"}
@@ -275,7 +276,7 @@ def relearn(
     seed: Seed = 0,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""
-    points = _indices(steps, "--steps") or [0]
+    points = indices(steps, "--steps") or [0]
     lm, known = _load(model, device, factors)
     change = kfac.CurvatureEdit(known, keep)
     recited = _recited(lm, memorized, 4, "half to train on and half to test")
@@ -399,15 +400,6 @@ def _texts(path: Path) -> list[str]:
         if not isinstance(row.get("text"), str) or not row["text"]:
             raise SettingError(f"{path}, line {line}: needs a `text` that is not empty")
     return [str(row["text"]) for _, row in rows]
-
-
-def _indices(text: str | None, option: str = "--layers") -> list[int] | None:
-    if text is None:
-        return None
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise SettingError(f"{option} {text!r}: expected numbers such as 20,21,22") from None
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -27,6 +27,20 @@ BATCH_TOKENS = 1024
 _log = logging.getLogger(__name__)
 
 
+def indices(text: str | None, option: str = "--layers") -> list[int] | None:
+    """Numbers of an option, ascending; None where it was not given.
+
+    Raises:
+        SettingError: They are no numbers.
+    """
+    if text is None:
+        return None
+    try:
+        return sorted({int(part) for part in text.split(",")})
+    except ValueError:
+        raise SettingError(f"{option} {text!r}: expected numbers such as 20,21,22") from None
+
+
 def edited_layers(lm: lirefs.LanguageModel, wanted: list[int] | None) -> list[int]:
     """Three layers from two thirds of the depth on, near the paper's 23-25 of 32."""
     if wanted is None:
