@@ -309,6 +309,7 @@ def _tasks(
             lm,
             asked.suite,
             split.test,
+            fitted_on=[*split.train, *split.validation],
             memorized=asked.memorized,
             data=asked.data,
             limit=asked.limit,

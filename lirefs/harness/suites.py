@@ -31,6 +31,7 @@ def suite_tasks(
     suite: Suite | str,
     questions: Sequence[Question] | None = None,
     *,
+    fitted_on: Sequence[Question] = (),
     memorized: str | Path | None = None,
     data: str | Path | None = None,
     limit: int | None = None,
@@ -42,6 +43,7 @@ def suite_tasks(
         lm: The model, with nothing applied to it: the lists of nDCG are frozen here.
         suite: Which.
         questions: Labelled questions of the default tasks.
+        fitted_on: Questions that a direction was fitted or chosen on; no skill asks them.
         memorized: Memorized texts, see `recitation_task`.
         data: Folder of local JSON Lines, see `lirefs.harness.skills`; what is not there is asked
             for on the hub.
@@ -63,6 +65,8 @@ def suite_tasks(
         if suite is Suite.PAPERS or (skill.group == "memorization") == (suite is Suite.MEMORIZATION)
     ]
     skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
+    skills = [_without(task, fitted_on, left_out) for task in skills]
+    skills = [task for task in skills if task.name not in left_out]
     tasks = [*(basis if suite is Suite.PAPERS else kept), *skills]
     if suite is not Suite.SKILLS:
         tasks += memory_measures(lm, tasks)
@@ -77,3 +81,20 @@ def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:
         StressTest(f"{recited.name}, stress test", recited.items),
         ndcg_task(lm, texts.items, name=f"{texts.name}, top 10"),
     ]
+
+
+def _without(task: Task, asked: Sequence[Question], left_out: dict[str, str]) -> Task:
+    """A task without the items that ask one of some questions; noted if none is left."""
+    texts = [one.text for one in asked]
+    prompts = [" ".join(one for one in item[1:] if isinstance(one, str)) for item in task.items]
+    # Answered examples, which all prompts begin with, may be known: a question ends after them.
+    shown = next((n for n, some in enumerate(zip(*prompts, strict=False)) if len({*some}) > 1), 0)
+    kept = [
+        row
+        for row, prompt in enumerate(prompts)
+        if not any(text in prompt and prompt.rfind(text) + len(text) > shown for text in texts)
+    ]
+    if not kept:
+        left_out[task.name] = "the direction was fitted on its questions"
+        return task
+    return task if len(kept) == len(task) else task.subset(kept)
