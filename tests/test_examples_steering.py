@@ -70,3 +70,8 @@ def test_lm_eval_steered_runs(quick_lm_eval, folder, tmp_path, monkeypatch, caps
     out = capsys.readouterr().out
     assert "unsteered {" in out
     assert "acc" in out
+
+
+def test_code_boundary(folder, monkeypatch, capsys):
+    run("code_boundary.py", monkeypatch, folder, 4)
+    assert capsys.readouterr().out.count("on the side of reasoning") == 3
