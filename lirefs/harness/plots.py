@@ -165,8 +165,8 @@ def retained_performance(comparison: Comparison) -> bytes:
     return png_of(canvas)
 
 
-def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
-    """A figure of panels side by side, and their axes.
+def canvas_of(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Canvas, Any]:
+    """A figure of rows of panels side by side, and their axes, row by row.
 
     Made without pyplot: no global state, no window, no change of the user's backend.
     """
@@ -175,7 +175,7 @@ def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
 
     canvas = Canvas(figsize=size, layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = np.atleast_1d(canvas.subplots(1, panels))
+    axes = np.atleast_1d(canvas.subplots(rows, panels)).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
