@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
@@ -17,6 +18,7 @@ from lirefs.vision.report import findings, save, table
 from lirefs.vision.study import PAPER_KEEP, run
 from lirefs.vision.training import SHIPPED, Recipe
 
+SMALL = 2**18
 console = Console(stderr=True, highlight=False)
 
 
@@ -73,6 +75,9 @@ def vision(
         shift=shift,
         grain=grain,
     )
+    if width * mlp <= SMALL:
+        # So small a product gains nothing from a second thread, and on a busy machine waits for it.
+        torch.set_num_threads(1)
     found = run(
         load_images(images, side, limit),
         recipe,

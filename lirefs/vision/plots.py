@@ -65,7 +65,7 @@ def single_blocks(study: Study) -> bytes:
         axis.axhline(study.mean(UNEDITED, metric).value, color="black", lw=0.8, ls=":")
         axis.set(title=NAMES[metric], xlabel="edited block", xticks=blocks, ylim=(0, 1.03))
     axes[0].set_ylabel(f"share of images, {len(study.seeds)} seeds")
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8)
     return png_of(canvas)
 
 
