@@ -75,6 +75,7 @@ def vision(
         shift=shift,
         grain=grain,
     )
+    threads = torch.get_num_threads()
     if width * mlp <= SMALL:
         # So small a product gains nothing from a second thread, and on a busy machine waits for it.
         torch.set_num_threads(1)
@@ -90,6 +91,7 @@ def vision(
         shipped=None if retrain else SHIPPED,
         progress=sys.stderr.isatty(),
     )
+    torch.set_num_threads(threads)
     settings = {"images": images, "side": side, "limit": limit, "tokens": tokens}
     page = save(found, out, settings | asdict(recipe))
     for line in (*table(found), *findings(found)):
