@@ -21,6 +21,7 @@ from kfac.errors import BatchError, SpectrumError
 from kfac.factors import Factors
 from kfac.guest import as_guest, full_precision
 from kfac.passages import target_inputs
+from kfac.passes import Forward
 from kfac.statistics import RESAMPLES, Floats, resample_counts
 
 EDGES = (0.10, 0.25, 0.50)
@@ -75,15 +76,19 @@ def band_profile(
     factors: Factors,
     *,
     edges: Sequence[float] = EDGES,
+    forward: Forward | None = None,
 ) -> BandProfile:
     """Measure how strongly texts activate each curvature band of the targets' inputs.
 
     Args:
-        model: The causal language model of the factors; left as it was found.
-        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T).
+        model: The model of the factors; left as it was found.
+        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T); with
+            `forward`, whatever it takes.
         factors: Factors of the model; each distinct input is measured once.
         edges: Ends of all bands but the last as fractions of the input directions, sharpest
             first. The default gives top 10 %, 10-25 %, 25-50 % and bottom 50 %.
+        forward: For models that are not causal language models, as in `kfac.collect`: its mask
+            (B, T) says which tokens of each text (patches of each image) are measured.
 
     Raises:
         BatchError: No batch, a malformed one, or a text without a token.
@@ -99,7 +104,7 @@ def band_profile(
     bases: dict[str, Tensor] = {}
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     with as_guest(model):
-        for inputs, real in target_inputs(model, batches, targets):
+        for inputs, real in target_inputs(model, batches, targets, forward):
             tokens = real.sum(1).double().cpu()
             if not bool(tokens.all()):
                 raise BatchError("a text has no attended token")

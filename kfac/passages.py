@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac.errors import BatchError, NonFiniteError, TargetError
-from kfac.passes import _device, _to_device, check_tokens, language_model_forward
+from kfac.passes import Forward, _device, _to_device, check_tokens, language_model_forward
 from kfac.sampling import attended
 from kfac.targets import Target
 
@@ -70,14 +70,20 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
 
 
 def target_inputs(
-    model: nn.Module, batches: Iterable[Any], targets: Sequence[Target]
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Sequence[Target],
+    forward: Forward | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
     """Run a model on batches and yield what each target read, batch by batch.
 
     Args:
-        model: A causal language model; nothing after the last target matters.
-        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T).
+        model: A causal language model, or what `forward` runs; nothing after the last target
+            matters.
+        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T); with
+            `forward`, whatever it takes.
         targets: Linear or Conv1D targets; an expert sees only some positions and is refused.
+        forward: As in `kfac.collect`; its mask says which positions are attended.
 
     Yields:
         Target name to its inputs (B, T, in), and the bool mask (B, T) of attended positions.
@@ -99,12 +105,8 @@ def target_inputs(
             stack.callback(handle.remove)
         for index, batch in enumerate(batches):
             empty = False
-            check_tokens(model, batch, f"batch {index}")
             seen.clear()
-            with torch.no_grad():
-                language_model_forward(model, _to_device(batch, _device(model)))
-            real = attended(batch)
-            assert real is not None  # check_tokens has refused such a batch
+            real = _attended_run(model, batch, f"batch {index}", forward)
             wrong = [t.name for t in targets if t.name not in seen]
             if wrong:
                 raise TargetError(f"targets never called by the forward pass: {wrong}")
@@ -119,6 +121,18 @@ def target_inputs(
             yield dict(seen), real
     if empty:
         raise BatchError("the iterable of batches is empty")
+
+
+@torch.no_grad()
+def _attended_run(model: nn.Module, batch: Any, place: str, forward: Forward | None) -> Tensor:
+    """Run a batch for what hooks see of it, and return the mask of attended positions."""
+    if forward is not None:
+        return forward(model, _to_device(batch, _device(model)))[1].bool()
+    check_tokens(model, batch, place)
+    language_model_forward(model, _to_device(batch, _device(model)))
+    real = attended(batch)
+    assert real is not None  # check_tokens has refused such a batch
+    return real
 
 
 def _keep_input(

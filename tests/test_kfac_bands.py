@@ -221,3 +221,20 @@ def test_weights_that_are_nan_are_an_error():
             use(broken, [batch([0])], known)
     with pytest.raises(NonFiniteError, match="batch 0"):
         kfac.recitation(broken, [batch([0])])
+
+
+def test_another_forward_says_which_tokens_are_measured(model, factors):
+    """Hidden by the mask of `forward`, the last tokens of each text count for nothing."""
+    whole = batch([0, 1])
+
+    def forward(model, given):
+        real = given["attention_mask"].bool()
+        real[:, 3:] = False
+        return model(**given).logits, real
+
+    profile = kfac.band_profile(model, [whole], factors, forward=forward)
+    cut = {key: value[:, :3] for key, value in whole.items()}
+    assert profile.tokens.tolist() == [3, 3]
+    np.testing.assert_allclose(
+        profile.norms, kfac.band_profile(model, [cut], factors).norms, rtol=1e-4
+    )

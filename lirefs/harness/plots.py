@@ -159,21 +159,22 @@ def _apart(names: Sequence[str]) -> list[str]:
     return [".".join(one[place] for place in differ) for one in parts]
 
 
-def canvas_of(panels: int, size: tuple[float, float]) -> tuple[Canvas, Any]:
-    """A figure of panels side by side, and their axes.
+def canvas_of(panels: int, size: tuple[float, float], rows: int = 1) -> tuple[Canvas, Any]:
+    """A figure of rows of panels side by side, and their axes, row by row.
 
     Made without pyplot: no global state, no window, no change of the user's backend.
 
     Args:
-        panels: How many.
+        panels: How many in a row.
         size: Width and height in inches.
+        rows: How many rows.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=size, layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = np.atleast_1d(canvas.subplots(1, panels))
+    axes = np.atleast_1d(canvas.subplots(rows, panels)).ravel()
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(which="both", labelsize=SMALL)
