@@ -59,11 +59,13 @@ def suite_tasks(
     suite = Suite(suite)
     basis = default_tasks(lm, questions, memorized, limit)
     kept = [task for task in basis if task.group in ("memorization", "language")]
-    wanted = [
-        name
-        for name, skill in SKILLS.items()
-        if suite is Suite.PAPERS or (skill.group == "memorization") == (suite is Suite.MEMORIZATION)
-    ]
+
+    def belongs(name: str) -> bool:
+        if suite is Suite.PAPERS:  # what is generated is among the default tasks already
+            return not name.startswith("generated_")
+        return (SKILLS[name].group == "memorization") == (suite is Suite.MEMORIZATION)
+
+    wanted = [name for name in SKILLS if belongs(name)]
     skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
     skills = [_without(task, fitted_on, left_out) for task in skills]
     skills = [task for task in skills if task.name not in left_out]
