@@ -101,7 +101,6 @@ def paired_p_value(
     scores: Floats,
     base: Floats,
     weights: Floats | None = None,
-    permutations: int = 200_000,
     seed: int = 0,
 ) -> float:
     """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` for all others.
@@ -110,12 +109,11 @@ def paired_p_value(
         scores: One an item, shape (n,).
         base: The same for the unchanged model.
         weights: Weight of each item, shape (n,); None for equal weights.
-        permutations: Of `sign_flip`.
         seed: Of `sign_flip`.
     """
     if binary(scores, base, weights):
         return mcnemar(int((scores > base).sum()), int((scores < base).sum()))
-    return sign_flip(scores - base, permutations, seed, weights)
+    return sign_flip(scores - base, seed=seed, weights=weights)
 
 
 def paired_detectable(

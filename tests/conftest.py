@@ -8,8 +8,9 @@ import importlib.util
 import datasets
 import pytest
 import torch
+from lm_eval_local import write_tasks
 from skill_rows import write
-from tiny import tiny_model, tiny_tokenizer
+from tiny import fresh_model, tiny_model, tiny_tokenizer
 
 from lirefs.harness.skill_table import SKILLS
 from lirefs.models import LanguageModel, wrap
@@ -85,3 +86,20 @@ def quick_lm_eval(monkeypatch):
         manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
         monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
         monkeypatch.setattr(lm_eval.evaluator, "add_env_info", lambda results: None)
+
+
+@pytest.fixture
+def lm_eval_folder(quick_lm_eval, tmp_path, monkeypatch):
+    """A folder with two tasks of lm-eval, `fruits` and `words`."""
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    write_tasks(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory):
+    """A tiny model on disk, as a user would name it; no test writes to it."""
+    path = tmp_path_factory.mktemp("model")
+    fresh_model("llama", max_position_embeddings=1024).save_pretrained(path)
+    tiny_tokenizer().save_pretrained(path)
+    return path

@@ -10,15 +10,6 @@ from lirefs.harness import suite
 from lirefs.harness.journal import Journal
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A model on disk, as a user would name it."""
-    path = tmp_path_factory.mktemp("model")
-    fresh_model("llama", max_position_embeddings=1024).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
-
-
 def run(monkeypatch, *arguments):
     monkeypatch.setattr(sys, "argv", ["lirefs", *map(str, arguments)])
     with pytest.raises(SystemExit) as stop:
@@ -44,10 +35,10 @@ def questions(tmp_path):
 
 
 def test_compare_writes_a_whole_report_and_reuses_its_work(
-    folder, questions, tmp_path, monkeypatch, capsys
+    model_folder, questions, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
-    arguments = ["compare", "--model", folder, "--questions", questions, "--quick"]
+    arguments = ["compare", "--model", model_folder, "--questions", questions, "--quick"]
     arguments += ["--layers", "1,2", "--keep", "0.9", "--factors", tmp_path / "f.safetensors"]
     out = tmp_path / "report"
     assert run(monkeypatch, *arguments, "--out", out) == 0
@@ -92,11 +83,15 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
         ('{"question": "a", "label": "memory"}', "one class only"),
     ],
 )
-def test_wrong_questions_end_in_one_line(content, error, folder, tmp_path, monkeypatch, capsys):
+def test_wrong_questions_end_in_one_line(
+    content, error, model_folder, tmp_path, monkeypatch, capsys
+):
     path = tmp_path / "q.jsonl"
     path.write_text(content)
     out = tmp_path / "report"
-    assert run(monkeypatch, "compare", "--model", folder, "--questions", path, "--out", out) == 2
+    assert (
+        run(monkeypatch, "compare", "--model", model_folder, "--questions", path, "--out", out) == 2
+    )
     lines = capsys.readouterr().err.strip().splitlines()
     assert len(lines) == 1
     assert error in lines[0]
@@ -127,32 +122,41 @@ def test_wrong_arguments_end_in_one_line(arguments, error, tmp_path, monkeypatch
     assert not (tmp_path / "report").exists()
 
 
-def test_layers_out_of_range_and_a_file_in_the_way(folder, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "compare", "--model", folder, "--layers", "99") == 2
+def test_layers_out_of_range_and_a_file_in_the_way(model_folder, tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "compare", "--model", model_folder, "--layers", "99") == 2
     assert "99 does not exist" in capsys.readouterr().err
     (tmp_path / "taken").write_text("mine")
-    assert run(monkeypatch, "compare", "--model", folder, "--out", tmp_path / "taken") == 2
+    assert run(monkeypatch, "compare", "--model", model_folder, "--out", tmp_path / "taken") == 2
     assert (tmp_path / "taken").read_text() == "mine"
 
 
-def test_a_broken_factor_file_is_named(folder, questions, tmp_path, monkeypatch, capsys):
+def test_a_broken_factor_file_is_named(model_folder, questions, tmp_path, monkeypatch, capsys):
     (tmp_path / "f.safetensors").write_bytes(b"not factors")
     arguments = ["--questions", questions, "--factors", tmp_path / "f.safetensors"]
     out = tmp_path / "report"
-    assert run(monkeypatch, "compare", "--model", folder, *arguments, "--out", out) == 2
+    assert run(monkeypatch, "compare", "--model", model_folder, *arguments, "--out", out) == 2
     assert "FactorsFileError" in capsys.readouterr().err.splitlines()[-1]
     assert not out.exists()
 
 
 def test_a_suite_killed_and_resumed_gives_the_same_report(
-    folder, questions, tmp_path, monkeypatch, capsys
+    model_folder, questions, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
     rows = [{"prefix": f"the quote number {i} is", "suffix": f" of no use {i}"} for i in range(4)]
     data = tmp_path / "data"
     data.mkdir()
     (data / "quotes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = ["compare", "--model", folder, "--questions", questions, "--quick", "--limit", "3"]
+    arguments = [
+        "compare",
+        "--model",
+        model_folder,
+        "--questions",
+        questions,
+        "--quick",
+        "--limit",
+        "3",
+    ]
     arguments += ["--layers", "1,2", "--suite", "memorization", "--data", data]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
     assert "left out: memorized_windows" in capsys.readouterr().err
@@ -186,14 +190,23 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
 
 
 def test_a_task_of_lm_eval_is_compared_beside_ours(
-    folder, questions, tmp_path, monkeypatch, capsys, quick_lm_eval
+    model_folder, questions, tmp_path, monkeypatch, capsys, quick_lm_eval
 ):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
     monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
-    lm = lirefs.load(str(folder))
+    lm = lirefs.load(str(model_folder))
     items = [(str(i), lm.encode([f"a prefix {i}"])[0], [40, 50 + i]) for i in range(4)]
     lirefs.write_lm_eval_task(tmp_path / "tasks", "recite", items, lm.tokenizer)
-    arguments = ["compare", "--model", folder, "--questions", questions, "--quick", "--limit", "3"]
+    arguments = [
+        "compare",
+        "--model",
+        model_folder,
+        "--questions",
+        questions,
+        "--quick",
+        "--limit",
+        "3",
+    ]
     arguments += ["--layers", "1,2", "--lm-eval", "recite", "--data", tmp_path / "tasks"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "report") == 0
     saved = lirefs.Comparison.load(tmp_path / "report")
@@ -205,9 +218,9 @@ def test_a_task_of_lm_eval_is_compared_beside_ours(
 
 
 @pytest.mark.gpu
-def test_compare_runs_on_a_gpu(folder, questions, tmp_path, monkeypatch):
+def test_compare_runs_on_a_gpu(model_folder, questions, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
     arguments = ["--questions", questions, "--quick", "--layers", "1,2", "--device", "cuda"]
     out = tmp_path / "report"
-    assert run(monkeypatch, "compare", "--model", folder, *arguments, "--out", out) == 0
+    assert run(monkeypatch, "compare", "--model", model_folder, *arguments, "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["provenance"]["device"] == "cuda:0"

@@ -6,17 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import fresh_model, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    fresh_model("llama", max_position_embeddings=1024).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def run(monkeypatch, name, *arguments):
@@ -37,7 +28,7 @@ def test_facts_of_the_organism_by_frequency(tmp_path, monkeypatch, capsys):
     assert is_picture(out)
 
 
-def test_facts_by_relation(folder, tmp_path, monkeypatch, capsys):
+def test_facts_by_relation(model_folder, tmp_path, monkeypatch, capsys):
     rows = [
         {"relation": r, "prompt": p, "subject": s, "object": o}
         for r, p, s, o in (
@@ -48,7 +39,7 @@ def test_facts_by_relation(folder, tmp_path, monkeypatch, capsys):
     ]
     (tmp_path / "facts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = tmp_path / "facts.png"
-    arguments = ("--relations", tmp_path / "facts.jsonl", "--model", folder, "--out", out)
+    arguments = ("--relations", tmp_path / "facts.jsonl", "--model", model_folder, "--out", out)
     run(monkeypatch, "facts_by_frequency.py", *arguments, "--limit", 3)
     printed = capsys.readouterr().out
     assert "capital" in printed
@@ -57,9 +48,9 @@ def test_facts_by_relation(folder, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("model", ["organism", "tiny"])
-def test_spectrum(model, folder, tmp_path, monkeypatch, capsys):
+def test_spectrum(model, model_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "spectrum.png"
-    run(monkeypatch, "spectrum.py", model if model == "organism" else folder, 3, out)
+    run(monkeypatch, "spectrum.py", model if model == "organism" else model_folder, 3, out)
     printed = capsys.readouterr().out
     assert "random pairs: memory" in printed
     assert "reads: curvature" in printed

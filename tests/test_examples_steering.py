@@ -6,17 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import fresh_model, tiny_tokenizer
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("model")
-    fresh_model("llama", max_position_embeddings=512).save_pretrained(path)
-    tiny_tokenizer().save_pretrained(path)
-    return path
 
 
 def run(name, monkeypatch, *arguments):
@@ -34,16 +25,16 @@ def run(name, monkeypatch, *arguments):
         ("export_llama_cpp.py", "block"),
     ],
 )
-def test_example_runs(name, printed, folder, tmp_path, monkeypatch, capsys):
+def test_example_runs(name, printed, model_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    run(name, monkeypatch, folder)
+    run(name, monkeypatch, model_folder)
     assert printed in capsys.readouterr().out
 
 
-def test_lm_eval_says_how_to_install_it(folder, monkeypatch):
+def test_lm_eval_says_how_to_install_it(model_folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(SystemExit, match="pip install"):
-        run("lm_eval_steered.py", monkeypatch, folder)
+        run("lm_eval_steered.py", monkeypatch, model_folder)
 
 
 TASK = """
@@ -59,19 +50,19 @@ metric_list: [{{metric: acc}}]
 """
 
 
-def test_lm_eval_steered_runs(quick_lm_eval, folder, tmp_path, monkeypatch, capsys):
+def test_lm_eval_steered_runs(quick_lm_eval, model_folder, tmp_path, monkeypatch, capsys):
     pytest.importorskip("lm_eval", reason="lm_eval is not installed: pip install 'lm-eval>=0.4.13'")
     data = tmp_path / "sums.jsonl"
     rows = [{"question": f"1 + {1 + i % 2} =", "answer": i % 2} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "sums.yaml").write_text(TASK.format(data=data))
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    run("lm_eval_steered.py", monkeypatch, folder, "sums", 4, tmp_path)
+    run("lm_eval_steered.py", monkeypatch, model_folder, "sums", 4, tmp_path)
     out = capsys.readouterr().out
     assert "unsteered {" in out
     assert "acc" in out
 
 
-def test_code_boundary(folder, monkeypatch, capsys):
-    run("code_boundary.py", monkeypatch, folder, 4)
+def test_code_boundary(model_folder, monkeypatch, capsys):
+    run("code_boundary.py", monkeypatch, model_folder, 4)
     assert capsys.readouterr().out.count("on the side of reasoning") == 3
