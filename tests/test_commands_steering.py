@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from test_cli import folder, questions, run  # noqa: F401 (fixtures)
+from test_cli import questions, run  # noqa: F401 (fixtures)
 from tiny import build, fresh_model, tiny_config, tiny_tokenizer
 
 import lirefs
@@ -10,7 +10,7 @@ from lirefs.gguf import from_gguf
 
 
 @pytest.fixture
-def fitted(folder, questions, tmp_path, monkeypatch):  # noqa: F811
+def fitted(model_folder, questions, tmp_path, monkeypatch):  # noqa: F811
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     other = tmp_path / "other.jsonl"
     other.write_text(
@@ -20,13 +20,13 @@ def fitted(folder, questions, tmp_path, monkeypatch):  # noqa: F811
     build(tiny_config("llama", max_position_embeddings=1024), seed=1).save_pretrained(second)
     tiny_tokenizer().save_pretrained(second)
     out = tmp_path / "probe"
-    arguments = ["probe", "--model", folder, "--questions", questions, "--shuffles", "5"]
+    arguments = ["probe", "--model", model_folder, "--questions", questions, "--shuffles", "5"]
     arguments += ["--transfer", other, "--against", second, "--out", out]
     assert run(monkeypatch, *arguments) == 0
     return out
 
 
-def test_probe_steer_and_export(fitted, folder, tmp_path, monkeypatch, capsys):  # noqa: F811
+def test_probe_steer_and_export(fitted, model_folder, tmp_path, monkeypatch, capsys):
     assert {path.name for path in fitted.iterdir()} == {
         "directions.safetensors",
         "probe.json",
@@ -44,7 +44,7 @@ def test_probe_steer_and_export(fitted, folder, tmp_path, monkeypatch, capsys): 
     assert directions.provenance["best_layer"] == found["best_layer"]
     assert len(found["transfer"]) == 4
     capsys.readouterr()
-    model = ["--model", folder, "--layer", 2]
+    model = ["--model", model_folder, "--layer", 2]
     arguments = ["--strengths", "-1,2", "--tokens", 4]
     assert run(monkeypatch, "steer", file, "Q: what", *model, *arguments) == 0
     text = capsys.readouterr().out
@@ -57,16 +57,19 @@ def test_probe_steer_and_export(fitted, folder, tmp_path, monkeypatch, capsys): 
     wrong = [
         (["steer", file, "x", *model, "--strengths", "much"], "SettingError"),
         (["steer", file, "x", *model, "--operator", "push"], "SettingError"),
-        (["steer", file, "x", "--model", folder, "--layer", 77], "SettingError"),
+        (["steer", file, "x", "--model", model_folder, "--layer", 77], "SettingError"),
         (["steer", tmp_path / "absent", "x", *model], "DirectionsFileError"),
-        (["export", file, tmp_path / "d.gguf", "--model", folder, "--layer", 0], "BackendError"),
+        (
+            ["export", file, tmp_path / "d.gguf", "--model", model_folder, "--layer", 0],
+            "BackendError",
+        ),
     ]
     for arguments, error in wrong:
         assert run(monkeypatch, *arguments) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
     # Directions made of others say of no layer that it is the best.
     (directions - 0.5 * directions).save(tmp_path / "made.safetensors")
-    arguments = ["steer", tmp_path / "made.safetensors", "x", "--model", folder]
+    arguments = ["steer", tmp_path / "made.safetensors", "x", "--model", model_folder]
     assert run(monkeypatch, *arguments) == 2
     assert "SettingError: give --layer:" in capsys.readouterr().err
     # Every strength is looked at before any text is made.
@@ -90,14 +93,22 @@ def test_wrong_settings_end_before_the_model_is_loaded(tmp_path, monkeypatch, ca
 
 
 def test_what_can_be_wrong_is_found_before_the_first_fit(
-    folder,  # noqa: F811
+    model_folder,
     questions,  # noqa: F811
     tmp_path,
     monkeypatch,
     capsys,
 ):
     monkeypatch.setattr("lirefs.fit", None)
-    arguments = ["probe", "--model", folder, "--questions", questions, "--out", tmp_path / "out"]
+    arguments = [
+        "probe",
+        "--model",
+        model_folder,
+        "--questions",
+        questions,
+        "--out",
+        tmp_path / "out",
+    ]
     small = tmp_path / "small.jsonl"
     rows = [{"question": f"is {label}", "label": label} for label in ("memory", "reasoning")]
     small.write_text("\n".join(map(json.dumps, rows)))
@@ -114,7 +125,7 @@ def test_what_can_be_wrong_is_found_before_the_first_fit(
 
 
 def test_directions_are_written_before_anything_else_can_fail(
-    folder,  # noqa: F811
+    model_folder,
     questions,  # noqa: F811
     tmp_path,
     monkeypatch,
@@ -123,6 +134,6 @@ def test_directions_are_written_before_anything_else_can_fail(
         raise lirefs.LirefsError("no picture")
 
     monkeypatch.setattr("lirefs.harness.probe_plots.per_layer", fails)
-    arguments = ["probe", "--model", folder, "--questions", questions, "--shuffles", "2"]
+    arguments = ["probe", "--model", model_folder, "--questions", questions, "--shuffles", "2"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
     assert Directions.load(tmp_path / "out" / "directions.safetensors")
