@@ -7,9 +7,9 @@ import sys
 
 import kfac
 import lirefs
-from lirefs.counterfactual import memorization_scores, memorized, never_seen
 from lirefs.organism.language import Language
 from lirefs.organism.suite import training_texts
+from lirefs.studies.counterfactual import memorization_scores, memorized, never_seen
 
 LIMIT = int(sys.argv[1]) if len(sys.argv) > 1 else 90
 

@@ -10,9 +10,9 @@ import sys
 
 import kfac
 from lirefs.files import cache_dir
-from lirefs.vision.data import load_images, noisy_split
-from lirefs.vision.edits import counted_tokens, score
-from lirefs.vision.training import SHIPPED, Recipe, train
+from lirefs.studies.vision.data import load_images, noisy_split
+from lirefs.studies.vision.edits import counted_tokens, score
+from lirefs.studies.vision.training import SHIPPED, Recipe, train
 
 recipe = Recipe(epochs=int(sys.argv[1])) if len(sys.argv) > 1 else Recipe()
 shipped = None if len(sys.argv) > 1 else SHIPPED / "noised-0.safetensors"

@@ -9,22 +9,15 @@ from rich.console import Console
 
 import kfac
 import lirefs
-from lirefs import (
-    commands_compare,
-    commands_curvature,
-    commands_mine,
-    commands_organism,
-    commands_report,
-    commands_steering,
-)
+from lirefs.commands import compare, curvature, mine, organism, report, steering
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-commands_compare.register(app)
-app.add_typer(commands_organism.app, name="organism")
-commands_steering.register(app)
-commands_mine.register(app)
-commands_report.register(app)
-app.add_typer(commands_curvature.app, name="curvature")
+compare.register(app)
+app.add_typer(organism.app, name="organism")
+steering.register(app)
+mine.register(app)
+report.register(app)
+app.add_typer(curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 
 

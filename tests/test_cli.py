@@ -5,7 +5,8 @@ import pytest
 from tiny import fresh_model, tiny_tokenizer
 
 import lirefs
-from lirefs import cli, job
+from lirefs import cli
+from lirefs.commands import steps
 from lirefs.harness import suite
 from lirefs.harness.journal import Journal
 
@@ -59,7 +60,7 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
     first = json.loads((out / "results.json").read_text())
     assert set(first["results"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
     assert set(first["results"]) >= {"random direction", "SVD", "random pairs"}
-    monkeypatch.setattr(job.kfac, "collect", None)  # a second collection would fail
+    monkeypatch.setattr(steps.kfac, "collect", None)  # a second collection would fail
     assert run(monkeypatch, *arguments, "--out", tmp_path / "again") == 0
     second = json.loads((tmp_path / "again" / "results.json").read_text())
     assert second["results"] == first["results"]

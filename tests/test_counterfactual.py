@@ -7,10 +7,16 @@ from scipy.stats import spearmanr
 
 import kfac
 import lirefs
-from lirefs.counterfactual import POSITIONS, _perturbed, memorization_scores, memorized, never_seen
 from lirefs.errors import TaskError
 from lirefs.organism.items import Item
 from lirefs.organism.language import Language
+from lirefs.studies.counterfactual import (
+    POSITIONS,
+    _perturbed,
+    memorization_scores,
+    memorized,
+    never_seen,
+)
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 import kfac
 from lirefs.cli import app
 from lirefs.errors import DataFileError, ProvenanceError, SettingError
-from lirefs.vision import edits, study, training
-from lirefs.vision.data import load_images, noisy_split
-from lirefs.vision.edits import Scores, Setting, counted_tokens
-from lirefs.vision.training import SHIPPED, Recipe, make_model, train
+from lirefs.studies.vision import edits, study, training
+from lirefs.studies.vision.data import load_images, noisy_split
+from lirefs.studies.vision.edits import Scores, Setting, counted_tokens
+from lirefs.studies.vision.training import SHIPPED, Recipe, make_model, train
 
 TINY = Recipe(width=16, heads=2, mlp=24, epochs=2, batch=32)
 

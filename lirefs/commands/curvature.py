@@ -18,18 +18,18 @@ from rich.table import Table
 
 import kfac
 import lirefs
-from lirefs import commands_vision
 from lirefs.batching import batches_by_tokens
+from lirefs.commands.steps import indices
+from lirefs.commands.vision import vision
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_bytes, atomic_write_text, read_jsonl, usual_permissions
 from lirefs.harness import suite
-from lirefs.job import indices
 
 BATCH_TOKENS = 1024
 CLASSES = {"clean": 0, "memorized": 1}
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
-app.command()(commands_vision.vision)
+app.command()(vision)
 console = Console(stderr=True, highlight=False)
 
 Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]

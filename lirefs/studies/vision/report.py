@@ -9,10 +9,10 @@ from typing import Any
 
 from lirefs.files import atomic_write_text
 from lirefs.harness.report import Figure
-from lirefs.vision import plots
-from lirefs.vision.edits import METRICS
-from lirefs.vision.plots import NAMES
-from lirefs.vision.study import PAPERS, UNEDITED, Study
+from lirefs.studies.vision import plots
+from lirefs.studies.vision.edits import METRICS
+from lirefs.studies.vision.plots import NAMES
+from lirefs.studies.vision.study import PAPERS, UNEDITED, Study
 
 PAIRS = (("K-FAC", "random pairs"), ("K-FAC", "SVD"), ("K-FAC", "EK-FAC"), ("K-FAC", UNEDITED))
 

@@ -1,7 +1,7 @@
 """Directions and curvature of one model, each seen from the other's side.
 
 Hong et al. 2025 and Merullo et al. 2025 both order tasks between recitation and reasoning; neither
-asks whether it is one order. Like `study`, this stands above both packages.
+asks whether it is one order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from lirefs.harness.tasks import Recitation, Task
 from lirefs.intervention import Intervention, applied
 from lirefs.models import LanguageModel
 from lirefs.questions import Questions
-from lirefs.sharpness import Placed, Role, contacts, place, spread
 from lirefs.statistics import (
     Estimate,
     Floats,
@@ -34,6 +33,7 @@ from lirefs.statistics import (
     permutation_p,
     resample_counts,
 )
+from lirefs.studies.sharpness import Placed, Role, contacts, place, spread
 
 BATCH_TOKENS = 4096
 RESAMPLES = 2000

@@ -11,7 +11,7 @@ from transformers import ViTForImageClassification
 
 import kfac
 from lirefs.errors import SettingError
-from lirefs.vision.data import NoisySplit
+from lirefs.studies.vision.data import NoisySplit
 
 PROJECTIONS = {"up and down": "mlp", "up": "mlp_in", "down": "mlp_out"}
 METHODS = ("K-FAC", "EK-FAC", "SVD", "random pairs")

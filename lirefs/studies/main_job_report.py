@@ -12,7 +12,7 @@ from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.report import Figure
 from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.statistics import Estimate
-from lirefs.study import (
+from lirefs.studies.main_job import (
     FORMS,
     KEEPS,
     KEPT_SHARE,

@@ -16,16 +16,8 @@ from rich.table import Table
 
 import kfac
 import lirefs
-from lirefs import study, study_report
 from lirefs.builtin import language_seed
-from lirefs.errors import SettingError
-from lirefs.files import cache_dir
-from lirefs.harness import report
-from lirefs.harness import suite as default_suite
-from lirefs.harness.journal import Journal
-from lirefs.harness.suites import Suite, suite_tasks
-from lirefs.harness.tasks import Task
-from lirefs.job import (
+from lirefs.commands.steps import (
     arithmetic_lines,
     edit_lines,
     edited_layers,
@@ -36,8 +28,16 @@ from lirefs.job import (
     spectrum_figure,
     tag_figures,
 )
+from lirefs.errors import SettingError
+from lirefs.files import cache_dir
+from lirefs.harness import report
+from lirefs.harness import suite as default_suite
+from lirefs.harness.journal import Journal
+from lirefs.harness.suites import Suite, suite_tasks
+from lirefs.harness.tasks import Task
 from lirefs.organism import suite as organism
 from lirefs.organism.language import Language
+from lirefs.studies import main_job, main_job_report
 
 DEFAULT_MODEL = "organism"
 DEFAULT_FOR_OWN_DATA = "smollm2-135m"  # the organism reads its own language only
@@ -207,7 +207,7 @@ def _language_model(asked: _Asked, question_set: lirefs.Questions) -> None:
     edit = kfac.CurvatureEdit(collected, keep)
     validation = default_suite.heldout_texts("validation")[: 6 if asked.quick else None]
     with console.status("matching SVD to the perplexity of K-FAC"):
-        svd, matched = study.matched_svd(
+        svd, matched = main_job.matched_svd(
             lm, edit, [text for _, text in validation], collected.names
         )
     console.print(matched, markup=False)
@@ -264,7 +264,7 @@ def _study(asked: _Asked, language: Language) -> None:
     collected = factors_of(lm, list(range(lm.n_layers)), None, cache, seed, texts)
 
     console.rule("3/3  comparison")
-    found = study.run(
+    found = main_job.run(
         lm,
         collected,
         language,
@@ -280,10 +280,10 @@ def _study(asked: _Asked, language: Language) -> None:
         progress=not console.quiet,
     )
     chosen = dict(found.edit.intervention.keep)
-    shown = study_report.figures(found)
+    shown = main_job_report.figures(found)
     shown.append(spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
     comparison = found.comparison
-    comparison.provenance.update(study_report.provenance(found))
+    comparison.provenance.update(main_job_report.provenance(found))
     comparison.provenance["factors"] = collected.digest
     comparison.provenance["settings"] = {
         "seed": seed,

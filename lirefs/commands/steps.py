@@ -1,7 +1,4 @@
-"""Steps of the main job that commands and examples share: factors, sentences, figures.
-
-Like `cli`, it stands above both packages.
-"""
+"""Steps of the main job that commands share: factors, sentences, figures."""
 
 from __future__ import annotations
 

@@ -12,11 +12,11 @@ import typer
 from rich.console import Console
 
 from lirefs.errors import SettingError
-from lirefs.vision.data import load_images
-from lirefs.vision.edits import Setting
-from lirefs.vision.report import findings, save, table
-from lirefs.vision.study import PAPER_KEEP, run
-from lirefs.vision.training import SHIPPED, Recipe
+from lirefs.studies.vision.data import load_images
+from lirefs.studies.vision.edits import Setting
+from lirefs.studies.vision.report import findings, save, table
+from lirefs.studies.vision.study import PAPER_KEEP, run
+from lirefs.studies.vision.training import SHIPPED, Recipe
 
 SMALL = 2**18
 console = Console(stderr=True, highlight=False)

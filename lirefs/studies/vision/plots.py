@@ -9,8 +9,8 @@ import numpy as np
 
 from lirefs.harness.plots import COLOURS, Picture, canvas_of, picture_of
 from lirefs.statistics import Estimate
-from lirefs.vision.edits import METHODS, METRICS
-from lirefs.vision.study import (
+from lirefs.studies.vision.edits import METHODS, METRICS
+from lirefs.studies.vision.study import (
     UNEDITED,
     Sheet,
     Study,

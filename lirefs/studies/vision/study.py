@@ -17,9 +17,17 @@ from transformers import ViTForImageClassification
 import kfac
 from lirefs.errors import SettingError
 from lirefs.statistics import Estimate, Floats
-from lirefs.vision.data import Images, NoisySplit, noisy_split
-from lirefs.vision.edits import METHODS, PROJECTIONS, Scores, Setting, Trained, answers, score
-from lirefs.vision.training import Recipe, train
+from lirefs.studies.vision.data import Images, NoisySplit, noisy_split
+from lirefs.studies.vision.edits import (
+    METHODS,
+    PROJECTIONS,
+    Scores,
+    Setting,
+    Trained,
+    answers,
+    score,
+)
+from lirefs.studies.vision.training import Recipe, train
 
 PAPER_KEEP = 0.75
 KEEPS = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999)

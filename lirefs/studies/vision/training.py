@@ -21,7 +21,7 @@ from transformers import ViTConfig, ViTForImageClassification
 
 from lirefs.errors import DataFileError, ProvenanceError, SettingError
 from lirefs.files import atomic_path, sha256_of
-from lirefs.vision.data import NoisySplit
+from lirefs.studies.vision.data import NoisySplit
 
 SAVE_SECONDS = 30.0
 SHIPPED = Path(__file__).parent / "shipped"

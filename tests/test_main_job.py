@@ -6,7 +6,7 @@ import torch
 
 import kfac
 import lirefs
-from lirefs import Perplexity, cli, compare, study, study_report
+from lirefs import Perplexity, cli, compare
 from lirefs.errors import QuestionsError
 from lirefs.harness.comparison import Comparison, TaskInfo
 from lirefs.harness.tasks import CONFLICT, ItemResult
@@ -14,6 +14,7 @@ from lirefs.organism.items import SPLITS
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Questions
+from lirefs.studies import main_job, main_job_report
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +113,13 @@ def made_up(**shares):
 
 def test_harm_counts_what_misses_the_goal_and_nothing_else():
     comparison = made_up(good=(1.0, 0.96), bad=(1.0, 0.5), noise=(0.1, 0.0))
-    assert study.harm(comparison, "v", ["good"]) == 0
-    assert study.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
+    assert main_job.harm(comparison, "v", ["good"]) == 0
+    assert main_job.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
 
 
 def test_against_random_is_the_paired_difference():
     comparison = made_up(t=(0.2, 0.6))
-    found = study.against_random(comparison, "t", "v", ["unchanged", "unchanged"])
+    found = main_job.against_random(comparison, "t", "v", ["unchanged", "unchanged"])
     assert found.value == pytest.approx(0.4)
     assert found.low > 0.2
     assert found.n == 50
@@ -128,7 +129,7 @@ def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
     texts = training_texts(Language(), 12)
     names = [target.name for target in kfac.find_targets(lm.model)]
     edit = kfac.SVDEdit(names, 0.25)  # perplexity falls with rank there
-    chosen, words = study.matched_svd(lm, edit, texts, names, steps=8)
+    chosen, words = main_job.matched_svd(lm, edit, texts, names, steps=8)
     task = Perplexity("texts", [(str(i), text) for i, text in enumerate(texts)])
     found = compare(lm, {"goal": edit, "svd": chosen}, [task], resamples=2, progress=False)
     goal, reached = (found.cell(name, "texts").value.value for name in ("goal", "svd"))
@@ -141,23 +142,23 @@ def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path
         "KEEPS": (0.9,), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
         "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
     }.items():  # fmt: skip
-        monkeypatch.setattr(study, name, value)
-        if hasattr(study_report, name):
-            monkeypatch.setattr(study_report, name, value)
+        monkeypatch.setattr(main_job, name, value)
+        if hasattr(main_job_report, name):
+            monkeypatch.setattr(main_job_report, name, value)
     texts = training_texts(Language(), 40)
     targets = kfac.find_targets(lm.model)
     batches = [lm.pad(lm.encode(texts[i : i + 20])) for i in (0, 20)]
     factors = kfac.collect(lm.model, batches, targets, progress=False)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    found = study.run(lm, factors, Language(), layers=[1, 2], limit=8)
+    found = main_job.run(lm, factors, Language(), layers=[1, 2], limit=8)
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
     assert found.edit.label.startswith("layers 1, 2;")
     assert set(found.steers) == {"add", "amplify", "ablate"}
-    lines = study_report.findings(found)
+    lines = main_job_report.findings(found)
     assert [line[:2] for line in lines] == ["1.", "2.", "3.", "4."]
-    page = found.comparison.save(tmp_path, study_report.figures(found))
+    page = found.comparison.save(tmp_path, main_job_report.figures(found))
     assert page.stat().st_size > 100_000
-    saved = json.dumps(study_report.provenance(found))
+    saved = json.dumps(main_job_report.provenance(found))
     assert "keep sweep" in saved
 
 
@@ -168,15 +169,15 @@ def test_settings_that_are_given_are_not_chosen(lm):
         kfac.find_targets(lm.model),
         progress=False,
     )
-    made = study.curvature_candidates(factors, lm.n_layers, [3], 0.5)
+    made = main_job.curvature_candidates(factors, lm.n_layers, [3], 0.5)
     assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
     probes = {
         form: lirefs.fit(
             lm, organism_questions(form, Language(), 8).split(), shuffles=2, progress=False
         )
-        for form in study.STEERING_FORMS
+        for form in main_job.STEERING_FORMS
     }
-    labels = list(study.steering_candidates(probes, "add", 3.0))
+    labels = list(main_job.steering_candidates(probes, "add", 3.0))
     assert all(label.endswith(", 3") for label in labels)
     assert not any("layer 0" in label for label in labels)
     assert set(made["layers 3; gate, up; keep 0.5"].keep) == {
@@ -187,7 +188,7 @@ def test_settings_that_are_given_are_not_chosen(lm):
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(
-        cli.commands_organism, "scores", lambda model, tokenizer, language, split: {"x": 1.0}
+        cli.organism, "scores", lambda model, tokenizer, language, split: {"x": 1.0}
     )
 
     def run(*arguments):

@@ -13,15 +13,15 @@ from lirefs.capture import capture
 from lirefs.directions import Direction
 from lirefs.errors import DirectionError, TaskError
 from lirefs.intervention import Steer
-from lirefs.joint import (
+from lirefs.models import wrap
+from lirefs.questions import Question, Questions
+from lirefs.studies.sharpness import contacts, spread
+from lirefs.studies.spectra import (
     direction_sharpness,
     edit_and_steer,
     edit_moves_projection,
     task_positions,
 )
-from lirefs.models import wrap
-from lirefs.questions import Question, Questions
-from lirefs.sharpness import contacts, spread
 
 ALL = ["gate_proj", "up_proj", "down_proj", "q_proj", "o_proj"]
 

@@ -1,0 +1,1 @@
+"""Experiments that stand above both packages: each may import `kfac`."""
