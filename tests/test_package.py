@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from pathlib import Path
 
 import lirefs
 
@@ -29,3 +30,9 @@ def test_version_matches_the_distribution():
     from importlib.metadata import version
 
     assert version("lirefs") == lirefs.__version__
+
+
+def test_what_people_cite_is_this_version():
+    root = Path(__file__).parents[1]
+    assert f"\nversion: {lirefs.__version__}\n" in (root / "CITATION.cff").read_text("utf-8")
+    assert f"\n## {lirefs.__version__}\n" in (root / "CHANGELOG.md").read_text("utf-8")
