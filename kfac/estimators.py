@@ -45,7 +45,11 @@ class Curvature:
         return float(lam.sum() * mu.sum())
 
     def mass(self) -> Tensor:
-        """Return the mass of every coordinate, shape (out, in)."""
+        """Return the mass of every coordinate, shape (out, in).
+
+        Returns:
+            On CPU; float64, or the dtype of the sums for a table.
+        """
         if self.table is not None:
             return self.table
         lam, mu = self._spectra()

@@ -149,6 +149,9 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     Returns:
         Logits (B, T, vocabulary) and the bool mask (B, T) of positions that predict a counted
         token.
+
+    Raises:
+        BatchError: The batch has no input_ids, or the model returned no logits.
     """
     real = attended(batch)
     if real is None:
