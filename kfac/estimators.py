@@ -14,6 +14,7 @@ from torch import Tensor
 from kfac.errors import EstimatorError
 
 ESTIMATORS = ("kfac", "ekfac", "marginal", "input", "output", "diagonal")
+"""Names of the estimators of curvature; `Factors.curvature` says what each one is."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,6 +32,7 @@ from kfac.sums import Sums, check_finite
 from kfac.targets import Target
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
+"""What `collect` takes as `forward`: model and batch to logits, mask and, where asked, labels."""
 
 
 @dataclass(frozen=True)
