@@ -80,6 +80,8 @@ def band_profile(
 ) -> BandProfile:
     """Measure how strongly texts activate each curvature band of the targets' inputs.
 
+    After Merullo et al. 2025 (arXiv 2510.24256), section 4, figure 2.
+
     Args:
         model: The model of the factors; left as it was found.
         batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T); with
@@ -89,6 +91,9 @@ def band_profile(
             first. The default gives top 10 %, 10-25 %, 25-50 % and bottom 50 %.
         forward: For models that are not causal language models, as in `kfac.collect`: its mask
             (B, T) says which tokens of each text (patches of each image) are measured.
+
+    Returns:
+        Norms by text, target and band.
 
     Raises:
         BatchError: No batch, a malformed one, or a text without a token.
@@ -128,6 +133,15 @@ def band_ratios(
     """Divide the mean activation of one set of texts by that of another, with intervals.
 
     Tokens weigh alike; whole texts are resampled, since the tokens of one text are not independent.
+
+    Args:
+        first: Profile above the fraction bar.
+        second: Profile below it, of the same targets and bands.
+        resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        Ratios with 95 % intervals, and their control at unit norm.
 
     Raises:
         SpectrumError: The profiles have other targets or bands.

@@ -63,7 +63,15 @@ class RandomPairsEdit(_RandomEdit):
     kind = "random_pairs"
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep as many random pairs; `kept_mass` is the mass that these happen to hold."""
+        """Keep as many random pairs; `kept_mass` is the mass that these happen to hold.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A table of kept pairs.
+        """
         basis = self.factors.eigen(name)
         rows, columns = len(basis.lam), len(basis.mu)
         table = random_table(rows, columns, self._staircase(name).pairs, self._seeds(name))
@@ -87,7 +95,15 @@ class RandomRotationEdit(_RandomEdit):
     kind = "random_rotation"
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep the staircase of the spectra; `kept_mass` is that of the true bases."""
+        """Keep the staircase of the spectra; `kept_mass` is that of the true bases.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A staircase, of random bases.
+        """
         return self._staircase(name)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
@@ -140,6 +156,8 @@ class _DataFreeEdit(WeightEdit):
 class SVDEdit(_DataFreeEdit):
     """Keep the largest singular values of each weight; uses no data.
 
+    The baseline of Merullo et al. 2025 (arXiv 2510.24256), tables 1 and 2.
+
     Args:
         names: Dotted names of the target modules.
         keep: Fraction of the singular values to keep, in (0, 1], rounded up.
@@ -156,13 +174,27 @@ class SVDEdit(_DataFreeEdit):
         self._cache: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {}
 
     def with_keep(self, keep: float) -> SVDEdit:
-        """Return the same edit at another `keep`; decompositions are shared."""
+        """Return the same edit at another `keep`; decompositions are shared.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit of the same targets.
+        """
         other = SVDEdit(self.names, keep)
         other._cache = self._cache
         return other
 
     def edited(self, target: Target) -> Tensor:
-        """Return the truncated weight."""
+        """Return the truncated weight.
+
+        Args:
+            target: The target; its weight is not changed.
+
+        Returns:
+            Shape (out, in), float32 (float64 for a float64 weight).
+        """
         weight = target.weight
         digest = weight_digest(weight)
         known = self._cache.get(target.name)
@@ -195,11 +227,25 @@ class MagnitudeEdit(_DataFreeEdit):
     kind = "magnitude"
 
     def with_keep(self, keep: float) -> MagnitudeEdit:
-        """Return the same edit at another `keep`."""
+        """Return the same edit at another `keep`.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit of the same targets.
+        """
         return MagnitudeEdit(self.names, keep)
 
     def edited(self, target: Target) -> Tensor:
-        """Return the pruned weight."""
+        """Return the pruned weight.
+
+        Args:
+            target: The target; its weight is not changed.
+
+        Returns:
+            Shape (out, in), in the dtype of the weight.
+        """
         weight = target.weight
         sizes = weight.abs().flatten()
         dropped = len(sizes) - math.ceil(self.keep * len(sizes) - 1e-9)

@@ -54,6 +54,9 @@ def score_recitation(
         factors: Factors of ordinary text; each distinct input of their targets is read.
         flat: Fraction of the input directions, those of smallest eigenvalue, that counts as flat.
 
+    Returns:
+        Scores of tokens and of whole texts.
+
     Raises:
         BatchError: No batch, a malformed one, or a text without a token.
         FactorsMismatchError: The factors are not of this model.

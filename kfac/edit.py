@@ -78,10 +78,19 @@ class SpectralEdit(WeightEdit):
         Args:
             name: Target name.
             coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            The kept pairs.
         """
 
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the edited weights; a target with keep 1 is left alone.
+
+        Args:
+            model: The model of the factors.
+
+        Returns:
+            Target and new weight (out, in), in the dtype of the weight.
 
         Raises:
             FactorsMismatchError: The factors do not belong to this model.
@@ -90,7 +99,11 @@ class SpectralEdit(WeightEdit):
         return [(target, weight) for target, weight, _ in self._prepare(model)]
 
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep and the digest of the factors."""
+        """Return kind, keep and the digest of the factors.
+
+        Returns:
+            JSON values.
+        """
         return {"kind": self.kind, "keep": self.keep, "factors": self.factors.digest}
 
     def report(self, model: nn.Module | None = None) -> list[TargetReport]:
@@ -98,6 +111,9 @@ class SpectralEdit(WeightEdit):
 
         Args:
             model: If given, the relative change of its weights is computed too.
+
+        Returns:
+            One row for each target, in order.
 
         Raises:
             FactorsMismatchError: The factors do not belong to the model.
@@ -232,7 +248,14 @@ class CurvatureEdit(SpectralEdit):
         self.estimator, self.shape, self.saliency = estimator, shape, saliency
 
     def with_keep(self, keep: float | Mapping[str, float]) -> CurvatureEdit:
-        """Return the same edit at another `keep`."""
+        """Return the same edit at another `keep`.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit on the same factors.
+        """
         return CurvatureEdit(
             self.factors,
             keep,
@@ -242,7 +265,11 @@ class CurvatureEdit(SpectralEdit):
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep, estimator, shape, saliency and the digest of the factors."""
+        """Return kind, keep, estimator, shape, saliency and the digest of the factors.
+
+        Returns:
+            JSON values.
+        """
         return super().describe() | {
             "estimator": self.estimator,
             "shape": self.shape,
@@ -250,7 +277,18 @@ class CurvatureEdit(SpectralEdit):
         }
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep the pairs of largest mass, or of largest mass times squared coordinate."""
+        """Keep the pairs of largest mass, or of largest mass times squared coordinate.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A staircase for separable estimators, a table for the others.
+
+        Raises:
+            EditError: The saliency depends on the weights, and there is no model.
+        """
         keep = self._keeps[name]
         curvature = self.factors.curvature(name, self.estimator)
         if self.saliency:

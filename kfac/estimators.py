@@ -14,6 +14,7 @@ from torch import Tensor
 from kfac.errors import EstimatorError
 
 ESTIMATORS = ("kfac", "ekfac", "marginal", "input", "output", "diagonal")
+"""Names of the estimators of curvature; `Factors.curvature` says what each one is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +46,11 @@ class Curvature:
         return float(lam.sum() * mu.sum())
 
     def mass(self) -> Tensor:
-        """Return the mass of every coordinate, shape (out, in)."""
+        """Return the mass of every coordinate, shape (out, in).
+
+        Returns:
+            On CPU; float64, or the dtype of the sums for a table.
+        """
         if self.table is not None:
             return self.table
         lam, mu = self._spectra()

@@ -144,19 +144,60 @@ class Factors:
         ]
 
     def A(self, name: str) -> Tensor:
-        """Return E[a aᵀ] of a target, shape (in, in)."""
+        """Return E[a aᵀ] of a target, shape (in, in).
+
+        Args:
+            name: Target name.
+
+        Returns:
+            In the dtype of the sums, on CPU, in squared units of the activations.
+
+        Raises:
+            TargetError: There are no factors for the target.
+        """
         return self._mean("A", self._record(name).source)
 
     def G(self, name: str) -> Tensor:
-        """Return E[g gᵀ] of a target, shape (out, out); g belongs to a summed loss."""
+        """Return E[g gᵀ] of a target, shape (out, out); g belongs to a summed loss.
+
+        Args:
+            name: Target name.
+
+        Returns:
+            In the dtype of the sums, on CPU, in squared nats per squared unit of the output.
+
+        Raises:
+            TargetError: There are no factors for the target.
+        """
         return self._mean("G", name)
 
     def count(self, name: str) -> int:
-        """Return the number of positions that a target's factors sum over."""
+        """Return the number of positions that a target's factors sum over.
+
+        Args:
+            name: Target name.
+
+        Returns:
+            A number of positions; that of an expert, its own.
+
+        Raises:
+            TargetError: There are no factors for the target.
+        """
         return self._record(name).count
 
     def eigen(self, name: str) -> Eigen:
-        """Return spectra and eigenvectors of a target; computed once, a shared A once for all."""
+        """Return spectra and eigenvectors of a target; computed once, a shared A once for all.
+
+        Args:
+            name: Target name.
+
+        Returns:
+            float64 on CPU, eigenvalues descending and clamped at 0.
+
+        Raises:
+            TargetError: There are no factors for the target.
+            SpectrumError: A factor is not finite.
+        """
         source = self._record(name).source
         if (a_key := "A." + source) not in self._bases:
             self._bases[a_key] = eigenbasis(self.A(source))
@@ -236,6 +277,12 @@ class Factors:
     def merge(self, other: Factors) -> Factors:
         """Return the factors of both data sets together; see `kfac.merge` for weights.
 
+        Args:
+            other: Factors of the same targets and weights.
+
+        Returns:
+            New factors, as if collected over all data at once.
+
         Raises:
             FactorsMismatchError: Other targets, shapes, weights, or another sharing of inputs.
         """
@@ -245,6 +292,12 @@ class Factors:
 
     def subtract(self, part: Factors) -> Factors:
         """Return the factors of the data without a part of it (leave one set out).
+
+        Args:
+            part: Factors that were merged into these.
+
+        Returns:
+            New factors, as if the part had never been seen, up to rounding.
 
         Raises:
             FactorsMismatchError: Other targets, weighted factors, or the part was never in the
@@ -260,6 +313,9 @@ class Factors:
     def check(self, model: nn.Module) -> None:
         """Verify that these factors were collected from this model.
 
+        Args:
+            model: The model as it was at collection.
+
         Raises:
             FactorsMismatchError: A target is missing, has another shape or other weights.
         """
@@ -272,6 +328,13 @@ class Factors:
 
     def targets(self, model: nn.Module, names: Iterable[str] | None = None) -> list[Target]:
         """Return the model's targets for all or some names, with their shapes checked.
+
+        Args:
+            model: Any model that has the targets.
+            names: Target names; None for all.
+
+        Returns:
+            In the order of the names.
 
         Raises:
             FactorsMismatchError: A target is missing or has another shape.
@@ -291,6 +354,9 @@ class Factors:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file with a JSON header; an existing file is replaced at once.
+
+        Args:
+            path: The file.
 
         Raises:
             KfacError: The provenance is not JSON.
@@ -386,7 +452,14 @@ class Factors:
 
 
 def weight_digest(weight: Tensor) -> str:
-    """Return the SHA-256 of a weight's dtype, shape and bytes."""
+    """Return the SHA-256 of a weight's dtype, shape and bytes.
+
+    Args:
+        weight: Any shape, dtype and device.
+
+    Returns:
+        64 hex digits.
+    """
     sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
     sha.update(tensor_bytes(weight))
     return sha.hexdigest()

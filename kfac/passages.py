@@ -46,11 +46,19 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
 
 @torch.no_grad()
 def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
-    """Return for each text whether the model recites it, shape (texts,), float64 0 or 1.
+    """Find the texts that a model recites (Merullo et al. 2025, appendix B).
 
     A text is recited when every counted token is the model's first choice given the true tokens
     before it; this is the same as greedy generation that repeats the text exactly. Set `labels` to
     -100 on the prefix.
+
+    Args:
+        model: A causal language model, under whatever edit is in place.
+        batches: Mappings with input_ids (B, T), optional attention_mask and labels (B, T), see
+            `kfac.collect`.
+
+    Returns:
+        1 for a text that is recited, 0 for one that is not: float64 on CPU, shape (texts,).
 
     Raises:
         BatchError: No batch, a malformed one, or a text has no counted position.

@@ -32,6 +32,7 @@ from kfac.sums import Sums, check_finite
 from kfac.targets import Target
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
+"""What `collect` takes as `forward`: model and batch to logits, mask and, where asked, labels."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,9 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     Returns:
         Logits (B, T, vocabulary) and the bool mask (B, T) of positions that predict a counted
         token.
+
+    Raises:
+        BatchError: The batch has no input_ids, or the model returned no logits.
     """
     real = attended(batch)
     if real is None:

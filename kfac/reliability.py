@@ -45,7 +45,13 @@ class SideAgreement:
 
 @dataclass(frozen=True, eq=False)
 class SplitHalf:
-    """Split-half agreement of both sides of one target."""
+    """Split-half agreement of both sides of one target.
+
+    Attributes:
+        name: Name of the target.
+        output: Agreement of the two G.
+        input: Agreement of the two A.
+    """
 
     name: str
     output: SideAgreement
@@ -62,6 +68,9 @@ def split_half(
         second: Factors of the other half, of the same targets and weights.
         name: Name of the target.
         cuts: Where the flat end may begin, as fractions of the directions, each in (0, 1).
+
+    Returns:
+        Agreement of the two halves on both sides of the target.
 
     Raises:
         FactorsMismatchError: The two were collected from different targets or weights.

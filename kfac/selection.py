@@ -42,7 +42,14 @@ class Selection(Protocol):
         ...
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device."""
+        """Return the set as a bool table (rows, columns) on a device.
+
+        Args:
+            device: Where the table is wanted.
+
+        Returns:
+            bool, shape (rows, columns).
+        """
         ...
 
 
@@ -81,7 +88,14 @@ class OrderedSelection:
         return self.stairs.rank_bound
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device."""
+        """Return the set as a bool table (rows, columns) on a device.
+
+        Args:
+            device: Where the table is wanted.
+
+        Returns:
+            bool, shape (rows, columns).
+        """
         counts = torch.from_numpy(self.stairs.counts[self.row_ranks]).to(device)
         ranks = torch.from_numpy(self.column_ranks).to(device)
         return ranks[None, :] < counts[:, None]
@@ -115,7 +129,14 @@ class TableSelection:
         return min(int(self.table.any(0).sum()), int(self.table.any(1).sum()))
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device."""
+        """Return the set as a bool table (rows, columns) on a device.
+
+        Args:
+            device: Where the table is wanted.
+
+        Returns:
+            bool, shape (rows, columns).
+        """
         return self.table.to(device)
 
 

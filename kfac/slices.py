@@ -66,6 +66,9 @@ def loss_slices(
         pairs: Ranks (i, j), 0 the sharpest; None for six pairs from the sharpest to the flattest.
         steps: Distances as fractions of the Frobenius norm of the weight.
 
+    Returns:
+        Losses beside the prediction, for each pair and step.
+
     Raises:
         BatchError: No batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.

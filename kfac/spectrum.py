@@ -66,7 +66,11 @@ class Staircase:
         return int((np.arange(len(needed)) + needed).min())
 
     def mask(self) -> NDArray[np.bool_]:
-        """Return the set as a boolean table of shape (rows, columns)."""
+        """Return the set as a boolean table of shape (rows, columns).
+
+        Returns:
+            bool, shape (rows, columns).
+        """
         return np.arange(self.columns)[None, :] < self.counts[:, None]
 
 
@@ -106,6 +110,8 @@ def check_keep(keep: float) -> float:
 
 def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     """Select the fewest pairs whose mass reaches `keep` of the total.
+
+    The choice of Merullo et al. 2025 (arXiv 2510.24256), section 5.
 
     Pairs are taken in descending mass lam[i] * mu[j]; among equal masses (equal as rounded float64
     products) the lower row comes first, then the lower column. `keep=1` takes every pair, those of

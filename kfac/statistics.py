@@ -15,7 +15,14 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number, its 95 % interval and the number of items."""
+    """A number, its 95 % interval and the number of items.
+
+    Attributes:
+        value: The number.
+        low: Lower end of the interval.
+        high: Upper end.
+        n: Number of items.
+    """
 
     value: float
     low: float
@@ -50,6 +57,9 @@ def auroc(
         labels: Shape (n,); 0 or 1, both present.
         resamples: Bootstrap resamples.
         seed: Of the bootstrap.
+
+    Returns:
+        The area with its interval; n counts both classes.
 
     Raises:
         SpectrumError: The shapes differ, a score is NaN, or one class is missing.

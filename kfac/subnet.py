@@ -39,6 +39,12 @@ class SubnetEdit(WeightEdit):
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the masked weights.
 
+        Args:
+            model: The model that the masks were learned on.
+
+        Returns:
+            Target and masked weight (out, in).
+
         Raises:
             FactorsMismatchError: The masks were learned on other weights.
         """
@@ -56,7 +62,11 @@ class SubnetEdit(WeightEdit):
         return result
 
     def describe(self) -> dict[str, Any]:
-        """Return kind, settings, and a digest of the masks."""
+        """Return kind, settings, and a digest of the masks.
+
+        Returns:
+            JSON values.
+        """
         sha = hashlib.sha256()
         for name, mask in sorted(self.masks.items()):
             sha.update(name.encode() + mask.numpy().tobytes())

@@ -78,11 +78,25 @@ class Target:
         return int(self.weight.shape[1])
 
     def orient(self, matrix: Tensor) -> Tensor:
-        """Turn a stored matrix into (out, in) or back; both directions are the same step."""
+        """Turn a stored matrix into (out, in) or back; both directions are the same step.
+
+        Args:
+            matrix: Shape (out, in), or as it is stored.
+
+        Returns:
+            A view.
+        """
         return matrix.T if self.transposed else matrix
 
     def view(self, stored: Tensor) -> Tensor:
-        """Return the target's (out, in) view of a tensor that is shaped as its parameter."""
+        """Return the target's (out, in) view of a tensor that is shaped as its parameter.
+
+        Args:
+            stored: Shaped as the target's parameter.
+
+        Returns:
+            Shape (out, in), detached; a view, so that writing to it writes to `stored`.
+        """
         stored = stored.detach()
         return self.orient(stored if self.expert is None else stored[self.expert])
 

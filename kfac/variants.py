@@ -54,17 +54,36 @@ class UnionEdit(SpectralEdit):
         self._rotated: dict[tuple[str, str, torch.device], Tensor] = {}
 
     def with_keep(self, keep: float | Mapping[str, float]) -> UnionEdit:
-        """Return the same edit at another `keep`; bases and rotated weights are shared."""
+        """Return the same edit at another `keep`; bases and rotated weights are shared.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit on the same factors.
+        """
         other = UnionEdit(self.factors, self.protected, keep, weight=self.weight)
         other._made, other._rotated = self._made, self._rotated
         return other
 
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep, weight and the digests of both sets of factors."""
+        """Return kind, keep, weight and the digests of both sets of factors.
+
+        Returns:
+            JSON values.
+        """
         return super().describe() | {"protected": self.protected.digest, "weight": self.weight}
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep the pairs of largest score."""
+        """Keep the pairs of largest score.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A table of kept pairs.
+        """
         return select_largest(self._union(name)[2], self._keeps[name])
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
@@ -126,18 +145,37 @@ class RemovalEdit(SpectralEdit):
         self._scores: dict[str, tuple[Tensor, Tensor]] = {}
 
     def with_keep(self, keep: float | Mapping[str, float]) -> RemovalEdit:
-        """Return the same edit at another `keep`."""
+        """Return the same edit at another `keep`.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit on the same factors.
+        """
         other = RemovalEdit(self.factors, keep, spared=self.spared)
         other._scores = self._scores
         return other
 
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep and the digests of the factors."""
+        """Return kind, keep and the digests of the factors.
+
+        Returns:
+            JSON values.
+        """
         spared = None if self.spared is None else self.spared.digest
         return super().describe() | {"spared": spared}
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep all but the pairs of largest score."""
+        """Keep all but the pairs of largest score.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A table of kept pairs.
+        """
         score, mass = self._ranked(name)
         removed = select_largest(score, 1 - self._keeps[name], weights=mass)
         return TableSelection(~removed.table, 1 - removed.kept_mass)

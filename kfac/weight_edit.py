@@ -20,7 +20,11 @@ _STACKS: Any = WeakIdKeyDictionary()
 
 
 class EditHandle:
-    """An edit that is in place. Remove it with `remove()` or by leaving a `with` block."""
+    """An edit that is in place. Remove it with `remove()` or by leaving a `with` block.
+
+    Args:
+        originals: Each parameter with the tensor that was replaced.
+    """
 
     def __init__(self, originals: list[tuple[nn.Parameter, Tensor]]) -> None:
         self.token = object()
@@ -67,11 +71,22 @@ class WeightEdit(abc.ABC):
 
     @abc.abstractmethod
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
-        """Return the targets to change, each with its new weight (out, in) in any float dtype."""
+        """Return the targets to change, each with its new weight (out, in) in any float dtype.
+
+        Args:
+            model: The model to be edited; it is not changed.
+
+        Returns:
+            One entry for each target that changes.
+        """
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return kind and parameters as JSON values."""
+        """Return kind and parameters as JSON values.
+
+        Returns:
+            An object; what made the edit is told apart by it.
+        """
 
     def attach(self, model: nn.Module) -> EditHandle:
         """Put the edited weights in place.
@@ -102,7 +117,19 @@ class WeightEdit(abc.ABC):
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Edit the model inside a `with` block, and yield it."""
+        """Edit the model inside a `with` block, and yield it.
+
+        Args:
+            model: The model.
+
+        Yields:
+            The model.
+
+        Raises:
+            EditError: As `attach`.
+            EditOrderError: A later edit of the same weight is still in place at the end of the
+                block.
+        """
         with self.attach(model):
             yield model
 
@@ -110,6 +137,9 @@ class WeightEdit(abc.ABC):
         """Put the edited weights in place for good; the originals are given up.
 
         `model.save_pretrained(folder)` then writes a model that loads without this library.
+
+        Args:
+            model: The model.
 
         Raises:
             EditOrderError: A removable edit of the same weight is in place; its removal would

@@ -84,6 +84,9 @@ def capture(
             Leave it out while a hook of your own changes the model.
         progress: Show a progress bar.
 
+    Returns:
+        float32 states on the CPU, in the order of the prompts.
+
     Raises:
         CaptureError: If there are no prompts, a prompt is shorter than a position asks for, a
             layer does not exist, or a value is not finite (the message says where).

@@ -64,21 +64,45 @@ class Direction:
         return sha256_of(self.vector.detach().float().cpu().numpy().tobytes())[:16]
 
     def project(self, states: Tensor) -> Tensor:
-        """Component of hidden states along the unit vector: (..., width) to (...)."""
+        """Component of hidden states along the unit vector: (..., width) to (...).
+
+        Args:
+            states: Hidden states at its place, shape (..., width), any floating dtype.
+
+        Returns:
+            Shape (...), in the dtype of the vector and the units of the activations.
+        """
         return states.to(self.vector.dtype) @ self.unit.to(states.device)
 
     def random_like(self, seed: int) -> Direction:
-        """A random direction of the same norm at the same place: the control."""
+        """A random direction of the same norm at the same place: the control.
+
+        Args:
+            seed: Seed of the draw.
+
+        Returns:
+            A direction without class means, spread and counts.
+        """
         generator = torch.Generator().manual_seed(seed)
         vector = torch.randn(self.vector.shape, generator=generator)
         return self._with(vector / vector.norm() * self.vector.norm().cpu())
 
     def normalized(self) -> Direction:
-        """The direction at length 1; what was measured along it still holds."""
+        """The direction at length 1; what was measured along it still holds.
+
+        Returns:
+            A direction with the same means, spread and counts.
+        """
         return replace(self, vector=self.unit)
 
     def project_off(self, other: Direction) -> Direction:
         """What is left of it when its component along `other` is taken away.
+
+        Args:
+            other: A direction of the same width, place and model.
+
+        Returns:
+            A direction orthogonal to `other`; the same vector where `other` is zero.
 
         Raises:
             DirectionError: If the other has another width, place or model.
@@ -93,6 +117,12 @@ class Direction:
     @staticmethod
     def mean_of(directions: Sequence[Direction]) -> Direction:
         """The mean of directions of one place, over seeds or question sets.
+
+        Args:
+            directions: At least one.
+
+        Returns:
+            Their mean, taken in float64.
 
         Raises:
             DirectionError: If there is none, or they differ in width, place or model.
@@ -176,6 +206,13 @@ class Direction:
             scope: Which tokens.
             gate: A condition decided by a probe.
             any_model: Whether another model than the one it was fitted on may be steered.
+
+        Returns:
+            The steering, not attached yet.
+
+        Raises:
+            InterventionError: As `Steer`.
+            ScopeError: There is no such scope.
         """
         from lirefs.intervention import Steer
 
@@ -236,7 +273,11 @@ class Directions(Mapping[tuple[int, str], Direction]):
         return len(self.items_by_place)
 
     def normalized(self) -> Directions:
-        """Every direction at length 1."""
+        """Every direction at length 1.
+
+        Returns:
+            Directions at the same places.
+        """
         return self._map(lambda one: one.normalized(), "normalized")
 
     def project_off(self, other: Directions | Direction) -> Directions:
@@ -244,6 +285,9 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
         Args:
             other: Directions of the same places, or one direction for all places.
+
+        Returns:
+            Directions at the same places.
 
         Raises:
             DirectionError: If places, widths or models differ.
@@ -258,6 +302,12 @@ class Directions(Mapping[tuple[int, str], Direction]):
     @staticmethod
     def mean_of(several: Sequence[Directions]) -> Directions:
         """The mean at each place, over seeds or question sets.
+
+        Args:
+            several: At least one set, all with the same places.
+
+        Returns:
+            One direction for each place; the provenance names all sets.
 
         Raises:
             DirectionError: If there is none, or places, widths or models differ.
@@ -317,13 +367,32 @@ class Directions(Mapping[tuple[int, str], Direction]):
         gate: Gate | None = None,
         any_model: bool = False,
     ) -> Steer:
-        """Steering with each direction at its own place; the arguments are those of `Steer`."""
+        """Steering with each direction at its own place; the arguments are those of `Steer`.
+
+        Args:
+            operator: As in `Steer`, as are the other arguments.
+            strength: As in `Steer`.
+            scope: As in `Steer`.
+            gate: As in `Steer`.
+            any_model: As in `Steer`.
+
+        Returns:
+            The steering, not attached yet.
+
+        Raises:
+            InterventionError: As `Steer`.
+            ScopeError: There is no such scope.
+        """
         from lirefs.intervention import Steer
 
         return Steer(self, operator, strength, scope=scope, gate=gate, any_model=any_model)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the header holds places, statistics and provenance."""
+        """Write one safetensors file; the header holds places, statistics and provenance.
+
+        Args:
+            path: The file, written whole or not at all; an existing one is replaced.
+        """
         places = [
             {
                 "layer": direction.layer,
@@ -353,6 +422,9 @@ class Directions(Mapping[tuple[int, str], Direction]):
         Args:
             path: The file.
             lm: When given, the file must come from this very model.
+
+        Returns:
+            The directions, float32 on the CPU.
 
         Raises:
             DirectionsFileError: If the file is missing, truncated or of another format.

@@ -335,7 +335,14 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return self
 
     def predict(self, X: npt.ArrayLike) -> Floats:
-        """The predicted score of each sample, shape (n_samples,)."""
+        """The predicted score of each sample, shape (n_samples,).
+
+        Args:
+            X: Samples, shape (n_samples, n_features).
+
+        Returns:
+            float64, shape (n_samples,).
+        """
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         values: Floats = X @ self.coef_ + self.intercept_

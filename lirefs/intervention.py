@@ -43,11 +43,22 @@ class Intervention(Protocol):
     """Anything that changes a model reversibly: steering, a weight edit, a composition."""
 
     def attach(self, model: nn.Module) -> Handle:
-        """Change the model until the handle's `remove` is called."""
+        """Change the model until the handle's `remove` is called.
+
+        Args:
+            model: The bare model, `lm.model`.
+
+        Returns:
+            A handle whose `remove` leaves the model as it was, bit for bit.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object."""
+        """What it is, as a JSON object.
+
+        Returns:
+            JSON values that tell it from any other: journals and reports use them.
+        """
         ...
 
 
@@ -158,6 +169,12 @@ class Steer:
     def places(self, layout: Layout) -> list[tuple[int, str, Direction]]:
         """Where it acts on a model of this layout: (layer, site, direction).
 
+        Args:
+            layout: From `LanguageModel.layout`.
+
+        Returns:
+            One entry for each place, layers ascending for each direction.
+
         Raises:
             InterventionError: If a layer or a width does not exist there.
         """
@@ -179,6 +196,9 @@ class Steer:
     def check(self, model: nn.Module) -> Layout:
         """Raise what `attach` would raise; change nothing.
 
+        Args:
+            model: The bare model, `lm.model`.
+
         Returns:
             The layout of the model.
 
@@ -186,6 +206,7 @@ class Steer:
             InterventionError: If something does not fit the model, or it is no module.
             LayoutError: If the architecture lacks a site.
             ProvenanceError: If a direction was fitted on another model.
+            ScopeError: The scope begins past the model's last position.
         """
         if not isinstance(model, nn.Module):
             raise InterventionError(
@@ -238,7 +259,15 @@ class Steer:
         return self.attach_checked(model, self.check(model))
 
     def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
-        """Install the hooks on a model for which `check` returned this layout."""
+        """Install the hooks on a model for which `check` returned this layout.
+
+        Args:
+            model: The bare model.
+            layout: What `check` returned for it.
+
+        Returns:
+            As `attach`.
+        """
         handles = _Handles()
         try:
             self._install(model, layout, handles)
@@ -273,7 +302,17 @@ class Steer:
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model steered inside the `with`, as it was after it."""
+        """The model steered inside the `with`, as it was after it.
+
+        Args:
+            model: The bare model, `lm.model`.
+
+        Yields:
+            The model.
+
+        Raises:
+            InterventionError: As `attach`, as are the others.
+        """
         with applied(self, model):
             yield model
 
@@ -283,7 +322,12 @@ class Steer:
         return self.strength if isinstance(self.strength, float) else 1.0
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object."""
+        """What it is, as a JSON object.
+
+        Returns:
+            JSON values: operator, strength, layers, sites, scope, gate, and the place, norm and
+            digest of each direction.
+        """
         strength: Any = self.strength
         if isinstance(strength, Rows | Schedule):
             strength = strength.describe()
@@ -399,6 +443,13 @@ class Composition:
 
 def compose(*interventions: Intervention) -> Composition:
     """The interventions one after the other, nested compositions flattened.
+
+    Args:
+        *interventions: Steerings, weight edits or compositions, in the order in which they are
+            attached.
+
+    Returns:
+        A composition, itself an intervention; `a + b` is the same.
 
     Raises:
         InterventionError: If something is not an intervention.

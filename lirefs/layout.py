@@ -60,6 +60,13 @@ class Layout:
     def block(self, model: nn.Module, layer: int) -> nn.Module:
         """Return decoder block ``layer``, counted from 0.
 
+        Args:
+            model: The model of this layout.
+            layer: Index of the block, from 0.
+
+        Returns:
+            The block.
+
         Raises:
             SettingError: ``layer`` is not an integer from 0 to ``n_layers - 1``.
         """
@@ -82,6 +89,14 @@ class Layout:
         does: read with ``hidden_of(output, batch)``. A model may also change the tensor in place
         afterwards, as Falcon does: clone what is kept.
 
+        Args:
+            model: The model of this layout.
+            site: `resid_pre`, `resid_post`, `attn_out` or `mlp_out`.
+            layer: Index of the block, from 0.
+
+        Returns:
+            The module, and whether the site is its `input` or its `output`.
+
         Raises:
             SettingError: The site or the layer does not exist.
             LayoutError: This model has no module that gives ``attn_out`` or ``mlp_out``.
@@ -102,7 +117,11 @@ class Layout:
         return block.get_submodule(name), "output"
 
     def describe(self) -> str:
-        """Return what was found, one part a line."""
+        """Return what was found, one part a line.
+
+        Returns:
+            Lines of text.
+        """
         parts = {
             "blocks": f"{self.blocks} ({self.n_layers} layers, width {self.width})",
             "attention": self.attention or "not available",

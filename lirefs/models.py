@@ -150,6 +150,14 @@ class LanguageModel:
     def encode(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each prompt, without padding.
 
+        Args:
+            prompts: Texts.
+            add_special_tokens: Whether the tokenizer adds its own (a beginning-of-sequence token,
+                say).
+
+        Returns:
+            One list of ids for each prompt.
+
         Raises:
             SettingError: ``prompts`` is one string, or holds something that is not a string.
         """
@@ -251,6 +259,9 @@ def wrap(
         layout: Names of parts, for a model whose parts are not found by themselves.
         name: What to call it; the model's ``name_or_path`` or its class by default.
 
+    Returns:
+        Model, tokenizer and verified layout.
+
     Raises:
         LayoutError: The parts of the model were not found.
         SettingError: ``layout`` has an unknown part.
@@ -271,18 +282,23 @@ def load(
     """Load a model by built-in name, folder, ``.gguf`` file or hub id, in evaluation mode.
 
     Args:
-        name: The model. Built-in: ``smollm2-135m``, fetched once and then kept in the cache.
+        name: The model. Built-in: ``organism``, which comes with the package, and
+            ``smollm2-135m``, fetched once and then kept in the cache.
         device: CUDA where there is one, else the CPU, by default. Not used with ``device_map``.
         dtype: float32 on the CPU and the checkpoint's own type on CUDA by default.
         device_map: Passed to ``from_pretrained``, for models on several devices.
         trust_remote_code: Whether to run code that comes with the checkpoint.
         layout: Names of parts, for a model whose parts are not found by themselves.
 
+    Returns:
+        Model, tokenizer and verified layout, in evaluation mode.
+
     Raises:
         ModelNotFoundError: Nothing answers to the name, or the hub could not be reached.
         ModelLoadError: What was found could not be read.
         DownloadError: A built-in model could not be fetched.
         LayoutError: The parts of the model were not found.
+        SettingError: `device` and `device_map` are both given, or `layout` has an unknown part.
     """
     if device_map is not None and device is not None:
         raise SettingError("give device or device_map, not both")

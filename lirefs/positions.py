@@ -81,6 +81,9 @@ def prompt_lengths(lengths: int | Sequence[int] | Tensor) -> Iterator[None]:
     Args:
         lengths: Tokens of the prompt of each row, padding not counted; one number for all rows.
 
+    Yields:
+        Nothing.
+
     Raises:
         ScopeError: There is no row, or a length is not a positive integer.
     """

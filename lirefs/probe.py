@@ -94,7 +94,11 @@ class Probe:
         return next(one for one in self.scores if one.layer == self.best_layer)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a JSON object."""
+        """As a JSON object.
+
+        Returns:
+            JSON values; an interval is an object of value, low, high and n.
+        """
         return {
             "best_layer": self.best_layer,
             "shuffled_auroc": self.shuffled.to_dict(),
@@ -154,6 +158,9 @@ def fit(
         seed: Seed of the controls.
         cache: Folder that keeps the activations (see `capture`).
         progress: Show progress bars.
+
+    Returns:
+        Directions, scores and controls of every layer.
 
     Raises:
         CaptureError: If activations cannot be read, or no layer separates train items at all.
@@ -225,6 +232,9 @@ def fit_directions(
         estimator: As for `fit`; None for `MeanDifference()`.
         provenance: What made them; with `model`, the fingerprint of the model, steering another
             model is refused.
+
+    Returns:
+        One float32 direction for each place of the states.
 
     Raises:
         CaptureError: If there is not one label for each prompt, or not one position, a label is

@@ -63,6 +63,10 @@ class Question:
 class Questions(Sequence[Question]):
     """An immutable list of questions with both labels present.
 
+    Args:
+        items: The questions.
+        source: Where they come from, for messages and provenance.
+
     Raises:
         QuestionsError: If the list is empty or holds one label only.
     """
@@ -113,6 +117,9 @@ class Questions(Sequence[Question]):
             validation: Share of the items to choose layer and strength on; the rest is test.
             seed: Seed of the shuffle.
 
+        Returns:
+            Three sides that share no question.
+
         Raises:
             QuestionsError: If a side would lack one of the labels, the shares are not positive
                 with a rest for test, or some items say their side and others do not.
@@ -160,6 +167,11 @@ class Questions(Sequence[Question]):
 class Split:
     """Train, validation and test questions that share no item.
 
+    Attributes:
+        train: What directions are fitted on.
+        validation: What chooses layers and strengths.
+        test: What is reported.
+
     Raises:
         QuestionsError: If two sides share a question or a duplicate of one.
     """
@@ -189,6 +201,9 @@ def load_questions(name: str | Path = "default") -> Questions:
             language, with splits of its own), or a JSON Lines file whose rows have
             `question` and `label` (`"reasoning"` or `"memory"`) and may have `id`, `options`,
             `answer_index`, `subject` and `split` (`"train"`, `"validation"` or `"test"`).
+
+    Returns:
+        The questions, both labels among them.
 
     Raises:
         QuestionsError: If the file is missing, empty, broken (with the line number), lacks a

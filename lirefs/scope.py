@@ -80,7 +80,11 @@ class Scope:
             )
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object."""
+        """What it is, as a JSON object.
+
+        Returns:
+            JSON values: the name and the settings.
+        """
         return {"name": self.name, **self.settings}
 
 

@@ -73,7 +73,14 @@ class Schedule:
         self._tensor = torch.tensor(self._values)
 
     def at(self, where: Where) -> tuple[Tensor, Tensor]:
-        """Strength of each token, and which are steered at all: both (rows or 1, tokens)."""
+        """Strength of each token, and which are steered at all.
+
+        Args:
+            where: The tokens of a forward pass.
+
+        Returns:
+            float32 strengths and bool, both of shape (rows or 1, tokens).
+        """
         age = where.age
         needed = int(age.max()) + 1 if self._function is not None else 0
         if len(self._values) < max(needed, 1):
@@ -85,7 +92,11 @@ class Schedule:
         return self._tensor[age.clamp(0, last)], (age >= 0) & (age <= last)
 
     def describe(self) -> Any:
-        """What it is, as a JSON value."""
+        """What it is, as a JSON value.
+
+        Returns:
+            The strengths, or that it is a function.
+        """
         return {"schedule": "a function" if self._function is not None else self._values}
 
 
@@ -201,7 +212,11 @@ class Gate:
         return along > self.level if self.above else along < self.level
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object."""
+        """What it is, as a JSON object.
+
+        Returns:
+            JSON values: place and digest of the probe's direction, threshold, per, above.
+        """
         return {
             "layer": self.direction.layer,
             "site": self.direction.site,

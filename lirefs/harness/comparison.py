@@ -64,11 +64,27 @@ class Comparison:
         return [group for group in GROUPS if group in present] + others
 
     def score(self, variant: str, task: str) -> float:
-        """A task's value without its interval."""
+        """A task's value without its interval.
+
+        Args:
+            variant: Name of the variant.
+            task: Name of the task.
+
+        Returns:
+            The metric over all items; the perplexity where that is the metric.
+        """
         return float(self._scores(variant, task).value()[0])
 
     def cell(self, variant: str, task: str) -> Cell:
-        """One variant on one task."""
+        """One variant on one task.
+
+        Args:
+            variant: Name of the variant.
+            task: Name of the task.
+
+        Returns:
+            Value, paired difference, retained share and test; computed once.
+        """
         # Reports ask for the same cells again and again, and each costs thousands of resamples.
         if (variant, task) not in self._cells:
             info = self.tasks[task]
@@ -94,13 +110,23 @@ class Comparison:
         return self._tests
 
     def cells(self) -> list[Cell]:
-        """Every variant on every task, tasks in order, variants within."""
+        """Every variant on every task, tasks in order, variants within.
+
+        Returns:
+            `len(tasks) * len(variants)` cells.
+        """
         return [self.cell(variant, task) for task in self.tasks for variant in self.variants]
 
     def informative(self, task: str) -> bool:
         """Whether the unchanged model is above chance: its interval lies above the task's chance.
 
         Where it is not, there is nothing to retain, and a share of 1 would mean nothing.
+
+        Args:
+            task: Name of the task.
+
+        Returns:
+            True for perplexity always.
         """
         if self.tasks[task].metric == "perplexity":
             return True
@@ -108,12 +134,27 @@ class Comparison:
         return value.value > 0 and value.low > self.tasks[task].chance
 
     def counted(self, group: str) -> list[str]:
-        """Tasks of a group that `retained` averages: the informative ones."""
+        """Tasks of a group that `retained` averages: the informative ones.
+
+        Args:
+            group: Name of the group.
+
+        Returns:
+            Task names, in order.
+        """
         of_group = [task for task, info in self.tasks.items() if info.group == group]
         return [task for task in of_group if self.informative(task)]
 
     def retained(self, variant: str, group: str) -> Estimate:
-        """Mean of the retained shares of a group's informative tasks; not finite without any."""
+        """Mean of the retained shares of a group's informative tasks; not finite without any.
+
+        Args:
+            variant: Name of the variant.
+            group: Name of the group.
+
+        Returns:
+            The mean with its interval, n the items of all counted tasks; not finite without any.
+        """
         counted = self.counted(group)
         kept = [self.cell(variant, task).retained for task in counted]
         if variant == BASELINE and counted:
@@ -147,6 +188,9 @@ class Comparison:
         Args:
             path: `results.json`, or the folder that holds it.
 
+        Returns:
+            The comparison, items included.
+
         Raises:
             ResultsFileError: The file is missing, damaged, or of another version.
         """
@@ -158,6 +202,12 @@ class Comparison:
         """How often each item is drawn in each bootstrap resample, shape (resamples, items).
 
         The same for every variant: that is what pairs them.
+
+        Args:
+            task: Name of the task.
+
+        Returns:
+            float64 counts, shape (resamples, items).
         """
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])

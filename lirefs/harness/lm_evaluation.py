@@ -43,6 +43,9 @@ def lm_eval_model(
         intervention: What to evaluate it under; None for the model as it is.
         batch_tokens: Tokens per batch, padding included.
 
+    Returns:
+        An `lm_eval.api.model.TemplateLM`.
+
     Raises:
         TaskError: lm-eval is not installed; later, from a request that samples.
     """
@@ -65,6 +68,9 @@ def lm_eval_tasks(
         include_path: A folder with more tasks as YAML files.
         limit: At most this many documents of each task, from its beginning.
         group: Group of the tasks in a comparison.
+
+    Returns:
+        Tasks for `lirefs.compare`, groups and tags taken apart.
 
     Raises:
         TaskError: lm-eval is not installed or has no such task, its data cannot be read, or it

@@ -34,6 +34,9 @@ def recitation_task(
         limit: At most this many items.
         name: Name of the task.
 
+    Returns:
+        The task, in the group memorization.
+
     Raises:
         DataFileError: If the file cannot be read.
         TaskError: If a row has none of these fields, is too short, or has ids of another
@@ -146,6 +149,12 @@ class StressTest(ItemTask):
         items: (id, prefix ids, suffix ids). A leading beginning-of-sequence token stays where it
             is in every prompt and does not count.
         shifts: The paper's t. Shorter prompts keep more than this many tokens.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: The score that is reported.
+        chance: Score of guessing.
+
+    Raises:
+        TaskError: There is no item, one has an empty prefix or suffix, or `shifts` is negative.
     """
 
     items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
@@ -171,6 +180,9 @@ class StressTest(ItemTask):
             prefix: Token ids.
             suffix: Token ids.
             bos: Id of the beginning-of-sequence token, if there is one.
+
+        Returns:
+            Token ids of each prompt, and of what should follow it.
         """
         lead = [bos] if prefix[0] == bos else []
         body = list(prefix[len(lead) :])
@@ -186,7 +198,15 @@ class StressTest(ItemTask):
         return longer + shorter
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item."""
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
         bos = lm.tokenizer.bos_token_id
         asked = [self.prompts(prefix, suffix, bos) for _, prefix, suffix in self.items]
         starts = [0]

@@ -107,6 +107,9 @@ def mine(
             same call goes on. None: an interrupted call begins anew.
         progress: Show a progress bar.
 
+    Returns:
+        The windows that are recited, and how many were looked at.
+
     Raises:
         SettingError: A setting is out of range, two texts share an id, no text is as long as a
             window, a window is longer than the model's context, the model is steered, or the

@@ -67,6 +67,8 @@ def ndcg_task(
 ) -> RankAgreement:
     """Rank the next tokens with the model as it is now, and freeze what it says.
 
+    The task scores nDCG@k of another model's ranking against it (Merullo et al. 2025, table 1).
+
     A list that an edited model made would agree with that model: steering and removable weight
     edits are refused. A change that was written into the weights for good cannot be seen.
 
@@ -77,6 +79,9 @@ def ndcg_task(
         max_tokens: Longer texts are cut there. The logits of one text are held at a time:
             `max_tokens` times the vocabulary.
         name: Name of the task; `nDCG@k` by default.
+
+    Returns:
+        The task; the model's lists are part of its items.
 
     Raises:
         TaskError: The model is steered or edited, a text is empty, or its logits are not finite.

@@ -48,6 +48,9 @@ def compare(
             name, must tell it from others.
         progress: Show a progress bar.
 
+    Returns:
+        Every variant on every task, item by item.
+
     Raises:
         TaskError: If there is no task, two share a name, or a variant is called `unchanged`.
         InterventionError: If an intervention does not fit the model.

@@ -38,6 +38,9 @@ def default_tasks(
             own passages.
         limit: At most this many items per task, and half as many texts.
 
+    Returns:
+        Twelve tasks, or fewer where the questions have no options.
+
     Raises:
         TaskError: If a file lacks a field.
         DataFileError: If a file cannot be read.
@@ -104,5 +107,9 @@ def heldout_texts(split: str) -> list[tuple[str, str]]:
 
 
 def calibration_texts() -> list[str]:
-    """Texts from which curvature is estimated; none of them is in any task."""
+    """Texts from which curvature is estimated; none of them is in any task.
+
+    Returns:
+        140 English texts of about 200 tokens, written for the project.
+    """
     return [str(row["text"]) for _, row in read_jsonl(DATA / "texts_calibration.jsonl")]

@@ -114,10 +114,18 @@ class ItemTask:
 class Recitation(ItemTask):
     """Greedy continuation of a prefix, compared with the text that training showed.
 
+    The measure of Merullo et al. 2025 (arXiv 2510.24256), table 1.
+
     Scores of an item: those of `lirefs.harness.recall.recitation_scores`.
 
     Attributes:
         items: (id, prefix ids, suffix ids).
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: The score that is reported.
+        chance: Score of guessing.
+
+    Raises:
+        TaskError: There is no item, or one has an empty prefix or suffix.
     """
 
     items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
@@ -132,7 +140,15 @@ class Recitation(ItemTask):
                 raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item."""
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
         results: dict[int, ItemResult] = {}
         # One call per suffix length: every row of a batch decodes for equally long.
         for length in sorted({len(suffix) for _, _, suffix in self.items}):
@@ -157,6 +173,12 @@ class Perplexity(ItemTask):
     Attributes:
         items: (id, text).
         max_tokens: Longer texts are cut there.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: `perplexity`.
+        chance: Not used: perplexity is always informative.
+
+    Raises:
+        TaskError: There is no item.
     """
 
     items: Sequence[tuple[str, str]]
@@ -166,7 +188,18 @@ class Perplexity(ItemTask):
     chance: float = 0.0
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every text."""
+        """Score every text.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result a text: summed nats (`nll`), weighted by the number of tokens predicted.
+
+        Raises:
+            TaskError: A text has fewer than two tokens.
+        """
         ids = [row[: self.max_tokens] for row in lm.encode([text for _, text in self.items])]
         for (item, _), row in zip(self.items, ids, strict=True):
             if len(row) < 2:
@@ -190,6 +223,11 @@ class MultipleChoice(ItemTask):
     Attributes:
         items: (id, prompt, options, index of the right option). Options carry their own
             leading space.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: The score that is reported.
+
+    Raises:
+        TaskError: There is no item, or the index of one is no index of its options.
     """
 
     items: Sequence[tuple[str, str, Sequence[str], int]]
@@ -208,7 +246,15 @@ class MultipleChoice(ItemTask):
         return sum(1 / len(options) for _, _, options, _ in self.items) / len(self.items)
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item."""
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
         encoded = [
             lm.encode([prompt + option for option in options])
             for _, prompt, options, _ in self.items
@@ -241,6 +287,11 @@ class ShortAnswer(ItemTask):
         kind: How the line is read, see `lirefs.harness.parsing.judge`.
         max_new_tokens: Length limit of the answer.
         chance: Score of guessing, where the prompt itself offers the answers.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: The score that is reported.
+
+    Raises:
+        TaskError: There is no item.
     """
 
     items: Sequence[tuple[str, str, Sequence[str]]]
@@ -251,7 +302,15 @@ class ShortAnswer(ItemTask):
     chance: float = 0.0
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item."""
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
         ends: dict[int, bool] = {}
         eos = lm.tokenizer.eos_token_id
 
