@@ -6,7 +6,7 @@ import torch
 
 import kfac
 import lirefs
-from lirefs import Perplexity, cli, compare
+from lirefs import Perplexity, compare
 from lirefs.errors import QuestionsError
 from lirefs.harness.comparison import Comparison, TaskInfo
 from lirefs.harness.tasks import CONFLICT, ItemResult
@@ -22,16 +22,19 @@ def lm():
     return lirefs.load("organism")
 
 
-def prompts(lm, split):
-    """Everything a task of a split asks, by task."""
-    found = {}
-    for task in organism_tasks(lm, Language(), split, limit=1000):
-        found[task.name] = {str(item[1]) for item in task.items}
-    return found
+@pytest.fixture(scope="module")
+def sides(lm):
+    """Everything the tasks of a split ask, by split and task."""
+    return {
+        split: {
+            task.name: {str(item[1]) for item in task.items}
+            for task in organism_tasks(lm, Language(), split, limit=1000)
+        }
+        for split in SPLITS
+    }
 
 
-def test_no_item_that_reports_is_one_that_chooses_or_fits(lm):
-    sides = {split: prompts(lm, split) for split in SPLITS}
+def test_no_item_that_reports_is_one_that_chooses_or_fits(sides):
     for task in sides["test"]:
         if task == "multiplication table":  # one table, all of it is trained on and asked
             continue
@@ -40,13 +43,13 @@ def test_no_item_that_reports_is_one_that_chooses_or_fits(lm):
         assert not sides["test"][task] & sides["train"][task], task
 
 
-def test_calibration_texts_hold_no_other_item_than_training_does(lm):
+def test_calibration_texts_hold_no_other_item_than_training_does(sides):
     texts = training_texts(Language(), 400)
     assert len(texts) == 400
     assert texts == training_texts(Language(), 400)
     assert texts != training_texts(Language(), 400, seed=1)
     for task in ("boolean expressions", "relations", "retrieval", "stories"):
-        for prompt in prompts(lm, "test")[task]:
+        for prompt in sides["test"][task]:
             assert not any(prompt in text for text in texts if len(prompt) > 40)
 
 
@@ -184,37 +187,3 @@ def test_settings_that_are_given_are_not_chosen(lm):
         "model.layers.3.mlp.gate_proj",
         "model.layers.3.mlp.up_proj",
     }
-
-
-def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(
-        cli.organism, "scores", lambda model, tokenizer, language, split: {"x": 1.0}
-    )
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["lirefs", "organism", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
-
-    assert run("scores") == 0
-    assert json.loads(capsys.readouterr().out) == {"x": 1.0}
-    assert run("scores", "--split", "dev") == 2
-    assert run("scores", tmp_path) == 2
-    file = tmp_path / "file"
-    file.write_text("")
-    assert run("train", file) == 2
-
-
-def test_texts_command_writes_what_the_curvature_commands_read(monkeypatch, tmp_path, lm):
-    monkeypatch.setattr("sys.argv", ["lirefs", "organism", "texts", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    task = lirefs.recitation_task(lm, tmp_path / "planted.jsonl")
-    items = Language().items("planted", "test")
-    assert [prefix for _, prefix, _ in task.items] == lm.encode([one.prompt for one in items])
-    rows = [row for _, row in lirefs.files.read_jsonl(tmp_path / "labelled.jsonl")]
-    shown = {one.text for one in items}
-    assert all((row["label"] == "memorized") == (row["text"] in shown) for row in rows)
-    assert len({row["text"] for row in rows}) == len(rows)
