@@ -1,11 +1,15 @@
 """Both halves in ten lines: steer along a LiReF, then edit weights by curvature.
 
-python examples/quickstart.py [MODEL]
+    python examples/quickstart.py [--model NAME]
+
+Takes a minute and a half on two cores.
 """
 
-import sys
+import argparse
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="of 23 layers or more")
+MODEL = parser.parse_args().model
 
 # LiReFs: a direction from memory to reasoning, added to the residual stream.
 import lirefs

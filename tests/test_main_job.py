@@ -14,7 +14,7 @@ from lirefs.organism.items import SPLITS
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Questions
-from lirefs.studies import main_job, main_job_report
+from lirefs.studies import main_job, main_job_report, main_job_settings
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +116,8 @@ def made_up(**shares):
 
 def test_harm_counts_what_misses_the_goal_and_nothing_else():
     comparison = made_up(good=(1.0, 0.96), bad=(1.0, 0.5), noise=(0.1, 0.0))
-    assert main_job.harm(comparison, "v", ["good"]) == 0
-    assert main_job.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
+    assert main_job_settings.harm(comparison, "v", ["good"]) == 0
+    assert main_job_settings.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
 
 
 def test_against_random_is_the_paired_difference():
@@ -142,12 +142,12 @@ def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
 
 def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path):
     for name, value in {
-        "KEEPS": (0.9,), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
-        "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
+        "KEEPS": (0.5, 0.9), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
+        "SWEPT_MULTIPLES": (-1.0, 1.0),
     }.items():  # fmt: skip
-        monkeypatch.setattr(main_job, name, value)
-        if hasattr(main_job_report, name):
-            monkeypatch.setattr(main_job_report, name, value)
+        for module in (main_job, main_job_report, main_job_settings):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     texts = training_texts(Language(), 40)
     targets = kfac.find_targets(lm.model)
     batches = [lm.pad(lm.encode(texts[i : i + 20])) for i in (0, 20)]
@@ -172,15 +172,15 @@ def test_settings_that_are_given_are_not_chosen(lm):
         kfac.find_targets(lm.model),
         progress=False,
     )
-    made = main_job.curvature_candidates(factors, lm.n_layers, [3], 0.5)
+    made = main_job_settings.curvature_candidates(factors, lm.n_layers, [3], 0.5)
     assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
     probes = {
         form: lirefs.fit(
             lm, organism_questions(form, Language(), 8).split(), shuffles=2, progress=False
         )
-        for form in main_job.STEERING_FORMS
+        for form in main_job_settings.STEERING_FORMS
     }
-    labels = list(main_job.steering_candidates(probes, "add", 3.0))
+    labels = list(main_job_settings.steering_candidates(probes, "add", 3.0))
     assert all(label.endswith(", 3") for label in labels)
     assert not any("layer 0" in label for label in labels)
     assert set(made["layers 3; gate, up; keep 0.5"].keep) == {
