@@ -1,6 +1,9 @@
 """Which estimator, does it transfer, is it more than selection: three figures and their numbers.
 
-python benchmarks/probe.py --questions FILE --gsm8k FILE --relations FILE
+    python benchmarks/probe.py --questions FILE --gsm8k FILE --relations FILE
+
+Directions are fitted on the first file's labelled questions; GSM8K (reasoning) against factual
+relations (memory) is the other set.
 """
 
 import argparse

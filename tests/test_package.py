@@ -1,7 +1,15 @@
+import importlib.util
+import runpy
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
 
 import lirefs
+
+ROOT = Path(__file__).parent.parent
+BENCHMARKS = sorted(p for p in (ROOT / "benchmarks").glob("*.py") if "def main" in p.read_text())
 
 
 def test_import_leaves_heavy_packages_alone():
@@ -29,3 +37,18 @@ def test_version_matches_the_distribution():
     from importlib.metadata import version
 
     assert version("lirefs") == lirefs.__version__
+
+
+@pytest.mark.parametrize("path", BENCHMARKS, ids=lambda path: path.stem)
+def test_every_benchmark_has_a_command_that_documents_name(path, monkeypatch, capsys):
+    command = f"benchmarks/{path.name}"
+    assert f"    python {command}" in path.read_text().split('"""')[1]
+    assert any(command in page.read_text() for page in (ROOT / "docs").glob("*.md"))
+    if path.stem == "harness" and importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed: pip install 'lm-eval>=0.4.13'")
+    monkeypatch.syspath_prepend(str(path.parent))
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stop.value.code == 0
+    assert path.name in capsys.readouterr().out
