@@ -2,7 +2,7 @@
 
     python examples/compare_methods.py [--limit N] [--out FOLDER]
 
-Takes three minutes on two cores, one with `--limit 10`, whose intervals are wide.
+Takes two minutes on two cores, half a minute with `--limit 10`, whose intervals are wide.
 """
 
 import argparse

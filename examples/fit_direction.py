@@ -24,6 +24,5 @@ for estimator in (lirefs.MeanDifference(), lirefs.WhitenedMeanDifference(shrinka
     print(f"  shuffled labels {probe.shuffled}, random directions {best.random_auroc}")
 
 probe.directions.save(options.out)
-read = lirefs.Directions.load(options.out)[probe.best_layer]
-print(f"wrote {options.out}: {len(probe.directions)} directions of the second estimator")
-print(f"read back: {read}")
+read = lirefs.Directions.load(options.out)
+print(f"wrote {options.out}: {len(read)} directions of the second estimator, one a layer")

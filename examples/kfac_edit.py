@@ -2,7 +2,7 @@
 
     python examples/kfac_edit.py [--model NAME] [--out FOLDER]
 
-Takes half a minute on two cores.
+Takes a minute on two cores.
 """
 
 import argparse

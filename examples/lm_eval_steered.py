@@ -28,10 +28,16 @@ import lm_eval
 from lm_eval.tasks import TaskManager
 
 known = TaskManager(include_path=options.tasks)
-probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0), shuffles=10)
-steered = lirefs.lm_eval_model(lm, probe.best.steer("add", 1.0))
-for name, evaluated in {"unsteered": unsteered, "steered": steered}.items():
+
+
+def results(evaluated):
+    """Metrics of the task."""
     found = lm_eval.simple_evaluate(
         evaluated, tasks=[options.task], task_manager=known, limit=options.limit
     )
-    print(name, found["results"][options.task])
+    return found["results"][options.task]
+
+
+print("unsteered", results(unsteered))
+probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0), shuffles=10)
+print("steered", results(lirefs.lm_eval_model(lm, probe.best.steer("add", 1.0))))

@@ -10,7 +10,10 @@ import argparse
 import lirefs
 from lirefs.intervention import applied
 
-PROMPTS = ["Q: Who wrote Hamlet?\nA:", "Q: I have 3 bags of 4 apples. How many apples?\nA:"]
+PROMPTS = [
+    "Q: Who wrote Hamlet?\nA:",
+    "Q: A farmer has 12 cows and sells 5. How many are left?\nA:",
+]
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
@@ -24,9 +27,9 @@ direction = lirefs.fit(lm, split, shuffles=10).best
 gate = lirefs.Gate(direction, above=False, per="row")
 variants = {
     "unsteered": None,
-    "towards reasoning, generated tokens": direction.steer("add", 1.0, scope="generated"),
-    "towards memory, generated tokens": direction.steer("add", -1.0, scope="generated"),
-    "towards reasoning, prompts of recall": direction.steer("add", 1.0, gate=gate),
+    "towards reasoning, generated tokens": direction.steer("add", 2.0, scope="generated"),
+    "towards memory, generated tokens": direction.steer("add", -2.0, scope="generated"),
+    "towards reasoning, prompts of recall": direction.steer("add", 2.0, gate=gate),
 }
 for name, steer in variants.items():
     with applied(steer, lm.model):
