@@ -22,11 +22,6 @@ ALL = ["gate_proj", "up_proj", "down_proj", "q_proj", "o_proj"]
 
 
 @pytest.fixture(scope="module")
-def lm():
-    return wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
-
-
-@pytest.fixture(scope="module")
 def factors(lm):
     texts = lm.encode([f"some text of number {n} to be read" for n in range(30)])
     batches = [lm.pad(texts[:15], side="right"), lm.pad(texts[15:], side="right")]
