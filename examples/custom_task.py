@@ -56,5 +56,5 @@ tasks = [
 variants = {f"keep {keep}": kfac.CurvatureEdit(factors, keep) for keep in (0.95, 0.8, 0.6)}
 comparison = lirefs.compare(lm, variants, tasks)
 for cell in comparison.cells():
-    print(f"{cell.variant:10s} {cell.task:14s} {cell.metric:9s} {cell.value}")
+    print(f"{cell.variant:10s} {cell.task:14s} {cell.metric:9s} {cell.value}, n = {cell.value.n}")
 print(f"wrote {comparison.save(options.out)}")

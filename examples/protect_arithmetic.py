@@ -41,4 +41,4 @@ comparison = lirefs.compare(
     tasks,
 )
 for cell in comparison.cells():
-    print(f"{cell.variant:22s} {cell.task:22s} {cell.metric:12s} {cell.value}")
+    print(f"{cell.variant:22s} {cell.task:22s} {cell.metric:12s} {cell.value}, n = {cell.value.n}")
