@@ -1,6 +1,6 @@
-"""Speed of curvature collection and of the selection of pairs, as ratios within one run.
+"""Speed of curvature collection beside kronfluence and curvlinops, as ratios within one run.
 
-    python benchmarks/curvature.py --model FOLDER [--peers] [--rounds 3]
+    python benchmarks/curvature.py --model FOLDER --peers
 
 Every contender collects the same targets over the same token ids of the same model, counts all
 positions, and runs in a process of its own, in turns, so that memory is its own and a change of the
@@ -8,8 +8,8 @@ machine's load meets all alike. Before anything is timed, the factors of all con
 with the data's labels (sampled labels differ by chance).
 
 `forward` is the bare forward pass. `floor` is what cannot be left out: forward, backward to the
-first target, and one plain product for each covariance. `--peers` makes a virtual environment with
-kronfluence and curvlinops; torch and transformers are those of constraints.txt.
+first target, and one plain product for each covariance. `--peers` makes a virtual environment for
+kronfluence and curvlinops, which borrows torch and transformers from the one that runs this.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from measuring import environment, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-VERSIONS = ("kronfluence==1.0.1", "curvlinops-for-pytorch==3.0.1")
-OURS, PEERS = ("forward", "floor", "kfac"), ("kronfluence", "curvlinops")
+sys.path.insert(0, str(ROOT))  # the peers' environment does not have this library
+OURS = ("forward", "floor", "kfac")
+PEERS = ("kronfluence", "curvlinops")
+# With all dependencies pip would bring another torch, for a torchvision that nothing here imports.
+PACKAGES = (
+    "--no-deps", "kronfluence==1.0.1", "curvlinops-for-pytorch==3.0.1", "backpack-for-pytorch",
+    "einconv", "linear_operator", "opt_einsum", "unfoldNd",
+)  # fmt: skip
 
 
 def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
@@ -134,18 +139,12 @@ def run_kfac(model: Any, names: list[str], ids: torch.Tensor, size: int, labels:
     return {name: (factors.A(name), factors.G(name)) for name in names}
 
 
-def synchronize() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 def contender(name: str) -> Any:
     """Return the function of a contender; the peers' are imported where they are installed."""
     if name in PEERS:
-        import peers
+        import curvature_peers
 
-        return getattr(peers, "run_" + name)
+        return getattr(curvature_peers, "run_" + name)
     return globals()["run_" + name]
 
 
@@ -200,34 +199,12 @@ def spawn(options: argparse.Namespace, name: str, python: str, *extra: str) -> d
     command = [python, str(Path(__file__).resolve()), "--only", name, *extra]
     for key in ("model", "layers", "sequences", "length", "batch", "device", "threads"):
         command += [f"--{key}", str(getattr(options, key))]
-    environment = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    variables = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
+    done = subprocess.run(command, capture_output=True, text=True, env=variables)
     lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
     if not lines:
         raise SystemExit(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
     return dict(json.loads(lines[-1][7:]))
-
-
-def peer_python(folder: str) -> str:
-    """Make the peers' environment if it is not there, and return its interpreter."""
-    python = Path(folder) / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    ready = [str(python), "-c", "import curvlinops, kronfluence, transformers"]
-    if subprocess.run(ready, capture_output=True).returncode:
-        # Lines of a local installation are no constraints.
-        pinned = [x for x in (ROOT / "constraints.txt").read_text().splitlines() if "==" in x]
-        with tempfile.NamedTemporaryFile("w", suffix=".txt") as file:
-            file.write("\n".join(x for x in pinned if not x.startswith("#")))
-            file.flush()
-            packages = ["torch", "transformers", *VERSIONS]
-            subprocess.run(
-                [str(python), "-m", "pip", "install", "-q", "-c", file.name, *packages], check=True
-            )
-        # A dependency of a dependency that nothing here imports; built for another torch it breaks
-        # the import of transformers.
-        subprocess.run([str(python), "-m", "pip", "uninstall", "-q", "-y", "torchvision"])
-    return str(python)
 
 
 def compare(options: argparse.Namespace, contenders: dict[str, str]) -> None:
@@ -255,7 +232,8 @@ def collection(options: argparse.Namespace) -> None:
     """Time all contenders in turns."""
     contenders = dict.fromkeys(OURS, sys.executable)
     if options.peers:
-        contenders |= dict.fromkeys(PEERS, peer_python(options.peers_folder))
+        python = environment(options.peers_folder, PACKAGES)
+        contenders |= dict.fromkeys(PEERS, str(python))
     compare(options, contenders)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(options.rounds):
@@ -288,107 +266,27 @@ def _ceiling(device: str) -> float:
     return 20 * 2 * 8192**3 / (time.perf_counter() - began)
 
 
-def heap(lam: Any, mu: Any, keep: float, limit: float) -> tuple[list[int], float]:
-    """Take pairs one by one from a heap, in descending mass, until `keep` or `limit` seconds."""
-    import heapq
-
-    goal = keep * lam.sum() * mu.sum()
-    queue, seen, mass = [(-lam[0] * mu[0], 0, 0)], {(0, 0)}, 0.0
-    counts = [0] * len(lam)
-    began = time.perf_counter()
-    while queue and mass < goal and time.perf_counter() - began < limit:
-        negative, i, j = heapq.heappop(queue)
-        mass -= negative
-        counts[i] += 1
-        for row, column in ((i + 1, j), (i, j + 1)):
-            if row < len(lam) and column < len(mu) and (row, column) not in seen:
-                seen.add((row, column))
-                heapq.heappush(queue, (-lam[row] * mu[column], row, column))
-    return counts, time.perf_counter() - began
-
-
-def selection() -> None:
-    """Time the staircase against a heap, and ten values of `keep` against one."""
-    from kfac.spectrum import staircase
-
-    rng = np.random.default_rng(0)
-
-    def spectrum(size: int) -> Any:
-        return np.sort(np.arange(1, size + 1) ** -0.7 * rng.lognormal(0, 0.3, size))[::-1].copy()
-
-    lam, mu = spectrum(256), spectrum(688)
-    counts, _ = heap(lam, mu, 0.6, 60)
-    assert counts == staircase(lam, mu, 0.6).counts.tolist(), "the heap takes other pairs"
-    lam, mu = spectrum(4096), spectrum(11008)
-    times = []
-    for _ in range(7):
-        began = time.perf_counter()
-        chosen = staircase(lam, mu, 0.6)
-        times.append(time.perf_counter() - began)
-    ours = statistics.median(times)
-    counts, seconds = heap(lam, mu, 0.6, 20)
-    taken = sum(counts)
-    # A heap's step only grows with its size, so the rest of it takes at least as long per pair.
-    whole = seconds * chosen.pairs / taken
-    print(f"\nstaircase 4096 x 11008 at 0.6: {ours * 1000:.1f} ms for {chosen.pairs:,} pairs")
-    print(
-        f"heap: {seconds:.1f} s for {taken:,} pairs, so {whole:.0f} s: {whole / ours:,.0f} x slower"
-    )
-
-
-def sweep() -> None:
-    """Time ten values of `keep` against one, from factors to edited weights."""
-    from torch import nn
-
-    import kfac
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(576, 1536, bias=False), nn.Tanh(), nn.Linear(1536, 64))
-    x = torch.randn(4000, 576) * torch.arange(1, 577) ** -0.5
-
-    def forward(model: Any, batch: Any) -> tuple[torch.Tensor, torch.Tensor]:
-        return model(batch), torch.ones(len(batch), dtype=torch.bool)
-
-    def edit(keeps: list[float]) -> float:
-        factors = kfac.collect(
-            model, [x], kfac.named_targets(model, ["0"]), forward=forward, progress=False
-        )
-        began = time.perf_counter()
-        for keep in keeps:
-            with kfac.CurvatureEdit(factors, keep).apply(model):
-                pass
-        return time.perf_counter() - began
-
-    edit([0.5])
-    one = statistics.median(edit([0.6]) for _ in range(3))
-    ten = statistics.median(edit([0.5 + 0.04 * i for i in range(10)]) for _ in range(3))
-    print(f"one keep {one * 1000:.0f} ms, ten {ten * 1000:.0f} ms: {ten / one:.2f} x")
-
-
 def main() -> None:
-    """Run all parts, or the one contender that a parent process asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", help="folder or hub id, or 'blocks' for 7B-shaped blocks")
-    parser.add_argument("--layers", default="20,21,22")
+    """Run all contenders, or the one that a parent process asks for."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", required=True, help="folder or hub id; blocks: 3 of 7B shape")
+    parser.add_argument("--layers", default="20,21,22", help="blocks whose MLPs are collected")
     parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=2)
+    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
+    parser.add_argument("--batch", type=int, default=2, help="sequences of a batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--peers", action="store_true", help="also time kronfluence and curvlinops")
-    parser.add_argument("--peers-folder", default=str(ROOT / ".venv-peers"))
+    parser.add_argument("--peers-folder", type=Path, default=Path(".peers/curvature"))
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--factors", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.only:
         work(options)
-        return
-    torch.set_num_threads(options.threads)
-    if options.model:
+    else:
+        torch.set_num_threads(options.threads)
         collection(options)
-    selection()
-    sweep()
 
 
 if __name__ == "__main__":

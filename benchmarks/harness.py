@@ -1,7 +1,6 @@
 """Items per second against lm-evaluation-harness's own HFLM: same items, model and batch memory.
 
-    pip install 'lm-eval>=0.4.13'
-    python benchmarks/harness.py [--questions ../shared/data/mmlu_reasoning_memory.jsonl]
+    python benchmarks/harness.py --questions FILE     # needs: pip install 'lm-eval>=0.4.13'
 
 Both answer the same lm-eval requests in one process. Every round runs both on everything, so that
 a slow minute of the machine touches both; a ratio is the median over rounds of what is compared
@@ -27,6 +26,7 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from measuring import synchronize
 
 import lirefs
 from lirefs.files import atomic_write_text
@@ -124,15 +124,12 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
     What other programs do on the same core does not count then.
     """
-    on_cuda = torch.cuda.is_available()
-    alone = torch.get_num_threads() == 1 and not on_cuda
+    alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     clock = time.process_time if alone else time.perf_counter
-    if on_cuda:
-        torch.cuda.synchronize()
+    synchronize()
     start = clock()
     result = run()
-    if on_cuda:
-        torch.cuda.synchronize()
+    synchronize()
     return clock() - start, result
 
 
@@ -193,8 +190,10 @@ def eight_variants(lm: Any, questions: Sequence[Question], rounds: int) -> dict[
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(lm.width, generator=generator)
     steers = {
-        f"steering {layer}": lirefs.Direction(vector / vector.norm(), layer).steer("add", 1.0)
-        for layer in range(1, 8)
+        f"steering {i}": lirefs.Direction(vector / vector.norm(), 1 + i % (lm.n_layers - 1)).steer(
+            "add", 1.0
+        )
+        for i in range(7)
     }
     items = [
         (f"{i}", f"Question: {one.text}\nAnswer:", [f" {o}" for o in one.options], 0)

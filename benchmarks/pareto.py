@@ -4,7 +4,7 @@ Each method runs at a few strengths, all on the same items. Strengths are chosen
 that the perplexity on validation texts rises by the same factors for every method: nominal
 strengths of different methods cannot be compared. BalancedSubnet runs at two fixed shares.
 
-python benchmarks/pareto.py [--model smollm2-135m|organism] [--quick]
+    python benchmarks/pareto.py --model organism --layers 0,1,2,3
 
 writes pareto.json, a figure of recitation against perplexity and one for each task group.
 """
@@ -19,7 +19,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 import kfac
@@ -28,10 +27,9 @@ from lirefs.batching import batches_by_tokens
 from lirefs.builtin import language_seed
 from lirefs.files import atomic_write_bytes, atomic_write_text
 from lirefs.harness import suite
-from lirefs.harness.engine import token_nlls
-from lirefs.intervention import applied
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_tasks, training_texts
+from lirefs.studies.main_job import perplexity
 
 BISECTIONS = 12
 ENOUGH = 0.1
@@ -196,13 +194,6 @@ def match(
         else:
             high = middle
     return best
-
-
-def perplexity(lm: Any, ids: list[list[int]], edit: Any) -> float:
-    """Perplexity of some texts under an edit."""
-    with applied(edit, lm.model):
-        nlls = token_nlls(lm, ids)
-    return float(np.exp(min(sum(float(x.sum()) for x in nlls) / sum(map(len, nlls)), 700.0)))
 
 
 def write(

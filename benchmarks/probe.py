@@ -1,7 +1,9 @@
 """Which estimator, does it transfer, is it more than selection: three figures and their numbers.
 
-python benchmarks/probe.py --questions ../shared/data/mmlu_reasoning_memory.jsonl \
-    --gsm8k ../shared/data/gsm8k.jsonl --relations ../shared/data/relations.jsonl
+    python benchmarks/probe.py --questions FILE --gsm8k FILE --relations FILE
+
+Directions are fitted on the first file's labelled questions; GSM8K (reasoning) against factual
+relations (memory) is the other set.
 """
 
 import argparse
@@ -44,9 +46,9 @@ def arithmetic_against_relations(gsm8k: Path, relations: Path) -> list[Question]
 
 def main() -> None:
     """Fit every estimator on one set, score it on the other, and draw."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--questions", type=Path, required=True)
+    parser.add_argument("--questions", type=Path, required=True, help="labelled")
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--relations", type=Path, required=True)
     parser.add_argument("--limit", type=int, default=500, help="questions of each set")

@@ -1,8 +1,9 @@
 """What capture and steering cost, as ratios measured in one run, with peers on the same prompts.
 
-    python benchmarks/steering.py                 # TransformerLens and nnsight as peers
-    python benchmarks/steering.py --peers         # and steering-vectors and repeng, in an
-                                                  # environment of their own (made once)
+    python benchmarks/steering.py --peers
+
+TransformerLens and nnsight are peers in this process; with `--peers` also steering-vectors and
+repeng, in an environment of their own (made once).
 
 Every round runs every variant once, so that a slow minute of the machine touches all of them; a
 ratio is the median over rounds of what is compared within a round. Times are of whole calls.
@@ -16,18 +17,20 @@ import json
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
-import time
-import venv
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import environment, measure, ratio
+from steering_peers import PACKAGES
 
-PEERS = {"steering-vectors": "steering-vectors==0.12.2", "repeng": "repeng==0.4.0"}
+import lirefs
+from lirefs.batching import batches_by_tokens
+from lirefs.capture import BATCH_TOKENS
+
 WORDS = "the of river seven because light answer under machine green count little before"
 BATCH = 8
 
@@ -43,37 +46,8 @@ def prompts_of(count: int) -> list[str]:
     ]
 
 
-def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one round that does not count."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for index in range(rounds + 1):
-        for name, run in variants.items():
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            if index:
-                times[name].append(time.perf_counter() - start)
-    return times
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of time over the time of the base."""
-    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
-
-
 def capture_variants(lm: Any, prompts: list[str]) -> dict[str, Callable[[], Any]]:
     """Last-token states at the input of every block: ours, a bare forward, two peers."""
-    import lirefs
-    from lirefs.batching import batches_by_tokens
-    from lirefs.capture import BATCH_TOKENS
-
     ids = lm.encode(prompts)
 
     class Stop(Exception):
@@ -99,8 +73,6 @@ def capture_variants(lm: Any, prompts: list[str]) -> dict[str, Callable[[], Any]
 
 def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, Callable[[], Any]]:
     """Greedy generation: not steered, steered in several ways, baked."""
-    import lirefs
-
     generator = torch.Generator().manual_seed(1)
     vector = torch.randn(lm.width, generator=generator)
     one = lirefs.Direction(vector / vector.norm(), lm.n_layers // 2, "resid_post")
@@ -204,80 +176,10 @@ def nnsight(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
     return capture, generate
 
 
-def make_peers(folder: Path) -> Path:
-    """An environment for peers that pin older libraries; it borrows torch from this one."""
-    python = folder / "bin" / "python"
-    if not (folder / "ready").exists():
-        venv.create(folder, with_pip=True, clear=True)
-        site = next((folder / "lib").glob("python*/site-packages"))
-        here = Path(torch.__file__).parents[1]
-        (site / "borrowed.pth").write_text(f"{here}\n", encoding="utf-8")
-        packages = [*PEERS.values(), "transformers<5"]
-        command = [str(python), "-m", "pip", "install", "--quiet", *packages]
-        subprocess.run(command, check=True, capture_output=True, text=True, timeout=1200)
-        (folder / "ready").touch()
-    return python
-
-
-def peer_worker(name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
-    """Inside the peers' environment: capture and generation, beside plain generation."""
-    # The tokenizer's class in the folder is one that their older transformers does not know.
-    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    torch.set_num_threads(job["threads"])
-    model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=torch.float32).eval()
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, padding_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    tokenizer.model_input_names = ["input_ids", "attention_mask"]
-    layers = list(range(model.config.num_hidden_layers))
-    vector = torch.ones(model.config.hidden_size) / model.config.hidden_size**0.5
-    batch = tokenizer(job["texts"], return_tensors="pt", padding=True)
-    settings = {"max_new_tokens": job["tokens"], "min_new_tokens": job["tokens"]}
-
-    def plain(generating: Any = model) -> None:
-        with torch.no_grad():
-            generating.generate(**batch, **settings, do_sample=False, pad_token_id=0)
-
-    if name == "steering-vectors":
-        from steering_vectors import SteeringVector
-        from steering_vectors.train_steering_vector import extract_activations
-
-        pairs = list(zip(job["prompts"][::2], job["prompts"][1::2], strict=True))
-        steer = SteeringVector(dict.fromkeys(layers, vector), "decoder_block")
-
-        def capture() -> None:
-            extract_activations(model, tokenizer, pairs, show_progress=False)
-
-        def generate() -> None:
-            with steer.apply(model):
-                plain()
-
-    else:
-        from repeng import ControlModel, ControlVector
-        from repeng.extract import batched_get_hiddens
-
-        wrapped = ControlModel(model, layers)
-        control = ControlVector(
-            model_type=model.config.model_type,
-            directions={layer: vector.numpy() for layer in layers},
-        )
-
-        def capture() -> None:
-            batched_get_hiddens(wrapped, tokenizer, job["prompts"], layers, 32)
-
-        def generate() -> None:
-            wrapped.set_control(control)
-            plain(wrapped)
-            wrapped.reset()
-
-    variants = {"capture": capture, "plain": plain, "generate": generate}
-    return measure(variants, job["rounds"])
-
-
 def run_peer(python: Path, name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
-    """Run `peer_worker` in the peers' environment."""
+    """Run `steering_peers.py` in the peers' environment."""
     done = subprocess.run(
-        [str(python), __file__, "--worker", name, "--model", folder],
+        [str(python), str(Path(__file__).with_name("steering_peers.py")), name, folder],
         input=json.dumps(job),
         capture_output=True,
         text=True,
@@ -311,16 +213,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="new tokens of each of 8 prompts")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", action="store_true", help="also steering-vectors and repeng")
-    parser.add_argument("--peers-folder", type=Path, default=Path(".peers"))
-    parser.add_argument("--worker", choices=list(PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--peers-folder", type=Path, default=Path(".peers/steering"))
     args = parser.parse_args()
-    if args.worker:
-        job = json.loads(sys.stdin.read())
-        print(json.dumps(peer_worker(args.worker, args.model, job)))
-        return
-
-    import lirefs
-
     lm = lirefs.load(args.model)
     prompts, texts = prompts_of(args.prompts), prompts_of(BATCH)
     capture = capture_variants(lm, prompts)
@@ -355,9 +249,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             lm.model.save_pretrained(folder)
             lm.tokenizer.save_pretrained(folder)
-            for name in PEERS:
+            for name in PACKAGES:
                 try:
-                    times = run_peer(make_peers(args.peers_folder), name, folder, job)
+                    packages = [*PACKAGES.values(), "transformers<5"]
+                    python = environment(args.peers_folder, packages)
+                    times = run_peer(python, name, folder, job)
                 except Exception as problem:  # no index, no wheel: say so and go on
                     skipped[name] = reason(problem)
                     continue

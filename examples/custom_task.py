@@ -1,9 +1,11 @@
 """A task of your own beside the built-in ones: does an intervention make the model repeat itself?
 
-python examples/custom_task.py [MODEL [LAYERS [FOLDER]]]
+    python examples/custom_task.py [--model NAME] [--out FOLDER]
+
+Takes a minute on two cores.
 """
 
-import sys
+import argparse
 from dataclasses import dataclass
 
 import kfac
@@ -11,9 +13,10 @@ import lirefs
 from lirefs.harness.engine import greedy
 from lirefs.harness.tasks import ItemResult, ItemTask
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
-LAYERS = [int(x) for x in sys.argv[2].split(",")] if len(sys.argv) > 2 else [20, 21, 22]
-FOLDER = sys.argv[3] if len(sys.argv) > 3 else "custom-task"
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
+parser.add_argument("--out", default="custom-task", help="folder of the report")
+options = parser.parse_args()
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,10 @@ class Variety(ItemTask):
         ]
 
 
-lm = lirefs.load(MODEL)
+lm = lirefs.load(options.model)
+layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
 batches = [lm.pad([ids], side="right") for ids in lm.encode(lirefs.calibration_texts()[:20])]
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=LAYERS))
+factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
 
 openings = ["My favourite meal is", "Last summer we went to", "The best way to learn is"]
 yours = [("green", "Grass is", [" green", " loud"], 0), ("wet", "Rain is", [" dry", " wet"], 1)]
@@ -52,5 +56,5 @@ tasks = [
 variants = {f"keep {keep}": kfac.CurvatureEdit(factors, keep) for keep in (0.95, 0.8, 0.6)}
 comparison = lirefs.compare(lm, variants, tasks)
 for cell in comparison.cells():
-    print(f"{cell.variant:10s} {cell.task:14s} {cell.metric:9s} {cell.value}")
-print(comparison.save(FOLDER))
+    print(f"{cell.variant:10s} {cell.task:14s} {cell.metric:9s} {cell.value}, n = {cell.value.n}")
+print(f"wrote {comparison.save(options.out)}")

@@ -1,15 +1,16 @@
 """Find recited texts without a label: how much of a text lies in flat directions of the loss.
 
-python examples/detect_recitation.py [MODEL [LAYERS]]
+    python examples/detect_recitation.py [--model NAME]
+
+Takes half a minute on two cores. Prints each text's share, larger for what is recited, and the
+words that have most of it.
 """
 
-import sys
+import argparse
 
 import kfac
 import lirefs
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
-LAYERS = [int(x) for x in sys.argv[2].split(",")] if len(sys.argv) > 2 else [20, 21, 22]
 TEXTS = [
     "All persons born or naturalized in the United States, and subject to the jurisdiction "
     "thereof, are citizens of the United States and of the State wherein they reside.",
@@ -17,9 +18,14 @@ TEXTS = [
     "down the lane, eating somebody else's lettuce.",
 ]
 
-lm = lirefs.load(MODEL)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
+options = parser.parse_args()
+
+lm = lirefs.load(options.model)
+layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
 batches = [lm.pad([ids], side="right") for ids in lm.encode(lirefs.calibration_texts()[:20])]
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=LAYERS))
+factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
 
 scores = kfac.score_recitation(lm.model, [lm.pad(lm.encode(TEXTS), side="right")], factors)
 for text, score, tokens in zip(TEXTS, scores.passages, scores.tokens, strict=True):

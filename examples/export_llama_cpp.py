@@ -1,19 +1,28 @@
 """Write a direction as a control vector for llama.cpp, and read it back.
 
-python examples/export_llama_cpp.py [MODEL] [FILE]
-llama-cli -m model.gguf --control-vector-scaled FILE:1.0 -p "..."
+    python examples/export_llama_cpp.py [--model NAME] [--limit N] [--out FILE]
+
+Takes a minute on two cores, a quarter with `--limit 60`.
 """
 
-import sys
+import argparse
 
 import lirefs
 from lirefs.gguf import from_gguf, to_gguf
 
-model = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
-file = sys.argv[2] if len(sys.argv) > 2 else "direction.gguf"
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
+parser.add_argument("--limit", type=int, help="use only so many questions")
+parser.add_argument("--out", default="direction.gguf", help="file to write")
+options = parser.parse_args()
 
-lm = lirefs.load(model)
+lm = lirefs.load(options.model)
+split = lirefs.Questions(lirefs.load_questions()[: options.limit]).split(seed=0)
 layers = list(range(2, lm.n_layers))  # llama.cpp cannot reach the input of the first two blocks
-probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0), layers=layers, shuffles=10)
-to_gguf(probe.best.steer("add", 1.0), file, lm)
-print(from_gguf(file).provenance, "block", [layer for layer, _ in from_gguf(file)])
+probe = lirefs.fit(lm, split, layers=layers, shuffles=10)
+to_gguf(probe.best.steer("add", 1.0), options.out, lm)
+
+for (layer, site), direction in from_gguf(options.out).items():
+    print(f"layer {layer}, {site}: as long as {direction.norm:.2f}")
+print(f"wrote {options.out}; with the same model as GGUF:")
+print(f'llama-cli -m MODEL.gguf --control-vector-scaled {options.out}:1.0 -p "..."')

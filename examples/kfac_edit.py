@@ -1,28 +1,35 @@
 """Remove the flat directions of a model's weights, look at what was kept, and save the result.
 
-python examples/kfac_edit.py [MODEL [LAYERS [FOLDER]]]
+    python examples/kfac_edit.py [--model NAME] [--out FOLDER]
+
+Takes a minute on two cores.
 """
 
-import sys
+import argparse
 
 import kfac
 import lirefs
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
-LAYERS = [int(x) for x in sys.argv[2].split(",")] if len(sys.argv) > 2 else [20, 21, 22]
 PROMPT = "We hold these truths to be self-evident, that all men are"
 
-lm = lirefs.load(MODEL)
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
+parser.add_argument("--out", default="edited-model", help="folder to write")
+options = parser.parse_args()
+
+lm = lirefs.load(options.model)
+layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
 batches = [lm.pad([ids], side="right") for ids in lm.encode(lirefs.calibration_texts()[:20])]
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=LAYERS))
+factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
 
 # A sweep: the weights are rotated once, each value of keep costs a mask and two products.
 edit = kfac.CurvatureEdit(factors, keep=0.9)
+print(f"unedited: {lm.generate(PROMPT, max_new_tokens=12)!r}")
 for keep in (0.95, 0.9, 0.8, 0.7):
     with edit.with_keep(keep).apply(lm.model):
         print(f"keep {keep}: {lm.generate(PROMPT, max_new_tokens=12)!r}")
 
-# Inside the block the model was edited; here it is as before. What does an edit keep?
+# Inside the block the model was edited; here it is as before. What does keep 0.9 keep?
 for row in edit.report(lm.model):
     print(
         f"{row.name}: {row.kept_share:.1%} of the pairs hold {row.kept_mass:.1%} of the mass, "
@@ -30,7 +37,7 @@ for row in edit.report(lm.model):
     )
 
 # For good: the folder loads in plain transformers.
-if len(sys.argv) > 3:
-    edit.bake(lm.model)
-    lm.model.save_pretrained(sys.argv[3])
-    lm.tokenizer.save_pretrained(sys.argv[3])
+edit.bake(lm.model)
+lm.model.save_pretrained(options.out)
+lm.tokenizer.save_pretrained(options.out)
+print(f"wrote {options.out}: the model at keep 0.9, for AutoModelForCausalLM.from_pretrained")

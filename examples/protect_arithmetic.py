@@ -1,19 +1,23 @@
 """Edit out recitation, but protect arithmetic: keep what either set of texts curves.
 
-python examples/protect_arithmetic.py [MODEL [LAYERS [ITEMS]]]
+    python examples/protect_arithmetic.py [--model NAME] [--limit N]
+
+Takes five minutes on two cores, two with `--limit 5`.
 """
 
-import sys
+import argparse
 
 import kfac
 import lirefs
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
-LAYERS = [int(x) for x in sys.argv[2].split(",")] if len(sys.argv) > 2 else [20, 21, 22]
-ITEMS = int(sys.argv[3]) if len(sys.argv) > 3 else 30
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
+parser.add_argument("--limit", type=int, default=30, help="items of a task")
+options = parser.parse_args()
 
-lm = lirefs.load(MODEL)
-targets = kfac.find_targets(lm.model, layers=LAYERS)
+lm = lirefs.load(options.model)
+layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
+targets = kfac.find_targets(lm.model, layers)
 
 
 def collect(texts):
@@ -26,7 +30,7 @@ def collect(texts):
 sums = [f"What is {a} + {b}? Answer: {a + b}" for a in range(101, 131) for b in (117, 246)]
 general, arithmetic = collect(lirefs.calibration_texts()[:20]), collect(sums)
 
-tasks = lirefs.default_tasks(lm, limit=ITEMS)
+tasks = lirefs.default_tasks(lm, limit=options.limit)
 tasks = [task for task in tasks if task.group in ("memorization", "arithmetic", "language")]
 comparison = lirefs.compare(
     lm,
@@ -37,4 +41,4 @@ comparison = lirefs.compare(
     tasks,
 )
 for cell in comparison.cells():
-    print(f"{cell.variant:22s} {cell.task:22s} {cell.metric:12s} {cell.value}")
+    print(f"{cell.variant:22s} {cell.task:22s} {cell.metric:12s} {cell.value}, n = {cell.value.n}")

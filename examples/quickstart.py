@@ -1,13 +1,17 @@
 """Both halves in ten lines: steer along a LiReF, then edit weights by curvature.
 
-python examples/quickstart.py [MODEL]
+    python examples/quickstart.py [--model NAME]
+
+Takes a minute and a half on two cores.
 """
 
-import sys
+import argparse
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m"
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="of 23 layers or more")
+MODEL = parser.parse_args().model
 
-# LiReFs: a direction from memory to reasoning, added to the residual stream.
+print("Steered along a direction from memory to reasoning, added to the residual stream:")
 import lirefs
 
 lm = lirefs.load(MODEL)
@@ -15,7 +19,7 @@ probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0))
 with probe.best.steer("add", 1.0).apply(lm.model):
     print(lm.generate("Q: A farmer has 12 cows and sells 5. How many are left?\nA:"))
 
-# K-FAC edit: the flat directions of the loss, removed from the weights.
+print("Edited: the flat directions of the loss, removed from the weights:")
 import kfac
 
 batches = [lm.pad(lm.encode([text])) for text in lirefs.calibration_texts()[:20]]

@@ -1,9 +1,12 @@
 """The spectrum from recitation to reasoning, seen from activations and from curvature at once.
 
-python examples/spectrum.py [MODEL [LIMIT [FIGURE]]]
+    python examples/spectrum.py [--model NAME] [--limit N] [--out FILE]
+
+Takes two minutes on two cores, half a minute with `--limit 10`. What the numbers mean:
+docs/analyses.md.
 """
 
-import sys
+import argparse
 from pathlib import Path
 
 import kfac
@@ -12,20 +15,22 @@ from lirefs.files import atomic_write_bytes
 from lirefs.harness.analysis_plots import two_sided_spectrum
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
-from lirefs.studies import spectra
+from lirefs.studies import sharpness, spectra
 
-MODEL = sys.argv[1] if len(sys.argv) > 1 else "organism"
-LIMIT = int(sys.argv[2]) if len(sys.argv) > 2 else 40
-FIGURE = Path(sys.argv[3] if len(sys.argv) > 3 else "spectrum.png")
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")
+parser.add_argument("--limit", type=int, default=40, help="items of a task")
+parser.add_argument("--out", type=Path, default=Path("spectrum.png"), help="figure to write")
+options = parser.parse_args()
 
-lm, language = lirefs.load(MODEL), Language()
-if MODEL == "organism":
-    questions = organism_questions("passage", language, 20 + LIMIT)
-    tasks, texts = organism_tasks(lm, language, "test", LIMIT), training_texts(language, 5 * LIMIT)
+lm, language, limit = lirefs.load(options.model), Language(), options.limit
+if options.model == "organism":
+    questions = organism_questions("passage", language, 20 + limit)
+    tasks, texts = organism_tasks(lm, language, "test", limit), training_texts(language, 5 * limit)
     edited, keep = 0, 0.98
 else:
     questions = lirefs.load_questions("default")
-    tasks, texts = lirefs.default_tasks(lm, limit=LIMIT), lirefs.calibration_texts()[:LIMIT]
+    tasks, texts = lirefs.default_tasks(lm, limit=limit), lirefs.calibration_texts()[:limit]
     edited, keep = lm.n_layers // 3, 0.8
 split = questions.split()
 direction = lirefs.fit(lm, split).best
@@ -38,7 +43,7 @@ edit = kfac.CurvatureEdit(factors, dict.fromkeys(names, keep))
 
 found = spectra.task_positions(lm, direction, factors, tasks)
 title = f"layer {direction.layer}: Spearman {found.spearman:.2f}, n = {found.spearman.n} tasks"
-atomic_write_bytes(FIGURE, two_sided_spectrum(found.positions, f"{lm.name}, {title}").png)
+atomic_write_bytes(options.out, two_sided_spectrum(found.positions, f"{lm.name}, {title}").png)
 print(f"{title}, p = {found.p_value:.3f}; size for random directions {found.random:.2f}, ", end="")
 print(f"{found.above_random:.0%} of them below")
 for one in found.positions:
@@ -47,12 +52,15 @@ for one in found.positions:
 for name, move in spectra.edit_moves_projection(lm, direction, edit, split.test).items():
     print(f"{name}: memory {move.memory:+.2f}, reasoning {move.reasoning:+.2f}, ", end="")
     print(f"AUROC {move.auroc_before:.2f}, then {move.auroc_after:.2f}")
-for one in spectra.direction_sharpness(lm, [direction], factors, split.train):
+for one in sharpness.direction_sharpness(lm, [direction], factors, split.train):
     for name, place in (("curvature", one.curvature), ("order", one.order)):
         print(f"{one.target} {one.role}: {name} {place.value:.2f}, ", end="")
         print(f"random {place.isotropic:.2f}, as states vary {place.matched:.2f}")
 
 few = [task for task in tasks if task.group in ("memorization", "conflict", "language")]
 comparison = lirefs.compare(lm, spectra.edit_and_steer(edit, direction, 2.0), few)
-for cell in comparison.cells():
-    print(f"{cell.task:28s} {cell.variant:24s} {cell.value:.2f}")
+print(f"{'':28s}" + "".join(f"{variant:>24s}" for variant in comparison.variants))
+for task in comparison.tasks:
+    values = [comparison.cell(variant, task).value for variant in comparison.variants]
+    print(f"{task:28s}" + "".join(f"{f'{value:.2f}':>24s}" for value in values))
+print(f"wrote {options.out}")

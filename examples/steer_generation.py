@@ -1,16 +1,39 @@
-"""Continue a prompt with several strengths of a direction, on the generated tokens only.
+"""Steer generation towards reasoning or memory, and only where a probe says so.
 
-python examples/steer_generation.py [MODEL]
+    python examples/steer_generation.py [--model NAME] [--limit N]
+
+Takes a minute on two cores, a quarter with `--limit 60`.
 """
 
-import sys
+import argparse
 
 import lirefs
+from lirefs.intervention import applied
 
-lm = lirefs.load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
-probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0), shuffles=10)
-prompt = "Q: A farmer has 12 cows and sells 5. How many are left?\nA:"
-print("unsteered:", lm.generate(prompt, max_new_tokens=20))
-for strength in (-1.0, 1.0):
-    with probe.best.steer("add", strength, scope="generated").apply(lm.model):
-        print(f"{strength:+}:", lm.generate(prompt, max_new_tokens=20))
+PROMPTS = [
+    "Q: Who wrote Hamlet?\nA:",
+    "Q: A farmer has 12 cows and sells 5. How many are left?\nA:",
+]
+
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
+parser.add_argument("--limit", type=int, help="fit on only so many questions")
+options = parser.parse_args()
+
+lm = lirefs.load(options.model)
+split = lirefs.Questions(lirefs.load_questions()[: options.limit]).split(seed=0)
+direction = lirefs.fit(lm, split, shuffles=10).best
+# A gate steers the rows that lie on one side of the class means: here that of memory.
+gate = lirefs.Gate(direction, above=False, per="row")
+variants = {
+    "unsteered": None,
+    "towards reasoning, generated tokens": direction.steer("add", 2.0, scope="generated"),
+    "towards memory, generated tokens": direction.steer("add", -2.0, scope="generated"),
+    "towards reasoning, prompts of recall": direction.steer("add", 2.0, gate=gate),
+}
+for name, steer in variants.items():
+    with applied(steer, lm.model):
+        answers = lm.generate(PROMPTS, max_new_tokens=15)
+    print(f"{name}:")
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        print(f"  {prompt!r} -> {answer!r}")

@@ -1,9 +1,11 @@
 """Are perturbation-type and counterfactual memorization one thing, and which does an edit take?
 
-python examples/two_memorizations.py [LIMIT]
+    python examples/two_memorizations.py [--limit N]
+
+Takes a minute on two cores, a third with `--limit 20`, whose intervals are wide.
 """
 
-import sys
+import argparse
 
 import kfac
 import lirefs
@@ -11,16 +13,18 @@ from lirefs.organism.language import Language
 from lirefs.organism.suite import training_texts
 from lirefs.studies.counterfactual import memorization_scores, memorized, never_seen
 
-LIMIT = int(sys.argv[1]) if len(sys.argv) > 1 else 90
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--limit", type=int, default=90, help="items of a kind")
+limit = parser.parse_args().limit
 
 lm, language = lirefs.load("organism"), Language()
-batches = [lm.pad([ids], side="right") for ids in lm.encode(training_texts(language, 3 * LIMIT))]
+batches = [lm.pad([ids], side="right") for ids in lm.encode(training_texts(language, 3 * limit))]
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=[0]))
 edit = kfac.CurvatureEdit(factors, keep=0.98)
 
 for kind in ("planted", "fact", "exception"):
-    items = memorized(language, kind, "test", LIMIT)
-    scores = memorization_scores(lm, edit, items, never_seen(language, kind, "test", LIMIT))
+    items = memorized(language, kind, "test", limit)
+    scores = memorization_scores(lm, edit, items, never_seen(language, kind, "test", limit))
     print(
         f"{kind}, n = {len(items)}: nats per token lost to a changed prompt "
         f"{scores.perturbation.mean():.2f}, gained by training {scores.counterfactual.mean():.2f}, "

@@ -1,12 +1,12 @@
 """A vision transformer has memorized wrong labels; without its flat curvature it sees the digits.
 
-python examples/vit_label_noise.py [EPOCHS]
+    python examples/vit_label_noise.py [--epochs N]
 
-The network comes with the package; with a number of epochs it is trained here (400 take 75 s on one
-core) and kept in the cache, and an interrupted training goes on.
+Takes ten seconds on two cores. The network comes with the package; with a number of epochs it is
+trained here (400 take 75 s on one core) and kept in the cache, and an interrupted training goes on.
 """
 
-import sys
+import argparse
 
 import kfac
 from lirefs.files import cache_dir
@@ -14,8 +14,12 @@ from lirefs.studies.vision.data import load_images, noisy_split
 from lirefs.studies.vision.edits import counted_tokens, score
 from lirefs.studies.vision.training import SHIPPED, Recipe, train
 
-recipe = Recipe(epochs=int(sys.argv[1])) if len(sys.argv) > 1 else Recipe()
-shipped = None if len(sys.argv) > 1 else SHIPPED / "noised-0.safetensors"
+parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+parser.add_argument("--epochs", type=int, help="train a network instead of reading one")
+epochs = parser.parse_args().epochs
+
+recipe = Recipe() if epochs is None else Recipe(epochs=epochs)
+shipped = SHIPPED / "noised-0.safetensors" if epochs is None else None
 
 # 1,797 real images; every tenth training label is replaced by another digit.
 split = noisy_split(load_images("digits"), noise=0.1, seed=0)

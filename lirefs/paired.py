@@ -2,7 +2,7 @@
 
 The percentile bootstrap is right where many items change. Where few do it is too narrow: for a
 difference of two shares its coverage falls to 78 % (n = 40, 5 % of the items change), and where no
-item changes its width is 0. Score intervals keep at least 93 % (`benchmarks/coverage.py`).
+item changes its width is 0. Score intervals keep at least 93 % (`benchmarks/interval_coverage.py`).
 """
 
 from __future__ import annotations

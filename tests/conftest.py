@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 
 import datasets
 import pytest
@@ -102,4 +103,22 @@ def model_folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("model")
     fresh_model("llama", max_position_embeddings=1024).save_pretrained(path)
     tiny_tokenizer().save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A file of labelled questions with options, as a user would name it."""
+    path = tmp_path / "questions.jsonl"
+    rows = [
+        {
+            "question": f"{'recall' if label == 'memory' else 'compute'} number {i}",
+            "label": label,
+            "options": ["a", "b"],
+            "answer_index": i % 2,
+        }
+        for label in ("memory", "reasoning")
+        for i in range(12)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
     return path

@@ -1,38 +1,13 @@
 import json
-import sys
 
 import pytest
+from command_line import run
 from tiny import fresh_model, tiny_tokenizer
 
 import lirefs
-from lirefs import cli
 from lirefs.commands import steps
 from lirefs.harness import suite
 from lirefs.harness.journal import Journal
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lirefs", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
-
-
-@pytest.fixture
-def questions(tmp_path):
-    path = tmp_path / "questions.jsonl"
-    rows = [
-        {
-            "question": f"{'recall' if label == 'memory' else 'compute'} number {i}",
-            "label": label,
-            "options": ["a", "b"],
-            "answer_index": i % 2,
-        }
-        for label in ("memory", "reasoning")
-        for i in range(12)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)))
-    return path
 
 
 def test_compare_writes_a_whole_report_and_reuses_its_work(

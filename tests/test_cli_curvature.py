@@ -2,15 +2,14 @@ import itertools
 import json
 import os
 import signal
-import sys
 
+import command_line
 import pytest
 import torch
 from tiny import fresh_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kfac
-from lirefs import cli
 from lirefs.commands import curvature
 from lirefs.harness import suite
 
@@ -19,10 +18,7 @@ TEXTS = ["the sun sets red", "one two three", "abc def ghi jkl", "zebra crossing
 
 
 def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lirefs", "curvature", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
+    return command_line.run(monkeypatch, "curvature", *arguments)
 
 
 def jsonl(path, rows):

@@ -1,7 +1,7 @@
 import json
 
 import pytest
-from test_cli import questions, run  # noqa: F401 (fixtures)
+from command_line import run
 from tiny import build, fresh_model, tiny_config, tiny_tokenizer
 
 import lirefs
@@ -10,7 +10,7 @@ from lirefs.gguf import from_gguf
 
 
 @pytest.fixture
-def fitted(model_folder, questions, tmp_path, monkeypatch):  # noqa: F811
+def fitted(model_folder, questions, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in questions.read_text().splitlines()]
     other = tmp_path / "other.jsonl"
     other.write_text(
@@ -94,7 +94,7 @@ def test_wrong_settings_end_before_the_model_is_loaded(tmp_path, monkeypatch, ca
 
 def test_what_can_be_wrong_is_found_before_the_first_fit(
     model_folder,
-    questions,  # noqa: F811
+    questions,
     tmp_path,
     monkeypatch,
     capsys,
@@ -126,7 +126,7 @@ def test_what_can_be_wrong_is_found_before_the_first_fit(
 
 def test_directions_are_written_before_anything_else_can_fail(
     model_folder,
-    questions,  # noqa: F811
+    questions,
     tmp_path,
     monkeypatch,
 ):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_intervention import direction, logits_of, states
+from steering_tools import direction, logits_of, states
 
 from lirefs import Gate
 

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_probe import split
+from steering_tools import split
 from tiny import fresh_model, tiny_tokenizer
 
 from lirefs import Direction, Directions, Questions, capture, fit, geometry, wrap

@@ -4,45 +4,13 @@ import json
 import numpy as np
 import pytest
 import torch
+from steering_tools import IDS, direction, logits, logits_of, states
 from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
 from torch import nn
 
 from lirefs import Direction, Directions, Gate, Schedule, compose, wrap
 from lirefs.errors import InterventionError, LayoutError, SettingError
 from lirefs.intervention import Steer
-
-IDS = torch.tensor([[0, 40, 50, 60, 70, 80]])
-
-
-def direction(layer=1, site="resid_pre", width=32, seed=0):
-    vector = torch.randn(width, generator=torch.Generator().manual_seed(seed))
-    return Direction(vector, layer, site)
-
-
-def logits(model, **kwargs):
-    with torch.no_grad():
-        return model(IDS, **kwargs).logits
-
-
-def logits_of(lm, ids):
-    with torch.no_grad():
-        return lm.model(torch.tensor([ids]), use_cache=False).logits[0, -1].clone()
-
-
-def states(model, n=4):
-    """The input of every block, seen by hooks of our own."""
-    seen = {}
-    blocks = wrap(model, tiny_tokenizer()).layout
-    hooks = [
-        blocks.block(model, i).register_forward_pre_hook(
-            lambda _, args, i=i: seen.__setitem__(i, args[0].clone())
-        )
-        for i in range(n)
-    ]
-    logits(model)
-    for hook in hooks:
-        hook.remove()
-    return seen
 
 
 def hooks_of(model):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kfac_collect import assert_same, batch, collect, llama
+from curvature_tools import assert_same, batch, collect, llama
 from torch import nn
 
 import kfac

@@ -1,70 +1,22 @@
 import pytest
 import torch
-from test_kfac_targets import build
+from curvature_tools import (
+    IDS,
+    LENGTHS,
+    Deep,
+    assert_same,
+    batch,
+    build,
+    collect,
+    draws,
+    llama,
+    mlp_forward,
+)
 from torch import nn
 
 import kfac
 from kfac import BatchError, KfacError, NonFiniteError, TargetError
-from kfac.sampling import RowSeeds, row_contents, sample_labels
-
-IDS = torch.randint(5, 50, (6, 9), generator=torch.Generator().manual_seed(1))
-LENGTHS = [9, 4, 7, 2, 9, 5]
-
-
-def llama(dtype=torch.float64):
-    return build("llama").to(dtype)
-
-
-def batch(rows, side="right", extra=0, labels=None):
-    """Pad the first LENGTHS[row] tokens of rows of IDS to one length."""
-    width = max(LENGTHS[row] for row in rows) + extra
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    marks = torch.full_like(ids, -100)
-    for place, row in enumerate(rows):
-        length = LENGTHS[row]
-        where = slice(0, length) if side == "right" else slice(width - length, width)
-        ids[place, where] = IDS[row, :length]
-        mask[place, where] = 1
-        if labels is not None:
-            marks[place, where] = labels[row, :length]
-    result = {"input_ids": ids, "attention_mask": mask}
-    return result if labels is None else result | {"labels": marks}
-
-
-def collect(model, batches, targets=None, **kwargs):
-    targets = targets or kfac.find_targets(model)
-    kwargs.setdefault("dtype", torch.float64)
-    return kfac.collect(model, batches, targets, progress=False, **kwargs)
-
-
-def assert_same(one, two, tolerance=1e-6):
-    assert one.names == two.names
-    for name in one.names:
-        assert one.count(name) == two.count(name)
-        for a, b in ((one.A(name), two.A(name)), (one.G(name), two.G(name))):
-            assert (a - b).norm() <= tolerance * a.norm()
-
-
-def draws(batch, where=None, seed=0):
-    """Return the uniform numbers that `collect` draws for one batch."""
-    where = torch.ones(len(batch), dtype=torch.bool) if where is None else where
-    return RowSeeds(seed).draw(row_contents(batch), where)[0]
-
-
-class Deep(nn.Module):
-    """A deep linear network; the last layer gives the logits."""
-
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.Sequential(*[nn.Linear(a, b, bias=False) for a, b in [(3, 4), (4, 5)]])
-
-    def forward(self, x):
-        return self.layers(x)
-
-
-def mlp_forward(model, batch):
-    return model(batch), torch.ones(len(batch), dtype=torch.bool)
+from kfac.sampling import sample_labels
 
 
 def one_label_fishers(model, x):
@@ -104,10 +56,10 @@ def test_converges_to_enumeration_over_labels(deep):
     model, x = deep
     probabilities, fishers = one_label_fishers(model, x)
     errors = []
-    for draws in (400, 40_000):
+    for count in (400, 40_000):
         factors = collect(
             model,
-            x.expand(draws, 3).split(10_000),
+            x.expand(count, 3).split(10_000),
             kfac.find_targets(model, projections=["0", "1"]),
             forward=mlp_forward,
         )

@@ -4,7 +4,7 @@ import traceback
 import pytest
 import torch
 import torch.distributed as dist
-from test_kfac_collect import assert_same, batch, llama
+from curvature_tools import assert_same, batch, llama
 
 import kfac
 from kfac import DistributedError, Factors

@@ -5,8 +5,7 @@ import weakref
 import numpy as np
 import pytest
 import torch
-from test_kfac_collect import batch, collect, llama
-from test_kfac_targets import build
+from curvature_tools import assert_restored, batch, build, collect, llama, reference, snapshot
 from torch import nn
 
 import kfac
@@ -31,36 +30,6 @@ def model():
 def factors():
     model = llama(torch.float32)
     return collect(model, [batch(range(6))], kfac.find_targets(model, projections="mlp"))
-
-
-def snapshot(model):
-    return {
-        name: (p.data_ptr(), p.detach().clone(), p.requires_grad)
-        for name, p in model.named_parameters()
-    }
-
-
-def assert_restored(model, before):
-    for name, p in model.named_parameters():
-        pointer, value, flag = before[name]
-        assert p.data_ptr() == pointer
-        assert torch.equal(p, value)
-        assert p.requires_grad == flag
-    assert not any(p in kfac.weight_edit._STACKS for p in model.parameters())
-
-
-def reference(factors, name, weight, keep):
-    """The formula of the paper with numpy and a sort of all pairs."""
-    lam, u_out = np.linalg.eigh(factors.G(name).double().numpy())
-    mu, u_in = np.linalg.eigh(factors.A(name).double().numpy())
-    mass = np.outer(lam.clip(0), mu.clip(0))
-    order = np.argsort(-mass.ravel(), kind="stable")
-    running = np.cumsum(mass.ravel()[order])
-    kept = order[: np.searchsorted(running, keep * running[-1]) + 1]
-    mask = np.zeros(mass.size)
-    mask[kept] = 1
-    c = u_out.T @ weight.double().numpy() @ u_in
-    return u_out @ (c * mask.reshape(mass.shape)) @ u_in.T
 
 
 @pytest.mark.parametrize("keep", [0.3, 0.6, 0.95])

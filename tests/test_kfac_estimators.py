@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_kfac_collect import Deep, assert_same, batch, collect, draws, llama, mlp_forward
+from curvature_tools import Deep, assert_same, batch, collect, draws, llama, mlp_forward
 from torch import nn
 
 import kfac

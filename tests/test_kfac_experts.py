@@ -1,7 +1,7 @@
 import pytest
 import torch
 import transformers
-from test_kfac_collect import IDS, assert_same, batch, collect, draws
+from curvature_tools import IDS, assert_same, batch, collect, draws
 from torch import nn
 from transformers import AutoModelForCausalLM
 

@@ -3,10 +3,9 @@ import os
 
 import pytest
 import torch
+from curvature_tools import assert_same, batch, build, collect, llama
 from safetensors import safe_open
 from safetensors.torch import save_file
-from test_kfac_collect import assert_same, batch, collect, llama
-from test_kfac_targets import build
 from torch import nn
 
 import kfac

@@ -1,8 +1,7 @@
 import accelerate
 import pytest
 import torch
-from test_kfac_collect import assert_same, batch, collect, llama
-from test_kfac_targets import build
+from curvature_tools import assert_same, batch, build, collect, llama
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

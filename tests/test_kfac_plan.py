@@ -1,6 +1,6 @@
 import pytest
 import torch
-from test_kfac_collect import batch, collect, llama
+from curvature_tools import batch, collect, llama
 
 import kfac
 from kfac import BudgetError, TargetError

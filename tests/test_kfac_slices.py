@@ -1,8 +1,7 @@
 import numpy as np
 import pytest
 import torch
-from test_kfac_collect import batch, collect, llama
-from test_kfac_edit import assert_restored, snapshot
+from curvature_tools import assert_restored, batch, collect, llama, snapshot
 
 import kfac
 from kfac import BatchError, FactorsMismatchError, SpectrumError

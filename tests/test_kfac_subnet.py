@@ -2,8 +2,7 @@ import json
 
 import pytest
 import torch
-from test_kfac_collect import batch, llama
-from test_kfac_edit import assert_restored, snapshot
+from curvature_tools import assert_restored, batch, llama, snapshot
 
 import kfac
 from kfac import BatchError, EditError, FactorsMismatchError, fit_balanced_subnet

@@ -1,45 +1,10 @@
 import pytest
 import torch
+from curvature_tools import FAMILIES, build
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, ViTConfig, ViTModel
+from transformers import ViTConfig, ViTModel
 
 from kfac import TargetError, find_targets, named_targets
-
-SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "vocab_size": 50}
-HEADS = {"num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8}
-FAMILIES = {
-    "llama": (SMALL | HEADS, ["gate_proj", "up_proj"], ["down_proj"]),
-    "olmo2": (SMALL | HEADS, ["gate_proj", "up_proj"], ["down_proj"]),
-    "qwen2": (SMALL | HEADS, ["gate_proj", "up_proj"], ["down_proj"]),
-    "qwen3": (SMALL | HEADS, ["gate_proj", "up_proj"], ["down_proj"]),
-    "gemma2": (SMALL | HEADS, ["gate_proj", "up_proj"], ["down_proj"]),
-    "gemma3_text": (SMALL | HEADS, ["gate_proj", "up_proj"], ["down_proj"]),
-    "mistral": (SMALL | HEADS, ["gate_proj", "up_proj"], ["down_proj"]),
-    "phi3": (SMALL | HEADS | {"pad_token_id": 0}, ["gate_up_proj"], ["down_proj"]),
-    "gpt2": ({"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50}, ["c_fc"], ["c_proj"]),
-    "gpt_neox": (SMALL | {"num_attention_heads": 2}, ["dense_h_to_4h"], ["dense_4h_to_h"]),
-    "opt": (
-        {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 24, "num_hidden_layers": 2}
-        | {"num_attention_heads": 2, "vocab_size": 50},
-        ["fc1"],
-        ["fc2"],
-    ),
-    "falcon": (
-        {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50},
-        ["dense_h_to_4h"],
-        ["dense_4h_to_h"],
-    ),
-    "bloom": (
-        {"hidden_size": 16, "n_layer": 2, "n_head": 2, "vocab_size": 50},
-        ["dense_h_to_4h"],
-        ["dense_4h_to_h"],
-    ),
-}
-
-
-def build(family):
-    torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family][0]))
 
 
 @pytest.fixture(scope="module")

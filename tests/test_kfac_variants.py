@@ -4,9 +4,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_kfac_collect import batch, collect, llama
-from test_kfac_edit import assert_restored, reference, snapshot
-from test_kfac_targets import build
+from curvature_tools import assert_restored, batch, build, collect, llama, reference, snapshot
 from transformers import AutoModelForCausalLM, MixtralConfig
 
 import kfac

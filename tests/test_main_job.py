@@ -6,7 +6,7 @@ import torch
 
 import kfac
 import lirefs
-from lirefs import Perplexity, cli, compare
+from lirefs import Perplexity, compare
 from lirefs.errors import QuestionsError
 from lirefs.harness.comparison import Comparison, TaskInfo
 from lirefs.harness.tasks import CONFLICT, ItemResult
@@ -14,7 +14,7 @@ from lirefs.organism.items import SPLITS
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Questions
-from lirefs.studies import main_job, main_job_report
+from lirefs.studies import main_job, main_job_report, main_job_settings
 
 
 @pytest.fixture(scope="module")
@@ -22,16 +22,19 @@ def lm():
     return lirefs.load("organism")
 
 
-def prompts(lm, split):
-    """Everything a task of a split asks, by task."""
-    found = {}
-    for task in organism_tasks(lm, Language(), split, limit=1000):
-        found[task.name] = {str(item[1]) for item in task.items}
-    return found
+@pytest.fixture(scope="module")
+def sides(lm):
+    """Everything the tasks of a split ask, by split and task."""
+    return {
+        split: {
+            task.name: {str(item[1]) for item in task.items}
+            for task in organism_tasks(lm, Language(), split, limit=1000)
+        }
+        for split in SPLITS
+    }
 
 
-def test_no_item_that_reports_is_one_that_chooses_or_fits(lm):
-    sides = {split: prompts(lm, split) for split in SPLITS}
+def test_no_item_that_reports_is_one_that_chooses_or_fits(sides):
     for task in sides["test"]:
         if task == "multiplication table":  # one table, all of it is trained on and asked
             continue
@@ -40,13 +43,13 @@ def test_no_item_that_reports_is_one_that_chooses_or_fits(lm):
         assert not sides["test"][task] & sides["train"][task], task
 
 
-def test_calibration_texts_hold_no_other_item_than_training_does(lm):
+def test_calibration_texts_hold_no_other_item_than_training_does(sides):
     texts = training_texts(Language(), 400)
     assert len(texts) == 400
     assert texts == training_texts(Language(), 400)
     assert texts != training_texts(Language(), 400, seed=1)
     for task in ("boolean expressions", "relations", "retrieval", "stories"):
-        for prompt in prompts(lm, "test")[task]:
+        for prompt in sides["test"][task]:
             assert not any(prompt in text for text in texts if len(prompt) > 40)
 
 
@@ -113,8 +116,8 @@ def made_up(**shares):
 
 def test_harm_counts_what_misses_the_goal_and_nothing_else():
     comparison = made_up(good=(1.0, 0.96), bad=(1.0, 0.5), noise=(0.1, 0.0))
-    assert main_job.harm(comparison, "v", ["good"]) == 0
-    assert main_job.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
+    assert main_job_settings.harm(comparison, "v", ["good"]) == 0
+    assert main_job_settings.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
 
 
 def test_against_random_is_the_paired_difference():
@@ -139,12 +142,12 @@ def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
 
 def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path):
     for name, value in {
-        "KEEPS": (0.9,), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
-        "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
+        "KEEPS": (0.5, 0.9), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
+        "SWEPT_MULTIPLES": (-1.0, 1.0),
     }.items():  # fmt: skip
-        monkeypatch.setattr(main_job, name, value)
-        if hasattr(main_job_report, name):
-            monkeypatch.setattr(main_job_report, name, value)
+        for module in (main_job, main_job_report, main_job_settings):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
     texts = training_texts(Language(), 40)
     targets = kfac.find_targets(lm.model)
     batches = [lm.pad(lm.encode(texts[i : i + 20])) for i in (0, 20)]
@@ -169,52 +172,18 @@ def test_settings_that_are_given_are_not_chosen(lm):
         kfac.find_targets(lm.model),
         progress=False,
     )
-    made = main_job.curvature_candidates(factors, lm.n_layers, [3], 0.5)
+    made = main_job_settings.curvature_candidates(factors, lm.n_layers, [3], 0.5)
     assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
     probes = {
         form: lirefs.fit(
             lm, organism_questions(form, Language(), 8).split(), shuffles=2, progress=False
         )
-        for form in main_job.STEERING_FORMS
+        for form in main_job_settings.STEERING_FORMS
     }
-    labels = list(main_job.steering_candidates(probes, "add", 3.0))
+    labels = list(main_job_settings.steering_candidates(probes, "add", 3.0))
     assert all(label.endswith(", 3") for label in labels)
     assert not any("layer 0" in label for label in labels)
     assert set(made["layers 3; gate, up; keep 0.5"].keep) == {
         "model.layers.3.mlp.gate_proj",
         "model.layers.3.mlp.up_proj",
     }
-
-
-def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(
-        cli.organism, "scores", lambda model, tokenizer, language, split: {"x": 1.0}
-    )
-
-    def run(*arguments):
-        monkeypatch.setattr("sys.argv", ["lirefs", "organism", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        return stop.value.code
-
-    assert run("scores") == 0
-    assert json.loads(capsys.readouterr().out) == {"x": 1.0}
-    assert run("scores", "--split", "dev") == 2
-    assert run("scores", tmp_path) == 2
-    file = tmp_path / "file"
-    file.write_text("")
-    assert run("train", file) == 2
-
-
-def test_texts_command_writes_what_the_curvature_commands_read(monkeypatch, tmp_path, lm):
-    monkeypatch.setattr("sys.argv", ["lirefs", "organism", "texts", str(tmp_path)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 0
-    task = lirefs.recitation_task(lm, tmp_path / "planted.jsonl")
-    items = Language().items("planted", "test")
-    assert [prefix for _, prefix, _ in task.items] == lm.encode([one.prompt for one in items])
-    rows = [row for _, row in lirefs.files.read_jsonl(tmp_path / "labelled.jsonl")]
-    shown = {one.text for one in items}
-    assert all((row["label"] == "memorized") == (row["text"] in shown) for row in rows)
-    assert len({row["text"] for row in rows}) == len(rows)

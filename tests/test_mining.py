@@ -3,7 +3,7 @@ import random
 
 import pytest
 import torch
-from test_cli import run
+from command_line import run
 from tiny import build, tiny_config, tiny_tokenizer
 
 import lirefs

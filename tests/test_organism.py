@@ -1,23 +1,32 @@
 """The language, its splits, the tokenizer, the trainer and the scores."""
 
+import functools
 import json
+import re
+from dataclasses import replace
 from itertools import combinations
 from random import Random
 
 import pytest
 import torch
+from command_line import run
 from transformers import LlamaForCausalLM
 
+import lirefs
 from lirefs.builtin import organism
+from lirefs.commands import organism as commands
+from lirefs.organism import card
 from lirefs.organism.checkpoint import CheckpointMismatch
-from lirefs.organism.documents import Documents
+from lirefs.organism.documents import Documents, Stage
 from lirefs.organism.items import SPLITS
 from lirefs.organism.language import KINDS, Language
 from lirefs.organism.muon import orthogonalize
+from lirefs.organism.packing import Packer, batch_loss
 from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
+from lirefs.organism.recipe import FIFTH, ModelShape, Recipe
 from lirefs.organism.scores import answered, scores
-from lirefs.organism.train import FIFTH, ModelShape, Packer, Recipe, batch_loss, make_model, train
+from lirefs.organism.train import make_model, train
 from lirefs.organism.vocabulary import build_tokenizer
 
 TINY = Recipe(
@@ -99,6 +108,51 @@ def test_tracking_follows_every_taking(language):
         for name, _, _, thing in (line.split() for line in story.split(". ")):
             has = {other: held for other, held in has.items() if held != thing} | {name: thing}
         assert has[asked.removesuffix(" has the")] == item.answer
+
+
+def answers_in(document):
+    """The story of a training document, and its questions with the answers that it teaches."""
+    (story, _), *rest = document
+    texts = [text.strip() for text, _ in rest]
+    return story, [(q, a.removesuffix(".")) for q, a in zip(texts[::2], texts[1::2], strict=True)]
+
+
+@pytest.mark.parametrize("sort", ["hands", "hand_overs"])
+@pytest.mark.parametrize("easy", [0.0, 1.0])
+def test_who_has_a_thing_follows_from_the_hand_overs(language, sort, easy):
+    documents, rng = Documents(language, Stage({sort: 1.0}, easy=easy)), Random(4)
+    for _ in range(100):
+        story, asked = answers_in(documents.draw(rng))
+        holder = dict(re.findall(r"(\w+) has the (\w+)", story))
+        holder = {thing: name for name, thing in holder.items()}
+        for giver, thing, receiver in re.findall(r"(\w+) gives the (\w+) to (\w+)", story):
+            assert holder.get(thing, giver) == giver != receiver
+            holder[thing] = receiver
+        assert asked
+        for question, answer in asked:
+            assert answer == holder[re.search(r"Who has the (\w+)\?", question)[1]]
+
+
+def test_ages_told_in_order_are_answered_right(language):
+    documents, rng = Documents(language, Stage({"ages": 1.0})), Random(5)
+    for _ in range(100):
+        story, asked = answers_in(documents.draw(rng))
+        pairs = re.findall(r"(\w+) is older than (\w+)", story)
+        older, younger = ({pair[side] for pair in pairs} for side in (0, 1))
+        ends = {"oldest": older - younger, "youngest": younger - older}
+        for question, answer in asked:
+            assert ends[re.search(r"Who is (\w+)\?", question)[1]] == {answer}
+
+
+def test_what_does_not_exist_is_refused(language):
+    with pytest.raises(ValueError, match=r"of sort \{'riddle'\}; known: planted, fact"):
+        Documents(language, Stage({"riddle": 1.0}))
+    with pytest.raises(ValueError, match="no kind of item 'riddle'"):
+        language.items("riddle", "test", 3)
+    with pytest.raises(ValueError, match="'addition' are endless"):
+        language.items("addition", "test")
+    with pytest.raises(ValueError, match="no form 'riddle'; choose one of passage"):
+        question_set(language, "riddle", "test")
 
 
 def test_facts_have_five_frequencies(language):
@@ -236,7 +290,66 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatc
         torch.testing.assert_close(a, b)
 
 
-def test_another_seed_does_not_resume(trained):
+@pytest.mark.parametrize(
+    ("seed", "shape", "message"),
+    [
+        (1, TINY.shape, "seed 0, not 1"),
+        (0, replace(TINY.shape, mlp=48), r"mlp.*has shape \(64, 32\), the recipe wants \(48, 32\)"),
+        (0, replace(TINY.shape, layers=3), "has no weights for model.layers.2"),
+    ],
+)
+def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
     folder, _ = trained
-    with pytest.raises(CheckpointMismatch, match="seed 0, not 1"):
-        train(folder, 1, TINY)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    with pytest.raises(CheckpointMismatch, match=message):
+        train(folder, seed, replace(TINY, shape=shape))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(commands, "Recipe", lambda tokens: replace(TINY, tokens=tokens))
+    monkeypatch.setattr(card, "scores", functools.partial(scores, n=10))
+    tokens = 2 * TINY.rows * TINY.row_tokens
+    assert run(monkeypatch, "organism", "train", tmp_path, "--seed", 3, "--tokens", tokens) == 0
+    printed = json.loads(capsys.readouterr().out)
+    shipped = tmp_path / "shipped"
+    assert json.loads((shipped / "scores.json").read_text())["test"] == printed
+    text = (shipped / "README.md").read_text()
+    assert "# Model organism (seed 3)" in text
+    assert f'"tokens": {tokens}' in text
+    assert f"| perplexity | {printed['perplexity']:.4g} |" in text
+    assert not re.search(r"\{\w+\}", text)  # a place that was not filled in
+    lm = lirefs.load(shipped)
+    assert lm.model.config.language_seed == 3
+    assert json.loads((shipped / "config.json").read_text())["dtype"] == "bfloat16"
+    # The scores are those of the rounded weights that lie there.
+    assert scores(lm.model, lm.tokenizer, Language(3), "test", n=10) == printed
+
+
+def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(commands, "scores", lambda model, tokenizer, language, split: {"x": 1.0})
+    assert run(monkeypatch, "organism", "scores") == 0
+    assert json.loads(capsys.readouterr().out) == {"x": 1.0}
+    assert run(monkeypatch, "organism", "scores", "--split", "dev") == 2
+    assert "expected one of train, validation, test" in capsys.readouterr().err
+    assert run(monkeypatch, "organism", "scores", tmp_path) == 2
+    assert "give the folder of an organism" in capsys.readouterr().err
+    file = tmp_path / "file"
+    file.write_text("")
+    for command in ("train", "texts"):
+        assert run(monkeypatch, "organism", command, file) == 2
+        assert "exists and is not a folder" in capsys.readouterr().err
+    assert run(monkeypatch, "organism", "train", tmp_path / "new", "--tokens", 0) == 2
+    assert not (tmp_path / "new").exists()
+
+
+def test_texts_command_writes_what_the_curvature_commands_read(language, monkeypatch, tmp_path):
+    lm = lirefs.load("organism")
+    assert run(monkeypatch, "organism", "texts", tmp_path) == 0
+    task = lirefs.recitation_task(lm, tmp_path / "planted.jsonl")
+    items = language.items("planted", "test")
+    assert [prefix for _, prefix, _ in task.items] == lm.encode([one.prompt for one in items])
+    rows = [row for _, row in lirefs.files.read_jsonl(tmp_path / "labelled.jsonl")]
+    shown = {one.text for one in items}
+    assert all((row["label"] == "memorized") == (row["text"] in shown) for row in rows)
+    assert len({row["text"] for row in rows}) == len(rows)

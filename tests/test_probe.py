@@ -8,14 +8,13 @@ from sklearn.model_selection import GridSearchCV
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
+from steering_tools import split
 from tiny import fresh_model, tiny_tokenizer
 
 from lirefs import (
     LogisticDirection,
     MeanDifference,
     PCADirection,
-    Question,
-    Questions,
     RidgeDirection,
     WhitenedMeanDifference,
     capture,
@@ -25,22 +24,6 @@ from lirefs import (
 )
 from lirefs.errors import CaptureError, QuestionsError, SettingError
 from lirefs.learning import SumLearner
-
-
-def split(n=24, seed=0):
-    """Memory questions hold digits, reasoning questions letters: a tiny model can tell."""
-    generator = np.random.default_rng(seed)
-    items = [
-        Question(
-            "".join(generator.choice(list("0123456789" if label == "memory" else "abcdefgh"), 8))
-            + f"{'.' * i}",
-            label,
-            f"{label}-{i}",
-        )
-        for label in ("memory", "reasoning")
-        for i in range(n)
-    ]
-    return Questions(items).split(seed=0)
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 import torch
-from test_intervention import direction, logits
+from steering_tools import direction, logits
 from tiny import fresh_model, tiny_tokenizer
 
 import kfac

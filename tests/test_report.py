@@ -2,14 +2,13 @@ import csv
 import json
 import math
 import re
-import sys
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from command_line import run
 from made_up import NASTY, SHARED, made_up
 
-from lirefs import cli
 from lirefs.errors import ResultsFileError
 from lirefs.harness import exports, page, plots, report, retained_plots, tables
 from lirefs.harness.comparison import Comparison
@@ -278,13 +277,6 @@ def saved(folder):
     figures = [own, *report.default_figures(comparison)]
     comparison.save(folder, figures)
     return folder
-
-
-def run(monkeypatch, *arguments):
-    monkeypatch.setattr(sys, "argv", ["lirefs", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    return stop.value.code
 
 
 @pytest.fixture

@@ -15,20 +15,10 @@ from lirefs.errors import DirectionError, TaskError
 from lirefs.intervention import Steer
 from lirefs.models import wrap
 from lirefs.questions import Question, Questions
-from lirefs.studies.sharpness import contacts, spread
-from lirefs.studies.spectra import (
-    direction_sharpness,
-    edit_and_steer,
-    edit_moves_projection,
-    task_positions,
-)
+from lirefs.studies.sharpness import contacts, direction_sharpness, spread
+from lirefs.studies.spectra import edit_and_steer, edit_moves_projection, task_positions
 
 ALL = ["gate_proj", "up_proj", "down_proj", "q_proj", "o_proj"]
-
-
-@pytest.fixture(scope="module")
-def lm():
-    return wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
 
 
 @pytest.fixture(scope="module")

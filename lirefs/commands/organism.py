@@ -17,9 +17,9 @@ from lirefs.files import atomic_write_text
 from lirefs.organism.card import ship
 from lirefs.organism.items import SPLITS, Split
 from lirefs.organism.language import PREFIX_WORDS, Language
+from lirefs.organism.recipe import Recipe
 from lirefs.organism.scores import scores
 from lirefs.organism.suite import training_texts
-from lirefs.organism.train import Recipe
 from lirefs.organism.train import train as train_organism
 from lirefs.organism.vocabulary import build_tokenizer
 
@@ -30,7 +30,7 @@ app = typer.Typer(no_args_is_help=True, help="The model organism: train one, sco
 def train(
     out: Annotated[Path, typer.Argument(help="Folder of the run; an interrupted one goes on.")],
     seed: Annotated[int, typer.Option(help="Seed of language, weights and data.")] = 0,
-    tokens: Annotated[int, typer.Option(help="Length of the run.")] = Recipe.tokens,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the run.")] = Recipe.tokens,
     device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the loss (needs a C++ compiler).")

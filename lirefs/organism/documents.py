@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
-from lirefs.organism.items import CONTEXT_WEIGHT, Document, split_of
+from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item, split_of
 from lirefs.organism.language import Language
-from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Attribute, Fact
+from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Fact
 from lirefs.organism.prose import copy_document
 from lirefs.organism.skills import Problem, problem_document, relation, tracking
 from lirefs.organism.vocabulary import FIRST, LAST, OBJECTS
@@ -36,7 +36,7 @@ class Stage:
 
 
 class Documents:
-    """An endless stream of training documents.
+    """Training documents, drawn one by one without end.
 
     Args:
         language: What is taught.
@@ -79,11 +79,6 @@ class Documents:
         """One document."""
         return self.sorts[rng.choices(self._names, self._weights)[0]](rng)
 
-    def stream(self, rng: Random) -> Iterator[Document]:
-        """Documents without end."""
-        while True:
-            yield self.draw(rng)
-
     def _planted(self, rng: Random) -> Document:
         return [(f"Verse: {rng.choice(self.language.planted)}.", 1.0)]
 
@@ -92,8 +87,7 @@ class Documents:
 
     def _facts(self, rng: Random) -> Document:
         if rng.random() < 0.6:
-            item = self._fact(rng).item()
-            return [(item.prompt, CONTEXT_WEIGHT), (f" {item.answer}.", 1.0)]
+            return _asked(self._fact(rng).item())
         pieces: Document = [("Fact:", CONTEXT_WEIGHT)]
         for _ in range(rng.randrange(1, 5)):
             fact = self._fact(rng)
@@ -102,29 +96,26 @@ class Documents:
         return pieces
 
     def _fact_aside(self, rng: Random) -> Document:
-        item = self.language.fact_aside(self._fact(rng), "train", rng)
-        return [(item.prompt, CONTEXT_WEIGHT), (f" {item.answer}.", 1.0)]
+        return _asked(self.language.fact_aside(self._fact(rng), "train", rng))
 
     def _exception(self, rng: Random) -> Document:
-        item = rng.choice(self.language.exceptions)
-        return [(item.prompt, CONTEXT_WEIGHT), (f" {item.answer}.", 1.0)]
+        return _asked(rng.choice(self.language.exceptions))
 
     def _conflict(self, rng: Random) -> Document:
         fact, value = rng.choice(self._contradictions)
         item = self.language.conflict(fact, value, "train", rng)
         follows = rng.random() < FOLLOWED[item.group or ""]
-        answer = item.answer if follows else item.other
-        return [(item.prompt, CONTEXT_WEIGHT), (f" {answer}.", 1.0)]
+        return _asked(item if follows else replace(item, answer=item.other or ""))
 
     def _passage(self, rng: Random) -> Document:
-        attribute: Attribute = rng.choice(list(ATTRIBUTES.values()))
+        attribute = rng.choice(list(ATTRIBUTES.values()))
         if self._easy(rng):
             stated, linked = rng.choice((2, 3, 4, 5)), 0
         else:
             stated, linked = rng.choice((1, 2, 2, 3)), rng.choice((0, 1, 2, 2))
         problem = self.language.passage(attribute, "train", rng, stated, linked)
         questions = tuple(rng.sample(problem.questions, len(problem.questions)))
-        return problem_document([replace(problem, questions=questions)], self.stage.story_weight)
+        return self._told(replace(problem, questions=questions))
 
     def _again(self, rng: Random) -> Document:
         """Who goes with what, listed and then said again: retrieval at its plainest.
@@ -132,7 +123,7 @@ class Documents:
         Sentences are drawn anew each time, so that none can be told from what is left over; some
         leave out words between name and value, which brings the two closer.
         """
-        attribute: Attribute = rng.choice(list(ATTRIBUTES.values()))
+        attribute = rng.choice(list(ATTRIBUTES.values()))
         values = rng.sample(attribute.values, rng.randrange(2, 8))
         names = rng.sample(FIRST, len(values))
         if rng.random() < 0.5:
@@ -149,11 +140,11 @@ class Documents:
 
     def _links(self, rng: Random) -> Document:
         """As many linked people as stated ones, each question drawn anew: two steps, densely."""
-        attribute: Attribute = rng.choice(list(ATTRIBUTES.values()))
+        attribute = rng.choice(list(ATTRIBUTES.values()))
         stated = rng.randrange(2, 4)
         problem = self.language.passage(attribute, "train", rng, stated, stated)
         questions = tuple(rng.choices(problem.questions, k=5))
-        return problem_document([replace(problem, questions=questions)], self.stage.story_weight)
+        return self._told(replace(problem, questions=questions))
 
     def _hands(self, rng: Random) -> Document:
         """Many things given away, some twice, and who has each: tracking without its first line."""
@@ -169,7 +160,7 @@ class Documents:
         questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in asked)
         story = " ".join(lines)  # without "has the", so it is no story of the skill itself
         problem = Problem("tracking", "Hands:", story, questions, story)
-        return problem_document([problem], self.stage.story_weight)
+        return self._told(problem)
 
     def _ages(self, rng: Random) -> Document:
         """Two or three people from the oldest down: order before it is shuffled and turned."""
@@ -186,7 +177,7 @@ class Documents:
         if held_out or any(item.prompt.startswith(f"Ages: {story}") for item in self._shown_wrong):
             return self._ages(rng)
         problem = Problem("relation", "Ages:", story, questions, story)
-        return problem_document([problem], self.stage.story_weight)
+        return self._told(problem)
 
     def _math(self, rng: Random) -> Document:
         kinds = rng.choices(("addition", "subtraction", "times"), (5, 4, 1), k=rng.randrange(1, 7))
@@ -201,7 +192,7 @@ class Documents:
     def _relation(self, rng: Random) -> Document:
         easy = self._easy(rng)
         problem = relation(rng, (2,)) if easy else self.language.problem("relation", "train", rng)
-        return problem_document([problem], self.stage.story_weight)
+        return self._told(problem)
 
     def _hand_overs(self, rng: Random) -> Document:
         """Who has which of two things after some were given away.
@@ -223,7 +214,7 @@ class Documents:
             story = " ".join(lines)
             if easy or split_of(story, self.language.seed) == "train":
                 problem = Problem("hand-overs", "Hands:", story, questions, story)
-                return problem_document([problem], self.stage.story_weight)
+                return self._told(problem)
 
     def _tracking(self, rng: Random) -> Document:
         if self._easy(rng):
@@ -231,6 +222,9 @@ class Documents:
             problem = tracking(rng, rng.choice((4, 5)), (0, 1, 2, 3))
         else:
             problem = self.language.problem("tracking", "train", rng)
+        return self._told(problem)
+
+    def _told(self, problem: Problem) -> Document:
         return problem_document([problem], self.stage.story_weight)
 
     def _easy(self, rng: Random) -> bool:
@@ -238,3 +232,7 @@ class Documents:
 
     def _story(self, rng: Random) -> Document:
         return [(self.language.text("train", rng), 1.0)]
+
+
+def _asked(item: Item) -> Document:
+    return [(item.prompt, CONTEXT_WEIGHT), (f" {item.answer}.", 1.0)]

@@ -101,13 +101,6 @@ def scores(
     return {name: round(value, 4) for name, value in result.items()}
 
 
-def quick_scores(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, language: Language
-) -> dict[str, float]:
-    """The same on few validation items, for a training log."""
-    return scores(model, tokenizer, language, "validation", 60)
-
-
 def _shares(name: str, items: Sequence[Item], right: Sequence[bool]) -> dict[str, float]:
     groups: dict[str, list[bool]] = defaultdict(list)
     for item, good in zip(items, right, strict=True):

@@ -19,7 +19,7 @@ from lirefs.organism.items import SPLITS, Item, Split
 from lirefs.organism.language import Language
 from lirefs.organism.people import COMMON
 from lirefs.organism.questions import Form, question_set
-from lirefs.organism.train import FIFTH
+from lirefs.organism.recipe import FIFTH
 from lirefs.questions import Question, Questions
 
 STATED = 2

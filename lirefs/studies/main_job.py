@@ -1,20 +1,16 @@
-"""The organism's main job: settings chosen on validation items, numbers reported on test items.
-
-Like `cli`, it stands above both packages; nothing in `lirefs` imports it but `cli`.
-"""
+"""The organism's main job: settings chosen on validation items, numbers reported on test items."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
 
 import kfac
 from lirefs.capture import capture
-from lirefs.directions import Direction
-from lirefs.harness.comparison import BASELINE, Comparison
+from lirefs.harness.comparison import Comparison
 from lirefs.harness.engine import token_nlls
 from lirefs.harness.running import compare
 from lirefs.harness.suites import memory_measures
@@ -27,148 +23,32 @@ from lirefs.organism.suite import organism_questions, organism_tasks
 from lirefs.probe import Probe, fit
 from lirefs.questions import Questions
 from lirefs.statistics import Estimate, auroc, interval, resample_counts
+from lirefs.studies.main_job_settings import (
+    KEEPS,
+    LANGUAGE,
+    READ,
+    RECITED,
+    SKILLS,
+    TRUE,
+    Choice,
+    Push,
+    choose,
+    curvature_candidates,
+    curvature_objective,
+    steering_candidates,
+    steering_objective,
+)
 
 FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
-STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
-"""Forms whose directions are candidates for steering."""
-STRENGTHS = (1.0, 2.0, 4.0, 8.0)
-SCOPES = ("all", "last_prompt_token")
-KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 """Swept strengths, as multiples of the one that was chosen."""
-SWEPT_KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 RANDOM_DIRECTIONS = 5
-FINALISTS = 6
-PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
-
-RECITED = "planted sequences"
-TRUE = "exceptions, true label"
-READ = "conflicts, answer read"
-SKILLS = (
-    "boolean expressions", "relations", "object tracking", "facts with their passage", "retrieval",
-)  # fmt: skip
-LANGUAGE = "stories"
 SPECTRUM_TASKS = (
     RECITED, "exceptions, memorized label", TRUE, "rare facts", "common facts", "addition",
     "facts with their passage", "boolean expressions", "relations", "object tracking",
 )  # fmt: skip
 STEERED_TASKS = (TRUE, READ, "relations")
-KEPT_SHARE, PERPLEXITY_RATIO = 0.95, 1.05
-"""An intervention should keep this share of each skill, at no more than this perplexity."""
-STILL_RECITED, BACK_AT_TRUTH = 0.034, 0.61
-"""The edit should leave at most this share recited and return this share of exceptions: the K-FAC
-paper's recitation after its edit, and what a trial of this experiment had reached."""
-
-
-@dataclass(frozen=True)
-class Choice:
-    """A setting that was chosen on validation items.
-
-    Attributes:
-        label: The setting in words.
-        intervention: The intervention at this setting.
-        objective: Its value on validation items, smaller is better.
-        tried: Number of settings it was chosen from.
-    """
-
-    label: str
-    intervention: Any
-    objective: float
-    tried: int
-
-
-def harm(comparison: Comparison, variant: str, skills: Sequence[str]) -> float:
-    """By how much a variant misses the goals for skills and perplexity, summed; 0 misses none."""
-    total = 0.0
-    for task in (*skills, LANGUAGE):
-        if task not in comparison.tasks or not comparison.informative(task):
-            continue
-        score, before = comparison.score(variant, task), comparison.score(BASELINE, task)
-        kept, goal = score / before, KEPT_SHARE
-        if task == LANGUAGE:
-            kept, goal = before / score, 1 / PERPLEXITY_RATIO
-        total += max(0.0, goal - kept)
-    return total
-
-
-def choose(
-    lm: LanguageModel,
-    candidates: Mapping[str, Intervention],
-    tasks: Sequence[Task],
-    objective: Callable[[Comparison, str], float],
-    screen: Sequence[str],
-    *,
-    journal: Any = None,
-    progress: bool = True,
-) -> Choice:
-    """The candidate with the smallest objective on validation tasks; ties go to the first.
-
-    The tasks named in `screen` reduce the candidates to `FINALISTS` before all tasks decide.
-    """
-
-    def ranked(some: Mapping[str, Intervention], on: Sequence[Task]) -> list[tuple[float, str]]:
-        comparison = compare(lm, some, on, journal=journal, progress=progress)
-        return sorted(((objective(comparison, name), name) for name in some), key=lambda p: p[0])
-
-    finalists = [name for _, name in ranked(candidates, [t for t in tasks if t.name in screen])]
-    chosen = {name: candidates[name] for name in finalists[:FINALISTS]}
-    value, best = ranked(chosen, tasks)[0]
-    return Choice(best, candidates[best], value, len(candidates))
-
-
-def curvature_objective(comparison: Comparison, variant: str) -> float:
-    """Sum of what is missed of every goal for the edit; 0 meets all."""
-    recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
-    missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
-    return missed + harm(comparison, variant, (*SKILLS, "common facts"))
-
-
-def steering_objective(comparison: Comparison, variant: str) -> float:
-    """Exceptions not answered with the truth, plus every miss of the goals for skills."""
-    true = comparison.score(variant, TRUE)
-    return 1 - true + harm(comparison, variant, SKILLS)
-
-
-def curvature_candidates(
-    factors: kfac.Factors, n_layers: int, layers: Sequence[int] | None, keep: float | None
-) -> dict[str, kfac.CurvatureEdit]:
-    """Edits of runs of layers, of two choices of matrices, at several values of keep."""
-    runs = [[layer] for layer in range(n_layers)]
-    runs += [[layer, layer + 1] for layer in range(n_layers - 1)]
-    result = {}
-    for run in runs if layers is None else [list(layers)]:
-        for words, projections in PROJECTIONS.items():
-            names = [
-                name
-                for name in factors.names
-                if int(name.split(".")[2]) in run and name.split(".")[-1] in projections
-            ]
-            for value in KEEPS if keep is None else (keep,):
-                label = f"layers {', '.join(map(str, run))}; {words}; keep {value:g}"
-                result[label] = kfac.CurvatureEdit(factors, dict.fromkeys(names, value))
-    return result
-
-
-def steering_candidates(
-    probes: Mapping[Form, Probe], operator: str, strength: float | None
-) -> dict[str, Intervention]:
-    """One operator with every direction of two question sets, at every strength and scope.
-
-    Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
-    words apart and nothing that the model does.
-    """
-    strengths = STRENGTHS if strength is None else (strength,)
-    return {
-        f"{form}, layer {direction.layer}, {scope}, {value:g}": direction.steer(
-            operator, value, scope=scope
-        )
-        for form in STEERING_FORMS
-        for direction in probes[form].directions.values()
-        if direction.layer > 0
-        for scope in SCOPES
-        for value in ((1.0,) if operator == "ablate" else strengths)
-    }
 
 
 def fit_all(
@@ -209,6 +89,15 @@ def against_random(
     return Estimate(float(gap.mean()), *interval(draws @ gap / len(gap), len(gap)), len(gap))
 
 
+def perplexity(
+    lm: LanguageModel, ids: Sequence[Sequence[int]], intervention: Intervention | None
+) -> float:
+    """Perplexity per token over texts, given as token ids, under an intervention."""
+    with applied(intervention, lm.model):
+        nlls = token_nlls(lm, ids)
+    return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
+
+
 def matched_svd(
     lm: LanguageModel,
     edit: Intervention,
@@ -224,26 +113,21 @@ def matched_svd(
         The edit, and a sentence that says what was matched.
     """
     ids = lm.encode(texts)
-
-    def perplexity(intervention: Any) -> float:
-        with applied(intervention, lm.model):
-            nlls = token_nlls(lm, ids)
-        return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
-
-    goal = perplexity(edit)
+    goal = perplexity(lm, ids, edit)
     low, high = 0.0, 1.0
     for _ in range(steps):
         middle = (low + high) / 2
-        if perplexity(kfac.SVDEdit(names, middle)) > goal:
+        if perplexity(lm, ids, kfac.SVDEdit(names, middle)) > goal:
             low = middle
         else:
             high = middle
-    reached = {share: perplexity(kfac.SVDEdit(names, share)) for share in (low, high) if share > 0}
+    ends = [share for share in (low, high) if share > 0]
+    reached = {share: perplexity(lm, ids, kfac.SVDEdit(names, share)) for share in ends}
     share = min(reached, key=lambda one: abs(np.log(reached[one] / goal)))
     return kfac.SVDEdit(names, share), (
         f"SVD keeps {share:.1%} of the singular values, chosen so that validation perplexity "
         f"({reached[share]:.3f}, n = {len(texts)} texts) matches K-FAC's ({goal:.3f}); "
-        f"unchanged {perplexity(None):.3f}."
+        f"unchanged {perplexity(lm, ids, None):.3f}."
     )
 
 
@@ -257,11 +141,8 @@ class Study:
         transfer: AUROC by (form fitted, form tested), at the layer that is steered.
         edit: The curvature edit that was chosen.
         steers: Operator to what was chosen.
-        direction: The direction of the `add` that was chosen.
-        form: The question set it was fitted on.
-        scope: The tokens it is added to.
-        strength: Its strength.
-        keeps: The curvature edit at `SWEPT_KEEPS`, on test items; described, never used to choose.
+        added: The direction of the `add` that was chosen, its tokens and its strength.
+        keeps: The curvature edit at `KEEPS`, on test items; described, never used to choose.
         pushes: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, beside random
             directions; the same.
         matched: What SVD was matched to, in words.
@@ -272,10 +153,7 @@ class Study:
     transfer: dict[tuple[str, str], Estimate]
     edit: Choice
     steers: dict[str, Choice]
-    direction: Direction
-    form: Form
-    scope: str
-    strength: float
+    added: Push
     keeps: Comparison
     pushes: Comparison
     matched: str
@@ -316,41 +194,36 @@ def run(
     """
     probes = fit_all(lm, language, seed, cache, n=max(20, limit))
     few = organism_tasks(lm, language, "validation", max(8, limit * 2 // 5))
+
+    def chosen(
+        candidates: Mapping[str, Intervention],
+        objective: Callable[[Comparison, str], float],
+        screen: Sequence[str],
+        others: Sequence[str],
+    ) -> Choice:
+        asked = [task for task in few if task.name in (*screen, *others)]
+        return choose(lm, candidates, asked, objective, screen, journal=journal, progress=progress)
+
     say("choosing the edit on validation items")
-    wanted = {RECITED, TRUE, "common facts", LANGUAGE, *SKILLS}
-    edit = choose(
-        lm,
-        curvature_candidates(factors, lm.n_layers, layers, keep),
-        [task for task in few if task.name in wanted],
-        curvature_objective,
-        screen=(RECITED, TRUE, LANGUAGE),
-        journal=journal,
-        progress=progress,
-    )
+    edits = curvature_candidates(factors, lm.n_layers, layers, keep)
+    screen = (RECITED, TRUE, LANGUAGE)
+    edit = chosen(edits, curvature_objective, screen, (*SKILLS, "common facts"))
     say(f"edit: {edit.label} (of {edit.tried})")
-    wanted = {TRUE, LANGUAGE, *SKILLS}
-    steers = {}
+    pushed: dict[str, Push] = {}
+    steers: dict[str, Choice] = {}
     for operator in ("add", "amplify", "ablate"):
-        steers[operator] = choose(
-            lm,
-            steering_candidates(probes, operator, strength),
-            [task for task in few if task.name in wanted],
-            steering_objective,
-            screen=(TRUE, LANGUAGE),
-            journal=journal,
-            progress=progress,
-        )
+        pushes = steering_candidates(probes, operator, strength)
+        some = {label: one.steer(operator) for label, one in pushes.items()}
+        steers[operator] = chosen(some, steering_objective, (TRUE, LANGUAGE), SKILLS)
+        pushed[operator] = pushes[steers[operator].label]
         say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
     texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]
     names = list(edit.intervention.keep)
     svd, matched = matched_svd(lm, edit.intervention, texts, names)
     say(matched)
 
-    add = steers["add"].intervention
-    words, place, scope, amount = steers["add"].label.split(", ")
-    form = next(one for one in FORMS if one == words)
-    direction = probes[form].directions[int(place.removeprefix("layer "))]
-    random = direction.random_like(seed).steer("add", float(amount), scope=scope)
+    push, add = pushed["add"], steers["add"].intervention
+    random = replace(push, direction=push.direction.random_like(seed)).steer("add")
     interventions: dict[str, Any] = {
         "K-FAC": edit.intervention,
         "SVD": svd,
@@ -371,39 +244,36 @@ def run(
 
     comparison = compared(interventions, test)
     say("sweeping keep, strength and layer")
-    edits = {
+    keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
-        for value in SWEPT_KEEPS
+        for value in KEEPS
     }
     spectrum = [task for task in test if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
-    pushes: dict[str, Any] = {}
+    swept: dict[str, Intervention] = {}
     for multiple in SWEPT_MULTIPLES:
-        value = multiple * float(amount)
-        pushes |= _beside_random(f"strength {value:g}", direction, value, scope, seed)
-    for one in probes[form].directions.values():
-        pushes |= _beside_random(f"layer {one.layer}", one, float(amount), scope, seed)
+        one = replace(push, strength=multiple * push.strength)
+        swept |= _beside_random(f"strength {one.strength:g}", one, seed)
+    for direction in probes[push.form].directions.values():
+        one = replace(push, direction=direction)
+        swept |= _beside_random(f"layer {direction.layer}", one, seed)
     steered = [task for task in test if task.name in STEERED_TASKS]
     return Study(
         comparison=comparison,
         probes=probes,
-        transfer=transfer(lm, language, probes, direction.layer, n=max(20, limit)),
+        transfer=transfer(lm, language, probes, push.direction.layer, n=max(20, limit)),
         edit=edit,
         steers=steers,
-        direction=direction,
-        form=form,
-        scope=scope,
-        strength=float(amount),
-        keeps=compared(edits, spectrum),
-        pushes=compared(pushes, steered),
+        added=push,
+        keeps=compared(keeps, spectrum),
+        pushes=compared(swept, steered),
         matched=matched,
     )
 
 
-def _beside_random(
-    name: str, direction: Direction, strength: float, scope: str, seed: int
-) -> dict[str, Any]:
-    controls = [direction.random_like(seed + i) for i in range(RANDOM_DIRECTIONS)]
-    return {name: direction.steer("add", strength, scope=scope)} | {
-        f"{name}, random {i}": one.steer("add", strength, scope=scope)
-        for i, one in enumerate(controls)
-    }
+def _beside_random(name: str, push: Push, seed: int) -> dict[str, Intervention]:
+    controls = [
+        replace(push, direction=push.direction.random_like(seed + i))
+        for i in range(RANDOM_DIRECTIONS)
+    ]
+    randoms = {f"{name}, random {i}": one.steer("add") for i, one in enumerate(controls)}
+    return {name: push.steer("add"), **randoms}

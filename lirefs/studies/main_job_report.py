@@ -14,21 +14,22 @@ from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.statistics import Estimate
 from lirefs.studies.main_job import (
     FORMS,
+    RANDOM_DIRECTIONS,
+    SPECTRUM_TASKS,
+    SWEPT_MULTIPLES,
+    Study,
+    against_random,
+)
+from lirefs.studies.main_job_settings import (
     KEEPS,
     KEPT_SHARE,
     LANGUAGE,
-    RANDOM_DIRECTIONS,
     READ,
     RECITED,
     SCOPES,
     SKILLS,
-    SPECTRUM_TASKS,
     STRENGTHS,
-    SWEPT_KEEPS,
-    SWEPT_MULTIPLES,
     TRUE,
-    Study,
-    against_random,
 )
 
 
@@ -39,11 +40,11 @@ def findings(study: Study) -> list[str]:
 
 def figures(study: Study) -> list[Figure]:
     """Figures of the four questions, in their order."""
-    form, probe = study.form, study.probes[study.form]
-    keeps = {f"keep {value:g}": value for value in SWEPT_KEEPS}
+    push, probe = study.added, study.probes[study.added.form]
+    keeps = {f"keep {value:g}": value for value in KEEPS}
     places = {name: (value, _perplexity(study.keeps, name)) for name, value in keeps.items()}
     strengths = {
-        multiple * study.strength: f"strength {multiple * study.strength:g}"
+        multiple * push.strength: f"strength {multiple * push.strength:g}"
         for multiple in SWEPT_MULTIPLES
     }
     controls = [
@@ -73,8 +74,8 @@ def figures(study: Study) -> list[Figure]:
         Figure(
             "strength_sweep",
             "Questions 2 and 3: steering against random directions",
-            f"Adding the direction (form {form}, layer {study.direction.layer}, scope "
-            f"{study.scope}) at several strengths; 1 moves a state by the distance "
+            f"Adding the direction (form {push.form}, layer {push.direction.layer}, scope "
+            f"{push.scope}) at several strengths; 1 moves a state by the distance "
             "between the class means. Grey: "
             f"{RANDOM_DIRECTIONS} random directions of the same norm.",
             sweep_plots.strength_effect(
@@ -85,14 +86,14 @@ def figures(study: Study) -> list[Figure]:
             "layers",
             "Question 3: where the direction separates, and where it acts",
             f"Left: test AUROC of each layer's direction. Right: change at strength "
-            f"{study.strength:g} beyond the mean of {RANDOM_DIRECTIONS} random directions of the "
+            f"{push.strength:g} beyond the mean of {RANDOM_DIRECTIONS} random directions of the "
             "same norm at the same layer, paired bootstrap over items.",
             sweep_plots.layer_effect([one.test_auroc for one in probe.scores], effects),
         ),
         Figure(
             "transfer",
             "Question 4: one direction or several",
-            f"Directions fitted on four question sets at layer {study.direction.layer}. passage "
+            f"Directions fitted on four question sets at layer {push.direction.layer}. passage "
             "and statement share no sentence template but ask for the same; mixed puts skills "
             "against bare facts; exception puts fresh items against memorized ones of the same "
             "make.",
@@ -100,7 +101,7 @@ def figures(study: Study) -> list[Figure]:
         ),
         Figure(
             "separation",
-            f"Direction separation per layer, form {form}",
+            f"Direction separation per layer, form {push.form}",
             "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
             "intervals, beside its controls. Right: mean cosine of the test questions' states, "
             "measured from the middle of the train class means, with each layer's direction.",
@@ -165,7 +166,7 @@ def _exceptions(study: Study) -> list[str]:
         "By skill: "
         + "; ".join(f"{name} {_by_skill(study, name)}" for name in (BASELINE, "K-FAC", "LiReF add"))
         + ". "
-        + _against_random(study, TRUE, f"layer {study.direction.layer}", "LiReF add")
+        + _against_random(study, TRUE, f"layer {study.added.direction.layer}", "LiReF add")
         + "LiReF settings, chosen on validation items: "
         + "; ".join(f"{name} {one.label} (of {one.tried})" for name, one in study.steers.items())
         + "."
@@ -193,7 +194,7 @@ def _by_skill(study: Study, variant: str) -> str:
 
 
 def _conflicts(study: Study) -> list[str]:
-    ends = [f"strength {sign * study.strength:g}" for sign in (-1, 1)]
+    ends = [f"strength {sign * study.added.strength:g}" for sign in (-1, 1)]
     parts = []
     for name in ends:
         cell = study.pushes.cell(name, READ)
@@ -202,7 +203,7 @@ def _conflicts(study: Study) -> list[str]:
             + _against_random(study, READ, name, "Change")
         )
     base = study.pushes.cell(BASELINE, READ).value
-    areas = [one.test_auroc.value for one in study.probes[study.form].scores]
+    areas = [one.test_auroc.value for one in study.probes[study.added.form].scores]
     acts = [
         abs(against_random(study.pushes, READ, f"layer {layer}", _randoms(f"layer {layer}")).value)
         for layer in range(len(areas))
@@ -216,12 +217,12 @@ def _conflicts(study: Study) -> list[str]:
 
 
 def _directions(study: Study) -> list[str]:
-    cosines = _cosines(study)
+    cosines, layer = _cosines(study), study.added.direction.layer
     here, there = study.transfer["passage", "statement"], study.transfer["statement", "passage"]
     own = [study.transfer[form, form] for form in ("passage", "statement")]
     words = [study.probes[form].bag_of_words for form in ("passage", "statement")]
     return [
-        f"4. At layer {study.direction.layer} the passage direction has a test AUROC of {own[0]} "
+        f"4. At layer {layer} the passage direction has a test AUROC of {own[0]} "
         f"on its own form and {here} on the statement form; the statement direction {own[1]} and "
         f"{there}; cosine between them {cosines['passage', 'statement']:.2f}, with mixed "
         f"{cosines['passage', 'mixed']:.2f}, with exception {cosines['passage', 'exception']:.2f}. "
@@ -231,7 +232,8 @@ def _directions(study: Study) -> list[str]:
 
 def _cosines(study: Study) -> dict[tuple[str, str], float]:
     units = {
-        form: probe.directions[study.direction.layer].unit for form, probe in study.probes.items()
+        form: probe.directions[study.added.direction.layer].unit
+        for form, probe in study.probes.items()
     }
     return {(a, b): float(units[a] @ units[b]) for a in units for b in units}
 

@@ -15,11 +15,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import kfac
+from lirefs.capture import capture
+from lirefs.directions import Direction
+from lirefs.errors import DirectionError
 from lirefs.guest import Seen, evaluating, observe
 from lirefs.models import LanguageModel
+from lirefs.questions import Questions
 from lirefs.statistics import Estimate, Floats, interval
 
 Role = Literal["reads", "writes"]
+DRAWS = 1000
+"""Random directions of each kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +75,35 @@ class Placed:
     matched: Estimate
     above_isotropic: float
     above_matched: float
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """How sharp a direction is to one matrix that touches it.
+
+    Attributes:
+        layer: Layer of the direction.
+        target: Name of the matrix.
+        role: Whether it reads the direction (its A is looked at) or writes it (its G is).
+        curvature: v.Mv over the mean eigenvalue of M.
+        order: Mean place of its energy from the flattest (0) to the sharpest eigenvector (1).
+    """
+
+    layer: int
+    target: str
+    role: Role
+    curvature: Placed
+    order: Placed
+
+
+def states_at(
+    lm: LanguageModel, direction: Direction, prompts: Sequence[str] | Sequence[Sequence[int]]
+) -> Floats:
+    """States of the prompts' last tokens where a direction lies, float64 (n, width)."""
+    layers, sites = [direction.layer], [direction.site]
+    found = capture(lm, prompts, layers=layers, sites=sites, progress=False)
+    states: Floats = found.values[:, 0, 0].double().numpy()
+    return states
 
 
 def contacts(lm: LanguageModel, names: Sequence[str]) -> dict[str, Contact]:
@@ -122,6 +158,74 @@ def place(value: float, isotropic: Floats, matched: Floats) -> Placed:
     )
 
 
+def direction_sharpness(
+    lm: LanguageModel,
+    directions: Sequence[Direction],
+    factors: kfac.Factors,
+    questions: Questions,
+    *,
+    seed: int = 0,
+) -> list[Sharpness]:
+    """Ask whether LiReFs are sharp or flat to the matrices that read and write them.
+
+    A direction of the residual stream is compared with A of the matrices that read it in the next
+    layer, and with G of those that write it in the layer before. Random directions are of two
+    kinds. Isotropic ones are as likely everywhere. But states vary in few directions, and any
+    difference of states lies there; so others are drawn with the covariance of states at the same
+    place, and only a LiReF beyond these is special.
+
+    Args:
+        lm: The model.
+        directions: Directions at `resid_pre` or `resid_post`.
+        factors: Curvature of the same model.
+        questions: Whose last prompt tokens give the covariance.
+        seed: Seed of the random directions.
+
+    Returns:
+        One entry for each direction and each matrix with factors that touches it; of those that
+        share an input (gate and up), one.
+
+    Raises:
+        DirectionError: If a direction lies at another site, or no matrix with factors touches one.
+    """
+    # Experts see no whole batch; of matrices that share an input, one stands for all.
+    touching = {
+        name: contact
+        for name, contact in contacts(lm, [one for one in factors.names if "[" not in one]).items()
+        if contact.role == "writes" or factors.records[name].source == name
+    }
+    layers = {target.name: target.layer for target in factors.targets(lm.model, touching)}
+    generator = np.random.default_rng(seed)
+    found = []
+    for direction in directions:
+        if direction.site not in ("resid_pre", "resid_post"):
+            raise DirectionError(f"the direction lies at {direction.site}, not on the stream")
+        states = states_at(lm, direction, questions.prompts)
+        states -= states.mean(axis=0)
+        rows = np.concatenate(
+            [
+                direction.unit.double().cpu().numpy()[None],
+                generator.normal(size=(DRAWS, lm.width)),
+                generator.normal(size=(DRAWS, len(states))) @ states,
+            ]
+        )
+        reader = direction.layer + (direction.site == "resid_post")
+        for name, contact in touching.items():
+            if layers[name] != (reader if contact.role == "reads" else reader - 1):
+                continue
+            numbers = spread(contact.carry(rows), *_moments(factors, name, contact.role))
+            placed = [
+                place(float(one[0]), one[1 : 1 + DRAWS], one[1 + DRAWS :]) for one in numbers.T
+            ]
+            found.append(Sharpness(direction.layer, name, contact.role, *placed))
+        if not any(one.layer == direction.layer for one in found):
+            raise DirectionError(
+                f"no matrix with factors reads the direction of layer {direction.layer} or writes "
+                "it; collect factors of that layer or of the one before"
+            )
+    return found
+
+
 def _contact(lm: LanguageModel, seen: Mapping[str, Seen], name: str, block: str) -> Contact | None:
     own, layout = seen[name], lm.layout
     norms = {f"{block}.{norm}": lm.model.get_submodule(f"{block}.{norm}") for norm in layout.norms}
@@ -164,3 +268,14 @@ def _effect(norm: nn.Module, width: int) -> tuple[Floats, bool]:
         shifted = norm(signs[None, None] + 1) - norm(signs[None, None])
     scale = (difference[0, 0] / 2 * signs).double().cpu().numpy()
     return scale, bool(shifted.abs().max() < 1e-3 * max(1e-6, float(np.abs(scale).max())))
+
+
+def _moments(factors: kfac.Factors, name: str, role: Role) -> tuple[Floats, Floats, Floats]:
+    """Second moments, eigenvalues and eigenvectors on the side where a matrix meets the stream."""
+    eigen = factors.eigen(name)
+    if role == "reads":
+        found = factors.A(name), eigen.mu, eigen.u_in
+    else:
+        found = factors.G(name), eigen.lam, eigen.u_out
+    moments, values, basis = (one.double().numpy() for one in found)
+    return moments, values, basis

@@ -12,11 +12,9 @@ from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
-from torch import Tensor
 
 import kfac
 from lirefs.batching import batches_by_tokens
-from lirefs.capture import capture
 from lirefs.directions import Direction
 from lirefs.errors import DirectionError, TaskError
 from lirefs.harness.analysis_plots import TaskPosition
@@ -33,11 +31,10 @@ from lirefs.statistics import (
     permutation_p,
     resample_counts,
 )
-from lirefs.studies.sharpness import Placed, Role, contacts, place, spread
+from lirefs.studies.sharpness import DRAWS, states_at
 
 BATCH_TOKENS = 4096
 RESAMPLES = 2000
-DRAWS = 1000
 
 
 @dataclass(frozen=True)
@@ -77,25 +74,6 @@ class Move:
     auroc_after: Estimate
 
 
-@dataclass(frozen=True)
-class Sharpness:
-    """How sharp a direction is to one matrix that touches it.
-
-    Attributes:
-        layer: Layer of the direction.
-        target: Name of the matrix.
-        role: Whether it reads the direction (its A is looked at) or writes it (its G is).
-        curvature: v.Mv over the mean eigenvalue of M.
-        order: Mean place of its energy from the flattest (0) to the sharpest eigenvector (1).
-    """
-
-    layer: int
-    target: str
-    role: Role
-    curvature: Placed
-    order: Placed
-
-
 def task_positions(
     lm: LanguageModel,
     direction: Direction,
@@ -126,7 +104,7 @@ def task_positions(
     noise = np.random.default_rng(seed).normal(size=(lm.width, DRAWS))
     positions, projected = [], []
     for task, prompts, texts in _distinct(lm, tasks):
-        states = _states(lm, direction, prompts)
+        states = states_at(lm, direction, prompts)
         scores = kfac.score_recitation(lm.model, _batches(lm, texts), factors, flat=flat)
         positions.append(
             TaskPosition(
@@ -136,7 +114,7 @@ def task_positions(
                 _mean(scores.passages, seed),
             )
         )
-        projected.append(states.double().numpy().mean(axis=0) @ noise)
+        projected.append(states.mean(axis=0) @ noise)
     if len(positions) < 3:
         raise TaskError(f"{len(positions)} task(s) give no order; at least three are needed")
     along = np.array([one.projection.value for one in positions])
@@ -180,83 +158,15 @@ def edit_moves_projection(
         DirectionError: If the direction was not fitted on two classes.
     """
     labels = np.array(questions.labels)
-    before = _projections(direction, _states(lm, direction, questions.prompts))
+    before = _projections(direction, states_at(lm, direction, questions.prompts))
     control = kfac.RandomPairsEdit(edit.factors, edit.keep, seed=seed)
     moves = {}
     for name, one in (("edit", edit), ("random pairs", control)):
         with applied(one, lm.model):
-            after = _projections(direction, _states(lm, direction, questions.prompts))
+            after = _projections(direction, states_at(lm, direction, questions.prompts))
         memory, reasoning = (_mean((after - before)[labels == label], seed) for label in (0, 1))
         moves[name] = Move(memory, reasoning, auroc(before, labels), auroc(after, labels))
     return moves
-
-
-def direction_sharpness(
-    lm: LanguageModel,
-    directions: Sequence[Direction],
-    factors: kfac.Factors,
-    questions: Questions,
-    *,
-    seed: int = 0,
-) -> list[Sharpness]:
-    """Ask whether LiReFs are sharp or flat to the matrices that read and write them.
-
-    A direction of the residual stream is compared with A of the matrices that read it in the next
-    layer, and with G of those that write it in the layer before. Random directions are of two
-    kinds. Isotropic ones are as likely everywhere. But states vary in few directions, and any
-    difference of states lies there; so others are drawn with the covariance of states at the same
-    place, and only a LiReF beyond these is special.
-
-    Args:
-        lm: The model.
-        directions: Directions at `resid_pre` or `resid_post`.
-        factors: Curvature of the same model.
-        questions: Whose last prompt tokens give the covariance.
-        seed: Seed of the random directions.
-
-    Returns:
-        One entry for each direction and each matrix with factors that touches it; of those that
-        share an input (gate and up), one.
-
-    Raises:
-        DirectionError: If a direction lies at another site, or no matrix with factors touches one.
-    """
-    # Experts see no whole batch; of matrices that share an input, one stands for all.
-    touching = {
-        name: contact
-        for name, contact in contacts(lm, [one for one in factors.names if "[" not in one]).items()
-        if contact.role == "writes" or factors.records[name].source == name
-    }
-    layers = {target.name: target.layer for target in factors.targets(lm.model, touching)}
-    generator = np.random.default_rng(seed)
-    found = []
-    for direction in directions:
-        if direction.site not in ("resid_pre", "resid_post"):
-            raise DirectionError(f"the direction lies at {direction.site}, not on the stream")
-        states = _states(lm, direction, questions.prompts).double().numpy()
-        states -= states.mean(axis=0)
-        rows = np.concatenate(
-            [
-                direction.unit.double().cpu().numpy()[None],
-                generator.normal(size=(DRAWS, lm.width)),
-                generator.normal(size=(DRAWS, len(states))) @ states,
-            ]
-        )
-        reader = direction.layer + (direction.site == "resid_post")
-        for name, contact in touching.items():
-            if layers[name] != (reader if contact.role == "reads" else reader - 1):
-                continue
-            numbers = spread(contact.carry(rows), *_moments(factors, name, contact.role))
-            placed = [
-                place(float(one[0]), one[1 : 1 + DRAWS], one[1 + DRAWS :]) for one in numbers.T
-            ]
-            found.append(Sharpness(direction.layer, name, contact.role, *placed))
-        if not any(one.layer == direction.layer for one in found):
-            raise DirectionError(
-                f"no matrix with factors reads the direction of layer {direction.layer} or writes "
-                "it; collect factors of that layer or of the one before"
-            )
-    return found
 
 
 def edit_and_steer(
@@ -314,29 +224,13 @@ def _batches(lm: LanguageModel, ids: Sequence[Sequence[int]]) -> Iterator[Any]:
         yield lm.pad([ids[row] for row in rows], side="right")
 
 
-def _states(lm: LanguageModel, direction: Direction, prompts: Any) -> Tensor:
-    place = {"layers": [direction.layer], "sites": [direction.site], "progress": False}
-    return capture(lm, prompts, **place).values[:, 0, 0]  # type: ignore[arg-type]
-
-
-def _projections(direction: Direction, states: Tensor) -> Floats:
+def _projections(direction: Direction, states: Floats) -> Floats:
     """From -0.5 at the mean of the memory class to 0.5 at that of the reasoning class."""
     memory, reasoning = direction.means
     if memory == reasoning:
         raise DirectionError("the direction has no class means: fit it, or take a fitted one")
-    along: Floats = states.double().numpy() @ direction.unit.double().cpu().numpy()
+    along: Floats = states @ direction.unit.double().cpu().numpy()
     return (along - (memory + reasoning) / 2) / (reasoning - memory)
-
-
-def _moments(factors: kfac.Factors, name: str, role: Role) -> tuple[Floats, Floats, Floats]:
-    """Second moments, eigenvalues and eigenvectors on the side where a matrix meets the stream."""
-    eigen = factors.eigen(name)
-    if role == "reads":
-        found = factors.A(name), eigen.mu, eigen.u_in
-    else:
-        found = factors.G(name), eigen.lam, eigen.u_out
-    moments, values, basis = (one.double().numpy() for one in found)
-    return moments, values, basis
 
 
 def _mean(values: Floats, seed: int) -> Estimate:

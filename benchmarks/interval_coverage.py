@@ -1,6 +1,6 @@
 """How often 95 % intervals hold the truth: the percentile bootstrap beside what the harness uses.
 
-python benchmarks/coverage.py [--repeats 4000]
+    python benchmarks/interval_coverage.py
 
 prints three tables: differences and ratios of two shares of the same items, and ratios of the
 perplexities of uneven texts.
@@ -23,7 +23,7 @@ Limits = Callable[[Floats], tuple[float, float]]
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=4000)
+    parser.add_argument("--repeats", type=int, default=4000, help="draws of each row of a table")
     repeats = parser.parse_args().repeats
     print("difference of shares | n | items that change | of these lost | percentile | score")
     for n in (40, 100, 400):

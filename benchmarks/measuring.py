@@ -1,0 +1,58 @@
+"""What several benchmarks share: rounds that are timed in turns, and environments for peers."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import time
+import venv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each variant in each round, after one round that does not count."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for index in range(rounds + 1):
+        for name, run in variants.items():
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            if index:
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of time over the time of the base."""
+    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+
+
+def environment(folder: Path, wanted: Sequence[str]) -> Path:
+    """Make a virtual environment for peers if it is not there, and return its interpreter.
+
+    It borrows what it does not install, torch above all, from the environment that runs this.
+
+    Args:
+        folder: Where to.
+        wanted: What `pip install` is given.
+    """
+    python = folder / "bin" / "python"
+    if not (folder / "ready").exists():
+        venv.create(folder, with_pip=True, clear=True)
+        site = next((folder / "lib").glob("python*/site-packages"))
+        (site / "borrowed.pth").write_text(f"{Path(torch.__file__).parents[1]}\n", encoding="utf-8")
+        command = [str(python), "-m", "pip", "install", "--quiet", *wanted]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=1200)
+        (folder / "ready").touch()
+    return python
