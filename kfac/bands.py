@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kfac.batches import Forward
 from kfac.edit import check_weight
 from kfac.errors import BatchError, SpectrumError
 from kfac.factors import Factors
 from kfac.guest import as_guest, full_precision
 from kfac.passages import target_inputs
-from kfac.passes import Forward
 from kfac.statistics import RESAMPLES, Floats, resample_counts
 
 EDGES = (0.10, 0.25, 0.50)

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from kfac.edit import SpectralEdit
 from kfac.errors import TargetError
-from kfac.factors import Factors, weight_digest
+from kfac.factors import Factors
 from kfac.guest import full_precision
 from kfac.selection import Selection, TableSelection, select_separable
 from kfac.spectrum import check_keep
-from kfac.targets import Target, named_targets
+from kfac.target import Target, weight_digest
+from kfac.targets import named_targets
 from kfac.weight_edit import WeightEdit
 
 

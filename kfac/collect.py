@@ -11,14 +11,15 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from kfac.batches import Forward
 from kfac.checkpoint import Checkpoint
 from kfac.distributed import World
 from kfac.errors import TargetError
-from kfac.factors import Factors, weight_digest
-from kfac.passes import Forward, Recipe, run_passes
+from kfac.factors import Factors
+from kfac.passes import Recipe, run_passes
 from kfac.plan import Plan, plan
 from kfac.sums import CovarianceSums
-from kfac.targets import Target
+from kfac.target import Target, weight_digest
 
 
 def collect(

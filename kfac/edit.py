@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kfac.errors import EditError, EstimatorError, FactorsMismatchError, KeepError
-from kfac.factors import Eigen, Factors, weight_digest
+from kfac.factors import Factors
 from kfac.guest import full_precision
 from kfac.selection import SHAPES, Selection, select_largest, select_separable
-from kfac.spectrum import check_keep
-from kfac.targets import Target
+from kfac.spectrum import Eigen, check_keep
+from kfac.target import Target, weight_digest
 from kfac.weight_edit import WeightEdit, originals_of
 
 # Eigenvectors as an edit multiplies them, by factors, then by what they belong to, device and

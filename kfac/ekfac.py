@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kfac.batches import Forward
 from kfac.collect import announce, open_checkpoint
 from kfac.errors import KfacError
-from kfac.factors import Factors, TargetRecord
+from kfac.factors import Factors
 from kfac.guest import full_precision
-from kfac.passes import Forward, Recipe, run_passes
+from kfac.passes import Recipe, run_passes
 from kfac.plan import plan
 from kfac.sums import Rows, add_product
+from kfac.target import TargetRecord
 
 
 def correct(

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -21,48 +21,13 @@ from kfac.errors import (
 )
 from kfac.estimators import ESTIMATORS, Curvature, marginal_spectra
 from kfac.guest import full_precision
-from kfac.spectrum import eigenbasis
+from kfac.spectrum import Eigen, eigenbasis
 from kfac.store import library_version, read_tensors, tensor_bytes, write_tensors
-from kfac.targets import Target, named_targets
+from kfac.target import Target, TargetRecord, weight_digest
+from kfac.targets import named_targets
 
 FORMAT = 1
 _HEADER = "kfac_factors"
-
-
-@dataclass(frozen=True)
-class TargetRecord:
-    """What the factors know about one target.
-
-    Attributes:
-        out_features: Rows of the weight, size of G.
-        in_features: Columns of the weight, size of A.
-        count: Positions summed over; 0 for an expert that no counted position was sent to.
-        source: Name of the target under which the shared A is stored.
-        digest: SHA-256 of the weight at collection.
-    """
-
-    out_features: int
-    in_features: int
-    count: int
-    source: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class Eigen:
-    """Spectra and eigenvectors of one target, float64 on CPU.
-
-    Attributes:
-        lam: Eigenvalues of G, descending, shape (out,).
-        u_out: Eigenvectors of G in columns, shape (out, out).
-        mu: Eigenvalues of A, descending, shape (in,).
-        u_in: Eigenvectors of A in columns, shape (in, in).
-    """
-
-    lam: Tensor
-    u_out: Tensor
-    mu: Tensor
-    u_in: Tensor
 
 
 class Factors:
@@ -383,13 +348,6 @@ class Factors:
         if name not in self.records:
             raise TargetError(f"no factors for target {name!r}; there are: {self.names}")
         return self.records[name]
-
-
-def weight_digest(weight: Tensor) -> str:
-    """Return the SHA-256 of a weight's dtype, shape and bytes."""
-    sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    sha.update(tensor_bytes(weight))
-    return sha.hexdigest()
 
 
 def _check_shapes(

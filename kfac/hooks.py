@@ -13,9 +13,8 @@ from torch import Tensor, nn
 
 from kfac.errors import KfacError, TargetError
 from kfac.experts import observed
-from kfac.factors import TargetRecord
 from kfac.sums import Rows, Sums
-from kfac.targets import Target
+from kfac.target import Target, TargetRecord
 
 
 @dataclass(eq=False)

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import Tensor
 
 from kfac.errors import FactorsMismatchError, KfacError
-from kfac.factors import Factors, TargetRecord
+from kfac.factors import Factors
+from kfac.target import TargetRecord
 
 # A sum of squares that is negative by more than this share of what it was before a subtraction is
 # wrong. Rounding is far below it, also where batches of another shape ran in half precision.

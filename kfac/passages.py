@@ -10,10 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac.batches import (
+    Forward,
+    attended,
+    check_tokens,
+    language_model_forward,
+    on_its_device,
+)
 from kfac.errors import BatchError, NonFiniteError, TargetError
-from kfac.passes import Forward, _device, _to_device, check_tokens, language_model_forward
-from kfac.sampling import attended
-from kfac.targets import Target
+from kfac.target import Target
 
 
 def position_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -127,9 +132,9 @@ def target_inputs(
 def _attended_run(model: nn.Module, batch: Any, place: str, forward: Forward | None) -> Tensor:
     """Run a batch for what hooks see of it, and return the mask of attended positions."""
     if forward is not None:
-        return forward(model, _to_device(batch, _device(model)))[1].bool()
+        return forward(model, on_its_device(batch, model))[1].bool()
     check_tokens(model, batch, place)
-    language_model_forward(model, _to_device(batch, _device(model)))
+    language_model_forward(model, on_its_device(batch, model))
     real = attended(batch)
     assert real is not None  # check_tokens has refused such a batch
     return real
@@ -146,7 +151,7 @@ def _predictions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits (B, T, V), the counted positions and the token after each, all (B, T)."""
     check_tokens(model, batch, place)
-    ready = _to_device(batch, _device(model))
+    ready = on_its_device(batch, model)
     logits, counted = language_model_forward(model, ready)
     if not bool(counted.any(1).all()):
         raise BatchError(

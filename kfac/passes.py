@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -14,24 +13,27 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from kfac.batches import (
+    Forward,
+    attended,
+    check_tokens,
+    data_labels,
+    language_model_forward,
+    on_its_device,
+)
 from kfac.checkpoint import Checkpoint, State
 from kfac.distributed import World
 from kfac.errors import BatchError, CheckpointError, KfacError, NonFiniteError, TargetError
-from kfac.factors import TargetRecord
 from kfac.guest import as_guest
 from kfac.hooks import Taps
 from kfac.sampling import (
     RowSeeds,
-    attended,
     batch_digest,
-    data_labels,
     label_gradients,
     row_contents,
 )
 from kfac.sums import Sums, check_finite
-from kfac.targets import Target
-
-Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
+from kfac.target import Target, TargetRecord
 
 
 @dataclass(frozen=True)
@@ -138,42 +140,6 @@ def run_passes(
     return records, tables, tokens
 
 
-def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Run a causal language model; the default `forward` of `collect`.
-
-    Args:
-        model: Takes input_ids and the batch's other tensors; returns logits or an output with
-            a `logits` field.
-        batch: As described in `collect`.
-
-    Returns:
-        Logits (B, T, vocabulary) and the bool mask (B, T) of positions that predict a counted
-        token.
-    """
-    real = attended(batch)
-    if real is None:
-        raise BatchError("a batch of a language model needs input_ids as a tensor")
-    inputs: dict[str, Any] = {
-        k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"
-    }
-    accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:
-        inputs["use_cache"] = False
-    if "position_ids" in accepted and "position_ids" not in inputs and not bool(real.all()):
-        inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
-    output = model(**inputs)
-    logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise BatchError(
-            f"the model returned a {type(output).__name__} without logits; pass `forward`"
-        )
-    counted = torch.zeros_like(real)
-    torch.logical_and(real[:, :-1], real[:, 1:], out=counted[:, :-1])
-    if isinstance(batch.get("labels"), Tensor):
-        counted[:, :-1].logical_and_(batch["labels"][:, 1:] != -100)
-    return logits, counted
-
-
 @dataclass
 class _Pass:
     """One pass over the data for one group of targets."""
@@ -197,7 +163,6 @@ class _Pass:
         state, world = self.state, self.world
         seeds = RowSeeds(self.recipe.seed)
         data = hashlib.sha256()
-        device = _device(self.model)
         began, summed, seen = time.perf_counter(), 0, 0
         state.tables = {**self.others, **self.sums.tables}
         for index, batch in enumerate(bar):
@@ -219,7 +184,7 @@ class _Pass:
                     state.done, state.data = seen, data.hexdigest()
                 continue
             self.checkpoint.before_batch()
-            ready = _to_device(batch, device)
+            ready = on_its_device(batch, self.model)
             counted = _add_batch(self.model, ready, contents, self.taps, seeds, self.recipe, index)
             if counted:
                 check_finite(self.sums.tables, f"batch {index}")
@@ -326,65 +291,3 @@ def _finish(
     world.add(sums.tables)
     sums.finish()
     return records
-
-
-def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
-    """Verify that a batch is one that a causal language model can be given.
-
-    Args:
-        model: If it names its embedding, as those of transformers do, ids must lie within it.
-        batch: What was given as a batch.
-        place: Name of the batch, for messages.
-
-    Raises:
-        BatchError: No mapping with integer input_ids (B, T), a mask or labels of another shape, or
-            an id outside the vocabulary.
-    """
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        raise BatchError(
-            f"{place} must be a mapping with input_ids as a tensor, not a "
-            f"{type(batch).__name__}; for other models pass `forward`"
-        )
-    ids, shape = batch["input_ids"], batch["input_ids"].shape
-    if len(shape) != 2 or not ids.numel() or ids.dtype not in (torch.int32, torch.int64):
-        raise BatchError(
-            f"{place}: input_ids must be integers of shape (B, T), not empty, but are "
-            f"{ids.dtype} of {tuple(shape)}"
-        )
-    for key in ("attention_mask", "labels"):
-        value = batch.get(key)
-        if value is not None and (not isinstance(value, Tensor) or value.shape != shape):
-            found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
-            raise BatchError(
-                f"{place}: {key} must be a tensor of shape {tuple(shape)}, not {found}"
-            )
-    size = _vocabulary(model)
-    if size is not None and bool(((ids < 0) | (ids >= size)).any()):
-        raise BatchError(f"{place}: an id in input_ids is not in the model's vocabulary of {size}")
-
-
-def _vocabulary(model: nn.Module) -> int | None:
-    """Return the number of token ids that a model of transformers can embed."""
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return getattr(embedding, "num_embeddings", None)
-
-
-def _device(model: nn.Module) -> torch.device:
-    parameter = next(model.parameters(), None)
-    # Offloaded weights are on the meta device; accelerate's hooks then move the inputs.
-    if parameter is None or parameter.is_meta:
-        return torch.device("cpu")
-    return parameter.device
-
-
-def _to_device(batch: Any, device: torch.device) -> Any:
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, Mapping):
-        return {key: _to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, list | tuple):
-        return [_to_device(value, device) for value in batch]
-    return batch

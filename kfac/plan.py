@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kfac.errors import BudgetError, TargetError
-from kfac.targets import Target
+from kfac.target import Target
 
 # Projections of one parent module that read one input.
 _SHARED = (

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kfac.batches import attended
 from kfac.store import tensor_bytes
 
 # Elements of softmax worked on at a time: 16 MB in float32, about what a processor cache holds.
@@ -61,23 +62,6 @@ class RowSeeds:
     def skip(self, contents: Sequence[bytes]) -> None:
         """Count sequences that are not drawn for here: done before, or by another process."""
         self._seen.update(contents)
-
-
-def attended(batch: Any) -> Tensor | None:
-    """Return the bool mask (B, T) of real tokens of a token batch; None for other batches."""
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        return None
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor):
-        return mask.bool()
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-
-
-def data_labels(batch: Mapping[str, Any]) -> Tensor:
-    """Return the token that follows each position, shape (B, T); the last column is unused."""
-    given = batch.get("labels")
-    following: Tensor = given if isinstance(given, Tensor) else batch["input_ids"]
-    return following.roll(-1, 1)
 
 
 def label_gradients(

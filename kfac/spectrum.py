@@ -70,6 +70,23 @@ class Staircase:
         return np.arange(self.columns)[None, :] < self.counts[:, None]
 
 
+@dataclass(frozen=True)
+class Eigen:
+    """Spectra and eigenvectors of one target, float64 on CPU.
+
+    Attributes:
+        lam: Eigenvalues of G, descending, shape (out,).
+        u_out: Eigenvectors of G in columns, shape (out, out).
+        mu: Eigenvalues of A, descending, shape (in,).
+        u_in: Eigenvectors of A in columns, shape (in, in).
+    """
+
+    lam: Tensor
+    u_out: Tensor
+    mu: Tensor
+    u_in: Tensor
+
+
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Diagonalise a symmetric positive semi-definite matrix.
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kfac.errors import NonFiniteError
-from kfac.factors import TargetRecord
 from kfac.guest import full_precision
+from kfac.target import TargetRecord
 
 # A symmetric product is computed in at most this many row panels, each from its diagonal to the
 # right: 9/16 of the work of the full product at eight panels.
