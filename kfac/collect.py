@@ -111,7 +111,7 @@ def collect(
         model,
         batches,
         layout.passes,
-        lambda: CovarianceSums(dtype, marginals=marginals, diagonal=diagonal),
+        lambda: CovarianceSums(marginals=marginals, diagonal=diagonal),
         recipe,
         open_checkpoint(checkpoint, checkpoint_every, settings),
         digests,

@@ -15,7 +15,7 @@ from kfac.factors import Factors
 from kfac.guest import full_precision
 from kfac.passes import Recipe, run_passes
 from kfac.plan import plan
-from kfac.sums import Rows, add_product
+from kfac.sums import Rows, Sums, add_product
 from kfac.target import TargetRecord
 
 
@@ -109,10 +109,8 @@ def correct(
     )
 
 
-class _CorrectionSums:
+class _CorrectionSums(Sums):
     """Sums of squared gradients in the eigenbases."""
-
-    needs_both = True
 
     def __init__(
         self,
@@ -120,7 +118,7 @@ class _CorrectionSums:
         bases: Mapping[str, tuple[Tensor, Tensor]],
         whole_sequences: bool,
     ) -> None:
-        self.tables: dict[str, Tensor] = {}
+        super().__init__()
         self._records = records
         self._bases = bases
         self._moved: dict[str, Tensor] = {}
@@ -133,9 +131,8 @@ class _CorrectionSums:
     def add_input(self, source: str, a: Rows) -> None:
         """Do nothing: inputs count together with gradients only."""
 
-    def add_gradient(self, name: str, g: Tensor, a: Rows | None, share: float) -> None:
+    def add_gradient(self, name: str, g: Tensor, a: Rows, share: float) -> None:
         """Rotate both sides, and add the squares of their products."""
-        assert a is not None
         with full_precision(g.device):
             source = "A." + self._records[name].source
             if "rotated" not in a.cache:
@@ -150,7 +147,7 @@ class _CorrectionSums:
 
     def leave_device(self) -> None:
         """Move the tables to the CPU and let go of the bases: the next pass needs the room."""
-        self.tables = {key: table.cpu() for key, table in self.tables.items()}
+        super().leave_device()
         self._moved = {}
 
     def finish(self) -> None:

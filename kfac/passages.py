@@ -18,6 +18,7 @@ from kfac.batches import (
     on_its_device,
 )
 from kfac.errors import BatchError, NonFiniteError, TargetError
+from kfac.finite import ADVICE, logits_error, where
 from kfac.target import Target
 
 
@@ -64,9 +65,8 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     parts = []
     for index, batch in enumerate(batches):
         logits, counted, following = _predictions(model, batch, f"batch {index}")
-        # A single logit of minus infinity excludes a token; the largest one shows all else.
         if not bool(logits[counted].amax(-1).isfinite().all()):
-            raise NonFiniteError(f"batch {index}: the logits hold NaN or infinity")
+            raise logits_error(logits, counted, f"batch {index}")
         right = (logits.argmax(-1) == following) | ~counted
         parts.append(right.all(1).double().cpu())
     if not parts:
@@ -119,9 +119,12 @@ def target_inputs(
             if wrong:
                 raise TargetError(f"targets whose input does not have the batch's shape: {wrong}")
             for name, read in seen.items():
-                if not bool((read.isfinite().all(-1) | ~real.to(read.device)).all()):
+                bad = ~read.isfinite().all(-1) & real.to(read.device)
+                if bool(bad.any()):
+                    at = where(int(bad.flatten().nonzero()[0]), bad.shape)
                     raise NonFiniteError(
-                        f"batch {index}: the input of target {name!r} holds NaN or infinity"
+                        f"batch {index}, {at}: the input of target {name!r} holds NaN or infinity; "
+                        f"{ADVICE}"
                     )
             yield dict(seen), real
     if empty:

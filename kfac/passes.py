@@ -23,7 +23,8 @@ from kfac.batches import (
 )
 from kfac.checkpoint import Checkpoint, State
 from kfac.distributed import World
-from kfac.errors import BatchError, CheckpointError, KfacError, NonFiniteError, TargetError
+from kfac.errors import BatchError, CheckpointError, KfacError, TargetError
+from kfac.finite import logits_error
 from kfac.guest import as_guest
 from kfac.hooks import Taps
 from kfac.sampling import (
@@ -32,7 +33,7 @@ from kfac.sampling import (
     label_gradients,
     row_contents,
 )
-from kfac.sums import Sums, check_finite
+from kfac.sums import Sums, check_overflow
 from kfac.target import Target, TargetRecord
 
 
@@ -185,9 +186,13 @@ class _Pass:
                 continue
             self.checkpoint.before_batch()
             ready = on_its_device(batch, self.model)
-            counted = _add_batch(self.model, ready, contents, self.taps, seeds, self.recipe, index)
+            counted = _backpropagate(
+                self.model, ready, contents, self.taps, seeds, self.recipe, index
+            )
             if counted:
-                check_finite(self.sums.tables, f"batch {index}")
+                self.checkpoint.before_sums()
+                self.taps.add(self.recipe.samples)
+                check_overflow(self.sums.tables, f"batch {index}")
             summed += counted
             state.tokens += counted if state.turn == 0 else 0
             state.done, state.data = seen, data.hexdigest()
@@ -205,7 +210,7 @@ class _Pass:
             )
 
 
-def _add_batch(
+def _backpropagate(
     model: nn.Module,
     batch: Any,
     contents: Sequence[bytes],
@@ -214,7 +219,7 @@ def _add_batch(
     recipe: Recipe,
     index: int,
 ) -> int:
-    """Draw labels, backpropagate, add to the sums; return the number of counted positions."""
+    """Run the model, draw labels and backpropagate; return the number of counted positions."""
     taps.begin()
     logits, mask, *rest = (recipe.forward or language_model_forward)(model, batch)
     shape = logits.shape[:-1]
@@ -245,13 +250,14 @@ def _add_batch(
         return 0
     if not logits.requires_grad:
         raise TargetError("the logits depend on no target: the forward pass calls none of them")
+    taps.read(mask, f"batch {index}")
     rows = labelled.flatten().nonzero()[:, 0]
     gradients = label_gradients(logits.detach(), rows, uniforms, labels)
     if gradients is None:
-        raise NonFiniteError(f"batch {index}: the logits hold NaN or infinity")
-    taps.add_inputs(mask, recipe.samples)
+        raise logits_error(logits, labelled, f"batch {index}")
     for draw, gradient in enumerate(gradients, 1):
         torch.autograd.backward(logits, gradient, retain_graph=draw < recipe.samples)
+    taps.check_gradients(f"batch {index}")
     return counted
 
 
