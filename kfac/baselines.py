@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kfac.edit import SpectralEdit
 from kfac.errors import TargetError
 from kfac.factors import Factors
-from kfac.guest import full_precision
+from kfac.guest import full_precision, widened
 from kfac.selection import Selection, TableSelection, select_separable
 from kfac.spectrum import check_keep
 from kfac.target import Target, weight_digest
@@ -92,7 +92,7 @@ class RandomRotationEdit(_RandomEdit):
         return self._staircase(name)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = widened(weight)
         u_out, u_in = self._bases(name, wide)
         return u_out.T @ wide @ u_in
 
@@ -168,9 +168,8 @@ class SVDEdit(_DataFreeEdit):
         digest = weight_digest(weight)
         known = self._cache.get(target.name)
         if known is None or known[0] != digest or known[1].device != weight.device:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             with full_precision(weight.device):
-                left, values, right = torch.linalg.svd(wide, full_matrices=False)
+                left, values, right = torch.linalg.svd(widened(weight), full_matrices=False)
             known = (digest, left, values, right)
             self._cache[target.name] = known
         _, left, values, right = known

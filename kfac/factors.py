@@ -20,7 +20,7 @@ from kfac.errors import (
     TargetError,
 )
 from kfac.estimators import ESTIMATORS, Curvature, marginal_spectra
-from kfac.guest import full_precision
+from kfac.guest import full_precision, widened
 from kfac.spectrum import Eigen, eigenbasis
 from kfac.store import library_version, read_tensors, tensor_bytes, write_tensors
 from kfac.target import Target, TargetRecord, weight_digest
@@ -48,13 +48,7 @@ class Factors:
         weighted: The sums of a part were scaled when parts were merged, so no part can be taken
             out again.
 
-    Attributes:
-        records: One `TargetRecord` for each target name, in collection order.
-        seeds: As given.
-        tokens: As given.
-        labels: As given.
-        provenance: As given.
-        weighted: As given.
+    All arguments but `bases` are attributes too.
     """
 
     def __init__(
@@ -102,10 +96,9 @@ class Factors:
         """The estimators that `curvature` can give for every target."""
         letters = {"marginal": "AW", "diagonal": "D", "ekfac": "E"}
         return [
-            estimator
-            for estimator in ESTIMATORS
-            if estimator not in letters
-            or all(f"{letters[estimator]}.{name}" in self.sums for name in self.records)
+            one
+            for one in ESTIMATORS
+            if all(f"{letters.get(one, 'G')}.{name}" in self.sums for name in self.records)
         ]
 
     def A(self, name: str) -> Tensor:
@@ -180,10 +173,10 @@ class Factors:
         if known is not None and known[0] == digest and known[1].device == weight.device:
             return known[1]
         basis = self.eigen(name)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        u_out, u_in = (u.to(weight.device, dtype) for u in (basis.u_out, basis.u_in))
-        with full_precision(weight.device):
-            result = u_out.T @ weight.to(dtype) @ u_in
+        wide = widened(weight)
+        u_out, u_in = (u.to(wide.device, wide.dtype) for u in (basis.u_out, basis.u_in))
+        with full_precision(wide.device):
+            result = u_out.T @ wide @ u_in
         self._coordinates[name] = (digest, result)
         return result
 
@@ -337,10 +330,8 @@ class Factors:
     def _mean(self, letter: str, name: str) -> Tensor:
         record = self._record(name)
         if (key := f"{letter}.{name}") not in self.sums:
-            how = {
-                "E": "run kfac.correct",
-                "D": "collect with diagonal=True",
-            }.get(letter, "collect with marginals=True")
+            hows = {"E": "run kfac.correct", "D": "collect with diagonal=True"}
+            how = hows.get(letter, "collect with marginals=True")
             raise EstimatorError(f"the factors hold no such sums for target {name!r}: {how}")
         return self.sums[key] / max(record.count, 1)
 

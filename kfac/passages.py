@@ -19,6 +19,7 @@ from kfac.batches import (
 )
 from kfac.errors import BatchError, NonFiniteError, TargetError
 from kfac.finite import ADVICE, logits_error, where
+from kfac.guest import widened
 from kfac.target import Target
 
 
@@ -30,7 +31,7 @@ def position_losses(model: nn.Module, batch: Any) -> Tensor:
     """
     logits, counted, following = _predictions(model, batch)
     return nn.functional.cross_entropy(
-        _exact(logits[counted]), following[counted], reduction="none"
+        widened(logits[counted]), following[counted], reduction="none"
     )
 
 
@@ -45,7 +46,7 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     """
     logits, counted, following = _predictions(model, batch)
     losses = nn.functional.cross_entropy(
-        _exact(logits.flatten(0, 1)), following.flatten(), reduction="none"
+        widened(logits.flatten(0, 1)), following.flatten(), reduction="none"
     ).view(counted.shape)
     return (losses * counted).sum(1) / counted.sum(1)
 
@@ -94,7 +95,7 @@ def target_inputs(
         Target name to its inputs (B, T, in), and the bool mask (B, T) of attended positions.
 
     Raises:
-        BatchError: No batch, or a malformed one.
+        BatchError: No batch, a malformed one, or a text without an attended position.
         NonFiniteError: An input at an attended position is NaN or infinite.
         TargetError: A target is an expert, is never called, or its input is not (B, T, in).
     """
@@ -118,6 +119,8 @@ def target_inputs(
             wrong = [name for name, read in seen.items() if read.shape[:-1] != real.shape]
             if wrong:
                 raise TargetError(f"targets whose input does not have the batch's shape: {wrong}")
+            if not bool(real.any(1).all()):
+                raise BatchError(f"batch {index}: a text has no attended token")
             for name, read in seen.items():
                 bad = ~read.isfinite().all(-1) & real.to(read.device)
                 if bool(bad.any()):
@@ -163,7 +166,3 @@ def _predictions(
     ids = ready["input_ids"]
     following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).to(logits.device)
     return logits, counted.to(logits.device), following
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -89,7 +89,7 @@ def run_passes(
         )
     world = World()
     state = checkpoint.load()
-    kept: list[tuple[Taps, Sums]] = []
+    kept: list[Taps] = []
     first = True
     with ExitStack() as stack:
         stack.enter_context(as_guest(model))
@@ -114,7 +114,7 @@ def run_passes(
                 label = title if len(groups) == 1 else f"{title} {turn + 1}/{len(groups)}"
                 quiet = not progress or world.rank > 0
                 bar = tqdm(batches, desc=label, unit="batch", disable=quiet)
-                run = _Pass(model, taps, sums, recipe, checkpoint, state, others, world)
+                run = _Pass(model, taps, recipe, checkpoint, state, others, world)
                 with taps.hooked(), bar:
                     run(bar, compare=first)
                 first = False
@@ -126,7 +126,7 @@ def run_passes(
                         "would be of different data: give the same in the same order each time (a "
                         "list, or a DataLoader without shuffling), or a larger budget"
                     )
-            kept.append((taps, sums))
+            kept.append(taps)
             state.tables = others | sums.tables
         checkpoint.save(state)
     world.check_equal(state.data, "batches")
@@ -135,9 +135,9 @@ def run_passes(
         raise BatchError(f"none of the {state.done} batches has a counted position")
     records: dict[str, TargetRecord] = {}
     tables: dict[str, Tensor] = {}
-    for taps, sums in kept:
-        records |= _finish(taps, sums, digests, world)
-        tables |= sums.tables
+    for taps in kept:
+        records |= _finish(taps, digests, world)
+        tables |= taps.sums.tables
     return records, tables, tokens
 
 
@@ -147,7 +147,6 @@ class _Pass:
 
     model: nn.Module
     taps: Taps
-    sums: Sums
     recipe: Recipe
     checkpoint: Checkpoint
     state: State
@@ -161,11 +160,11 @@ class _Pass:
             bar: The batches, in a progress bar.
             compare: Compare the first batch with that of the other processes.
         """
-        state, world = self.state, self.world
+        state, world, sums = self.state, self.world, self.taps.sums
         seeds = RowSeeds(self.recipe.seed)
         data = hashlib.sha256()
         began, summed, seen = time.perf_counter(), 0, 0
-        state.tables = {**self.others, **self.sums.tables}
+        state.tables = {**self.others, **sums.tables}
         for index, batch in enumerate(bar):
             if self.recipe.forward is None:
                 check_tokens(self.model, batch, f"batch {index}")
@@ -186,19 +185,17 @@ class _Pass:
                 continue
             self.checkpoint.before_batch()
             ready = on_its_device(batch, self.model)
-            counted = _backpropagate(
-                self.model, ready, contents, self.taps, seeds, self.recipe, index
-            )
+            counted = self._backpropagate(ready, contents, seeds, index)
             if counted:
                 self.checkpoint.before_sums()
                 self.taps.add(self.recipe.samples)
-                check_overflow(self.sums.tables, f"batch {index}")
+                check_overflow(sums.tables, f"batch {index}")
             summed += counted
             state.tokens += counted if state.turn == 0 else 0
             state.done, state.data = seen, data.hexdigest()
             state.counts |= self.taps.counts
             state.sources |= self.taps.sources
-            state.tables = {**self.others, **self.sums.tables}
+            state.tables = {**self.others, **sums.tables}
             bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
             self.checkpoint.after_batch(state)
         if not seen:
@@ -209,76 +206,68 @@ class _Pass:
                 "are given"
             )
 
-
-def _backpropagate(
-    model: nn.Module,
-    batch: Any,
-    contents: Sequence[bytes],
-    taps: Taps,
-    seeds: RowSeeds,
-    recipe: Recipe,
-    index: int,
-) -> int:
-    """Run the model, draw labels and backpropagate; return the number of counted positions."""
-    taps.begin()
-    logits, mask, *rest = (recipe.forward or language_model_forward)(model, batch)
-    shape = logits.shape[:-1]
-    if not shape or mask.ndim == 0 or mask.shape[0] != shape[0] or len(contents) != shape[0]:
-        raise BatchError(
-            f"batch {index}: logits {tuple(logits.shape)} and mask {tuple(mask.shape)} must both "
-            f"begin with the number of sequences, {len(contents)}"
-        )
-    mask = mask.bool()
-    labelled = mask if mask.shape == shape else torch.ones(shape, dtype=torch.bool)
-    real = attended(batch)
-    uniforms = labels = None
-    if recipe.labels == "data":
-        seeds.skip(contents)
-        labels = _given_labels(batch, rest, shape, recipe, index)[labelled].long()
-        if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+    def _backpropagate(
+        self, batch: Any, contents: Sequence[bytes], seeds: RowSeeds, index: int
+    ) -> int:
+        """Run the model, draw labels and backpropagate; return the number of counted positions."""
+        recipe, place = self.recipe, f"batch {index}"
+        self.taps.begin()
+        logits, mask, *rest = (recipe.forward or language_model_forward)(self.model, batch)
+        shape = logits.shape[:-1]
+        if not shape or mask.ndim == 0 or mask.shape[0] != shape[0] or len(contents) != shape[0]:
             raise BatchError(
-                f"batch {index}: a label of a counted position is not in the vocabulary of "
-                f"{logits.shape[-1]}; -100 marks what is not counted"
+                f"{place}: logits {tuple(logits.shape)} and mask {tuple(mask.shape)} must both "
+                f"begin with the number of sequences, {len(contents)}"
             )
-    else:
-        # Drawing at every real token, counted or not, makes a label independent of the mask.
-        drawn = real if real is not None and real.shape == shape else labelled
-        where = drawn | labelled.to(drawn.device)
-        uniforms = seeds.draw(contents, where, recipe.samples)[:, labelled.cpu()]
-    counted = int(mask.sum())
-    if not counted:
-        return 0
-    if not logits.requires_grad:
-        raise TargetError("the logits depend on no target: the forward pass calls none of them")
-    taps.read(mask, f"batch {index}")
-    rows = labelled.flatten().nonzero()[:, 0]
-    gradients = label_gradients(logits.detach(), rows, uniforms, labels)
-    if gradients is None:
-        raise logits_error(logits, labelled, f"batch {index}")
-    for draw, gradient in enumerate(gradients, 1):
-        torch.autograd.backward(logits, gradient, retain_graph=draw < recipe.samples)
-    taps.check_gradients(f"batch {index}")
-    return counted
+        mask = mask.bool()
+        labelled = mask if mask.shape == shape else torch.ones(shape, dtype=torch.bool)
+        uniforms = labels = None
+        if recipe.labels == "data":
+            seeds.skip(contents)
+            labels = self._given_labels(batch, rest, shape, place)[labelled].long()
+            if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+                raise BatchError(
+                    f"{place}: a label of a counted position is not in the vocabulary of "
+                    f"{logits.shape[-1]}; -100 marks what is not counted"
+                )
+        else:
+            # Drawing at every real token, counted or not, makes a label independent of the mask.
+            real = attended(batch)
+            drawn = real if real is not None and real.shape == shape else labelled
+            where = drawn | labelled.to(drawn.device)
+            uniforms = seeds.draw(contents, where, recipe.samples)[:, labelled.cpu()]
+        counted = int(mask.sum())
+        if not counted:
+            return 0
+        if not logits.requires_grad:
+            raise TargetError("the logits depend on no target: the forward pass calls none of them")
+        self.taps.read(mask, place)
+        rows = labelled.flatten().nonzero()[:, 0]
+        gradients = label_gradients(logits.detach(), rows, uniforms, labels)
+        if gradients is None:
+            raise logits_error(logits, labelled, place)
+        for draw, gradient in enumerate(gradients, 1):
+            torch.autograd.backward(logits, gradient, retain_graph=draw < recipe.samples)
+        self.taps.check_gradients(place)
+        return counted
+
+    def _given_labels(
+        self, batch: Any, rest: Sequence[Tensor], shape: torch.Size, place: str
+    ) -> Tensor:
+        """Return the data's labels, shaped as the logits without their last axis."""
+        if self.recipe.forward is None:
+            return data_labels(batch)
+        if not rest or rest[0].shape != shape:
+            raise BatchError(
+                f"{place}: with labels='data', `forward` must return labels of shape "
+                f"{tuple(shape)} as its third value"
+            )
+        return rest[0]
 
 
-def _given_labels(
-    batch: Any, rest: Sequence[Tensor], shape: torch.Size, recipe: Recipe, index: int
-) -> Tensor:
-    """Return the data's labels, shaped as the logits without their last axis."""
-    if recipe.forward is None:
-        return data_labels(batch)
-    if not rest or rest[0].shape != shape:
-        raise BatchError(
-            f"batch {index}: with labels='data', `forward` must return labels of shape "
-            f"{tuple(shape)} as its third value"
-        )
-    return rest[0]
-
-
-def _finish(
-    taps: Taps, sums: Sums, digests: Mapping[str, str], world: World
-) -> dict[str, TargetRecord]:
+def _finish(taps: Taps, digests: Mapping[str, str], world: World) -> dict[str, TargetRecord]:
     """Add up what the processes have, and return the records."""
+    sums = taps.sums
     parts = world.gather((taps.counts, taps.sources, list(sums.tables)))
     taps.counts = {name: sum(counts[name] for counts, _, _ in parts) for name in taps.counts}
     for _, sources, _ in parts:

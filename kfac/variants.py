@@ -11,6 +11,7 @@ from torch import Tensor
 from kfac.edit import SpectralEdit
 from kfac.errors import EditError, FactorsMismatchError
 from kfac.factors import Factors
+from kfac.guest import widened
 from kfac.selection import Selection, TableSelection, select_largest
 from kfac.spectrum import eigenbasis
 
@@ -70,7 +71,7 @@ class UnionEdit(SpectralEdit):
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         key = (name, digest, weight.device)
         if key not in self._rotated:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            wide = widened(weight)
             u_out, u_in = self._bases(name, wide)
             self._rotated[key] = u_out.T @ wide @ u_in
         return self._rotated[key]
