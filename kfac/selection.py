@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -178,9 +179,9 @@ def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -
     bins = flat.view(integers) >> shift
     sums = torch.bincount(bins, summed.double())
     total = float(sums.sum())
-    goal = keep * total
-    if goal == 0:
+    if total == 0:
         return TableSelection(torch.zeros(scores.shape, dtype=torch.bool), 1.0)
+    goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
     above = sums.flip(0).cumsum(0).flip(0)  # mass of a bin and of all larger ones
     edge = int((above >= goal).nonzero()[-1]) if bool((above >= goal).any()) else 0
     kept = bins > edge
@@ -211,6 +212,6 @@ def _rectangle(
 ) -> Staircase:
     counts = np.zeros(len(lam), dtype=np.int64)
     counts[:rows] = columns
-    mass = float(lam[:rows].sum() * mu[:columns].sum())
+    mass, total = (float(a.sum() * b.sum()) for a, b in ((lam[:rows], mu[:columns]), (lam, mu)))
     smallest = float(lam[rows - 1] * mu[columns - 1]) if rows and columns else float("inf")
-    return Staircase(counts, len(mu), mass, float(lam.sum() * mu.sum()), smallest)
+    return Staircase(counts, len(mu), mass, total, smallest, mass / total if total > 0 else 1.0)

@@ -32,6 +32,8 @@ class Staircase:
         mass: Mass of the kept pairs.
         total: Mass of all pairs.
         threshold: Smallest mass among kept pairs; infinity when none is kept.
+        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is right
+            where the masses themselves are out of the range of a float.
     """
 
     counts: Int64s
@@ -39,6 +41,7 @@ class Staircase:
     mass: float
     total: float
     threshold: float
+    kept_mass: float
 
     @property
     def pairs(self) -> int:
@@ -49,11 +52,6 @@ class Staircase:
     def total_pairs(self) -> int:
         """Number of pairs of the full table."""
         return len(self.counts) * self.columns
-
-    @property
-    def kept_mass(self) -> float:
-        """Kept mass as a share of the total; 1 when there is no mass at all."""
-        return self.mass / self.total if self.total > 0 else 1.0
 
     @property
     def rank_bound(self) -> int:
@@ -152,10 +150,10 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     if keep == 1.0:
         smallest = float(rows[-1] * columns[-1])
         return _result(every, len(columns), total, total, smallest, row_scale + column_scale)
-    goal = keep * total
-    if goal == 0.0:
+    if total == 0.0:
         none = np.zeros(len(rows), dtype=np.int64)
         return _result(none, len(columns), 0.0, total, math.inf, 0)
+    goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
 
     # Bisection: `low` is the largest threshold known to keep enough. Non-negative floats are
     # ordered as their bit patterns, so halving the bits ends at neighbouring numbers.
@@ -242,5 +240,6 @@ def _step(counts: Int64s, where: NDArray[np.bool_], columns: Float64s, sign: int
 def _result(
     counts: Int64s, columns: int, mass: float, total: float, threshold: float, scale: int
 ) -> Staircase:
-    undo = [float(np.ldexp(x, scale)) for x in (mass, total, threshold)]
-    return Staircase(counts, columns, *undo)
+    with np.errstate(over="ignore"):
+        undo = [float(np.ldexp(x, scale)) for x in (mass, total, threshold)]
+    return Staircase(counts, columns, *undo, mass / total if total > 0 else 1.0)
