@@ -173,8 +173,7 @@ class SVDEdit(_DataFreeEdit):
             known = (digest, left, values, right)
             self._cache[target.name] = known
         _, left, values, right = known
-        # The subtraction keeps 0.3 of 10 at 3: in floating point the product is a little above 3.
-        rank = math.ceil(self.keep * len(values) - 1e-9)
+        rank = _rounded_up(self.keep, len(values))
         with full_precision(weight.device):
             return (left[:, :rank] * values[:rank]) @ right[:rank]
 
@@ -202,11 +201,16 @@ class MagnitudeEdit(_DataFreeEdit):
         """Return the pruned weight."""
         weight = target.weight
         sizes = weight.abs().flatten()
-        dropped = len(sizes) - math.ceil(self.keep * len(sizes) - 1e-9)
+        dropped = len(sizes) - _rounded_up(self.keep, len(sizes))
         if not dropped:
             return weight.clone()
-        limit = largest_of_smallest(sizes.float(), dropped)
+        limit = largest_of_smallest(widened(sizes), dropped)
         return weight.masked_fill(weight.abs() <= limit, 0.0)
+
+
+def _rounded_up(share: float, of: int) -> int:
+    # The subtraction keeps 0.3 of 10 at 3: in floating point the product is a little above 3.
+    return max(1, math.ceil(share * of - 1e-9))
 
 
 def random_table(rows: int, columns: int, pairs: int, seeds: list[int]) -> Tensor:

@@ -109,6 +109,7 @@ class RemovalEdit(SpectralEdit):
     Raises:
         KeepError: `keep` is out of range, empty, or names an unknown target.
         FactorsMismatchError: The two sets were collected from different targets or weights.
+        EditError: When it is applied: the set has no mass, or no pair would be left.
     """
 
     kind = "removal"
@@ -141,6 +142,11 @@ class RemovalEdit(SpectralEdit):
         """Keep all but the pairs of largest score."""
         score, mass = self._ranked(name)
         removed = select_largest(score, 1 - self._keeps[name], weights=mass)
+        if removed.pairs == removed.total_pairs:
+            raise EditError(
+                f"target {name!r}: at keep={self._keeps[name]} every pair would be removed, as the "
+                "mass lies in too few of them; give a larger keep"
+            )
         return TableSelection(~removed.table, 1 - removed.kept_mass)
 
     def _ranked(self, name: str) -> tuple[Tensor, Tensor]:
