@@ -170,7 +170,7 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
 
     # Only pairs of mass exactly `threshold` remain to choose from; rows are filled in order.
     before = _mass(rows, prefix, above)
-    needed = max(1, math.ceil((goal - before) / threshold))
+    needed = max(1, math.ceil(min((goal - before) / threshold, float(ties.sum()))))
     while needed > 1 and before + (needed - 1) * threshold >= goal:
         needed -= 1
     while before + needed * threshold < goal and needed < ties.sum():
@@ -240,6 +240,7 @@ def _step(counts: Int64s, where: NDArray[np.bool_], columns: Float64s, sign: int
 def _result(
     counts: Int64s, columns: int, mass: float, total: float, threshold: float, scale: int
 ) -> Staircase:
+    share = mass / total if total > 0 else 1.0
     with np.errstate(over="ignore"):
-        undo = [float(np.ldexp(x, scale)) for x in (mass, total, threshold)]
-    return Staircase(counts, columns, *undo, mass / total if total > 0 else 1.0)
+        mass, total, threshold = (float(np.ldexp(x, scale)) for x in (mass, total, threshold))
+    return Staircase(counts, columns, mass, total, threshold, share)
