@@ -9,7 +9,6 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfac.batches import Forward
-from kfac.collect import announce, open_checkpoint
 from kfac.errors import KfacError
 from kfac.factors import Factors
 from kfac.guest import full_precision
@@ -69,26 +68,21 @@ def correct(
     recipe = Recipe(seed, labels, samples, forward, dtype)
     targets = factors.targets(model)
     layout = plan(targets, budget, dtype=dtype, correction=True)
-    announce(layout, progress)
     bases = {}
     for name, record in factors.records.items():
         basis = factors.eigen(name)
         bases["A." + record.source] = (basis.mu, basis.u_in.to(dtype))
         bases["G." + name] = (basis.lam, basis.u_out.to(dtype))
-    settings = recipe.settings() | {
-        "task": "correct",
-        "per": per,
-        "passes": [[target.name for target in group] for group in layout.passes],
-        "factors": factors.digest,
-    }
     records, tables, _ = run_passes(
         model,
         batches,
-        layout.passes,
+        layout,
         lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
         recipe,
-        open_checkpoint(checkpoint, checkpoint_every, settings),
         {name: record.digest for name, record in factors.records.items()},
+        {"task": "correct", "per": per, "factors": factors.digest},
+        checkpoint=checkpoint,
+        every=checkpoint_every,
         progress=progress,
         title="correction",
     )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -27,6 +29,7 @@ from kfac.errors import BatchError, CheckpointError, KfacError, TargetError
 from kfac.finite import logits_error
 from kfac.guest import as_guest
 from kfac.hooks import Taps
+from kfac.plan import Plan
 from kfac.sampling import (
     RowSeeds,
     batch_digest,
@@ -34,7 +37,7 @@ from kfac.sampling import (
     row_contents,
 )
 from kfac.sums import Sums, check_overflow
-from kfac.target import Target, TargetRecord
+from kfac.target import TargetRecord
 
 
 @dataclass(frozen=True)
@@ -68,32 +71,55 @@ class Recipe:
 def run_passes(
     model: nn.Module,
     batches: Iterable[Any],
-    groups: Sequence[Sequence[Target]],
+    layout: Plan,
     make_sums: Callable[[], Sums],
     recipe: Recipe,
-    checkpoint: Checkpoint,
     digests: Mapping[str, str],
+    settings: Mapping[str, Any],
     *,
+    checkpoint: str | os.PathLike[str] | None,
+    every: float,
     progress: bool,
     title: str,
 ) -> tuple[dict[str, TargetRecord], dict[str, Tensor], int]:
     """Sum over all batches, once for each group of targets, and over all processes.
 
+    Args:
+        model: As in `collect`, as are `batches`, `checkpoint` and `progress`.
+        batches: Gone through once for each pass of the layout.
+        layout: Targets of each pass; said in a line where progress is shown.
+        make_sums: Makes the sums of one pass.
+        recipe: How gradients are made.
+        digests: Of each target's weight, for its record.
+        settings: What else the sums depend on; JSON values.
+        checkpoint: File to keep the state in; each process has its own.
+        every: Seconds between writes.
+        progress: Show a bar.
+        title: Of the bar.
+
     Returns:
         Records of all targets, the tables on CPU, and the number of counted positions.
     """
+    world, groups = World(), layout.passes
+    shown = progress and world.rank == 0
+    if shown:
+        tqdm.write(str(layout), file=sys.stderr)
     if len(groups) > 1 and iter(batches) is batches:
         raise BatchError(
             f"{len(groups)} passes are needed, but the batches can be iterated only once: give a "
             "list or a DataLoader, or a larger budget"
         )
-    world = World()
-    state = checkpoint.load()
+    if checkpoint is not None and world.size > 1:
+        checkpoint = f"{os.fspath(checkpoint)}.{world.rank}-of-{world.size}"
+    passes = [[target.name for target in group] for group in groups]
+    needed = {**recipe.settings(), **settings, "passes": passes, "processes": world.size}
+    file = Checkpoint(checkpoint, every, needed)
+    state = file.load()
     kept: list[Taps] = []
     first = True
     with ExitStack() as stack:
         stack.enter_context(as_guest(model))
-        stack.enter_context(checkpoint.guarded(state))
+        stack.enter_context(file.guarded(state))
         for turn, group in enumerate(groups):
             sums = make_sums()
             owners = {target.name: target.parameter.device for target in group}
@@ -112,9 +138,8 @@ def run_passes(
                 if turn > state.turn:
                     state.turn, state.done, state.data = turn, 0, ""
                 label = title if len(groups) == 1 else f"{title} {turn + 1}/{len(groups)}"
-                quiet = not progress or world.rank > 0
-                bar = tqdm(batches, desc=label, unit="batch", disable=quiet)
-                run = _Pass(model, taps, recipe, checkpoint, state, others, world)
+                bar = tqdm(batches, desc=label, unit="batch", disable=not shown)
+                run = _Pass(model, taps, recipe, file, state, others, world)
                 with taps.hooked(), bar:
                     run(bar, compare=first)
                 first = False
@@ -128,7 +153,7 @@ def run_passes(
                     )
             kept.append(taps)
             state.tables = others | sums.tables
-        checkpoint.save(state)
+        file.save(state)
     world.check_equal(state.data, "batches")
     tokens = sum(world.gather(state.tokens))
     if not tokens:

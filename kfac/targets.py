@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac.errors import TargetError
-from kfac.experts import check_stack, is_stack, stacked
+from kfac.experts import check_stack, stacked
 from kfac.target import Target
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
@@ -82,7 +82,7 @@ def find_targets(
         if not _ends(text, endings):
             continue
         # A container of the same name (a block called "0") is not a matrix; its children are seen.
-        if _kind(module) is None and (any(module.children()) or is_stack(module)):
+        if _kind(module) is None and (any(module.children()) or stacked(module)):
             continue
         found.append(_make(name, module, layer))
     names = {target.name.partition("[")[0] for target in found}

@@ -4,7 +4,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_kfac_collect import Deep, assert_same, batch, collect, llama, mlp_forward
+from test_kfac_collect import IDS, Deep, assert_same, batch, collect, llama, mlp_forward
 from test_kfac_edit import assert_restored, snapshot
 
 import kfac
@@ -118,6 +118,26 @@ def test_it_is_named_and_the_work_before_it_is_kept(way, what, model, tmp_path):
     path.write_bytes(state)
     others = BATCHES[:BROKEN] + BATCHES[BROKEN + 1 :]
     assert work(others, checkpoint=path).digest == work(others).digest
+
+
+def test_non_finite_values_are_named():
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NonFiniteError, match=r"batch 1.*logits"):
+        collect(model, [{"input_ids": IDS[:, :1]}, batch([0])])
+    model = Deep()
+    inputs = torch.ones(2, 3)
+    inputs[0, 0] = 1e30
+    model.layers[1].weight.data.zero_()
+    with pytest.raises(NonFiniteError, match=r"activation.*layers\.0"):
+        collect(
+            model,
+            [inputs],
+            kfac.find_targets(model, projections=["0", "1"]),
+            forward=mlp_forward,
+            dtype=torch.float32,
+        )
 
 
 def test_the_first_batch_leaves_no_checkpoint(model, tmp_path):

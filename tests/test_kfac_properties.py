@@ -1,5 +1,6 @@
 """Properties of the numerics of kfac, on arrays that hypothesis makes up."""
 
+import copy
 import math
 from fractions import Fraction
 
@@ -9,6 +10,7 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import kfac
 from kfac import Target, auroc, eigenbasis, plan, staircase
 from kfac.baselines import largest_of_smallest, random_rotation, random_table
 from kfac.reliability import matrix_agreement
@@ -261,3 +263,37 @@ def test_a_plan_holds_every_target_once(sizes, budget, diagonal):
     assert len(layout.passes) == len(layout.bytes)
     assert sum(layout.bytes) == layout.total == plan(targets, diagonal=diagonal).total
     assert budget is None or max(layout.bytes) <= budget
+
+
+class Tokens(torch.nn.Module):
+    """Reads (B, T, 6); its one matrix is the target."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc1 = torch.nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.fc1(x)
+
+
+@few
+@given(st.integers(0, 2**32), st.sets(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4))
+def test_bands_and_the_detector_divide_all_energy(seed, cuts, texts):
+    torch.manual_seed(seed)
+    model, x = Tokens(), torch.randn(texts, 1, 6)
+
+    def forward(model, batch):
+        return model(batch), torch.ones(batch.shape[:2], dtype=torch.bool)
+
+    targets = kfac.find_targets(model, projections=["fc1"])
+    factors = kfac.collect(model, [x], targets, forward=forward, progress=False)
+    edges = [cut / 6 for cut in sorted(cuts)]
+    bands = kfac.band_profile(model, [x], factors, edges=edges, forward=forward)
+    assert bands.norms.shape == (texts, 1, len(edges) + 1) == bands.unit_norms.shape
+    energy = (bands.norms[:, 0] ** 2).sum(1)
+    np.testing.assert_allclose(energy, x[:, 0].double().square().sum(1), rtol=1e-4)
+    np.testing.assert_allclose((bands.unit_norms[:, 0] ** 2).sum(1), 1, rtol=1e-4)
+    ratio = kfac.band_ratios(bands, bands, resamples=10).ratio[0]
+    np.testing.assert_allclose(ratio[bands.norms.sum(0) > 0], 1, rtol=1e-12)
+    half = kfac.split_half(factors, copy.copy(factors), "fc1")
+    np.testing.assert_allclose(half.input.overlap, 1, atol=1e-9)

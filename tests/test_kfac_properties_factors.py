@@ -1,6 +1,5 @@
 """Properties of factors and edits, on models and sums that hypothesis makes up."""
 
-import copy
 import itertools
 import math
 
@@ -352,37 +351,3 @@ def test_magnitude_and_svd_keep_the_share_they_are_asked_for(out, into, seed, dt
     left, values, right = np.linalg.svd(weight.double().numpy(), full_matrices=False)
     expected = (left[:, :rank] * values[:rank]) @ right[:rank]
     np.testing.assert_allclose(edited.numpy(), expected, atol=1e-5)
-
-
-class Tokens(nn.Module):
-    """Reads (B, T, 6); its one matrix is the target."""
-
-    def __init__(self):
-        super().__init__()
-        self.fc1 = nn.Linear(6, 3)
-
-    def forward(self, x):
-        return self.fc1(x)
-
-
-@few
-@given(seeds, st.sets(st.integers(1, 5), min_size=1, max_size=4), st.integers(1, 4))
-def test_bands_and_the_detector_divide_all_energy(seed, cuts, texts):
-    torch.manual_seed(seed)
-    model, x = Tokens(), torch.randn(texts, 1, 6)
-
-    def forward(model, batch):
-        return model(batch), torch.ones(batch.shape[:2], dtype=torch.bool)
-
-    targets = kfac.find_targets(model, projections=["fc1"])
-    factors = kfac.collect(model, [x], targets, forward=forward, progress=False)
-    edges = [cut / 6 for cut in sorted(cuts)]
-    bands = kfac.band_profile(model, [x], factors, edges=edges, forward=forward)
-    assert bands.norms.shape == (texts, 1, len(edges) + 1) == bands.unit_norms.shape
-    energy = (bands.norms[:, 0] ** 2).sum(1)
-    np.testing.assert_allclose(energy, x[:, 0].double().square().sum(1), rtol=1e-4)
-    np.testing.assert_allclose((bands.unit_norms[:, 0] ** 2).sum(1), 1, rtol=1e-4)
-    ratio = kfac.band_ratios(bands, bands, resamples=10).ratio[0]
-    np.testing.assert_allclose(ratio[bands.norms.sum(0) > 0], 1, rtol=1e-12)
-    half = kfac.split_half(factors, copy.copy(factors), "fc1")
-    np.testing.assert_allclose(half.input.overlap, 1, atol=1e-9)
