@@ -184,12 +184,6 @@ def input_energies(
 ) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
     """Run texts, and yield how the energy of each token's input is spread over the directions of A.
 
-    Args:
-        model: As in `band_profile`, as are the other arguments.
-        batches: As in `band_profile`.
-        factors: As in `band_profile`.
-        forward: As in `band_profile`.
-
     Yields:
         For each of `distinct_inputs` the squared coordinates (B, T, in), float32, made when they
         are asked for; and the bool mask (B, T) of attended tokens.

@@ -90,7 +90,8 @@ def label_gradients(
     gradient = torch.empty_like(flat) if every else torch.zeros_like(flat)
     finite = torch.ones((), dtype=torch.bool, device=flat.device)
     if uniforms is not None:
-        uniforms = uniforms.to(_wide(flat.device)).to(flat.device)
+        on_mps = flat.device.type == "mps"  # which has no float64
+        uniforms = uniforms.to(flat.device, torch.float32 if on_mps else torch.float64)
         drawn = torch.empty(uniforms.shape, dtype=torch.int64, device=flat.device)
     else:
         assert labels is not None
@@ -158,10 +159,6 @@ def _last_positive(table: Tensor) -> Tensor:
     """Return the last positive column of each row: rounding must not carry a draw past it."""
     places = torch.arange(table.shape[1], device=table.device)
     return torch.where(table > 0, places, torch.zeros_like(places)).amax(1)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def row_contents(batch: Any) -> list[bytes]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac.errors import SpectrumError
-from kfac.spectrum import Int64s, Staircase, check_keep, staircase
+from kfac.spectrum import Float64s, Int64s, Staircase, check_keep, staircase
 
 # Scores are first binned by this many leading bits; two more rounds of sorting see one bin only.
 _LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 46)}
@@ -204,12 +204,7 @@ def _flat(values: Tensor, name: str) -> Tensor:
     return flat + 0.0  # turns -0.0, whose bit pattern is negative, into 0.0
 
 
-def _rectangle(
-    lam: np.ndarray[tuple[int], np.dtype[np.float64]],
-    mu: np.ndarray[tuple[int], np.dtype[np.float64]],
-    rows: int,
-    columns: int,
-) -> Staircase:
+def _rectangle(lam: Float64s, mu: Float64s, rows: int, columns: int) -> Staircase:
     counts = np.zeros(len(lam), dtype=np.int64)
     counts[:rows] = columns
     mass, total = (float(a.sum() * b.sum()) for a, b in ((lam[:rows], mu[:columns]), (lam, mu)))

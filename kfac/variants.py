@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,11 +188,7 @@ def check_same_weights(first: Factors, second: Factors) -> None:
         other = second.records.get(name)
         if other is None:
             raise FactorsMismatchError(f"the second factors have no target {name!r}")
-        if (other.digest, other.out_features, other.in_features) != (
-            record.digest,
-            record.out_features,
-            record.in_features,
-        ):
+        if record != replace(other, count=record.count, source=record.source):
             raise FactorsMismatchError(
                 f"target {name!r}: the two sets of factors were collected from other weights"
             )
