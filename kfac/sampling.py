@@ -91,7 +91,7 @@ def label_gradients(
     finite = torch.ones((), dtype=torch.bool, device=flat.device)
     if uniforms is not None:
         on_mps = flat.device.type == "mps"  # which has no float64
-        uniforms = uniforms.to(flat.device, torch.float32 if on_mps else torch.float64)
+        uniforms = uniforms.to(torch.float32 if on_mps else torch.float64).to(flat.device)
         drawn = torch.empty(uniforms.shape, dtype=torch.int64, device=flat.device)
     else:
         assert labels is not None
