@@ -8,6 +8,7 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(model):
 from kfac import plots
 from kfac.bands import BandProfile, BandRatios, band_profile, band_ratios, task_ratios
 from kfac.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
+from kfac.batches import Forward, language_model_forward
 from kfac.collect import collect
 from kfac.detect import RecitationScores, score_recitation
 from kfac.edit import CurvatureEdit, SpectralEdit, TargetReport
@@ -29,19 +30,19 @@ from kfac.errors import (
     TargetError,
 )
 from kfac.estimators import ESTIMATORS, Curvature
-from kfac.factors import Eigen, Factors, TargetRecord, weight_digest
+from kfac.factors import Factors
 from kfac.merging import merge
 from kfac.passages import recitation
-from kfac.passes import Forward, language_model_forward
 from kfac.plan import Plan, plan
 from kfac.relearn import Relearning, relearn
 from kfac.reliability import SplitHalf, split_half
 from kfac.selection import OrderedSelection, Selection, TableSelection
 from kfac.slices import LossSlices, loss_slices
-from kfac.spectrum import Staircase, eigenbasis, staircase
+from kfac.spectrum import Eigen, Staircase, eigenbasis, staircase
 from kfac.statistics import Estimate, auroc
 from kfac.subnet import SubnetEdit, fit_balanced_subnet
-from kfac.targets import Target, find_targets, named_targets
+from kfac.target import Target, TargetRecord, weight_digest
+from kfac.targets import find_targets, named_targets
 from kfac.variants import RemovalEdit, UnionEdit
 from kfac.weight_edit import EditHandle, WeightEdit
 

@@ -8,7 +8,7 @@ statistic is taken to be the mean over tokens of the norm of the projection on a
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kfac.batches import Forward
 from kfac.edit import check_weight
-from kfac.errors import BatchError, SpectrumError
+from kfac.errors import SpectrumError
 from kfac.factors import Factors
 from kfac.guest import as_guest, full_precision
 from kfac.passages import target_inputs
-from kfac.passes import Forward
 from kfac.statistics import RESAMPLES, Floats, resample_counts
 
 EDGES = (0.10, 0.25, 0.50)
@@ -102,26 +102,13 @@ def band_profile(
         SpectrumError: The edges are not ascending fractions, or a band has no direction.
     """
     names = distinct_inputs(factors)
-    targets = factors.targets(model, names)
-    for target in targets:
-        check_weight(factors, target)
-    cuts = {name: _cuts(factors.records[name].in_features, edges) for name in names}
-    bases: dict[str, Tensor] = {}
+    cuts = [_cuts(factors.records[name].in_features, edges) for name in names]
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     with as_guest(model):
-        for inputs, real in target_inputs(model, batches, targets, forward):
-            tokens = real.sum(1).double().cpu()
-            if not bool(tokens.all()):
-                raise BatchError("a text has no attended token")
-            sums = []
-            for name in names:
-                states = inputs[name].float()
-                if name not in bases:
-                    bases[name] = factors.eigen(name).u_in.to(states.device, states.dtype)
-                sums.append(_band_sums(states, real.to(states.device), bases[name], cuts[name]))
-            rows.append(
-                (torch.stack([s for s, _ in sums], 1), torch.stack([u for _, u in sums], 1), tokens)
-            )
+        for energies, real in input_energies(model, batches, factors, forward):
+            sums = [_band_sums(one, real, cut) for one, cut in zip(energies, cuts, strict=True)]
+            raw, unit = (torch.stack(parts, 1) for parts in zip(*sums, strict=True))
+            rows.append((raw, unit, real.sum(1).double().cpu()))
     norms, units, counts = (torch.cat(parts).double().numpy() for parts in zip(*rows, strict=True))
     per_token = counts[:, None, None]
     return BandProfile(names, _labels(edges), norms / per_token, units / per_token, counts)
@@ -206,20 +193,50 @@ def distinct_inputs(factors: Factors) -> list[str]:
     return list(dict.fromkeys(record.source for record in factors.records.values()))
 
 
-def _band_sums(
-    states: Tensor, real: Tensor, basis: Tensor, cuts: Sequence[int]
-) -> tuple[Tensor, Tensor]:
-    """Sum over tokens the norm of each band's projection, raw and of unit inputs, (B, bands)."""
+def input_energies(
+    model: nn.Module, batches: Iterable[Any], factors: Factors, forward: Forward | None = None
+) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
+    """Run texts, and yield how the energy of each token's input is spread over the directions of A.
+
+    Yields:
+        For each of `distinct_inputs` the squared coordinates (B, T, in), float32, made when they
+        are asked for; and the bool mask (B, T) of attended tokens.
+
+    Raises:
+        BatchError: No batch, a malformed one, or a text without a token.
+        FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
+    """
+    targets = factors.targets(model, distinct_inputs(factors))
+    for target in targets:
+        check_weight(factors, target)
+    bases: dict[str, Tensor] = {}
+
+    def energy(name: str, states: Tensor) -> Tensor:
+        if name not in bases:
+            bases[name] = factors.eigen(name).u_in.to(states.device, states.dtype)
+        return squared_coordinates(states, bases[name])
+
+    for inputs, real in target_inputs(model, batches, targets, forward):
+        yield (energy(target.name, inputs[target.name].float()) for target in targets), real
+
+
+def squared_coordinates(states: Tensor, basis: Tensor) -> Tensor:
+    """Return (uⱼ·a)² for each row a of states (..., in) and each column uⱼ of a basis."""
     with full_precision(states.device):
-        squares = (states @ basis).square()
+        return (states @ basis).square()
+
+
+def _band_sums(squares: Tensor, real: Tensor, cuts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Sum over tokens the norm of each band's projection, raw and of unit inputs, (B, bands)."""
     bands = torch.stack(
         [
             squares[..., start:end].sum(-1).sqrt()
-            for start, end in zip([0, *cuts], [*cuts, basis.shape[1]], strict=True)
+            for start, end in zip([0, *cuts], [*cuts, squares.shape[-1]], strict=True)
         ],
         dim=-1,
     )
-    bands = bands * real[..., None]
+    bands = bands * real.to(squares.device)[..., None]
     size = squares.sum(-1, keepdim=True).sqrt().clamp(min=torch.finfo(squares.dtype).tiny)
     return bands.sum(1).cpu(), (bands / size).sum(1).cpu()
 

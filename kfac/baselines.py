@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from kfac.edit import SpectralEdit
 from kfac.errors import TargetError
-from kfac.factors import Factors, weight_digest
-from kfac.guest import full_precision
+from kfac.factors import Factors
+from kfac.guest import full_precision, widened
 from kfac.selection import Selection, TableSelection, select_separable
 from kfac.spectrum import check_keep
-from kfac.targets import Target, named_targets
+from kfac.target import Target, weight_digest
+from kfac.targets import named_targets
 from kfac.weight_edit import WeightEdit
 
 
@@ -107,7 +108,7 @@ class RandomRotationEdit(_RandomEdit):
         return self._staircase(name)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
-        wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        wide = widened(weight)
         u_out, u_in = self._bases(name, wide)
         return u_out.T @ wide @ u_in
 
@@ -199,14 +200,12 @@ class SVDEdit(_DataFreeEdit):
         digest = weight_digest(weight)
         known = self._cache.get(target.name)
         if known is None or known[0] != digest or known[1].device != weight.device:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
             with full_precision(weight.device):
-                left, values, right = torch.linalg.svd(wide, full_matrices=False)
+                left, values, right = torch.linalg.svd(widened(weight), full_matrices=False)
             known = (digest, left, values, right)
             self._cache[target.name] = known
         _, left, values, right = known
-        # The subtraction keeps 0.3 of 10 at 3: in floating point the product is a little above 3.
-        rank = math.ceil(self.keep * len(values) - 1e-9)
+        rank = _rounded_up(self.keep, len(values))
         with full_precision(weight.device):
             return (left[:, :rank] * values[:rank]) @ right[:rank]
 
@@ -248,11 +247,16 @@ class MagnitudeEdit(_DataFreeEdit):
         """
         weight = target.weight
         sizes = weight.abs().flatten()
-        dropped = len(sizes) - math.ceil(self.keep * len(sizes) - 1e-9)
+        dropped = len(sizes) - _rounded_up(self.keep, len(sizes))
         if not dropped:
             return weight.clone()
-        limit = largest_of_smallest(sizes.float(), dropped)
+        limit = largest_of_smallest(widened(sizes), dropped)
         return weight.masked_fill(weight.abs() <= limit, 0.0)
+
+
+def _rounded_up(share: float, of: int) -> int:
+    # The subtraction keeps 0.3 of 10 at 3: in floating point the product is a little above 3.
+    return max(1, math.ceil(share * of - 1e-9))
 
 
 def random_table(rows: int, columns: int, pairs: int, seeds: list[int]) -> Tensor:

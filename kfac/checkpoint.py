@@ -50,8 +50,8 @@ class State:
 class Checkpoint:
     """A file that holds the state of a collection, replaced at intervals.
 
-    The sums change only while a batch is worked on. Ctrl-C waits for the end of the batch, so that
-    what is written is whole; a second Ctrl-C does not wait.
+    Ctrl-C waits for the end of the batch; a second Ctrl-C does not wait. Whatever else stops the
+    collection, what is written is whole: the sums only change at the very end of a batch.
 
     Args:
         path: The file; None switches everything off.
@@ -67,6 +67,7 @@ class Checkpoint:
         self.settings = json.loads(json.dumps(settings))
         self._written = time.monotonic()
         self._busy = False
+        self._changing = False
         self._asked = False
 
     def load(self) -> State:
@@ -112,15 +113,19 @@ class Checkpoint:
         Raises:
             KeyboardInterrupt: After the write, if Ctrl-C was pressed.
         """
-        self._busy = False
+        self._busy = self._changing = False
         if self._asked:
             raise KeyboardInterrupt
         if self.path is not None and time.monotonic() - self._written >= self.every:
             self.save(state)
 
     def before_batch(self) -> None:
-        """From here on the sums are changing."""
+        """From here to `after_batch` Ctrl-C waits."""
         self._busy = True
+
+    def before_sums(self) -> None:
+        """From here to `after_batch` the sums are changing."""
+        self._changing = True
 
     @contextmanager
     def guarded(self, state: State) -> Iterator[None]:
@@ -131,8 +136,9 @@ class Checkpoint:
         try:
             yield
         except BaseException:
-            # In the middle of a batch the sums are half done: the last whole state stays.
-            if not self._busy:
+            # While the sums change they are half done: the last whole state stays. Before the first
+            # batch is done there is nothing to keep.
+            if not self._changing and (state.turn or state.done):
                 self.save(state)
             raise
         finally:

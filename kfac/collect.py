@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import nn
-from tqdm.auto import tqdm
 
-from kfac.checkpoint import Checkpoint
-from kfac.distributed import World
+from kfac.batches import Forward
 from kfac.errors import TargetError
-from kfac.factors import Factors, weight_digest
-from kfac.passes import Forward, Recipe, run_passes
-from kfac.plan import Plan, plan
+from kfac.factors import Factors
+from kfac.passes import Recipe, run_passes
+from kfac.plan import plan
 from kfac.sums import CovarianceSums
-from kfac.targets import Target
+from kfac.target import Target, weight_digest
 
 
 def collect(
@@ -95,25 +92,20 @@ def collect(
     """
     recipe = Recipe(seed, labels, samples, forward, dtype)
     layout = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
-    announce(layout, progress)
     if len({target.name for target in targets}) < len(targets):
         raise TargetError("a target is given twice")
     digests = {target.name: weight_digest(target.weight) for target in targets}
-    settings = recipe.settings() | {
-        "task": "collect",
-        "marginals": marginals,
-        "diagonal": diagonal,
-        "passes": [[target.name for target in group] for group in layout.passes],
-        "digests": digests,
-    }
+    settings = {"task": "collect", "marginals": marginals, "diagonal": diagonal, "digests": digests}
     records, tables, tokens = run_passes(
         model,
         batches,
-        layout.passes,
-        lambda: CovarianceSums(dtype, marginals=marginals, diagonal=diagonal),
+        layout,
+        lambda: CovarianceSums(marginals=marginals, diagonal=diagonal),
         recipe,
-        open_checkpoint(checkpoint, checkpoint_every, settings),
         digests,
+        settings,
+        checkpoint=checkpoint,
+        every=checkpoint_every,
         progress=progress,
         title="factors",
     )
@@ -125,19 +117,3 @@ def collect(
         labels=labels,
         provenance=provenance,
     )
-
-
-def announce(layout: Plan, progress: bool) -> None:
-    """Show how much memory a collection will take, where its progress will be shown."""
-    if progress and World().rank == 0:
-        tqdm.write(str(layout), file=sys.stderr)
-
-
-def open_checkpoint(
-    path: str | os.PathLike[str] | None, every: float, settings: Mapping[str, Any]
-) -> Checkpoint:
-    """Return the checkpoint of this process."""
-    world = World()
-    if path is not None and world.size > 1:
-        path = f"{os.fspath(path)}.{world.rank}-of-{world.size}"
-    return Checkpoint(path, every, {**settings, "processes": world.size})

@@ -14,12 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kfac.bands import distinct_inputs
-from kfac.edit import check_weight
-from kfac.errors import BatchError, SpectrumError
+from kfac.bands import distinct_inputs, input_energies
+from kfac.errors import SpectrumError
 from kfac.factors import Factors
-from kfac.guest import as_guest, full_precision
-from kfac.passages import target_inputs
+from kfac.guest import as_guest
 from kfac.statistics import Floats
 
 
@@ -64,31 +62,21 @@ def score_recitation(
         SpectrumError: `flat` leaves no direction on one side.
     """
     names = distinct_inputs(factors)
-    targets = factors.targets(model, names)
-    sharp: dict[str, int] = {}
-    for target in targets:
-        check_weight(factors, target)
-        sharp[target.name] = target.in_features - round(flat * target.in_features)
-        if not 0 < sharp[target.name] < target.in_features:
+    sharp: list[int] = []
+    for name in names:
+        width = factors.records[name].in_features
+        sharp.append(width - round(flat * width))
+        if not 0 < sharp[-1] < width:
             raise SpectrumError(
-                f"flat={flat} of the {target.in_features} input directions of {target.name!r} "
-                "leaves none on one side"
+                f"flat={flat} of the {width} input directions of {name!r} leaves none on one side"
             )
-    bases: dict[str, Tensor] = {}
     tokens: list[Floats] = []
     by_target: list[Floats] = []
     with as_guest(model):
-        for inputs, real in target_inputs(model, batches, targets):
-            shares = []
-            for name in names:
-                states = inputs[name].float()
-                if name not in bases:
-                    bases[name] = factors.eigen(name).u_in.to(states.device, states.dtype)
-                shares.append(_flat_share(states, bases[name], sharp[name]).double().cpu())
+        for energies, real in input_energies(model, batches, factors):
+            shares = [_flat_share(*one).double().cpu() for one in zip(energies, sharp, strict=True)]
             table = torch.stack(shares, -1).numpy()
             for row, mask in zip(table, real.cpu().numpy(), strict=True):
-                if not mask.any():
-                    raise BatchError("a text has no attended token")
                 tokens.append(row[mask].mean(-1))
                 by_target.append(row[mask].mean(0))
     return RecitationScores(
@@ -96,9 +84,7 @@ def score_recitation(
     )
 
 
-def _flat_share(states: Tensor, basis: Tensor, sharp: int) -> Tensor:
+def _flat_share(squares: Tensor, sharp: int) -> Tensor:
     """Return for each token the share of its squared norm past the first `sharp` directions."""
-    with full_precision(states.device):
-        squares = (states @ basis).square()
     total = squares.sum(-1).clamp(min=torch.finfo(squares.dtype).tiny)
     return squares[..., sharp:].sum(-1) / total

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from kfac.errors import EditError, EstimatorError, FactorsMismatchError, KeepError
-from kfac.factors import Eigen, Factors, weight_digest
-from kfac.guest import full_precision
-from kfac.selection import SHAPES, Selection, select_largest, select_separable
-from kfac.spectrum import check_keep
-from kfac.targets import Target
+from kfac.factors import Factors
+from kfac.guest import full_precision, widened
+from kfac.selection import SHAPES, Selection, TableSelection, select_largest, select_separable
+from kfac.spectrum import Eigen, check_keep
+from kfac.target import Target, weight_digest
 from kfac.weight_edit import WeightEdit, originals_of
 
 # Eigenvectors as an edit multiplies them, by factors, then by what they belong to, device and
@@ -128,17 +128,13 @@ class SpectralEdit(WeightEdit):
                 changes[target.name] = float((weight - original).norm() / original.norm())
                 chosen[target.name] = selection
         result = []
-        for name in self._keeps:
-            if self._keeps[name] == 1:
+        for name, keep in self._keeps.items():
+            if keep == 1:
                 record = self.factors.records[name]
-                size, rank = (
-                    record.out_features * record.in_features,
-                    min(record.out_features, record.in_features),
-                )
-                result.append(TargetReport(name, size, size, 1.0, 1.0, rank, changes.get(name)))
-                continue
-            known = chosen.get(name)
-            one = self._checked_choice(name, None) if known is None else known
+                every = torch.ones(record.out_features, record.in_features, dtype=torch.bool)
+                one: Selection = TableSelection(every, 1.0)
+            else:
+                one = chosen.get(name) or self._checked_choice(name, None)
             result.append(
                 TargetReport(
                     name,
@@ -304,7 +300,7 @@ class CurvatureEdit(SpectralEdit):
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         if self.estimator == "diagonal":
-            return weight.to(torch.promote_types(weight.dtype, torch.float32))
+            return widened(weight)
         return super()._coordinates(name, weight, digest)
 
     def _rotate_back(self, name: str, kept: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfac.collect import announce, open_checkpoint
+from kfac.batches import Forward
 from kfac.errors import KfacError
-from kfac.factors import Factors, TargetRecord
+from kfac.factors import Factors
 from kfac.guest import full_precision
-from kfac.passes import Forward, Recipe, run_passes
+from kfac.passes import Recipe, run_passes
 from kfac.plan import plan
-from kfac.sums import Rows, add_product
+from kfac.sums import Rows, Sums, add_product
+from kfac.target import TargetRecord
 
 
 def correct(
@@ -67,26 +68,21 @@ def correct(
     recipe = Recipe(seed, labels, samples, forward, dtype)
     targets = factors.targets(model)
     layout = plan(targets, budget, dtype=dtype, correction=True)
-    announce(layout, progress)
     bases = {}
     for name, record in factors.records.items():
         basis = factors.eigen(name)
         bases["A." + record.source] = (basis.mu, basis.u_in.to(dtype))
         bases["G." + name] = (basis.lam, basis.u_out.to(dtype))
-    settings = recipe.settings() | {
-        "task": "correct",
-        "per": per,
-        "passes": [[target.name for target in group] for group in layout.passes],
-        "factors": factors.digest,
-    }
     records, tables, _ = run_passes(
         model,
         batches,
-        layout.passes,
+        layout,
         lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
         recipe,
-        open_checkpoint(checkpoint, checkpoint_every, settings),
         {name: record.digest for name, record in factors.records.items()},
+        {"task": "correct", "per": per, "factors": factors.digest},
+        checkpoint=checkpoint,
+        every=checkpoint_every,
         progress=progress,
         title="correction",
     )
@@ -107,10 +103,8 @@ def correct(
     )
 
 
-class _CorrectionSums:
+class _CorrectionSums(Sums):
     """Sums of squared gradients in the eigenbases."""
-
-    needs_both = True
 
     def __init__(
         self,
@@ -118,7 +112,7 @@ class _CorrectionSums:
         bases: Mapping[str, tuple[Tensor, Tensor]],
         whole_sequences: bool,
     ) -> None:
-        self.tables: dict[str, Tensor] = {}
+        super().__init__()
         self._records = records
         self._bases = bases
         self._moved: dict[str, Tensor] = {}
@@ -131,9 +125,8 @@ class _CorrectionSums:
     def add_input(self, source: str, a: Rows) -> None:
         """Do nothing: inputs count together with gradients only."""
 
-    def add_gradient(self, name: str, g: Tensor, a: Rows | None, share: float) -> None:
+    def add_gradient(self, name: str, g: Tensor, a: Rows, share: float) -> None:
         """Rotate both sides, and add the squares of their products."""
-        assert a is not None
         with full_precision(g.device):
             source = "A." + self._records[name].source
             if "rotated" not in a.cache:
@@ -148,7 +141,7 @@ class _CorrectionSums:
 
     def leave_device(self) -> None:
         """Move the tables to the CPU and let go of the bases: the next pass needs the room."""
-        self.tables = {key: table.cpu() for key, table in self.tables.items()}
+        super().leave_device()
         self._moved = {}
 
     def finish(self) -> None:

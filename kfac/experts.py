@@ -28,14 +28,8 @@ _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_exper
 
 def stacked(module: nn.Module) -> list[str]:
     """Return the names of the expert stacks that a module holds itself."""
-    return [
-        name for name in _STACKS if name in module._parameters and _dimensions(module, name) == 3
-    ]
-
-
-def is_stack(module: nn.Module) -> bool:
-    """Return True when the module holds stacked experts."""
-    return bool(stacked(module))
+    held = {name: module._parameters.get(name) for name in _STACKS}
+    return [name for name, stack in held.items() if stack is not None and stack.ndim == 3]
 
 
 def check_stack(name: str, module: nn.Module) -> None:
@@ -107,8 +101,3 @@ def _product(module: Any, name: str, expert: int, rows: Tensor) -> Tensor:
     weight = getattr(module, name)[expert]
     bias = getattr(module, name + "_bias")[expert] if module.has_bias else None
     return nn.functional.linear(rows, weight.T if module.is_transposed else weight, bias)
-
-
-def _dimensions(module: nn.Module, name: str) -> int:
-    parameter = module._parameters[name]
-    return 0 if parameter is None else parameter.ndim

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -20,49 +20,14 @@ from kfac.errors import (
     TargetError,
 )
 from kfac.estimators import ESTIMATORS, Curvature, marginal_spectra
-from kfac.guest import full_precision
-from kfac.spectrum import eigenbasis
+from kfac.guest import full_precision, widened
+from kfac.spectrum import Eigen, eigenbasis
 from kfac.store import library_version, read_tensors, tensor_bytes, write_tensors
-from kfac.targets import Target, named_targets
+from kfac.target import Target, TargetRecord, weight_digest
+from kfac.targets import named_targets
 
 FORMAT = 1
 _HEADER = "kfac_factors"
-
-
-@dataclass(frozen=True)
-class TargetRecord:
-    """What the factors know about one target.
-
-    Attributes:
-        out_features: Rows of the weight, size of G.
-        in_features: Columns of the weight, size of A.
-        count: Positions summed over; 0 for an expert that no counted position was sent to.
-        source: Name of the target under which the shared A is stored.
-        digest: SHA-256 of the weight at collection.
-    """
-
-    out_features: int
-    in_features: int
-    count: int
-    source: str
-    digest: str
-
-
-@dataclass(frozen=True)
-class Eigen:
-    """Spectra and eigenvectors of one target, float64 on CPU.
-
-    Attributes:
-        lam: Eigenvalues of G, descending, shape (out,).
-        u_out: Eigenvectors of G in columns, shape (out, out).
-        mu: Eigenvalues of A, descending, shape (in,).
-        u_in: Eigenvectors of A in columns, shape (in, in).
-    """
-
-    lam: Tensor
-    u_out: Tensor
-    mu: Tensor
-    u_in: Tensor
 
 
 class Factors:
@@ -137,10 +102,9 @@ class Factors:
         """The estimators that `curvature` can give for every target."""
         letters = {"marginal": "AW", "diagonal": "D", "ekfac": "E"}
         return [
-            estimator
-            for estimator in ESTIMATORS
-            if estimator not in letters
-            or all(f"{letters[estimator]}.{name}" in self.sums for name in self.records)
+            one
+            for one in ESTIMATORS
+            if all(f"{letters.get(one, 'G')}.{name}" in self.sums for name in self.records)
         ]
 
     def A(self, name: str) -> Tensor:
@@ -256,10 +220,10 @@ class Factors:
         if known is not None and known[0] == digest and known[1].device == weight.device:
             return known[1]
         basis = self.eigen(name)
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        u_out, u_in = (u.to(weight.device, dtype) for u in (basis.u_out, basis.u_in))
-        with full_precision(weight.device):
-            result = u_out.T @ weight.to(dtype) @ u_in
+        wide = widened(weight)
+        u_out, u_in = (u.to(wide.device, wide.dtype) for u in (basis.u_out, basis.u_in))
+        with full_precision(wide.device):
+            result = u_out.T @ wide @ u_in
         self._coordinates[name] = (digest, result)
         return result
 
@@ -438,10 +402,8 @@ class Factors:
     def _mean(self, letter: str, name: str) -> Tensor:
         record = self._record(name)
         if (key := f"{letter}.{name}") not in self.sums:
-            how = {
-                "E": "run kfac.correct",
-                "D": "collect with diagonal=True",
-            }.get(letter, "collect with marginals=True")
+            hows = {"E": "run kfac.correct", "D": "collect with diagonal=True"}
+            how = hows.get(letter, "collect with marginals=True")
             raise EstimatorError(f"the factors hold no such sums for target {name!r}: {how}")
         return self.sums[key] / max(record.count, 1)
 
@@ -449,20 +411,6 @@ class Factors:
         if name not in self.records:
             raise TargetError(f"no factors for target {name!r}; there are: {self.names}")
         return self.records[name]
-
-
-def weight_digest(weight: Tensor) -> str:
-    """Return the SHA-256 of a weight's dtype, shape and bytes.
-
-    Args:
-        weight: Any shape, dtype and device.
-
-    Returns:
-        64 hex digits.
-    """
-    sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    sha.update(tensor_bytes(weight))
-    return sha.hexdigest()
 
 
 def _check_shapes(

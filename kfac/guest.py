@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
@@ -46,6 +46,11 @@ def full_precision(device: torch.device) -> Iterator[None]:
     """Switch autocast and TF32 off: what the caller has set must not round sums and products."""
     with torch.autocast(device.type, enabled=False), _without_tf32():
         yield
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """Return a tensor in float32 at least: half precision is for storage, not for arithmetic."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 @contextmanager

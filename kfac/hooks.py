@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfac.errors import KfacError, TargetError
+from kfac.errors import KfacError, NonFiniteError, TargetError
 from kfac.experts import observed
-from kfac.factors import TargetRecord
+from kfac.finite import ADVICE, broken, first_row, where
 from kfac.sums import Rows, Sums
-from kfac.targets import Target
+from kfac.target import Target, TargetRecord
 
 
 @dataclass(eq=False)
@@ -28,7 +28,7 @@ class _Call:
         positions: For each row its position in the batch; None when the rows are all positions.
         key: Identity of the input, to find targets that read the same one.
         chosen: Indices of the counted rows, once the mask is known; None for all rows.
-        rows: The counted rows, once the mask is known and if gradients will need them.
+        rows: The counted rows, once the mask is known.
     """
 
     tensor: Tensor | None
@@ -36,11 +36,14 @@ class _Call:
     positions: Tensor | None
     key: int
     chosen: Tensor | None = None
-    rows: Rows | None = None
+    rows: Rows = field(init=False)
 
 
 class Taps:
     """Takes the counted rows of inputs and output gradients of some targets to their sums.
+
+    For each batch: `begin`, the forward pass, `read`, the backward passes, `add`. The sums are
+    given nothing before `add`, so a batch that fails on the way leaves them as they were.
 
     With all weights frozen no tensor requires a gradient, so the graph begins where this class
     makes it begin: at the output of the first target. Nothing before it is backpropagated, and no
@@ -67,11 +70,10 @@ class Taps:
         self.sums = sums
         self.sources: dict[str, str] = dict(sources or {})
         self.counts = dict.fromkeys(self.targets, 0) | dict(counts or {})
-        self._calls: dict[str, list[_Call]] = {}
+        self._calls: dict[str, list[_Call]] = {}  # in the order of the forward pass
+        self._gradients: list[tuple[str, _Call, Tensor]] = []  # in the order of the backward passes
         self._open = False
-        self._share = 1.0
         self._mask = torch.empty(0, dtype=torch.bool)
-        self._per_sequence = 1
         self._anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
@@ -89,40 +91,76 @@ class Taps:
                 stack.callback(handle.remove)
             for module, names in stacks.items():
                 stack.enter_context(observed(module, partial(self._on_expert, names)))
-            stack.callback(self._calls.clear)
+            stack.callback(self._forget)
             yield
 
     def begin(self) -> None:
-        """Forget the calls of the last batch and record those of the next forward pass."""
-        self._calls = {name: [] for name in self.targets}
+        """Forget the last batch, and record the calls of the next forward pass."""
+        self._forget()
         self._open = True
 
-    def add_inputs(self, mask: Tensor, draws: int) -> None:
-        """Add the counted rows of all inputs seen since `begin`.
+    def read(self, mask: Tensor, place: str) -> None:
+        """Take the counted rows of all inputs seen since `begin`.
 
         Args:
             mask: bool; its entries are the positions of the targets' input, sequences first.
-            draws: How many times the gradients of this batch will be backpropagated.
+            place: Name of the batch, for messages.
+
+        Raises:
+            NonFiniteError: A counted row holds NaN or infinity.
         """
         # From here to `begin` a forward call is the recomputation of an activation checkpoint.
         self._open = False
-        self._share = 1.0 / draws
-        self._mask = mask.flatten()
-        self._per_sequence = max(1, mask.numel() // mask.shape[0])
+        self._mask = mask
         known = set(self.sources)
         read: dict[str, list[int]] = {}
         common: dict[torch.device, Tensor | None] = {}
-        for name, calls in self._calls.items():
-            if not calls:
+        for name in self.targets:
+            if name not in self._calls:
                 continue
+            calls = self._calls[name]
             read[name] = [call.key for call in calls]
             source = self._source(name, known, read)
             for call, shared in zip(calls, self._calls[source], strict=True):
                 if source == name:
-                    self._add_input(name, call, common)
+                    self._read_input(name, call, common)
                 call.chosen, call.rows, call.tensor = shared.chosen, shared.rows, None
-                every = len(self._mask) if call.positions is None else len(call.positions)
-                self.counts[name] += every if call.chosen is None else len(call.chosen)
+        inputs = [
+            (name, call.rows)
+            for name, calls in self._calls.items()
+            if self.sources[name] == name
+            for call in calls
+        ]
+        for index in broken([rows.values for _, rows in inputs])[:1]:
+            name, rows = inputs[index]
+            raise _not_finite(name, rows, rows.values, "input", place)
+
+    def check_gradients(self, place: str) -> None:
+        """Verify what was backpropagated since `read`.
+
+        Raises:
+            NonFiniteError: A gradient of a counted row holds NaN or infinity. Of several, the one
+                nearest to the logits is named.
+        """
+        held = [gradient for _, _, gradient in self._gradients]
+        for index in broken(held)[:1]:
+            name, call, gradient = self._gradients[index]
+            raise _not_finite(name, call.rows, gradient, "output gradient", place)
+
+    def add(self, draws: int) -> None:
+        """Add what was read and backpropagated to the sums.
+
+        Args:
+            draws: How many times gradients were backpropagated.
+        """
+        for name in self.targets:
+            for call in self._calls.get(name, []):
+                if self.sources[name] == name:
+                    self.sums.add_input(name, call.rows)
+                self.counts[name] += len(call.rows.values)
+        for name, call, gradient in self._gradients:
+            self.sums.add_gradient(name, gradient, call.rows, 1.0 / draws)
+        self._forget()
 
     def records(self, digests: Mapping[str, str]) -> dict[str, TargetRecord]:
         """Return the record of every target.
@@ -188,14 +226,21 @@ class Taps:
             output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
         if self._open:
             call = _Call(tensor, tensor._version, positions, id(tensor))
-            self._calls[name].append(call)
+            self._calls.setdefault(name, []).append(call)
             output.register_hook(partial(self._on_gradient, name, call))  # type: ignore[no-untyped-call]
         return output
 
     def _on_gradient(self, name: str, call: _Call, gradient: Tensor) -> None:
-        self.sums.add_gradient(name, self._pick(gradient, call.chosen), call.rows, self._share)
+        # A copy, as who made the gradient may write over it on the way back.
+        rows = self._pick(gradient, call.chosen)
+        self._gradients.append((name, call, rows.clone() if call.chosen is None else rows))
 
-    def _add_input(self, name: str, call: _Call, common: dict[torch.device, Tensor | None]) -> None:
+    def _forget(self) -> None:
+        self._calls, self._gradients = {}, []
+
+    def _read_input(
+        self, name: str, call: _Call, common: dict[torch.device, Tensor | None]
+    ) -> None:
         tensor = call.tensor
         assert tensor is not None
         if tensor._version != call.version:
@@ -206,26 +251,23 @@ class Taps:
         rows = tensor.numel() // tensor.shape[-1]
         device = tensor.device
         if call.positions is not None:
-            call.chosen = _true(self._mask.to(device)[call.positions])
-        elif rows != len(self._mask):
+            call.chosen = _true(self._mask.flatten().to(device)[call.positions])
+        elif rows != self._mask.numel():
             raise KfacError(
-                f"target {name!r} was given {rows} rows, but the mask has {len(self._mask)} "
+                f"target {name!r} was given {rows} rows, but the mask has {self._mask.numel()} "
                 "positions: it sees only part of the positions (an expert?), or the mask of "
                 "`forward` has another shape than its input"
             )
         else:
             if device not in common:
-                common[device] = _true(self._mask.to(device))
+                common[device] = _true(self._mask.flatten().to(device))
             call.chosen = common[device]
         positions = call.positions
         if positions is None:
             positions = torch.arange(rows, device=device)
         if call.chosen is not None:
             positions = positions[call.chosen]
-        inputs = Rows(self._pick(tensor, call.chosen), positions // self._per_sequence)
-        self.sums.add_input(name, inputs)
-        if self.sums.needs_both:
-            call.rows = inputs
+        call.rows = Rows(self._pick(tensor, call.chosen), positions, self._mask.shape)
 
     def _pick(self, tensor: Tensor, chosen: Tensor | None) -> Tensor:
         flat = tensor.detach().reshape(-1, tensor.shape[-1])
@@ -238,6 +280,13 @@ class Taps:
 def _true(mask: Tensor) -> Tensor | None:
     """Return the indices of the true entries; None when all are."""
     return None if bool(mask.all()) else mask.nonzero()[:, 0]
+
+
+def _not_finite(name: str, rows: Rows, values: Tensor, what: str, place: str) -> NonFiniteError:
+    at = where(int(rows.positions[first_row(values)]), rows.shape)
+    return NonFiniteError(
+        f"{place}, {at}: the {what} of target {name!r} holds NaN or infinity; {ADVICE}"
+    )
 
 
 class _Root(torch.autograd.Function):

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from torch import Tensor
 
 from kfac.errors import FactorsMismatchError, KfacError
-from kfac.factors import Factors, TargetRecord
+from kfac.factors import Factors
+from kfac.target import TargetRecord
 
 # A sum of squares that is negative by more than this share of what it was before a subtraction is
 # wrong. Rounding is far below it, also where batches of another shape ran in half precision.
@@ -33,7 +35,9 @@ def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
     """
     if not parts:
         raise KfacError("no factors to merge")
-    if weights is not None and (len(weights) != len(parts) or not all(w > 0 for w in weights)):
+    if weights is not None and (
+        len(weights) != len(parts) or not all(0 < weight < math.inf for weight in weights)
+    ):
         raise KfacError(f"weights={weights!r}: one positive number for each of {len(parts)} parts")
     for part in parts[1:]:
         _check_same(parts[0], part, "merge")

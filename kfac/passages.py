@@ -10,10 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kfac.batches import (
+    Forward,
+    attended,
+    check_tokens,
+    language_model_forward,
+    on_its_device,
+)
 from kfac.errors import BatchError, NonFiniteError, TargetError
-from kfac.passes import Forward, _device, _to_device, check_tokens, language_model_forward
-from kfac.sampling import attended
-from kfac.targets import Target
+from kfac.finite import ADVICE, logits_error, where
+from kfac.guest import widened
+from kfac.target import Target
 
 
 def position_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -24,7 +31,7 @@ def position_losses(model: nn.Module, batch: Any) -> Tensor:
     """
     logits, counted, following = _predictions(model, batch)
     return nn.functional.cross_entropy(
-        _exact(logits[counted]), following[counted], reduction="none"
+        widened(logits[counted]), following[counted], reduction="none"
     )
 
 
@@ -39,7 +46,7 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     """
     logits, counted, following = _predictions(model, batch)
     losses = nn.functional.cross_entropy(
-        _exact(logits.flatten(0, 1)), following.flatten(), reduction="none"
+        widened(logits.flatten(0, 1)), following.flatten(), reduction="none"
     ).view(counted.shape)
     return (losses * counted).sum(1) / counted.sum(1)
 
@@ -67,9 +74,8 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     parts = []
     for index, batch in enumerate(batches):
         logits, counted, following = _predictions(model, batch, f"batch {index}")
-        # A single logit of minus infinity excludes a token; the largest one shows all else.
         if not bool(logits[counted].amax(-1).isfinite().all()):
-            raise NonFiniteError(f"batch {index}: the logits hold NaN or infinity")
+            raise logits_error(logits, counted, f"batch {index}")
         right = (logits.argmax(-1) == following) | ~counted
         parts.append(right.all(1).double().cpu())
     if not parts:
@@ -97,7 +103,7 @@ def target_inputs(
         Target name to its inputs (B, T, in), and the bool mask (B, T) of attended positions.
 
     Raises:
-        BatchError: No batch, or a malformed one.
+        BatchError: No batch, a malformed one, or a text without an attended position.
         NonFiniteError: An input at an attended position is NaN or infinite.
         TargetError: A target is an expert, is never called, or its input is not (B, T, in).
     """
@@ -121,10 +127,15 @@ def target_inputs(
             wrong = [name for name, read in seen.items() if read.shape[:-1] != real.shape]
             if wrong:
                 raise TargetError(f"targets whose input does not have the batch's shape: {wrong}")
+            if not bool(real.any(1).all()):
+                raise BatchError(f"batch {index}: a text has no attended token")
             for name, read in seen.items():
-                if not bool((read.isfinite().all(-1) | ~real.to(read.device)).all()):
+                bad = ~read.isfinite().all(-1) & real.to(read.device)
+                if bool(bad.any()):
+                    at = where(int(bad.flatten().nonzero()[0]), bad.shape)
                     raise NonFiniteError(
-                        f"batch {index}: the input of target {name!r} holds NaN or infinity"
+                        f"batch {index}, {at}: the input of target {name!r} holds NaN or infinity; "
+                        f"{ADVICE}"
                     )
             yield dict(seen), real
     if empty:
@@ -135,9 +146,9 @@ def target_inputs(
 def _attended_run(model: nn.Module, batch: Any, place: str, forward: Forward | None) -> Tensor:
     """Run a batch for what hooks see of it, and return the mask of attended positions."""
     if forward is not None:
-        return forward(model, _to_device(batch, _device(model)))[1].bool()
+        return forward(model, on_its_device(batch, model))[1].bool()
     check_tokens(model, batch, place)
-    language_model_forward(model, _to_device(batch, _device(model)))
+    language_model_forward(model, on_its_device(batch, model))
     real = attended(batch)
     assert real is not None  # check_tokens has refused such a batch
     return real
@@ -154,7 +165,7 @@ def _predictions(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return logits (B, T, V), the counted positions and the token after each, all (B, T)."""
     check_tokens(model, batch, place)
-    ready = _to_device(batch, _device(model))
+    ready = on_its_device(batch, model)
     logits, counted = language_model_forward(model, ready)
     if not bool(counted.any(1).all()):
         raise BatchError(
@@ -163,7 +174,3 @@ def _predictions(
     ids = ready["input_ids"]
     following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).to(logits.device)
     return logits, counted.to(logits.device), following
-
-
-def _exact(logits: Tensor) -> Tensor:
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kfac.errors import BudgetError, TargetError
-from kfac.targets import Target
+from kfac.target import Target
 
 # Projections of one parent module that read one input.
 _SHARED = (
@@ -28,8 +28,8 @@ class Plan:
         passes: Targets of each pass.
         bytes: Memory of the sums in each pass, on the devices of the targets.
         total: Memory of all sums together, in main memory at the end.
-        per_token: Memory for each position of a batch: the targets' inputs, the widest output
-            gradient, and what is derived from them. The model itself comes on top.
+        per_token: Memory for each position of a batch: the targets' inputs and output gradients
+            (for one label a position), and what is derived from them. The model comes on top.
     """
 
     passes: tuple[tuple[Target, ...], ...]
@@ -96,8 +96,9 @@ def plan(
     needs = tuple(need(group) for group in passes)
     copies = 1 + (marginals or diagonal or correction)
     per_token = max(
-        size * (copies * sum(t.in_features for t in group) + 2 * max(t.out_features for t in group))
+        size * (copies * sum(t.in_features for t in group) + sum(outs) + max(outs))
         for group in passes
+        for outs in [[t.out_features for t in group]]
     )
     return Plan(tuple(map(tuple, passes)), needs, sum(needs), per_token)
 

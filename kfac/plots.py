@@ -158,15 +158,10 @@ def reliability(one: SplitHalf) -> bytes:
     for axis, side, title in ((axes[0], one.input, "input, A"), (axes[1], one.output, "output, G")):
         ranks = np.arange(1, len(side.own) + 1)
         floor = np.finfo(np.float64).tiny
-        axis.loglog(ranks, np.maximum(side.own, floor), color=COLOURS[0], label="half 1")
-        axis.loglog(
-            ranks,
-            np.maximum(side.other, floor),
-            color=COLOURS[1],
-            lw=0.8,
-            alpha=0.8,
-            label="half 2 along the same direction",
-        )
+        own, other = (np.maximum(values, floor) for values in (side.own, side.other))
+        axis.loglog(ranks, own, color=COLOURS[0], label="half 1")
+        label = "half 2 along the same direction"
+        axis.loglog(ranks, other, color=COLOURS[1], lw=0.8, alpha=0.8, label=label)
         shown = side.own[side.own > side.own[0] * 1e-12]
         axis.set(xlabel="rank", ylabel="second moment", ylim=(shown[-1] / 3, side.own[0] * 3))
         axis.set_title(title, fontsize=10)
@@ -191,8 +186,7 @@ def relearning(result: Relearning) -> bytes:
         (axes[1], result.known, "texts trained on"),
     ):
         for index, (arm, values) in enumerate(table.items()):
-            value, low, high = (np.array([getattr(v, k) for v in values]) for k in _PARTS)
-            axis.errorbar(places, value, _errors(value, low, high), label=arm, **_style(index))
+            axis.errorbar(places, *_bars(values), label=arm, **_style(index))
         count = next(iter(table.values()))[0].n
         axis.set_xticks(places, [str(step) for step in result.steps])
         axis.set(xlabel="steps of fine-tuning", ylim=(-0.03, 1.03))
@@ -219,23 +213,13 @@ def pareto(
     canvas, (axis,) = _canvas(1, (6.4, 4.4))
     for index, (method, points) in enumerate(curves.items()):
         ordered = sorted(points, key=lambda point: point[0].value)
-        x, y = ([one[side] for one in ordered] for side in (0, 1))
-        axis.errorbar(
-            [one.value for one in x],
-            [one.value for one in y],
-            xerr=_errors(*(np.array([getattr(one, k) for one in x]) for k in _PARTS)),
-            yerr=_errors(*(np.array([getattr(one, k) for one in y]) for k in _PARTS)),
-            label=method,
-            **_style(index),
-        )
+        (x, xerr), (y, yerr) = (_bars([one[side] for one in ordered]) for side in (0, 1))
+        axis.errorbar(x, y, yerr, xerr, label=method, **_style(index))
     if start is not None:
         axis.plot(start[0].value, start[1].value, "*", color="black", ms=12, label="unchanged")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(fontsize=8)
     return _png(canvas)
-
-
-_PARTS = ("value", "low", "high")
 
 
 def _style(index: int) -> dict[str, Any]:
@@ -245,6 +229,12 @@ def _style(index: int) -> dict[str, Any]:
         "ms": 4,
         "lw": 1.2,
     }
+
+
+def _bars(estimates: Sequence[Estimate]) -> tuple[Floats, Floats]:
+    """Return values (n,) and the lengths of their bars (2, n), below and above."""
+    value, low, high = np.array([(one.value, one.low, one.high) for one in estimates]).T
+    return value, _errors(value, low, high)
 
 
 def _errors(value: Floats, low: Floats, high: Floats) -> Floats:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kfac.errors import BatchError, EditError, NonFiniteError
+from kfac.finite import ADVICE, broken, first_row, where
 from kfac.passages import passage_losses, recitation
 from kfac.statistics import Estimate, mean_estimate
 from kfac.weight_edit import WeightEdit
@@ -72,7 +73,7 @@ def relearn(
     Raises:
         BatchError: A set is empty or has a text without counted position.
         EditError: A setting is out of range or there is no arm.
-        NonFiniteError: The loss is NaN or infinite.
+        NonFiniteError: The loss, a gradient or a logit is NaN or infinite.
     """
     wanted = list(steps)
     if not arms or not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or lr <= 0:
@@ -101,12 +102,10 @@ def relearn(
                 if edit is not None:
                     stack.enter_context(edit.apply(model))
                 stack.enter_context(trainable(model))
-                for _ in _train(model, texts, wanted, lr, seed, bar):
-                    for table, batches in (
-                        (result.known, sets["known"]),
-                        (result.rest, sets["rest"]),
-                    ):
-                        table[name].append(mean_estimate(recitation(model, batches).numpy()))
+                for step in _train(model, texts, wanted, lr, seed, bar, name):
+                    for which, table in (("known", result.known), ("rest", result.rest)):
+                        place = f"arm {name!r} after {step} steps, {which}"
+                        table[name].append(_recited(model, sets[which], place))
     return result
 
 
@@ -139,7 +138,7 @@ def trainable(model: nn.Module) -> Iterator[None]:
 
 
 def _train(
-    model: nn.Module, batches: list[Any], steps: list[int], lr: float, seed: int, bar: Any
+    model: nn.Module, batches: list[Any], steps: list[int], lr: float, seed: int, bar: Any, arm: str
 ) -> Iterator[int]:
     """Train, and yield after each of the wanted numbers of steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
@@ -150,14 +149,39 @@ def _train(
     done = 0
     for wanted in steps:
         while done < wanted:
-            loss = passage_losses(model, batches[next(order)]).mean()
-            if not bool(loss.isfinite()):
+            index = next(order)
+            place = f"arm {arm!r} after {done} steps, batch {index} of those trained on"
+            losses = passage_losses(model, batches[index])
+            if broken([losses]):
                 raise NonFiniteError(
-                    f"the loss is {float(loss.detach())} after {done} steps; lower lr"
+                    f"{place}, {where(first_row(losses[:, None]), losses.shape)}: the loss is NaN "
+                    f"or infinite; {_advice(done)}"
                 )
             optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
+            losses.mean().backward()  # type: ignore[no-untyped-call]
+            _check_gradients(model, place, _advice(done))
             optimizer.step()
             done += 1
             bar.update()
         yield done
+
+
+def _check_gradients(model: nn.Module, place: str, advice: str) -> None:
+    trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    if bad := broken([gradient for _, gradient in trained]):
+        # Blocks come in the order of the forward pass: the gradient broke in the last one's block.
+        raise NonFiniteError(
+            f"{place}: the gradients of {len(bad)} parameters hold NaN or infinity, as deep in the "
+            f"model as {trained[bad[-1]][0]!r}; {advice}"
+        )
+
+
+def _recited(model: nn.Module, batches: list[Any], place: str) -> Estimate:
+    try:
+        return mean_estimate(recitation(model, batches).numpy())
+    except NonFiniteError as error:
+        raise NonFiniteError(f"{place}: {error}; training may need a lower lr") from error
+
+
+def _advice(steps: int) -> str:
+    return "lower lr" if steps else ADVICE

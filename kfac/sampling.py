@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kfac.batches import attended
 from kfac.store import tensor_bytes
 
 # Elements of softmax worked on at a time: 16 MB in float32, about what a processor cache holds.
@@ -63,23 +64,6 @@ class RowSeeds:
         self._seen.update(contents)
 
 
-def attended(batch: Any) -> Tensor | None:
-    """Return the bool mask (B, T) of real tokens of a token batch; None for other batches."""
-    if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        return None
-    mask = batch.get("attention_mask")
-    if isinstance(mask, Tensor):
-        return mask.bool()
-    return torch.ones_like(batch["input_ids"], dtype=torch.bool)
-
-
-def data_labels(batch: Mapping[str, Any]) -> Tensor:
-    """Return the token that follows each position, shape (B, T); the last column is unused."""
-    given = batch.get("labels")
-    following: Tensor = given if isinstance(given, Tensor) else batch["input_ids"]
-    return following.roll(-1, 1)
-
-
 def label_gradients(
     logits: Tensor, rows: Tensor, uniforms: Tensor | None, labels: Tensor | None
 ) -> Iterator[Tensor] | None:
@@ -106,7 +90,8 @@ def label_gradients(
     gradient = torch.empty_like(flat) if every else torch.zeros_like(flat)
     finite = torch.ones((), dtype=torch.bool, device=flat.device)
     if uniforms is not None:
-        uniforms = uniforms.to(_wide(flat.device)).to(flat.device)
+        on_mps = flat.device.type == "mps"  # which has no float64
+        uniforms = uniforms.to(torch.float32 if on_mps else torch.float64).to(flat.device)
         drawn = torch.empty(uniforms.shape, dtype=torch.int64, device=flat.device)
     else:
         assert labels is not None
@@ -174,10 +159,6 @@ def _last_positive(table: Tensor) -> Tensor:
     """Return the last positive column of each row: rounding must not carry a draw past it."""
     places = torch.arange(table.shape[1], device=table.device)
     return torch.where(table > 0, places, torch.zeros_like(places)).amax(1)
-
-
-def _wide(device: torch.device) -> torch.dtype:
-    return torch.float32 if device.type == "mps" else torch.float64  # MPS has no float64
 
 
 def row_contents(batch: Any) -> list[bytes]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kfac.errors import SpectrumError
-from kfac.spectrum import Int64s, Staircase, check_keep, staircase
+from kfac.spectrum import Float64s, Int64s, Staircase, check_keep, staircase
 
 # Scores are first binned by this many leading bits; two more rounds of sorting see one bin only.
 _LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 46)}
@@ -199,9 +200,9 @@ def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -
     bins = flat.view(integers) >> shift
     sums = torch.bincount(bins, summed.double())
     total = float(sums.sum())
-    goal = keep * total
-    if goal == 0:
+    if total == 0:
         return TableSelection(torch.zeros(scores.shape, dtype=torch.bool), 1.0)
+    goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
     above = sums.flip(0).cumsum(0).flip(0)  # mass of a bin and of all larger ones
     edge = int((above >= goal).nonzero()[-1]) if bool((above >= goal).any()) else 0
     kept = bins > edge
@@ -224,14 +225,9 @@ def _flat(values: Tensor, name: str) -> Tensor:
     return flat + 0.0  # turns -0.0, whose bit pattern is negative, into 0.0
 
 
-def _rectangle(
-    lam: np.ndarray[tuple[int], np.dtype[np.float64]],
-    mu: np.ndarray[tuple[int], np.dtype[np.float64]],
-    rows: int,
-    columns: int,
-) -> Staircase:
+def _rectangle(lam: Float64s, mu: Float64s, rows: int, columns: int) -> Staircase:
     counts = np.zeros(len(lam), dtype=np.int64)
     counts[:rows] = columns
-    mass = float(lam[:rows].sum() * mu[:columns].sum())
+    mass, total = (float(a.sum() * b.sum()) for a, b in ((lam[:rows], mu[:columns]), (lam, mu)))
     smallest = float(lam[rows - 1] * mu[columns - 1]) if rows and columns else float("inf")
-    return Staircase(counts, len(mu), mass, float(lam.sum() * mu.sum()), smallest)
+    return Staircase(counts, len(mu), mass, total, smallest, mass / total if total > 0 else 1.0)

@@ -16,7 +16,7 @@ from kfac.factors import Factors
 from kfac.guest import as_guest
 from kfac.passages import position_losses
 from kfac.statistics import Floats
-from kfac.targets import Target
+from kfac.target import Target
 
 QUANTILES = (0.0, 0.02, 0.1, 0.3, 0.6, 0.95)
 

@@ -32,6 +32,8 @@ class Staircase:
         mass: Mass of the kept pairs.
         total: Mass of all pairs.
         threshold: Smallest mass among kept pairs; infinity when none is kept.
+        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is right
+            where the masses themselves are out of the range of a float.
     """
 
     counts: Int64s
@@ -39,6 +41,7 @@ class Staircase:
     mass: float
     total: float
     threshold: float
+    kept_mass: float
 
     @property
     def pairs(self) -> int:
@@ -49,11 +52,6 @@ class Staircase:
     def total_pairs(self) -> int:
         """Number of pairs of the full table."""
         return len(self.counts) * self.columns
-
-    @property
-    def kept_mass(self) -> float:
-        """Kept mass as a share of the total; 1 when there is no mass at all."""
-        return self.mass / self.total if self.total > 0 else 1.0
 
     @property
     def rank_bound(self) -> int:
@@ -72,6 +70,23 @@ class Staircase:
             bool, shape (rows, columns).
         """
         return np.arange(self.columns)[None, :] < self.counts[:, None]
+
+
+@dataclass(frozen=True)
+class Eigen:
+    """Spectra and eigenvectors of one target, float64 on CPU.
+
+    Attributes:
+        lam: Eigenvalues of G, descending, shape (out,).
+        u_out: Eigenvectors of G in columns, shape (out, out).
+        mu: Eigenvalues of A, descending, shape (in,).
+        u_in: Eigenvectors of A in columns, shape (in, in).
+    """
+
+    lam: Tensor
+    u_out: Tensor
+    mu: Tensor
+    u_in: Tensor
 
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -141,10 +156,10 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     if keep == 1.0:
         smallest = float(rows[-1] * columns[-1])
         return _result(every, len(columns), total, total, smallest, row_scale + column_scale)
-    goal = keep * total
-    if goal == 0.0:
+    if total == 0.0:
         none = np.zeros(len(rows), dtype=np.int64)
         return _result(none, len(columns), 0.0, total, math.inf, 0)
+    goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
 
     # Bisection: `low` is the largest threshold known to keep enough. Non-negative floats are
     # ordered as their bit patterns, so halving the bits ends at neighbouring numbers.
@@ -161,7 +176,7 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
 
     # Only pairs of mass exactly `threshold` remain to choose from; rows are filled in order.
     before = _mass(rows, prefix, above)
-    needed = max(1, math.ceil((goal - before) / threshold))
+    needed = max(1, math.ceil(min((goal - before) / threshold, float(ties.sum()))))
     while needed > 1 and before + (needed - 1) * threshold >= goal:
         needed -= 1
     while before + needed * threshold < goal and needed < ties.sum():
@@ -231,5 +246,7 @@ def _step(counts: Int64s, where: NDArray[np.bool_], columns: Float64s, sign: int
 def _result(
     counts: Int64s, columns: int, mass: float, total: float, threshold: float, scale: int
 ) -> Staircase:
-    undo = [float(np.ldexp(x, scale)) for x in (mass, total, threshold)]
-    return Staircase(counts, columns, *undo)
+    share = mass / total if total > 0 else 1.0
+    with np.errstate(over="ignore"):
+        mass, total, threshold = (float(np.ldexp(x, scale)) for x in (mass, total, threshold))
+    return Staircase(counts, columns, mass, total, threshold, share)

@@ -13,10 +13,10 @@ from tqdm.auto import tqdm
 
 from kfac.baselines import largest_of_smallest
 from kfac.errors import BatchError, EditError, FactorsMismatchError, NonFiniteError
-from kfac.factors import weight_digest
 from kfac.guest import as_guest
 from kfac.passages import passage_losses
-from kfac.targets import Target, named_targets
+from kfac.target import Target, weight_digest
+from kfac.targets import named_targets
 from kfac.weight_edit import WeightEdit, originals_of
 
 

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from kfac.errors import NonFiniteError
-from kfac.factors import TargetRecord
 from kfac.guest import full_precision
+from kfac.target import TargetRecord
 
 # A symmetric product is computed in at most this many row panels, each from its diagonal to the
 # right: 9/16 of the work of the full product at eight panels.
@@ -22,26 +22,35 @@ class Rows:
 
     Attributes:
         values: Shape (rows, width), in the dtype of the sums.
-        sequences: Index of the sequence that each row belongs to, int64.
+        positions: Index of each row among the batch's positions, int64.
+        shape: Of the batch's positions, sequences first.
     """
 
-    def __init__(self, values: Tensor, sequences: Tensor) -> None:
+    def __init__(self, values: Tensor, positions: Tensor, shape: torch.Size) -> None:
         self.values = values
-        self.sequences = sequences
+        self.positions = positions
+        self.shape = shape
         self.cache: dict[str, Tensor] = {}
 
+    @property
+    def sequences(self) -> Tensor:
+        """Index of the sequence that each row belongs to, int64."""
+        return self.positions // max(1, self.shape[1:].numel())
 
-class Sums(Protocol):
+
+class Sums(abc.ABC):
     """What the hooks feed. `tables` holds everything that is summed, by "<letter>.<target>"."""
 
-    tables: dict[str, Tensor]
-    needs_both: bool
+    def __init__(self) -> None:
+        self.tables: dict[str, Tensor] = {}
 
+    @abc.abstractmethod
     def add_input(self, source: str, a: Rows) -> None:
         """Add the inputs of all targets that share this source."""
 
-    def add_gradient(self, name: str, g: Tensor, a: Rows | None, share: float) -> None:
-        """Add the output gradients of a target; `a` is given if `needs_both` is set.
+    @abc.abstractmethod
+    def add_gradient(self, name: str, g: Tensor, a: Rows, share: float) -> None:
+        """Add the output gradients of a target.
 
         Args:
             name: Of the target.
@@ -50,42 +59,39 @@ class Sums(Protocol):
             share: Weight of this draw of labels: one over the number of draws.
         """
 
+    @abc.abstractmethod
     def keys(self, name: str, record: TargetRecord) -> dict[str, tuple[int, int]]:
         """Return the key and shape of every table that a target needs."""
-        ...
 
-    def leave_device(self) -> None:
-        """Move the tables to the CPU and let go of all else: the pass is over."""
-
+    @abc.abstractmethod
     def finish(self) -> None:
         """Bring the tables into their final form."""
 
+    def leave_device(self) -> None:
+        """Move the tables to the CPU and let go of all else: the pass is over."""
+        self.tables = {key: table.cpu() for key, table in self.tables.items()}
 
-class CovarianceSums:
+
+class CovarianceSums(Sums):
     """Sums for K-FAC; with `marginals` also norm-weighted; with `diagonal` also entry by entry.
 
     Args:
-        dtype: Of the sums.
         marginals: Sum ‖a‖² g gᵀ and ‖g‖² a aᵀ as well.
         diagonal: Sum the squared entries of g aᵀ as well.
     """
 
-    def __init__(self, dtype: torch.dtype, *, marginals: bool, diagonal: bool) -> None:
-        self.dtype = dtype
-        self.tables: dict[str, Tensor] = {}
+    def __init__(self, *, marginals: bool, diagonal: bool) -> None:
+        super().__init__()
         self.marginals = marginals
         self.diagonal = diagonal
-        self.needs_both = marginals or diagonal
 
     def add_input(self, source: str, a: Rows) -> None:
         """Add a aᵀ."""
         _add_symmetric(self.tables, "A." + source, a.values, a.values, 1.0)
 
-    def add_gradient(self, name: str, g: Tensor, a: Rows | None, share: float) -> None:
+    def add_gradient(self, name: str, g: Tensor, a: Rows, share: float) -> None:
         """Add g gᵀ, and what needs both sides."""
         _add_symmetric(self.tables, "G." + name, g, g, share)
-        if a is None:
-            return
         if self.marginals:
             a_norms = a.values.square().sum(1, keepdim=True)
             g_norms = g.square().sum(1, keepdim=True)
@@ -106,10 +112,6 @@ class CovarianceSums:
             keys["D." + name] = (out, into)
         return keys
 
-    def leave_device(self) -> None:
-        """Move the tables to the CPU."""
-        self.tables = {key: table.cpu() for key, table in self.tables.items()}
-
     def finish(self) -> None:
         """Mirror the upper triangles, which are all that was computed."""
         for key, table in self.tables.items():
@@ -126,8 +128,8 @@ def add_product(
         table.addmm_(left.T, right, alpha=share)
 
 
-def check_finite(tables: Mapping[str, Tensor], place: str) -> None:
-    """Raise if a sum is not finite; squares on the diagonal show any NaN or overflow.
+def check_overflow(tables: Mapping[str, Tensor], place: str) -> None:
+    """Raise if a sum of finite rows is not finite; the diagonal of squares shows any overflow.
 
     Raises:
         NonFiniteError: Naming target and batch.
@@ -148,8 +150,8 @@ def check_finite(tables: Mapping[str, Tensor], place: str) -> None:
     letter, _, name = key.partition(".")
     what = "activation" if letter == "A" else "output gradient"
     raise NonFiniteError(
-        f"{place}: an {what} of target {name!r} is NaN or infinite, or its square overflows "
-        f"{tables[key].dtype}"
+        f"{place}: an {what} of target {name!r} is so large that its square overflows "
+        f"{tables[key].dtype}; collect with dtype=torch.float64"
     )
 
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kfac.errors import TargetError
-from kfac.experts import check_stack, is_stack, stacked
+from kfac.experts import check_stack, stacked
+from kfac.target import Target
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -27,97 +27,6 @@ _MLP_OUT = (
     "output.dense",
 )
 _MLP_GROUPS = {"mlp_in": _MLP_IN, "mlp_out": _MLP_OUT, "mlp": _MLP_IN + _MLP_OUT}
-
-
-@dataclass(frozen=True, eq=False)
-class Target:
-    """One weight matrix with an input and an output.
-
-    Attributes:
-        name: Dotted module name inside the model; for one expert of a fused stack the parameter's
-            name and the index, as in "model.layers.0.mlp.experts.gate_up_proj[3]".
-        module: The `nn.Linear` or transformers `Conv1D` that owns the weight, or the module that
-            holds the stack.
-        layer: Index of the decoder block, from 0; None outside the main block list.
-        transposed: True when the matrix is stored as (in, out), as in GPT-2.
-        attribute: Name of the parameter inside the module.
-        expert: Index into a stack of shape (experts, ., .); None for a matrix of its own.
-    """
-
-    name: str
-    module: nn.Module
-    layer: int | None = None
-    transposed: bool = False
-    attribute: str = "weight"
-    expert: int | None = None
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The parameter as the module stores it: the whole stack for an expert."""
-        parameter = getattr(self.module, self.attribute)
-        if not isinstance(parameter, nn.Parameter):
-            raise TargetError(
-                f"target {self.name!r}: its weight is a {type(parameter).__name__}, not a "
-                "parameter (a parametrization or weight norm?); remove it first"
-            )
-        return parameter
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight, detached, as a view of shape (out_features, in_features)."""
-        return self.view(self.parameter)
-
-    @property
-    def out_features(self) -> int:
-        """Number of outputs."""
-        return int(self.weight.shape[0])
-
-    @property
-    def in_features(self) -> int:
-        """Number of inputs."""
-        return int(self.weight.shape[1])
-
-    def orient(self, matrix: Tensor) -> Tensor:
-        """Turn a stored matrix into (out, in) or back; both directions are the same step.
-
-        Args:
-            matrix: Shape (out, in), or as it is stored.
-
-        Returns:
-            A view.
-        """
-        return matrix.T if self.transposed else matrix
-
-    def view(self, stored: Tensor) -> Tensor:
-        """Return the target's (out, in) view of a tensor that is shaped as its parameter.
-
-        Args:
-            stored: Shaped as the target's parameter.
-
-        Returns:
-            Shape (out, in), detached; a view, so that writing to it writes to `stored`.
-        """
-        stored = stored.detach()
-        return self.orient(stored if self.expert is None else stored[self.expert])
-
-    def placed(self, weight: Tensor, into: Tensor | None = None) -> Tensor:
-        """Return a tensor for the parameter's place that holds a new weight of this target.
-
-        Args:
-            weight: Shape (out, in), any floating dtype and device.
-            into: A copy of the parameter's tensor to write into, for several experts of one stack;
-                None makes one.
-
-        Returns:
-            Shape, dtype and device of the parameter; other experts as they are.
-        """
-        if into is None:
-            if self.expert is None:
-                parameter = self.parameter
-                return self.orient(weight).to(parameter.device, parameter.dtype).contiguous()
-            into = self.parameter.detach().clone()
-        self.view(into).copy_(weight)
-        return into
 
 
 def find_targets(
@@ -173,7 +82,7 @@ def find_targets(
         if not _ends(text, endings):
             continue
         # A container of the same name (a block called "0") is not a matrix; its children are seen.
-        if _kind(module) is None and (any(module.children()) or is_stack(module)):
+        if _kind(module) is None and (any(module.children()) or stacked(module)):
             continue
         found.append(_make(name, module, layer))
     names = {target.name.partition("[")[0] for target in found}

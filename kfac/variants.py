@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 from kfac.edit import SpectralEdit
 from kfac.errors import EditError, FactorsMismatchError
 from kfac.factors import Factors
+from kfac.guest import widened
 from kfac.selection import Selection, TableSelection, select_largest
 from kfac.spectrum import eigenbasis
 
@@ -89,7 +91,7 @@ class UnionEdit(SpectralEdit):
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         key = (name, digest, weight.device)
         if key not in self._rotated:
-            wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
+            wide = widened(weight)
             u_out, u_in = self._bases(name, wide)
             self._rotated[key] = u_out.T @ wide @ u_in
         return self._rotated[key]
@@ -127,6 +129,7 @@ class RemovalEdit(SpectralEdit):
     Raises:
         KeepError: `keep` is out of range, empty, or names an unknown target.
         FactorsMismatchError: The two sets were collected from different targets or weights.
+        EditError: When it is applied: the set has no mass, or no pair would be left.
     """
 
     kind = "removal"
@@ -178,6 +181,11 @@ class RemovalEdit(SpectralEdit):
         """
         score, mass = self._ranked(name)
         removed = select_largest(score, 1 - self._keeps[name], weights=mass)
+        if removed.pairs == removed.total_pairs:
+            raise EditError(
+                f"target {name!r}: at keep={self._keeps[name]} every pair would be removed, as the "
+                "mass lies in too few of them; give a larger keep"
+            )
         return TableSelection(~removed.table, 1 - removed.kept_mass)
 
     def _ranked(self, name: str) -> tuple[Tensor, Tensor]:
@@ -218,11 +226,7 @@ def check_same_weights(first: Factors, second: Factors) -> None:
         other = second.records.get(name)
         if other is None:
             raise FactorsMismatchError(f"the second factors have no target {name!r}")
-        if (other.digest, other.out_features, other.in_features) != (
-            record.digest,
-            record.out_features,
-            record.in_features,
-        ):
+        if record != replace(other, count=record.count, source=record.source):
             raise FactorsMismatchError(
                 f"target {name!r}: the two sets of factors were collected from other weights"
             )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from kfac.errors import EditError, EditOrderError
-from kfac.targets import Target
+from kfac.target import Target
 
 # For each edited parameter the attached edits, oldest first: a token of the handle, and the tensor
 # that was replaced. Nothing here refers to the parameter, so a model dropped while edited is freed.

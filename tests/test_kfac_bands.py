@@ -118,8 +118,9 @@ def test_autocast_does_not_round_a_projection():
     basis = torch.linalg.qr(torch.randn(16, 16, generator=generator))[0]
 
     def measure():
-        sums = kfac.bands._band_sums(states, torch.ones(2, 5, dtype=torch.bool), basis, [4, 8])
-        return torch.cat([torch.cat(sums).flatten(), kfac.detect._flat_share(states, basis, 8)[0]])
+        squares = kfac.bands.squared_coordinates(states, basis)
+        sums = kfac.bands._band_sums(squares, torch.ones(2, 5, dtype=torch.bool), [4, 8])
+        return torch.cat([torch.cat(sums).flatten(), kfac.detect._flat_share(squares, 8)[0]])
 
     outside = measure()
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -15,7 +15,7 @@ from curvature_tools import (
 from torch import nn
 
 import kfac
-from kfac import BatchError, KfacError, NonFiniteError, TargetError
+from kfac import BatchError, KfacError, TargetError
 from kfac.sampling import sample_labels
 
 
@@ -233,63 +233,6 @@ def test_cls_only_forward():
     assert_same(factors, halves, 1e-12)
 
 
-def state(model):
-    return (
-        [p.requires_grad for p in model.parameters()],
-        [m.training for m in model.modules()],
-        [len(m._forward_hooks) for m in model.modules()],
-        [p.data_ptr() for p in model.parameters()],
-    )
-
-
-@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
-def test_model_is_left_as_found(error):
-    model = llama()
-    model.train()
-    model.model.layers[0].eval()
-    model.lm_head.weight.requires_grad_(False)
-    before = state(model)
-    weights = {k: v.clone() for k, v in model.state_dict().items()}
-
-    def batches():
-        assert not any(p.requires_grad for p in model.parameters())
-        yield batch([0])
-        if error:
-            raise error
-        yield batch([1])
-
-    if error:
-        with pytest.raises(error):
-            collect(model, batches())
-    else:
-        with torch.no_grad():
-            collect(model, batches())
-    assert state(model) == before
-    assert all(p.grad is None for p in model.parameters())
-    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
-
-
-def test_no_weight_gradient_and_nothing_before_the_first_target():
-    model = llama()
-    seen = {}
-
-    def spy(name):
-        def hook(module, args, output):
-            seen[name] = output.requires_grad
-
-        return hook
-
-    for name in (
-        "model.embed_tokens",
-        "model.layers.0.mlp.down_proj",
-        "model.layers.1.mlp.down_proj",
-    ):
-        model.get_submodule(name).register_forward_hook(spy(name))
-    collect(model, [batch(range(6))], kfac.find_targets(model, layers=[1]))
-    assert list(seen.values()) == [False, False, True]
-    assert all(p.grad is None for p in model.parameters())
-
-
 def test_tied_weights():
     model = build("gpt2").double()
     assert model.lm_head.weight is model.transformer.wte.weight
@@ -319,26 +262,6 @@ def test_bfloat16_model():
 def test_bad_batches(batches, error, message):
     with pytest.raises(error, match=message):
         collect(llama(), batches)
-
-
-def test_non_finite_values_are_named():
-    model = llama()
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"batch 1.*logits"):
-        collect(model, [{"input_ids": IDS[:, :1]}, batch([0])])
-    model = Deep()
-    inputs = torch.ones(2, 3)
-    inputs[0, 0] = 1e30
-    model.layers[1].weight.data.zero_()
-    with pytest.raises(NonFiniteError, match=r"activation.*layers\.0"):
-        collect(
-            model,
-            [inputs],
-            kfac.find_targets(model, projections=["0", "1"]),
-            forward=mlp_forward,
-            dtype=torch.float32,
-        )
 
 
 def test_targets_that_are_not_used():

@@ -191,3 +191,60 @@ def test_sharded_and_empty_weights_are_refused():
     model[0].weight = nn.Parameter(torch.zeros(0, 3))
     with pytest.raises(TargetError, match="dense"):
         kfac.named_targets(model, ["0"])
+
+
+def state(model):
+    return (
+        [p.requires_grad for p in model.parameters()],
+        [m.training for m in model.modules()],
+        [len(m._forward_hooks) for m in model.modules()],
+        [p.data_ptr() for p in model.parameters()],
+    )
+
+
+@pytest.mark.parametrize("error", [None, KeyboardInterrupt, RuntimeError])
+def test_model_is_left_as_found(error):
+    model = llama()
+    model.train()
+    model.model.layers[0].eval()
+    model.lm_head.weight.requires_grad_(False)
+    before = state(model)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+
+    def batches():
+        assert not any(p.requires_grad for p in model.parameters())
+        yield batch([0])
+        if error:
+            raise error
+        yield batch([1])
+
+    if error:
+        with pytest.raises(error):
+            collect(model, batches())
+    else:
+        with torch.no_grad():
+            collect(model, batches())
+    assert state(model) == before
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(v, weights[k]) for k, v in model.state_dict().items())
+
+
+def test_no_weight_gradient_and_nothing_before_the_first_target():
+    model = llama()
+    seen = {}
+
+    def spy(name):
+        def hook(module, args, output):
+            seen[name] = output.requires_grad
+
+        return hook
+
+    for name in (
+        "model.embed_tokens",
+        "model.layers.0.mlp.down_proj",
+        "model.layers.1.mlp.down_proj",
+    ):
+        model.get_submodule(name).register_forward_hook(spy(name))
+    collect(model, [batch(range(6))], kfac.find_targets(model, layers=[1]))
+    assert list(seen.values()) == [False, False, True]
+    assert all(p.grad is None for p in model.parameters())

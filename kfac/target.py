@@ -1,0 +1,135 @@
+"""One weight matrix with an input and an output: how it is stored, and what is recorded of it."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from kfac.errors import TargetError
+from kfac.store import tensor_bytes
+
+
+@dataclass(frozen=True, eq=False)
+class Target:
+    """One weight matrix with an input and an output.
+
+    Attributes:
+        name: Dotted module name inside the model; for one expert of a fused stack the parameter's
+            name and the index, as in "model.layers.0.mlp.experts.gate_up_proj[3]".
+        module: The `nn.Linear` or transformers `Conv1D` that owns the weight, or the module that
+            holds the stack.
+        layer: Index of the decoder block, from 0; None outside the main block list.
+        transposed: True when the matrix is stored as (in, out), as in GPT-2.
+        attribute: Name of the parameter inside the module.
+        expert: Index into a stack of shape (experts, ., .); None for a matrix of its own.
+    """
+
+    name: str
+    module: nn.Module
+    layer: int | None = None
+    transposed: bool = False
+    attribute: str = "weight"
+    expert: int | None = None
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter as the module stores it: the whole stack for an expert."""
+        parameter = getattr(self.module, self.attribute)
+        if not isinstance(parameter, nn.Parameter):
+            raise TargetError(
+                f"target {self.name!r}: its weight is a {type(parameter).__name__}, not a "
+                "parameter (a parametrization or weight norm?); remove it first"
+            )
+        return parameter
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, detached, as a view of shape (out_features, in_features)."""
+        return self.view(self.parameter)
+
+    @property
+    def out_features(self) -> int:
+        """Number of outputs."""
+        return int(self.weight.shape[0])
+
+    @property
+    def in_features(self) -> int:
+        """Number of inputs."""
+        return int(self.weight.shape[1])
+
+    def orient(self, matrix: Tensor) -> Tensor:
+        """Turn a stored matrix into (out, in) or back; both directions are the same step.
+
+        Args:
+            matrix: Shape (out, in), or as it is stored.
+
+        Returns:
+            A view.
+        """
+        return matrix.T if self.transposed else matrix
+
+    def view(self, stored: Tensor) -> Tensor:
+        """Return the target's (out, in) view of a tensor that is shaped as its parameter.
+
+        Args:
+            stored: Shaped as the target's parameter.
+
+        Returns:
+            Shape (out, in), detached; a view, so that writing to it writes to `stored`.
+        """
+        stored = stored.detach()
+        return self.orient(stored if self.expert is None else stored[self.expert])
+
+    def placed(self, weight: Tensor, into: Tensor | None = None) -> Tensor:
+        """Return a tensor for the parameter's place that holds a new weight of this target.
+
+        Args:
+            weight: Shape (out, in), any floating dtype and device.
+            into: A copy of the parameter's tensor to write into, for several experts of one stack;
+                None makes one.
+
+        Returns:
+            Shape, dtype and device of the parameter; other experts as they are.
+        """
+        if into is None:
+            if self.expert is None:
+                parameter = self.parameter
+                return self.orient(weight).to(parameter.device, parameter.dtype).contiguous()
+            into = self.parameter.detach().clone()
+        self.view(into).copy_(weight)
+        return into
+
+
+@dataclass(frozen=True)
+class TargetRecord:
+    """What the factors know about one target.
+
+    Attributes:
+        out_features: Rows of the weight, size of G.
+        in_features: Columns of the weight, size of A.
+        count: Positions summed over; 0 for an expert that no counted position was sent to.
+        source: Name of the target under which the shared A is stored.
+        digest: SHA-256 of the weight at collection.
+    """
+
+    out_features: int
+    in_features: int
+    count: int
+    source: str
+    digest: str
+
+
+def weight_digest(weight: Tensor) -> str:
+    """Return the SHA-256 of a weight's dtype, shape and bytes.
+
+    Args:
+        weight: Any shape, dtype and device.
+
+    Returns:
+        64 hex digits.
+    """
+    sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
+    sha.update(tensor_bytes(weight))
+    return sha.hexdigest()
