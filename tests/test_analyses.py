@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from lirefs.errors import TaskError
-from lirefs.harness.analyses import by_tag
+from lirefs.harness.analyses import by_tag, flips
 from lirefs.harness.analysis_plots import TaskPosition, tag_bars, two_sided_spectrum
 from lirefs.harness.comparison import Comparison, TaskInfo
-from lirefs.harness.flips import flips
 from lirefs.harness.tasks import ItemResult
 from lirefs.paired import difference_of_shares, ratio_of_shares
 from lirefs.statistics import Estimate, permutation_p

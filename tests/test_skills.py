@@ -8,10 +8,9 @@ from skill_rows import N, lettered_options, rows_of, write
 from lirefs import MultipleChoice, Recitation, ShortAnswer
 from lirefs.errors import TaskError
 from lirefs.harness import skill_table, worked_examples
-from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.skill_table import SKILLS
 from lirefs.harness.skills import skill_tasks
-from lirefs.harness.tasks import GROUPS
+from lirefs.harness.tasks import GROUPS, FilledBlank
 
 pytestmark = pytest.mark.usefixtures("asked_of_the_hub")
 REAL = Path(__file__).parents[2] / "shared" / "data"

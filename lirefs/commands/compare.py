@@ -33,7 +33,7 @@ from lirefs.files import cache_dir
 from lirefs.harness import report
 from lirefs.harness import suite as default_suite
 from lirefs.harness.journal import Journal
-from lirefs.harness.suites import Suite, suite_tasks
+from lirefs.harness.suite import Suite, suite_tasks
 from lirefs.harness.tasks import Task
 from lirefs.organism import suite as organism
 from lirefs.organism.language import Language

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lirefs.harness import storage, tables
-from lirefs.harness.flips import Flip, flips
+from lirefs.harness.analyses import Flip, flips
 
 if TYPE_CHECKING:
     from lirefs.harness.comparison import Comparison

@@ -14,12 +14,11 @@ from typing import Any
 
 from lirefs.errors import NoDataError, SettingError, TaskError
 from lirefs.files import read_jsonl
-from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.memorization import recitation_task
 from lirefs.harness.readers import Example
 from lirefs.harness.skill_table import SKILLS, Skill
 from lirefs.harness.sources import Numbered, Rows, Sources
-from lirefs.harness.tasks import MultipleChoice, ShortAnswer, Task
+from lirefs.harness.tasks import FilledBlank, MultipleChoice, ShortAnswer, Task
 from lirefs.models import LanguageModel
 
 __all__ = ["SKILLS", "Skill", "skill_tasks"]
