@@ -9,14 +9,16 @@ from rich.console import Console
 
 import kfac
 import lirefs
-from lirefs.commands import compare, curvature, mine, organism, report, steering
+from lirefs.commands import curvature, organism
+from lirefs.commands.compare import compare
+from lirefs.commands.mine import mine
+from lirefs.commands.report import report
+from lirefs.commands.steering import export, probe, steer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-compare.register(app)
+for command in (compare, probe, steer, export, mine, report):
+    app.command()(command)
 app.add_typer(organism.app, name="organism")
-steering.register(app)
-mine.register(app)
-report.register(app)
 app.add_typer(curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
 

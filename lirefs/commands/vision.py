@@ -11,7 +11,7 @@ import torch
 import typer
 from rich.console import Console
 
-from lirefs.errors import SettingError
+from lirefs.commands.options import folder_to_write, indices, numbers
 from lirefs.studies.vision.data import load_images
 from lirefs.studies.vision.edits import Setting
 from lirefs.studies.vision.report import findings, save, table
@@ -23,7 +23,9 @@ console = Console(stderr=True, highlight=False)
 
 
 def vision(
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("vision-report"),
+    out: Annotated[
+        Path, typer.Option(help="Folder of the report.", callback=folder_to_write)
+    ] = Path("vision-report"),
     images: Annotated[
         str,
         typer.Option(help="digits, a folder of one folder for each class, or a datasets set."),
@@ -62,8 +64,6 @@ def vision(
     With the default settings the trained networks come with the package. Others are trained and
     kept in OUT/models; an interrupted training goes on.
     """
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {out}: exists and is not a folder")
     recipe = Recipe(
         blocks=depth,
         width=width,
@@ -85,9 +85,9 @@ def vision(
         out / "models",
         seeds=seeds,
         tokens=tokens,
-        blocks=None if blocks is None else [int(one) for one in _numbers("--blocks", blocks)],
+        blocks=indices(blocks, "--blocks"),
         fixed=Setting(projections, keep),
-        decays=_numbers("--decays", decays),
+        decays=numbers(decays, "--decays", float) if decays.strip() else [],
         shipped=None if retrain else SHIPPED,
         progress=sys.stderr.isatty(),
     )
@@ -97,10 +97,3 @@ def vision(
     for line in (*table(found), *findings(found)):
         typer.echo(line)
     console.print(f"report: {page}", markup=False, soft_wrap=True)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise SettingError(f"{option} {text!r}: expected numbers such as 0,1") from None

@@ -1,0 +1,86 @@
+"""Options that several commands have, declared and checked once."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from lirefs.errors import SettingError
+
+DEFAULT_MODEL = "smollm2-135m"
+
+Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
+Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
+Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
+Seed = Annotated[int, typer.Option(help="Seed of labels, splits and intervals.")]
+
+Number = TypeVar("Number", int, float)
+
+
+def folder_to_write(value: Path | None) -> Path | None:
+    """Callback of an option that names a folder for results, existing or not.
+
+    Raises:
+        SettingError: Something else is there, or nothing can be written there.
+    """
+    if value is not None and value.exists() and not value.is_dir():
+        raise SettingError(f"{value}: exists and is not a folder; name another place")
+    return value if value is None else _writable(value)
+
+
+def file_to_write(value: Path) -> Path:
+    """The same for a file, which is replaced where there is one."""
+    if value.is_dir():
+        raise SettingError(f"{value}: is a folder; name a file to write")
+    _writable(value.parent)
+    return value
+
+
+def new_folder(value: Path) -> Path:
+    """The same for a folder that must not be there yet."""
+    if value.exists():
+        raise SettingError(f"{value}: exists; name a new folder")
+    return _writable(value)
+
+
+def _writable(folder: Path) -> Path:
+    """Hours of work should not end at a folder that cannot be made."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise SettingError(f"{folder}: cannot be made, because {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingError(f"{folder}: nothing can be written in {there}; name another place")
+    return folder
+
+
+def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
+    """Numbers of an option, separated by commas.
+
+    Raises:
+        SettingError: They are none.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "20,21,22" if kind is int else "-1,0.5,1"
+        raise SettingError(f"{option} {text!r}: expected numbers such as {example}") from None
+
+
+def indices(text: str | None, option: str = "--layers") -> list[int] | None:
+    """Whole numbers of an option, ascending; None where it was not given."""
+    return None if text is None else sorted(set(numbers(text, option, int)))
+
+
+def one_of(name: str, option: str, known: Any) -> str:
+    """A name of an option, among those that are known.
+
+    Raises:
+        SettingError: It is none of them.
+    """
+    if name not in known:
+        raise SettingError(f"{option} {name!r}: expected one of {', '.join(known)}")
+    return name
