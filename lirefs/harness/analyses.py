@@ -42,13 +42,13 @@ def flips(comparison: Comparison, task: str, variant: str) -> list[Flip]:
         comparison: What was found.
         task: Name of a task. One whose metric is not 0 or 1 for each item has no flips.
         variant: Name of a variant.
+
+    Raises:
+        TaskError: If the task or variant does not exist.
     """
+    found = _pairs(comparison, task, variant)
     metric = comparison.tasks[task].metric
-    before, after = (comparison.results[name][task] for name in (comparison.variants[0], variant))
-    pairs = [
-        (one, other, one.scores.get(metric), other.scores.get(metric))
-        for one, other in zip(before, after, strict=True)
-    ]
+    pairs = [(a, b, a.scores.get(metric), b.scores.get(metric)) for a, b in found]
     if not {score for *_, first, second in pairs for score in (first, second)} <= {0.0, 1.0}:
         return []
     return [

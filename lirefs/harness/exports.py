@@ -14,7 +14,7 @@ from lirefs.statistics import Estimate
 
 if TYPE_CHECKING:
     from lirefs.harness.cells import Cell
-from lirefs.harness.comparison import Comparison
+    from lirefs.harness.comparison import Comparison
 
 _ENDS = ("value", "low", "high")
 _ESCAPES = {

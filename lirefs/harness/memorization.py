@@ -81,8 +81,15 @@ def recitation_task(
         TaskError: If a row has none of these fields, is too short, or has ids of another
             tokenizer.
     """
+    return recitation_of_rows(lm, read_jsonl(path)[:limit], path, name)
+
+
+def recitation_of_rows(
+    lm: LanguageModel, rows: Sequence[tuple[int, dict[str, Any]]], path: str | Path, name: str
+) -> Recitation:
+    """A recitation task from rows of a file, each with its line; see `recitation_task`."""
     items = []
-    for line, row in read_jsonl(path)[:limit]:
+    for line, row in rows:
         where = f"{path}, line {line}"
         prefix, suffix = _cut(lm, row, where)
         if not prefix or not suffix:

@@ -206,6 +206,13 @@ def legend_below(axis: Any, columns: int) -> None:
     )
 
 
+def legend_outside(canvas: Canvas, axis: Any, columns: int, side: str) -> None:
+    """One legend for all panels, of what one of them shows, above (`upper`) or below (`lower`)."""
+    handles, names = axis.get_legend_handles_labels()
+    place: Any = f"outside {side} center"
+    canvas.legend(handles, names, fontsize=SMALL, ncols=columns, loc=place, frameon=False)
+
+
 def colour_bar(canvas: Canvas, picture: Any, axes: Any, label: str) -> None:
     """A colour bar beside axes."""
     bar = canvas.colorbar(picture, ax=axes)

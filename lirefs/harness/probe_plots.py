@@ -16,6 +16,7 @@ from lirefs.harness.plots import (
     canvas_of,
     colour_bar,
     legend_below,
+    legend_outside,
     picture_of,
     whole_layers,
 )
@@ -139,10 +140,7 @@ def side_by_side(probes: Mapping[str, Probe]) -> Picture:
     axes[2].set(xlabel="layer", ylim=(-1, 1.05))
     axes[2].set_title("cosine between the two", fontsize=8)
     whole_layers(*axes)
-    handles, names = axes[0].get_legend_handles_labels()
-    canvas.legend(
-        handles, names, fontsize=SMALL, ncols=3, loc="outside lower center", frameon=False
-    )
+    legend_outside(canvas, axes[0], 3, "lower")
     return picture_of(canvas)
 
 

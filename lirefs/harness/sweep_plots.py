@@ -14,6 +14,7 @@ from lirefs.harness.plots import (
     Picture,
     canvas_of,
     legend_below,
+    legend_outside,
     picture_of,
 )
 from lirefs.harness.sweeps import Curves, damage_of, matched, pareto_front
@@ -54,10 +55,7 @@ def scores_against(
     axes[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].xaxis.set_minor_formatter(NullFormatter())
-    handles, names = axes[0].get_legend_handles_labels()
-    canvas.legend(
-        handles, names, fontsize=SMALL, ncols=4, loc="outside upper center", frameon=False
-    )
+    legend_outside(canvas, axes[0], 4, "upper")
     return picture_of(canvas)
 
 
@@ -92,10 +90,7 @@ def strength_effect(
         n = comparison.cell(next(iter(steered.values())), task).value.n
         axis.set_title(f"{task}, n = {n}", fontsize=8)
     axes[0].set_ylabel("share of items")
-    handles, names = axes[0].get_legend_handles_labels()
-    canvas.legend(
-        handles, names, fontsize=SMALL, ncols=2, loc="outside lower center", frameon=False
-    )
+    legend_outside(canvas, axes[0], 2, "lower")
     return picture_of(canvas)
 
 
@@ -149,7 +144,7 @@ def pareto_fronts(
     axis.plot(start, base, "*", color="black", ms=9, ls="none", label="unchanged", zorder=3)
     axis.set_xlabel(labels[0], fontsize=8)
     axis.set_ylabel(labels[1], fontsize=8)
-    canvas.legend(fontsize=7, ncols=2, loc="outside upper center", frameon=False)
+    legend_outside(canvas, axis, 2, "upper")
     return picture_of(canvas)
 
 

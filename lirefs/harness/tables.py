@@ -12,7 +12,7 @@ from lirefs.statistics import Estimate
 
 if TYPE_CHECKING:
     from lirefs.harness.cells import Cell
-from lirefs.harness.comparison import Comparison
+    from lirefs.harness.comparison import Comparison
 
 LEVEL = 0.05
 """A difference is clear where its adjusted p value is below this."""
