@@ -14,7 +14,7 @@ from lirefs.harness.engine import (
     score_continuations,
     token_nlls,
 )
-from lirefs.harness.parsing import Kind, judge
+from lirefs.harness.parsing import Kind, judge, number_at
 from lirefs.models import LanguageModel
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
@@ -278,6 +278,13 @@ class ShortAnswer(ItemTask):
     kind: Kind = "text"
     max_new_tokens: int = 8
     chance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind in ("number", "worked"):
+            for item, _, answers in self.items:
+                if not all(number_at(answer) is not None for answer in answers):
+                    raise TaskError(f"{self.name}: item {item!r} expects {answers}, no numbers")
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
