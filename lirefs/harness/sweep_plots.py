@@ -15,6 +15,7 @@ from lirefs.harness.plots import (
     canvas_of,
     legend_below,
     legend_outside,
+    literal,
     picture_of,
 )
 from lirefs.harness.sweeps import Curves, damage_of, matched, pareto_front
@@ -88,7 +89,7 @@ def strength_effect(
         axis.axvline(0, color="black", lw=0.6, ls=":")
         axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
         n = comparison.cell(next(iter(steered.values())), task).value.n
-        axis.set_title(f"{task}, n = {n}", fontsize=8)
+        axis.set_title(literal(f"{task}, n = {n}"), fontsize=8)
     axes[0].set_ylabel("share of items")
     legend_outside(canvas, axes[0], 2, "lower")
     return picture_of(canvas)
@@ -136,7 +137,8 @@ def pareto_fronts(
         axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)
         style = "-" if index < len(COLOURS) else "--"
         axis.plot(goals, line[:, 0], color=colour, lw=1.2, ls=style)
-        axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=method)
+        label = literal(method)
+        axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=label)
         for name in names:
             face = colour if front[name] else "white"
             axis.plot(damage[name], score[name], marker, color=colour, mfc=face, ms=4.5, mew=1)
@@ -219,5 +221,5 @@ def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
         marker=MARKERS[index % len(MARKERS)],
         ms=3.5,
         lw=1.2,
-        label=label,
+        label=literal(label),
     )
