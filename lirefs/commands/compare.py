@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +15,7 @@ import kfac
 import lirefs
 from lirefs.builtin import language_seed
 from lirefs.commands.compare_jobs import Asked, compare_language_model, compare_organism, console
-from lirefs.commands.options import Device, folder_to_write, indices
+from lirefs.commands.options import Device, file_to_write, folder_to_write, indices
 from lirefs.errors import SettingError
 from lirefs.harness.journal import Journal
 from lirefs.harness.suite import Suite
@@ -70,7 +71,7 @@ def compare(
     out: Annotated[
         Path, typer.Option(help="Folder of the report.", callback=folder_to_write)
     ] = Path("report"),
-    seed: Annotated[int, typer.Option(help="Seed of splits, labels and controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of splits, labels and controls.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"{QUICK} items a task: a trial, no result.")
     ] = False,
@@ -86,12 +87,17 @@ def compare(
     # Everything that can be wrong is looked at before the model is loaded.
     if keep is not None and not 0 < keep <= 1:
         raise kfac.KeepError(f"--keep {keep}: must be in (0, 1]")
+    if strength is not None and not math.isfinite(strength):
+        raise SettingError(f"--strength {strength}: must be finite")
+    if factors is not None and not factors.is_file():
+        file_to_write(factors)
     if data is not None and not data.is_dir():
         raise SettingError(f"--data {data}: is not a folder")
     if data is not None and suite is None and lm_eval is None:
         raise SettingError("--data goes with --suite or --lm-eval")
     own_data = any(one is not None for one in (questions, memorized, factors, data, lm_eval))
-    model = model or (DEFAULT_FOR_OWN_DATA if own_data else DEFAULT)
+    if model is None:
+        model = DEFAULT_FOR_OWN_DATA if own_data else DEFAULT
     taught = language_seed(model)
     if taught is not None and (own_data or suite is Suite.SKILLS):
         raise SettingError("an organism reads its own language only; give another --model")
@@ -117,17 +123,10 @@ def compare(
     if asked.journal.exists() and not resume:
         console.print("starting anew; --resume would go on with the interrupted run", markup=False)
         Journal(asked.journal).clear()
-    try:
-        if taught is None:
-            compare_language_model(asked, question_set)
-        else:
-            compare_organism(asked, Language(taught))
-    except KeyboardInterrupt:
-        console.print(
-            "interrupted; finished activations and factors are kept, and finished items are used "
-            "again by the same command with --resume"
-        )
-        raise typer.Exit(130) from None
+    if taught is None:
+        compare_language_model(asked, question_set)
+    else:
+        compare_organism(asked, Language(taught))
 
 
 def _join_processes(device: str | None) -> str | None:

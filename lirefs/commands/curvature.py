@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +30,7 @@ from lirefs.commands.options import (
 )
 from lirefs.commands.steps import batches_of, load_with_factors, texts_of
 from lirefs.commands.vision import vision
+from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, usual_permissions
 from lirefs.harness import suite
 
@@ -53,7 +55,7 @@ def collect(
     estimators: Annotated[
         str, typer.Option(help="kfac, and any of marginal, diagonal, ekfac (a second pass).")
     ] = "kfac",
-    samples: Annotated[int, typer.Option(help="Sampled labels for each position.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Sampled labels for each position.")] = 1,
     budget: Annotated[
         float | None, typer.Option(help="Memory for sums in GiB; more passes if they do not fit.")
     ] = None,
@@ -63,6 +65,8 @@ def collect(
     wanted = [part.strip() for part in estimators.split(",")]
     for name in wanted:
         one_of(name, "--estimators", ("kfac", "marginal", "diagonal", "ekfac"))
+    if budget is not None and not 0 < budget < math.inf:
+        raise SettingError(f"--budget {budget}: must be above 0 GiB")
     chosen = indices(layers)
     rows = suite.calibration_texts() if texts is None else texts_of(texts)
     lm = lirefs.load(model, device=device)

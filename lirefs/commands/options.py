@@ -6,17 +6,40 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
+import torch
 import typer
 
 from lirefs.errors import SettingError
 
 DEFAULT_MODEL = "smollm2-135m"
 
+
+def known_device(value: str | None) -> str | None:
+    """Callback of an option that names a device.
+
+    Raises:
+        SettingError: There is no such device.
+    """
+    try:
+        kind = torch.device(value or "cpu")
+        if kind.type != "cuda":
+            torch.zeros(1, device=kind)
+        elif not (kind.index or 0) < torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise SettingError(f"--device {value}: there are {count} CUDA devices here")
+    except (RuntimeError, NotImplementedError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise SettingError(f"--device {value!r}: cannot be used ({reason})") from problem
+    return value
+
+
 Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
-Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="Default: cuda where there is one.", callback=known_device)
+]
 FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
 Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
-Seed = Annotated[int, typer.Option(help="Seed of labels, splits and intervals.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits and intervals.")]
 
 Number = TypeVar("Number", int, float)
 

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 
 from lirefs.builtin import language_seed, organism
-from lirefs.commands.options import folder_to_write
+from lirefs.commands.options import folder_to_write, known_device
 from lirefs.errors import ModelLoadError, SettingError
 from lirefs.files import atomic_write_text
 from lirefs.organism.card import ship
@@ -35,9 +35,9 @@ def train(
             help="Folder of the run; an interrupted one goes on.", callback=folder_to_write
         ),
     ],
-    seed: Annotated[int, typer.Option(help="Seed of language, weights and data.")] = 0,
-    tokens: Annotated[int, typer.Option(help="Length of the run.")] = Recipe.tokens,
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of language, weights and data.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the run.")] = Recipe.tokens,
+    device: Annotated[str, typer.Option(help="Where to train.", callback=known_device)] = "cpu",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the loss (needs a C++ compiler).")
     ] = False,
@@ -79,7 +79,7 @@ def texts(
     folder: Annotated[
         str, typer.Option("--model", help="Folder of an organism. Default: the shipped one.")
     ] = "organism",
-    seed: Annotated[int, typer.Option(help="Seed of the training documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training documents.")] = 0,
 ) -> None:
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 

@@ -24,6 +24,7 @@ from lirefs.commands.options import (
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.gguf import to_gguf
+from lirefs.layout import SITES
 from lirefs.operators import OPERATORS
 from lirefs.probe import load_grades
 
@@ -58,10 +59,11 @@ def probe(
     out: Annotated[
         Path, typer.Option(help="Folder of directions, figures, JSON.", callback=folder_to_write)
     ] = Path("probe"),
-    seed: Annotated[int, typer.Option(help="Seed of split and controls.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of split and controls.")] = 0,
 ) -> None:
     """Fit directions, report them with their controls, and write them to a file."""
     one_of(estimator, "--estimator", ESTIMATORS)
+    one_of(site, "--site", SITES)
     if against == model:
         raise SettingError(f"--against {against}: is the model itself")
     asked = lirefs.load_questions("default" if questions is None else questions)

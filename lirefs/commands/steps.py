@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -182,7 +183,7 @@ def tag_figures(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[
             found = by_tag(comparison, task, variant)
             figures.append(
                 report.Figure(
-                    f"{task}-{variant}".replace(" ", "_"),
+                    re.sub("[ /]", "_", f"{task}-{variant}"),
                     f"{task} by class under {variant}",
                     "Change of the score relative to the unchanged model, with 95 % intervals; at "
                     "the right the unchanged score and the number of items.",

@@ -73,7 +73,9 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
     from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     canvas, (axis,) = canvas_of(1, (8.5, 5.6))
-    groups = [g for g in (*GROUPS, CONFLICT) if g in {one.group for one in positions}]
+    present = list(dict.fromkeys(one.group for one in positions))
+    known = [group for group in (*GROUPS, CONFLICT) if group in present]
+    groups = known + [group for group in present if group not in known]
     for index, group in enumerate(groups):
         own = [one for one in positions if one.group == group]
         x, y = ([getattr(one, side) for one in own] for side in ("projection", "flat"))
@@ -82,8 +84,8 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
             [one.value for one in y],
             xerr=_errors(x),
             yerr=_errors(y),
-            fmt=MARKERS[index],
-            color=COLOURS[index],
+            fmt=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
             ms=5,
             lw=0.9,
             label=literal(group),
