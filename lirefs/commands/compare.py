@@ -14,8 +14,8 @@ import typer
 import kfac
 import lirefs
 from lirefs.builtin import language_seed
-from lirefs.commands.compare_jobs import Asked, compare_language_model, compare_organism, console
-from lirefs.commands.options import Device, file_to_write, folder_to_write, indices
+from lirefs.commands.compare_jobs import Asked, compare_language_model, compare_organism
+from lirefs.commands.options import Device, OutFolder, console, file_to_write, indices
 from lirefs.errors import SettingError
 from lirefs.harness.journal import Journal
 from lirefs.harness.suite import Suite
@@ -68,9 +68,7 @@ def compare(
     limit: Annotated[
         int | None, typer.Option(min=1, help="At most this many items a task.")
     ] = None,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the report.", callback=folder_to_write)
-    ] = Path("report"),
+    out: OutFolder = Path("report"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of splits, labels and controls.")] = 0,
     quick: Annotated[
         bool, typer.Option("--quick", help=f"{QUICK} items a task: a trial, no result.")

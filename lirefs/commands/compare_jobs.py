@@ -12,6 +12,7 @@ from rich.table import Table
 
 import kfac
 import lirefs
+from lirefs.commands.options import console
 from lirefs.commands.steps import (
     arithmetic_lines,
     edit_lines,
@@ -31,8 +32,6 @@ from lirefs.organism.language import Language
 from lirefs.studies import main_job, main_job_report
 
 KEEP, STRENGTH = 0.8, 1.0
-
-console = Console(stderr=True, highlight=False)
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from lirefs.commands.options import (
     Keep,
     Model,
     Seed,
+    console,
     file_to_write,
     indices,
     new_folder,
@@ -37,7 +38,6 @@ from lirefs.harness import suite
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
 for command in (vision, bands, detect, relearn):
     app.command()(command)
-console = Console(stderr=True, highlight=False)
 
 
 @app.command()

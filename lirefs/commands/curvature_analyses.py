@@ -22,8 +22,9 @@ from lirefs.commands.options import (
     FactorsFile,
     Keep,
     Model,
+    OutFolder,
     Seed,
-    folder_to_write,
+    console,
     indices,
 )
 from lirefs.commands.steps import batches_of, load_with_factors, texts_of
@@ -34,7 +35,6 @@ from lirefs.statistics import areas
 
 CLASSES = {"clean": 0, "memorized": 1}
 
-console = Console(stderr=True, highlight=False)
 
 Memorized = Annotated[
     Path | None, typer.Option(help="Memorized texts (JSON Lines); default: the project's own.")
@@ -43,9 +43,7 @@ Memorized = Annotated[
 
 def bands(
     factors: FactorsFile,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the figure and the numbers.", callback=folder_to_write)
-    ],
+    out: OutFolder,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     memorized: Memorized = None,
@@ -89,9 +87,7 @@ def bands(
 
 def detect(
     factors: FactorsFile,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the scores and the figure.", callback=folder_to_write)
-    ],
+    out: OutFolder,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     texts: Annotated[
@@ -160,9 +156,7 @@ def detect(
 
 def relearn(
     factors: FactorsFile,
-    out: Annotated[
-        Path, typer.Option(help="Folder of the figure and the numbers.", callback=folder_to_write)
-    ],
+    out: OutFolder,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     keep: Keep = 0.8,

@@ -6,18 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import lirefs
-from lirefs.commands.options import DEFAULT_MODEL, Device, Model, file_to_write
+from lirefs.commands.options import DEFAULT_MODEL, Device, Model, console, file_to_write
 from lirefs.errors import DataFileError
 from lirefs.files import read_jsonl
 from lirefs.harness.engine import BATCH_TOKENS
 
 COPIED = 0.5
 """Windows are called predictable from this share of foreseeable 4-grams on."""
-
-console = Console(stderr=True, highlight=False)
 
 
 def mine(

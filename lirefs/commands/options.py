@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, TypeVar
 
 import torch
 import typer
+from rich.console import Console
 
 from lirefs.errors import SettingError
 
 DEFAULT_MODEL = "smollm2-135m"
+
+console = Console(stderr=True, highlight=False)
+"""Where commands say what they do; results go to the standard output."""
 
 
 def known_device(value: str | None) -> str | None:
@@ -31,17 +36,6 @@ def known_device(value: str | None) -> str | None:
         reason = str(problem).splitlines()[0]
         raise SettingError(f"--device {value!r}: cannot be used ({reason})") from problem
     return value
-
-
-Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
-Device = Annotated[
-    str | None, typer.Option(help="Default: cuda where there is one.", callback=known_device)
-]
-FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
-Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits and intervals.")]
-
-Number = TypeVar("Number", int, float)
 
 
 def folder_to_write(value: Path | None) -> Path | None:
@@ -80,6 +74,21 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
+Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
+Device = Annotated[
+    str | None, typer.Option(help="Default: cuda where there is one.", callback=known_device)
+]
+FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
+Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits and intervals.")]
+OutFolder = Annotated[
+    Path,
+    typer.Option(help="Folder of the report, tables and figures.", callback=folder_to_write),
+]
+
+Number = TypeVar("Number", int, float)
+
+
 def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
     """Numbers of an option, separated by commas.
 
@@ -98,12 +107,11 @@ def indices(text: str | None, option: str = "--layers") -> list[int] | None:
     return None if text is None else sorted(set(numbers(text, option, int)))
 
 
-def one_of(name: str, option: str, known: Any) -> str:
-    """A name of an option, among those that are known.
+def one_of(name: str, option: str, known: Collection[str]) -> None:
+    """Check a name of an option against those that are known.
 
     Raises:
         SettingError: It is none of them.
     """
     if name not in known:
         raise SettingError(f"{option} {name!r}: expected one of {', '.join(known)}")
-    return name

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
-from lirefs.commands.options import folder_to_write
+from lirefs.commands.options import console, folder_to_write
 from lirefs.harness.comparison import Comparison
-
-console = Console(stderr=True, highlight=False)
 
 
 def report(

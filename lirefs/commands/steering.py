@@ -16,8 +16,9 @@ from lirefs.commands.options import (
     DEFAULT_MODEL,
     Device,
     Model,
+    OutFolder,
+    console,
     file_to_write,
-    folder_to_write,
     numbers,
     one_of,
 )
@@ -38,8 +39,6 @@ ESTIMATORS = {
 DirectionsFile = Annotated[Path, typer.Argument(help="Directions, as `lirefs probe` writes them.")]
 Layer = Annotated[int | None, typer.Option(help="Layer of the direction; default: the best one.")]
 
-console = Console(stderr=True, highlight=False)
-
 
 def probe(
     model: Model = DEFAULT_MODEL,
@@ -56,9 +55,7 @@ def probe(
         str | None, typer.Option(help="Another model (base, say) to probe beside this one.")
     ] = None,
     shuffles: Annotated[int, typer.Option(min=1, help="Repetitions of the controls.")] = 100,
-    out: Annotated[
-        Path, typer.Option(help="Folder of directions, figures, JSON.", callback=folder_to_write)
-    ] = Path("probe"),
+    out: OutFolder = Path("probe"),
     seed: Annotated[int, typer.Option(min=0, help="Seed of split and controls.")] = 0,
 ) -> None:
     """Fit directions, report them with their controls, and write them to a file."""

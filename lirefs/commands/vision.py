@@ -9,9 +9,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from lirefs.commands.options import folder_to_write, indices, numbers
+from lirefs.commands.options import OutFolder, console, indices, numbers
 from lirefs.studies.vision.data import load_images
 from lirefs.studies.vision.edits import Setting
 from lirefs.studies.vision.report import findings, save, table
@@ -19,13 +18,10 @@ from lirefs.studies.vision.study import PAPER_KEEP, run
 from lirefs.studies.vision.training import SHIPPED, Recipe
 
 SMALL = 2**18
-console = Console(stderr=True, highlight=False)
 
 
 def vision(
-    out: Annotated[
-        Path, typer.Option(help="Folder of the report.", callback=folder_to_write)
-    ] = Path("vision-report"),
+    out: OutFolder = Path("vision-report"),
     images: Annotated[
         str,
         typer.Option(help="digits, a folder of one folder for each class, or a datasets set."),
