@@ -38,8 +38,9 @@ def test_flips_hold_both_texts_and_the_direction():
 
 @pytest.mark.parametrize(("task", "variant"), [("fact", "edit"), ("facts", "edits")])
 def test_an_unknown_task_or_variant_is_named(task, variant):
-    with pytest.raises(TaskError, match="the comparison has no"):
-        by_tag(comparison([1], [0]), task, variant)
+    for analysis in (by_tag, flips):
+        with pytest.raises(TaskError, match="the comparison has no"):
+            analysis(comparison([1], [0]), task, variant)
 
 
 IDS = ["rare/1", "rare/2", "mid/x/1", "mid/x/2", "common/1", "common/2"]
