@@ -14,9 +14,8 @@ from pathlib import Path
 import kfac
 import lirefs
 from lirefs.files import atomic_write_bytes, read_jsonl
-from lirefs.harness.analyses import by_tag
+from lirefs.harness.analyses import by_tag, flips
 from lirefs.harness.analysis_plots import tag_bars
-from lirefs.harness.flips import flips
 from lirefs.organism.language import Language
 from lirefs.organism.suite import training_texts
 

@@ -18,12 +18,12 @@ from lirefs.estimators import (
 from lirefs.harness.comparison import Comparison
 from lirefs.harness.lm_evaluation import lm_eval_model, lm_eval_tasks
 from lirefs.harness.lm_evaluation_export import write_lm_eval_task
-from lirefs.harness.memorization import StressTest, recitation_task
+from lirefs.harness.memorization import Recitation, StressTest, recitation_task
 from lirefs.harness.mining import mine
 from lirefs.harness.rank_agreement import ndcg_task
 from lirefs.harness.running import compare
 from lirefs.harness.suite import calibration_texts, default_tasks
-from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
+from lirefs.harness.tasks import MultipleChoice, Perplexity, ShortAnswer
 from lirefs.intervention import Intervention, Steer, compose
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel, load, wrap

@@ -9,26 +9,38 @@ from rich.console import Console
 
 import kfac
 import lirefs
-from lirefs.commands import compare, curvature, mine, organism, report, steering
+from lirefs.commands import curvature, organism
+from lirefs.commands.compare import compare
+from lirefs.commands.mine import mine
+from lirefs.commands.report import report
+from lirefs.commands.steering import export, probe, steer
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-compare.register(app)
+for command in (compare, probe, steer, export, mine, report):
+    app.command()(command)
 app.add_typer(organism.app, name="organism")
-steering.register(app)
-mine.register(app)
-report.register(app)
 app.add_typer(curvature.app, name="curvature")
 console = Console(stderr=True, highlight=False)
+INTERRUPTED = 130  # as typer ends after Ctrl-C
 
 
 def main() -> None:
-    """Run the command line; errors of ours end in one line and exit code 2."""
+    """Run the command line; errors end in one line and exit code 2, an interruption in 130."""
     try:
         app(standalone_mode=True)
-    except (lirefs.LirefsError, kfac.KfacError) as error:
+    except (lirefs.LirefsError, kfac.KfacError, OSError) as error:
         message = " ".join(str(error).split())
         console.print(f"{type(error).__name__}: {message}", markup=False, soft_wrap=True)
         sys.exit(2)
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            console.print(
+                "interrupted; what is finished is kept where the command says so, and used again "
+                "by the same command (lirefs compare: with --resume)",
+                markup=False,
+                soft_wrap=True,
+            )
+        raise
 
 
 @app.callback()

@@ -46,7 +46,9 @@ def wilson(successes: int, n: int, z: float = 1.959964) -> Estimate:
     share = successes / n
     centre = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return Estimate(share, max(0.0, float(centre - half)), min(1.0, float(centre + half)), n)
+    # Rounding must not put a limit on the wrong side of the share, or beyond 0 and 1.
+    low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return Estimate(share, min(low, share), max(high, share), n)
 
 
 def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> Floats:

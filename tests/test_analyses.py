@@ -4,10 +4,9 @@ import numpy as np
 import pytest
 
 from lirefs.errors import TaskError
-from lirefs.harness.analyses import by_tag
+from lirefs.harness.analyses import by_tag, flips
 from lirefs.harness.analysis_plots import TaskPosition, tag_bars, two_sided_spectrum
 from lirefs.harness.comparison import Comparison, TaskInfo
-from lirefs.harness.flips import flips
 from lirefs.harness.tasks import ItemResult
 from lirefs.paired import difference_of_shares, ratio_of_shares
 from lirefs.statistics import Estimate, permutation_p
@@ -39,8 +38,9 @@ def test_flips_hold_both_texts_and_the_direction():
 
 @pytest.mark.parametrize(("task", "variant"), [("fact", "edit"), ("facts", "edits")])
 def test_an_unknown_task_or_variant_is_named(task, variant):
-    with pytest.raises(TaskError, match="the comparison has no"):
-        by_tag(comparison([1], [0]), task, variant)
+    for analysis in (by_tag, flips):
+        with pytest.raises(TaskError, match="the comparison has no"):
+            analysis(comparison([1], [0]), task, variant)
 
 
 IDS = ["rare/1", "rare/2", "mid/x/1", "mid/x/2", "common/1", "common/2"]

@@ -4,8 +4,8 @@ import torch
 from skill_rows import rows_of, write
 
 from lirefs import ShortAnswer
-from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.skills import skill_tasks
+from lirefs.harness.tasks import FilledBlank
 
 
 def test_a_blank_is_scored_by_the_text_after_it_alone(lm):

@@ -10,7 +10,7 @@ from tiny import fresh_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kfac
-from lirefs.commands import curvature
+from lirefs.commands import steps
 from lirefs.harness import suite
 
 PNG = b"\x89PNG"
@@ -65,7 +65,7 @@ def test_an_interrupted_collection_goes_on_in_both_passes(made, factors, tmp_pat
     out = tmp_path / "f.safetensors"
     arguments = ["--model", made / "model", "--texts", made / "texts.jsonl", "--layers", "0,1"]
     arguments += ["--estimators", "kfac,ekfac", "--out", out]
-    monkeypatch.setattr(curvature, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(steps, "BATCH_TOKENS", 64)
     add, calls = kfac.ekfac._CorrectionSums.add_gradient, []
 
     def counted(*call):

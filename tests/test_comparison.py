@@ -8,9 +8,9 @@ import torch
 from lirefs import Direction, MultipleChoice, Perplexity, Recitation, ShortAnswer, compare
 from lirefs.errors import InterventionError, TaskError
 from lirefs.harness import tables
+from lirefs.harness.analyses import flips
 from lirefs.harness.comparison import Comparison, TaskInfo
 from lirefs.harness.engine import greedy
-from lirefs.harness.flips import flips
 from lirefs.harness.tasks import ItemResult
 from lirefs.significance import detectable_difference
 

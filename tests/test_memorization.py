@@ -11,9 +11,13 @@ from lirefs import Direction, StressTest, ndcg_task, recitation_task, wrap
 from lirefs.builtin import SMOLLM2_SHA256
 from lirefs.errors import TaskError
 from lirefs.files import cache_dir, read_jsonl
-from lirefs.harness.memorization import suffix_start
+from lirefs.harness.memorization import (
+    levenshtein,
+    matching_tokens,
+    recitation_scores,
+    suffix_start,
+)
 from lirefs.harness.rank_agreement import RankAgreement, ndcg
-from lirefs.harness.recall import levenshtein, matching_tokens, recitation_scores
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 # Of the user's cache: a test has one of its own.

@@ -11,8 +11,8 @@ from made_up import NASTY, SHARED, made_up
 
 from lirefs.errors import ResultsFileError
 from lirefs.harness import exports, page, plots, report, retained_plots, tables
+from lirefs.harness.analyses import flips
 from lirefs.harness.comparison import Comparison
-from lirefs.harness.flips import flips
 from lirefs.harness.plots import Picture
 from lirefs.harness.tasks import CONFLICT
 

@@ -10,7 +10,7 @@ import pytest
 from made_up import NASTY, SHARED, made_up
 
 from lirefs.harness import page
-from lirefs.harness.flips import flips
+from lirefs.harness.analyses import flips
 from lirefs.harness.plots import Picture
 from lirefs.harness.report import Figure
 

@@ -7,9 +7,9 @@ from skill_rows import N, bbh, letters, rows_of, write
 
 from lirefs.errors import DataFileError, SettingError, TaskError
 from lirefs.harness import sources
-from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.skill_table import SKILLS
 from lirefs.harness.skills import skill_tasks
+from lirefs.harness.tasks import FilledBlank
 
 pytestmark = pytest.mark.usefixtures("asked_of_the_hub")
 

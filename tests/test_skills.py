@@ -8,10 +8,9 @@ from skill_rows import N, lettered_options, rows_of, write
 from lirefs import MultipleChoice, Recitation, ShortAnswer
 from lirefs.errors import TaskError
 from lirefs.harness import skill_table, worked_examples
-from lirefs.harness.blanks import FilledBlank
 from lirefs.harness.skill_table import SKILLS
 from lirefs.harness.skills import skill_tasks
-from lirefs.harness.tasks import GROUPS
+from lirefs.harness.tasks import GROUPS, FilledBlank
 
 pytestmark = pytest.mark.usefixtures("asked_of_the_hub")
 REAL = Path(__file__).parents[2] / "shared" / "data"
@@ -236,7 +235,9 @@ def test_windows_go_by_ids_only_where_these_are_of_the_tokenizer(lm, tmp_path):
     foreign = row | {"prefix_ids": [99_999, *ids[1:12]]}
     wrong = row | {"prefix_ids": ids[:12][::-1]}
     stamped = row | {"tokenizer": "another"}
-    for other in (foreign, wrong, stamped):
+    strange = row | {"prefix_ids": ["a", None]}
+    negative = row | {"prefix_ids": [-1]}
+    for other in (foreign, wrong, stamped, strange, negative):
         write(tmp_path, "memorized_windows*", [other])
         (task,), _ = skill_tasks(lm, tmp_path, ["memorized_windows"])
         assert task.name == "memorized_windows (texts)"
@@ -245,8 +246,12 @@ def test_windows_go_by_ids_only_where_these_are_of_the_tokenizer(lm, tmp_path):
     (task,), _ = skill_tasks(lm, tmp_path, ["memorized_windows"])
     assert task.name == "memorized_windows (ids)"
     assert list(task.items[0][1:]) == [ids[:12], ids[12:]]
-    write(tmp_path, "memorized_windows*", [{"prefix_ids": [99_999], "suffix_ids": [1]}])
     (tmp_path / "memorized_windows_z.jsonl").unlink()
+    short = {"prefix_text": "", "suffix_text": "a"}
+    write(tmp_path, "memorized_windows*", [foreign, foreign | short])
+    with pytest.raises(TaskError, match=r"memorized_windows.*jsonl, line 2: too short"):
+        skill_tasks(lm, tmp_path, ["memorized_windows"])
+    write(tmp_path, "memorized_windows*", [{"prefix_ids": [99_999], "suffix_ids": [1]}])
     with pytest.raises(TaskError, match="line 1: its ids are not of this tokenizer"):
         skill_tasks(lm, tmp_path, ["memorized_windows"])
 

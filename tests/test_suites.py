@@ -6,7 +6,7 @@ from skill_rows import write
 from lirefs import load_questions
 from lirefs.harness.memorization import StressTest
 from lirefs.harness.rank_agreement import RankAgreement
-from lirefs.harness.suites import Suite, suite_tasks
+from lirefs.harness.suite import Suite, suite_tasks
 from lirefs.questions import Question
 
 

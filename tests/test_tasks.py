@@ -80,6 +80,10 @@ def test_named_errors(lm, tmp_path):
             make("empty", [])
     with pytest.raises(TaskError, match="no option 2"):
         MultipleChoice("m", [("a", "p", ["x", "y"], 2)])
+    for kind in ("number", "worked"):
+        assert ShortAnswer("s", [("a", "p", ["1,000", "-7"])], kind=kind)
+        with pytest.raises(TaskError, match=r"'a' expects .*, no numbers"):
+            ShortAnswer("s", [("a", "p", ["7", "seven"])], kind=kind)
     with pytest.raises(TaskError, match="empty prefix"):
         Recitation("r", [("a", [], [1])])
     with pytest.raises(TaskError, match="fewer than two tokens"):

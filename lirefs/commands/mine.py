@@ -6,22 +6,15 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 import lirefs
-from lirefs.errors import DataFileError, SettingError
+from lirefs.commands.options import DEFAULT_MODEL, Device, Model, console, file_to_write
+from lirefs.errors import DataFileError
 from lirefs.files import read_jsonl
 from lirefs.harness.engine import BATCH_TOKENS
 
 COPIED = 0.5
 """Windows are called predictable from this share of foreseeable 4-grams on."""
-
-console = Console(stderr=True, highlight=False)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the command line."""
-    app.command()(mine)
 
 
 def mine(
@@ -29,13 +22,12 @@ def mine(
         list[Path],
         typer.Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
     ],
-    model: Annotated[
-        str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")
-    ] = "smollm2-135m",
-    device: Annotated[str | None, typer.Option(help="Default: cuda where there is one.")] = None,
-    out: Annotated[Path, typer.Option(help="JSON Lines for `lirefs compare --memorized`.")] = Path(
-        "mined.jsonl"
-    ),
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
+    ] = Path("mined.jsonl"),
     prefix_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 64,
     suffix_tokens: Annotated[int, typer.Option(min=1, help="Length of what is recited.")] = 48,
     stride: Annotated[
@@ -50,8 +42,6 @@ def mine(
 
     An interrupted run goes on with the same command: what is finished is in OUT.partial.
     """
-    if out.is_dir():
-        raise SettingError(f"--out {out}: is a folder")
     texts = read_texts(corpus)
     lm = lirefs.load(model, device=device)
     journal = Path(f"{out}.partial")

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lirefs.builtin import language_seed, organism
+from lirefs.commands.options import folder_to_write, known_device
 from lirefs.errors import ModelLoadError, SettingError
 from lirefs.files import atomic_write_text
 from lirefs.organism.card import ship
@@ -28,10 +29,15 @@ app = typer.Typer(no_args_is_help=True, help="The model organism: train one, sco
 
 @app.command()
 def train(
-    out: Annotated[Path, typer.Argument(help="Folder of the run; an interrupted one goes on.")],
-    seed: Annotated[int, typer.Option(help="Seed of language, weights and data.")] = 0,
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the run; an interrupted one goes on.", callback=folder_to_write
+        ),
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of language, weights and data.")] = 0,
     tokens: Annotated[int, typer.Option(min=1, help="Length of the run.")] = Recipe.tokens,
-    device: Annotated[str, typer.Option(help="Where to train.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to train.", callback=known_device)] = "cpu",
     compiled: Annotated[
         bool, typer.Option("--compile", help="Compile the loss (needs a C++ compiler).")
     ] = False,
@@ -40,8 +46,6 @@ def train(
 
     `OUT/log.jsonl` has loss and validation scores of every million tokens.
     """
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"{out}: exists and is not a folder")
     recipe = Recipe(tokens=tokens)
     model = train_organism(out, seed, recipe, device, compiled=compiled)
     tokenizer = build_tokenizer()
@@ -71,11 +75,11 @@ def scores_command(
 
 @app.command()
 def texts(
-    out: Annotated[Path, typer.Argument(help="Folder for the files.")],
+    out: Annotated[Path, typer.Argument(help="Folder for the files.", callback=folder_to_write)],
     folder: Annotated[
         str, typer.Option("--model", help="Folder of an organism. Default: the shipped one.")
     ] = "organism",
-    seed: Annotated[int, typer.Option(help="Seed of the training documents.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training documents.")] = 0,
 ) -> None:
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 
@@ -83,8 +87,6 @@ def texts(
     and `stories.jsonl` are of the test split; `labelled.jsonl` has planted sequences as memorized
     and never-seen ones of the same make as clean.
     """
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"{out}: exists and is not a folder")
     language = Language(_taught(folder))
     planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))
     suffix = {"suffix_tokens": len(planted[0].split()) - 1 - PREFIX_WORDS}

@@ -12,9 +12,20 @@ from rich.table import Table
 
 import lirefs
 from lirefs import estimators, geometry
+from lirefs.commands.options import (
+    DEFAULT_MODEL,
+    Device,
+    Model,
+    OutFolder,
+    console,
+    file_to_write,
+    numbers,
+    one_of,
+)
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.gguf import to_gguf
+from lirefs.layout import SITES
 from lirefs.operators import OPERATORS
 from lirefs.probe import load_grades
 
@@ -25,20 +36,8 @@ ESTIMATORS = {
     "pca": estimators.PCADirection,
     "ridge": estimators.RidgeDirection,
 }
-DEFAULT_MODEL = "smollm2-135m"
-
-Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
-Device = Annotated[str | None, typer.Option(help="Default: cuda where there is one.")]
 DirectionsFile = Annotated[Path, typer.Argument(help="Directions, as `lirefs probe` writes them.")]
 Layer = Annotated[int | None, typer.Option(help="Layer of the direction; default: the best one.")]
-
-console = Console(stderr=True, highlight=False)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the commands to the command line."""
-    for command in (probe, steer, export):
-        app.command()(command)
 
 
 def probe(
@@ -56,14 +55,12 @@ def probe(
         str | None, typer.Option(help="Another model (base, say) to probe beside this one.")
     ] = None,
     shuffles: Annotated[int, typer.Option(min=1, help="Repetitions of the controls.")] = 100,
-    out: Annotated[Path, typer.Option(help="Folder of directions, figures, JSON.")] = Path("probe"),
-    seed: Annotated[int, typer.Option(help="Seed of split and controls.")] = 0,
+    out: OutFolder = Path("probe"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of split and controls.")] = 0,
 ) -> None:
     """Fit directions, report them with their controls, and write them to a file."""
-    if estimator not in ESTIMATORS:
-        raise SettingError(f"--estimator {estimator!r}: one of {', '.join(ESTIMATORS)}")
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {out}: exists and is not a folder")
+    one_of(estimator, "--estimator", ESTIMATORS)
+    one_of(site, "--site", SITES)
     if against == model:
         raise SettingError(f"--against {against}: is the model itself")
     asked = lirefs.load_questions("default" if questions is None else questions)
@@ -140,9 +137,8 @@ def steer(
     tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
 ) -> None:
     """Continue a prompt, unsteered and steered, side by side."""
-    values = _numbers(strengths)
-    if operator not in OPERATORS:
-        raise SettingError(f"--operator {operator!r}: one of {', '.join(OPERATORS)}")
+    values = numbers(strengths, "--strengths", float)
+    one_of(operator, "--operator", OPERATORS)
     lm = lirefs.load(model, device=device)
     chosen = _direction(directions, layer, lm)
     steerings = [chosen.steer(operator, value) for value in values]  # all, before any text
@@ -158,7 +154,7 @@ def steer(
 
 def export(
     directions: DirectionsFile,
-    out: Annotated[Path, typer.Argument(help="The .gguf file to write.")],
+    out: Annotated[Path, typer.Argument(help="The .gguf file to write.", callback=file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     layer: Layer = None,
@@ -180,10 +176,3 @@ def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> liref
     if len(places) != 1:
         raise SettingError(f"--layer {wanted}: {has}")
     return found[places[0]]
-
-
-def _numbers(text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",")]
-    except ValueError:
-        raise SettingError(f"--strengths {text!r}: expected numbers such as -1,0.5,1") from None

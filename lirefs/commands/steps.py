@@ -1,17 +1,21 @@
-"""Steps of the main job that commands share: factors, sentences, figures."""
+"""Steps that commands share: batches, factors, sentences, figures."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 import kfac
 import lirefs
+from lirefs.batching import batches_by_tokens
 from lirefs.errors import SettingError
+from lirefs.files import read_jsonl
 from lirefs.harness import plots, report
 from lirefs.harness.analyses import by_tag
 from lirefs.harness.analysis_plots import tag_bars
@@ -24,20 +28,6 @@ BATCH_TOKENS = 1024
 _log = logging.getLogger(__name__)
 
 
-def indices(text: str | None, option: str = "--layers") -> list[int] | None:
-    """Numbers of an option, ascending; None where it was not given.
-
-    Raises:
-        SettingError: They are no numbers.
-    """
-    if text is None:
-        return None
-    try:
-        return sorted({int(part) for part in text.split(",")})
-    except ValueError:
-        raise SettingError(f"{option} {text!r}: expected numbers such as 20,21,22") from None
-
-
 def edited_layers(lm: lirefs.LanguageModel, wanted: list[int] | None) -> list[int]:
     """Three layers from two thirds of the depth on, near the paper's 23-25 of 32."""
     if wanted is None:
@@ -47,6 +37,15 @@ def edited_layers(lm: lirefs.LanguageModel, wanted: list[int] | None) -> list[in
     if wrong:
         raise SettingError(f"--layers: {wrong[0]} does not exist; the model has {lm.n_layers}")
     return wanted
+
+
+def batches_of(
+    lm: lirefs.LanguageModel, ids: Sequence[Sequence[int]]
+) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
+    """Return the order in which texts come, and right-padded batches of their token ids."""
+    groups = batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
+    batches = [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
+    return [row for rows in groups for row in rows], batches
 
 
 def factors_of(
@@ -70,14 +69,30 @@ def factors_of(
             return kfac.Factors.load(path, model=lm.model)
         except kfac.FactorsFileError:
             _log.warning("%s: damaged, made again", path)
-    batches = [
-        lm.pad([ids[row] for row in rows], side="right")
-        for rows in lirefs.batching.batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
-    ]
+    _, batches = batches_of(lm, ids)
     provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
     collected = kfac.collect(lm.model, batches, targets, seed=seed, provenance=provenance)
     collected.save(path)
     return collected
+
+
+def load_with_factors(
+    model: str, device: str | None, factors: Path
+) -> tuple[lirefs.LanguageModel, kfac.Factors]:
+    """Read the factors before the model, which takes longer, and check that they fit."""
+    known = kfac.Factors.load(factors)
+    lm = lirefs.load(model, device=device)
+    known.check(lm.model)
+    return lm, known
+
+
+def texts_of(path: Path) -> list[str]:
+    """Texts of a JSON Lines file, each row with a `text`."""
+    rows = read_jsonl(path)
+    for line, row in rows:
+        if not isinstance(row.get("text"), str) or not row["text"]:
+            raise SettingError(f"{path}, line {line}: needs a `text` that is not empty")
+    return [str(row["text"]) for _, row in rows]
 
 
 def probe_lines(probe: Probe) -> list[str]:
@@ -168,7 +183,7 @@ def tag_figures(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[
             found = by_tag(comparison, task, variant)
             figures.append(
                 report.Figure(
-                    f"{task}-{variant}".replace(" ", "_"),
+                    re.sub("[ /]", "_", f"{task}-{variant}"),
                     f"{task} by class under {variant}",
                     "Change of the score relative to the unchanged model, with 95 % intervals; at "
                     "the right the unchanged score and the number of items.",

@@ -9,9 +9,8 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 
-from lirefs.errors import SettingError
+from lirefs.commands.options import OutFolder, console, indices, numbers
 from lirefs.studies.vision.data import load_images
 from lirefs.studies.vision.edits import Setting
 from lirefs.studies.vision.report import findings, save, table
@@ -19,26 +18,25 @@ from lirefs.studies.vision.study import PAPER_KEEP, run
 from lirefs.studies.vision.training import SHIPPED, Recipe
 
 SMALL = 2**18
-console = Console(stderr=True, highlight=False)
 
 
 def vision(
-    out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("vision-report"),
+    out: OutFolder = Path("vision-report"),
     images: Annotated[
         str,
         typer.Option(help="digits, a folder of one folder for each class, or a datasets set."),
     ] = "digits",
     side: Annotated[
-        int | None, typer.Option(help="Pixels on a side. Default: 8 for digits, else 32.")
+        int | None, typer.Option(min=1, help="Pixels on a side. Default: 8 for digits, else 32.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(help="Use at most this many images.")] = None,
-    seeds: Annotated[int, typer.Option(help="Networks: splits, noise and weights.")] = 5,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Networks: splits, noise and weights.")] = 5,
     noise: Annotated[float, typer.Option(help="Share of wrong labels.")] = Recipe.noise,
-    epochs: Annotated[int, typer.Option(help="Length of the training.")] = Recipe.epochs,
-    depth: Annotated[int, typer.Option(help="Blocks of the network.")] = Recipe.blocks,
-    width: Annotated[int, typer.Option(help="Width of the network.")] = Recipe.width,
-    mlp: Annotated[int, typer.Option(help="Hidden units of its MLPs.")] = Recipe.mlp,
-    patch: Annotated[int, typer.Option(help="Pixels on a side of a patch.")] = Recipe.patch,
+    epochs: Annotated[int, typer.Option(min=1, help="Length of the training.")] = Recipe.epochs,
+    depth: Annotated[int, typer.Option(min=1, help="Blocks of the network.")] = Recipe.blocks,
+    width: Annotated[int, typer.Option(min=1, help="Width of the network.")] = Recipe.width,
+    mlp: Annotated[int, typer.Option(min=1, help="Hidden units of its MLPs.")] = Recipe.mlp,
+    patch: Annotated[int, typer.Option(min=1, help="Pixels on a side of a patch.")] = Recipe.patch,
     weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = Recipe.weight_decay,
     shift: Annotated[float, typer.Option(help="Augmentation: pixels.")] = Recipe.shift,
     grain: Annotated[float, typer.Option(help="Augmentation: noise.")] = Recipe.grain,
@@ -62,8 +60,6 @@ def vision(
     With the default settings the trained networks come with the package. Others are trained and
     kept in OUT/models; an interrupted training goes on.
     """
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"--out {out}: exists and is not a folder")
     recipe = Recipe(
         blocks=depth,
         width=width,
@@ -85,9 +81,9 @@ def vision(
         out / "models",
         seeds=seeds,
         tokens=tokens,
-        blocks=None if blocks is None else [int(one) for one in _numbers("--blocks", blocks)],
+        blocks=indices(blocks, "--blocks"),
         fixed=Setting(projections, keep),
-        decays=_numbers("--decays", decays),
+        decays=numbers(decays, "--decays", float) if decays.strip() else [],
         shipped=None if retrain else SHIPPED,
         progress=sys.stderr.isatty(),
     )
@@ -97,10 +93,3 @@ def vision(
     for line in (*table(found), *findings(found)):
         typer.echo(line)
     console.print(f"report: {page}", markup=False, soft_wrap=True)
-
-
-def _numbers(option: str, text: str) -> list[float]:
-    try:
-        return [float(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise SettingError(f"{option} {text!r}: expected numbers such as 0,1") from None

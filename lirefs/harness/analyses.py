@@ -1,4 +1,4 @@
-"""What lies behind a score: which kinds of items changed."""
+"""What lies behind a score: which items changed, and which kinds of items."""
 
 from __future__ import annotations
 
@@ -12,6 +12,50 @@ from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.tasks import ItemResult
 from lirefs.paired import paired_difference, paired_ratio
 from lirefs.statistics import Estimate, correlation, permutation_p, resample_counts
+
+
+@dataclass(frozen=True)
+class Flip:
+    """One item that is right on one side and wrong on the other.
+
+    Attributes:
+        id: Name of the item.
+        prompt: What was asked.
+        expected: What counts as right.
+        before: What the unchanged model gave.
+        after: What the variant gave.
+        gained: Whether the variant is the one that is right.
+    """
+
+    id: str
+    prompt: str
+    expected: str
+    before: str
+    after: str
+    gained: bool
+
+
+def flips(comparison: Comparison, task: str, variant: str) -> list[Flip]:
+    """Items of a task on which a variant and the unchanged model differ, in their order.
+
+    Args:
+        comparison: What was found.
+        task: Name of a task. One whose metric is not 0 or 1 for each item has no flips.
+        variant: Name of a variant.
+
+    Raises:
+        TaskError: If the task or variant does not exist.
+    """
+    found = _pairs(comparison, task, variant)
+    metric = comparison.tasks[task].metric
+    pairs = [(a, b, a.scores.get(metric), b.scores.get(metric)) for a, b in found]
+    if not {score for *_, first, second in pairs for score in (first, second)} <= {0.0, 1.0}:
+        return []
+    return [
+        Flip(one.id, one.prompt, one.expected, one.output, other.output, second == 1.0)
+        for one, other, first, second in pairs
+        if first != second
+    ]
 
 
 @dataclass(frozen=True)

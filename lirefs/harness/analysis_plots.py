@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lirefs.harness.analyses import TagChanges
-from lirefs.harness.plots import COLOURS, Picture, canvas_of, picture_of
+from lirefs.harness.plots import COLOURS, Picture, canvas_of, literal, picture_of
 from lirefs.harness.tasks import CONFLICT, GROUPS
 from lirefs.statistics import Estimate
 
@@ -57,14 +57,14 @@ def tag_bars(found: TagChanges) -> Picture:
         axis.barh(row, value, 0.7, color=COLOURS[1] if value < 0 else COLOURS[2])
         axis.errorbar(value, row, xerr=errors, fmt="none", ecolor="black", lw=0.9, capsize=2)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(rows, [one.tag for one in found.tags])
+    axis.set_yticks(rows, [literal(one.tag) for one in found.tags])
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.set(xlabel="change of the score, % of the unchanged model's")
     axis.set_xlim(low - margin, high + 5.5 * margin)
     title = f"{found.task} under {found.variant}; right: unchanged score"
     if found.spearman is not None:
         title += f"\nSpearman of change and order {found.spearman:.2f}, p = {found.p_value:.3f}"
-    axis.set_title(title, fontsize=9)
+    axis.set_title(literal(title), fontsize=9)
     return picture_of(canvas)
 
 
@@ -73,7 +73,9 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
     from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     canvas, (axis,) = canvas_of(1, (8.5, 5.6))
-    groups = [g for g in (*GROUPS, CONFLICT) if g in {one.group for one in positions}]
+    present = list(dict.fromkeys(one.group for one in positions))
+    known = [group for group in (*GROUPS, CONFLICT) if group in present]
+    groups = known + [group for group in present if group not in known]
     for index, group in enumerate(groups):
         own = [one for one in positions if one.group == group]
         x, y = ([getattr(one, side) for one in own] for side in ("projection", "flat"))
@@ -82,11 +84,11 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
             [one.value for one in y],
             xerr=_errors(x),
             yerr=_errors(y),
-            fmt=MARKERS[index],
-            color=COLOURS[index],
+            fmt=MARKERS[index % len(MARKERS)],
+            color=COLOURS[index % len(COLOURS)],
             ms=5,
             lw=0.9,
-            label=group,
+            label=literal(group),
         )
     for at, word in ((-0.5, "memory"), (0.5, "reasoning")):
         axis.axvline(at, color="black", lw=0.6, ls=":")
@@ -110,7 +112,7 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
         xlabel="projection of the last prompt token on the LiReF, in class distances",
         ylabel="share of input energy in flat directions (log scale)",
     )
-    axis.set_title(title, fontsize=9, pad=24)
+    axis.set_title(literal(title), fontsize=9, pad=24)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     _label(canvas, axis, positions)
     return picture_of(canvas)
@@ -132,7 +134,7 @@ def _label(canvas: Any, axis: Any, positions: Sequence[TaskPosition]) -> None:
     scale = canvas.dpi / 72
     for (x, y), one in zip(points, positions, strict=True):
         text = axis.annotate(
-            one.task,
+            literal(one.task),
             (one.projection.value, one.flat.value),
             (0, 0),
             textcoords="offset points",

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, get_args
 
+from lirefs.harness.analyses import Flip, flips
 from lirefs.harness.comparison import Comparison
 from lirefs.harness.expressions import (
     SCALES,
@@ -21,7 +22,6 @@ from lirefs.harness.expressions import (
     read_expression,
     tokens,
 )
-from lirefs.harness.flips import Flip, flips
 from lirefs.statistics import Estimate, wilson
 
 Verdict = Literal[

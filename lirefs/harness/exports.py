@@ -6,15 +6,12 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
+from lirefs.harness.cells import Cell
+from lirefs.harness.comparison import Comparison
 from lirefs.harness.tables import LEVEL, clear
 from lirefs.harness.tasks import CONFLICT
 from lirefs.statistics import Estimate
-
-if TYPE_CHECKING:
-    from lirefs.harness.cells import Cell
-from lirefs.harness.comparison import Comparison
 
 _ENDS = ("value", "low", "high")
 _ESCAPES = {
@@ -51,7 +48,9 @@ def csv_text(comparison: Comparison) -> str:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(head)
     for cell in comparison.cells():
-        row: list[str | float | int | None] = [cell.variant, cell.task, cell.group, cell.metric]
+        names = (cell.variant, cell.task, cell.group, cell.metric)
+        row: list[str | float | int | None] = []
+        row += [name.replace("\r", " ") for name in names]  # the csv module does not quote it
         row += [comparison.tasks[cell.task].chance, int(comparison.informative(cell.task))]
         row.append(cell.value.n)
         for one in (cell.value, cell.difference, _retained(cell)):

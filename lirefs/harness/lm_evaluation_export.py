@@ -11,7 +11,7 @@ from typing import Any
 
 from lirefs.errors import TaskError
 from lirefs.files import atomic_write_text
-from lirefs.harness.recall import levenshtein
+from lirefs.harness.memorization import levenshtein
 
 _YAML = """\
 # Recitation: greedy continuation of a prefix, compared token by token with what training showed.

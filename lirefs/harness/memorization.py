@@ -1,4 +1,4 @@
-"""Recitation from files of memorized texts, and the position stress test."""
+"""Recitation: files of memorized texts, the tasks that ask for them, and their scores."""
 
 from __future__ import annotations
 
@@ -12,11 +12,61 @@ from lirefs.errors import TaskError
 from lirefs.files import read_jsonl
 from lirefs.guest import maybe_call
 from lirefs.harness.engine import Advance, greedy
-from lirefs.harness.recall import matching_tokens
-from lirefs.harness.tasks import ItemResult, ItemTask, Recitation
+from lirefs.harness.tasks import ItemResult, ItemTask, in_items
 from lirefs.models import LanguageModel
 
 SUFFIX_TOKENS = 12
+LOOSE = 0.75
+
+
+@dataclass(frozen=True)
+class _Memorized(ItemTask):
+    """Base of the tasks here: items of a prefix and what training showed after it."""
+
+    items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item, prefix, suffix in self.items:
+            if not prefix or not suffix:
+                raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
+
+
+@dataclass(frozen=True)
+class Recitation(_Memorized):
+    """Greedy continuation of a prefix, compared with the text that training showed.
+
+    Scores of an item: those of `recitation_scores`.
+
+    Attributes:
+        items: (id, prefix ids, suffix ids).
+    """
+
+    group: str = "memorization"
+    metric: str = "strict"
+    chance: float = 0.0
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
+        outputs = _continued(lm, [(prefix, suffix) for _, prefix, suffix in self.items], advance)
+        return [
+            ItemResult(
+                id=item,
+                scores=recitation_scores(output, suffix),
+                prompt=lm.tokenizer.decode(prefix),
+                expected=lm.tokenizer.decode(suffix),
+                output=lm.tokenizer.decode(output),
+            )
+            for (item, prefix, suffix), output in zip(self.items, outputs, strict=True)
+        ]
 
 
 def recitation_task(
@@ -42,8 +92,15 @@ def recitation_task(
         TaskError: If a row has none of these fields, is too short, or has ids of another
             tokenizer.
     """
+    return recitation_of_rows(lm, read_jsonl(path)[:limit], path, name)
+
+
+def recitation_of_rows(
+    lm: LanguageModel, rows: Sequence[tuple[int, dict[str, Any]]], path: str | Path, name: str
+) -> Recitation:
+    """A recitation task from rows of a file, each with its line; see `recitation_task`."""
     items = []
-    for line, row in read_jsonl(path)[:limit]:
+    for line, row in rows:
         where = f"{path}, line {line}"
         prefix, suffix = _cut(lm, row, where)
         if not prefix or not suffix:
@@ -136,7 +193,7 @@ def _ids(lm: LanguageModel, ids: Any, where: str) -> list[int]:
 
 
 @dataclass(frozen=True)
-class StressTest(ItemTask):
+class StressTest(_Memorized):
     """Position stress test: how much of a suffix can still be drawn out at other positions.
 
     Greedy continuations of longer prompts, which hold up to `shifts` tokens of the suffix, and of
@@ -157,7 +214,6 @@ class StressTest(ItemTask):
         TaskError: There is no item, one has an empty prefix or suffix, or `shifts` is negative.
     """
 
-    items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
     group: str = "memorization"
     metric: str = "perturbed"
     chance: float = 0.0
@@ -167,9 +223,6 @@ class StressTest(ItemTask):
         super().__post_init__()
         if self.shifts < 0:
             raise TaskError(f"{self.name}: shifts is {self.shifts}, expected 0 or more")
-        for item, prefix, suffix in self.items:
-            if not prefix or not suffix:
-                raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
 
     def prompts(
         self, prefix: Sequence[int], suffix: Sequence[int], bos: int | None = None
@@ -213,14 +266,7 @@ class StressTest(ItemTask):
         for prompts in asked:
             starts.append(starts[-1] + len(prompts))
         flat = [prompt for prompts in asked for prompt in prompts]
-        outputs: list[list[int]] = [[] for _ in flat]
-        step = _of_items(advance, len(self.items), len(flat))
-        # One call per length of what is left: every row of a batch decodes for equally long.
-        for length in sorted({len(rest) for _, rest in flat}):
-            rows = [row for row, (_, rest) in enumerate(flat) if len(rest) == length]
-            found = greedy(lm, [flat[row][0] for row in rows], length, advance=step)
-            for row, output in zip(rows, found, strict=True):
-                outputs[row] = output
+        outputs = _continued(lm, flat, in_items(advance, len(self.items), len(flat)))
         scores = [
             matching_tokens(output, rest) for output, (_, rest) in zip(outputs, flat, strict=True)
         ]
@@ -239,13 +285,54 @@ class StressTest(ItemTask):
         return results
 
 
-def _of_items(advance: Advance, items: int, prompts: int) -> Advance:
-    """Progress in items, reported as prompts are finished."""
-    done = 0
+def _continued(
+    lm: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Advance
+) -> list[list[int]]:
+    """Greedy continuation of each prompt, as long as what is to be recited after it."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+    # One call per length: every row of a batch decodes for equally long.
+    for length in sorted({len(rest) for _, rest in prompts}):
+        rows = [row for row, (_, rest) in enumerate(prompts) if len(rest) == length]
+        found = greedy(lm, [prompts[row][0] for row in rows], length, advance=advance)
+        for row, output in zip(rows, found, strict=True):
+            outputs[row] = output
+    return outputs
 
-    def step(n: int) -> None:
-        nonlocal done
-        before, done = done * items // prompts, done + n
-        advance(done * items // prompts - before)
 
-    return step
+def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str, float]:
+    """Scores of one continuation against the true one.
+
+    For a suffix of L tokens and a token edit distance d (Merullo et al. 2025, section 5): `strict`
+    d = 0, `loose` 1 - d/L >= 0.75, `levenshtein` d/L. `token_match` is the share of the L positions
+    that hold the right token: unlike d, it does not forgive a shift by one.
+
+    Args:
+        output: Token ids of the continuation.
+        suffix: Token ids of the true one, at least one.
+    """
+    distance = levenshtein(output, suffix) / len(suffix)
+    right = sum(one == other for one, other in zip(output, suffix, strict=False))
+    return {
+        "strict": float(distance == 0),
+        "loose": float(1 - distance >= LOOSE),
+        "levenshtein": distance,
+        "token_match": right / len(suffix),
+    }
+
+
+def matching_tokens(output: Sequence[int], suffix: Sequence[int]) -> int:
+    """Length of the beginning that two sequences share."""
+    for index, (one, other) in enumerate(zip(output, suffix, strict=False)):
+        if one != other:
+            return index
+    return min(len(output), len(suffix))
+
+
+def levenshtein(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Edit distance between two sequences (insert, delete, replace, each 1)."""
+    row = list(range(len(second) + 1))
+    for i, one in enumerate(first, start=1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(second, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (one != other))
+    return row[-1]

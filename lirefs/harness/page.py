@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from lirefs.harness import storage, tables
-from lirefs.harness.flips import Flip, flips
+from lirefs.harness.analyses import Flip, flips
 
 if TYPE_CHECKING:
     from lirefs.harness.comparison import Comparison
@@ -122,14 +122,8 @@ def _word(value: Any) -> str:
 def _each(listed: Mapping[tuple[str, str], Sequence[Flip]]) -> int:
     """How many flips of each task and variant a page holds."""
     sizes = [len(some) for some in listed.values()]
-    low, high = 0, max(sizes, default=0)
-    while low < high:
-        middle = (low + high + 1) // 2
-        if sum(min(size, middle) for size in sizes) <= MOST_FLIPS:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    numbers = range(max(sizes, default=0), -1, -1)
+    return next(n for n in numbers if sum(min(size, n) for size in sizes) <= MOST_FLIPS)
 
 
 def _flip_data(

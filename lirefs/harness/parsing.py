@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Literal
@@ -13,6 +14,7 @@ _STATED = re.compile(r"\banswer is[\s:*_\"'\u201c\u2018(\[\\]*", re.IGNORECASE)
 _NUMBER = re.compile(
     r"([-\u2212\u2013+]?)\s?([$£€¥₹]?)\s?([-\u2212\u2013]?)(\d+(?:,\d+)*(?:\.\d+)?)"
 )
+_FIRST = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 # A number followed by one of these is the beginning of an expression, a list, a date or a time.
 _GOES_ON = re.compile(r"\s*[-\u2212\u2013+*/=\u00d7\u00f7^:,x]\s*\\?[$£€¥₹]?\d|[.e]\d|\s+\d")
 _MINUS = "-\u2212\u2013"
@@ -34,8 +36,14 @@ def number_at(text: str) -> float | None:
         return None
     if first and second:
         return None
-    value = float(digits.replace(",", ""))
-    return -value if (first or second) and (first or second) in _MINUS else value
+    value = _value(digits)
+    return -value if value and (first or second) and (first or second) in _MINUS else value
+
+
+def first_number(text: str) -> float | None:
+    """The first number in a text, None where there is none; the first of `3 + 5` is 3."""
+    found = _FIRST.search(text.replace("\u2212", "-"))
+    return None if found is None else _value(found.group())
 
 
 def final_number(text: str) -> float | None:
@@ -56,18 +64,14 @@ def judge(text: str, answers: Sequence[str], kind: Kind) -> tuple[bool, bool]:
             is that of an answer; `worked`: it reasons, and the number of its last `the answer is
             N` counts.
     """
-    if kind == "worked":
-        stated = final_number(text)
-        return stated is not None, any(stated == number_at(answer) for answer in answers)
-    if kind == "number":
-        found = re.search(r"-?\d[\d,]*(?:\.\d+)?", text.replace("\u2212", "-"))
-        if found is None:
+    if kind in ("number", "worked"):
+        stated = first_number(text) if kind == "number" else final_number(text)
+        if stated is None:
             return False, False
-        number = float(found.group().replace(",", ""))
-        return True, any(number == float(answer) for answer in answers)
+        return True, any(stated == number_at(answer) for answer in answers)
     if kind == "words":
-        words = re.findall(r"\w+", text.casefold())
-        return bool(words), any(words == re.findall(r"\w+", one.casefold()) for one in answers)
+        words = _words(text)
+        return bool(words), any(words == _words(one) for one in answers if _words(one))
     words = normalise(text)
     aliases = [alias for alias in map(normalise, answers) if alias]
     return bool(words), any(words[: len(alias)] == alias for alias in aliases)
@@ -75,5 +79,14 @@ def judge(text: str, answers: Sequence[str], kind: Kind) -> tuple[bool, bool]:
 
 def normalise(text: str) -> list[str]:
     """Words of a text without case, punctuation and articles."""
-    words = re.findall(r"\w+", text.casefold())
-    return [word for word in words if word not in ("a", "an", "the")]
+    return [word for word in _words(text) if word not in ("a", "an", "the")]
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold())
+
+
+def _value(digits: str) -> float | None:
+    """A number from its digits, None where it is too large for a float: nobody means that."""
+    value = float(digits.replace(",", ""))
+    return value if math.isfinite(value) else None

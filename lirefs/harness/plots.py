@@ -115,7 +115,9 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     for index, (one, name) in enumerate(zip(spectra, names, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         style = "-" if index < len(COLOURS) else "--"
-        left.plot(one.curve[:, 0], one.curve[:, 1], color=colour, ls=style, lw=1.2, label=name)
+        left.plot(
+            one.curve[:, 0], one.curve[:, 1], color=colour, ls=style, lw=1.2, label=literal(name)
+        )
         share = one.counts.sum() / (len(one.counts) * len(one.input_values))
         left.plot([share], [one.keep], "o", color=colour, ms=4)
     left.axhline(spectra[0].keep, color="black", lw=0.6, ls=":")
@@ -141,7 +143,7 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     right.plot(kept, rows + 1, color=COLOURS[1], lw=1.6, label="kept: left of the line")
     right.set(xscale="log", yscale="log", xlim=(1, None), ylim=(len(shown.output_values), 1))
     right.set(xlabel="input eigenvector j", ylabel="output eigenvector i")
-    right.set_title(shown.name, fontsize=8)
+    right.set_title(literal(shown.name), fontsize=8)
     legend_below(right, columns=1)
     colour_bar(canvas, picture, right, "log10 share of mass")
     for each in (left.xaxis, right.xaxis, right.yaxis):
@@ -204,6 +206,19 @@ def legend_below(axis: Any, columns: int) -> None:
         columnspacing=1.2,
         frameon=False,
     )
+
+
+def literal(name: str) -> str:
+    """A name as it is written: no mathematics between dollar signs, nothing unprintable."""
+    shown = "".join(one if one.isprintable() or one == "\n" else " " for one in name)
+    return shown.replace("$", r"\$")
+
+
+def legend_outside(canvas: Canvas, axis: Any, columns: int, side: str) -> None:
+    """One legend for all panels, of what one of them shows, above (`upper`) or below (`lower`)."""
+    handles, names = axis.get_legend_handles_labels()
+    place: Any = f"outside {side} center"
+    canvas.legend(handles, names, fontsize=SMALL, ncols=columns, loc=place, frameon=False)
 
 
 def colour_bar(canvas: Canvas, picture: Any, axes: Any, label: str) -> None:

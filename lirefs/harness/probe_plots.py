@@ -16,6 +16,8 @@ from lirefs.harness.plots import (
     canvas_of,
     colour_bar,
     legend_below,
+    legend_outside,
+    literal,
     picture_of,
     whole_layers,
 )
@@ -85,7 +87,7 @@ def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
         axis.set(xlabel="layer", ylabel="layer")
         whole_layers(axis)
         axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set_title(name, fontsize=8)
+        axis.set_title(literal(name), fontsize=8)
     colour_bar(canvas, picture, list(axes), "cosine")
     return picture_of(canvas)
 
@@ -130,7 +132,7 @@ def side_by_side(probes: Mapping[str, Probe]) -> Picture:
         )
         _controls(axis, probe)
         axis.set(xlabel="layer", ylim=(0, 1.02))
-        axis.set_title(f"{name}\nbest layer {probe.best_layer}", fontsize=8)
+        axis.set_title(literal(f"{name}\nbest layer {probe.best_layer}"), fontsize=8)
     first, second = list(probes.values())[:2]
     values = np.diag(cosines(first.directions, second.directions))
     axes[2].plot(_layers(first)[: len(values)], values, color=COLOURS[1], marker="o", ms=3)
@@ -139,10 +141,7 @@ def side_by_side(probes: Mapping[str, Probe]) -> Picture:
     axes[2].set(xlabel="layer", ylim=(-1, 1.05))
     axes[2].set_title("cosine between the two", fontsize=8)
     whole_layers(*axes)
-    handles, names = axes[0].get_legend_handles_labels()
-    canvas.legend(
-        handles, names, fontsize=SMALL, ncols=3, loc="outside lower center", frameon=False
-    )
+    legend_outside(canvas, axes[0], 3, "lower")
     return picture_of(canvas)
 
 
@@ -183,7 +182,9 @@ def _layers(probe: Probe) -> Any:
 def _band(axis: Any, layers: Any, found: list[Estimate], colour: str, name: str) -> None:
     low, high = (np.array([getattr(one, end) for one in found]) for end in _ENDS)
     axis.fill_between(layers, low, high, color=colour, alpha=0.2, lw=0)
-    axis.plot(layers, [one.value for one in found], color=colour, marker="o", ms=3, label=name)
+    axis.plot(
+        layers, [one.value for one in found], color=colour, marker="o", ms=3, label=literal(name)
+    )
 
 
 def _controls(axis: Any, probe: Probe) -> None:

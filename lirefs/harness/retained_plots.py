@@ -6,16 +6,14 @@ import math
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from lirefs.harness.plots import COLOURS, SMALL, WIDE, Picture, canvas_of, picture_of
+from lirefs.harness.comparison import BASELINE, Comparison
+from lirefs.harness.plots import COLOURS, SMALL, WIDE, Picture, canvas_of, literal, picture_of
 from lirefs.harness.tables import clear
 from lirefs.statistics import Estimate
-
-if TYPE_CHECKING:
-    from lirefs.harness.comparison import Comparison
 
 _ROW = 0.165
 """Height of a row in inches; a letter of 7 pt has 0.1."""
@@ -42,15 +40,11 @@ def by_group(comparison: Comparison) -> Picture:
     Groups and their means follow the K-FAC paper (Merullo et al. 2025, Figure 3).
     """
     variants, groups = comparison.variants[1:], comparison.groups
-    counts = {
-        group: sum(len(comparison.results[variants[0]][task]) for task in comparison.counted(group))
-        for group in groups
-    }
     marks = [
         [_Mark(comparison.retained(variant, group), _colour(groups, group)) for group in groups]
         for variant in variants
     ]
-    heads = [f"{group}\nn = {counts[group]}" for group in groups]
+    heads = [f"{group}\nn = {comparison.retained(BASELINE, group).n}" for group in groups]
     return _grid(variants, marks, heads, empty="n/a")
 
 
@@ -113,8 +107,8 @@ def _grid(
         axis.set_xticklabels(["0", "0.5", "1"] if len(columns) <= 6 else ["0", "1"])
         axis.set_yticks([])
         turn = {"rotation": 90, "multialignment": "left"} if turned else {}
-        axis.set_title(head, fontsize=SMALL, **turn)
-    axes[0].set_yticks(range(len(rows)), rows)
+        axis.set_title(literal(head), fontsize=SMALL, **turn)
+    axes[0].set_yticks(range(len(rows)), map(literal, rows))
     axes[0].tick_params(axis="y", length=0)
     for label, row in zip(axes[0].get_yticklabels(), marks, strict=True):
         label.set_fontweight("normal" if row else "bold")
@@ -154,7 +148,8 @@ def _draw(axis: Any, marks: Mapping[int, _Mark | None], top: float, empty: str) 
 def _headings(columns: Sequence[str], inches: float) -> tuple[list[str], bool]:
     """Headings wrapped to the width of a panel, or turned where a word is longer than that."""
     letters = int(inches / _LETTER)
-    turned = max(len(word) for column in columns for word in column.split()) > letters
+    words = [word for column in columns for word in column.split()]
+    turned = max(map(len, words), default=0) > letters
     letters = _TURNED if turned else letters
     return [
         "\n".join(textwrap.fill(line, letters) for line in one.split("\n")) for one in columns

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from lirefs.errors import TaskError
 from lirefs.harness.comparison import BASELINE, Comparison, TaskInfo
 from lirefs.harness.journal import Journal, digest_of, in_order, key_of, parts
+from lirefs.harness.suite import default_tasks
 from lirefs.harness.tasks import ItemResult, Task
 from lirefs.intervention import Intervention, applied
 from lirefs.models import LanguageModel
@@ -57,8 +58,6 @@ def compare(
         SettingError: If the journal is a file.
     """
     if tasks is None:
-        from lirefs.harness.suite import default_tasks
-
         tasks = default_tasks(lm)
     if not tasks:
         raise TaskError("no tasks to compare on")

@@ -114,6 +114,7 @@ class Skill:
 
 
 def _grade_school(name: str, hub: Hub) -> Skill:
+    shown = worked_examples.WORD_PROBLEMS
     return Skill(
         name,
         "arithmetic",
@@ -121,7 +122,7 @@ def _grade_school(name: str, hub: Hub) -> Skill:
         readers.word_problem,
         name,
         hub,
-        preamble=worked_examples.WORD_PROBLEMS,
+        preamble=shown,
         max_new_tokens=300,
     )
 
@@ -131,7 +132,16 @@ def _bbh(name: str, group: str, kind: Kind, read: Callable[[Row], Example], **mo
     return Skill(name, group, kind, read, f"bbh_{name}", hub, **more)
 
 
-_MGSM = ("bn", "de", "fr", "ja", "ru", "sw", "te", "zh")
+def _labelled(name: str, group: str, label: str) -> Skill:
+    missing = (
+        "the split into reasoning and memory needs rows with a 'label'; TIGER-Lab/MMLU-Pro has "
+        "none (without the split: mmlu_pro)"
+    )
+    read = partial(readers.labelled, label=label)
+    return Skill(name, group, "choice", read, "mmlu_reasoning_memory", shots=5, missing=missing)
+
+
+_BOOLQ = Hub("google/boolq", "validation", shots_split="train")
 _CEVAL_HUMANITIES = (
     "art_studies",
     "chinese_language_and_literature",
@@ -145,30 +155,30 @@ _CEVAL_HUMANITIES = (
     "modern_chinese_history",
     "professional_tour_guide",
 )
-_TRIVIAQA = partial(Hub, "mandarjoshi/trivia_qa", "validation", adapt=sources.triviaqa_row)
-_OPENBOOKQA = Hub(
-    "allenai/openbookqa",
-    configs=("additional",),
-    shots_split="train",
-    adapt=sources.openbookqa_row,
+_CEVAL = Hub("ceval/ceval-exam", "val", _CEVAL_HUMANITIES, "dev", sources.ceval_row, "subject")
+_GSM8K = Hub("openai/gsm8k", configs=("main",))
+_GSM_SYMBOLIC = Hub("apple/GSM-Symbolic", configs=("main",))
+_MGSM_LANGUAGES = ("bn", "de", "fr", "ja", "ru", "sw", "te", "zh")
+_MGSM = Hub(
+    "juletxara/mgsm", configs=_MGSM_LANGUAGES, adapt=sources.mgsm_row, config_field="language"
 )
 _MMLU_PRO = Hub("TIGER-Lab/MMLU-Pro", shots_split="validation")
-_NEEDS_LABELS = (
-    "the split into reasoning and memory needs rows with a 'label'; TIGER-Lab/MMLU-Pro has none "
-    "(without the split: mmlu_pro)"
-)
+_OPENBOOKQA = Hub("allenai/openbookqa", "test", ("additional",), "train", sources.openbookqa_row)
+_POPQA = Hub("akariasai/PopQA", adapt=sources.popqa_row)
+_TRIVIAQA = partial(Hub, "mandarjoshi/trivia_qa", "validation", adapt=sources.triviaqa_row)
+_WINOGRANDE = Hub("allenai/winogrande", "validation", ("winogrande_xl",), "train")
+
+_read_math = partial(readers.in_category, category="math")
+_read_by_category = partial(readers.lettered, tag="category")
 
 _ALL = [
     # memory
     Skill("memorized_windows", "memorization", "recitation", file="memorized_windows*"),
     Skill("quotes", "memorization", "recitation", file="quotes"),
     # math
-    _grade_school("gsm8k", Hub("openai/gsm8k", configs=("main",))),
-    _grade_school("gsm_symbolic", Hub("apple/GSM-Symbolic", configs=("main",))),
-    _grade_school(
-        "mgsm",
-        Hub("juletxara/mgsm", configs=_MGSM, adapt=sources.mgsm_row, config_field="language"),
-    ),
+    _grade_school("gsm8k", _GSM8K),
+    _grade_school("gsm_symbolic", _GSM_SYMBOLIC),
+    _grade_school("mgsm", _MGSM),
     _bbh(
         "multistep_arithmetic_two",
         "arithmetic",
@@ -187,25 +197,9 @@ _ALL = [
     ),
     Skill("simple_math", "arithmetic", "number", make=generators.simple_math_items),
     Skill("generated_addition", "arithmetic", "number", make=generators.addition_items),
-    Skill(
-        "mmlu_pro_math",
-        "arithmetic",
-        "choice",
-        partial(readers.in_category, category="math"),
-        "mmlu_pro",
-        _MMLU_PRO,
-        shots=5,
-    ),
+    Skill("mmlu_pro_math", "arithmetic", "choice", _read_math, "mmlu_pro", _MMLU_PRO, shots=5),
     # closed book
-    Skill(
-        "popqa",
-        "closed-book",
-        "text",
-        readers.question,
-        "popqa",
-        Hub("akariasai/PopQA", adapt=sources.popqa_row),
-        shots=5,
-    ),
+    Skill("popqa", "closed-book", "text", readers.question, "popqa", _POPQA, shots=5),
     Skill(
         "triviaqa",
         "closed-book",
@@ -225,22 +219,14 @@ _ALL = [
         shots_by_tag=True,
         separator="\n",
     ),
-    Skill(
-        "mmlu_memory",
-        "closed-book",
-        "choice",
-        partial(readers.labelled, label="memory"),
-        "mmlu_reasoning_memory",
-        shots=5,
-        missing=_NEEDS_LABELS,
-    ),
+    _labelled("mmlu_memory", "closed-book", "memory"),
     Skill(
         "ceval_h",
         "closed-book",
         "choice",
         readers.lettered_chinese,
         "ceval_h",
-        Hub("ceval/ceval-exam", "val", _CEVAL_HUMANITIES, "dev", sources.ceval_row, "subject"),
+        _CEVAL,
         shots=5,
         shots_by_tag=True,
     ),
@@ -254,23 +240,9 @@ _ALL = [
         _TRIVIAQA(configs=("rc.wikipedia",)),
         shots=3,
     ),
+    Skill("boolq", "open-book", "choice", readers.yes_or_no, "boolq", _BOOLQ, shots=4),
     Skill(
-        "boolq",
-        "open-book",
-        "choice",
-        readers.yes_or_no,
-        "boolq",
-        Hub("google/boolq", "validation", shots_split="train"),
-        shots=4,
-    ),
-    Skill(
-        "openbookqa",
-        "open-book",
-        "choice",
-        readers.lettered,
-        "openbookqa",
-        _OPENBOOKQA,
-        shots=5,
+        "openbookqa", "open-book", "choice", readers.lettered, "openbookqa", _OPENBOOKQA, shots=5
     ),
     Skill(
         "openbookqa_fact",
@@ -283,15 +255,7 @@ _ALL = [
     ),
     # logic
     Skill("boar_etruscan", "reasoning", "words", make=generators.boar_items, max_new_tokens=32),
-    Skill(
-        "winogrande",
-        "reasoning",
-        "blank",
-        readers.blank,
-        "winogrande",
-        Hub("allenai/winogrande", "validation", ("winogrande_xl",), "train"),
-        shots=5,
-    ),
+    Skill("winogrande", "reasoning", "blank", readers.blank, "winogrande", _WINOGRANDE, shots=5),
     *(
         _bbh(f"{name}_{number}_objects", "reasoning", "choice", readers.bbh_options, shots=3)
         for name in ("logical_deduction", "tracking_shuffled_objects")
@@ -306,20 +270,12 @@ _ALL = [
         separator="\n",
     ),
     _bbh("web_of_lies", "reasoning", "choice", readers.web_of_lies, shots=4),
-    Skill(
-        "mmlu_reasoning",
-        "reasoning",
-        "choice",
-        partial(readers.labelled, label="reasoning"),
-        "mmlu_reasoning_memory",
-        shots=5,
-        missing=_NEEDS_LABELS,
-    ),
+    _labelled("mmlu_reasoning", "reasoning", "reasoning"),
     Skill(
         "mmlu_pro",
         "reasoning",
         "choice",
-        partial(readers.lettered, tag="category"),
+        _read_by_category,
         "mmlu_pro",
         _MMLU_PRO,
         shots=5,

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 import random
-import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +12,11 @@ from typing import Any
 
 from lirefs.errors import NoDataError, SettingError, TaskError
 from lirefs.files import read_jsonl
-from lirefs.harness.blanks import FilledBlank
-from lirefs.harness.memorization import recitation_task
+from lirefs.harness.memorization import recitation_of_rows, recitation_task
 from lirefs.harness.readers import Example
 from lirefs.harness.skill_table import SKILLS, Skill
 from lirefs.harness.sources import Numbered, Rows, Sources
-from lirefs.harness.tasks import MultipleChoice, ShortAnswer, Task
+from lirefs.harness.tasks import FilledBlank, MultipleChoice, ShortAnswer, Task
 from lirefs.models import LanguageModel
 
 __all__ = ["SKILLS", "Skill", "skill_tasks"]
@@ -192,9 +189,10 @@ def _recitation(skill: Skill, lm: LanguageModel, found: Sources, limit: int | No
     if skill.name != "memorized_windows":
         return recitation_task(lm, paths[0], limit, skill.name)
     for path in paths:
-        if _own_ids(lm, read_jsonl(path)):
-            return recitation_task(lm, path, limit, f"{skill.name} (ids)")
-    texts = []
+        rows = read_jsonl(path)
+        if _own_ids(lm, rows):
+            return recitation_of_rows(lm, rows[:limit], path, f"{skill.name} (ids)")
+    texts: Numbered = []
     for line, row in read_jsonl(paths[0]):
         if not isinstance(row.get("prefix_text"), str) or not isinstance(
             row.get("suffix_text"), str
@@ -205,13 +203,8 @@ def _recitation(skill: Skill, lm: LanguageModel, found: Sources, limit: int | No
             )
         if "\ufffd" in row["prefix_text"] + row["suffix_text"]:
             continue  # cut inside a character of several tokens: no text that training showed
-        texts.append(
-            {"id": f"line-{line}", "prefix": row["prefix_text"], "suffix": row["suffix_text"]}
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / paths[0].name
-        path.write_text("\n".join(map(json.dumps, texts)), encoding="utf-8")
-        return recitation_task(lm, path, limit, f"{skill.name} (texts)")
+        texts.append((line, {"prefix": row["prefix_text"], "suffix": row["suffix_text"]}))
+    return recitation_of_rows(lm, texts[:limit], paths[0], f"{skill.name} (texts)")
 
 
 def _own_ids(lm: LanguageModel, rows: Numbered) -> bool:
@@ -223,7 +216,9 @@ def _own_ids(lm: LanguageModel, rows: Numbered) -> bool:
     first = [row for _, row in rows[:8]]
     for row in first:
         ids, text = row.get("prefix_ids"), row.get("prefix_text")
-        if not isinstance(ids, list) or not ids or max(ids) >= len(lm.tokenizer):
+        if not isinstance(ids, list) or not ids:
+            return False
+        if any(type(one) is not int or not 0 <= one < len(lm.tokenizer) for one in ids):
             return False
         if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
             return False

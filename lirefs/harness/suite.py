@@ -1,8 +1,9 @@
-"""The default tasks: items that the project ships or generates from a seed."""
+"""Suites of tasks: the default ones, which the project ships, and what the papers measure."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from lirefs.harness.generators import (
     elimination_items,
     tracking_items,
 )
-from lirefs.harness.memorization import recitation_task
+from lirefs.harness.memorization import Recitation, StressTest, recitation_task
+from lirefs.harness.rank_agreement import ndcg_task
+from lirefs.harness.skills import SKILLS, skill_tasks
 from lirefs.harness.tasks import MultipleChoice, Perplexity, ShortAnswer, Task
 from lirefs.models import LanguageModel
 from lirefs.questions import Question, load_questions
@@ -113,3 +116,90 @@ def calibration_texts() -> list[str]:
         140 English texts of about 200 tokens, written for the project.
     """
     return [str(row["text"]) for _, row in read_jsonl(DATA / "texts_calibration.jsonl")]
+
+
+class Suite(StrEnum):
+    """What to measure beside the default tasks' recited passages and perplexity."""
+
+    MEMORIZATION = "memorization"
+    """Recited passages, windows and quotes; the position stress test; perplexity and nDCG@10."""
+    SKILLS = "skills"
+    """The K-FAC paper's tasks in their groups, and the sets of the LiReF paper."""
+    PAPERS = "papers"
+    """Both, and the default tasks."""
+
+
+def suite_tasks(
+    lm: LanguageModel,
+    suite: Suite | str,
+    questions: Sequence[Question] | None = None,
+    *,
+    fitted_on: Sequence[Question] = (),
+    memorized: str | Path | None = None,
+    data: str | Path | None = None,
+    limit: int | None = None,
+    seed: int = 0,
+) -> tuple[list[Task], dict[str, str]]:
+    """Tasks of a suite.
+
+    Args:
+        lm: The model, with nothing applied to it: the lists of nDCG are frozen here.
+        suite: Which.
+        questions: Labelled questions of the default tasks.
+        fitted_on: Questions that a direction was fitted or chosen on; no skill asks them.
+        memorized: Memorized texts, see `recitation_task`.
+        data: Folder of local JSON Lines, see `lirefs.harness.skills`; what is not there is asked
+            for on the hub.
+        limit: At most this many items per task, and half as many texts.
+        seed: Draws few-shot examples and generated items.
+
+    Returns:
+        The tasks, and why others were left out.
+
+    Raises:
+        ValueError: If there is no such suite.
+    """
+    suite = Suite(suite)
+    basis = default_tasks(lm, questions, memorized, limit)
+    kept = [task for task in basis if task.group in ("memorization", "language")]
+
+    def belongs(name: str) -> bool:
+        if suite is Suite.PAPERS:  # what is generated is among the default tasks already
+            return not name.startswith("generated_")
+        return (SKILLS[name].group == "memorization") == (suite is Suite.MEMORIZATION)
+
+    wanted = [name for name in SKILLS if belongs(name)]
+    skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
+    skills = [_without(task, fitted_on, left_out) for task in skills]
+    skills = [task for task in skills if task.name not in left_out]
+    tasks = [*(basis if suite is Suite.PAPERS else kept), *skills]
+    if suite is not Suite.SKILLS:
+        tasks += memory_measures(lm, tasks)
+    return tasks, left_out
+
+
+def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:
+    """The stress test on the items of the first recitation task, nDCG on the perplexity's texts."""
+    recited = next(task for task in tasks if isinstance(task, Recitation))
+    texts = next(task for task in tasks if isinstance(task, Perplexity))
+    return [
+        StressTest(f"{recited.name}, stress test", recited.items),
+        ndcg_task(lm, texts.items, name=f"{texts.name}, top 10"),
+    ]
+
+
+def _without(task: Task, asked: Sequence[Question], left_out: dict[str, str]) -> Task:
+    """A task without the items that ask one of some questions; noted if none is left."""
+    texts = [one.text for one in asked]
+    prompts = [" ".join(one for one in item[1:] if isinstance(one, str)) for item in task.items]
+    # Answered examples, which all prompts begin with, may be known: a question ends after them.
+    shown = next((n for n, some in enumerate(zip(*prompts, strict=False)) if len({*some}) > 1), 0)
+    kept = [
+        row
+        for row, prompt in enumerate(prompts)
+        if not any(text in prompt and prompt.rfind(text) + len(text) > shown for text in texts)
+    ]
+    if not kept:
+        left_out[task.name] = "the direction was fitted on its questions"
+        return task
+    return task if len(kept) == len(task) else task.subset(kept)

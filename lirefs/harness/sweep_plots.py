@@ -14,6 +14,8 @@ from lirefs.harness.plots import (
     Picture,
     canvas_of,
     legend_below,
+    legend_outside,
+    literal,
     picture_of,
 )
 from lirefs.harness.sweeps import Curves, damage_of, matched, pareto_front
@@ -54,10 +56,7 @@ def scores_against(
     axes[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes[1].xaxis.set_major_formatter("{x:g}")
     axes[1].xaxis.set_minor_formatter(NullFormatter())
-    handles, names = axes[0].get_legend_handles_labels()
-    canvas.legend(
-        handles, names, fontsize=SMALL, ncols=4, loc="outside upper center", frameon=False
-    )
+    legend_outside(canvas, axes[0], 4, "upper")
     return picture_of(canvas)
 
 
@@ -90,12 +89,9 @@ def strength_effect(
         axis.axvline(0, color="black", lw=0.6, ls=":")
         axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
         n = comparison.cell(next(iter(steered.values())), task).value.n
-        axis.set_title(f"{task}, n = {n}", fontsize=8)
+        axis.set_title(literal(f"{task}, n = {n}"), fontsize=8)
     axes[0].set_ylabel("share of items")
-    handles, names = axes[0].get_legend_handles_labels()
-    canvas.legend(
-        handles, names, fontsize=SMALL, ncols=2, loc="outside lower center", frameon=False
-    )
+    legend_outside(canvas, axes[0], 2, "lower")
     return picture_of(canvas)
 
 
@@ -141,7 +137,8 @@ def pareto_fronts(
         axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)
         style = "-" if index < len(COLOURS) else "--"
         axis.plot(goals, line[:, 0], color=colour, lw=1.2, ls=style)
-        axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=method)
+        label = literal(method)
+        axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=label)
         for name in names:
             face = colour if front[name] else "white"
             axis.plot(damage[name], score[name], marker, color=colour, mfc=face, ms=4.5, mew=1)
@@ -149,7 +146,7 @@ def pareto_fronts(
     axis.plot(start, base, "*", color="black", ms=9, ls="none", label="unchanged", zorder=3)
     axis.set_xlabel(labels[0], fontsize=8)
     axis.set_ylabel(labels[1], fontsize=8)
-    canvas.legend(fontsize=7, ncols=2, loc="outside upper center", frameon=False)
+    legend_outside(canvas, axis, 2, "upper")
     return picture_of(canvas)
 
 
@@ -224,5 +221,5 @@ def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
         marker=MARKERS[index % len(MARKERS)],
         ms=3.5,
         lw=1.2,
-        label=label,
+        label=literal(label),
     )

@@ -5,14 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
+from lirefs.harness.cells import Cell
+from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.tasks import CONFLICT
 from lirefs.statistics import Estimate
-
-if TYPE_CHECKING:
-    from lirefs.harness.cells import Cell
-from lirefs.harness.comparison import Comparison
 
 LEVEL = 0.05
 """A difference is clear where its adjusted p value is below this."""
@@ -75,16 +72,13 @@ def clear(cell: Cell) -> bool:
 
 def overview(comparison: Comparison) -> Table:
     """Retained share of every variant in every group."""
-    counts = [
-        sum(len(comparison.results[comparison.variants[0]][task]) for task in counted)
-        for counted in map(comparison.counted, comparison.groups)
-    ]
     head = [
-        f"{group} (n\u00a0=\u00a0{n})" for group, n in zip(comparison.groups, counts, strict=True)
+        f"{group} (n\u00a0=\u00a0{comparison.retained(BASELINE, group).n})"
+        for group in comparison.groups
     ]
     rows = []
-    for place, variant in enumerate(comparison.variants):
-        if place == 0:
+    for variant in comparison.variants:
+        if variant == BASELINE:
             kept = [Entry("1", 1.0) for _ in comparison.groups]
         else:
             kept = [_entry(comparison.retained(variant, group)) for group in comparison.groups]

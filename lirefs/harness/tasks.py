@@ -7,9 +7,14 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 from lirefs.errors import TaskError
-from lirefs.harness.engine import Advance, greedy, option_log_likelihoods, token_nlls
-from lirefs.harness.parsing import Kind, judge
-from lirefs.harness.recall import recitation_scores
+from lirefs.harness.engine import (
+    Advance,
+    greedy,
+    option_log_likelihoods,
+    score_continuations,
+    token_nlls,
+)
+from lirefs.harness.parsing import Kind, judge, number_at
 from lirefs.models import LanguageModel
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
@@ -110,60 +115,16 @@ class ItemTask:
         return replace(self, items=[self.items[row] for row in rows])
 
 
-@dataclass(frozen=True)
-class Recitation(ItemTask):
-    """Greedy continuation of a prefix, compared with the text that training showed.
+def in_items(advance: Advance, items: int, prompts: int) -> Advance:
+    """Progress in items, for calls that tell how many of their prompts are finished."""
+    done = 0
 
-    The measure of Merullo et al. 2025 (arXiv 2510.24256), table 1.
+    def step(n: int) -> None:
+        nonlocal done
+        before, done = done * items // prompts, done + n
+        advance(done * items // prompts - before)
 
-    Scores of an item: those of `lirefs.harness.recall.recitation_scores`.
-
-    Attributes:
-        items: (id, prefix ids, suffix ids).
-        group: Group of the task in a comparison, see `GROUPS`.
-        metric: The score that is reported.
-        chance: Score of guessing.
-
-    Raises:
-        TaskError: There is no item, or one has an empty prefix or suffix.
-    """
-
-    items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
-    group: str = "memorization"
-    metric: str = "strict"
-    chance: float = 0.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for item, prefix, suffix in self.items:
-            if not prefix or not suffix:
-                raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
-
-    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item.
-
-        Args:
-            lm: The model, under whatever intervention is attached.
-            advance: Called with the number of items finished.
-
-        Returns:
-            One result an item, in the order of the items.
-        """
-        results: dict[int, ItemResult] = {}
-        # One call per suffix length: every row of a batch decodes for equally long.
-        for length in sorted({len(suffix) for _, _, suffix in self.items}):
-            rows = [i for i, item in enumerate(self.items) if len(item[2]) == length]
-            outputs = greedy(lm, [self.items[i][1] for i in rows], length, advance=advance)
-            for row, output in zip(rows, outputs, strict=True):
-                item, prefix, suffix = self.items[row]
-                results[row] = ItemResult(
-                    id=item,
-                    scores=recitation_scores(output, suffix),
-                    prompt=lm.tokenizer.decode(prefix),
-                    expected=lm.tokenizer.decode(suffix),
-                    output=lm.tokenizer.decode(output),
-                )
-        return [results[row] for row in range(len(self.items))]
+    return step
 
 
 @dataclass(frozen=True)
@@ -276,6 +237,58 @@ class MultipleChoice(ItemTask):
 
 
 @dataclass(frozen=True)
+class FilledBlank(ItemTask):
+    """Which of two fillings makes the rest of the sentence likelier.
+
+    Partial scoring, as is usual for Winogrande: the log-likelihood of the text after the blank
+    is compared between the two contexts; the fillings themselves are not scored.
+
+    Attributes:
+        items: (id, the two contexts up to and with the filling, the text after the blank with
+            its leading space, index of the right context).
+    """
+
+    items: Sequence[tuple[str, tuple[str, str], str, int]]
+    group: str = "reasoning"
+    metric: str = "accuracy"
+    chance: float = 0.5
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item."""
+        endings = [
+            _cut_at_ending(lm, context, ending)
+            for _, contexts, ending, _ in self.items
+            for context in contexts
+        ]
+        step = in_items(advance, len(self.items), len(endings))
+        values = [scored[0][0] for scored in score_continuations(lm, endings, advance=step)]
+        results = []
+        for row, (item, contexts, ending, answer) in enumerate(self.items):
+            chosen = int(values[2 * row + 1] > values[2 * row])
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"accuracy": float(chosen == answer)},
+                    prompt=contexts[0] + ending,
+                    expected=contexts[answer].split("\n")[-1],
+                    output=contexts[chosen].split("\n")[-1],
+                )
+            )
+        return results
+
+
+def _cut_at_ending(
+    lm: LanguageModel, context: str, ending: str
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a text up to its ending, and those of the ending as the one continuation."""
+    whole, alone = lm.encode([context + ending, context])
+    start = 0
+    while start < min(len(whole) - 1, len(alone)) and whole[start] == alone[start]:
+        start += 1
+    return whole[:start], [whole[start:]]
+
+
+@dataclass(frozen=True)
 class ShortAnswer(ItemTask):
     """Greedy answer up to the end of its line, read by a rule of its kind.
 
@@ -300,6 +313,13 @@ class ShortAnswer(ItemTask):
     kind: Kind = "text"
     max_new_tokens: int = 8
     chance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind in ("number", "worked"):
+            for item, _, answers in self.items:
+                if not all(number_at(answer) is not None for answer in answers):
+                    raise TaskError(f"{self.name}: item {item!r} expects {answers}, no numbers")
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item.

@@ -5,14 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from lirefs.harness.tasks import (
-    CONFLICT,
-    MultipleChoice,
-    Perplexity,
-    Recitation,
-    ShortAnswer,
-    Task,
-)
+from lirefs.harness.memorization import Recitation
+from lirefs.harness.tasks import CONFLICT, MultipleChoice, Perplexity, ShortAnswer, Task
 from lirefs.models import LanguageModel
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SPLITS, Item, Split

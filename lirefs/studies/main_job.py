@@ -13,7 +13,7 @@ from lirefs.capture import capture
 from lirefs.harness.comparison import Comparison
 from lirefs.harness.engine import token_nlls
 from lirefs.harness.running import compare
-from lirefs.harness.suites import memory_measures
+from lirefs.harness.suite import memory_measures
 from lirefs.harness.tasks import Task
 from lirefs.intervention import Intervention, applied
 from lirefs.models import LanguageModel

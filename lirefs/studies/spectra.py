@@ -18,7 +18,8 @@ from lirefs.batching import batches_by_tokens
 from lirefs.directions import Direction
 from lirefs.errors import DirectionError, TaskError
 from lirefs.harness.analysis_plots import TaskPosition
-from lirefs.harness.tasks import Recitation, Task
+from lirefs.harness.memorization import Recitation
+from lirefs.harness.tasks import Task
 from lirefs.intervention import Intervention, applied
 from lirefs.models import LanguageModel
 from lirefs.questions import Questions

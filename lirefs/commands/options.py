@@ -1,0 +1,117 @@
+"""Options that several commands have, declared and checked once."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated, TypeVar
+
+import torch
+import typer
+from rich.console import Console
+
+from lirefs.errors import SettingError
+
+DEFAULT_MODEL = "smollm2-135m"
+
+console = Console(stderr=True, highlight=False)
+"""Where commands say what they do; results go to the standard output."""
+
+
+def known_device(value: str | None) -> str | None:
+    """Callback of an option that names a device.
+
+    Raises:
+        SettingError: There is no such device.
+    """
+    try:
+        kind = torch.device(value or "cpu")
+        if kind.type != "cuda":
+            torch.zeros(1, device=kind)
+        elif not (kind.index or 0) < torch.cuda.device_count():
+            count = torch.cuda.device_count()
+            raise SettingError(f"--device {value}: there are {count} CUDA devices here")
+    except (RuntimeError, NotImplementedError, AssertionError) as problem:
+        reason = str(problem).splitlines()[0]
+        raise SettingError(f"--device {value!r}: cannot be used ({reason})") from problem
+    return value
+
+
+def folder_to_write(value: Path | None) -> Path | None:
+    """Callback of an option that names a folder for results, existing or not.
+
+    Raises:
+        SettingError: Something else is there, or nothing can be written there.
+    """
+    if value is not None and value.exists() and not value.is_dir():
+        raise SettingError(f"{value}: exists and is not a folder; name another place")
+    return value if value is None else _writable(value)
+
+
+def file_to_write(value: Path) -> Path:
+    """The same for a file, which is replaced where there is one."""
+    if value.is_dir():
+        raise SettingError(f"{value}: is a folder; name a file to write")
+    _writable(value.parent)
+    return value
+
+
+def new_folder(value: Path) -> Path:
+    """The same for a folder that must not be there yet."""
+    if value.exists():
+        raise SettingError(f"{value}: exists; name a new folder")
+    return _writable(value)
+
+
+def _writable(folder: Path) -> Path:
+    """Hours of work should not end at a folder that cannot be made."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not there.is_dir():
+        raise SettingError(f"{folder}: cannot be made, because {there} is not a folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingError(f"{folder}: nothing can be written in {there}; name another place")
+    return folder
+
+
+Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
+Device = Annotated[
+    str | None, typer.Option(help="Default: cuda where there is one.", callback=known_device)
+]
+FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
+Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits and intervals.")]
+OutFolder = Annotated[
+    Path,
+    typer.Option(help="Folder of the report, tables and figures.", callback=folder_to_write),
+]
+
+Number = TypeVar("Number", int, float)
+
+
+def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
+    """Numbers of an option, separated by commas.
+
+    Raises:
+        SettingError: They are none.
+    """
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        example = "20,21,22" if kind is int else "-1,0.5,1"
+        raise SettingError(f"{option} {text!r}: expected numbers such as {example}") from None
+
+
+def indices(text: str | None, option: str = "--layers") -> list[int] | None:
+    """Whole numbers of an option, ascending; None where it was not given."""
+    return None if text is None else sorted(set(numbers(text, option, int)))
+
+
+def one_of(name: str, option: str, known: Collection[str]) -> None:
+    """Check a name of an option against those that are known.
+
+    Raises:
+        SettingError: It is none of them.
+    """
+    if name not in known:
+        raise SettingError(f"{option} {name!r}: expected one of {', '.join(known)}")
