@@ -24,13 +24,14 @@ from lirefs.harness.rank_agreement import ndcg_task
 from lirefs.harness.running import compare
 from lirefs.harness.suite import calibration_texts, default_tasks
 from lirefs.harness.tasks import MultipleChoice, Perplexity, Recitation, ShortAnswer
-from lirefs.intervention import Intervention, Steer, compose
+from lirefs.intervention import Intervention, compose
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel, load, wrap
 from lirefs.positions import prompt_lengths
 from lirefs.probe import Probe, fit, fit_directions
 from lirefs.questions import Question, Questions, Split, load_questions
 from lirefs.scope import Scope
+from lirefs.steering import Steer
 from lirefs.strength import Gate, Schedule
 from lirefs.version import __version__
 

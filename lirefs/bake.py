@@ -18,16 +18,10 @@ from torch import Tensor, nn
 
 from lirefs.errors import BakeError
 from lirefs.guest import Seen, evaluating, input_device, maybe_call, observe, text_config
-from lirefs.intervention import (
-    SITE_ORDER,
-    Composition,
-    Intervention,
-    Steer,
-    applied,
-    refuse_steered,
-)
-from lirefs.layout import Layout, find_layout
+from lirefs.intervention import Composition, Intervention, applied, refuse_steered
+from lirefs.layout import SITES, Layout, find_layout
 from lirefs.scope import ALL
+from lirefs.steering import Steer
 
 
 @dataclass(frozen=True)
@@ -143,11 +137,11 @@ def _plan(steerings: list[Steer], layout: Layout) -> _Plan:
         for layer, site, direction in steer.places(layout):
             affine = _affine(steer, layer, direction.vector)
             if affine.share or bool(affine.shift.any()):
-                events.append((layer, SITE_ORDER.index(site), affine))
+                events.append((layer, SITES.index(site), affine))
     events.sort(key=lambda event: event[:2])  # stable: in order of composition at each place
     plan = _Plan()
     for layer, rank, affine in events:
-        site = SITE_ORDER[rank]
+        site = SITES[rank]
         if site == "attn_out":
             plan.attention.setdefault(layer, []).append(affine)
         elif site == "mlp_out":

@@ -17,9 +17,9 @@ from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
 from lirefs.files import atomic_path, sha256_of
 
 if TYPE_CHECKING:
-    from lirefs.intervention import Steer
     from lirefs.models import LanguageModel
     from lirefs.scope import Scope
+    from lirefs.steering import Steer
     from lirefs.strength import Gate, Strength
 
 FORMAT = "lirefs-directions-1"
@@ -177,7 +177,7 @@ class Direction:
             gate: A condition decided by a probe.
             any_model: Whether another model than the one it was fitted on may be steered.
         """
-        from lirefs.intervention import Steer
+        from lirefs.steering import Steer
 
         return Steer(
             self,
@@ -318,7 +318,7 @@ class Directions(Mapping[tuple[int, str], Direction]):
         any_model: bool = False,
     ) -> Steer:
         """Steering with each direction at its own place; the arguments are those of `Steer`."""
-        from lirefs.intervention import Steer
+        from lirefs.steering import Steer
 
         return Steer(self, operator, strength, scope=scope, gate=gate, any_model=any_model)
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from lirefs.errors import LayoutError, SettingError
 from lirefs.guest import Seen, maybe_call, observe, text_config
 
-Site = Literal["resid_pre", "resid_post", "attn_out", "mlp_out"]
-SITES: tuple[Site, ...] = ("resid_pre", "resid_post", "attn_out", "mlp_out")
+Site = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
+# In the order in which a block computes them.
+SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 
 _PARTS = ("blocks", "attention", "mlp", "final_norm", "unembedding")
 _BY_HAND = (

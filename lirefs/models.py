@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +19,15 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from kfac.weight_edit import originals_of
+from kfac.weight_edit import hold, originals_of
 from lirefs.builtin import BUILTIN
-from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
+from lirefs.errors import (
+    InterventionError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ProvenanceError,
+    SettingError,
+)
 from lirefs.guest import accepts, evaluating, input_device
 from lirefs.layout import Layout, find_layout
 
@@ -89,6 +95,28 @@ def _unedited(parameter: nn.Parameter) -> Tensor:
 def is_edited(model: nn.Module) -> bool:
     """Whether a removable weight edit is attached to a model."""
     return any(_unedited(parameter) is not parameter for parameter in model.parameters())
+
+
+def held(model: nn.Module) -> Callable[[], None]:
+    """Keep the interventions of other threads off a model until the result is called.
+
+    Raises:
+        InterventionError: Another thread has one attached, or this is no module.
+    """
+    must_be_module(model)
+    return hold(model, InterventionError)
+
+
+def must_be_module(model: object) -> None:
+    """Refuse what is no model itself, such as an `lm`.
+
+    Raises:
+        InterventionError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InterventionError(
+            f"an intervention needs the model itself, got {type(model).__name__}; give lm.model"
+        )
 
 
 class LanguageModel:

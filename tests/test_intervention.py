@@ -7,9 +7,8 @@ import torch
 from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
 from torch import nn
 
-from lirefs import Direction, Directions, Gate, Schedule, compose, wrap
+from lirefs import Direction, Directions, Gate, Schedule, Steer, compose, wrap
 from lirefs.errors import InterventionError, LayoutError, SettingError
-from lirefs.intervention import Steer
 
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80]])
 

@@ -12,9 +12,9 @@ from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.capture import capture
 from lirefs.directions import Direction
 from lirefs.errors import DirectionError, TaskError
-from lirefs.intervention import Steer
 from lirefs.models import wrap
 from lirefs.questions import Question, Questions
+from lirefs.steering import Steer
 from lirefs.studies.sharpness import contacts, spread
 from lirefs.studies.spectra import (
     direction_sharpness,

@@ -16,9 +16,9 @@ from lirefs.backends import operators
 from lirefs.capture import Activations, check_finite
 from lirefs.errors import CaptureError
 from lirefs.guest import hidden_of, with_hidden
-from lirefs.intervention import Steer
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel
+from lirefs.steering import Steer
 
 __all__ = ["capture", "generate", "logits", "steer_here", "wrap"]
 

@@ -15,8 +15,9 @@ from transformers import AutoTokenizer
 from lirefs.backends import operators
 from lirefs.capture import Activations, check_finite
 from lirefs.errors import BackendError, CaptureError
-from lirefs.intervention import Steer, refuse_steered
+from lirefs.intervention import refuse_steered
 from lirefs.models import LanguageModel
+from lirefs.steering import Steer
 
 __all__ = ["boot", "capture", "from_cache", "hook_name", "hooks"]
 
