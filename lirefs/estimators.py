@@ -18,8 +18,7 @@ from sklearn.utils.multiclass import (
 )
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from lirefs.statistics import Floats, Ints
 
 
 class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -86,7 +85,7 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _decide_halfway(self, vector: Floats) -> None:
         """Set the decision along `vector`, with the boundary halfway between the class means."""
-        unit = _unit(vector)
+        unit = unit_of(vector)
         gap = float(unit @ (self.means_[1] - self.means_[0]))
         # The sign of a principal component is arbitrary: it is made to point to the second class.
         self.coef_ = (-unit if gap < 0 else unit)[None]
@@ -227,7 +226,7 @@ class LogisticDirection(_BinaryDirection):
         self.n_iter_ = model.n_iter_
         self.coef_ = model.coef_ / scaler.scale_
         self.intercept_ = model.intercept_ - self.coef_ @ scaler.mean_
-        unit = _unit(self.coef_[0])
+        unit = unit_of(self.coef_[0])
         self.direction_ = unit * float(unit @ (self.means_[1] - self.means_[0]))
 
 
@@ -314,13 +313,14 @@ def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
         The regression of the samples' projections on the scores, along the unit vector, shape
         (n_features,); zero where the scores are all equal.
     """
-    unit = _unit(vector)
+    unit = unit_of(vector)
     centred = scores - scores.mean()
     spread = float(centred @ centred)
     return unit * (float((samples @ unit) @ centred) / spread if spread > 0 else 0.0)
 
 
-def _unit(vector: Floats) -> Floats:
+def unit_of(vector: Floats) -> Floats:
+    """The vector at length 1; zero where it is zero."""
     norm = float(np.linalg.norm(vector))
     unit: Floats = vector / norm if norm > 0 else vector
     return unit

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from lirefs.backends import operators
-from lirefs.directions import Direction, Directions
+from lirefs.direction import Direction
+from lirefs.directions import Directions
 from lirefs.errors import BackendError, DirectionsFileError
 from lirefs.files import atomic_path
 from lirefs.models import LanguageModel

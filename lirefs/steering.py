@@ -6,11 +6,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from lirefs.choice import Choice
-from lirefs.directions import Direction, Directions
+from lirefs.direction import Direction, must_be_finite
+from lirefs.directions import Directions
 from lirefs.errors import InterventionError, ProvenanceError, ScopeError
 from lirefs.guest import text_config
 from lirefs.intervention import (
@@ -22,13 +22,14 @@ from lirefs.intervention import (
     compose,
     steerings_of,
 )
-from lirefs.layout import SITES, Layout, indices, layout_of
+from lirefs.layout import SITES, Layout, indices
+from lirefs.layout_search import layout_of
 from lirefs.models import held, is_model, must_be_module
 from lirefs.operators import IDLE_AT_ZERO, OPERATORS, Operator
-from lirefs.positions import refuse_empty, tracker_of
 from lirefs.scope import ALL, Scope, as_scope
 from lirefs.sites import change_at
 from lirefs.strength import Gate, Rows, Schedule, Strength, as_strength
+from lirefs.tracker import refuse_empty, tracker_of
 
 
 class Steer:
@@ -58,7 +59,8 @@ class Steer:
             (another dtype or edited weights, say).
 
     Raises:
-        InterventionError: If an argument is not one of these.
+        InterventionError: If an argument is not one of these, or a direction or a strength is not
+            finite.
         SettingError: If `layers` are no indices.
         ScopeError: If there is no such scope.
     """
@@ -98,6 +100,8 @@ class Steer:
         )
         if not self.directions:
             raise InterventionError("there is no direction to steer with")
+        for one in self.directions:
+            must_be_finite(one)
         self.operator = operator
         self.layers: str | list[int] | None = (
             layers if layers is None or isinstance(layers, str) else sorted(set(indices(layers)))
@@ -220,10 +224,8 @@ class Steer:
             if varying is None and number == 0 and self.operator in IDLE_AT_ZERO:
                 continue
             operator = Operator(self.operator, direction.vector, number)
-            module, side = layout.module(model, site, layer)
-            stack.callback(
-                change_at(module, side, operator if choice is None else choice(operator))
-            )
+            change = operator if choice is None else choice(operator)
+            stack.callback(change_at(*layout.module(model, site, layer), change))
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
@@ -279,8 +281,6 @@ def _check_direction(direction: Direction, layout: Layout) -> None:
         raise InterventionError(
             f"the direction has width {tuple(direction.vector.shape)}, the model {layout.width}"
         )
-    if not bool(torch.isfinite(direction.vector).all()):
-        raise InterventionError(f"the direction at layer {direction.layer} is not finite")
 
 
 def _check_layer(layer: int, layout: Layout) -> None:

@@ -10,7 +10,7 @@ import kfac
 import lirefs
 from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.capture import capture
-from lirefs.directions import Direction
+from lirefs.direction import Direction
 from lirefs.errors import DirectionError, TaskError
 from lirefs.models import wrap
 from lirefs.questions import Question, Questions

@@ -152,7 +152,7 @@ def capture(
             tracer.stop()
         rows.append(torch.stack(list(states), dim=1))
     values, places = torch.cat(rows)[:, :, None], tuple((one, site) for one in chosen)
-    check_finite(values, places, range(len(values)))
+    check_finite(values, places, (-1,), range(len(values)))
     return Activations(values, places, (-1,))
 
 

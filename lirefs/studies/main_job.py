@@ -13,7 +13,7 @@ import numpy as np
 
 import kfac
 from lirefs.capture import capture
-from lirefs.directions import Direction
+from lirefs.direction import Direction
 from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.engine import token_nlls
 from lirefs.harness.running import compare

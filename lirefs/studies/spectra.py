@@ -17,7 +17,7 @@ from torch import Tensor
 import kfac
 from lirefs.batching import batches_by_tokens
 from lirefs.capture import capture
-from lirefs.directions import Direction
+from lirefs.direction import Direction
 from lirefs.errors import DirectionError, TaskError
 from lirefs.harness.analysis_plots import TaskPosition
 from lirefs.harness.tasks import Recitation, Task
