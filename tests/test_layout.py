@@ -267,7 +267,7 @@ def test_layers_that_do_not_exist(layer):
 
 def test_a_site_that_does_not_exist():
     model = tiny_model("llama")
-    with pytest.raises(SettingError, match="resid_pre, resid_post, attn_out, mlp_out"):
+    with pytest.raises(SettingError, match="resid_pre, attn_out, mlp_out, resid_post"):
         layout_of(model).module(model, "resid_mid", 0)
 
 
