@@ -100,7 +100,7 @@ def capture(
     values = torch.empty(len(ids), len(places), len(offsets), lm.width)
     for rows, states in _batches(lm, ids, places, offsets, batch_tokens, padding_side, progress):
         values[rows] = states
-    check_finite(values, places, offsets, range(len(ids)))
+    check_finite(values, places, offsets, range(len(ids)), lambda prompt: _origin(lm, ids[prompt]))
     if file is not None:
         with atomic_path(file) as temporary:
             save_file({"values": values}, temporary)
@@ -138,7 +138,7 @@ def stream(
     """
     ids, places = _asked(lm, prompts, layers, sites, (position,))
     for rows, states in _batches(lm, ids, places, (position,), batch_tokens, "left", progress):
-        check_finite(states, places, (position,), rows)
+        check_finite(states, places, (position,), rows, lambda prompt: _origin(lm, ids[prompt]))
         yield rows, states[:, :, 0]
 
 
@@ -255,6 +255,7 @@ def check_finite(
     places: tuple[tuple[int, str], ...],
     positions: tuple[int, ...],
     prompts: Sequence[int],
+    origin: Callable[[int], str] = lambda prompt: "",
 ) -> None:
     """Look for states that are not finite.
 
@@ -263,6 +264,7 @@ def check_finite(
         places: The (layer, site) pairs of the second axis.
         positions: The token positions of the third axis.
         prompts: Indices of the prompts of the first axis.
+        origin: Says where in a prompt it begins, for the message; asked only if it is needed.
 
     Raises:
         NonFiniteError: One is not; the message says where.
@@ -275,8 +277,21 @@ def check_finite(
         raise NonFiniteError(
             prompts[prompt],
             f"layer {layer}, {site}, position {positions[position]}: "
-            f"{'NaN' if bool(state.isnan().any()) else 'inf'} ({int(bad.sum())} such states)",
+            f"{'NaN' if bool(state.isnan().any()) else 'inf'}{origin(prompts[prompt])}",
         )
+
+
+def _origin(lm: LanguageModel, ids: list[int]) -> str:
+    """Where the states of a prompt begin not to be finite, found by another forward of it alone."""
+    places = ((0, "resid_pre"), *((layer, "resid_post") for layer in range(lm.n_layers)))
+    with evaluating(lm.model):
+        states = _read(lm, [ids], places, tuple(range(len(ids))), "left")[0]
+    bad = (~torch.isfinite(states).all(dim=-1)).nonzero()
+    if not len(bad):
+        return ""
+    place, token = bad[0].tolist()
+    where = f"layer {places[place][0]}" if place else "the embedding"
+    return f", which begins in {where} at token {token} of {len(ids)}"
 
 
 def _key(
