@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
@@ -51,8 +51,8 @@ class Checkable(Intervention, Protocol):
         """Raise what `attach` would raise; change nothing."""
         ...
 
-    def install(self, model: nn.Module, layout: Layout, stack: ExitStack) -> None:
-        """Attach without another check; the stack gets what takes it off."""
+    def install(self, model: nn.Module, layout: Layout, steps: Steps) -> None:
+        """Attach without another check."""
         ...
 
 
@@ -65,15 +65,35 @@ def steerings_of(model: nn.Module) -> list[Checkable]:
     return _STEERINGS.setdefault(model, [])
 
 
-class StackHandle:
-    """What stands on a stack, taken off in reverse order; a second time does nothing."""
+class Steps:
+    """The steps of an attachment, taken back one by one, last first.
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack.pop_all()
+    As a context it takes them back where something is raised inside, and only there.
+    """
+
+    def __init__(self) -> None:
+        self._steps: list[Callable[[], object]] = []
+
+    def add(self, back: Callable[[], object]) -> None:
+        """Remember how a step that was just made is taken back."""
+        self._steps.append(back)
 
     def remove(self) -> None:
-        """Leave the model as it was before."""
-        self._stack.close()
+        """Leave the model as it was before; a second time does nothing.
+
+        A step that refuses (a weight edit under a later one) stays, with all before it, so that
+        another call goes on from there.
+        """
+        while self._steps:
+            self._steps[-1]()
+            self._steps.pop()
+
+    def __enter__(self) -> Steps:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *given: object) -> None:
+        if kind is not None:
+            self.remove()
 
 
 @contextmanager
@@ -117,17 +137,17 @@ class Composition:
         Steerings are checked first of all: a weight edit among the members would make the model
         look like another than the one that their directions were fitted on.
         """
-        with ExitStack() as stack:
-            stack.callback(held(model))
+        with Steps() as steps:
+            steps.add(held(model))
             layouts = [
                 one.check(model) if isinstance(one, Checkable) else None for one in self.members
             ]
             for member, layout in zip(self.members, layouts, strict=True):
                 if isinstance(member, Checkable) and layout is not None:
-                    member.install(model, layout, stack)
+                    member.install(model, layout, steps)
                 else:
-                    stack.callback(member.attach(model).remove)
-            return StackHandle(stack)
+                    steps.add(member.attach(model).remove)
+            return steps
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:

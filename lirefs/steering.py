@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from lirefs.intervention import (
     Composition,
     Handle,
     Intervention,
-    StackHandle,
+    Steps,
     applied,
     compose,
     steerings_of,
@@ -190,34 +190,32 @@ class Steer:
             LayoutError: If the architecture lacks a site.
             ProvenanceError: If a direction was fitted on another model.
         """
-        with ExitStack() as stack:
-            stack.callback(held(model))
-            self.install(model, self.check(model), stack)
-            return StackHandle(stack)
+        with Steps() as steps:
+            steps.add(held(model))
+            self.install(model, self.check(model), steps)
+            return steps
 
-    def install(self, model: nn.Module, layout: Layout, stack: ExitStack) -> None:
+    def install(self, model: nn.Module, layout: Layout, steps: Steps) -> None:
         """Install the hooks on a model for which `check` returned this layout.
 
         Args:
             model: The model.
             layout: Its layout.
-            stack: Gets what takes the hooks off.
+            steps: Gets what takes the hooks off.
         """
         steerings = steerings_of(model)
         steerings.append(self)
-        stack.callback(steerings.remove, self)
+        steps.add(lambda: steerings.remove(self))
         varying = self.strength if isinstance(self.strength, Rows | Schedule) else None
         choice: Choice | None = None
         if self.scope is not ALL or varying is not None or self.gate is not None:
             choice = Choice(self.scope, varying, self.gate)
-            stack.callback(tracker_of(model, layout).listen(choice.prepare))
+            steps.add(tracker_of(model, layout).listen(choice.prepare))
             if self.gate is not None:
                 gate = self.gate.direction
-                stack.callback(
-                    change_at(*layout.module(model, gate.site, gate.layer), choice.read_gate)
-                )
+                steps.add(change_at(*layout.module(model, gate.site, gate.layer), choice.read_gate))
         else:
-            stack.callback(refuse_empty(model, layout))
+            steps.add(refuse_empty(model, layout))
         for layer, site, direction in self.places(layout):
             number = self._number(layer)
             # Strength 0 must leave every bit as it is (h + 0 would turn -0.0 into 0.0): no hook.
@@ -225,7 +223,7 @@ class Steer:
                 continue
             operator = Operator(self.operator, direction.vector, number)
             change = operator if choice is None else choice(operator)
-            stack.callback(change_at(*layout.module(model, site, layer), change))
+            steps.add(change_at(*layout.module(model, site, layer), change))
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
