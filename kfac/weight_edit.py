@@ -62,12 +62,10 @@ def hold(model: nn.Module, error: type[Exception] = EditError) -> Callable[[], N
 class EditHandle:
     """An edit that is in place. Remove it with `remove()` or by leaving a `with` block."""
 
-    def __init__(
-        self, originals: list[tuple[nn.Parameter, Tensor]], release: Callable[[], None]
-    ) -> None:
+    def __init__(self, originals: list[tuple[nn.Parameter, Tensor]]) -> None:
         self.token = object()
         self._originals = originals
-        self._release = release
+        self._release: Callable[[], None] = lambda: None
 
     def remove(self) -> None:
         """Restore the original tensors; does nothing the second time.
@@ -136,7 +134,8 @@ class WeightEdit(abc.ABC):
             stack.callback(hold(model))
             changes = self._changes(model)
             originals = [(parameter, parameter.data) for parameter, _ in changes]
-            handle = EditHandle(originals, stack.pop_all().close)
+            handle = EditHandle(originals)
+            handle._release = stack.pop_all().close
         for parameter, original in originals:
             _STACKS.setdefault(parameter, []).append((handle.token, original))
         try:

@@ -51,7 +51,7 @@ class Checkable(Intervention, Protocol):
         """Raise what `attach` would raise; change nothing."""
         ...
 
-    def install(self, model: nn.Module, layout: Layout, steps: Steps) -> None:
+    def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
         """Attach without another check."""
         ...
 
@@ -144,7 +144,7 @@ class Composition:
             ]
             for member, layout in zip(self.members, layouts, strict=True):
                 if isinstance(member, Checkable) and layout is not None:
-                    member.install(model, layout, steps)
+                    steps.add(member.attach_checked(model, layout).remove)
                 else:
                     steps.add(member.attach(model).remove)
             return steps

@@ -186,26 +186,27 @@ class Steer:
             A handle whose `remove` takes them off.
 
         Raises:
-            InterventionError: If the direction does not fit the model, or it is no module.
+            InterventionError: If the direction does not fit the model, it is no module, or another
+                thread has changed it and not yet restored it.
             LayoutError: If the architecture lacks a site.
             ProvenanceError: If a direction was fitted on another model.
         """
         with Steps() as steps:
             steps.add(held(model))
-            self.install(model, self.check(model), steps)
+            steps.add(self.attach_checked(model, self.check(model)).remove)
             return steps
 
-    def install(self, model: nn.Module, layout: Layout, steps: Steps) -> None:
-        """Install the hooks on a model for which `check` returned this layout.
+    def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
+        """Install the hooks on a model for which `check` returned this layout."""
+        with Steps() as steps:
+            steps.add(held(model))
+            steerings = steerings_of(model)
+            steerings.append(self)
+            steps.add(lambda: steerings.remove(self))
+            self._install(model, layout, steps)
+            return steps
 
-        Args:
-            model: The model.
-            layout: Its layout.
-            steps: Gets what takes the hooks off.
-        """
-        steerings = steerings_of(model)
-        steerings.append(self)
-        steps.add(lambda: steerings.remove(self))
+    def _install(self, model: nn.Module, layout: Layout, steps: Steps) -> None:
         varying = self.strength if isinstance(self.strength, Rows | Schedule) else None
         choice: Choice | None = None
         if self.scope is not ALL or varying is not None or self.gate is not None:
