@@ -203,13 +203,14 @@ def test_the_holder_may_nest_and_others_are_let_in_when_it_is_done(lm):
     assert torch.equal(logits(lm.model), clean)
 
 
-def test_a_handle_may_be_removed_by_another_thread_and_outlive_its_own(lm):
+def test_a_handle_may_be_removed_by_another_thread_and_outlive_its_own():
+    model = fresh_model("llama")
     handles = []
-    together(lambda: handles.append(direction().steer("add").attach(lm.model)))
-    inner = direction(layer=2).steer("add").attach(lm.model)  # the first thread has ended
+    together(lambda: handles.append(direction().steer("add").attach(model)))
+    inner = direction(layer=2).steer("add").attach(model)  # the first thread has ended
     together(handles[0].remove)
     inner.remove()
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in lm.model.modules())
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
 
 
 @pytest.mark.parametrize("wrong", [direction(layer=99), direction(site="resid_mid")])
