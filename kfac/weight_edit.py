@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, ClassVar
 
@@ -18,6 +20,44 @@ from kfac.target import Target
 # that was replaced. Nothing here refers to the parameter, so a model dropped while edited is freed.
 _STACKS: Any = WeakIdKeyDictionary()
 
+# For each changed model the threads that changed it, with a token for each change.
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[threading.Thread, object]]] = (
+    weakref.WeakKeyDictionary()
+)
+_LOCK = threading.Lock()
+
+
+def hold(model: nn.Module, error: type[Exception] = EditError) -> Callable[[], None]:
+    """Keep the changes of other threads off a model. The thread itself may hold it many times.
+
+    Args:
+        model: The model.
+        error: What to raise.
+
+    Returns:
+        A function that lets others at it again; a second call does nothing.
+
+    Raises:
+        EditError: Another thread that is still running holds it (or the class given as `error`).
+    """
+    entry = (threading.current_thread(), object())
+    with _LOCK:
+        holders = _HOLDERS.setdefault(model, [])
+        for thread, _ in holders:
+            if thread is not entry[0] and thread.is_alive():
+                raise error(
+                    f"thread {thread.name!r} has changed this model and not yet restored it; let "
+                    "threads take turns (a lock around attach and remove), or give each a model"
+                )
+        holders.append(entry)
+
+    def release() -> None:
+        with _LOCK:
+            if entry in holders:
+                holders.remove(entry)
+
+    return release
+
 
 class EditHandle:
     """An edit that is in place. Remove it with `remove()` or by leaving a `with` block.
@@ -29,6 +69,7 @@ class EditHandle:
     def __init__(self, originals: list[tuple[nn.Parameter, Tensor]]) -> None:
         self.token = object()
         self._originals = originals
+        self._release: Callable[[], None] = lambda: None
 
     def remove(self) -> None:
         """Restore the original tensors; does nothing the second time.
@@ -48,6 +89,7 @@ class EditHandle:
             if not stack:
                 del _STACKS[parameter]
         self._originals = []
+        self._release()
 
     def __enter__(self) -> EditHandle:
         return self
@@ -100,11 +142,15 @@ class WeightEdit(abc.ABC):
             A handle that restores the original tensors.
 
         Raises:
-            EditError: Two targets share one parameter, or a new weight is not finite.
+            EditError: Two targets share one parameter, a new weight is not finite, or another
+                thread has changed the model and not yet restored it.
         """
-        changes = self._changes(model)
-        originals = [(parameter, parameter.data) for parameter, _ in changes]
-        handle = EditHandle(originals)
+        with ExitStack() as stack:
+            stack.callback(hold(model))
+            changes = self._changes(model)
+            originals = [(parameter, parameter.data) for parameter, _ in changes]
+            handle = EditHandle(originals)
+            handle._release = stack.pop_all().close
         for parameter, original in originals:
             _STACKS.setdefault(parameter, []).append((handle.token, original))
         try:
@@ -146,11 +192,13 @@ class WeightEdit(abc.ABC):
                 undo this one.
             EditError: As for `attach`. Nothing is changed then.
         """
-        changes = self._changes(model)
-        if any(parameter in _STACKS for parameter, _ in changes):
-            raise EditOrderError("an edit of the same weight is attached; remove it, then bake")
-        for parameter, stored in changes:
-            parameter.data = stored
+        with ExitStack() as stack:
+            stack.callback(hold(model))
+            changes = self._changes(model)
+            if any(parameter in _STACKS for parameter, _ in changes):
+                raise EditOrderError("an edit of the same weight is attached; remove it, then bake")
+            for parameter, stored in changes:
+                parameter.data = stored
 
     def _changes(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
         """Return each parameter to change with its new tensor, both as the module stores them."""

@@ -6,7 +6,8 @@ package `kfac` removes flat directions of the weights (Merullo et al. 2025, arXi
 
 from lirefs.bake import bake
 from lirefs.capture import Activations, capture
-from lirefs.directions import Direction, Directions
+from lirefs.direction import Direction
+from lirefs.directions import Directions
 from lirefs.errors import LirefsError
 from lirefs.estimators import (
     LogisticDirection,
@@ -15,6 +16,7 @@ from lirefs.estimators import (
     RidgeDirection,
     WhitenedMeanDifference,
 )
+from lirefs.fitting import fit_directions
 from lirefs.harness.comparison import Comparison
 from lirefs.harness.lm_evaluation import lm_eval_model, lm_eval_tasks
 from lirefs.harness.lm_evaluation_export import write_lm_eval_task
@@ -24,13 +26,14 @@ from lirefs.harness.rank_agreement import ndcg_task
 from lirefs.harness.running import compare
 from lirefs.harness.suite import calibration_texts, default_tasks
 from lirefs.harness.tasks import MultipleChoice, Perplexity, ShortAnswer
-from lirefs.intervention import Intervention, Steer, compose
+from lirefs.intervention import Intervention, compose
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel, load, wrap
 from lirefs.positions import prompt_lengths
-from lirefs.probe import Probe, fit, fit_directions
+from lirefs.probe import Probe, fit
 from lirefs.questions import Question, Questions, Split, load_questions
 from lirefs.scope import Scope
+from lirefs.steering import Steer
 from lirefs.strength import Gate, Schedule
 from lirefs.version import __version__
 

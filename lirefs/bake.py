@@ -11,45 +11,27 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lirefs.errors import BakeError
-from lirefs.guest import Seen, evaluating, input_device, maybe_call, observe, text_config
-from lirefs.intervention import (
-    SITE_ORDER,
-    Composition,
-    Intervention,
-    Steer,
-    applied,
-    refuse_steered,
-)
-from lirefs.layout import Layout, find_layout
+from lirefs.guest import evaluating, input_device, maybe_call
+from lirefs.intervention import Composition, Intervention, applied, refuse_steered
+from lirefs.layout import SITES, Layout
+from lirefs.layout_search import find_layout
 from lirefs.scope import ALL
-
-
-@dataclass(frozen=True)
-class _Affine:
-    """h + share (h.v) v + shift, float64."""
-
-    unit: Tensor
-    share: float
-    shift: Tensor
-
-    @property
-    def removes(self) -> bool:
-        return self.share == -1.0 and not bool(self.shift.any())
+from lirefs.steering import Steer
+from lirefs.writers import Affine, change_embedding, change_projection, make_biases, projections
 
 
 @dataclass
 class _Plan:
     """Affine changes of what each writer writes, in order."""
 
-    embedding: list[_Affine] = field(default_factory=list)
-    attention: dict[int, list[_Affine]] = field(default_factory=dict)
-    mlp: dict[int, list[_Affine]] = field(default_factory=dict)
+    embedding: list[Affine] = field(default_factory=list)
+    attention: dict[int, list[Affine]] = field(default_factory=dict)
+    mlp: dict[int, list[Affine]] = field(default_factory=dict)
 
 
 def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
@@ -86,22 +68,20 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
         layout = one.check(model)
     plan = _plan(members, layout)
     baked = copy.deepcopy(model)
-    writers = _Writers(baked, layout)
     if plan.embedding:
-        writers.change_embedding(plan.embedding)
-    projections = writers.projections(
-        [("attn_out", layer) for layer in plan.attention]
-        + [("mlp_out", layer) for layer in plan.mlp]
+        change_embedding(baked, layout, plan.embedding)
+    places = [("attn_out", layer) for layer in plan.attention]
+    places += [("mlp_out", layer) for layer in plan.mlp]
+    changes = dict(
+        zip(
+            projections(baked, layout, places),
+            [*plan.attention.values(), *plan.mlp.values()],
+            strict=True,
+        )
     )
-    changes = [*plan.attention.values(), *plan.mlp.values()]
-    shifted = [
-        name
-        for name, ops in zip(projections, changes, strict=True)
-        if any(bool(one.shift.any()) for one in ops)
-    ]
-    _make_biases(baked, shifted)
-    for name, ops in zip(projections, changes, strict=True):
-        _change_projection(baked.get_submodule(name), ops)
+    make_biases(baked, [name for name, ops in changes.items() if any(one.shifts for one in ops)])
+    for name, ops in changes.items():
+        change_projection(baked.get_submodule(name), ops)
     find_layout(baked)
     _verify(intervention, model, baked)
     return baked
@@ -138,16 +118,16 @@ def _not_constant(steer: Steer) -> str:
 
 def _plan(steerings: list[Steer], layout: Layout) -> _Plan:
     """Move every change to the writer before it, in the order of computation."""
-    events: list[tuple[int, int, _Affine]] = []
+    events: list[tuple[int, int, Affine]] = []
     for steer in steerings:
         for layer, site, direction in steer.places(layout):
             affine = _affine(steer, layer, direction.vector)
-            if affine.share or bool(affine.shift.any()):
-                events.append((layer, SITE_ORDER.index(site), affine))
+            if affine.share or affine.shifts:
+                events.append((layer, SITES.index(site), affine))
     events.sort(key=lambda event: event[:2])  # stable: in order of composition at each place
     plan = _Plan()
     for layer, rank, affine in events:
-        site = SITE_ORDER[rank]
+        site = SITES[rank]
         if site == "attn_out":
             plan.attention.setdefault(layer, []).append(affine)
         elif site == "mlp_out":
@@ -167,7 +147,7 @@ def _plan(steerings: list[Steer], layout: Layout) -> _Plan:
     return plan
 
 
-def _affine(steer: Steer, layer: int, vector: Tensor) -> _Affine:
+def _affine(steer: Steer, layer: int, vector: Tensor) -> Affine:
     exact = vector.detach().double().cpu()
     norm = exact.norm()
     unit = exact / norm if norm > 0 else exact
@@ -175,18 +155,18 @@ def _affine(steer: Steer, layer: int, vector: Tensor) -> _Affine:
     assert isinstance(number, float)  # _not_constant has seen to it; tells the type checker
     nothing = torch.zeros_like(exact)
     return {
-        "add": _Affine(unit, 0.0, number * exact),
-        "amplify": _Affine(unit, number, nothing),
-        "ablate": _Affine(unit, -1.0, nothing),
-        "clamp": _Affine(unit, -1.0, number * unit),
-        "ablate_then_add": _Affine(unit, -1.0, number * exact),
+        "add": Affine(unit, 0.0, number * exact),
+        "amplify": Affine(unit, number, nothing),
+        "ablate": Affine(unit, -1.0, nothing),
+        "clamp": Affine(unit, -1.0, number * unit),
+        "ablate_then_add": Affine(unit, -1.0, number * exact),
     }[steer.operator]
 
 
 def _absent(unit: Tensor, plan: _Plan, last: int) -> bool:
     """Whether the stream has nothing along `unit` when the MLP of layer `last` writes to it."""
 
-    def gone(changes: list[_Affine]) -> bool:
+    def gone(changes: list[Affine]) -> bool:
         removed = False
         for one in changes:
             along = abs(float(one.unit @ unit))
@@ -201,161 +181,6 @@ def _absent(unit: Tensor, plan: _Plan, last: int) -> bool:
         and all(gone(plan.attention.get(layer, [])) for layer in range(last + 1))
         and all(gone(plan.mlp.get(layer, [])) for layer in range(last))
     )
-
-
-class _Writers:
-    """The modules of a model that write to its residual stream."""
-
-    def __init__(self, model: nn.Module, layout: Layout) -> None:
-        self._model: Any = model
-        self._layout = layout
-
-    def projections(self, places: list[tuple[str, int]]) -> list[str]:
-        """Names of the matrices whose outputs are what is written at these places.
-
-        Raises:
-            BakeError: There is no such matrix.
-        """
-        candidates: dict[str, list[str]] = {}
-        watched: dict[str, nn.Module] = {}
-        for site, layer in places:
-            part = self._layout.attention if site == "attn_out" else self._layout.mlp
-            top = f"{self._layout.blocks}.{layer}.{part}"
-            module = self._model.get_submodule(top) if part else None
-            if module is None:
-                raise BakeError(f"no module of this architecture writes {site}")
-            inside = [
-                f"{top}.{name}" if name else top
-                for name, one in module.named_modules()
-                if _is_matrix(one)
-            ]
-            candidates[top] = inside
-            watched[top] = module
-            watched |= {name: self._model.get_submodule(name) for name in inside}
-        if not watched:
-            return []
-        seen = observe(self._model, watched)
-        found = []
-        for (site, layer), (top, inside) in zip(places, candidates.items(), strict=True):
-            fitting = [name for name in inside if _equal(seen[name], seen[top])]
-            if not fitting:
-                raise BakeError(
-                    f"{site} of layer {layer} is not written by one matrix but by "
-                    f"{type(watched[top]).__name__} (a norm or experts stand behind it), so there "
-                    "is no weight that holds the change"
-                )
-            found.append(fitting[-1])
-        return found
-
-    def change_embedding(self, changes: list[_Affine]) -> None:
-        """Change what layer 0 reads.
-
-        Raises:
-            BakeError: It is not the sum of embeddings.
-        """
-        names = [
-            name
-            for name, module in self._model.named_modules()
-            if isinstance(module, nn.Embedding)
-            and not name.startswith(f"{self._layout.blocks}.")
-            and module.weight.shape[1] == self._layout.width
-        ]
-        token = maybe_call(self._model, "get_input_embeddings")
-        if not isinstance(token, nn.Embedding):
-            raise BakeError("the model does not say which module is its token embedding")
-        self._untie(token)
-        for name in names:
-            module: Any = self._model.get_submodule(name)
-            with torch.no_grad():
-                weight = module.weight.double()
-                for one in changes:
-                    unit, shift = one.unit.to(weight.device), one.shift.to(weight.device)
-                    weight = weight + one.share * (weight @ unit)[:, None] * unit
-                    if module is token:  # position embeddings are added to it: once is enough
-                        weight = weight + shift
-                module.weight.copy_(weight.to(module.weight.dtype))
-
-    def _untie(self, token: nn.Embedding) -> None:
-        """Give the unembedding a matrix of its own: it reads another space, behind the norm."""
-        head = maybe_call(self._model, "get_output_embeddings")
-        if head is None or head.weight is not token.weight:
-            return
-        head.weight = nn.Parameter(token.weight.detach().clone(), token.weight.requires_grad)
-        for config in {id(c): c for c in (self._model.config, text_config(self._model))}.values():
-            config.tie_word_embeddings = False
-        # transformers lists the tied names when a model is built, and leaves them out of files.
-        if hasattr(self._model, "all_tied_weights_keys"):
-            self._model.all_tied_weights_keys = {}
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    named = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-    return named and isinstance(weight, Tensor) and weight.is_floating_point()
-
-
-def _equal(one: Seen, other: Seen) -> bool:
-    if one.output is None or other.output is None or one.output.numel() != other.output.numel():
-        return False
-    return torch.equal(one.output.reshape(-1), other.output.reshape(-1))
-
-
-def _change_projection(module: nn.Module, changes: list[_Affine]) -> None:
-    transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
-    parameter: Any = module.weight
-    bias: Any = module.bias
-    with torch.no_grad():
-        weight = parameter.double().T if transposed else parameter.double()
-        offset = None if bias is None else bias.double()
-        for one in changes:
-            unit, shift = one.unit.to(weight.device), one.shift.to(weight.device)
-            weight = weight + one.share * torch.outer(unit, unit @ weight)
-            if offset is not None:
-                offset = offset + one.share * (offset @ unit) * unit + shift
-        parameter.copy_((weight.T if transposed else weight).to(parameter.dtype))
-        if offset is not None:
-            bias.copy_(offset.to(bias.dtype))
-
-
-def _make_biases(model: Any, names: list[str]) -> None:
-    """Switch biases on in the configuration, zero, so that a plain load finds them again."""
-    missing = [name for name in names if model.get_submodule(name).bias is None]
-    if not missing:
-        return
-    present = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    config = text_config(model)
-    switches = [
-        key
-        for key, value in (config.to_dict() if config is not None else {}).items()
-        if value is False and "bias" in key
-    ]
-    for switch in switches:
-        trial = copy.deepcopy(model.config)
-        setattr(trial.get_text_config(), switch, True)
-        try:
-            with torch.device("meta"):
-                empty = type(model)(trial)
-        except Exception:  # a configuration that its own class refuses is no way either
-            continue
-        there = {name for name, _ in empty.named_parameters(remove_duplicate=False)}
-        extra = there - present
-        if not all(name.endswith(".bias") for name in extra) or present - there:
-            continue
-        if not any(f"{name}.bias" in extra for name in missing):
-            continue
-        setattr(config, switch, True)
-        for name in extra:
-            module = model.get_submodule(name.removesuffix(".bias"))
-            out = empty.get_parameter(name).shape
-            zeros = torch.zeros(out, dtype=module.weight.dtype, device=module.weight.device)
-            module.bias = nn.Parameter(zeros, module.weight.requires_grad)
-            present.add(name)
-        missing = [name for name in missing if f"{name}.bias" not in present]
-    if missing:
-        raise BakeError(
-            f"{type(model).__name__} has no bias at {missing[0]} and no setting that gives it one, "
-            "so a plain load could not hold what is added there"
-        )
 
 
 def _verify(intervention: Intervention, model: nn.Module, baked: nn.Module) -> None:

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lirefs.batching import batches_by_tokens
-from lirefs.errors import CaptureError
+from lirefs.errors import CaptureError, NonFiniteError
 from lirefs.files import atomic_path
-from lirefs.guest import evaluating, hidden_input, hidden_of
+from lirefs.guest import evaluating, hidden_input, hidden_of, in_this_thread
 from lirefs.layout import indices
 from lirefs.models import LanguageModel
 
@@ -88,16 +88,14 @@ def capture(
         float32 states on the CPU, in the order of the prompts.
 
     Raises:
-        CaptureError: If there are no prompts, a prompt is shorter than a position asks for, a
-            layer does not exist, or a value is not finite (the message says where).
+        CaptureError: If there are no prompts, a prompt is shorter than a position asks for, or a
+            layer does not exist.
+        NonFiniteError: If a value is NaN or infinite; the message says at which prompt, layer,
+            site and position first.
         LayoutError: If the architecture lacks a site.
     """
-    chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
     offsets = (positions,) if isinstance(positions, int) else tuple(map(int, positions))
-    places = tuple((layer, site) for layer in chosen for site in sites)
-    ids = _token_ids(lm, prompts)
-    _check(lm, ids, chosen, offsets, places)
-
+    ids, places = _asked(lm, prompts, layers, sites, offsets)
     file = None if cache is None else cache / f"{_key(lm, ids, places, offsets)}.safetensors"
     if file is not None and (stored := _stored(file)) is not None:
         return Activations(stored, places, offsets)
@@ -105,7 +103,7 @@ def capture(
     values = torch.empty(len(ids), len(places), len(offsets), lm.width)
     for rows, states in _batches(lm, ids, places, offsets, batch_tokens, padding_side, progress):
         values[rows] = states
-    check_finite(values, places, range(len(ids)))
+    check_finite(values, places, offsets, range(len(ids)), lambda prompt: _origin(lm, ids[prompt]))
     if file is not None:
         with atomic_path(file) as temporary:
             save_file({"values": values}, temporary)
@@ -141,12 +139,9 @@ def stream(
         CaptureError: As `capture`.
         LayoutError: If the architecture lacks a site.
     """
-    chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
-    places = tuple((layer, site) for layer in chosen for site in sites)
-    ids = _token_ids(lm, prompts)
-    _check(lm, ids, chosen, (position,), places)
+    ids, places = _asked(lm, prompts, layers, sites, (position,))
     for rows, states in _batches(lm, ids, places, (position,), batch_tokens, "left", progress):
-        check_finite(states, places, rows)
+        check_finite(states, places, (position,), rows, lambda prompt: _origin(lm, ids[prompt]))
         yield rows, states[:, :, 0]
 
 
@@ -203,7 +198,7 @@ def _read(
     with ExitStack() as stack:
         for place, (layer, site) in enumerate(places):
             module, part = lm.layout.module(lm.model, site, layer)
-            hook = _reader(keep, place, part, batch=len(ids))
+            hook = in_this_thread(_reader(keep, place, part, batch=len(ids)))
             handle = (
                 module.register_forward_pre_hook(hook, with_kwargs=True)
                 if part == "input"
@@ -226,59 +221,80 @@ def _reader(keep: Callable[[int, Tensor], None], place: int, part: str, batch: i
     return on_input if part == "input" else on_output
 
 
-def _token_ids(
-    lm: LanguageModel, prompts: Sequence[str] | Sequence[Sequence[int]]
-) -> list[list[int]]:
+def _asked(
+    lm: LanguageModel,
+    prompts: Sequence[str] | Sequence[Sequence[int]],
+    layers: Sequence[int] | None,
+    sites: Sequence[str],
+    offsets: tuple[int, ...],
+) -> tuple[list[list[int]], tuple[tuple[int, str], ...]]:
+    """Token ids of each prompt, and the places to read, once it is known that they are there."""
+    chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
+    places = tuple((layer, site) for layer in chosen for site in sites)
     if not len(prompts):
         raise CaptureError("no prompts to capture activations of")
-    if all(isinstance(prompt, str) for prompt in prompts):
-        return lm.encode([str(prompt) for prompt in prompts])
-    return [[int(token) for token in prompt] for prompt in prompts]
-
-
-def _check(
-    lm: LanguageModel,
-    ids: list[list[int]],
-    layers: list[int],
-    offsets: tuple[int, ...],
-    places: tuple[tuple[int, str], ...],
-) -> None:
     if not places or not offsets:
         raise CaptureError("nothing to capture: layers, sites or positions are empty")
-    for layer in layers:
+    for layer in chosen:
         if not 0 <= layer < lm.n_layers:
             raise CaptureError(
                 f"layer {layer} does not exist; the model has 0 to {lm.n_layers - 1}"
             )
+    if all(isinstance(prompt, str) for prompt in prompts):
+        ids = lm.encode([str(prompt) for prompt in prompts])
+    else:
+        ids = [[int(token) for token in prompt] for prompt in prompts]
     for index, row in enumerate(ids):
         for offset in offsets:
             if not -len(row) <= offset < len(row):
                 raise CaptureError(
                     f"prompt {index} has {len(row)} token(s), none at position {offset}"
                 )
+    return ids, places
 
 
 def check_finite(
-    values: Tensor, places: tuple[tuple[int, str], ...], prompts: Sequence[int]
+    values: Tensor,
+    places: tuple[tuple[int, str], ...],
+    positions: tuple[int, ...],
+    prompts: Sequence[int],
+    origin: Callable[[int], str] = lambda prompt: "",
 ) -> None:
     """Look for states that are not finite.
 
     Args:
-        values: Shape (prompts, places, ..., width).
+        values: Shape (prompts, places, positions, width).
         places: The (layer, site) pairs of the second axis.
-        prompts: What the prompts of the first axis are called in the message.
+        positions: The token positions of the third axis.
+        prompts: Indices of the prompts of the first axis.
+        origin: Says where in a prompt it begins, for the message; asked only if it is needed.
 
     Raises:
-        CaptureError: One is not; the message says where.
+        NonFiniteError: One is not; the message says where.
     """
-    bad = ~torch.isfinite(values).flatten(2).all(dim=-1)
+    bad = ~torch.isfinite(values).all(dim=-1)
     if bool(bad.any()):
-        prompt, place = bad.nonzero()[0].tolist()
+        prompt, place, position = bad.nonzero()[0].tolist()
         layer, site = places[place]
-        raise CaptureError(
-            f"activations are not finite: first at prompt {prompts[prompt]}, layer {layer}, {site} "
-            f"({int(bad.sum())} places in all); try a wider dtype"
+        state = values[prompt, place, position]
+        raise NonFiniteError(
+            prompts[prompt],
+            f"layer {layer}, {site}, position {positions[position]}: "
+            f"{'NaN' if bool(state.isnan().any()) else 'inf'}{origin(prompts[prompt])}",
         )
+
+
+def _origin(lm: LanguageModel, ids: list[int]) -> str:
+    """Where the states of a prompt begin not to be finite, found by another forward of it alone."""
+    places = ((0, "resid_pre"), *((layer, "resid_post") for layer in range(lm.n_layers)))
+    with evaluating(lm.model):
+        states = _read(lm, [ids], places, tuple(range(len(ids))), "left")[0]
+    bad = (~torch.isfinite(states).all(dim=-1)).nonzero()
+    if not len(bad):
+        return ""
+    place, token = bad[0].tolist()
+    where = f"layer {places[place][0]}" if place else "the embedding"
+    return f", which begins in {where} at token {token} of {len(ids)}"
 
 
 def _key(

@@ -1,5 +1,7 @@
 """Errors with a name: each message is one line that says what was wrong, where, what to do."""
 
+from __future__ import annotations
+
 
 class LirefsError(Exception):
     """Base of every error that this package raises on purpose."""
@@ -53,6 +55,27 @@ class CaptureError(LirefsError):
     """Activations could not be captured."""
 
 
+class NonFiniteError(CaptureError):
+    """A hidden state is NaN or infinite.
+
+    Attributes:
+        prompt: Index of the prompt.
+        found: What was found, and where in the model.
+    """
+
+    def __init__(self, prompt: int, found: str, name: str = "") -> None:
+        super().__init__(
+            f"activations are not finite: first at prompt {prompt}{name}, {found}; leave that "
+            "prompt out, or load the model in a wider dtype (float16 ends at 65504)"
+        )
+        self.prompt = prompt
+        self.found = found
+
+    def named(self, question: str) -> NonFiniteError:
+        """The same with the id of the question that the prompt asks."""
+        return NonFiniteError(self.prompt, self.found, f" (question {question!r})")
+
+
 class TaskError(LirefsError):
     """A task or one of its items is malformed or cannot be scored."""
 
@@ -75,3 +98,8 @@ class NoDataError(TaskError):
 
 class BackendError(InterventionError):
     """A steering cannot be carried over to another runtime or file format."""
+
+
+def first_line(problem: BaseException) -> str:
+    """The first line of an error's message that is not blank, for a message of one line."""
+    return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")

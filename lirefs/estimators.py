@@ -18,8 +18,7 @@ from sklearn.utils.multiclass import (
 )
 from sklearn.utils.validation import check_is_fitted, validate_data
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from lirefs.statistics import Floats, Ints
 
 
 class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
@@ -54,8 +53,19 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         tags.classifier_tags.multi_class = False
         return tags
 
-    def _validated(self, X: npt.ArrayLike, y: npt.ArrayLike) -> tuple[Floats, Ints]:
-        """The samples in float64 and the class index of each; sets `classes_` and `means_`."""
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
+        """Fit the direction, forgetting what was seen before.
+
+        Args:
+            X: Samples, shape (n_samples, n_features).
+            y: Labels, shape (n_samples,), two values.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: If y does not hold exactly two classes, or a setting cannot be used.
+        """
         samples, y = validate_data(self, X, y, dtype=np.float64)
         check_classification_targets(y)
         if type_of_target(y) == "multiclass":
@@ -66,11 +76,16 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         if len(self.classes_) != 2:
             raise ValueError("Classifier can't train when only one class is present.")
         self.means_ = np.stack([samples[index == k].mean(axis=0) for k in (0, 1)])
-        return samples, index
+        self._learn(samples, index)
+        return self
+
+    def _learn(self, samples: Floats, index: Ints) -> None:
+        """Set the fitted attributes from float64 samples and the class index, 0 or 1, of each."""
+        raise NotImplementedError
 
     def _decide_halfway(self, vector: Floats) -> None:
         """Set the decision along `vector`, with the boundary halfway between the class means."""
-        unit = _unit(vector)
+        unit = unit_of(vector)
         gap = float(unit @ (self.means_[1] - self.means_[0]))
         # The sign of a principal component is arbitrary: it is made to point to the second class.
         self.coef_ = (-unit if gap < 0 else unit)[None]
@@ -95,23 +110,10 @@ class MeanDifference(_BinaryDirection):
         intercept_: Shape (1,).
     """
 
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction, forgetting what was seen before.
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Labels, shape (n_samples,), two values.
-
-        Returns:
-            The estimator itself.
-
-        Raises:
-            ValueError: If y does not hold exactly two classes.
-        """
-        samples, index = self._validated(X, y)
+    def _learn(self, samples: Floats, index: Ints) -> None:
         self.counts_ = np.bincount(index, minlength=2)
         self.sums_ = np.stack([samples[index == k].sum(axis=0) for k in (0, 1)])
-        return self._finish()
+        self._finish()
 
     def partial_fit(
         self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None
@@ -143,14 +145,14 @@ class MeanDifference(_BinaryDirection):
             chosen = samples[y == self.classes_[k]]
             self.counts_[k] += len(chosen)
             self.sums_[k] += chosen.sum(axis=0)
-        return self._finish()
+        self._finish()
+        return self
 
-    def _finish(self) -> Self:
+    def _finish(self) -> None:
         if self.counts_.all():
             self.means_ = self.sums_ / self.counts_[:, None]
             self._decide_halfway(self.means_[1] - self.means_[0])
             self.direction_ = self.means_[1] - self.means_[0]
-        return self
 
 
 class WhitenedMeanDifference(_BinaryDirection):
@@ -176,21 +178,7 @@ class WhitenedMeanDifference(_BinaryDirection):
     def __init__(self, shrinkage: float | str = "auto") -> None:
         self.shrinkage = shrinkage
 
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction.
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Labels, shape (n_samples,), two values.
-
-        Returns:
-            The estimator itself.
-
-        Raises:
-            ValueError: If y does not hold exactly two classes, or the shrinkage is neither
-                `"auto"` nor in [0, 1].
-        """
-        samples, index = self._validated(X, y)
+    def _learn(self, samples: Floats, index: Ints) -> None:
         within = samples - self.means_[index]
         if self.shrinkage == "auto":
             covariance, self.shrinkage_ = ledoit_wolf(within, assume_centered=True)
@@ -207,7 +195,6 @@ class WhitenedMeanDifference(_BinaryDirection):
         except LinAlgError:  # singular, without shrinkage
             vector = np.linalg.lstsq(covariance, difference)[0]
         self._decide_halfway(vector)
-        return self
 
 
 class LogisticDirection(_BinaryDirection):
@@ -232,29 +219,15 @@ class LogisticDirection(_BinaryDirection):
         self.C = C
         self.max_iter = max_iter
 
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction.
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Labels, shape (n_samples,), two values.
-
-        Returns:
-            The estimator itself.
-
-        Raises:
-            ValueError: If y does not hold exactly two classes.
-        """
-        samples, index = self._validated(X, y)
+    def _learn(self, samples: Floats, index: Ints) -> None:
         scaler = StandardScaler().fit(samples)
         model = LogisticRegression(C=self.C, max_iter=self.max_iter)
         model.fit(scaler.transform(samples), index)
         self.n_iter_ = model.n_iter_
         self.coef_ = model.coef_ / scaler.scale_
         self.intercept_ = model.intercept_ - self.coef_ @ scaler.mean_
-        unit = _unit(self.coef_[0])
+        unit = unit_of(self.coef_[0])
         self.direction_ = unit * float(unit @ (self.means_[1] - self.means_[0]))
-        return self
 
 
 class PCADirection(_BinaryDirection):
@@ -273,20 +246,7 @@ class PCADirection(_BinaryDirection):
         intercept_: Shape (1,).
     """
 
-    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction.
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Labels, shape (n_samples,), two values.
-
-        Returns:
-            The estimator itself.
-
-        Raises:
-            ValueError: If y does not hold exactly two classes.
-        """
-        samples, index = self._validated(X, y)
+    def _learn(self, samples: Floats, index: Ints) -> None:
         first, second = (samples[index == k] for k in (0, 1))
         pairs = min(len(first), len(second))
         # The principal components of the differences and their negatives, whose mean is zero.
@@ -294,7 +254,6 @@ class PCADirection(_BinaryDirection):
         total = float((singular**2).sum())
         self.explained_ = float(singular[0] ** 2) / total if total > 0 else 0.0
         self._decide_halfway(components[0] if total > 0 else np.zeros(samples.shape[1]))
-        return self
 
 
 class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
@@ -361,13 +320,14 @@ def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
         The regression of the samples' projections on the scores, along the unit vector, shape
         (n_features,); zero where the scores are all equal.
     """
-    unit = _unit(vector)
+    unit = unit_of(vector)
     centred = scores - scores.mean()
     spread = float(centred @ centred)
     return unit * (float((samples @ unit) @ centred) / spread if spread > 0 else 0.0)
 
 
-def _unit(vector: Floats) -> Floats:
+def unit_of(vector: Floats) -> Floats:
+    """The vector at length 1; zero where it is zero."""
     norm = float(np.linalg.norm(vector))
     unit: Floats = vector / norm if norm > 0 else vector
     return unit

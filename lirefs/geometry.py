@@ -8,7 +8,8 @@ import numpy as np
 from sklearn.decomposition import PCA
 
 from lirefs.capture import capture, stream
-from lirefs.directions import Direction, Directions
+from lirefs.direction import Direction
+from lirefs.directions import Directions
 from lirefs.errors import DirectionError, QuestionsError
 from lirefs.models import LanguageModel
 from lirefs.questions import Question, Questions, Split

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from lirefs.backends import operators
-from lirefs.directions import Direction, Directions
+from lirefs.direction import Direction
+from lirefs.directions import Directions
 from lirefs.errors import BackendError, DirectionsFileError
 from lirefs.files import atomic_path
-from lirefs.intervention import Steer
 from lirefs.models import LanguageModel
+from lirefs.steering import Steer
 
 ARCHITECTURE = "controlvector"
 _PREFIX = "direction."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirefs.errors import LayoutError
+from lirefs.errors import LayoutError, first_line
 
 
 def hidden_of(output: Any, batch: int | None = None) -> Tensor:
@@ -96,6 +97,17 @@ def input_device(model: nn.Module) -> torch.device:
     return torch.device("cpu") if tensor is None else tensor.device
 
 
+def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
+    """The hook, deaf to what other threads run on the same modules."""
+    thread = threading.get_ident()
+
+    def heard(*given: Any) -> None:
+        if threading.get_ident() == thread:
+            hook(*given)
+
+    return heard
+
+
 @dataclass
 class Seen:
     """What went into and came out of one module; None where it was no tensor."""
@@ -118,17 +130,16 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, See
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(evaluating(model))
         for name, module in watched.items():
-            before, after = _watchers(seen[name])
+            before, after = map(in_this_thread, _watchers(seen[name]))
             handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
             stack.callback(module.register_forward_hook(after).remove)
         try:
             model(input_ids=ids, **extra)
         except Exception as problem:
-            reason = (str(problem).splitlines() or [""])[0]
             raise LayoutError(
                 f"a forward pass of {type(model).__name__} on {ids.shape[1]} tokens failed: "
-                f"{type(problem).__name__}: {reason}"
+                f"{type(problem).__name__}: {first_line(problem)}"
             ) from problem
     return seen
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from lirefs.directions import Directions
-from lirefs.errors import DownloadError
+from lirefs.errors import DownloadError, first_line
 from lirefs.models import LanguageModel
 
 FILE = "directions.safetensors"
@@ -95,7 +95,9 @@ def push_directions(
                 repo_id=repository, folder_path=work, commit_message="Add directions"
             )
         except Exception as problem:  # the hub's client lets its HTTP library's errors through
-            raise DownloadError(f"{repository}: cannot be pushed: {_first(problem)}") from problem
+            raise DownloadError(
+                f"{repository}: cannot be pushed: {first_line(problem)}"
+            ) from problem
     return str(commit.commit_url)
 
 
@@ -122,9 +124,6 @@ def load_directions(
     try:
         path = hf_hub_download(repository, FILE, revision=revision, token=token)
     except Exception as problem:  # the hub's client lets its HTTP library's errors through
-        raise DownloadError(f"{repository}: cannot be loaded: {_first(problem)}") from problem
+        reason = first_line(problem)
+        raise DownloadError(f"{repository}: cannot be loaded: {reason}") from problem
     return Directions.load(path, lm)
-
-
-def _first(problem: Exception) -> str:
-    return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")

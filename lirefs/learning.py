@@ -11,20 +11,20 @@ from tqdm.auto import tqdm
 
 from lirefs.errors import SettingError
 from lirefs.estimators import MeanDifference, along
-
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
+from lirefs.statistics import Floats, Ints
 
 
 class Learner(Protocol):
     """Takes train states batch by batch; after `finish` it holds what was learned.
 
     Attributes:
+        counts: Train items of each class, shape (2,).
         fitted: One estimator for each place.
         means: Class means, shape (places, 2, width).
         null: Vector of each shuffle at each place, shape (places, width, shuffles).
     """
 
+    counts: Ints
     fitted: list[Any]
     means: Floats
     null: Floats
@@ -52,6 +52,7 @@ class SumLearner:
     """
 
     def __init__(self, estimator: MeanDifference, labels: Ints, orders: Ints) -> None:
+        self.counts = np.bincount(labels, minlength=2)
         self._estimator = estimator
         self._labels = labels
         self._wrong = labels[orders].T.astype(np.float64)
@@ -93,6 +94,7 @@ class HoldingLearner:
     def __init__(
         self, estimator: Any, labels: Ints, grades: Floats, orders: Ints, progress: bool = False
     ) -> None:
+        self.counts = np.bincount(labels, minlength=2)
         self._estimator = estimator
         self._labels = labels
         self._targets = grades if is_regressor(estimator) else labels

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,26 +17,20 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from kfac.weight_edit import originals_of
+from kfac.weight_edit import hold, originals_of
 from lirefs.builtin import BUILTIN
-from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
+from lirefs.errors import (
+    InterventionError,
+    ModelLoadError,
+    ModelNotFoundError,
+    SettingError,
+    first_line,
+)
+from lirefs.fingerprint import model_hash, tokenizer_hash
 from lirefs.guest import accepts, evaluating, input_device
-from lirefs.layout import Layout, find_layout
+from lirefs.layout import Layout
+from lirefs.layout_search import find_layout
 
-# Settings of a configuration that do not change what the model computes, or that depend on how
-# it was loaded. Keys that begin with an underscore are left out as well.
-_NOT_ESSENTIAL = {
-    "architectures",
-    "dtype",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "quantization_config",
-    "return_dict",
-    "torch_dtype",
-    "transformers_version",
-    "use_cache",
-}
 _HUB_SECONDS = 5.0
 
 
@@ -74,7 +66,7 @@ def _fingerprint(model: nn.Module, edited: bool = True) -> str:
     )
     hashes = _HASHES.setdefault(model, {})
     if state not in hashes:
-        hashes[state] = _model_hash(model, weights)
+        hashes[state] = model_hash(model, weights)
         for old in list(hashes)[:-_STATES]:
             del hashes[old]
     return hashes[state]
@@ -89,6 +81,28 @@ def _unedited(parameter: nn.Parameter) -> Tensor:
 def is_edited(model: nn.Module) -> bool:
     """Whether a removable weight edit is attached to a model."""
     return any(_unedited(parameter) is not parameter for parameter in model.parameters())
+
+
+def held(model: nn.Module) -> Callable[[], None]:
+    """Keep the interventions of other threads off a model until the result is called.
+
+    Raises:
+        InterventionError: Another thread has one attached, or this is no module.
+    """
+    must_be_module(model)
+    return hold(model, InterventionError)
+
+
+def must_be_module(model: object) -> None:
+    """Refuse what is no model itself, such as an `lm`.
+
+    Raises:
+        InterventionError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise InterventionError(
+            f"an intervention needs the model itself, got {type(model).__name__}; give lm.model"
+        )
 
 
 class LanguageModel:
@@ -144,7 +158,7 @@ class LanguageModel:
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the vocabulary, the rules and the special tokens, as 64 hex digits."""
         if self._tokenizer_fingerprint is None:
-            self._tokenizer_fingerprint = _tokenizer_hash(self.tokenizer)
+            self._tokenizer_fingerprint = tokenizer_hash(self.tokenizer)
         return self._tokenizer_fingerprint
 
     def encode(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
@@ -367,7 +381,7 @@ def _load_error(
     name: str, source: str, common: Mapping[str, Any], problem: Exception
 ) -> ModelNotFoundError | ModelLoadError:
     """Return the error of this package for an exception of ``transformers``."""
-    reason = next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+    reason = first_line(problem)
     from_hub = source == name and not Path(source).expanduser().is_dir()
     if from_hub and isinstance(problem, OSError):
         if common.get("local_files_only"):
@@ -378,42 +392,3 @@ def _load_error(
     return ModelLoadError(
         f"{name}: could not be loaded, {kind}: {type(problem).__name__}: {reason}"
     )
-
-
-def _model_hash(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of configuration and weights, streamed one parameter at a time."""
-    config: Any = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
-    digest = hashlib.sha256()
-    digest.update(json.dumps(_essential(settings), sort_keys=True, default=str).encode())
-    for name, weight in weights.items():
-        if weight.is_meta:
-            raise ProvenanceError(f"{name} is offloaded, so the model has no fingerprint")
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        flat = weight.detach().reshape(-1).contiguous().cpu()
-        digest.update(flat.view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _essential(settings: Any) -> Any:
-    """Return ``settings`` without what does not change the computation, at every depth."""
-    if isinstance(settings, dict):
-        return {
-            str(key): _essential(value)
-            for key, value in settings.items()
-            if key not in _NOT_ESSENTIAL and not str(key).startswith("_")
-        }
-    return settings
-
-
-def _tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of what decides the token ids of a text."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    for state in ("padding", "truncation"):  # left behind by the last call, no part of the rules
-        rules.pop(state, None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    template = getattr(tokenizer, "chat_template", None)
-    parts = [sorted(tokenizer.get_vocab().items()), rules, special, template]
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -9,22 +9,23 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from lirefs.capture import Activations, capture, check_finite, stream
-from lirefs.directions import Direction, Directions
-from lirefs.errors import CaptureError, QuestionsError, SettingError
+from lirefs.capture import capture, stream
+from lirefs.direction import Direction
+from lirefs.directions import Directions
+from lirefs.errors import CaptureError, NonFiniteError, QuestionsError, SettingError
 from lirefs.estimators import MeanDifference
 from lirefs.files import read_jsonl
+from lirefs.fitting import direction_of, learner_for
 from lirefs.layout import indices
-from lirefs.learning import Floats, HoldingLearner, Ints, Learner, SumLearner
+from lirefs.learning import Learner
 from lirefs.models import LanguageModel
 from lirefs.questions import LABELS, Questions, Split
 from lirefs.readings import Readings
-from lirefs.statistics import Estimate, areas, auroc, correlation, interval, wilson
+from lirefs.statistics import Estimate, Floats, Ints, areas, auroc, correlation, interval, wilson
 from lirefs.version import __version__
 
 
@@ -164,9 +165,10 @@ def fit(
 
     Raises:
         CaptureError: If activations cannot be read, or no layer separates train items at all.
+        NonFiniteError: If a hidden state is not finite; the message names the question.
         QuestionsError: If a question has no grade, or one outside [0, 1].
-        SettingError: If the estimator is not a linear model, `shuffles` is below 1, or `layers`
-            are no indices.
+        SettingError: If the estimator is not a linear model or gives a vector that is not finite,
+            `shuffles` is below 1, or `layers` are no indices.
     """
     if shuffles < 1:
         raise SettingError(f"shuffles={shuffles}: the controls need at least one")
@@ -180,7 +182,10 @@ def fit(
     places = [(layer, site) for layer in layers]
     states = None
     if cache is not None:
-        held = capture(lm, prompts, layers=layers, sites=[site], cache=cache, progress=progress)
+        try:
+            held = capture(lm, prompts, layers=layers, sites=[site], cache=cache, progress=progress)
+        except NonFiniteError as error:
+            raise error.named(items[error.prompt].id) from None
         states = held.values[:, :, 0]
 
     def batches(begin: int, end: int) -> Iterator[tuple[list[int], Floats]]:
@@ -188,12 +193,15 @@ def fit(
             yield list(range(end - begin)), states[begin:end].double().numpy()
             return
         settings: dict[str, Any] = {"layers": layers, "sites": [site], "progress": progress}
-        for rows, values in stream(lm, prompts[begin:end], **settings):
-            yield rows, values.double().numpy()
+        try:
+            for rows, values in stream(lm, prompts[begin:end], **settings):
+                yield rows, values.double().numpy()
+        except NonFiniteError as error:
+            raise error.named(items[begin + error.prompt].id) from None
 
     generator = np.random.default_rng(seed)
     orders = np.array([generator.permutation(first) for _ in range(shuffles)])
-    learner = _learner(estimator, labels[:first], targets[:first], orders, progress)
+    learner = learner_for(estimator, labels[:first], targets[:first], orders, progress=progress)
     for rows, values in batches(0, first):
         learner.add(rows, values)
     learner.finish()
@@ -212,62 +220,7 @@ def fit(
         "estimator": repr(estimator),
         "position": -1,
     }
-    return _report(
-        learner, readings, places, labels, targets, first, sides, generator, provenance, split
-    )
-
-
-def fit_directions(
-    states: Activations,
-    labels: list[int],
-    estimator: Any = None,
-    *,
-    provenance: Mapping[str, Any] | None = None,
-) -> Directions:
-    """Fit one direction per place on states from anywhere: TransformerLens, nnsight, a file.
-
-    Args:
-        states: States of one position each, from `capture` or a backend.
-        labels: 0 for memory and 1 for reasoning, one for each prompt.
-        estimator: As for `fit`; None for `MeanDifference()`.
-        provenance: What made them; with `model`, the fingerprint of the model, steering another
-            model is refused.
-
-    Returns:
-        One float32 direction for each place of the states.
-
-    Raises:
-        CaptureError: If there is not one label for each prompt, or not one position, a label is
-            neither 0 nor 1 or one of them is missing, or a state is not finite.
-        SettingError: If the estimator is not a linear model.
-    """
-    values = states.values
-    if values.shape[2] != 1 or len(labels) != len(values):
-        raise CaptureError(
-            f"expected one position and {len(values)} labels, got {values.shape[2]} and "
-            f"{len(labels)}"
-        )
-    found = set(labels)
-    if found != {0, 1}:
-        raise CaptureError(
-            f"labels must hold 0 (memory) and 1 (reasoning), both of them; found {sorted(found)}"
-        )
-    check_finite(values, states.places, range(len(values)))
-    index = np.asarray(labels, np.int64)
-    estimator = MeanDifference() if estimator is None else estimator
-    none = np.empty((0, len(index)), np.int64)
-    learner = _learner(estimator, index, index.astype(np.float64), none, False)
-    samples = values[:, :, 0].double().numpy()
-    learner.add(list(range(len(samples))), samples)
-    learner.finish()
-    directions = {}
-    for place, (layer, site) in enumerate(states.places):
-        vector = learner.vector(place)
-        unit = vector / max(float(np.linalg.norm(vector)), 1e-300)
-        directions[layer, site] = _direction(
-            learner, place, layer, site, samples[:, place] @ unit, index, np.bincount(index)
-        )
-    return Directions(directions, dict(provenance or {}))
+    return _report(learner, readings, places, targets[first:], generator, provenance, split)
 
 
 def load_grades(path: str | Path) -> dict[str, float] | None:
@@ -305,67 +258,26 @@ def _grades(items: list[Any], grades: Mapping[str, float] | None, labels: Ints) 
     return values
 
 
-def _learner(
-    estimator: Any, labels: Ints, targets: Floats, orders: Ints, progress: bool
-) -> Learner:
-    if isinstance(estimator, MeanDifference):
-        return SumLearner(estimator, labels, orders)
-    return HoldingLearner(estimator, labels, targets, orders, progress)
-
-
-def _direction(
-    learner: Learner,
-    place: int,
-    layer: int,
-    site: str,
-    projections: Floats,
-    labels: Ints,
-    counts: Ints,
-) -> Direction:
-    vector = learner.vector(place)
-    unit = vector / max(float(np.linalg.norm(vector)), 1e-300)
-    means = learner.means[place] @ unit
-    spread = [float(projections[labels == label].std()) for label in (0, 1)]
-    return Direction(
-        vector=torch.from_numpy(vector).float(),
-        layer=layer,
-        site=site,
-        means=(float(means[0]), float(means[1])),
-        spread=(spread[0], spread[1]),
-        counts=(int(counts[0]), int(counts[1])),
-    )
-
-
 def _report(
     learner: Learner,
     readings: Readings,
     places: list[tuple[int, str]],
-    labels: Ints,
     targets: Floats,
-    first: int,
-    sides: list[slice],
     generator: np.random.Generator,
     provenance: dict[str, Any],
     split: Split,
 ) -> Probe:
-    counts = np.bincount(labels[:first], minlength=2)
-    labels, targets = labels[first:], targets[first:]
-    validation, test = sides
+    labels = readings.labels
+    validation, test = readings.sides
     directions = {
         # The spread within a class is measured on validation items: on train items, of which
         # there are fewer than dimensions, it would come out too small.
-        (layer, site): _direction(
-            learner,
-            place,
-            layer,
-            site,
-            readings.projections[validation, place],
-            labels[validation],
-            counts,
+        where: direction_of(
+            learner, place, where, readings.projections[validation, place], labels[validation]
         )
-        for place, (layer, site) in enumerate(places)
+        for place, where in enumerate(places)
     }
-    shuffled = _shuffled_areas(readings, labels, generator)
+    shuffled = _shuffled_areas(readings, generator)
     rows = readings.control_rows[1]
     random = areas(readings.random[-len(rows) :], labels[rows])
     scores = tuple(
@@ -401,16 +313,16 @@ def _report(
     )
 
 
-def _shuffled_areas(
-    readings: Readings, labels: Ints, generator: np.random.Generator
-) -> tuple[Floats, Floats]:
+def _shuffled_areas(readings: Readings, generator: np.random.Generator) -> tuple[Floats, Floats]:
     """Validation and test AUROC of each shuffle, (places, shuffles); held-out labels too."""
     shuffles = readings.shuffled.shape[2]
     found, begin = [], 0
     for rows in readings.control_rows:
         scores = readings.shuffled[begin : begin + len(rows)]
         begin += len(rows)
-        wrong = np.stack([generator.permutation(labels[rows]) for _ in range(shuffles)], axis=1)
+        wrong = np.stack(
+            [generator.permutation(readings.labels[rows]) for _ in range(shuffles)], axis=1
+        )
         found.append(areas(scores, wrong[:, None]))
     return found[0], found[1]
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
-from lirefs.learning import Floats, Ints, Learner, decide
+from lirefs.learning import Learner, decide
+from lirefs.statistics import Floats, Ints
 
 # Controls give a distribution, not a decision: they need no more items than this on each side.
 CONTROL_ITEMS = 2000
@@ -22,6 +22,8 @@ class Readings:
         seed: Seed of the random directions.
 
     Attributes:
+        labels: As given.
+        sides: As given.
         scores: Decision value of each item at each place, shape (n, places).
         predicted: Label given to each item, shape (n, places).
         projections: Component along the unit direction, shape (n, places).
@@ -35,6 +37,8 @@ class Readings:
     def __init__(
         self, learner: Learner, labels: Ints, sides: list[slice], controls: int, seed: int
     ) -> None:
+        self.labels = labels
+        self.sides = sides
         self._learner = learner
         n, (places, _, width) = len(labels), learner.means.shape
         vectors = np.stack([learner.vector(place) for place in range(places)])
@@ -74,7 +78,7 @@ class Readings:
         self.random[slots] = (kept @ self._random).transpose(1, 0, 2)
 
 
-def _spread_out(side: slice) -> npt.NDArray[np.int64]:
+def _spread_out(side: slice) -> Ints:
     """At most `CONTROL_ITEMS` items of a side, evenly over it, so that both classes are there."""
     count = min(side.stop - side.start, CONTROL_ITEMS)
     return np.linspace(side.start, side.stop - 1, count).round().astype(np.int64)

@@ -12,6 +12,7 @@ from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
 Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
 
 # Counts held at once by a bootstrap, which is otherwise resamples times items.
 CHUNK = 1 << 20
@@ -76,7 +77,7 @@ def interval(values: Floats, n: int | None = None) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def auroc(scores: Floats, labels: npt.NDArray[np.int64], resamples: int = 2000) -> Estimate:
+def auroc(scores: Floats, labels: Ints, resamples: int = 2000) -> Estimate:
     """Area under the ROC curve with a bootstrap interval, resampled within each class.
 
     Args:
@@ -104,7 +105,7 @@ def auroc(scores: Floats, labels: npt.NDArray[np.int64], resamples: int = 2000) 
     return Estimate(value, *interval(areas), len(scores))
 
 
-def areas(scores: npt.NDArray[np.floating[Any]], labels: npt.NDArray[np.int64]) -> Floats:
+def areas(scores: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
     """Areas under many ROC curves at once.
 
     Args:

@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from lirefs.directions import Direction
+from lirefs.direction import Direction, must_be_finite
 from lirefs.errors import InterventionError
 from lirefs.scope import Where, for_rows
 
@@ -43,10 +43,12 @@ class Rows:
         """Strength of each token, and which are steered at all: both (rows, 1)."""
         rows, device = where.position.shape[0], where.position.device
         prompts = where.prompts
-        self._strengths, self._steered = self._strengths.to(device), self._steered.to(device)
+        # In locals: another thread, with another model, may want them on another device.
+        strengths = self._strengths = self._strengths.to(device)
+        steered = self._steered = self._steered.to(device)
         return (
-            for_rows(self._strengths, rows, prompts).unsqueeze(1),
-            for_rows(self._steered, rows, prompts).unsqueeze(1),
+            for_rows(strengths, rows, prompts).unsqueeze(1),
+            for_rows(steered, rows, prompts).unsqueeze(1),
         )
 
     def describe(self) -> Any:
@@ -82,14 +84,15 @@ class Schedule:
             float32 strengths and bool, both of shape (rows or 1, tokens).
         """
         age = where.age
-        needed = int(age.max()) + 1 if self._function is not None else 0
-        if len(self._values) < max(needed, 1):
-            missing = range(len(self._values), max(needed, 1))
-            self._values += [finite(self._function(index)) for index in missing]  # type: ignore[misc]
-            self._tensor = torch.tensor(self._values)
-        self._tensor = self._tensor.to(age.device)
-        last = len(self._values) - 1
-        return self._tensor[age.clamp(0, last)], (age >= 0) & (age <= last)
+        # In a local: another thread, with another model, may be further on, or on another device.
+        known = self._tensor.to(age.device)
+        needed = max(int(age.max()) + 1, 1) if self._function is not None else 0
+        if len(known) < needed:
+            more = [finite(self._function(index)) for index in range(len(known), needed)]  # type: ignore[misc]
+            known = torch.cat([known, torch.tensor(more, device=known.device)])
+        self._tensor = known
+        last = len(known) - 1
+        return known[age.clamp(0, last)], (age >= 0) & (age <= last)
 
     def describe(self) -> Any:
         """What it is, as a JSON value.
@@ -161,7 +164,7 @@ class Gate:
         above: Whether projections above the threshold pass, or those below.
 
     Raises:
-        InterventionError: There is no probe, or no threshold.
+        InterventionError: There is no probe, or no threshold, or one of them is not finite.
     """
 
     direction: Direction
@@ -174,14 +177,15 @@ class Gate:
             raise InterventionError(
                 f"a gate needs the direction of a probe, got {type(self.direction).__name__}"
             )
+        must_be_finite(self.direction)
         if self.per not in ("token", "row"):
             raise InterventionError(f"a gate decides per 'token' or 'row', not {self.per!r}")
         if self.threshold is None and not all(self.direction.counts):
             raise InterventionError(
                 "a gate without a threshold needs a fitted probe: this direction has no class means"
             )
-        if self.threshold is not None and not math.isfinite(self.threshold):
-            raise InterventionError(f"the threshold {self.threshold} of a gate is not finite")
+        if not math.isfinite(self.level):
+            raise InterventionError(f"the threshold {self.level} of a gate is not finite")
 
     @property
     def level(self) -> float:

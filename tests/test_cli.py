@@ -10,12 +10,17 @@ from lirefs.harness import suite
 from lirefs.harness.journal import Journal
 
 
+def quick(model, questions):
+    model_and_data = ["--model", model, "--questions", questions]
+    return ["compare", *model_and_data, "--quick", "--layers", "1,2"]
+
+
 def test_compare_writes_a_whole_report_and_reuses_its_work(
     model_folder, questions, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
-    arguments = ["compare", "--model", model_folder, "--questions", questions, "--quick"]
-    arguments += ["--layers", "1,2", "--keep", "0.9", "--factors", tmp_path / "f.safetensors"]
+    arguments = quick(model_folder, questions)
+    arguments += ["--keep", "0.9", "--factors", tmp_path / "f.safetensors"]
     out = tmp_path / "report"
     assert run(monkeypatch, *arguments, "--out", out) == 0
     assert {path.name for path in out.iterdir()} == {
@@ -123,17 +128,8 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
     data = tmp_path / "data"
     data.mkdir()
     (data / "quotes.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    arguments = [
-        "compare",
-        "--model",
-        model_folder,
-        "--questions",
-        questions,
-        "--quick",
-        "--limit",
-        "3",
-    ]
-    arguments += ["--layers", "1,2", "--suite", "memorization", "--data", data]
+    arguments = quick(model_folder, questions)
+    arguments += ["--limit", "3", "--suite", "memorization", "--data", data]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
     assert "left out: memorized_windows" in capsys.readouterr().err
     whole = (tmp_path / "whole" / "results.json").read_text()
@@ -173,17 +169,8 @@ def test_a_task_of_lm_eval_is_compared_beside_ours(
     lm = lirefs.load(str(model_folder))
     items = [(str(i), lm.encode([f"a prefix {i}"])[0], [40, 50 + i]) for i in range(4)]
     lirefs.write_lm_eval_task(tmp_path / "tasks", "recite", items, lm.tokenizer)
-    arguments = [
-        "compare",
-        "--model",
-        model_folder,
-        "--questions",
-        questions,
-        "--quick",
-        "--limit",
-        "3",
-    ]
-    arguments += ["--layers", "1,2", "--lm-eval", "recite", "--data", tmp_path / "tasks"]
+    arguments = quick(model_folder, questions)
+    arguments += ["--limit", "3", "--lm-eval", "recite", "--data", tmp_path / "tasks"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "report") == 0
     saved = lirefs.Comparison.load(tmp_path / "report")
     assert saved.tasks["recite"].group == "lm-eval"

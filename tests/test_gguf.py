@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import fresh_model, tiny_tokenizer
 
-from lirefs import Direction, Directions, layout, load, wrap
+from lirefs import Direction, Directions, layout_search, load, wrap
 from lirefs.errors import (
     BackendError,
     DirectionsFileError,
@@ -100,7 +100,7 @@ def test_another_model_and_places_that_are_not_there_are_refused(lm, tmp_path, m
     with pytest.raises(SettingError, match="site must be"):
         to_gguf(direction(site="resid_mid"), file, lm)
     without = dataclasses.replace(lm.layout, mlp=None)
-    monkeypatch.setitem(layout._LAYOUTS, lm.model, without)
+    monkeypatch.setitem(layout_search._LAYOUTS, lm.model, without)
     with pytest.raises(LayoutError, match="mlp_out is not available"):
         to_gguf(direction(site="mlp_out"), file, lm)
     assert not file.exists()

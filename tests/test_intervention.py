@@ -8,9 +8,8 @@ from steering_tools import IDS, direction, logits, logits_of, states
 from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
 from torch import nn
 
-from lirefs import Direction, Directions, Gate, Schedule, compose, wrap
+from lirefs import Direction, Directions, Gate, Schedule, Steer, compose, wrap
 from lirefs.errors import InterventionError, LayoutError, SettingError
-from lirefs.intervention import Steer
 
 
 def hooks_of(model):

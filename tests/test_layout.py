@@ -13,7 +13,8 @@ from torch import nn
 
 from lirefs.errors import LayoutError, SettingError
 from lirefs.guest import evaluating, hidden_input, hidden_of, with_hidden, with_hidden_input
-from lirefs.layout import SITES, find_layout, layout_of
+from lirefs.layout import SITES
+from lirefs.layout_search import find_layout, layout_of
 
 POST_NORM = ("post_attention_layernorm", "post_feedforward_layernorm")
 WHERE = {
@@ -249,7 +250,7 @@ def test_encoder_decoder_is_refused():
 def test_layout_is_remembered_and_forgotten_with_the_model(monkeypatch):
     model = fresh_model("llama")
     layout = layout_of(model)
-    monkeypatch.setattr("lirefs.layout.observe", lambda *args: pytest.fail("verified twice"))
+    monkeypatch.setattr("lirefs.layout_search.observe", lambda *args: pytest.fail("verified twice"))
     assert layout_of(model) is layout
     gone = weakref.ref(model)
     del model
@@ -266,7 +267,7 @@ def test_layers_that_do_not_exist(layer):
 
 def test_a_site_that_does_not_exist():
     model = tiny_model("llama")
-    with pytest.raises(SettingError, match="resid_pre, resid_post, attn_out, mlp_out"):
+    with pytest.raises(SettingError, match="resid_pre, attn_out, mlp_out, resid_post"):
         layout_of(model).module(model, "resid_mid", 0)
 
 

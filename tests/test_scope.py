@@ -419,9 +419,9 @@ def test_what_a_gate_decided_goes_with_it():
     with prompt_lengths([4]):
         with Direction(VECTOR, LAYER).steer("add", gate=gate).apply(lm.model):
             lm.model(torch.tensor([[0, 40, 50, 60]]))
-            assert len(positions._PROMPT.get().decisions) == 1
+            assert len(positions.PROMPT.get().decisions) == 1
         gc.collect()  # the next steering may come to the same address
-        assert not positions._PROMPT.get().decisions
+        assert not positions.PROMPT.get().decisions
 
 
 @pytest.mark.parametrize("per", ["token", "row"])

@@ -10,11 +10,11 @@ import kfac
 import lirefs
 from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer
 from lirefs.capture import capture
-from lirefs.directions import Direction
+from lirefs.direction import Direction
 from lirefs.errors import DirectionError, TaskError
-from lirefs.intervention import Steer
 from lirefs.models import wrap
 from lirefs.questions import Question, Questions
+from lirefs.steering import Steer
 from lirefs.studies.sharpness import contacts, direction_sharpness, spread
 from lirefs.studies.spectra import edit_and_steer, edit_moves_projection, task_positions
 

@@ -7,10 +7,11 @@ takes seconds to load its library.
 from __future__ import annotations
 
 from lirefs.errors import BackendError
-from lirefs.intervention import SITE_ORDER, Steer
+from lirefs.layout import SITES
 from lirefs.models import LanguageModel
 from lirefs.operators import IDLE_AT_ZERO, Operator
 from lirefs.scope import ALL
+from lirefs.steering import Steer
 
 __all__ = ["operators"]
 
@@ -42,4 +43,4 @@ def operators(steer: Steer, lm: LanguageModel) -> list[tuple[int, str, Operator]
         number = steer.strength if isinstance(steer.strength, float) else steer.strength[layer]
         if number != 0 or steer.operator not in IDLE_AT_ZERO:
             made.append((layer, site, Operator(steer.operator, direction.vector, number)))
-    return sorted(made, key=lambda place: (place[0], SITE_ORDER.index(place[1])))
+    return sorted(made, key=lambda place: (place[0], SITES.index(place[1])))

@@ -16,9 +16,9 @@ from lirefs.backends import operators
 from lirefs.capture import Activations, check_finite
 from lirefs.errors import CaptureError
 from lirefs.guest import hidden_of, with_hidden
-from lirefs.intervention import Steer
 from lirefs.layout import Layout
 from lirefs.models import LanguageModel
+from lirefs.steering import Steer
 
 __all__ = ["capture", "generate", "logits", "steer_here", "wrap"]
 
@@ -152,7 +152,7 @@ def capture(
             tracer.stop()
         rows.append(torch.stack(list(states), dim=1))
     values, places = torch.cat(rows)[:, :, None], tuple((one, site) for one in chosen)
-    check_finite(values, places, range(len(values)))
+    check_finite(values, places, (-1,), range(len(values)))
     return Activations(values, places, (-1,))
 
 

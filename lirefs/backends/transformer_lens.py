@@ -14,9 +14,10 @@ from transformers import AutoTokenizer
 
 from lirefs.backends import operators
 from lirefs.capture import Activations, check_finite
-from lirefs.errors import BackendError, CaptureError
-from lirefs.intervention import Steer, refuse_steered
+from lirefs.errors import BackendError, CaptureError, first_line
+from lirefs.intervention import refuse_steered
 from lirefs.models import LanguageModel
+from lirefs.steering import Steer
 
 __all__ = ["boot", "capture", "from_cache", "hook_name", "hooks"]
 
@@ -49,10 +50,9 @@ def boot(lm: LanguageModel) -> Any:
                 lm.name, hf_model=twin, tokenizer=tokenizer, dtype=lm.model.dtype, device=lm.device
             )
         except Exception as problem:
-            reason = (str(problem).splitlines() or [""])[0]
             raise BackendError(
                 f"TransformerLens cannot take {type(lm.model).__name__}: "
-                f"{type(problem).__name__}: {reason}"
+                f"{type(problem).__name__}: {first_line(problem)}"
             ) from problem
     return bridge.eval()
 
@@ -138,7 +138,7 @@ def capture(
             _, cache = bridge.run_with_cache(tokens, names_filter=names)
             rows.append(from_cache(cache, bridge, layers=chosen, site=site).values)
     values, places = torch.cat(rows), tuple((layer, site) for layer in chosen)
-    check_finite(values, places, range(len(values)))
+    check_finite(values, places, (-1,), range(len(values)))
     return Activations(values, places, (-1,))
 
 

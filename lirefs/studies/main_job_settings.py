@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import kfac
-from lirefs.directions import Direction
+from lirefs.direction import Direction
 from lirefs.harness.comparison import BASELINE, Comparison
 from lirefs.harness.running import compare
 from lirefs.harness.tasks import Task
-from lirefs.intervention import Intervention, Steer
+from lirefs.intervention import Intervention
 from lirefs.models import LanguageModel
 from lirefs.organism.questions import Form
 from lirefs.probe import Probe
+from lirefs.steering import Steer
 
 STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 """Forms whose directions are candidates for steering."""

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kfac
 from lirefs.capture import capture
-from lirefs.directions import Direction
+from lirefs.direction import Direction
 from lirefs.errors import DirectionError
 from lirefs.guest import Seen, evaluating, observe
 from lirefs.models import LanguageModel

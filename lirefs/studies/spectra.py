@@ -15,7 +15,7 @@ from scipy.stats import rankdata
 
 import kfac
 from lirefs.batching import batches_by_tokens
-from lirefs.directions import Direction
+from lirefs.direction import Direction
 from lirefs.errors import DirectionError, TaskError
 from lirefs.harness.analysis_plots import TaskPosition
 from lirefs.harness.memorization import Recitation
