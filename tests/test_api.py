@@ -51,6 +51,7 @@ def names(package: ModuleType) -> Iterator[str]:
         title = f"{package.__name__}.{name}"
         if inspect.isclass(value):
             bases = [base.__name__ for base in value.__bases__ if base is not object]
+            bases = [name for name in bases if not name.startswith("_")]
             yield f"class {title}({', '.join(bases)})" if bases else f"class {title}"
             if value.__init__ is not object.__init__ and not issubclass(value, BaseException):
                 yield f"    {inspect.signature(value.__init__)}"
