@@ -89,8 +89,12 @@ class Taps:
                 stack.callback(handle.remove)
             for module, names in stacks.items():
                 stack.enter_context(observed(module, partial(self._on_expert, names)))
-            stack.callback(self._calls.clear)
-            yield
+            try:
+                yield
+            finally:
+                # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks
+                # hold this object: a circle through autograd, which no collector sees.
+                self._calls = {}
 
     def begin(self) -> None:
         """Forget the calls of the last batch and record those of the next forward pass."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -17,13 +19,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lirefs.batching import batches_by_tokens
-from lirefs.errors import CaptureError
+from lirefs.errors import CaptureError, WriteError
 from lirefs.files import atomic_path
 from lirefs.guest import evaluating, hidden_input, hidden_of
 from lirefs.layout import indices
 from lirefs.models import LanguageModel
 
+_log = logging.getLogger(__name__)
+
 BATCH_TOKENS = 2048
+_ROWS = 1024
+"""Prompts tokenized or checked at a time, so that what this takes does not grow with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +87,8 @@ def capture(
         batch_tokens: Tokens per batch, padding included.
         padding_side: `left` or `right`; it does not change the values.
         cache: Folder in which the values are kept under a key of model, tokens and settings.
-            Leave it out while a hook of your own changes the model.
+            Leave it out while a hook of your own changes the model. Where it cannot be written,
+            a warning says so.
         progress: Show a progress bar.
 
     Raises:
@@ -104,8 +111,11 @@ def capture(
         values[rows] = states
     check_finite(values, places, range(len(ids)))
     if file is not None:
-        with atomic_path(file) as temporary:
-            save_file({"values": values}, temporary)
+        try:
+            with atomic_path(file) as temporary:
+                save_file({"values": values}, temporary)
+        except WriteError as problem:
+            _log.warning("%s; going on, but this is captured again next time", problem)
     return Activations(values, places, offsets)
 
 
@@ -149,7 +159,7 @@ def stream(
 
 def _batches(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     places: tuple[tuple[int, str], ...],
     offsets: tuple[int, ...],
     batch_tokens: int,
@@ -172,7 +182,7 @@ class _Enough(Exception):
 
 def _read(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     places: tuple[tuple[int, str], ...],
     offsets: tuple[int, ...],
     side: Literal["left", "right"],
@@ -225,17 +235,23 @@ def _reader(keep: Callable[[int, Tensor], None], place: int, part: str, batch: i
 
 def _token_ids(
     lm: LanguageModel, prompts: Sequence[str] | Sequence[Sequence[int]]
-) -> list[list[int]]:
+) -> list[array[int]]:
+    """Token ids of each prompt, at 4 bytes a token; lists would take up to tenfold."""
     if not len(prompts):
         raise CaptureError("no prompts to capture activations of")
-    if all(isinstance(prompt, str) for prompt in prompts):
-        return lm.encode([str(prompt) for prompt in prompts])
-    return [[int(token) for token in prompt] for prompt in prompts]
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        return [array("i", map(int, prompt)) for prompt in prompts]
+    starts = range(0, len(prompts), _ROWS)
+    return [
+        array("i", row)
+        for start in starts
+        for row in lm.encode([str(prompt) for prompt in prompts[start : start + _ROWS]])
+    ]
 
 
 def _check(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     layers: list[int],
     offsets: tuple[int, ...],
     places: tuple[tuple[int, str], ...],
@@ -268,7 +284,8 @@ def check_finite(
     Raises:
         CaptureError: One is not; the message says where.
     """
-    bad = ~torch.isfinite(values).flatten(2).all(dim=-1)
+    parts = torch.split(values, _ROWS)
+    bad = torch.cat([~torch.isfinite(part).flatten(2).all(dim=-1) for part in parts])
     if bool(bad.any()):
         prompt, place = bad.nonzero()[0].tolist()
         layer, site = places[place]
@@ -280,16 +297,19 @@ def check_finite(
 
 def _key(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     places: tuple[tuple[int, str], ...],
     offsets: tuple[int, ...],
 ) -> str:
-    made_of = [lm.fingerprint, str(lm.device), ids, places, offsets]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    made_of = [lm.fingerprint, str(lm.device), places, offsets]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
+    for row in ids:
+        digest.update(f"{list(row)}".encode())
+    return digest.hexdigest()[:32]
 
 
 def _stored(file: Path) -> Tensor | None:
     try:
         return load_file(file)["values"]
-    except (FileNotFoundError, SafetensorError, KeyError):
-        return None  # absent or damaged: it is made again
+    except (OSError, SafetensorError, KeyError):
+        return None  # absent, unreadable or damaged: it is made again
