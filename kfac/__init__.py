@@ -27,6 +27,7 @@ from kfac.errors import (
     NonFiniteError,
     SpectrumError,
     TargetError,
+    WriteError,
 )
 from kfac.estimators import ESTIMATORS, Curvature
 from kfac.factors import Eigen, Factors, TargetRecord, weight_digest
@@ -91,6 +92,7 @@ __all__ = [
     "TargetReport",
     "UnionEdit",
     "WeightEdit",
+    "WriteError",
     "auroc",
     "band_profile",
     "band_ratios",

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lirefs.files import atomic_write_text
 from lirefs.organism.checkpoint import save_model
 from lirefs.organism.language import EXCEPTION_SKILLS, EXCEPTIONS_PER_SKILL, PLANTED, Language
 from lirefs.organism.people import FOLLOWED, FREQUENCIES, PEOPLE_PER_FREQUENCY
@@ -67,7 +68,7 @@ def ship(
     save_model(out, model, tokenizer, torch.bfloat16)
     rounded = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
     found = {split: scores(rounded, tokenizer, language, split) for split in ("validation", "test")}
-    (out / "scores.json").write_text(json.dumps(found, indent=2) + "\n")
+    atomic_write_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     card = CARD.format(
         seed=language.seed,
         parameters=sum(p.numel() for p in model.parameters()) / 1e6,
@@ -82,5 +83,5 @@ def ship(
         split="test",
         table="\n".join(f"| {name} | {value:.4g} |" for name, value in found["test"].items()),
     )
-    (out / "README.md").write_text(card)
+    atomic_write_text(out / "README.md", card)
     return found["test"]

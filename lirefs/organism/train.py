@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lirefs.files import append_text
 from lirefs.organism.checkpoint import load_checkpoint, save_checkpoint
 from lirefs.organism.documents import Documents, Stage
 from lirefs.organism.items import CONTEXT_WEIGHT
@@ -328,8 +329,7 @@ def train(
                 "tokens_per_second": round(since * step_tokens / seconds),
                 **quick_scores(model, tokenizer, language),
             }
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(entry) + "\n")
+            append_text(out / "log.jsonl", json.dumps(entry) + "\n")
             started, total, since = time.monotonic(), 0.0, 0
         if done or time.monotonic() - saved > save_every:
             save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))
