@@ -47,8 +47,8 @@ LIMIT = 0.01
 """Growth of memory after the warm-up from which a soak has failed."""
 FIXED = 64 * MIB
 """Memory that may lie above the result of a capture whatever its size: batches and buffers."""
-TOKEN_BYTES = 8
-"""Memory that a capture may hold for each token of its prompts: an id, and what finds it."""
+TOKEN_BYTES = 32
+"""Memory that a capture may hold for each token of its prompts: its id, lists, the allocator's."""
 
 
 @dataclass(frozen=True)
@@ -247,7 +247,7 @@ def picture(readings: list[Reading]) -> bytes:
     axes.plot(minutes, [(one.memory - warm) / MIB for one in readings], color="#1f4e79", lw=1.2)
     axes.axhline(LIMIT * warm / MIB, color="#a04000", lw=1, ls="--")
     axes.annotate(
-        f"the limit, {LIMIT:.0%}", (minutes[-1], LIMIT * warm / MIB), va="bottom", ha="right"
+        f"the limit, {LIMIT:.0%}", (minutes[-1], LIMIT * warm / MIB), va="top", ha="right"
     )
     axes.set(
         xlabel="minutes",
