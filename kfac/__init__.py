@@ -28,6 +28,7 @@ from kfac.errors import (
     NonFiniteError,
     SpectrumError,
     TargetError,
+    WriteError,
 )
 from kfac.estimators import ESTIMATORS, Curvature
 from kfac.factors import Factors
@@ -92,6 +93,7 @@ __all__ = [
     "TargetReport",
     "UnionEdit",
     "WeightEdit",
+    "WriteError",
     "auroc",
     "band_profile",
     "band_ratios",

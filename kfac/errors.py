@@ -21,6 +21,10 @@ class FactorsFileError(KfacError):
     """A file is not a readable factors file: missing, truncated, foreign or from a newer format."""
 
 
+class WriteError(KfacError, OSError):
+    """A file could not be written: the disk is full, or the folder cannot be written to."""
+
+
 class FactorsMismatchError(KfacError):
     """Factors do not belong to this model, or cannot be merged with other factors."""
 

@@ -91,6 +91,8 @@ class Taps:
                 stack.callback(handle.remove)
             for module, names in stacks.items():
                 stack.enter_context(observed(module, partial(self._on_expert, names)))
+            # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks hold
+            # this object: a circle through autograd, which no collector sees.
             stack.callback(self._forget)
             yield
 

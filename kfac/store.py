@@ -16,25 +16,35 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kfac.errors import FactorsFileError
+from kfac.errors import FactorsFileError, WriteError
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> None:
-    """Write one safetensors file; an existing file is replaced at once, when all is on disk."""
+    """Write one safetensors file; an existing file is replaced at once, when all is on disk.
+
+    Raises:
+        WriteError: The disk is full, or the folder cannot be written to. An existing file stays.
+    """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
-        temporary = Path(folder) / target.name
-        whole = {key: value.contiguous() for key, value in tensors.items()}
-        save_file(whole, temporary, metadata=dict(header))
-        # safetensors makes its files readable by their owner alone. A new file has what the umask
-        # leaves, and the umask itself can only be read by setting it, for all threads.
-        new = Path(folder) / ".new"
-        new.touch()
-        temporary.chmod(stat.S_IMODE(new.stat().st_mode))
-        temporary.replace(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
+            temporary = Path(folder) / target.name
+            whole = {key: value.contiguous() for key, value in tensors.items()}
+            save_file(whole, temporary, metadata=dict(header))
+            # safetensors makes its files readable by their owner alone. A new file has what the
+            # umask leaves, and the umask itself can only be read by setting it, for all threads.
+            new = Path(folder) / ".new"
+            new.touch()
+            temporary.chmod(stat.S_IMODE(new.stat().st_mode))
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            temporary.replace(target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise WriteError(f"{path} cannot be written: {reason}") from error
 
 
 def read_tensors(

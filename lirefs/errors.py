@@ -80,6 +80,10 @@ class TaskError(LirefsError):
     """A task or one of its items is malformed or cannot be scored."""
 
 
+class WriteError(LirefsError, OSError):
+    """A file could not be written: the disk is full, or the folder cannot be written to."""
+
+
 class ResultsFileError(LirefsError):
     """Saved results are missing, damaged or of an unknown version."""
 

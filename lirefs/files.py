@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import platformdirs
+from safetensors import SafetensorError
 
-from lirefs.errors import DataFileError, LirefsError
+from lirefs.errors import DataFileError, LirefsError, WriteError
 
 _CHUNK = 1 << 20
 
@@ -31,14 +32,61 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Yields:
         The path to write to, in the same folder, so that the final move is one atomic rename.
+
+    Raises:
+        WriteError: The disk is full, or the folder cannot be written to. An existing file stays.
     """
     final = Path(path)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=final.parent) as folder:
-        temporary = Path(folder) / final.name
-        yield temporary
-        usual_permissions(Path(folder))
-        os.replace(temporary, final)  # noqa: PTH105 (the name that the reader knows as atomic)
+    with write_errors(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=final.parent) as folder:
+            temporary = Path(folder) / final.name
+            yield temporary
+            usual_permissions(Path(folder))
+            # Some file systems find out that they are full, or write, only when asked to.
+            with temporary.open("rb") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, final)  # noqa: PTH105 (the name that the reader knows as atomic)
+
+
+@contextmanager
+def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Give what goes wrong while writing the path, and a name.
+
+    Args:
+        path: What is being written.
+
+    Raises:
+        WriteError: For an error of the system or of safetensors, which names no path.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except (OSError, SafetensorError) as problem:
+        reason = getattr(problem, "strerror", None) or problem
+        raise WriteError(f"{path}: cannot be written ({reason})") from problem
+
+
+def append_text(path: str | os.PathLike[str], text: str) -> None:
+    """Append to a file in one piece, which is on disk when this returns.
+
+    Args:
+        path: The file; it and missing parent folders are made.
+        text: What to append, as UTF-8. Two processes that append at once do not mix. Where the
+            disk is full or the process is killed, a part of it may stay: readers must leave out
+            an unfinished last line.
+
+    Raises:
+        WriteError: The disk is full, or the file cannot be written to.
+    """
+    data = memoryview(text.encode("utf-8"))
+    with write_errors(path):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("ab", buffering=0) as file:
+            while data:  # a full disk takes a part, and gives its error to the next call
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
 
 
 def usual_permissions(folder: Path) -> None:

@@ -26,12 +26,15 @@ from lirefs.errors import (
     SettingError,
     first_line,
 )
+from lirefs.files import cache_dir
 from lirefs.fingerprint import model_hash, tokenizer_hash
 from lirefs.guest import accepts, evaluating, input_device
 from lirefs.layout import Layout
 from lirefs.layout_search import find_layout
 
 _HUB_SECONDS = 5.0
+_PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""Files without which a built-in model is not whole."""
 
 
 # Fingerprints of the last few states of each model, so that a sweep hashes its weights once.
@@ -340,7 +343,11 @@ def load(
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     """Return what to give to ``from_pretrained``, and with which further arguments."""
     if name in BUILTIN:
-        return str(BUILTIN[name]()), {"local_files_only": True}
+        folder = BUILTIN[name]()
+        if lost := [one for one in _PARTS if not (folder / one).is_file()]:
+            # Without its tokenizer's settings a model would load, and read other tokens.
+            raise ModelLoadError(f"{name}: {', '.join(lost)} is missing{_remedy(str(folder))}")
+        return str(folder), {"local_files_only": True}
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -389,6 +396,14 @@ def _load_error(
             return ModelNotFoundError(f"{_unknown(name)}; {offline}")
         return ModelNotFoundError(f"{_unknown(name)}; the hub says: {reason}")
     kind = "the GGUF file is damaged or of an unknown kind" if "gguf_file" in common else "failed"
+    remedy = _remedy(source) if name in BUILTIN else ""
     return ModelLoadError(
-        f"{name}: could not be loaded, {kind}: {type(problem).__name__}: {reason}"
+        f"{name}: could not be loaded, {kind}: {type(problem).__name__}: {reason}{remedy}"
     )
+
+
+def _remedy(folder: str) -> str:
+    """Return what to do about the folder of a built-in model that is damaged."""
+    if Path(folder).is_relative_to(cache_dir()):
+        return f"; remove {folder}, and the next call makes it again"
+    return f"; {folder} belongs to this package, so install that again"

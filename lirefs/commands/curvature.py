@@ -32,7 +32,7 @@ from lirefs.commands.options import (
 from lirefs.commands.steps import batches_of, load_with_factors, texts_of
 from lirefs.commands.vision import vision
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, usual_permissions
+from lirefs.files import atomic_write_text, usual_permissions, write_errors
 from lirefs.harness import suite
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
@@ -125,16 +125,17 @@ def edit(
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
     reports = change.report(lm.model)
     change.bake(lm.model)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
-        made = Path(folder) / "model"  # of ordinary permissions, inside a private folder
-        made.mkdir()
-        lm.model.save_pretrained(made)
-        lm.tokenizer.save_pretrained(made)
-        record = {**change.describe(), "targets": [vars(report) for report in reports]}
-        atomic_write_text(made / "curvature_edit.json", json.dumps(record, indent=1))
-        usual_permissions(made)
-        made.rename(out)
+    with write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
+            made = Path(folder) / "model"  # of ordinary permissions, inside a private folder
+            made.mkdir()
+            lm.model.save_pretrained(made)
+            lm.tokenizer.save_pretrained(made)
+            record = {**change.describe(), "targets": [vars(report) for report in reports]}
+            atomic_write_text(made / "curvature_edit.json", json.dumps(record, indent=1))
+            usual_permissions(made)
+            made.rename(out)
     table = Table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         table.add_row(

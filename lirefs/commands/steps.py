@@ -72,7 +72,12 @@ def factors_of(
     _, batches = batches_of(lm, ids)
     provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
     collected = kfac.collect(lm.model, batches, targets, seed=seed, provenance=provenance)
-    collected.save(path)
+    try:
+        collected.save(path)
+    except kfac.WriteError as error:
+        if given is not None:
+            raise
+        _log.warning("%s; going on, but they are collected again next time", error)
     return collected
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
@@ -14,6 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from lirefs.errors import SettingError
+from lirefs.files import append_text
 from lirefs.harness.tasks import ItemResult, Task
 from lirefs.models import LanguageModel
 from lirefs.version import __version__
@@ -69,17 +69,17 @@ class Journal:
         return self._lines.get(key)
 
     def add(self, key: str, items: list[ItemResult]) -> None:
-        """Keep what a part gave, on disk before anything else is begun."""
+        """Keep what a part gave, on disk before anything else is begun.
+
+        Raises:
+            WriteError: The disk is full, or the folder cannot be written to.
+        """
         self._lines[key] = self._new[key] = items
         if self._folder is None:
             return
-        self._folder.mkdir(parents=True, exist_ok=True)
         line = json.dumps({"key": key, "items": [asdict(item) for item in items]})
-        with (self._folder / f"items-{self.rank}.jsonl").open("a", encoding="utf-8") as file:
-            # A newline first ends whatever a killed writer left.
-            file.write(f"\n{line}\n")
-            file.flush()
-            os.fsync(file.fileno())
+        # A newline first ends whatever a killed writer left.
+        append_text(self._folder / f"items-{self.rank}.jsonl", f"\n{line}\n")
 
     def exchange(self) -> None:
         """Give every process what the others found."""

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lirefs.errors import DataFileError, SettingError
-from lirefs.files import atomic_write_bytes, atomic_write_text, sha256_of
+from lirefs.files import append_text, atomic_write_bytes, atomic_write_text, sha256_of
 from lirefs.guest import accepts, evaluating, text_config
 from lirefs.harness.engine import BATCH_TOKENS, greedy
 from lirefs.intervention import refuse_steered
@@ -115,6 +115,7 @@ def mine(
             window, a window is longer than the model's context, the model is steered, or the
             journal is of another call.
         DataFileError: The journal is damaged.
+        WriteError: The journal cannot be written.
     """
     stride = prefix_tokens + suffix_tokens if stride is None else stride
     _check(lm, texts, prefix_tokens, suffix_tokens, stride, near)
@@ -140,7 +141,8 @@ def mine(
             part = _search(lm, [one[1:] for one in batch], suffix_tokens)
             finished.append(part)
             if journal is not None:
-                _append(Path(journal), [part] if len(finished) > 1 else [provenance, part])
+                rows = [part] if len(finished) > 1 else [provenance, part]
+                append_text(journal, "".join(json.dumps(row) + "\n" for row in rows))
             bar.set_postfix_str(f"{sum(len(one['recited']) for one in finished)} recited")
             bar.update(batch[-1][0] - bar.n)
         bar.update(len(texts) - bar.n)
@@ -287,9 +289,3 @@ def _begun(journal: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
     # A first line without a second is written again with the second.
     atomic_write_bytes(journal, whole if len(rows) > 1 else b"")
     return rows[1:]
-
-
-def _append(journal: Path, rows: Sequence[dict[str, Any]]) -> None:
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    with journal.open("a", encoding="utf-8") as file:
-        file.write("".join(json.dumps(row) + "\n" for row in rows))

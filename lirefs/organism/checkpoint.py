@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.errors import LirefsError
-from lirefs.files import atomic_path, atomic_write_text, usual_permissions
+from lirefs.files import atomic_path, atomic_write_text, usual_permissions, write_errors
 
 STATE = "training.safetensors"
 RECIPE = "training.json"
@@ -26,22 +26,29 @@ class CheckpointMismatch(LirefsError, ValueError):
 def save_model(
     out: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, dtype: torch.dtype
 ) -> None:
-    """Write a model folder that transformers loads, with weights rounded to a dtype."""
+    """Write a model folder that transformers loads, with weights rounded to a dtype.
+
+    Raises:
+        WriteError: The disk is full, or the folder cannot be written to.
+    """
     held = model.config.dtype
-    with tempfile.TemporaryDirectory(dir=out, prefix=".model-") as folder:
+    with write_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".model-") as folder:
         tensors = {
             k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()
         }
         tensors.pop("lm_head.weight", None)  # tied to the embedding
         save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model.config.dtype = dtype
         model.config.architectures = [type(model).__name__]
-        model.config.save_pretrained(folder)
+        model.config.dtype = dtype
+        try:
+            model.config.save_pretrained(folder)
+        finally:
+            model.config.dtype = held
         model.generation_config.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        model.config.dtype = held
         usual_permissions(Path(folder))
-        for file in Path(folder).iterdir():
+        # Without its configuration a folder is no model, so that comes last.
+        for file in sorted(Path(folder).iterdir(), key=lambda one: one.name == "config.json"):
             file.replace(out / file.name)
 
 

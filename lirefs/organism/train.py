@@ -16,6 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lirefs.files import append_text
 from lirefs.organism.checkpoint import load_checkpoint, save_checkpoint
 from lirefs.organism.documents import Documents
 from lirefs.organism.language import Language
@@ -122,8 +123,7 @@ def train(
                 "tokens_per_second": round(since * step_tokens / seconds),
                 **scores(model, tokenizer, language, "validation", SCORED_ITEMS),
             }
-            with (out / "log.jsonl").open("a") as log:
-                log.write(json.dumps(entry) + "\n")
+            append_text(out / "log.jsonl", json.dumps(entry) + "\n")
             started, total, since = time.monotonic(), 0.0, 0
         if done or time.monotonic() - saved > save_every:
             save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))
