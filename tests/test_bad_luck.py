@@ -165,10 +165,12 @@ def test_a_collection_without_room_for_its_checkpoint_goes_on_from_the_last_one(
 
 
 def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_parts):  # noqa: F811
+    # transformers leaves hooks of its own where hidden states were asked for once.
+    hooks = [list(module._forward_hooks) for module in lm.model.modules()]
     whole = storage.dumps(compare(lm, variants(), tasks(), progress=False))
     with pytest.raises(WriteError, match=r"items-0\.jsonl: cannot be written"), full_disk(9000):
         compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
-    assert not any(module._forward_hooks for module in lm.model.modules())
+    assert [list(module._forward_hooks) for module in lm.model.modules()] == hooks
     lines = (tmp_path / "j" / "items-0.jsonl").read_bytes().split(b"\n")
     assert lines[-1]  # torn
     finished = len(Journal(tmp_path / "j")._lines)
