@@ -138,6 +138,17 @@ def parse(arguments: list[str]) -> None:
         return
 
 
+def without_marks(synopsis: str) -> str:
+    """A synopsis as a command that can be parsed: what is optional is given."""
+    return re.sub(r"\[OPTIONS\]|\bCOMMAND\b|\.\.\.|[][]", "", synopsis)
+
+
+def agree(shown: str, printed: str) -> bool:
+    """Whether an output is what a page shows, where `...` stands for anything."""
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    return doctest.OutputChecker().check_output(shown, printed, flags)
+
+
 def cases() -> list[object]:
     found = []
     for page, text in PAGES.items():
@@ -186,30 +197,39 @@ def test_block(page, block, stood_in, pages, offline, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
     printed = running.run_to(block.line)
     if block.shown is not None and not stood_in:
-        checker, flags = doctest.OutputChecker(), doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-        assert checker.check_output(block.shown, printed, flags), (
-            f"{page}, line {block.line}, prints\n{printed}"
-        )
+        assert agree(block.shown, printed), f"{page}, line {block.line}, prints\n{printed}"
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_commands_exist(page):
     text = PAGES[page]
     assert len(blocks_of(text)) == len(re.findall(r"```(?:python|bash)\b", text)), "unread block"
-    for block in blocks_of(text):
-        if block.language == "bash":
-            for arguments in commands_of(block.code):
-                parse(arguments)
+    scripts = [block.code for block in blocks_of(text) if block.language == "bash"]
+    prose = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    spans = [" ".join(span.split()) for span in re.findall(r"`(lirefs [^`]+)`", prose)]
     usage_error = typer.BadParameter.__bases__[0]
-    for span in re.findall(r"`(lirefs [^`]+)`", re.sub(r"```.*?```", "", text, flags=re.DOTALL)):
-        plain = re.sub(r"[][]|\.\.\.$", "", " ".join(span.split()))
-        for arguments in commands_of(plain):
+    for script in [*scripts, *spans]:
+        for arguments in commands_of(without_marks(script)):
             try:
                 parse(arguments)
             except usage_error as problem:
-                # A sentence may name a command or an option without all that it needs.
-                if not re.match("Missing|NoArgsIsHelp|BadOptionUsage", type(problem).__name__):
+                # A sentence or a synopsis names a command without all that it needs.
+                incomplete = re.match("Missing|NoArgsIsHelp|BadOptionUsage", type(problem).__name__)
+                if not incomplete or (script in scripts and "[OPTIONS]" not in script):
                     raise
+
+
+def test_blocks_are_read_with_their_marks_and_outputs():
+    text = (
+        "# A\n\n```python\nx = 1\n```\n\n```text\n1\n```\n\n```text\nno output\n```\n\n"
+        "<!-- not run: too long -->\n```bash\nlirefs mine x\n```\n"
+    )
+    first, second = blocks_of(text)
+    assert (first.code, first.shown, first.line, first.mark) == ("x = 1\n", "1\n", 3, None)
+    assert (second.language, second.shown, second.mark) == ("bash", None, "not run")
+    assert second.reason == "too long"
+    assert agree("layer 2: 0.9 ...\n", "layer 2: 0.9 [0.8, 1.0]\n")
+    assert not agree("layer 2: 0.9\n", "layer 2: 0.8\n")
 
 
 def test_a_wrong_command_is_noticed():
