@@ -86,6 +86,7 @@ def run_passes(
         )
     world = World()
     state = checkpoint.load()
+    checkpoint.check(state, len(groups), _tables(state, groups, make_sums()), recipe.dtype)
     kept: list[tuple[Taps, Sums]] = []
     first = True
     with ExitStack() as stack:
@@ -302,6 +303,18 @@ def _given_labels(
             f"{tuple(shape)} as its third value"
         )
     return rest[0]
+
+
+def _tables(
+    state: State, groups: Sequence[Sequence[Target]], sums: Sums
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Shapes of the sums of every target, by key, where inputs are shared as a state says."""
+    found = {}
+    for target in (target for group in groups for target in group):
+        source = state.sources.get(target.name, target.name)
+        record = TargetRecord(target.out_features, target.in_features, 0, source, "")
+        found[target.name] = sums.keys(target.name, record)
+    return found
 
 
 def _finish(

@@ -223,7 +223,9 @@ def _own_ids(lm: LanguageModel, rows: Numbered) -> bool:
     first = [row for _, row in rows[:8]]
     for row in first:
         ids, text = row.get("prefix_ids"), row.get("prefix_text")
-        if not isinstance(ids, list) or not ids or max(ids) >= len(lm.tokenizer):
+        if not isinstance(ids, list) or not ids:
+            return False
+        if not all(type(one) is int and 0 <= one < len(lm.tokenizer) for one in ids):
             return False
         if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
             return False
