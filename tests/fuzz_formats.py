@@ -201,7 +201,9 @@ def read_factors(folder: Path, content: bytes) -> None:
     for name, record in found.records.items():
         check(text(name) and whole(record.count) and text(record.digest), f"{record!r}")
         for matrix in (found.A(name), found.G(name)):
-            check(torch.equal(matrix, matrix.T) and bool(matrix.isfinite().all()), "matrix")
+            check(bool(matrix.isfinite().all()), "matrix")
+            apart = float((matrix - matrix.T).abs().max())
+            check(apart <= 2e-3 * float(matrix.abs().max()), "not symmetric")
         basis = found.eigen(name)
         for values in vars(basis).values():
             check(bool(values.isfinite().all()), "basis")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lirefs.harness.comparison import Comparison
 
 
-_PNG = b"\x89PNG\r\n\x1a\n"
+_PNG = b"\x89PNG"
 
 
 @dataclass(frozen=True)
