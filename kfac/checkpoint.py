@@ -177,11 +177,13 @@ class Checkpoint:
 
 
 def _check_fields(state: State) -> None:
-    """Raise ValueError or TypeError unless every field has its type."""
-    counts = [state.turn, state.done, state.tokens, *dict(state.counts).values()]
+    """Raise ValueError unless every field has its type."""
+    if not isinstance(state.counts, dict) or not isinstance(state.sources, dict):
+        raise ValueError("its counts or sources are no object")
+    counts = [state.turn, state.done, state.tokens, *state.counts.values()]
     if not all(type(one) is int and 0 <= one < 2**63 for one in counts):
         raise ValueError("its counts are no whole numbers of at least 0")
-    texts = [state.data, state.whole, *dict(state.sources).values()]
+    texts = [state.data, state.whole, *state.sources.values()]
     if not all(isinstance(one, str) for one in texts):
         raise ValueError("its digests or sources are no texts")
 
