@@ -80,7 +80,9 @@ class Checkpoint:
             return State()
         try:
             header, tables = read_tensors(self.path, _HEADER, "checkpoint")
-            settings = dict(header.pop("settings"))
+            settings = header.pop("settings")
+            if not isinstance(settings, dict):
+                raise ValueError(f"{self.path} is damaged: its settings are no object")
             state = State(**header, tables=tables)
             _check_fields(state)
         except (FactorsFileError, KeyError, TypeError, ValueError) as error:

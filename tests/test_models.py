@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCABULARY, fresh_model, tiny_model, tiny_tokenizer
 
 from lirefs import models
+from lirefs.builtin import language_seed
 from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
 from lirefs.models import load, wrap
 

@@ -6,9 +6,12 @@ from random import Random
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 from lirefs.builtin import organism
+from lirefs.errors import DataFileError
 from lirefs.organism.checkpoint import STATE, CheckpointMismatch
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SPLITS
