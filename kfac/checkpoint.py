@@ -82,11 +82,15 @@ class Checkpoint:
             header, tables = read_tensors(self.path, _HEADER, "checkpoint")
             settings = header.pop("settings")
             if not isinstance(settings, dict):
-                raise ValueError(f"{self.path} is damaged: its settings are no object")
+                raise ValueError("its settings are no object")
             state = State(**header, tables=tables)
             _check_fields(state)
-        except (FactorsFileError, KeyError, TypeError, ValueError) as error:
+        except FactorsFileError as error:
             raise CheckpointError(f"{error}; delete it to begin anew") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is damaged: {error!r}; delete it to begin anew"
+            ) from error
         if settings != self.settings:
             changed = [
                 key
