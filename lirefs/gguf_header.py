@@ -37,16 +37,19 @@ def check_header(path: str | os.PathLike[str]) -> int | None:
             raise ValueError("it does not begin with 'GGUF'")
         if walk.number(4) not in (2, 3):
             raise ValueError("no little-endian GGUF of version 2 or 3")
-        blocks = None
+        made_for, counts = b"", {}
         tensors, entries = walk.number(8), walk.number(8)
         for _ in range(entries):
             key = walk.take(min(walk.number(8), LONGEST_KEY))
-            value = walk.value(walk.number(4))
-            if key.endswith(b".block_count"):
-                blocks = value
+            kind = walk.number(4)
+            if key == b"general.architecture" and kind == _STRING:
+                made_for = walk.take(min(walk.number(8), LONGEST_KEY))
+            else:
+                counts[key] = walk.value(kind)
         for _ in range(tensors):
             walk.skip(walk.number(8))
             walk.skip(8 * walk.number(4) + 12)
+        blocks = counts.get(made_for + b".block_count")
         if blocks is not None and blocks > tensors:
             raise ValueError(f"it has {tensors} tensors, but says {blocks} blocks")
         return blocks

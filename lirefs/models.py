@@ -7,6 +7,7 @@ import json
 import os
 import weakref
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -43,7 +45,7 @@ _NOT_ESSENTIAL = {
 }
 _HUB_SECONDS = 5.0
 _LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
-MOST_LAYERS = 10_000
+MOST_LAYERS = 1_000
 
 
 # Fingerprints of the last few states of each model, so that a sweep hashes its weights once.
@@ -349,17 +351,21 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_layers(file: Path) -> None:
-    """Refuse a configuration with so many layers that making them would not end.
+    """Refuse a configuration with more layers than weights: making them may take all memory.
 
     Raises:
         ModelLoadError: It has, or it is no JSON object.
     """
     try:
         config = parse_json(file.read_text("utf-8"))
+        most = MOST_LAYERS
+        one = file.with_name("model.safetensors")  # there may be several files, or another kind
+        with suppress(SafetensorError, OSError), safe_open(one, framework="pt") as weights:
+            most = len(weights.keys())
         for part in (config, config.get("text_config")):
             for key in _LAYERS & set(part or ()):
-                if isinstance(part[key], int | float) and part[key] > MOST_LAYERS:
-                    raise ValueError(f"{key} is {part[key]}")
+                if isinstance(part[key], int | float) and part[key] > most:
+                    raise ValueError(f"{key} is {part[key]}, more than {most}")
     except (OSError, ValueError, TypeError, AttributeError) as problem:
         raise ModelLoadError(
             f"{file}: damaged ({problem}); fetch or write the model again"
