@@ -152,12 +152,13 @@ def test_a_damaged_part_runs_again(lm, tmp_path, small_parts):
     rows[2]["items"][0]["scores"] = {"accuracy": "1"}
     rows[3]["items"][0]["weight"] = 0
     rows[4]["items"][0]["id"] = None
+    rows[5]["items"][0]["scores"]["more"] = 1.0
     lines = [*map(json.dumps, rows), "[" * 100_000]
     file.write_text("\n".join(lines))
     again = compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
     assert again.results == whole.results
     kept = [line for line in file.read_text().splitlines() if line]
-    assert len(kept) == len(lines) + 5
+    assert len(kept) == len(lines) + 6
 
 
 def test_damaged_results_are_named(lm, tmp_path):

@@ -76,7 +76,8 @@ class Journal:
         metric = "nll" if part.metric == "perplexity" else part.metric
         if items is None or len(items) != len(part):
             return None
-        return items if all(metric in one.scores for one in items) else None
+        names = {frozenset(one.scores) for one in items}
+        return items if len(names) == 1 and metric in names.pop() else None
 
     def add(self, key: str, items: list[ItemResult]) -> None:
         """Keep what a part gave, on disk before anything else is begun."""
