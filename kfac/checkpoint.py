@@ -14,6 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from kfac.errors import CheckpointError, FactorsFileError
@@ -81,9 +82,16 @@ class Checkpoint:
         try:
             header, tables = read_tensors(self.path, _HEADER, "checkpoint")
             settings = header.pop("settings")
+            if not isinstance(settings, dict):
+                raise ValueError("its settings are no object")
             state = State(**header, tables=tables)
-        except (FactorsFileError, KeyError, TypeError) as error:
+            _check_fields(state)
+        except FactorsFileError as error:
             raise CheckpointError(f"{error}; delete it to begin anew") from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.path} is damaged: {error!r}; delete it to begin anew"
+            ) from error
         if settings != self.settings:
             changed = [
                 key
@@ -95,6 +103,35 @@ class Checkpoint:
                 "give another path, or delete it to begin anew"
             )
         return state
+
+    def check(
+        self,
+        state: State,
+        turns: int,
+        targets: Mapping[str, Mapping[str, tuple[int, int]]],
+        dtype: torch.dtype,
+    ) -> None:
+        """Verify that a state can be one of a collection.
+
+        Args:
+            state: From `load`.
+            turns: Passes over the data.
+            targets: For each target the shapes of its sums by key.
+            dtype: Of the sums.
+
+        Raises:
+            CheckpointError: It cannot.
+        """
+        try:
+            if not 0 <= state.turn < turns:
+                raise ValueError(f"it is in pass {state.turn + 1} of {turns}")
+            if not {*state.counts, *state.sources, *state.sources.values()} <= set(targets):
+                raise ValueError("it counts positions of other targets")
+            _check_tables(state, targets, dtype)
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.path} is damaged: {error}; delete it to begin anew"
+            ) from error
 
     def save(self, state: State) -> None:
         """Write the state."""
@@ -149,3 +186,36 @@ class Checkpoint:
         if not self._busy or self._asked:
             raise KeyboardInterrupt
         self._asked = True
+
+
+def _check_fields(state: State) -> None:
+    """Raise ValueError unless every field has its type."""
+    if not isinstance(state.counts, dict) or not isinstance(state.sources, dict):
+        raise ValueError("its counts or sources are no object")
+    counts = [state.turn, state.done, state.tokens, *state.counts.values()]
+    if not all(type(one) is int and 0 <= one < 2**63 for one in counts):
+        raise ValueError("its counts are no whole numbers of at least 0")
+    texts = [state.data, state.whole, *state.sources.values()]
+    if not all(isinstance(one, str) for one in texts):
+        raise ValueError("its digests or sources are no texts")
+
+
+def _check_tables(
+    state: State, targets: Mapping[str, Mapping[str, tuple[int, int]]], dtype: torch.dtype
+) -> None:
+    shapes: dict[str, tuple[int, int]] = {}
+    for keys in targets.values():
+        for key, shape in keys.items():
+            if shapes.setdefault(key, shape) != shape:
+                raise ValueError(f"targets of different widths share {key!r:.80}")
+    for key, table in state.tables.items():
+        if table.dtype != dtype or tuple(table.shape) != shapes.get(key):
+            raise ValueError(f"its sums {key!r:.80} are of another type, shape or target")
+        if not bool(table.isfinite().all()):
+            raise ValueError(f"its sums {key!r:.80} are not finite")
+    for name, keys in targets.items():
+        # Until a gradient has come back, there are only the inputs.
+        missing = [key for key in keys if key not in state.tables]
+        gradients = [key for key in keys if not key.startswith("A.")]
+        if state.counts.get(name) and missing not in ([], gradients):
+            raise ValueError(f"it lacks sums of target {name!r}: {missing}")

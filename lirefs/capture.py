@@ -103,11 +103,12 @@ def capture(
     """
     offsets = (positions,) if isinstance(positions, int) else tuple(map(int, positions))
     ids, places = _asked(lm, prompts, layers, sites, offsets)
+    shape = (len(ids), len(places), len(offsets), lm.width)
     file = None if cache is None else cache / f"{_key(lm, ids, places, offsets)}.safetensors"
-    if file is not None and (stored := _stored(file)) is not None:
+    if file is not None and (stored := _stored(file, shape)) is not None:
         return Activations(stored, places, offsets)
 
-    values = torch.empty(len(ids), len(places), len(offsets), lm.width)
+    values = torch.empty(shape)
     for rows, states in _batches(lm, ids, places, offsets, batch_tokens, padding_side, progress):
         values[rows] = states
     check_finite(values, places, offsets, range(len(ids)), lambda prompt: _origin(lm, ids[prompt]))
@@ -332,8 +333,10 @@ def _key(
     return digest.hexdigest()[:32]
 
 
-def _stored(file: Path) -> Tensor | None:
+def _stored(file: Path, shape: tuple[int, ...]) -> Tensor | None:
     try:
-        return load_file(file)["values"]
+        values = load_file(file)["values"]
     except (OSError, SafetensorError, KeyError):
         return None  # absent, unreadable or damaged: it is made again
+    whole = values.dtype == torch.float32 and values.shape == shape
+    return values if whole and bool(values.isfinite().all()) else None

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lirefs.direction import Direction
 from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
-from lirefs.files import atomic_path
+from lirefs.files import atomic_path, parse_json
+from lirefs.layout import SITES
 
 if TYPE_CHECKING:
     from lirefs.models import LanguageModel
@@ -232,22 +235,17 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 metadata = file.metadata() or {}
                 if metadata.get("format") != FORMAT:
                     raise DirectionsFileError(f"{path}: not a file of directions")
-                provenance = json.loads(metadata["provenance"])
+                provenance = parse_json(metadata["provenance"])
                 directions = [
-                    Direction(
-                        vector=file.get_tensor(f"{place['layer']}.{place['site']}"),
-                        layer=int(place["layer"]),
-                        site=str(place["site"]),
-                        means=tuple(place["means"]),
-                        spread=tuple(place["spread"]),
-                        counts=tuple(place["counts"]),
-                    )
-                    for place in json.loads(metadata["places"])
+                    _read_direction(file, place) for place in parse_json(metadata["places"])
                 ]
+            _check_whole(directions, provenance)
         except FileNotFoundError as error:
             raise DirectionsFileError(f"{path}: no such file") from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise DirectionsFileError(f"{path}: cannot be read as directions: {error}") from error
+            raise DirectionsFileError(
+                f"{path}: cannot be read as directions: {error}; fit or fetch them again"
+            ) from error
         result = cls({(one.layer, one.site): one for one in directions}, provenance)
         if lm is not None and not provenance.get("model"):
             raise ProvenanceError(
@@ -260,6 +258,47 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 f"{lm.name!r})"
             )
         return result
+
+
+def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
+    """One direction of an open file.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A field is not of its type, or a number is not finite.
+    """
+    layer, site = place["layer"], place["site"]
+    if type(layer) is not int or layer < 0 or site not in SITES:
+        raise ValueError(f"no place of a direction: layer {layer!r:.40}, {site!r:.40}")
+    vector = file.get_tensor(f"{layer}.{site}")
+    if vector.dtype != torch.float32 or vector.ndim != 1 or not len(vector):
+        raise ValueError(f"layer {layer}, {site}: no vector of float32")
+    pairs = [place[key] for key in ("means", "spread", "counts")]
+    numbers = [one for pair in pairs for one in pair]
+    if any(len(pair) != 2 for pair in pairs) or not all(map(_is_number, numbers)):
+        raise ValueError(
+            f"layer {layer}, {site}: means, spread and counts must be two numbers each"
+        )
+    if any(type(one) is not int or one < 0 for one in pairs[2]):
+        raise ValueError(f"layer {layer}, {site}: counts are {pairs[2]}")
+    if not bool(vector.isfinite().all()):
+        raise ValueError(f"layer {layer}, {site}: the vector is not finite")
+    means, spread, counts = map(tuple, pairs)
+    return Direction(vector, layer, site, means, spread, counts)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _check_whole(directions: Sequence[Direction], provenance: Any) -> None:
+    """Raise ValueError unless a file holds directions of one width, and an object beside them."""
+    if not isinstance(provenance, dict) or not isinstance(provenance.get("model", ""), str):
+        raise ValueError("the provenance is no object, or its model no text")
+    if len({(one.layer, one.site) for one in directions}) != len(directions):
+        raise ValueError("two directions of one place")
+    if len({len(one.vector) for one in directions}) != 1:
+        raise ValueError("no direction, or directions of several widths")
 
 
 def _made_by(operation: str, *operands: Directions) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import stat
+import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -164,11 +165,11 @@ def read_jsonl(
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode("utf-8"))
+            row = parse_json(line.decode("utf-8"))
         except UnicodeDecodeError as problem:
             raise error(f"{file}, line {number}: not UTF-8 (byte {problem.start + 1})") from problem
-        except (json.JSONDecodeError, RecursionError) as problem:
-            reason = problem.msg if isinstance(problem, json.JSONDecodeError) else "nested too deep"
+        except ValueError as problem:
+            reason = problem.msg if isinstance(problem, json.JSONDecodeError) else str(problem)
             raise error(f"{file}, line {number}: not JSON ({reason})") from problem
         if not isinstance(row, dict):
             raise error(f"{file}, line {number}: expected an object {{...}}, found {_kind(row)}")
@@ -176,6 +177,54 @@ def read_jsonl(
     if not rows:
         raise error(f"{file}: empty, expected one JSON object a line")
     return rows
+
+
+def parse_json(text: str, levels: int | None = None) -> Any:
+    """Parse JSON that anyone may have written.
+
+    Args:
+        text: The JSON. NaN and Infinity are read, as `json.dumps` writes them.
+        levels: Lists and objects may be nested this deep; None: as deep as Python can read.
+
+    Raises:
+        ValueError: It is no JSON (a `json.JSONDecodeError`), nested too deep, or holds half of a
+            surrogate pair, which no file can be written with, or a whole number that no float
+            can hold.
+    """
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError:  # Python reads no more than some thousand digits
+        raise ValueError("a number with too many digits") from None
+    layer, depth = [value], 0
+    while layer:
+        if levels is not None and depth > levels:
+            raise ValueError(f"nested deeper than {levels} levels")
+        below: list[Any] = []
+        for one in layer:
+            if isinstance(one, dict):
+                below += [*one, *one.values()]
+            elif isinstance(one, list):
+                below += one
+            elif isinstance(one, str) and not one.isascii():
+                _check_text(one)
+            elif isinstance(one, int) and abs(one) > sys.float_info.max:
+                raise ValueError("a number with too many digits")
+        layer, depth = below, depth + 1
+    return value
+
+
+def _check_text(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as problem:
+        half = f"{ord(text[problem.start]):04x}"
+        raise ValueError(
+            f"\\u{half} is half of a character, written without its other half"
+        ) from None
 
 
 def _kind(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import gguf
@@ -14,11 +15,14 @@ from lirefs.direction import Direction
 from lirefs.directions import Directions
 from lirefs.errors import BackendError, DirectionsFileError
 from lirefs.files import atomic_path
+from lirefs.gguf_header import check_header
 from lirefs.models import LanguageModel
 from lirefs.steering import Steer
 
 ARCHITECTURE = "controlvector"
 _PREFIX = "direction."
+_NUMBER = re.compile(r"[0-9]{1,6}")
+_FLOATS = tuple(gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "F64"))
 
 
 def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: LanguageModel) -> None:
@@ -90,29 +94,53 @@ def from_gguf(path: str | Path) -> Directions:
         DirectionsFileError: The file is missing, damaged, or holds something else.
     """
     try:
+        check_header(path)
         reader = gguf.GGUFReader(str(path))
+        kind, hint = (
+            _text(reader, key) for key in ("general.architecture", f"{ARCHITECTURE}.model_hint")
+        )
     except FileNotFoundError as error:
         raise DirectionsFileError(f"{path}: no such file") from error
     except (ValueError, IndexError, OSError, KeyError, OverflowError) as error:
         raise DirectionsFileError(f"{path}: cannot be read as GGUF: {error}") from error
-    kind = reader.get_field("general.architecture")
-    if kind is None or kind.contents() != ARCHITECTURE:
-        found = None if kind is None else kind.contents()
-        raise DirectionsFileError(f"{path}: not a control vector (architecture {found!r})")
+    if kind != ARCHITECTURE:
+        raise DirectionsFileError(f"{path}: not a control vector (architecture {kind!r})")
     items: dict[tuple[int, str], Direction] = {}
     for tensor in reader.tensors:
         number = tensor.name.removeprefix(_PREFIX)
-        if number == tensor.name or not number.isdigit():
-            raise DirectionsFileError(f"{path}: unexpected tensor {tensor.name!r}")
+        if not _NUMBER.fullmatch(number) or number == tensor.name:
+            raise DirectionsFileError(f"{path}: unexpected tensor {tensor.name!r:.80}")
+        if tensor.tensor_type not in _FLOATS:
+            raise DirectionsFileError(
+                f"{path}: {tensor.name} is quantized ({tensor.tensor_type.name}); directions are "
+                "read as F32, F16 or F64"
+            )
         vector = torch.from_numpy(np.array(tensor.data, np.float32).reshape(-1))
         if not bool(torch.isfinite(vector).all()):
             raise DirectionsFileError(f"{path}: {tensor.name} is not finite")
         items[int(number), "resid_post"] = Direction(vector, int(number), "resid_post")
-    if not items or len({one.vector.shape for one in items.values()}) != 1:
-        raise DirectionsFileError(f"{path}: no directions, or directions of several widths")
-    hint = reader.get_field(f"{ARCHITECTURE}.model_hint")
-    provenance = {"source": Path(path).name, "model_hint": hint.contents() if hint else ""}
+    widths = {len(one.vector) for one in items.values()}
+    if len(widths) != 1 or 0 in widths or len(items) != len(reader.tensors):
+        raise DirectionsFileError(
+            f"{path}: no directions, directions of several widths, or two of one layer"
+        )
+    provenance = {"source": Path(path).name, "model_hint": hint or ""}
     return Directions(dict(sorted(items.items())), provenance)
+
+
+def _text(reader: gguf.GGUFReader, key: str) -> str | None:
+    """A text of the header; None where there is none.
+
+    Raises:
+        ValueError: It is something else than a text, or not UTF-8.
+    """
+    field = reader.get_field(key)
+    if field is None:
+        return None
+    found = field.contents()
+    if not isinstance(found, str):
+        raise ValueError(f"{key} is no text")
+    return found
 
 
 def _architecture(lm: LanguageModel) -> str:

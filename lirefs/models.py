@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -26,8 +28,9 @@ from lirefs.errors import (
     SettingError,
     first_line,
 )
-from lirefs.files import cache_dir
+from lirefs.files import cache_dir, parse_json
 from lirefs.fingerprint import model_hash, tokenizer_hash
+from lirefs.gguf_header import check_header
 from lirefs.guest import accepts, evaluating, input_device
 from lirefs.layout import Layout
 from lirefs.layout_search import find_layout
@@ -35,6 +38,8 @@ from lirefs.layout_search import find_layout
 _HUB_SECONDS = 5.0
 _PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 """Files without which a built-in model is not whole."""
+_LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+MOST_LAYERS = 1_000
 
 
 # Fingerprints of the last few states of each model, so that a sweep hashes its weights once.
@@ -332,9 +337,17 @@ def load(
         extra["device_map"] = device_map
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        model: Any = AutoModelForCausalLM.from_pretrained(source, **common, **extra)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, **common, **extra, output_loading_info=True
+        )
     except Exception as problem:
         raise _load_error(str(name), source, common, problem) from problem
+    model, told = loaded
+    if lacking := sorted(told["missing_keys"]):
+        raise ModelLoadError(
+            f"{name}: {len(lacking)} weights are missing, first {lacking[0]}, and would be random "
+            "numbers; the file is damaged, or its configuration is of another model"
+        )
     if device_map is None:
         model = model.to(place)
     return wrap(model.eval(), tokenizer, layout=layout, name=str(name))
@@ -352,13 +365,18 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelNotFoundError(f"{name}: no such GGUF file")
-        with path.open("rb") as file:
-            if file.read(4) != b"GGUF":
-                raise ModelLoadError(f"{name}: not a GGUF file (it does not begin with 'GGUF')")
+        try:
+            if check_header(path) is None:
+                raise ValueError("its header does not say how many blocks the model has")
+        except (ValueError, OSError) as problem:
+            raise ModelLoadError(
+                f"{name}: not a GGUF file, or damaged ({problem}); fetch it again"
+            ) from problem
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFoundError(f"{name}: a folder without config.json, so not a model")
+        _check_layers(path / "config.json")
         return str(path), {"local_files_only": True}
     try:
         validate_repo_id(name)
@@ -366,6 +384,28 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         raise ModelNotFoundError(_unknown(name)) from None
     # Asked once, briefly: without an answer transformers would try again for a minute.
     return name, {} if _hub_answers() else {"local_files_only": True}
+
+
+def _check_layers(file: Path) -> None:
+    """Refuse a configuration with more layers than weights: making them may take all memory.
+
+    Raises:
+        ModelLoadError: It has, or it is no JSON object.
+    """
+    try:
+        config = parse_json(file.read_text("utf-8"))
+        most = MOST_LAYERS
+        one = file.with_name("model.safetensors")  # there may be several files, or another kind
+        with suppress(SafetensorError, OSError), safe_open(one, framework="pt") as weights:
+            most = len(weights.keys())
+        for part in (config, config.get("text_config")):
+            for key in _LAYERS & set(part or ()):
+                if isinstance(part[key], int | float) and part[key] > most:
+                    raise ValueError(f"{key} is {part[key]}, more than {most}")
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
+        raise ModelLoadError(
+            f"{file}: damaged ({problem}); fetch or write the model again"
+        ) from problem
 
 
 def _hub_answers() -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,8 +234,9 @@ def load_grades(path: str | Path) -> dict[str, float] | None:
     if not any("score" in row for _, row in rows):
         return None
     for line, row in rows:
-        if not isinstance(row.get("score"), int | float):
-            raise QuestionsError(f"{path}, line {line}: 'score' is not a number")
+        score: Any = row.get("score")
+        if type(score) not in (int, float) or not math.isfinite(score):
+            raise QuestionsError(f"{path}, line {line}: 'score' is not a finite number")
     return {str(row.get("id") or f"line-{line}"): float(row["score"]) for line, row in rows}
 
 

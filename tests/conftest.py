@@ -21,6 +21,9 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run tests that take minutes")
+    parser.addoption(
+        "--fuzz-cases", type=int, default=150, help="damaged files of each kind in test_fuzz.py"
+    )
     parser.addoption("--run-weights", action="store_true", help="run tests with real weights")
 
 

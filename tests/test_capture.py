@@ -1,5 +1,6 @@
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
 
 from lirefs import capture, wrap
@@ -93,10 +94,17 @@ def test_cache_is_used_for_the_same_model_only(tmp_path, lm, monkeypatch):
         changed.model.layers[0].mlp.up_proj.weight[0, 0] += 1
     capture(wrap(changed, tiny_tokenizer()), PROMPTS, cache=tmp_path, progress=False)
     (file, _) = sorted(tmp_path.iterdir())
-    file.write_bytes(file.read_bytes()[:20])  # a damaged file is made again
-    torch.testing.assert_close(
-        capture(lm, PROMPTS, cache=tmp_path, progress=False).values, first.values
-    )
+    whole = load_file(file)["values"]
+    for damage in (
+        lambda: file.write_bytes(file.read_bytes()[:20]),
+        lambda: save_file({"values": whole[:1]}, file),
+        lambda: save_file({"values": whole.double()}, file),
+        lambda: save_file({"values": whole * torch.nan}, file),
+    ):
+        damage()  # a damaged file is made again
+        torch.testing.assert_close(
+            capture(lm, PROMPTS, cache=tmp_path, progress=False).values, first.values
+        )
 
 
 def test_named_errors(lm):

@@ -87,6 +87,36 @@ def test_damaged_and_foreign_files_are_named(tmp_path):
         Directions.load(tmp_path / "absent.safetensors")
 
 
+PLACE = {"layer": 0, "site": "resid_pre", "means": [0, 1], "spread": [1, 1], "counts": [2, 2]}
+
+
+@pytest.mark.parametrize(
+    ("vector", "places", "provenance", "says"),
+    [
+        (torch.ones(4), "[" * 100_000, "{}", "nested too deep"),
+        (torch.ones(4), [PLACE], "1", "no object"),
+        (torch.ones(4), [PLACE], '{"model": ["a"]}', "no text"),
+        (torch.ones(4), [PLACE, PLACE], "{}", "two directions of one place"),
+        (torch.ones(4), [], "{}", "no direction"),
+        (torch.ones(4), [{**PLACE, "layer": True}], "{}", "layer True"),
+        (torch.ones(4), [{**PLACE, "layer": -1}], "{}", "layer -1"),
+        (torch.ones(4), [{**PLACE, "site": "nowhere"}], "{}", "nowhere"),
+        (torch.ones(4), [{**PLACE, "means": [0, float("nan")]}], "{}", "two numbers"),
+        (torch.ones(4), [{**PLACE, "spread": [1]}], "{}", "two numbers"),
+        (torch.ones(4), [{**PLACE, "counts": [1, -2]}], "{}", "counts"),
+        (torch.ones(4).double(), [PLACE], "{}", "no vector of float32"),
+        (torch.ones(2, 2), [PLACE], "{}", "no vector of float32"),
+        (torch.tensor([1.0, torch.inf]), [PLACE], "{}", "not finite"),
+    ],
+)
+def test_a_file_that_makes_no_sense_is_refused(tmp_path, vector, places, provenance, says):
+    text = places if isinstance(places, str) else json.dumps(places)
+    about = {"format": "lirefs-directions-1", "provenance": provenance, "places": text}
+    save_file({"0.resid_pre": vector}, tmp_path / "d", about)
+    with pytest.raises(DirectionsFileError, match=says):
+        Directions.load(tmp_path / "d")
+
+
 def test_arithmetic_is_that_of_vectors():
     one = some()[0]
     two = Direction(torch.arange(32.0), 0, "resid_pre", (0.5, 0.6), (1.0, 1.0), (5, 5))

@@ -8,7 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from lirefs.errors import DataFileError, QuestionsError
-from lirefs.files import atomic_path, atomic_write_text, cache_dir, read_jsonl, sha256_of
+from lirefs.files import (
+    atomic_path,
+    atomic_write_text,
+    cache_dir,
+    parse_json,
+    read_jsonl,
+    sha256_of,
+)
 
 
 def test_atomic_write_makes_folders_and_replaces(tmp_path):
@@ -64,6 +71,9 @@ def test_read_jsonl(tmp_path):
         (b"null\n", "found null"),
         (b'{"a": "\xff"}\n', "line 1: not UTF-8"),
         (b"[" * 100_000, "line 1: not JSON"),
+        (b'{"a": "\\ud83d"}\n', "line 1: not JSON (\\ud83d is half of a character"),
+        (b'{"a": 1' + b"0" * 400 + b"}\n", "line 1: not JSON (a number with too many digits"),
+        (b'{"a": 1' + b"0" * 5_000 + b"}\n", "line 1: not JSON (a number with too many digits"),
         (b"\n \n", "empty"),
         (b"", "empty"),
     ],
@@ -77,6 +87,13 @@ def test_read_jsonl_says_what_is_wrong_and_where(tmp_path, content, says):
     assert says in message
     assert str(path) in message
     assert "\n" not in message
+
+
+def test_json_is_read_as_deep_as_asked():
+    assert parse_json("[[1]]", levels=2) == [[1]]
+    assert parse_json('{"a": "\\ud83d\\ude00", "b": [NaN]}')["a"] == "\U0001f600"
+    with pytest.raises(ValueError, match="deeper than 2 levels"):
+        parse_json("[[[1]]]", levels=2)
 
 
 def test_read_jsonl_without_a_file(tmp_path):

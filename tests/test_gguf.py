@@ -1,6 +1,7 @@
 import ctypes
 import dataclasses
 import os
+import struct
 from pathlib import Path
 
 import gguf
@@ -15,6 +16,7 @@ from lirefs.errors import (
     DirectionsFileError,
     InterventionError,
     LayoutError,
+    ModelLoadError,
     ProvenanceError,
     SettingError,
 )
@@ -137,6 +139,44 @@ def test_strengths_by_layer_are_written(tmp_path):
 
 
 @pytest.mark.weights
+def test_a_list_longer_than_its_file_is_refused_at_once(tmp_path):
+    path = tmp_path / "c.gguf"
+    entry = struct.pack("<Q1sIIQ", 1, b"x", 9, 0, 2**60)
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+    with pytest.raises(DirectionsFileError, match="ends within its header"):
+        from_gguf(path)
+    with pytest.raises(ModelLoadError, match="ends within its header"):
+        load(path)
+
+
+def test_lists_of_lists_are_refused(tmp_path):
+    lists = struct.pack("<IQ", 9, 1) * 5_000
+    entry = struct.pack("<Q1sI", 1, b"x", 9) + lists
+    (tmp_path / "c.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
+    with pytest.raises(DirectionsFileError, match="list of lists"):
+        from_gguf(tmp_path / "c.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "says"),
+    [
+        ("direction.2", gguf.GGMLQuantizationType.Q8_0, "quantized"),
+        ("direction.\u0663", gguf.GGMLQuantizationType.F32, "unexpected tensor"),
+        ("direction." + "9" * 5_000, gguf.GGMLQuantizationType.F32, "unexpected tensor"),
+    ],
+)
+def test_only_numbered_floats_are_directions(tmp_path, name, kind, says):
+    writer = gguf.GGUFWriter(str(tmp_path / "c.gguf"), "controlvector")
+    data = gguf.quants.quantize(np.ones(32, np.float32), kind)
+    writer.add_tensor(name, data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(DirectionsFileError, match=says):
+        from_gguf(tmp_path / "c.gguf")
+
+
 def test_llama_cpp_moves_the_logits_as_the_hooks_do(tmp_path):
     """Needs llama-cpp-python, and in LIREFS_SMOLLM2_GGUF the GGUF file that `load` dequantises."""
     llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")

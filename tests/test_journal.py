@@ -143,6 +143,24 @@ def test_results_come_back_from_their_file(lm, tmp_path):
     assert storage.dumps(again) == storage.dumps(found)
 
 
+def test_a_damaged_part_runs_again(lm, tmp_path, small_parts):
+    whole = compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
+    (file,) = (tmp_path / "j").iterdir()
+    rows = [json.loads(line) for line in file.read_text().splitlines() if line]
+    del rows[0]["items"][0]
+    rows[1]["items"][0]["scores"] = {"other": 1.0}
+    rows[2]["items"][0]["scores"] = {"accuracy": "1"}
+    rows[3]["items"][0]["weight"] = 0
+    rows[4]["items"][0]["id"] = None
+    rows[5]["items"][0]["scores"]["more"] = 1.0
+    lines = [*map(json.dumps, rows), "[" * 100_000]
+    file.write_text("\n".join(lines))
+    again = compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
+    assert again.results == whole.results
+    kept = [line for line in file.read_text().splitlines() if line]
+    assert len(kept) == len(lines) + 6
+
+
 def test_damaged_results_are_named(lm, tmp_path):
     compare(lm, variants(), tasks(), progress=False).save(tmp_path)
     file = tmp_path / "results.json"

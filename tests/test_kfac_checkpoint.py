@@ -1,4 +1,5 @@
 import contextlib
+import json
 import os
 import random
 import signal
@@ -13,7 +14,7 @@ from torch import nn
 
 import kfac
 from kfac import BatchError, CheckpointError
-from kfac.store import read_tensors
+from kfac.store import read_tensors, write_tensors
 
 BATCHES = [
     batch([0, 1]),
@@ -211,6 +212,41 @@ def test_other_data_or_settings_are_refused(model, tmp_path):
         run(other, path)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="delete it"):
+        run(model, path)
+
+
+def changed(path, tables=None, **fields):
+    header, held = read_tensors(path, "kfac_checkpoint", "checkpoint")
+    text = json.dumps(header | fields)
+    write_tensors(path, {**held, **(tables or {})}, {"kfac_checkpoint": text})
+
+
+def test_a_state_that_makes_no_sense_is_refused(model, tmp_path):
+    path = tmp_path / "state"
+    with pytest.raises(Interruption):
+        run(model, path, stop_after(3))
+    whole = path.read_bytes()
+    header, tables = read_tensors(path, "kfac_checkpoint", "checkpoint")
+    key = next(iter(tables))
+    name = next(iter(header["counts"]))
+    for says, fields in {
+        "whole numbers": {"counts": {**header["counts"], name: -1}},
+        "no object": {"counts": []},
+        "no texts": {"sources": {name: ["a"]}},
+        "in pass 4 of 1": {"turn": 3},
+        "other targets": {"counts": {**header["counts"], "nothing": 1}},
+        "settings": {"settings": 1},
+        "another type, shape": {"tables": {key: tables[key][:1]}},
+        "type, shape or target": {"tables": {"A.nothing": tables[key]}},
+        "not finite": {"tables": {key: tables[key] * torch.inf}},
+    }.items():
+        path.write_bytes(whole)
+        changed(path, **fields)
+        with pytest.raises(CheckpointError, match=says):
+            run(model, path)
+    lacking = {name: table for name, table in tables.items() if name != key}
+    write_tensors(path, lacking, {"kfac_checkpoint": json.dumps(header)})
+    with pytest.raises(CheckpointError, match="lacks sums"):
         run(model, path)
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -110,6 +111,57 @@ def test_bad_files(tmp_path, factors):
     change_header(path, targets={})
     with pytest.raises(FactorsFileError, match="damaged"):
         Factors.load(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tokens": -1}, "whole numbers"),
+        ({"tokens": 1e400}, "whole numbers"),
+        ({"seeds": "0"}, "seeds"),
+        ({"labels": "guessed"}, "labels"),
+        ({"provenance": []}, "provenance"),
+        ({"weighted": 2}, "weighted"),
+        ({"targets": []}, "damaged"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(tmp_path, factors, change, says):
+    factors.save(tmp_path / "f")
+    change_header(tmp_path / "f", **change)
+    with pytest.raises(FactorsFileError, match=says):
+        Factors.load(tmp_path / "f")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("count", True), ("in_features", -16), ("source", "nothing"), ("digest", 1), ("more", 1)],
+)
+def test_a_record_that_makes_no_sense_is_refused(tmp_path, factors, field, value):
+    factors.save(tmp_path / "f")
+    targets = {name: asdict(record) for name, record in factors.records.items()}
+    targets[factors.names[-1]][field] = value
+    change_header(tmp_path / "f", targets=targets)
+    with pytest.raises(FactorsFileError, match="damaged"):
+        Factors.load(tmp_path / "f")
+
+
+def test_sums_that_are_no_second_moments_are_refused(tmp_path, factors):
+    key = "G." + factors.names[0]
+    for value, says in ((torch.nan, "not finite"), (1e6, "not symmetric")):
+        wrong = factors.sums[key].clone()
+        wrong[0, 1] = value
+        Factors(
+            factors.records, factors.sums | {key: wrong}, seeds=[0], tokens=factors.tokens
+        ).save(tmp_path / "f")
+        with pytest.raises(FactorsFileError, match=says):
+            Factors.load(tmp_path / "f")
+
+
+def test_headers_that_are_no_object_are_refused(tmp_path):
+    for header in ("[]", "[" * 100_000, "NaN"):
+        save_file({"x": torch.zeros(1)}, tmp_path / "f", {"kfac_factors": header})
+        with pytest.raises(FactorsFileError, match="damaged header"):
+            Factors.load(tmp_path / "f")
 
 
 def test_factors_of_another_model(tmp_path, factors):

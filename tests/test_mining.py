@@ -173,6 +173,16 @@ def test_an_interrupted_search_goes_on(reciter, corpus, tmp_path, monkeypatch):
     with pytest.raises(DataFileError, match="damaged"):
         search(reciter, corpus, **settings)
     header = json.dumps(whole.provenance)
+    for part in (
+        '{"windows": 1}',
+        '{"windows": -1, "screened": 0, "recited": []}',
+        '{"windows": 1000000, "screened": 0, "recited": []}',
+        '{"windows": 1, "screened": 1, "recited": [["first/0", [1], [2]]]}',
+        "[" * 100_000,
+    ):
+        journal.write_text(f"{header}\n{part}\n")
+        with pytest.raises(DataFileError, match="damaged"):
+            search(reciter, corpus, **settings)
     for begun in (header[:20], header + "\n" + '{"win'):  # killed while the first batch was written
         journal.write_text(begun)
         assert search(reciter, corpus, **settings) == whole

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import time
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCABULARY, fresh_model, tiny_model, tiny_tokenizer
 
 from lirefs import models
+from lirefs.builtin import language_seed
 from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
 from lirefs.models import load, wrap
 
@@ -192,6 +195,27 @@ def test_unknown_hub_id_without_a_hub_fails_soon(monkeypatch):
         load("nobody-at-all/no-such-model")
     assert time.monotonic() - start < 10
     assert "\n" not in str(caught.value)
+
+
+def test_a_model_without_some_weights_is_refused(folder, tmp_path):
+    """transformers would make them up and only warn."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    tensors = load_file(copy / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ModelLoadError, match=r"1 weights are missing, first model.layers.1.mlp"):
+        load(copy)
+
+
+@pytest.mark.parametrize(
+    "text", ["[", "[]", "[" * 100_000, "\xff", '{"num_hidden_layers": 1e9}',
+             '{"text_config": {"num_hidden_layers": 2000000000}}']
+)  # fmt: skip
+def test_a_configuration_that_makes_no_sense_is_refused(tmp_path, text):
+    (tmp_path / "config.json").write_text(text, "latin-1")
+    with pytest.raises(ModelLoadError, match="damaged"):
+        load(tmp_path)
+    assert language_seed(str(tmp_path)) is None
 
 
 def test_broken_gguf_files(tmp_path):

@@ -10,13 +10,16 @@ from random import Random
 import pytest
 import torch
 from command_line import run
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import LlamaForCausalLM
 
 import lirefs
 from lirefs.builtin import organism
 from lirefs.commands import organism as commands
+from lirefs.errors import DataFileError
 from lirefs.organism import card
-from lirefs.organism.checkpoint import CheckpointMismatch
+from lirefs.organism.checkpoint import STATE, CheckpointMismatch
 from lirefs.organism.documents import Documents, Stage
 from lirefs.organism.items import SPLITS
 from lirefs.organism.language import KINDS, Language
@@ -288,6 +291,34 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatc
     resumed = train(tmp_path, 0, TINY)
     for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda tensors, about: about.update(step="-1"), "step"),
+        (lambda tensors, about: about.pop("seed"), "seed"),
+        (lambda tensors, about: tensors.pop("exp_avg.model.norm.weight"), "exp_avg"),
+        (lambda tensors, about: tensors["exp_avg.model.norm.weight"].fill_(torch.nan), "finite"),
+        (lambda tensors, about: tensors["exp_avg_sq.model.norm.weight"].fill_(-1), "negative"),
+        (
+            lambda tensors, about: tensors.update(
+                {"step.model.norm.weight": torch.zeros(2, dtype=torch.float64)}
+            ),
+            "shape or type",
+        ),
+    ],
+)
+def test_a_damaged_state_is_refused(trained, tmp_path, damage, says):
+    with safe_open(trained[0] / STATE, framework="pt") as file:
+        tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    damage(tensors, about)
+    save_file(tensors, tmp_path / STATE, about)
+    with pytest.raises(DataFileError, match=says):
+        train(tmp_path, 0, TINY)
+    (tmp_path / STATE).write_bytes(b"nothing")
+    with pytest.raises(DataFileError, match="remove it"):
+        train(tmp_path, 0, TINY)
 
 
 @pytest.mark.parametrize(

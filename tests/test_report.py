@@ -10,7 +10,7 @@ from command_line import run
 from made_up import NASTY, SHARED, made_up
 
 from lirefs.errors import ResultsFileError
-from lirefs.harness import exports, page, plots, report, retained_plots, tables
+from lirefs.harness import exports, page, plots, report, retained_plots, storage, tables
 from lirefs.harness.analyses import flips
 from lirefs.harness.comparison import Comparison
 from lirefs.harness.plots import Picture
@@ -324,12 +324,55 @@ def test_report_names_what_is_wrong(tmp_path, monkeypatch, capsys):
     data = json.loads((folder / "results.json").read_text())
     for figures, words in (
         ([{"name": "../up", "title": "", "caption": ""}], "not the name"),
+        ([{"name": "", "title": "", "caption": ""}], "not the name"),
+        ([{"name": "..", "title": "", "caption": ""}], "not the name"),
+        ([{"name": "x" * 10_000, "title": "", "caption": ""}], "not the name"),
+        ([{"name": "a\x00", "title": "", "caption": ""}], "not the name"),
+        ([{"name": "own", "title": 1, "caption": ""}], "no text"),
+        ([{"name": "\u0142" * 190, "title": "", "caption": ""}], "cannot be read"),
         ([{"title": "t"}], "list of figures is damaged"),
         (None, "list of figures is damaged"),
     ):
         (folder / "results.json").write_text(json.dumps({**data, "figures": figures}))
         with pytest.raises(ResultsFileError, match=words):
             report.load_figures(folder, made_up())
+    (folder / "results.json").write_text(json.dumps(data))
+    (folder / "own.png").write_bytes(b"no picture")
+    with pytest.raises(ResultsFileError, match="no PNG"):
+        report.load_figures(folder, made_up())
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (lambda data: data.update(resamples=10**9), "resamples"),
+        (lambda data: data.update(resamples=True), "resamples"),
+        (lambda data: data.update(seed=0.5), "seed"),
+        (lambda data: data.update(provenance=[]), "provenance"),
+        (lambda data: data["provenance"].update(findings="all"), "findings"),
+        (lambda data: data["tasks"]["texts"].update(metric=1), "no text"),
+        (lambda data: data["tasks"]["texts"].update(chance=2), "chance"),
+        (lambda data: data["tasks"]["texts"]["items"][0].update(weight=-1), "weighs"),
+        (lambda data: data["tasks"]["texts"]["items"][0].update(weight=10**400), "digits"),
+        (lambda data: data["tasks"]["texts"]["items"][0].update(prompt=None), "another type"),
+        (lambda data: data["results"]["unchanged"]["texts"][0].update(parsed=1), "another type"),
+        (lambda data: data["results"]["unchanged"]["texts"][0].update(scores={"nll": "1"}), "are"),
+        (lambda data: data.update(results=dict(reversed(data["results"].items()))), "first place"),
+    ],
+)
+def test_results_that_make_no_sense_are_refused(tmp_path, change, says):
+    data = json.loads(storage.dumps(made_up()))
+    change(data)
+    (tmp_path / "results.json").write_text(json.dumps(data))
+    with pytest.raises(ResultsFileError, match=says):
+        Comparison.load(tmp_path)
+
+
+def test_results_nested_too_deep_are_refused(tmp_path):
+    text = storage.dumps(made_up()).replace('"made up"', "[" * 450 + "]" * 450)
+    (tmp_path / "results.json").write_text(text)
+    with pytest.raises(ResultsFileError, match="deeper than 300"):
+        Comparison.load(tmp_path)
 
 
 def test_every_setting_is_on_the_page(comparison):

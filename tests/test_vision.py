@@ -1,12 +1,16 @@
 """The label noise study at tiny size, from images to report."""
 
+import io
 import json
+import struct
+import zlib
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import kfac
@@ -84,6 +88,55 @@ def test_bad_input_is_named(tmp_path, split, digits):
     (tmp_path / "broken-0").write_bytes(b"no weights")
     with pytest.raises(DataFileError, match="remove it"):
         train(split, TINY, 0, tmp_path / "broken-0", progress=False)
+    with pytest.raises(DataFileError, match="remove it"):
+        train(split, TINY, 0, tmp_path / "none", shipped=tmp_path / "broken-0", progress=False)
+
+
+@pytest.mark.parametrize("suffix", ["", ".state"])
+def test_a_file_that_makes_no_sense_is_refused(split, tmp_path, suffix):
+    model = make_model(TINY, split, 0)
+    record = training.provenance(split, TINY, 0)
+    names = list(model.state_dict())
+    whole = {f"weight.{name}" if suffix else name: one for name, one in model.state_dict().items()}
+    optimizer = training._optimizer(model, TINY)
+    model(pixel_values=split.train.pixels[:2]).logits.sum().backward()
+    optimizer.step()
+    if suffix:
+        for name, parameter in model.named_parameters():
+            for key, value in optimizer.state[parameter].items():
+                whole[f"{key}.{name}"] = value
+    key = f"weight.{names[0]}" if suffix else names[0]
+    path = tmp_path / f"n{suffix}"
+    for wrong in (
+        {name: one for name, one in whole.items() if name != key},
+        {**whole, "more": torch.zeros(1)},
+        {**whole, key: whole[key][:0]},
+        {**whole, key: whole[key] * torch.nan},
+        {**whole, key: whole[key].double()},
+    ):
+        training._write(path, wrong, record, 1)
+        with pytest.raises(DataFileError, match="remove the file"):
+            train(split, TINY, 0, tmp_path / "n", progress=False)
+    save_file(whole, path, {"made_of": record, "epochs": "many"})
+    with pytest.raises(DataFileError, match="epochs"):
+        train(split, TINY, 0, tmp_path / "n", progress=False)
+
+
+def test_pictures_that_cannot_be_read_are_named(tmp_path):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (4, 4)).save(tmp_path / name / "a.png")
+    (tmp_path / "dog" / "b.png").write_bytes(b"no picture")
+    with pytest.raises(DataFileError, match=r"b\.png cannot be decoded"):
+        load_images(str(tmp_path), side=4)
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, "png")
+    whole = buffer.getvalue()
+    header = b"IHDR" + struct.pack(">II", 50_000, 50_000) + whole[24:29]
+    large = whole[:12] + header + struct.pack(">I", zlib.crc32(header)) + whole[33:]
+    (tmp_path / "dog" / "b.png").write_bytes(large)
+    with pytest.raises(DataFileError, match=r"cannot be decoded|50000 x 50000"):
+        load_images(str(tmp_path), side=4)
 
 
 def test_shift_moves_an_image_by_whole_pixels(split):

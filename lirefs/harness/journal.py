@@ -13,7 +13,8 @@ from typing import Any
 import torch.distributed as dist
 
 from lirefs.errors import SettingError
-from lirefs.files import append_text
+from lirefs.files import append_text, parse_json
+from lirefs.harness.storage import item_of
 from lirefs.harness.tasks import ItemResult, Task
 from lirefs.models import LanguageModel
 from lirefs.version import __version__
@@ -52,11 +53,15 @@ class Journal:
             self._read(file)
 
     def _read(self, file: Path) -> None:
-        for line in file.read_bytes().split(b"\n"):
+        try:
+            raw = file.read_bytes()
+        except OSError as problem:
+            raise SettingError(f"journal {file}: cannot be read ({problem.strerror})") from problem
+        for line in raw.split(b"\n"):
             try:
-                row = json.loads(line)
-                self._lines[row["key"]] = [ItemResult(**item) for item in row["items"]]
-            except (ValueError, TypeError, KeyError):
+                row = parse_json(line.decode())
+                self._lines[row["key"]] = [item_of(item) for item in row["items"]]
+            except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # cut short: that part runs again
 
     def mine(self) -> bool:
@@ -64,9 +69,14 @@ class Journal:
         self._number += 1
         return self._number % self.size == self.rank
 
-    def finished(self, key: str) -> list[ItemResult] | None:
-        """What a part gave, if it was finished."""
-        return self._lines.get(key)
+    def finished(self, key: str, part: Task) -> list[ItemResult] | None:
+        """What a part of a task gave, if it was finished."""
+        items = self._lines.get(key)
+        metric = "nll" if part.metric == "perplexity" else part.metric
+        if items is None or len(items) != len(part):
+            return None
+        names = {frozenset(one.scores) for one in items}
+        return items if len(names) == 1 and metric in names.pop() else None
 
     def add(self, key: str, items: list[ItemResult]) -> None:
         """Keep what a part gave, on disk before anything else is begun.

@@ -174,7 +174,7 @@ def _cut(lm: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[int],
         except TaskError as error:
             raise TaskError(f"{where}: {error}") from None
         return ids[:start], ids[start:]
-    if not isinstance(length, int) or length < 1:
+    if type(length) is not int or length < 1:
         raise TaskError(f"{where}: 'suffix_tokens' is {length!r}, expected a positive number")
     ids = lm.encode([whole])[0]
     return ids[:-length], ids[-length:]

@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lirefs.errors import DataFileError, SettingError
-from lirefs.files import append_text, atomic_write_bytes, atomic_write_text, sha256_of
+from lirefs.files import append_text, atomic_write_bytes, atomic_write_text, parse_json, sha256_of
 from lirefs.guest import accepts, evaluating, text_config
 from lirefs.harness.engine import BATCH_TOKENS, greedy
 from lirefs.intervention import refuse_steered
@@ -133,8 +133,9 @@ def mine(
         "batch_tokens": batch_tokens,
     }
     finished = _begun(Path(journal), provenance) if journal is not None else []
-    read = sum(part["windows"] for part in finished)
-    stream = islice(_cut(lm, texts, prefix_tokens, suffix_tokens, stride), read, None)
+    stream = _cut(lm, texts, prefix_tokens, suffix_tokens, stride)
+    for part in finished:
+        _check_part(part, stream, journal)
     size = max(1, batch_tokens // (prefix_tokens + suffix_tokens))
     with tqdm(total=len(texts), unit="text", desc="mine", disable=not progress) as bar:
         while batch := list(islice(stream, size)):
@@ -275,10 +276,12 @@ def _begun(journal: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
     """What a journal holds already; a half-written last line is taken off."""
     if not journal.exists():
         return []
-    raw = journal.read_bytes()
-    whole = raw[: raw.rfind(b"\n") + 1]
     try:
-        rows = [json.loads(line) for line in whole.splitlines()]
+        raw = journal.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        rows = [parse_json(line.decode()) for line in whole.splitlines()]
+    except OSError as problem:
+        raise DataFileError(f"{journal}: cannot be read ({problem.strerror})") from problem
     except ValueError:
         raise DataFileError(f"{journal}: damaged; remove it to begin anew") from None
     if rows and rows[0] != provenance:
@@ -289,3 +292,25 @@ def _begun(journal: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
     # A first line without a second is written again with the second.
     atomic_write_bytes(journal, whole if len(rows) > 1 else b"")
     return rows[1:]
+
+
+def _check_part(
+    part: Any,
+    stream: Iterator[tuple[int, str, list[int], list[int]]],
+    journal: str | Path | None,
+) -> None:
+    """Take the windows of a finished part off the stream; what it found must be among them.
+
+    Raises:
+        DataFileError: It is not of these windows.
+    """
+    try:
+        read, screened, recited = (part[key] for key in ("windows", "screened", "recited"))
+        whole = all(type(one) is int and one >= 0 for one in (read, screened))
+        cut = [list(one[1:]) for one in islice(stream, read)] if whole else []
+        known = [window for window in cut if window in recited]
+        if not whole or len(cut) != read or known != recited or not len(known) <= screened <= read:
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise DataFileError(f"{journal}: damaged; remove it to begin anew") from None
+    part["recited"] = known

@@ -233,4 +233,8 @@ def _texts(row: Row, field: str) -> tuple[str, ...]:
 
 
 def _unescaped(text: str) -> str:
-    return re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    halves = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    try:  # a character beyond four digits is spelled as two halves
+        return halves.encode("utf-16", "surrogatepass").decode("utf-16")
+    except UnicodeDecodeError:
+        raise TaskError(f"{text!r:.80} spells half of a character") from None

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lirefs.harness.comparison import Comparison
 
 
+_PNG = b"\x89PNG"
+
+
 @dataclass(frozen=True)
 class Figure:
     """A figure of a report.
@@ -89,14 +92,17 @@ def load_figures(path: Path, comparison: Comparison) -> tuple[list[Figure], list
             figures.append(again[listed["name"]])
             continue
         png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
-        absent = [one.name for one in (png, svg) if not one.exists()]
-        missing += absent
-        if absent:
-            continue
         try:
-            figures.append(Figure(**listed, picture=Picture(png.read_bytes(), svg.read_bytes())))
+            absent = [one.name for one in (png, svg) if not one.exists()]
+            missing += absent
+            if absent:
+                continue
+            picture = Picture(png.read_bytes(), svg.read_bytes())
         except OSError as problem:
             raise ResultsFileError(f"{png}: cannot be read ({problem.strerror})") from problem
+        if not picture.png.startswith(_PNG):
+            raise ResultsFileError(f"{png}: is no PNG picture; remove it, or compare again")
+        figures.append(Figure(**listed, picture=picture))
     return figures, missing
 
 

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lirefs.errors import TaskError
+from lirefs.errors import SettingError, TaskError
 from lirefs.harness.comparison import BASELINE, Comparison, TaskInfo
 from lirefs.harness.journal import Journal, digest_of, in_order, key_of, parts
+from lirefs.harness.storage import MOST_RESAMPLES
 from lirefs.harness.suite import default_tasks
 from lirefs.harness.tasks import ItemResult, Task
 from lirefs.intervention import Intervention, applied
@@ -55,8 +56,10 @@ def compare(
     Raises:
         TaskError: If there is no task, two share a name, or a variant is called `unchanged`.
         InterventionError: If an intervention does not fit the model.
-        SettingError: If the journal is a file.
+        SettingError: If the journal is a file, or `resamples` is out of range.
     """
+    if not 1 <= resamples <= MOST_RESAMPLES:
+        raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
     if tasks is None:
         tasks = default_tasks(lm)
     if not tasks:
@@ -87,14 +90,14 @@ def compare(
                 for task in tasks:
                     bar.set_postfix_str(f"{variant}: {task.name}")
                     for key, piece in zip(keys[variant, task.name], pieces[task.name], strict=True):
-                        if not kept.mine() or kept.finished(key) is not None:
+                        if not kept.mine() or kept.finished(key, piece) is not None:
                             bar.update(len(piece))
                         else:
                             kept.add(key, piece.run(lm, bar.update))
     kept.exchange()
 
     def collected(variant: str, task: Task) -> list[ItemResult]:
-        found = [kept.finished(key) for key in keys[variant, task.name]]
+        found = map(kept.finished, keys[variant, task.name], pieces[task.name])
         return in_order(rows[task.name], [one for one in found if one is not None])
 
     return Comparison(

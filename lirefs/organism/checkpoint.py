@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lirefs.errors import LirefsError
+from lirefs.errors import DataFileError, LirefsError
 from lirefs.files import atomic_path, atomic_write_text, usual_permissions, write_errors
+from lirefs.organism.muon import Muon
 
 STATE = "training.safetensors"
 RECIPE = "training.json"
+ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
 class CheckpointMismatch(LirefsError, ValueError):
@@ -92,17 +96,38 @@ def load_checkpoint(
 
     Raises:
         CheckpointMismatch: If the state is of another seed or shape.
+        DataFileError: If the state is damaged.
     """
     if not (out / STATE).exists():
         return 0
+    try:
+        return _restore(out, model, optimizers, seed, device)
+    except (SafetensorError, OSError, KeyError, ValueError) as problem:
+        if isinstance(problem, CheckpointMismatch):
+            raise
+        raise DataFileError(
+            f"{out / STATE}: damaged ({problem}); remove it to begin anew"
+        ) from problem
+
+
+def _restore(
+    out: Path,
+    model: LlamaForCausalLM,
+    optimizers: Sequence[torch.optim.Optimizer],
+    seed: int,
+    device: str,
+) -> int:
+    """As `load_checkpoint`; what is damaged raises what it happens to raise."""
     names = {id(p): name for name, p in model.named_parameters()}
     with safe_open(out / STATE, framework="pt", device=device) as file:
-        metadata, keys = file.metadata(), set(file.keys())
+        metadata, keys = file.metadata() or {}, set(file.keys())
         if metadata["seed"] != str(seed):
             raise CheckpointMismatch(
-                f"{out / STATE} was trained with seed {metadata['seed']}, not {seed}: "
+                f"{out / STATE} was trained with seed {metadata['seed']:.40}, not {seed}: "
                 "choose another folder or the same seed."
             )
+        if not re.fullmatch("[0-9]{1,12}", metadata["step"]):
+            raise ValueError(f"its step is {metadata['step']!r:.40}")
         for optimizer, parameter in _parameters(optimizers):
             name = names[id(parameter)]
             if f"weight.{name}" not in keys:
@@ -113,12 +138,17 @@ def load_checkpoint(
                     f"{out / STATE}: {name} has shape {tuple(weight.shape)}, "
                     f"the recipe wants {tuple(parameter.shape)}."
                 )
+            held = ("momentum",) if isinstance(optimizer, Muon) else ADAM
+            state = {key: file.get_tensor(f"{key}.{name}") for key in held}
+            for key, tensor in {"weight": weight, **state}.items():
+                shape = () if key == "step" else parameter.shape
+                if tensor.shape != shape or tensor.dtype != torch.float32:
+                    raise ValueError(f"{key} of {name} has another shape or type")
+                least = 0.0 if key in ("step", "exp_avg_sq") else -math.inf
+                if not bool((tensor.isfinite() & (tensor >= least)).all()):
+                    raise ValueError(f"{key} of {name} is not finite, or negative")
             parameter.data.copy_(weight)
-            optimizer.state[parameter] = {
-                key: file.get_tensor(f"{key}.{name}")
-                for key in ("step", "exp_avg", "exp_avg_sq", "momentum")
-                if f"{key}.{name}" in keys
-            }
+            optimizer.state[parameter] = state
         return int(metadata["step"])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +17,8 @@ from lirefs.files import sha256_of
 
 TRAIN, VALIDATION = 0.60, 0.20
 """Shares of the images; what is left is the test split."""
+MOST_PIXELS = 50_000_000
+"""Pixels of one picture: a file of some bytes can claim billions, which decoding would allocate."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,12 +162,41 @@ def _dataset(source: str, side: int, limit: int | None) -> Images:
     label = _column(source, rows.features, datasets.ClassLabel)
     if limit is not None and limit < len(rows):
         rows = rows.shuffle(seed=0).select(range(limit))
-    pictures = [row[image] for row in rows]
+    rows = rows.cast_column(image, datasets.Image(decode=False))
+    pictures = [_picture(source, row[image]) for row in rows]
     mode = "L" if all(picture.mode in ("1", "L") for picture in pictures) else "RGB"
     arrays = [np.asarray(p.convert(mode).resize((side, side)), np.float32) for p in pictures]
     pixels = torch.from_numpy(np.stack(arrays)).view(len(arrays), side, side, -1) / 255
     labels = torch.tensor(rows[label][:], dtype=torch.int64)
     return Images(pixels.permute(0, 3, 1, 2).contiguous(), labels, list(rows.features[label].names))
+
+
+def _picture(source: str, held: dict[str, Any]) -> Any:
+    """The picture of a row, decoded.
+
+    Raises:
+        DataFileError: It cannot be decoded, or is so large that it may be a trap.
+    """
+    import datasets
+    from PIL import Image
+
+    name = held["path"] or "a picture without a name"
+    try:
+        file = io.BytesIO(held["bytes"]) if held["bytes"] is not None else held["path"]
+        with Image.open(file) as header:  # this reads no pixel
+            width, height = header.size
+        if width * height > MOST_PIXELS:
+            raise DataFileError(
+                f"images {source!r}: {name} says it has {width} x {height} pixels; more than "
+                f"{MOST_PIXELS:,} are not read: scale it down, or remove it"
+            )
+        return datasets.Image().decode_example(held)
+    except DataFileError:
+        raise
+    except Exception as problem:  # each format has errors of its own
+        raise DataFileError(
+            f"images {source!r}: {name} cannot be decoded ({problem}); mend or remove it"
+        ) from problem
 
 
 def _column(source: str, features: Any, kind: type) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -158,7 +160,9 @@ def train(
     if not path.exists() and shipped is not None and _made_of(shipped) == record:
         path = shipped
     if path.exists():
-        _fill(model, _read(path, record)[0])
+        weights = _read(path, record)[0]
+        _check_like(path, weights, model.state_dict())
+        _fill(model, weights)
         model.train(False)
         return model
     optimizer = _optimizer(model, recipe)
@@ -237,12 +241,43 @@ def _save_state(
 def _resume(path: Path, record: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> int:
     """Restore model and optimizer; return the number of epochs done."""
     tensors, done = _read(path, record)
+    like = {f"weight.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        like |= {f"exp_avg.{name}": parameter, f"exp_avg_sq.{name}": parameter}
+        like[f"step.{name}"] = torch.zeros(())
+    _check_like(path, tensors, like)
     _fill(model, {k[7:]: value for k, value in tensors.items() if k.startswith("weight.")})
     for name, parameter in model.named_parameters():
         optimizer.state[parameter] = {
-            key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
+            key: tensors[f"{key}.{name}"].float() for key in ("step", "exp_avg", "exp_avg_sq")
         }
     return done
+
+
+def _check_like(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
+    """Verify names, shapes and values of what was read.
+
+    Raises:
+        DataFileError: Something is missing, of another shape, or not finite.
+    """
+    wrong = [
+        name for name in like if name not in tensors or tensors[name].shape != like[name].shape
+    ]
+    wrong += [name for name in tensors if name not in like]
+    wrong += [name for name in like if name not in wrong and not _usual(name, tensors[name])]
+    if wrong:
+        raise DataFileError(
+            f"{path}: {wrong[0]!r:.80} is missing, of another shape, or no such numbers; remove "
+            "the file"
+        )
+
+
+def _usual(name: str, tensor: Tensor) -> bool:
+    """Whether the numbers of a tensor are finite, and positive where they must be."""
+    if tensor.dtype not in (torch.float16, torch.float32):
+        return False
+    least = 0.0 if name.startswith(("step.", "exp_avg_sq.")) else -math.inf
+    return bool((tensor.isfinite() & (tensor >= least)).all())
 
 
 def _fill(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -259,8 +294,11 @@ def _made_of(path: Path) -> str | None:
     """Return the record of a file; None where there is none."""
     if not path.exists():
         return None
-    with safe_open(path, framework="pt") as file:
-        return str((file.metadata() or {}).get("made_of"))
+    try:
+        with safe_open(path, framework="pt") as file:
+            return str((file.metadata() or {}).get("made_of"))
+    except (SafetensorError, OSError) as problem:
+        raise DataFileError(f"{path}: not weights of a training ({problem}); remove it") from None
 
 
 def _read(path: Path, record: str) -> tuple[dict[str, Tensor], int]:
@@ -275,4 +313,7 @@ def _read(path: Path, record: str) -> tuple[dict[str, Tensor], int]:
             f"{path}: trained on other images or labels, or by another recipe or seed; remove it "
             "or name another folder"
         )
-    return tensors, int(found.get("epochs", 0))
+    epochs = found.get("epochs", "0")
+    if not re.fullmatch("[0-9]{1,9}", epochs):
+        raise DataFileError(f"{path}: 'epochs' is {epochs!r:.40}; remove the file")
+    return tensors, int(epochs)
