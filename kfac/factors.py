@@ -20,13 +20,13 @@ from kfac.errors import (
     TargetError,
 )
 from kfac.estimators import ESTIMATORS, Curvature, marginal_spectra
+from kfac.factors_file import FORMAT, parts
 from kfac.guest import full_precision, widened
 from kfac.spectrum import Eigen, eigenbasis
 from kfac.store import library_version, read_tensors, tensor_bytes, write_tensors
 from kfac.target import Target, TargetRecord, weight_digest
 from kfac.targets import named_targets
 
-FORMAT = 1
 _HEADER = "kfac_factors"
 
 
@@ -348,7 +348,7 @@ class Factors:
         """
         header, tensors = read_tensors(path, _HEADER, "factors")
         try:
-            factors = cls._from_header(header, tensors)
+            factors = cls(**parts(header, tensors))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FactorsFileError(
                 f"{path} is damaged: {str(error)[:500]!r}; collect the factors again"
@@ -356,33 +356,6 @@ class Factors:
         if model is not None:
             factors.check(model)
         return factors
-
-    @classmethod
-    def _from_header(cls, header: dict[str, Any], tensors: dict[str, Tensor]) -> Factors:
-        if header["format"] != FORMAT:
-            raise FactorsFileError(
-                f"factors of format {header['format']!r:.40} (written by version "
-                f"{header['version']!r:.40}); "
-                f"this version reads format {FORMAT}"
-            )
-        records = {name: TargetRecord(**record) for name, record in header["targets"].items()}
-        bases = {
-            key: (tensors.pop("values." + key), tensors.pop("vectors." + key))
-            for key in [key[7:] for key in tensors if key.startswith("values.")]
-        }
-        _check_header(header, records)
-        _check_shapes(records, tensors, bases)
-        _check_values(tensors, bases)
-        return cls(
-            records,
-            tensors,
-            seeds=header["seeds"],
-            tokens=header["tokens"],
-            labels=header.get("labels", "sampled"),
-            provenance=header["provenance"],
-            bases=bases,
-            weighted=header.get("weighted", False),
-        )
 
     def _header(self, *, with_provenance: bool) -> dict[str, Any]:
         header: dict[str, Any] = {
@@ -416,72 +389,3 @@ class Factors:
         if name not in self.records:
             raise TargetError(f"no factors for target {name!r}; there are: {self.names}")
         return self.records[name]
-
-
-def _check_header(header: Mapping[str, Any], records: Mapping[str, TargetRecord]) -> None:
-    """Raise ValueError or KeyError unless the fields of a file have their types."""
-    numbers = [header["tokens"]]
-    for name, record in records.items():
-        sizes = [record.out_features, record.in_features]
-        shared = records[record.source]
-        if shared.source != record.source or shared.in_features != record.in_features:
-            raise ValueError(f"target {name!r} cannot share the input of {record.source!r}")
-        if not isinstance(record.digest, str) or not all(type(n) is int and n > 0 for n in sizes):
-            raise ValueError(f"the record of target {name!r} has a field of another type")
-        numbers.append(record.count)
-    if not records or not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError("no targets, or counts that are no whole numbers of at least 0")
-    if not isinstance(header["seeds"], list) or not all(type(n) is int for n in header["seeds"]):
-        raise ValueError("its seeds are no list of whole numbers")
-    if header.get("labels", "sampled") not in ("sampled", "data", "mixed"):
-        raise ValueError("its labels are neither sampled, nor the data's, nor mixed")
-    if (
-        not isinstance(header["provenance"], dict)
-        or type(header.get("weighted", False)) is not bool
-    ):
-        raise ValueError("its provenance is no object, or `weighted` neither true nor false")
-
-
-def _check_values(sums: Mapping[str, Tensor], bases: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Raise ValueError unless sums and eigenbases are numbers, and second moments symmetric."""
-    for key, table in [*sums.items(), *((key, one) for key, both in bases.items() for one in both)]:
-        if table.dtype not in (torch.float32, torch.float64):
-            raise ValueError(f"{key} is of {table.dtype}, expected float32 or float64")
-        if not bool(table.isfinite().all()):
-            raise ValueError(f"{key} is not finite")
-    for key, table in sums.items():
-        # Those that were collected are equal to the bit; others may have been rounded.
-        if not key.startswith(("A", "G")) or torch.equal(table, table.T):
-            continue
-        if float((table - table.T).abs().max()) > 1e-3 * float(table.abs().max()):
-            raise ValueError(f"{key} is not symmetric")
-    for key, (values, _) in bases.items():
-        if bool((values < 0).any()) or bool((values[1:] > values[:-1]).any()):
-            raise ValueError(f"the eigenvalues of {key} are negative or not in descending order")
-
-
-def _check_shapes(
-    records: Mapping[str, TargetRecord],
-    sums: Mapping[str, Tensor],
-    bases: Mapping[str, tuple[Tensor, Tensor]],
-) -> None:
-    """Raise ValueError unless a file holds exactly the tensors that its targets ask for."""
-    letters = {key.partition(".")[0] for key in sums} | {"A", "G"}
-    expected: dict[str, tuple[int, int]] = {}
-    for name, record in records.items():
-        out, into = record.out_features, record.in_features
-        shapes = {"A": (into, into), "G": (out, out), "AW": (into, into), "GW": (out, out)}
-        for letter in letters:
-            key = f"{letter}.{record.source if letter == 'A' else name}"
-            expected[key] = shapes.get(letter, (out, into))
-    found = {key: tuple(tensor.shape) for key, tensor in sums.items()}
-    if found != expected:
-        raise ValueError(f"its tensors do not match its targets: {found}")
-    wanted = {key for key in expected if key.startswith(("A.", "G."))} if "E" in letters else set()
-    squares = {
-        key
-        for key, (values, vectors) in bases.items()
-        if (tuple(vectors.shape), tuple(values.shape)) == (expected[key], expected[key][:1])
-    }
-    if set(bases) != wanted or squares != wanted:
-        raise ValueError(f"its eigenbases do not match its targets: {sorted(bases)}")

@@ -28,7 +28,8 @@ from lirefs.harness.suite import calibration_texts, default_tasks
 from lirefs.harness.tasks import MultipleChoice, Perplexity, ShortAnswer
 from lirefs.intervention import Intervention, compose
 from lirefs.layout import Layout
-from lirefs.models import LanguageModel, load, wrap
+from lirefs.loading import load
+from lirefs.models import LanguageModel, wrap
 from lirefs.positions import prompt_lengths
 from lirefs.probe import Probe, fit
 from lirefs.questions import Question, Questions, Split, load_questions

@@ -12,7 +12,7 @@ from lirefs import builtin
 from lirefs.builtin import SMOLLM2_VARIABLE, SMOLLM2_WHEEL, smollm2
 from lirefs.errors import DownloadError, ModelLoadError
 from lirefs.files import cache_dir, sha256_of
-from lirefs.models import load
+from lirefs.loading import load
 
 
 @pytest.fixture

@@ -11,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCABULARY, fresh_model, tiny_model, tiny_tokenizer
 
-from lirefs import models
+from lirefs import loading
 from lirefs.builtin import language_seed
 from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
-from lirefs.models import load, wrap
+from lirefs.loading import load
+from lirefs.models import wrap
 
 
 @pytest.fixture
@@ -189,7 +190,7 @@ def test_unknown_names_list_what_is_possible(name):
 
 
 def test_unknown_hub_id_without_a_hub_fails_soon(monkeypatch):
-    monkeypatch.setattr(models, "_hub_answers", lambda: False)
+    monkeypatch.setattr(loading, "_hub_answers", lambda: False)
     start = time.monotonic()
     with pytest.raises(ModelNotFoundError, match="could not be reached") as caught:
         load("nobody-at-all/no-such-model")
