@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import signal
 import json
 
 import datasets
@@ -17,6 +18,8 @@ from lirefs.harness.skill_table import SKILLS
 from lirefs.models import LanguageModel, wrap
 
 torch.set_num_threads(1)
+# A shell that starts something in the background lets it ignore Ctrl-C, and so do its children.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
