@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import signal
 import json
+import signal
 
 import datasets
 import pytest
