@@ -755,6 +755,8 @@ FORMATS: dict[str, Format] = {
             structure,
             functools.partial(make_model_file, name),
             functools.partial(read_model_file, name),
+            # Lost sizes become the defaults of the architecture: a layer of half a gigabyte.
+            resident=600 << 20,
         )
         for name, structure in {
             "config.json": "json",
