@@ -95,7 +95,6 @@ PLACE = {"layer": 0, "site": "resid_pre", "means": [0, 1], "spread": [1, 1], "co
     [
         (torch.ones(4), "[" * 100_000, "{}", "nested too deep"),
         (torch.ones(4), [PLACE], "1", "no object"),
-        (torch.ones(4), [PLACE], '{"model": ["a"]}', "no text"),
         (torch.ones(4), [PLACE, PLACE], "{}", "two directions of one place"),
         (torch.ones(4), [], "{}", "no direction"),
         (torch.ones(4), [{**PLACE, "layer": True}], "{}", "layer True"),
