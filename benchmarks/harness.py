@@ -30,8 +30,8 @@ from measuring import synchronize
 
 import lirefs
 from lirefs.files import atomic_write_text
-from lirefs.harness.suite import fact_items
 from lirefs.questions import Question
+from lirefs.tasks.suite import fact_items
 
 LETTERS = "ABCD"
 STORY = "A {} lived by the {}. One day"
@@ -190,8 +190,8 @@ def eight_variants(lm: Any, questions: Sequence[Question], rounds: int) -> dict[
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(lm.width, generator=generator)
     steers = {
-        f"steering {i}": lirefs.Direction(vector / vector.norm(), 1 + i % (lm.n_layers - 1)).steer(
-            "add", 1.0
+        f"steering {i}": lirefs.Steer(
+            lirefs.Direction(vector / vector.norm(), 1 + i % (lm.n_layers - 1)), "add", 1.0
         )
         for i in range(7)
     }

@@ -23,13 +23,12 @@ import torch
 
 import kfac
 import lirefs
-from lirefs.batching import batches_by_tokens
-from lirefs.builtin import language_seed
 from lirefs.files import atomic_write_bytes, atomic_write_text
-from lirefs.harness import suite
-from lirefs.organism.language import Language
+from lirefs.main_job.organism import perplexity
+from lirefs.model.batching import batches_by_tokens
+from lirefs.organism.language import Language, language_seed
 from lirefs.organism.suite import organism_tasks, training_texts
-from lirefs.studies.main_job import perplexity
+from lirefs.tasks import suite
 
 BISECTIONS = 12
 ENOUGH = 0.1
@@ -225,7 +224,7 @@ def write(
     }
     start = (value("unchanged", language), value("unchanged", recited))
     label = f"share recited, n = {n}"
-    figure = kfac.plots.pareto(curves, "perplexity of held-out texts", label, start)
+    figure = kfac.figures.pareto(curves, "perplexity of held-out texts", label, start)
     atomic_write_bytes(out / "perplexity.png", figure)
     for group in groups:
         counted = comparison.counted(group)
@@ -236,7 +235,7 @@ def write(
             for m, names in by_method.items()
         }
         one = kfac.Estimate(1.0, 1.0, 1.0, 0)
-        figure = kfac.plots.pareto(
+        figure = kfac.figures.pareto(
             curves, f"{group}: share of the unchanged model", label, (one, start[1])
         )
         atomic_write_bytes(out / f"{group}.png", figure)

@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 
 import lirefs
-from lirefs import geometry
+from lirefs.directions import figures as probe_plots
+from lirefs.directions import geometry
 from lirefs.files import atomic_write_text, cache_dir, read_jsonl
-from lirefs.harness import probe_plots
 from lirefs.questions import Question, Questions
 
 # Estimator and number of shuffles: each shuffle fits every layer anew.

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 import kfac
-from kfac.spectrum import staircase
+from kfac.edits.staircase import staircase
 
 
 def heap(lam: Any, mu: Any, keep: float, limit: float) -> tuple[list[int], float]:

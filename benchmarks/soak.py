@@ -135,8 +135,8 @@ def cycle(
     probe = lirefs.fit(lm, questions, shuffles=5, seed=number, **quiet)
     probe.directions.save(folder / "directions.safetensors")
     directions = lirefs.Directions.load(folder / "directions.safetensors", lm)
-    add = directions[probe.best_layer].steer("add", 1.0)
-    remove = directions[probe.best_layer].steer("ablate", layers="all")
+    add = lirefs.Steer(directions[probe.best_layer], "add", 1.0)
+    remove = lirefs.Steer(directions[probe.best_layer], "ablate", layers="all")
 
     ids = lm.encode(texts)
     batches = [lm.pad(ids[at : at + 16], side="right") for at in range(0, len(ids), 16)]

@@ -28,8 +28,8 @@ from measuring import environment, measure, ratio
 from steering_peers import PACKAGES
 
 import lirefs
-from lirefs.batching import batches_by_tokens
-from lirefs.capture import BATCH_TOKENS
+from lirefs.directions.capture import BATCH_TOKENS
+from lirefs.model.batching import batches_by_tokens
 
 WORDS = "the of river seven because light answer under machine green count little before"
 BATCH = 8
@@ -76,11 +76,11 @@ def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, C
     generator = torch.Generator().manual_seed(1)
     vector = torch.randn(lm.width, generator=generator)
     one = lirefs.Direction(vector / vector.norm(), lm.n_layers // 2, "resid_post")
-    never = lirefs.scope.mask([False])
+    never = lirefs.steering.scope.mask([False])
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens}
 
     def steered(*args: Any, **kwargs: Any) -> Callable[[], Any]:
-        steer = one.steer(*args, **kwargs)
+        steer = lirefs.Steer(one, *args, **kwargs)
 
         def run() -> None:
             with steer.apply(lm.model):
@@ -96,7 +96,7 @@ def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, C
         "all layers, generated tokens": steered("add", layers="all", scope="generated"),
         "all layers, empty scope": steered("add", layers="all", scope=never),
     }
-    baked = lirefs.wrap(lirefs.bake(one.steer("add", layers="all"), lm.model), lm.tokenizer)
+    baked = lirefs.wrap(lirefs.bake(lirefs.Steer(one, "add", layers="all"), lm.model), lm.tokenizer)
     variants["all layers, baked"] = lambda: baked.generate(prompts, **settings)
     return variants
 

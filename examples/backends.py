@@ -10,8 +10,8 @@ import argparse
 import torch
 
 import lirefs
-from lirefs.backends import nnsight as sight
-from lirefs.backends import transformer_lens as lens
+from lirefs.export import nnsight as sight
+from lirefs.export import transformer_lens as lens
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
@@ -24,7 +24,7 @@ bridge, model = lens.boot(lm), sight.wrap(lm)
 # The direction is fitted from TransformerLens's caches here; capture and nnsight give the same.
 states = lens.capture(bridge, lm, [one.prompt for one in questions], layers=[2])
 labels = [int(one.label == "reasoning") for one in questions]
-steer = lirefs.fit_directions(states, labels)[2].steer("add", 2.0)
+steer = lirefs.Steer(lirefs.fit_directions(states, labels)[2], "add", 2.0)
 
 tokens = torch.tensor(lm.encode(["The capital of France is"]))
 with torch.no_grad():

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import kfac
 import lirefs
-from lirefs.harness.sweep_plots import pareto_fronts
-from lirefs.harness.sweeps import choose_on_validation, matched, matched_difference
+from lirefs.comparison.figures.sweeps import pareto_fronts
+from lirefs.comparison.sweeps import choose_on_validation, matched, matched_difference
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
-from lirefs.statistics import Estimate
+from lirefs.statistics.intervals import Estimate
 
 RECITED, FACTS, SKILL, LANGUAGE = "planted sequences", "rare facts", "addition", "stories"
 
@@ -46,7 +46,7 @@ variants, sweeps = {}, {}
 for method, settings in {
     "K-FAC": [(1 - keep, edit.with_keep(keep)) for keep in (0.998, 0.995, 0.99, 0.98, 0.95)],
     "SVD": [(1 - keep, svd.with_keep(keep)) for keep in (0.9, 0.8, 0.7, 0.6, 0.5)],
-    "LiReF add": [(a, direction.steer("add", a)) for a in (1.0, 2.0, 4.0, 8.0)],
+    "LiReF add": [(a, lirefs.Steer(direction, "add", a)) for a in (1.0, 2.0, 4.0, 8.0)],
 }.items():
     sweeps[method] = [(strength, f"{method} {strength:.3g}") for strength, _ in settings]
     variants |= {name: one for (_, name), (_, one) in zip(sweeps[method], settings, strict=True)}

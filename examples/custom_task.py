@@ -10,8 +10,8 @@ from dataclasses import dataclass
 
 import kfac
 import lirefs
-from lirefs.harness.engine import greedy
-from lirefs.harness.tasks import ItemResult, ItemTask
+from lirefs.tasks.inference import greedy
+from lirefs.tasks.task import ItemResult, ItemTask
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")

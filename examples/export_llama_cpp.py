@@ -8,7 +8,7 @@ Takes a minute on two cores, a quarter with `--limit 60`.
 import argparse
 
 import lirefs
-from lirefs.gguf import from_gguf, to_gguf
+from lirefs.export.gguf import from_gguf, to_gguf
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
@@ -20,7 +20,7 @@ lm = lirefs.load(options.model)
 split = lirefs.Questions(lirefs.load_questions()[: options.limit]).split(seed=0)
 layers = list(range(2, lm.n_layers))  # llama.cpp cannot reach the input of the first two blocks
 probe = lirefs.fit(lm, split, layers=layers, shuffles=10)
-to_gguf(probe.best.steer("add", 1.0), options.out, lm)
+to_gguf(lirefs.Steer(probe.best, "add", 1.0), options.out, lm)
 
 for (layer, site), direction in from_gguf(options.out).items():
     print(f"layer {layer}, {site}: as long as {direction.norm:.2f}")

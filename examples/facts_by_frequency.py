@@ -13,9 +13,9 @@ from pathlib import Path
 
 import kfac
 import lirefs
+from lirefs.comparison.figures.tags import tag_bars
+from lirefs.comparison.item_changes import by_tag, flips
 from lirefs.files import atomic_write_bytes, read_jsonl
-from lirefs.harness.analyses import by_tag, flips
-from lirefs.harness.analysis_plots import tag_bars
 from lirefs.organism.language import Language
 from lirefs.organism.suite import training_texts
 

@@ -40,4 +40,4 @@ def results(evaluated):
 
 print("unsteered", results(unsteered))
 probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0), shuffles=10)
-print("steered", results(lirefs.lm_eval_model(lm, probe.best.steer("add", 1.0))))
+print("steered", results(lirefs.lm_eval_model(lm, lirefs.Steer(probe.best, "add", 1.0))))

@@ -16,7 +16,7 @@ import lirefs
 
 lm = lirefs.load(MODEL)
 probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0))
-with probe.best.steer("add", 1.0).apply(lm.model):
+with lirefs.Steer(probe.best, "add", 1.0).apply(lm.model):
     print(lm.generate("Q: A farmer has 12 cows and sells 5. How many are left?\nA:"))
 
 print("Edited: the flat directions of the loss, removed from the weights:")

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import kfac
 import lirefs
+from experiments import sharpness, spectra
+from experiments.spectra_plots import two_sided_spectrum
 from lirefs.files import atomic_write_bytes
-from lirefs.harness.analysis_plots import two_sided_spectrum
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
-from lirefs.studies import sharpness, spectra
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")

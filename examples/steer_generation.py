@@ -8,7 +8,7 @@ Takes a minute on two cores, a quarter with `--limit 60`.
 import argparse
 
 import lirefs
-from lirefs.intervention import applied
+from lirefs.model.intervention import applied
 
 PROMPTS = [
     "Q: Who wrote Hamlet?\nA:",
@@ -27,9 +27,9 @@ direction = lirefs.fit(lm, split, shuffles=10).best
 gate = lirefs.Gate(direction, above=False, per="row")
 variants = {
     "unsteered": None,
-    "towards reasoning, generated tokens": direction.steer("add", 2.0, scope="generated"),
-    "towards memory, generated tokens": direction.steer("add", -2.0, scope="generated"),
-    "towards reasoning, prompts of recall": direction.steer("add", 2.0, gate=gate),
+    "towards reasoning, generated tokens": lirefs.Steer(direction, "add", 2.0, scope="generated"),
+    "towards memory, generated tokens": lirefs.Steer(direction, "add", -2.0, scope="generated"),
+    "towards reasoning, prompts of recall": lirefs.Steer(direction, "add", 2.0, gate=gate),
 }
 for name, steer in variants.items():
     with applied(steer, lm.model):

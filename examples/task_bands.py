@@ -55,5 +55,5 @@ for task, references in ratios.items():
     for reference, one in references.items():
         cells = [f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in one.ratio[:, :, -1].T]
         print(f"{f'{reference} over {task}':30s}" + "  ".join(cells))
-atomic_write_bytes(options.out, kfac.plots.task_curvature(ratios, range(lm.n_layers)))
+atomic_write_bytes(options.out, kfac.figures.task_curvature(ratios, range(lm.n_layers)))
 print(f"wrote {options.out}, with all four bands")

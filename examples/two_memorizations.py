@@ -9,9 +9,9 @@ import argparse
 
 import kfac
 import lirefs
+from experiments.counterfactual import memorization_scores, memorized, never_seen
 from lirefs.organism.language import Language
 from lirefs.organism.suite import training_texts
-from lirefs.studies.counterfactual import memorization_scores, memorized, never_seen
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--limit", type=int, default=90, help="items of a kind")

@@ -9,10 +9,10 @@ trained here (400 take 75 s on one core) and kept in the cache, and an interrupt
 import argparse
 
 import kfac
+from experiments.vision.data import load_images, noisy_split
+from experiments.vision.edits import counted_tokens, score
+from experiments.vision.training import SHIPPED, Recipe, train
 from lirefs.files import cache_dir
-from lirefs.studies.vision.data import load_images, noisy_split
-from lirefs.studies.vision.edits import counted_tokens, score
-from lirefs.studies.vision.training import SHIPPED, Recipe, train
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, help="train a network instead of reading one")

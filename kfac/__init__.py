@@ -5,15 +5,31 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(model):
     ...
 """
 
-from kfac import plots
-from kfac.bands import BandProfile, BandRatios, band_profile, band_ratios, task_ratios
-from kfac.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
-from kfac.batches import Forward, language_model_forward
-from kfac.collect import collect
-from kfac.detect import RecitationScores, score_recitation
-from kfac.edit import CurvatureEdit, SpectralEdit, TargetReport
-from kfac.ekfac import correct
-from kfac.errors import (
+from kfac import figures
+from kfac.analysis.bands import BandProfile, BandRatios, band_profile, band_ratios, task_ratios
+from kfac.analysis.detector import RecitationScores, score_recitation
+from kfac.analysis.loss_slices import LossSlices, loss_slices
+from kfac.analysis.losses import recitation
+from kfac.analysis.relearning import Relearning, relearn
+from kfac.analysis.split_half import SplitHalf, split_half
+from kfac.collection.batches import Forward, language_model_forward
+from kfac.collection.collect import collect
+from kfac.collection.correct import correct
+from kfac.collection.plan import Plan, plan
+from kfac.edits.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
+from kfac.edits.selection import OrderedSelection, Selection, TableSelection
+from kfac.edits.spectral import CurvatureEdit, SpectralEdit, TargetReport
+from kfac.edits.staircase import Staircase, staircase
+from kfac.edits.subnet import SubnetEdit, fit_balanced_subnet
+from kfac.edits.union_removal import RemovalEdit, UnionEdit
+from kfac.edits.weight_edit import WeightEdit
+from kfac.factors.eigen import Eigen, eigenbasis
+from kfac.factors.estimators import ESTIMATORS, Curvature
+from kfac.factors.factors import Factors
+from kfac.factors.merging import merge, subtract
+from kfac.target import Target, TargetRecord, weight_digest
+from kfac.targets import find_targets, named_targets
+from lirefs.errors import (
     BatchError,
     BudgetError,
     CheckpointError,
@@ -30,22 +46,8 @@ from kfac.errors import (
     TargetError,
     WriteError,
 )
-from kfac.estimators import ESTIMATORS, Curvature
-from kfac.factors import Factors
-from kfac.merging import merge
-from kfac.passages import recitation
-from kfac.plan import Plan, plan
-from kfac.relearn import Relearning, relearn
-from kfac.reliability import SplitHalf, split_half
-from kfac.selection import OrderedSelection, Selection, TableSelection
-from kfac.slices import LossSlices, loss_slices
-from kfac.spectrum import Eigen, Staircase, eigenbasis, staircase
-from kfac.statistics import Estimate, auroc
-from kfac.subnet import SubnetEdit, fit_balanced_subnet
-from kfac.target import Target, TargetRecord, weight_digest
-from kfac.targets import find_targets, named_targets
-from kfac.variants import RemovalEdit, UnionEdit
-from kfac.weight_edit import EditHandle, WeightEdit
+from lirefs.model.weight_swap import EditHandle
+from lirefs.statistics.intervals import Estimate, auroc
 
 __all__ = [
     "ESTIMATORS",
@@ -100,6 +102,7 @@ __all__ = [
     "collect",
     "correct",
     "eigenbasis",
+    "figures",
     "find_targets",
     "fit_balanced_subnet",
     "language_model_forward",
@@ -107,12 +110,12 @@ __all__ = [
     "merge",
     "named_targets",
     "plan",
-    "plots",
     "recitation",
     "relearn",
     "score_recitation",
     "split_half",
     "staircase",
+    "subtract",
     "task_ratios",
     "weight_digest",
 ]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac.errors import TargetError
+from lirefs.errors import TargetError
 
 # Called as observe(parameter name, expert, its input rows, its output rows, positions of the rows);
 # returns the output to go on with.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from kfac.errors import TargetError
-from kfac.store import tensor_bytes
+from kfac.factors.tensor_file import tensor_bytes
+from lirefs.errors import TargetError
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,9 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from kfac.errors import TargetError
 from kfac.experts import check_stack, stacked
 from kfac.target import Target
+from lirefs.errors import TargetError
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -4,38 +4,39 @@ LiReFs (Hong et al. 2025, arXiv 2503.23084) are linear directions in the residua
 package `kfac` removes flat directions of the weights (Merullo et al. 2025, arXiv 2510.24256).
 """
 
-from lirefs.bake import bake
-from lirefs.capture import Activations, capture
-from lirefs.direction import Direction
-from lirefs.directions import Directions
-from lirefs.errors import LirefsError
-from lirefs.estimators import (
+from lirefs.comparison.compare import compare
+from lirefs.comparison.comparison import Comparison
+from lirefs.directions.capture import Activations, capture
+from lirefs.directions.direction import Direction
+from lirefs.directions.directions import Directions
+from lirefs.directions.estimators import (
     LogisticDirection,
     MeanDifference,
     PCADirection,
     RidgeDirection,
     WhitenedMeanDifference,
 )
-from lirefs.fitting import fit_directions
-from lirefs.harness.comparison import Comparison
-from lirefs.harness.lm_evaluation import lm_eval_model, lm_eval_tasks
-from lirefs.harness.lm_evaluation_export import write_lm_eval_task
-from lirefs.harness.memorization import Recitation, StressTest, recitation_task
-from lirefs.harness.mining import mine
-from lirefs.harness.rank_agreement import ndcg_task
-from lirefs.harness.running import compare
-from lirefs.harness.suite import calibration_texts, default_tasks
-from lirefs.harness.tasks import MultipleChoice, Perplexity, ShortAnswer
-from lirefs.intervention import Intervention, compose
-from lirefs.layout import Layout
-from lirefs.loading import load
-from lirefs.models import LanguageModel, wrap
-from lirefs.positions import prompt_lengths
-from lirefs.probe import Probe, fit
+from lirefs.directions.fitting import fit_directions
+from lirefs.directions.probe import Probe, fit
+from lirefs.errors import LirefsError
+from lirefs.export.bake import bake
+from lirefs.model.intervention import Intervention, compose
+from lirefs.model.language_model import LanguageModel, wrap
+from lirefs.model.layout import Layout
+from lirefs.model.loading import load
+from lirefs.model.prompts import prompt_lengths
 from lirefs.questions import Question, Questions, Split, load_questions
-from lirefs.scope import Scope
-from lirefs.steering import Steer
-from lirefs.strength import Gate, Schedule
+from lirefs.steering.gate import Gate
+from lirefs.steering.scope import Scope
+from lirefs.steering.steer import Steer
+from lirefs.steering.strength import Schedule
+from lirefs.tasks.lm_eval import lm_eval_model, lm_eval_tasks
+from lirefs.tasks.lm_eval_export import write_lm_eval_task
+from lirefs.tasks.mining import mine
+from lirefs.tasks.ndcg import ndcg_task
+from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
+from lirefs.tasks.suite import calibration_texts, default_tasks
+from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer
 from lirefs.version import __version__
 
 __all__ = [

@@ -55,8 +55,12 @@ class CaptureError(LirefsError):
     """Activations could not be captured."""
 
 
-class NonFiniteError(CaptureError):
-    """A hidden state is NaN or infinite.
+class NonFiniteError(LirefsError):
+    """A hidden state, an activation, a gradient or a logit is NaN or infinite."""
+
+
+class NonFiniteStateError(CaptureError, NonFiniteError):
+    """A captured hidden state is NaN or infinite.
 
     Attributes:
         prompt: Index of the prompt.
@@ -71,9 +75,9 @@ class NonFiniteError(CaptureError):
         self.prompt = prompt
         self.found = found
 
-    def named(self, question: str) -> NonFiniteError:
+    def named(self, question: str) -> NonFiniteStateError:
         """The same with the id of the question that the prompt asks."""
-        return NonFiniteError(self.prompt, self.found, f" (question {question!r})")
+        return NonFiniteStateError(self.prompt, self.found, f" (question {question!r})")
 
 
 class TaskError(LirefsError):
@@ -107,3 +111,55 @@ class BackendError(InterventionError):
 def first_line(problem: BaseException) -> str:
     """The first line of an error's message that is not blank, for a message of one line."""
     return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+
+
+class KfacError(LirefsError):
+    """Base of the errors that concern curvature and weight edits."""
+
+
+class TargetError(KfacError):
+    """A weight matrix that was asked for is missing, unsupported, or was never used."""
+
+
+class BatchError(KfacError):
+    """A batch, or the iterable of batches, cannot be used for collection."""
+
+
+class FactorsFileError(KfacError):
+    """A file is not a readable factors file: missing, truncated, foreign or from a newer format."""
+
+
+class FactorsMismatchError(KfacError):
+    """Factors do not belong to this model, or cannot be merged with other factors."""
+
+
+class KeepError(KfacError, ValueError):
+    """`keep` is not a number in (0, 1], or names targets that do not exist."""
+
+
+class SpectrumError(KfacError, ValueError):
+    """An array is not a valid matrix or spectrum: wrong shape, order, sign, or not finite."""
+
+
+class EditError(KfacError):
+    """A weight edit cannot be applied to this model."""
+
+
+class EditOrderError(EditError):
+    """Edits of the same weight must be removed in the reverse order of their attachment."""
+
+
+class EstimatorError(KfacError):
+    """An estimator of the curvature is unknown, or its sums were not collected."""
+
+
+class CheckpointError(KfacError):
+    """A checkpoint cannot be read, or belongs to other data, targets or settings."""
+
+
+class BudgetError(KfacError):
+    """The memory budget is too small for a single target."""
+
+
+class DistributedError(KfacError):
+    """The processes of one collection do not agree on their data or targets."""

@@ -17,7 +17,7 @@ LABELS = ("memory", "reasoning")
 SIDES = ("train", "validation", "test")
 PROMPT_FORMAT = "Q: {question}\nA: "
 _MARKS = ".,;:!?'\"\u2018\u2019\u201c\u201d"
-BUILTIN = {"default": "questions.jsonl"}
+BUILTIN = {"default": "questions.jsonl", "organism": "organism_questions.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Question:
     @property
     def prompt(self) -> str:
         """The text a model reads."""
-        return self.prompt_format.format(question=self.text)
+        return self.prompt_format.replace("{question}", self.text)
 
     @property
     def key(self) -> str:
@@ -200,7 +200,8 @@ def load_questions(name: str | Path = "default") -> Questions:
         name: `"default"` (written for this project), `"organism"` (in the model organism's
             language, with splits of its own), or a JSON Lines file whose rows have
             `question` and `label` (`"reasoning"` or `"memory"`) and may have `id`, `options`,
-            `answer_index`, `subject` and `split` (`"train"`, `"validation"` or `"test"`).
+            `answer_index`, `subject`, `split` (`"train"`, `"validation"` or `"test"`) and
+            `prompt_format`, in which `{question}` stands for the question.
 
     Returns:
         The questions, both labels among them.
@@ -209,11 +210,6 @@ def load_questions(name: str | Path = "default") -> Questions:
         QuestionsError: If the file is missing, empty, broken (with the line number), lacks a
             field, or holds one class only.
     """
-    if str(name) == "organism":
-        from lirefs.organism.language import Language
-        from lirefs.organism.suite import organism_questions  # it needs this module
-
-        return organism_questions("passage", Language())
     if str(name) in BUILTIN:
         path = Path(str(resources.files("lirefs") / "data" / BUILTIN[str(name)]))
     else:
@@ -241,6 +237,9 @@ def _question(row: dict[str, Any], where: str, line: int) -> Question:
     side = row.get("split") or ""
     if side and side not in SIDES:
         raise QuestionsError(f"{where}: 'split' is {side!r}; expected one of {', '.join(SIDES)}")
+    prompt_format = row.get("prompt_format", PROMPT_FORMAT)
+    if not isinstance(prompt_format, str) or prompt_format.count("{question}") != 1:
+        raise QuestionsError(f"{where}: 'prompt_format' must hold {{question}} once")
     return Question(
         text=text.strip(),
         label=label,
@@ -249,4 +248,5 @@ def _question(row: dict[str, Any], where: str, line: int) -> Question:
         answer_index=answer,
         subject=str(row.get("subject") or ""),
         side=side,
+        prompt_format=prompt_format,
     )

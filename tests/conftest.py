@@ -14,8 +14,8 @@ from lm_eval_local import write_tasks
 from skill_rows import write
 from tiny import fresh_model, tiny_model, tiny_tokenizer
 
-from lirefs.harness.skill_table import SKILLS
-from lirefs.models import LanguageModel, wrap
+from lirefs.model.language_model import LanguageModel, wrap
+from lirefs.tasks.papers.catalogue import SKILLS
 
 torch.set_num_threads(1)
 # A shell that starts something in the background lets it ignore Ctrl-C, and so do its children.

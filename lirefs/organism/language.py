@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
+from lirefs.files import parse_json
+from lirefs.model.builtin import organism
 from lirefs.organism.items import Item, Split, memory_split_of, split_of
 from lirefs.organism.people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, passage
 from lirefs.organism.prose import sequence, story
@@ -209,3 +212,17 @@ class Language:
 def _recitation(kind: str, text: str) -> Item:
     words = text.split()
     return Item(kind, "Verse: " + " ".join(words[:PREFIX_WORDS]), " ".join(words[PREFIX_WORDS:]))
+
+
+def language_seed(name: str) -> int | None:
+    """Seed of the language that an organism was taught; None if the name is not an organism's.
+
+    Args:
+        name: `"organism"`, or a folder that `lirefs organism train` wrote.
+    """
+    file = (organism() if name == "organism" else Path(name)) / "config.json"
+    try:
+        found = parse_json(file.read_text("utf-8")).get("language_seed")
+    except (OSError, ValueError, AttributeError):
+        return None  # whatever is wrong with it, loading it as a model will say
+    return found if type(found) is int else None

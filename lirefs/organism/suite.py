@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from lirefs.harness.memorization import Recitation
-from lirefs.harness.tasks import CONFLICT, MultipleChoice, Perplexity, ShortAnswer, Task
-from lirefs.models import LanguageModel
+from lirefs.model.language_model import LanguageModel
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SPLITS, Item, Split
 from lirefs.organism.language import Language
 from lirefs.organism.people import COMMON
 from lirefs.organism.questions import Form, question_set
-from lirefs.organism.recipe import FIFTH
+from lirefs.organism.training.recipe import FIFTH
 from lirefs.questions import Question, Questions
+from lirefs.tasks.recitation import Recitation
+from lirefs.tasks.task import CONFLICT, MultipleChoice, Perplexity, ShortAnswer, Task
 
 STATED = 2
 """Values that a passage states: guessing among them is right once in as many times."""

@@ -1,0 +1,1 @@
+"""Worked calculations, read and evaluated."""

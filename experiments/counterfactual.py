@@ -1,0 +1,184 @@
+"""Two meanings of memorization, item by item, and what an edit takes away.
+
+An item can be called memorized because a small change of its prompt breaks it (perturbation), or
+because the model does better on it than had it never been trained on it (counterfactual: Zhang et
+al. 2023, arXiv 2112.12938). Hong et al. 2025 leave open whether both are one thing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+import numpy as np
+
+from lirefs.errors import TaskError
+from lirefs.model.intervention import Intervention, applied
+from lirefs.model.language_model import LanguageModel
+from lirefs.organism.items import Item, Split
+from lirefs.organism.language import Language
+from lirefs.organism.people import ATTRIBUTES, stranger
+from lirefs.organism.skills import wrong_answer
+from lirefs.statistics.intervals import Estimate, Floats, correlation
+from lirefs.tasks.inference import token_nlls
+
+POSITIONS = 4
+"""Prompts with one replaced token that the perturbation score averages over."""
+SCORES = ("perturbation", "counterfactual", "fall under the edit")
+
+
+@dataclass(frozen=True, eq=False)
+class MemorizationScores:
+    """Scores of the items of one kind, in nats per token of the answer.
+
+    Attributes:
+        kind: What the items are.
+        perturbation: Fall of the answer's log-probability when one token of the prompt is replaced
+            at random, mean over `POSITIONS` draws, shape (n,).
+        counterfactual: Log-probability of the answer minus its mean over never-seen items of the
+            same make, shape (n,). A single item is never left out of training: items of one make
+            are exchangeable with never-seen ones, so the mean over these estimates what the item
+            would have had. It is one number for a make, and within a make the score orders items
+            by their log-probability alone.
+        fall: Fall of the answer's log-probability under an edit, shape (n,).
+        correlations: Spearman of each pair of `SCORES`.
+    """
+
+    kind: str
+    perturbation: Floats
+    counterfactual: Floats
+    fall: Floats
+    correlations: dict[tuple[str, str], Estimate]
+
+
+def memorization_scores(
+    lm: LanguageModel,
+    edit: Intervention,
+    items: Sequence[Item],
+    unseen: Sequence[Item],
+    *,
+    seed: int = 0,
+) -> MemorizationScores:
+    """Score items of one kind by both meanings, and by what an edit takes away.
+
+    Args:
+        lm: The organism, unedited.
+        edit: The edit.
+        items: Items of one kind that training showed.
+        unseen: Never-seen items of the same make; those of an item's `group` are its reference.
+        seed: Seed of the replaced tokens.
+
+    Raises:
+        TaskError: If no token of the prompts can be replaced, or a group has no never-seen item.
+    """
+    rng = Random(f"perturbation {seed}")
+    own = [_ids(lm, item) for item in items]
+    tokens = sorted({token for prompt, _ in own for token in prompt[1:]})
+    if len(tokens) < 2 or any(len(prompt) < 2 for prompt, _ in own):
+        raise TaskError(
+            "prompts of two and more tokens, not all the same, are needed to change one"
+        )
+    before = _log_probabilities(lm, own)
+    perturbed = [one for each in own for one in _perturbed(each, tokens, rng)]
+    lower = _log_probabilities(lm, perturbed).reshape(len(own), POSITIONS).mean(axis=1)
+    never = _log_probabilities(lm, [_ids(lm, item) for item in unseen])
+    groups = [item.group for item in unseen]
+    reference = {
+        group: float(never[[one == group for one in groups]].mean()) for group in set(groups)
+    }
+    missing = {item.group for item in items} - set(reference)
+    if missing:
+        raise TaskError(f"there are no never-seen items of group {missing.pop()!r}")
+    with applied(edit, lm.model):
+        after = _log_probabilities(lm, own)
+    scores = {
+        "perturbation": before - lower,
+        "counterfactual": before - np.array([reference[item.group] for item in items]),
+        "fall under the edit": before - after,
+    }
+    return MemorizationScores(
+        kind=items[0].kind,
+        perturbation=scores["perturbation"],
+        counterfactual=scores["counterfactual"],
+        fall=scores["fall under the edit"],
+        correlations={
+            (one, other): correlation(scores[one], scores[other], ranks=True)
+            for one, other in itertools.combinations(SCORES, 2)
+        },
+    )
+
+
+def never_seen(language: Language, kind: str, split: Split, n: int, seed: int = 0) -> list[Item]:
+    """Items of the make of something memorized that training never showed.
+
+    Args:
+        language: The organism's language.
+        kind: `planted` (other random sequences), `fact` (people that no fact is about, with a value
+            drawn as theirs were) or `exception` (fresh items with a wrong label).
+        split: Of the fresh items.
+        n: How many; of each skill for exceptions.
+        seed: Another seed draws others.
+
+    Raises:
+        ValueError: If the kind is another one.
+    """
+    rng = Random(f"never seen {language.seed} {kind} {split} {seed}")
+    if kind == "planted":
+        return language.items("unseen", split, n)
+    if kind == "fact":
+        found = []
+        for _ in range(n):
+            attribute = rng.choice(list(ATTRIBUTES.values()))
+            question = attribute.question.format(stranger(rng, language.known))
+            found.append(Item("fact", question, rng.choice(attribute.values)))
+        return found
+    if kind == "exception":
+        skills = sorted({item.group for item in language.exceptions if item.group})
+        problems = [language.problem(skill, split, rng) for skill in skills for _ in range(n)]
+        return [
+            Item("exception", one.prompt(), wrong_answer(one, rng), group=one.kind)
+            for one in problems
+        ]
+    raise ValueError(f"nothing of kind {kind!r} is memorized; use planted, fact or exception")
+
+
+def memorized(language: Language, kind: str, split: Split, n: int | None = None) -> list[Item]:
+    """Items that training showed, in groups that have a counterpart in `never_seen`."""
+    return [
+        item if kind == "exception" else replace(item, group=None)
+        for item in language.items(kind, split, n)
+    ]
+
+
+def _ids(lm: LanguageModel, item: Item) -> tuple[list[int], list[int]]:
+    prompt, whole = lm.encode([item.prompt, item.text])
+    return prompt, whole[len(prompt) :]
+
+
+def _perturbed(
+    item: tuple[list[int], list[int]], tokens: Sequence[int], rng: Random
+) -> list[tuple[list[int], list[int]]]:
+    """Copies with one token of the prompt replaced by another one of `tokens`.
+
+    The first token, which may mark the beginning of a text, stays.
+    """
+    prompt, answer = item
+    found = []
+    for _ in range(POSITIONS):
+        at = rng.randrange(1, len(prompt))
+        new = rng.choice([token for token in tokens if token != prompt[at]])
+        found.append(([*prompt[:at], new, *prompt[at + 1 :]], answer))
+    return found
+
+
+def _log_probabilities(lm: LanguageModel, items: Sequence[tuple[list[int], list[int]]]) -> Floats:
+    """Mean log-probability of each answer's tokens, in nats, shape (n,)."""
+    nlls = token_nlls(lm, [prompt + answer for prompt, answer in items])
+    return np.array(
+        [
+            -float(nll[-len(answer) :].double().mean())
+            for nll, (_, answer) in zip(nlls, items, strict=True)
+        ]
+    )

@@ -1,0 +1,282 @@
+"""Whether a direction of the residual stream is sharp or flat to the matrices that touch it.
+
+A matrix reads the stream through a norm (or not), or writes to it through a norm (or not): the
+direction is carried into the matrix's own input or output space, and compared with the second
+moments there. Large ones are sharp: the loss depends on them (Merullo et al. 2025, section 3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import kfac
+from lirefs.directions.capture import capture
+from lirefs.directions.direction import Direction
+from lirefs.errors import DirectionError
+from lirefs.model.guest import evaluating
+from lirefs.model.language_model import LanguageModel
+from lirefs.model.observe import Seen, observe
+from lirefs.questions import Questions
+from lirefs.statistics.intervals import Estimate, Floats, interval
+
+Role = Literal["reads", "writes"]
+DRAWS = 1000
+"""Random directions of each kind."""
+
+
+@dataclass(frozen=True, eq=False)
+class Contact:
+    """How one matrix touches the residual stream.
+
+    Attributes:
+        role: Whether it reads the stream or writes to it.
+        scale: What the norm in between multiplies each coordinate with, shape (width,); ones
+            without a norm.
+        centred: Whether that norm takes the mean away.
+    """
+
+    role: Role
+    scale: Floats
+    centred: bool = False
+
+    def carry(self, directions: Floats) -> Floats:
+        """Directions of the stream in the matrix's own space, (n, width) to (n, width), length 1.
+
+        The norm's division by the size of the state is left out: it changes the length alone,
+        and the component along the state, which is small where the direction is not the state's.
+        """
+        if self.centred:
+            directions = directions - directions.mean(axis=1, keepdims=True)
+        carried = directions * self.scale if self.role == "reads" else directions / self.scale
+        length = np.linalg.norm(carried, axis=1, keepdims=True)
+        unit: Floats = carried / np.maximum(length, np.finfo(np.float64).tiny)
+        return unit
+
+
+@dataclass(frozen=True)
+class Placed:
+    """A number of one direction among those of random directions.
+
+    Attributes:
+        value: Of the direction.
+        isotropic: Of random directions, all equally likely: mean and 95 % range.
+        matched: Of random directions drawn with the covariance of states: the same.
+        above_isotropic: Share of the former that lie below the direction.
+        above_matched: Share of the latter that lie below the direction.
+    """
+
+    value: float
+    isotropic: Estimate
+    matched: Estimate
+    above_isotropic: float
+    above_matched: float
+
+
+@dataclass(frozen=True)
+class Sharpness:
+    """How sharp a direction is to one matrix that touches it.
+
+    Attributes:
+        layer: Layer of the direction.
+        target: Name of the matrix.
+        role: Whether it reads the direction (its A is looked at) or writes it (its G is).
+        curvature: v.Mv over the mean eigenvalue of M.
+        order: Mean place of its energy from the flattest (0) to the sharpest eigenvector (1).
+    """
+
+    layer: int
+    target: str
+    role: Role
+    curvature: Placed
+    order: Placed
+
+
+def states_at(
+    lm: LanguageModel, direction: Direction, prompts: Sequence[str] | Sequence[Sequence[int]]
+) -> Floats:
+    """States of the prompts' last tokens where a direction lies, float64 (n, width)."""
+    layers, sites = [direction.layer], [direction.site]
+    found = capture(lm, prompts, layers=layers, sites=sites, progress=False)
+    states: Floats = found.values[:, 0, 0].double().numpy()
+    return states
+
+
+def contacts(lm: LanguageModel, names: Sequence[str]) -> dict[str, Contact]:
+    """Find how matrices touch the residual stream, by what they see in one forward pass.
+
+    Args:
+        lm: The model.
+        names: Dotted module names of matrices inside decoder blocks.
+
+    Returns:
+        An entry for each matrix that reads or writes the stream itself; others (the down
+        projection's input, say) have none.
+    """
+    model, layout = lm.model, lm.layout
+    blocks = {name: ".".join(name.split(".")[: layout.blocks.count(".") + 2]) for name in names}
+    inside = [*layout.norms, *filter(None, (layout.attention, layout.mlp))]
+    watched = {*names, *blocks.values()}
+    watched |= {f"{block}.{part}" for block in blocks.values() for part in inside}
+    seen = observe(model, {name: model.get_submodule(name) for name in sorted(watched)})
+    found = {name: _contact(lm, seen, name, blocks[name]) for name in names}
+    return {name: contact for name, contact in found.items() if contact is not None}
+
+
+def spread(directions: Floats, moments: Floats, values: Floats, basis: Floats) -> Floats:
+    """Two numbers that say how sharp directions are to a matrix.
+
+    Args:
+        directions: Unit vectors in rows, shape (n, width).
+        moments: The second moments A or G, shape (width, width).
+        values: Their eigenvalues, descending, shape (width,).
+        basis: Their eigenvectors in columns, shape (width, width).
+
+    Returns:
+        Shape (n, 2). First the curvature v.Mv over the mean eigenvalue: 1 on average over all
+        directions. Second the mean place of the direction's energy in the order of eigenvalues,
+        from 0 (all in the flattest) to 1 (all in the sharpest): it does not hang on the few
+        largest eigenvalues.
+    """
+    curvature = np.einsum("nw,wv,nv->n", directions, moments, directions) / values.mean()
+    places = np.linspace(1, 0, len(values))
+    return np.stack([curvature, np.square(directions @ basis) @ places], axis=1)
+
+
+def place(value: float, isotropic: Floats, matched: Floats) -> Placed:
+    """Put a number among those of random directions, each of shape (draws,)."""
+    return Placed(
+        value=float(value),
+        isotropic=Estimate(float(isotropic.mean()), *interval(isotropic), len(isotropic)),
+        matched=Estimate(float(matched.mean()), *interval(matched), len(matched)),
+        above_isotropic=float((isotropic < value).mean()),
+        above_matched=float((matched < value).mean()),
+    )
+
+
+def direction_sharpness(
+    lm: LanguageModel,
+    directions: Sequence[Direction],
+    factors: kfac.Factors,
+    questions: Questions,
+    *,
+    seed: int = 0,
+) -> list[Sharpness]:
+    """Ask whether LiReFs are sharp or flat to the matrices that read and write them.
+
+    A direction of the residual stream is compared with A of the matrices that read it in the next
+    layer, and with G of those that write it in the layer before. Random directions are of two
+    kinds. Isotropic ones are as likely everywhere. But states vary in few directions, and any
+    difference of states lies there; so others are drawn with the covariance of states at the same
+    place, and only a LiReF beyond these is special.
+
+    Args:
+        lm: The model.
+        directions: Directions at `resid_pre` or `resid_post`.
+        factors: Curvature of the same model.
+        questions: Whose last prompt tokens give the covariance.
+        seed: Seed of the random directions.
+
+    Returns:
+        One entry for each direction and each matrix with factors that touches it; of those that
+        share an input (gate and up), one.
+
+    Raises:
+        DirectionError: If a direction lies at another site, or no matrix with factors touches one.
+    """
+    # Experts see no whole batch; of matrices that share an input, one stands for all.
+    touching = {
+        name: contact
+        for name, contact in contacts(lm, [one for one in factors.names if "[" not in one]).items()
+        if contact.role == "writes" or factors.records[name].source == name
+    }
+    layers = {target.name: target.layer for target in factors.targets(lm.model, touching)}
+    generator = np.random.default_rng(seed)
+    found = []
+    for direction in directions:
+        if direction.site not in ("resid_pre", "resid_post"):
+            raise DirectionError(f"the direction lies at {direction.site}, not on the stream")
+        states = states_at(lm, direction, questions.prompts)
+        states -= states.mean(axis=0)
+        rows = np.concatenate(
+            [
+                direction.unit.double().cpu().numpy()[None],
+                generator.normal(size=(DRAWS, lm.width)),
+                generator.normal(size=(DRAWS, len(states))) @ states,
+            ]
+        )
+        reader = direction.layer + (direction.site == "resid_post")
+        for name, contact in touching.items():
+            if layers[name] != (reader if contact.role == "reads" else reader - 1):
+                continue
+            numbers = spread(contact.carry(rows), *_moments(factors, name, contact.role))
+            placed = [
+                place(float(one[0]), one[1 : 1 + DRAWS], one[1 + DRAWS :]) for one in numbers.T
+            ]
+            found.append(Sharpness(direction.layer, name, contact.role, *placed))
+        if not any(one.layer == direction.layer for one in found):
+            raise DirectionError(
+                f"no matrix with factors reads the direction of layer {direction.layer} or writes "
+                "it; collect factors of that layer or of the one before"
+            )
+    return found
+
+
+def _contact(lm: LanguageModel, seen: Mapping[str, Seen], name: str, block: str) -> Contact | None:
+    own, layout = seen[name], lm.layout
+    norms = {f"{block}.{norm}": lm.model.get_submodule(f"{block}.{norm}") for norm in layout.norms}
+    for part in filter(None, (layout.attention, layout.mlp)):  # what is added to the stream
+        added = f"{block}.{part}"
+        if added in norms and _same(own.output, seen[added].input):
+            return Contact("writes", _effect(norms[added], lm.width)[0])
+        if added not in norms and _same(own.output, seen[added].output):
+            return Contact("writes", np.ones(lm.width))
+    for norm, module in norms.items():
+        if _same(own.input, seen[norm].output):
+            return Contact("reads", *_effect(module, lm.width))
+    stream = seen[block].input
+    streams = [stream]
+    if layout.attention is not None and stream is not None:
+        attended = seen[f"{block}.{layout.attention}"].output
+        streams.append(None if attended is None else stream + attended.reshape(stream.shape))
+    if any(_same(own.input, one) for one in streams):
+        return Contact("reads", np.ones(lm.width))
+    return None
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None or one.numel() != other.numel():
+        return False
+    return torch.allclose(one.flatten().float(), other.flatten().float(), rtol=1e-4, atol=1e-5)
+
+
+def _effect(norm: nn.Module, width: int) -> tuple[Floats, bool]:
+    """The scale of each coordinate, and whether the mean is taken away, found by trying.
+
+    Entries of +1 and -1 have size 1 and (nearly) mean 0, so that no norm changes them before it
+    scales; half the difference of an input and its negative leaves out a bias.
+    """
+    weight = next(norm.parameters(), torch.empty(0))
+    signs = torch.ones(width, device=weight.device, dtype=weight.dtype)
+    signs[1::2] = -1
+    with evaluating(norm):
+        difference = norm(signs[None, None]) - norm(-signs[None, None])
+        shifted = norm(signs[None, None] + 1) - norm(signs[None, None])
+    scale = (difference[0, 0] / 2 * signs).double().cpu().numpy()
+    return scale, bool(shifted.abs().max() < 1e-3 * max(1e-6, float(np.abs(scale).max())))
+
+
+def _moments(factors: kfac.Factors, name: str, role: Role) -> tuple[Floats, Floats, Floats]:
+    """Second moments, eigenvalues and eigenvectors on the side where a matrix meets the stream."""
+    eigen = factors.eigen(name)
+    if role == "reads":
+        found = factors.A(name), eigen.mu, eigen.u_in
+    else:
+        found = factors.G(name), eigen.lam, eigen.u_out
+    moments, values, basis = (one.double().numpy() for one in found)
+    return moments, values, basis

@@ -1,0 +1,240 @@
+"""Directions and curvature of one model, each seen from the other's side.
+
+Hong et al. 2025 and Merullo et al. 2025 both order tasks between recitation and reasoning; neither
+asks whether it is one order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.stats import rankdata
+
+import kfac
+from experiments.sharpness import DRAWS, states_at
+from experiments.spectra_plots import TaskPosition
+from lirefs import Steer
+from lirefs.directions.direction import Direction
+from lirefs.errors import DirectionError, TaskError
+from lirefs.model.batching import batches_by_tokens
+from lirefs.model.intervention import Intervention, applied
+from lirefs.model.language_model import LanguageModel
+from lirefs.questions import Questions
+from lirefs.statistics.intervals import (
+    Estimate,
+    Floats,
+    auroc,
+    correlation,
+    interval,
+    permutation_p,
+    resample_counts,
+)
+from lirefs.tasks.recitation import Recitation
+from lirefs.tasks.task import Task
+
+BATCH_TOKENS = 4096
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class TaskSpectrum:
+    """Tasks seen by their activations and by their curvature.
+
+    Attributes:
+        positions: One entry for each task.
+        spearman: Rank correlation of both sides over tasks; n is the number of tasks.
+        p_value: Share of random orders of the tasks whose correlation is as far from 0.
+        random: Size of that correlation with random directions at the same place: mean and 95 %
+            range. Tasks differ along any direction, so this and not 0 is what to compare with.
+        above_random: Share of random directions whose correlation is smaller in size.
+    """
+
+    positions: tuple[TaskPosition, ...]
+    spearman: Estimate
+    p_value: float
+    random: Estimate
+    above_random: float
+
+
+@dataclass(frozen=True)
+class Move:
+    """What an intervention does to the projection of questions on a direction.
+
+    Attributes:
+        memory: Mean projection of memory questions under it minus without, in class distances.
+        reasoning: The same for reasoning questions.
+        auroc_before: How well the projection tells the classes apart without it.
+        auroc_after: And under it.
+    """
+
+    memory: Estimate
+    reasoning: Estimate
+    auroc_before: Estimate
+    auroc_after: Estimate
+
+
+def task_positions(
+    lm: LanguageModel,
+    direction: Direction,
+    factors: kfac.Factors,
+    tasks: Sequence[Task],
+    *,
+    flat: float = 0.6,
+    seed: int = 0,
+) -> TaskSpectrum:
+    """Place tasks by projection on a LiReF and by their input energy in flat directions.
+
+    The projection is that of the last prompt token. The energy is that of all tokens of the
+    prompts, and for recitation of the whole recited text. Intervals resample items.
+
+    Args:
+        lm: The model.
+        direction: A fitted direction, best one of a middle layer.
+        factors: Curvature of the same model.
+        tasks: At least three tasks with texts or token ids as prompts. Of tasks with the same
+            prompts (one for each of two competing answers) the first is taken: they are one point.
+        flat: Share of input directions that counts as flat.
+        seed: Seed of intervals and random directions.
+
+    Raises:
+        TaskError: If there are fewer than three tasks, or one has no prompts.
+        DirectionError: If the direction was not fitted on two classes.
+    """
+    noise = np.random.default_rng(seed).normal(size=(lm.width, DRAWS))
+    positions, projected = [], []
+    for task, prompts, texts in _distinct(lm, tasks):
+        states = states_at(lm, direction, prompts)
+        scores = kfac.score_recitation(lm.model, _batches(lm, texts), factors, flat=flat)
+        positions.append(
+            TaskPosition(
+                task.name,
+                task.group,
+                _mean(_projections(direction, states), seed),
+                _mean(scores.passages, seed),
+            )
+        )
+        projected.append(states.mean(axis=0) @ noise)
+    if len(positions) < 3:
+        raise TaskError(f"{len(positions)} task(s) give no order; at least three are needed")
+    along = np.array([one.projection.value for one in positions])
+    energy = np.array([one.flat.value for one in positions])
+    found = correlation(along, energy, ranks=True)
+    ranks = [rankdata(one, axis=0) for one in (np.array(projected), energy)]
+    centred = [one - one.mean(axis=0) for one in ranks]
+    sizes = np.linalg.norm(centred[0], axis=0) * np.linalg.norm(centred[1])
+    random = np.abs(centred[1] @ centred[0]) / sizes
+    return TaskSpectrum(
+        positions=tuple(positions),
+        spearman=found,
+        p_value=permutation_p(along, energy, seed=seed),
+        random=Estimate(float(random.mean()), *interval(random), DRAWS),
+        above_random=float((random < abs(found.value) - 1e-9).mean()),
+    )
+
+
+def edit_moves_projection(
+    lm: LanguageModel,
+    direction: Direction,
+    edit: kfac.CurvatureEdit,
+    questions: Questions,
+    *,
+    seed: int = 0,
+) -> dict[str, Move]:
+    """Ask whether a curvature edit moves questions along a LiReF.
+
+    Args:
+        lm: The model, unedited.
+        direction: A fitted direction of a layer that the edit can reach: an edit of later layers
+            moves nothing.
+        edit: The edit.
+        questions: Questions that fitted nothing, of both classes.
+        seed: Seed of the control and the intervals.
+
+    Returns:
+        A move for `edit` and one for the control, `random pairs`: as many pairs kept, at random.
+
+    Raises:
+        DirectionError: If the direction was not fitted on two classes.
+    """
+    labels = np.array(questions.labels)
+    before = _projections(direction, states_at(lm, direction, questions.prompts))
+    control = kfac.RandomPairsEdit(edit.factors, edit.keep, seed=seed)
+    moves = {}
+    for name, one in (("edit", edit), ("random pairs", control)):
+        with applied(one, lm.model):
+            after = _projections(direction, states_at(lm, direction, questions.prompts))
+        memory, reasoning = (_mean((after - before)[labels == label], seed) for label in (0, 1))
+        moves[name] = Move(memory, reasoning, auroc(before, labels), auroc(after, labels))
+    return moves
+
+
+def edit_and_steer(
+    edit: Intervention, direction: Direction, strength: float, *, scope: str = "all", seed: int = 0
+) -> dict[str, Intervention]:
+    """Variants for `lirefs.compare` that tell whether steering adds anything to an edit.
+
+    Args:
+        edit: A weight edit.
+        direction: The direction to add.
+        strength: Its factor.
+        scope: Which tokens.
+        seed: Seed of the random direction.
+
+    Returns:
+        `edit`, `edit + steer`, `edit + random direction` (of the same norm) and `steer`.
+    """
+    steer = Steer(direction, "add", strength, scope=scope)
+    random = Steer(direction.random_like(seed), "add", strength, scope=scope)
+    return {
+        "edit": edit,
+        "edit + steer": steer + edit,
+        "edit + random direction": random + edit,
+        "steer": steer,
+    }
+
+
+def _prompts(lm: LanguageModel, task: Task) -> tuple[list[list[int]], list[list[int]]]:
+    """Token ids of a task's prompts, and of the texts whose energy is measured."""
+    items = getattr(task, "items", ())
+    if isinstance(task, Recitation):
+        prompts = [list(prefix) for _, prefix, _ in task.items]
+        return prompts, [[*prefix, *suffix] for _, prefix, suffix in task.items]
+    texts = [item[1] for item in items if not isinstance(item, Mapping) and len(item) > 1]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise TaskError(f"task {task.name!r} has no items of the form (id, prompt, ...)")
+    ids = lm.encode(texts)
+    return ids, ids
+
+
+def _distinct(
+    lm: LanguageModel, tasks: Sequence[Task]
+) -> Iterator[tuple[Task, list[list[int]], list[list[int]]]]:
+    """Tasks with their prompts and texts, without those whose prompts came before."""
+    known: list[list[list[int]]] = []
+    for task in tasks:
+        prompts, texts = _prompts(lm, task)
+        if prompts not in known:
+            known.append(prompts)
+            yield task, prompts, texts
+
+
+def _batches(lm: LanguageModel, ids: Sequence[Sequence[int]]) -> Iterator[Any]:
+    for rows in batches_by_tokens([len(row) for row in ids], BATCH_TOKENS):
+        yield lm.pad([ids[row] for row in rows], side="right")
+
+
+def _projections(direction: Direction, states: Floats) -> Floats:
+    """From -0.5 at the mean of the memory class to 0.5 at that of the reasoning class."""
+    memory, reasoning = direction.means
+    if memory == reasoning:
+        raise DirectionError("the direction has no class means: fit it, or take a fitted one")
+    along: Floats = states @ direction.unit.double().cpu().numpy()
+    return (along - (memory + reasoning) / 2) / (reasoning - memory)
+
+
+def _mean(values: Floats, seed: int) -> Estimate:
+    draws = resample_counts(len(values), RESAMPLES, seed)
+    return Estimate(float(values.mean()), *interval(draws @ values / len(values)), len(values))

@@ -1,0 +1,99 @@
+"""`python -m experiments.vision`: networks memorize wrong labels, and the edit takes them out."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from experiments.vision.data import load_images
+from experiments.vision.edits import Setting
+from experiments.vision.report import findings, save, table
+from experiments.vision.study import PAPER_KEEP, run
+from experiments.vision.training import SHIPPED, Recipe
+from lirefs.cli.options import OutFolder, console, indices, numbers
+
+SMALL = 2**18
+
+
+def vision(
+    out: OutFolder = Path("vision-report"),
+    images: Annotated[
+        str,
+        typer.Option(help="digits, a folder of one folder for each class, or a datasets set."),
+    ] = "digits",
+    side: Annotated[
+        int | None, typer.Option(min=1, help="Pixels on a side. Default: 8 for digits, else 32.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Networks: splits, noise and weights.")] = 5,
+    noise: Annotated[float, typer.Option(help="Share of wrong labels.")] = Recipe.noise,
+    epochs: Annotated[int, typer.Option(min=1, help="Length of the training.")] = Recipe.epochs,
+    depth: Annotated[int, typer.Option(min=1, help="Blocks of the network.")] = Recipe.blocks,
+    width: Annotated[int, typer.Option(min=1, help="Width of the network.")] = Recipe.width,
+    mlp: Annotated[int, typer.Option(min=1, help="Hidden units of its MLPs.")] = Recipe.mlp,
+    patch: Annotated[int, typer.Option(min=1, help="Pixels on a side of a patch.")] = Recipe.patch,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = Recipe.weight_decay,
+    shift: Annotated[float, typer.Option(help="Augmentation: pixels.")] = Recipe.shift,
+    grain: Annotated[float, typer.Option(help="Augmentation: noise.")] = Recipe.grain,
+    tokens: Annotated[str, typer.Option(help="Tokens of the factors: cls or all.")] = "cls",
+    blocks: Annotated[
+        str | None, typer.Option(help="Edited blocks, e.g. 0,1. Default: first and last.")
+    ] = None,
+    projections: Annotated[
+        str, typer.Option(help="Of the fixed setting: up, down, or up and down.")
+    ] = "up and down",
+    keep: Annotated[float, typer.Option(help="Of the fixed setting.")] = PAPER_KEEP,
+    decays: Annotated[
+        str, typer.Option(help="Further weight decays of the heat map; '' for none.")
+    ] = "0.05,0.15,1,2",
+    retrain: Annotated[
+        bool, typer.Option("--retrain", help="Do not use the networks that are shipped.")
+    ] = False,
+) -> None:
+    """Train networks on partly wrong labels, edit them, and report what is recited and recovered.
+
+    With the default settings the trained networks come with the package. Others are trained and
+    kept in OUT/models; an interrupted training goes on.
+    """
+    recipe = Recipe(
+        blocks=depth,
+        width=width,
+        mlp=mlp,
+        patch=patch,
+        noise=noise,
+        epochs=epochs,
+        weight_decay=weight_decay,
+        shift=shift,
+        grain=grain,
+    )
+    threads = torch.get_num_threads()
+    if width * mlp <= SMALL:
+        # So small a product gains nothing from a second thread, and on a busy machine waits for it.
+        torch.set_num_threads(1)
+    found = run(
+        load_images(images, side, limit),
+        recipe,
+        out / "models",
+        seeds=seeds,
+        tokens=tokens,
+        blocks=indices(blocks, "--blocks"),
+        fixed=Setting(projections, keep),
+        decays=numbers(decays, "--decays", float) if decays.strip() else [],
+        shipped=None if retrain else SHIPPED,
+        progress=sys.stderr.isatty(),
+    )
+    torch.set_num_threads(threads)
+    settings = {"images": images, "side": side, "limit": limit, "tokens": tokens}
+    page = save(found, out, settings | asdict(recipe))
+    for line in (*table(found), *findings(found)):
+        typer.echo(line)
+    console.print(f"report: {page}", markup=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    typer.run(vision)

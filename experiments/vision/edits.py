@@ -1,0 +1,172 @@
+"""One trained network: its factors, its edits, and the shares of images that it gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import ViTForImageClassification
+
+import kfac
+from experiments.vision.data import NoisySplit
+from lirefs.errors import SettingError
+
+PROJECTIONS = {"up and down": "mlp", "up": "mlp_in", "down": "mlp_out"}
+METHODS = ("K-FAC", "EK-FAC", "SVD", "random pairs")
+LABEL_DRAWS = 8
+BATCH = 512
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Shares of images.
+
+    Attributes:
+        recited: Noised training images that are given their wrong label.
+        recovered: Noised training images that are given their true label.
+        validation: Validation images classified correctly.
+        test: Test images classified correctly.
+    """
+
+    recited: float
+    recovered: float
+    validation: float
+    test: float
+
+
+METRICS = tuple(Scores.__dataclass_fields__)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an edit is given.
+
+    Attributes:
+        projections: A key of `PROJECTIONS`.
+        keep: Of the curvature mass; for SVD, of the singular values.
+    """
+
+    projections: str
+    keep: float
+
+
+def counted_tokens(tokens: str) -> Callable[[torch.nn.Module, Tensor], tuple[Tensor, Tensor]]:
+    """Return the `forward` of `kfac.collect` for a ViT of transformers and batches of pixels.
+
+    Args:
+        tokens: "cls" counts the class token alone, as the paper does; "all" the patches as well.
+
+    Raises:
+        SettingError: `tokens` is something else.
+    """
+    if tokens not in ("cls", "all"):
+        raise SettingError(f"tokens={tokens!r}: use cls or all")
+
+    def forward(model: torch.nn.Module, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        config = model.config
+        patches = (config.image_size // config.patch_size) ** 2  # type: ignore[union-attr, operator]
+        counted = torch.full((len(pixels), 1 + int(patches)), tokens == "all")
+        counted[:, 0] = True
+        return model(pixel_values=pixels).logits, counted.to(pixels.device)
+
+    return forward
+
+
+@torch.no_grad()
+def answers(model: ViTForImageClassification, inputs: Tensor) -> Tensor:
+    """Return the class that a model gives to each image, int64 (N,)."""
+    return torch.cat(
+        [model(pixel_values=part).logits.argmax(1) for part in torch.split(inputs, BATCH)]
+    )
+
+
+def score(model: ViTForImageClassification, split: NoisySplit, wrong: NoisySplit) -> Scores:
+    """Score a model as it is now.
+
+    Args:
+        model: Of the images.
+        split: The images.
+        wrong: The same split with the noised labels (the model may have been trained without).
+    """
+
+    def share(right: Tensor) -> float:
+        return float(right.double().mean())
+
+    noised = wrong.noised
+    said = answers(model, split.inputs(split.train.take(noised)))
+    validation, test = (
+        share(answers(model, split.inputs(images)) == images.labels)
+        for images in (split.validation, split.test)
+    )
+    truth = wrong.train.labels[noised]
+    return Scores(share(said == wrong.shown[noised]), share(said == truth), validation, test)
+
+
+class Trained:
+    """One trained network, its factors and its edits.
+
+    Args:
+        split: What it was trained on.
+        model: The network.
+        tokens: Positions that the factors count, "cls" or "all".
+        seed: Of the sampled labels and the random pairs.
+    """
+
+    def __init__(
+        self, split: NoisySplit, model: ViTForImageClassification, tokens: str, seed: int
+    ) -> None:
+        self.split, self.model, self.seed = split, model, seed
+        self.forward = counted_tokens(tokens)
+        batches = list(torch.split(split.inputs(split.train), BATCH))
+        targets = kfac.find_targets(model, projections="mlp")
+        factors = kfac.collect(
+            model,
+            batches,
+            targets,
+            seed=seed,
+            samples=LABEL_DRAWS,
+            forward=self.forward,
+            progress=False,
+        )
+        self.factors = kfac.correct(
+            model,
+            batches,
+            factors,
+            seed=seed,
+            samples=LABEL_DRAWS,
+            forward=self.forward,
+            progress=False,
+        )
+
+    def edit(self, method: str, setting: Setting, blocks: Iterable[int]) -> kfac.WeightEdit:
+        """Return an edit of some blocks; `method` is one of `METHODS`."""
+        targets = kfac.find_targets(self.model, blocks, PROJECTIONS[setting.projections])
+        keeps = {target.name: setting.keep for target in targets}
+        if method == "SVD":
+            return kfac.SVDEdit(keeps, setting.keep)
+        if method == "random pairs":
+            return kfac.RandomPairsEdit(self.factors, keeps, self.seed)
+        estimator = "ekfac" if method == "EK-FAC" else "kfac"
+        return kfac.CurvatureEdit(self.factors, keeps, estimator=estimator)
+
+    def score(self, edit: kfac.WeightEdit | None = None) -> Scores:
+        """Score the network as it is, or under an edit."""
+        if edit is None:
+            return score(self.model, self.split, self.split)
+        with edit.apply(self.model):
+            return score(self.model, self.split, self.split)
+
+    def bands(self) -> kfac.BandRatios:
+        """Activation by curvature band: noised images that are recited over images not noised."""
+        split = self.split
+        inputs = split.inputs(split.train)
+        recited = split.noised & (answers(self.model, inputs) == split.shown)
+        profiles = [
+            kfac.band_profile(
+                self.model, torch.split(inputs[rows], BATCH), self.factors, forward=self.forward
+            )
+            for rows in (recited, ~split.noised)
+        ]
+        return kfac.band_ratios(profiles[0], profiles[1], seed=self.seed)

@@ -1,0 +1,1 @@
+"""What curvature says about data."""

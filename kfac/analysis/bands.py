@@ -1,0 +1,257 @@
+"""Activations by curvature band: what memorized and other texts put into sharp and flat directions.
+
+The bands follow the eigenvalues of A: Merullo et al. 2025 (arXiv 2510.24256), section 4, order
+pairs, which comes to the same order of input directions when summed over the output side. Their
+statistic is taken to be the mean over tokens of the norm of the projection on a band.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kfac.collection.batches import Forward
+from kfac.collection.target_inputs import target_inputs
+from kfac.edits.spectral import check_weight
+from kfac.factors.factors import Factors
+from lirefs.errors import SpectrumError
+from lirefs.model.guest import as_guest, full_precision
+from lirefs.statistics.intervals import RESAMPLES, Floats, resample_counts
+
+EDGES = (0.10, 0.25, 0.50)
+
+
+@dataclass(frozen=True, eq=False)
+class BandProfile:
+    """Activation of some texts by curvature band.
+
+    Attributes:
+        names: Names of the targets; of those that share an input, the first.
+        labels: Names of the bands, sharpest first.
+        norms: Shape (texts, targets, bands): mean over a text's tokens of the norm of the
+            projection of the target's input on the band.
+        unit_norms: The same after each token's input is scaled to norm 1. This is the control:
+            texts whose inputs are larger or smaller as a whole do not differ in it.
+        tokens: Number of tokens of each text, shape (texts,).
+    """
+
+    names: list[str]
+    labels: list[str]
+    norms: Floats
+    unit_norms: Floats
+    tokens: Floats
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class BandRatios:
+    """Activation of one set of texts over that of another, by target and band.
+
+    Attributes:
+        names: Names of the targets.
+        labels: Names of the bands, sharpest first.
+        ratio: Shape (3, targets, bands): value, lower and upper end of the 95 % interval.
+        control: The same with each token's input scaled to norm 1.
+        n: Number of texts of both sets.
+    """
+
+    names: list[str]
+    labels: list[str]
+    ratio: Floats
+    control: Floats
+    n: tuple[int, int]
+
+
+def band_profile(
+    model: nn.Module,
+    batches: Iterable[Any],
+    factors: Factors,
+    *,
+    edges: Sequence[float] = EDGES,
+    forward: Forward | None = None,
+) -> BandProfile:
+    """Measure how strongly texts activate each curvature band of the targets' inputs.
+
+    After Merullo et al. 2025 (arXiv 2510.24256), section 4, figure 2.
+
+    Args:
+        model: The model of the factors; left as it was found.
+        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T); with
+            `forward`, whatever it takes.
+        factors: Factors of the model; each distinct input is measured once.
+        edges: Ends of all bands but the last as fractions of the input directions, sharpest
+            first. The default gives top 10 %, 10-25 %, 25-50 % and bottom 50 %.
+        forward: For models that are not causal language models, as in `kfac.collect`: its mask
+            (B, T) says which tokens of each text (patches of each image) are measured.
+
+    Returns:
+        Norms by text, target and band.
+
+    Raises:
+        BatchError: No batch, a malformed one, or a text without a token.
+        FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
+        SpectrumError: The edges are not ascending fractions, or a band has no direction.
+    """
+    names = distinct_inputs(factors)
+    cuts = [_cuts(factors.records[name].in_features, edges) for name in names]
+    rows: list[tuple[Tensor, Tensor, Tensor]] = []
+    with as_guest(model):
+        for energies, real in input_energies(model, batches, factors, forward):
+            sums = [_band_sums(one, real, cut) for one, cut in zip(energies, cuts, strict=True)]
+            raw, unit = (torch.stack(parts, 1) for parts in zip(*sums, strict=True))
+            rows.append((raw, unit, real.sum(1).double().cpu()))
+    norms, units, counts = (torch.cat(parts).double().numpy() for parts in zip(*rows, strict=True))
+    per_token = counts[:, None, None]
+    return BandProfile(names, _labels(edges), norms / per_token, units / per_token, counts)
+
+
+def band_ratios(
+    first: BandProfile, second: BandProfile, resamples: int = RESAMPLES, seed: int = 0
+) -> BandRatios:
+    """Divide the mean activation of one set of texts by that of another, with intervals.
+
+    Tokens weigh alike; whole texts are resampled, since the tokens of one text are not independent.
+
+    Args:
+        first: Profile above the fraction bar.
+        second: Profile below it, of the same targets and bands.
+        resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        Ratios with 95 % intervals, and their control at unit norm.
+
+    Raises:
+        SpectrumError: The profiles have other targets or bands.
+    """
+    if first.names != second.names or first.labels != second.labels:
+        raise SpectrumError("the two profiles were measured on other targets or bands")
+    draws = [
+        resample_counts(len(one), resamples, seed + place)
+        for place, one in enumerate((first, second))
+    ]
+
+    def ratio(above: Floats, below: Floats) -> Floats:
+        parts = []
+        for values, one, counts in ((above, first, draws[0]), (below, second, draws[1])):
+            flat = (values * one.tokens[:, None, None]).reshape(len(one), -1)
+            mean = flat.sum(0) / one.tokens.sum()
+            means = (counts @ flat) / (counts @ one.tokens)[:, None]
+            parts.append((mean, means))
+        (mean_a, means_a), (mean_b, means_b) = parts
+        tiny = np.finfo(np.float64).tiny
+        low, high = np.percentile(means_a / np.maximum(means_b, tiny), [2.5, 97.5], axis=0)
+        stacked = np.stack([mean_a / np.maximum(mean_b, tiny), low, high])
+        return stacked.reshape(3, *above.shape[1:])
+
+    return BandRatios(
+        first.names,
+        first.labels,
+        ratio(first.norms, second.norms),
+        ratio(first.unit_norms, second.unit_norms),
+        (len(first), len(second)),
+    )
+
+
+def task_ratios(
+    tasks: Mapping[str, BandProfile],
+    references: Mapping[str, BandProfile],
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> dict[str, dict[str, BandRatios]]:
+    """Place tasks between memorized and clean text by their curvature (the paper's Figure 4).
+
+    Args:
+        tasks: Task name to the profile of its prompts.
+        references: "memorized" and "clean", say, to the profiles of such texts.
+        resamples: Bootstrap resamples.
+        seed: Of the bootstrap.
+
+    Returns:
+        For each task and reference, the activation of the reference over that of the task.
+    """
+    return {
+        task: {
+            name: band_ratios(reference, profile, resamples, seed)
+            for name, reference in references.items()
+        }
+        for task, profile in tasks.items()
+    }
+
+
+def distinct_inputs(factors: Factors) -> list[str]:
+    """Return the first target of each group that shares an input, in order."""
+    return list(dict.fromkeys(record.source for record in factors.records.values()))
+
+
+def input_energies(
+    model: nn.Module, batches: Iterable[Any], factors: Factors, forward: Forward | None = None
+) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
+    """Run texts, and yield how the energy of each token's input is spread over the directions of A.
+
+    Yields:
+        For each of `distinct_inputs` the squared coordinates (B, T, in), float32, made when they
+        are asked for; and the bool mask (B, T) of attended tokens.
+
+    Raises:
+        BatchError: No batch, a malformed one, or a text without a token.
+        FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
+    """
+    targets = factors.targets(model, distinct_inputs(factors))
+    for target in targets:
+        check_weight(factors, target)
+    bases: dict[str, Tensor] = {}
+
+    def energy(name: str, states: Tensor) -> Tensor:
+        if name not in bases:
+            bases[name] = factors.eigen(name).u_in.to(states.device, states.dtype)
+        return squared_coordinates(states, bases[name])
+
+    for inputs, real in target_inputs(model, batches, targets, forward):
+        yield (energy(target.name, inputs[target.name].float()) for target in targets), real
+
+
+def squared_coordinates(states: Tensor, basis: Tensor) -> Tensor:
+    """Return (uⱼ·a)² for each row a of states (..., in) and each column uⱼ of a basis."""
+    with full_precision(states.device):
+        return (states @ basis).square()
+
+
+def _band_sums(squares: Tensor, real: Tensor, cuts: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Sum over tokens the norm of each band's projection, raw and of unit inputs, (B, bands)."""
+    bands = torch.stack(
+        [
+            squares[..., start:end].sum(-1).sqrt()
+            for start, end in zip([0, *cuts], [*cuts, squares.shape[-1]], strict=True)
+        ],
+        dim=-1,
+    )
+    bands = bands * real.to(squares.device)[..., None]
+    size = squares.sum(-1, keepdim=True).sqrt().clamp(min=torch.finfo(squares.dtype).tiny)
+    return bands.sum(1).cpu(), (bands / size).sum(1).cpu()
+
+
+def _cuts(width: int, edges: Sequence[float]) -> list[int]:
+    cuts = [round(edge * width) for edge in edges]
+    if not edges or any(a >= b for a, b in zip([0, *cuts], [*cuts, width], strict=True)):
+        raise SpectrumError(
+            f"edges={tuple(edges)} must be ascending fractions that leave every band at least one "
+            f"of {width} directions"
+        )
+    return cuts
+
+
+def _labels(edges: Sequence[float]) -> list[str]:
+    percent = [f"{100 * edge:g}" for edge in edges]
+    middle = [f"{a}-{b} %" for a, b in itertools.pairwise(percent)]
+    return [f"top {percent[0]} %", *middle, f"bottom {100 - 100 * edges[-1]:g} %"]

@@ -1,0 +1,90 @@
+"""A detector of recitation that needs no label: how much of a text lies in flat directions.
+
+Texts that a model recites put more of their input energy into directions of low curvature than
+other texts do. The score of a token is that share; no memorized text is needed to compute it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kfac.analysis.bands import distinct_inputs, input_energies
+from kfac.factors.factors import Factors
+from lirefs.errors import SpectrumError
+from lirefs.model.guest import as_guest
+from lirefs.statistics.intervals import Floats
+
+
+@dataclass(frozen=True, eq=False)
+class RecitationScores:
+    """Scores of some texts, in [0, 1]; larger means more like recited text.
+
+    Attributes:
+        names: Names of the targets whose inputs were read.
+        tokens: For each text the score of each token, shape (tokens,): the mean over targets.
+        passages: Score of each text, shape (texts,): the mean over its tokens.
+        by_target: Score of each text at each target, shape (texts, targets).
+    """
+
+    names: list[str]
+    tokens: list[Floats]
+    passages: Floats
+    by_target: Floats
+
+
+def score_recitation(
+    model: nn.Module, batches: Iterable[Any], factors: Factors, *, flat: float = 0.6
+) -> RecitationScores:
+    """Score texts by the share of their input energy in the flattest directions of A.
+
+    A share of each token's own energy does not depend on the size of its input, and averaging
+    shares keeps a single huge activation (many models have one at the first token) from deciding.
+
+    Args:
+        model: The causal language model of the factors; left as it was found.
+        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T).
+        factors: Factors of ordinary text; each distinct input of their targets is read.
+        flat: Fraction of the input directions, those of smallest eigenvalue, that counts as flat.
+
+    Returns:
+        Scores of tokens and of whole texts.
+
+    Raises:
+        BatchError: No batch, a malformed one, or a text without a token.
+        FactorsMismatchError: The factors are not of this model.
+        NonFiniteError: The input of a target holds NaN or infinity.
+        SpectrumError: `flat` leaves no direction on one side.
+    """
+    names = distinct_inputs(factors)
+    sharp: list[int] = []
+    for name in names:
+        width = factors.records[name].in_features
+        sharp.append(width - round(flat * width))
+        if not 0 < sharp[-1] < width:
+            raise SpectrumError(
+                f"flat={flat} of the {width} input directions of {name!r} leaves none on one side"
+            )
+    tokens: list[Floats] = []
+    by_target: list[Floats] = []
+    with as_guest(model):
+        for energies, real in input_energies(model, batches, factors):
+            shares = [_flat_share(*one).double().cpu() for one in zip(energies, sharp, strict=True)]
+            table = torch.stack(shares, -1).numpy()
+            for row, mask in zip(table, real.cpu().numpy(), strict=True):
+                tokens.append(row[mask].mean(-1))
+                by_target.append(row[mask].mean(0))
+    return RecitationScores(
+        names, tokens, np.array([one.mean() for one in tokens]), np.array(by_target)
+    )
+
+
+def _flat_share(squares: Tensor, sharp: int) -> Tensor:
+    """Return for each token the share of its squared norm past the first `sharp` directions."""
+    total = squares.sum(-1).clamp(min=torch.finfo(squares.dtype).tiny)
+    return squares[..., sharp:].sum(-1) / total

@@ -1,0 +1,108 @@
+"""How much of an estimated spectrum is real: agreement of two halves of the data.
+
+The flattest eigenvalues are the least certain, and they decide what an edit removes. Two sets of
+factors from disjoint data show where the order of directions is signal and where it is noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kfac.edits.union_removal import check_same_weights, curved
+from kfac.factors.eigen import eigenbasis
+from kfac.factors.factors import Factors
+from lirefs.errors import SpectrumError
+from lirefs.statistics.intervals import Floats
+
+CUTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+@dataclass(frozen=True, eq=False)
+class SideAgreement:
+    """Agreement of two estimates of one second-moment matrix.
+
+    Attributes:
+        own: Eigenvalues of the first half, descending, shape (d,).
+        other: Second moment of the second half along the same eigenvectors, shape (d,). Where it
+            does not follow `own`, the order of directions is noise.
+        cuts: Fractions of the directions, shape (cuts,).
+        overlap: For each cut, the share of the flat subspace of one half (all directions past
+            the cut) that lies in the flat subspace of the other, in [0, 1].
+        chance: What random subspaces of that size would share: 1 - cut.
+    """
+
+    own: Floats
+    other: Floats
+    cuts: Floats
+    overlap: Floats
+    chance: Floats
+
+
+@dataclass(frozen=True, eq=False)
+class SplitHalf:
+    """Split-half agreement of both sides of one target.
+
+    Attributes:
+        name: Name of the target.
+        output: Agreement of the two G.
+        input: Agreement of the two A.
+    """
+
+    name: str
+    output: SideAgreement
+    input: SideAgreement
+
+
+def split_half(
+    first: Factors, second: Factors, name: str, *, cuts: Sequence[float] = CUTS
+) -> SplitHalf:
+    """Compare the factors of two halves of the data.
+
+    Args:
+        first: Factors of one half.
+        second: Factors of the other half, of the same targets and weights.
+        name: Name of the target.
+        cuts: Where the flat end may begin, as fractions of the directions, each in (0, 1).
+
+    Returns:
+        Agreement of the two halves on both sides of the target.
+
+    Raises:
+        FactorsMismatchError: The two were collected from different targets or weights.
+        SpectrumError: A cut is not in (0, 1).
+        TargetError: No such target.
+    """
+    check_same_weights(first, second)
+    places = np.array(cuts, dtype=np.float64)
+    if places.ndim != 1 or not len(places) or not ((places > 0) & (places < 1)).all():
+        raise SpectrumError(f"cuts={list(cuts)}: fractions in (0, 1) are needed")
+    return SplitHalf(
+        name,
+        output=matrix_agreement(first.G(name), second.G(name), places),
+        input=matrix_agreement(first.A(name), second.A(name), places),
+    )
+
+
+def matrix_agreement(first: Tensor, second: Tensor, cuts: Floats) -> SideAgreement:
+    """Compare two estimates (d, d) of one second-moment matrix; see `SideAgreement`."""
+    values, vectors = eigenbasis(first)
+    _, others = eigenbasis(second)
+    # Prefix sums of the squared cosines give the overlap of every pair of leading subspaces.
+    running = (vectors.T @ others).square().cumsum(0).cumsum(1)
+    size = len(values)
+    sharp = torch.from_numpy(np.clip(np.round(cuts * size), 1, size - 1).astype(np.int64))
+    shared = running[sharp - 1, sharp - 1]  # of the two sharp subspaces
+    # The complement follows: a flat subspace loses to the other's sharp one what that one gained.
+    overlap = 1 - (sharp - shared) / (size - sharp)
+    return SideAgreement(
+        values.numpy(),
+        curved(second, vectors).numpy(),
+        (sharp / size).numpy(),
+        overlap.clamp(0, 1).numpy(),
+        (1 - sharp / size).numpy(),
+    )

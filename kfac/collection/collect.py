@@ -1,0 +1,119 @@
+"""From batches to factors: K-FAC, and what the one-pass estimators need."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from kfac.collection.batches import Forward
+from kfac.collection.covariance import CovarianceSums
+from kfac.collection.passes import Recipe, run_passes
+from kfac.collection.plan import plan
+from kfac.factors.factors import Factors
+from kfac.target import Target, weight_digest
+from lirefs.errors import TargetError
+
+
+def collect(
+    model: nn.Module,
+    batches: Iterable[Any],
+    targets: Sequence[Target],
+    *,
+    seed: int = 0,
+    labels: str = "sampled",
+    samples: int = 1,
+    forward: Forward | None = None,
+    dtype: torch.dtype = torch.float32,
+    marginals: bool = False,
+    diagonal: bool = False,
+    budget: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 300.0,
+    progress: bool = True,
+    provenance: Mapping[str, Any] | None = None,
+) -> Factors:
+    """Collect the factors of some targets over some data.
+
+    Labels are sampled from the model's own softmax: the true Fisher, not the empirical one
+    (Merullo et al. 2025, arXiv 2510.24256, section 7). The draw of a position depends on `seed`, on
+    the tokens of its sequence and on how often that sequence came before, never on batching,
+    padding or order. The loss is summed over counted positions, so sums of any batches add up.
+
+    The model is left as it was found: hooks removed, `requires_grad` flags and training mode
+    restored, no gradient stored, also after an error or an interrupt.
+
+    Under `torch.distributed` every process is given the same batches and takes its share of them;
+    the sums are added once, at the end, and every process returns the same factors.
+
+    Args:
+        model: Any module; its own device and dtype are used. TF32 is off during the collection.
+        batches: Mappings with input_ids (B, T), optional attention_mask (B, T), optional labels
+            (B, T) whose -100 marks tokens that are not predicted. Position t is counted if t and
+            t+1 are attended and label t+1 is not -100. With `forward`: mappings or sequences of
+            tensors with B first, or one such tensor.
+        targets: From `find_targets` or `named_targets`.
+        seed: Seed of the sampled labels.
+        labels: "sampled", or "data" for the empirical Fisher: the batch's labels, else the next
+            tokens.
+        samples: Labels drawn for each position; each costs a backward pass, and the sums are means
+            over them.
+        forward: For models that are not causal language models: called as forward(model, batch),
+            returns logits (B, ..., C) and a bool mask of the counted positions. The mask has the
+            shape of the targets' input without its last axis: (B,) for an MLP, (B, T) for
+            a transformer. If the logits have that shape too, a label is drawn for each counted
+            position; otherwise (a ViT: one row of logits for each image) for each row of logits.
+            With `labels="data"` it returns int64 labels (B, ...) as a third value.
+        dtype: Of the sums, float32 or float64.
+        marginals: Also sum what the "marginal" estimator needs: two more matrices for each target.
+        diagonal: Also sum what the "diagonal" estimator needs: one matrix of the weight's shape.
+        budget: Bytes that the sums may take at a time; targets are spread over several passes.
+        checkpoint: File to keep the state in. If it exists, the collection goes on from it.
+            Ctrl-C writes it too. It is not deleted. Each process has its own, named by its rank.
+        checkpoint_every: Seconds between writes.
+        progress: Show the memory plan in a line, and a bar with tokens (counted positions) per
+            second and the time left.
+        provenance: JSON values to keep with the factors: where the data came from.
+
+    Returns:
+        The factors, on CPU.
+
+    Raises:
+        BatchError: No batch, a malformed batch, or no counted position at all.
+        BudgetError: One target alone needs more than the budget.
+        CheckpointError: The checkpoint belongs to other data or settings.
+        DistributedError: The processes were given different batches.
+        NonFiniteError: NaN or infinity in logits, activations or gradients.
+        TargetError: No targets, one that is never called, or one that cannot reach the logits.
+        KfacError: A target's input does not have the positions of the mask.
+    """
+    recipe = Recipe(seed, labels, samples, forward, dtype)
+    layout = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
+    if len({target.name for target in targets}) < len(targets):
+        raise TargetError("a target is given twice")
+    digests = {target.name: weight_digest(target.weight) for target in targets}
+    settings = {"task": "collect", "marginals": marginals, "diagonal": diagonal, "digests": digests}
+    records, tables, tokens = run_passes(
+        model,
+        batches,
+        layout,
+        lambda: CovarianceSums(marginals=marginals, diagonal=diagonal),
+        recipe,
+        digests,
+        settings,
+        checkpoint=checkpoint,
+        every=checkpoint_every,
+        progress=progress,
+        title="factors",
+    )
+    return Factors(
+        {target.name: records[target.name] for target in targets},
+        tables,
+        seeds=[seed],
+        tokens=tokens,
+        labels=labels,
+        provenance=provenance,
+    )

@@ -1,0 +1,163 @@
+"""EK-FAC: a second pass that puts the exact second moments in place of products of eigenvalues."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from kfac.collection.batches import Forward
+from kfac.collection.covariance import Rows, Sums, add_product
+from kfac.collection.passes import Recipe, run_passes
+from kfac.collection.plan import plan
+from kfac.factors.factors import Factors
+from kfac.target import TargetRecord
+from lirefs.errors import KfacError
+from lirefs.model.guest import full_precision
+
+
+def correct(
+    model: nn.Module,
+    batches: Iterable[Any],
+    factors: Factors,
+    *,
+    per: str = "position",
+    seed: int = 0,
+    labels: str = "sampled",
+    samples: int = 1,
+    forward: Forward | None = None,
+    budget: int | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_every: float = 300.0,
+    progress: bool = True,
+) -> Factors:
+    """Add EK-FAC's corrected eigenvalues to factors (George et al. 2018, arXiv 1806.03884).
+
+    In the eigenbases of G and A, each coordinate is given the mean square of its gradient: the
+    exact diagonal of the Fisher there, where K-FAC has the product of two means.
+
+    Args:
+        model: The model that the factors were collected from.
+        batches: As in `collect`; usually the same.
+        factors: From `collect`; they are not changed.
+        per: Whose gradients are squared: "position" (the gradient of one position's product g aᵀ,
+            as K-FAC assumes) or "sequence" (the sum over a sequence's positions, with the
+            cross terms that K-FAC leaves out). For one position per sequence both are the same.
+        seed: As in `collect`, as are the other arguments.
+        labels: As in `collect`.
+        samples: As in `collect`.
+        forward: As in `collect`.
+        budget: As in `collect`; the rotated bases count as well.
+        checkpoint: As in `collect`.
+        checkpoint_every: As in `collect`.
+        progress: As in `collect`.
+
+    Returns:
+        New factors that give the "ekfac" estimator; the eigenbases are saved with them.
+
+    Raises:
+        FactorsMismatchError: The factors are not of this model.
+        KfacError: As in `collect`.
+    """
+    if per not in ("position", "sequence"):
+        raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
+    factors.check(model)
+    dtype = factors.dtype
+    recipe = Recipe(seed, labels, samples, forward, dtype)
+    targets = factors.targets(model)
+    layout = plan(targets, budget, dtype=dtype, correction=True)
+    bases = {}
+    for name, record in factors.records.items():
+        basis = factors.eigen(name)
+        bases["A." + record.source] = (basis.mu, basis.u_in.to(dtype))
+        bases["G." + name] = (basis.lam, basis.u_out.to(dtype))
+    records, tables, _ = run_passes(
+        model,
+        batches,
+        layout,
+        lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
+        recipe,
+        {name: record.digest for name, record in factors.records.items()},
+        {"task": "correct", "per": per, "factors": factors.digest},
+        checkpoint=checkpoint,
+        every=checkpoint_every,
+        progress=progress,
+        title="correction",
+    )
+    # Means are taken over the positions of the first pass; other data may have had more or fewer.
+    corrected = {
+        f"E.{name}": tables[f"E.{name}"] * (record.count / max(records[name].count, 1))
+        for name, record in factors.records.items()
+    }
+    return Factors(
+        factors.records,
+        factors.sums | corrected,
+        seeds=factors.seeds,
+        tokens=factors.tokens,
+        labels=factors.labels,
+        provenance=factors.provenance,
+        bases=bases,
+        weighted=factors.weighted,
+    )
+
+
+class _CorrectionSums(Sums):
+    """Sums of squared gradients in the eigenbases."""
+
+    def __init__(
+        self,
+        records: Mapping[str, TargetRecord],
+        bases: Mapping[str, tuple[Tensor, Tensor]],
+        whole_sequences: bool,
+    ) -> None:
+        super().__init__()
+        self._records = records
+        self._bases = bases
+        self._moved: dict[str, Tensor] = {}
+        self._whole_sequences = whole_sequences
+
+    def keys(self, name: str, record: TargetRecord) -> dict[str, tuple[int, int]]:
+        """Return the key and shape of the one table of a target."""
+        return {"E." + name: (record.out_features, record.in_features)}
+
+    def add_input(self, source: str, a: Rows) -> None:
+        """Do nothing: inputs count together with gradients only."""
+
+    def add_gradient(self, name: str, g: Tensor, a: Rows, share: float) -> None:
+        """Rotate both sides, and add the squares of their products."""
+        with full_precision(g.device):
+            source = "A." + self._records[name].source
+            if "rotated" not in a.cache:
+                a.cache["rotated"] = a.values @ self._basis(source, a.values)
+            inputs, outputs = a.cache["rotated"], g @ self._basis("G." + name, g)
+            if self._whole_sequences:
+                self._add_sequences("E." + name, outputs, inputs, a.sequences, share)
+            else:
+                if "squares" not in a.cache:
+                    a.cache["squares"] = inputs.square()
+                add_product(self.tables, "E." + name, outputs.square(), a.cache["squares"], share)
+
+    def leave_device(self) -> None:
+        """Move the tables to the CPU and let go of the bases: the next pass needs the room."""
+        super().leave_device()
+        self._moved = {}
+
+    def finish(self) -> None:
+        """Do nothing: the tables are not symmetric."""
+
+    def _add_sequences(
+        self, key: str, outputs: Tensor, inputs: Tensor, sequences: Tensor, share: float
+    ) -> None:
+        if key not in self.tables:
+            self.tables[key] = outputs.new_zeros(outputs.shape[1], inputs.shape[1])
+        for sequence in sorted(set(sequences.tolist())):
+            rows = sequences == sequence
+            gradient = outputs[rows].T @ inputs[rows]
+            self.tables[key].addcmul_(gradient, gradient, value=share)
+
+    def _basis(self, key: str, like: Tensor) -> Tensor:
+        if key not in self._moved:
+            self._moved[key] = self._bases[key][1].to(like.device)
+        return self._moved[key]

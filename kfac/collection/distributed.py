@@ -1,0 +1,60 @@
+"""Several processes of one collection: who does which batch, and the one sum at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lirefs.errors import DistributedError
+
+
+class World:
+    """The processes of this collection: those of `torch.distributed` if it runs, else this one."""
+
+    def __init__(self) -> None:
+        running = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if running else 0
+        self.size = dist.get_world_size() if running else 1
+
+    def owns(self, batch: int) -> bool:
+        """Return True when this process works on the batch with that number."""
+        return batch % self.size == self.rank
+
+    def check_equal(self, value: str, what: str) -> None:
+        """Raise if the processes do not hold the same value.
+
+        Raises:
+            DistributedError: Saying what differs.
+        """
+        if len(set(self.gather(value))) > 1:
+            raise DistributedError(
+                f"the {self.size} processes were given different {what}: give the same to every "
+                "process, each of them takes its own share"
+            )
+
+    def gather(self, value: Any) -> list[Any]:
+        """Return the values of all processes, in order of rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def add(self, tables: Mapping[str, Tensor]) -> None:
+        """Replace each table by its sum over all processes."""
+        if self.size == 1:
+            return
+        on_gpu = dist.get_backend() == "nccl"
+        # One order for all processes: tables are created in the order that targets are reached.
+        for key in sorted(tables):
+            table = tables[key]
+            if on_gpu and not table.is_cuda:
+                moved = table.to(torch.device("cuda", torch.cuda.current_device()))
+                dist.all_reduce(moved)
+                table.copy_(moved)
+            else:
+                dist.all_reduce(table)

@@ -1,0 +1,307 @@
+"""Hooks on targets: they start the graph, and hand counted inputs and output gradients to sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kfac.collection.covariance import Rows, Sums
+from kfac.collection.finite import ADVICE, broken, first_row, where
+from kfac.experts import observed
+from kfac.target import Target, TargetRecord
+from lirefs.errors import KfacError, NonFiniteError, TargetError
+
+
+@dataclass(eq=False)
+class _Call:
+    """One use of a target in a forward pass.
+
+    Attributes:
+        tensor: The input as the target saw it.
+        version: Its version counter then, which shows later changes in place.
+        positions: For each row its position in the batch; None when the rows are all positions.
+        key: Identity of the input, to find targets that read the same one.
+        chosen: Indices of the counted rows, once the mask is known; None for all rows.
+        rows: The counted rows, once the mask is known.
+    """
+
+    tensor: Tensor | None
+    version: int
+    positions: Tensor | None
+    key: int
+    chosen: Tensor | None = None
+    rows: Rows = field(init=False)
+
+
+class Taps:
+    """Takes the counted rows of inputs and output gradients of some targets to their sums.
+
+    For each batch: `begin`, the forward pass, `read`, the backward passes, `add`. The sums are
+    given nothing before `add`, so a batch that fails on the way leaves them as they were.
+
+    With all weights frozen no tensor requires a gradient, so the graph begins where this class
+    makes it begin: at the output of the first target. Nothing before it is backpropagated, and no
+    weight gradient is formed.
+
+    Args:
+        targets: At least one.
+        dtype: Of the rows that the sums are given.
+        sums: Where the rows go.
+        counts: Positions counted before, by target, when a collection goes on.
+        sources: Which targets share an input, as found before.
+    """
+
+    def __init__(
+        self,
+        targets: Sequence[Target],
+        dtype: torch.dtype,
+        sums: Sums,
+        counts: Mapping[str, int] | None = None,
+        sources: Mapping[str, str] | None = None,
+    ) -> None:
+        self.targets = {target.name: target for target in targets}
+        self.dtype = dtype
+        self.sums = sums
+        self.sources: dict[str, str] = dict(sources or {})
+        self.counts = dict.fromkeys(self.targets, 0) | dict(counts or {})
+        self._calls: dict[str, list[_Call]] = {}  # in the order of the forward pass
+        self._gradients: list[tuple[str, _Call, Tensor]] = []  # in the order of the backward passes
+        self._open = False
+        self._mask = torch.empty(0, dtype=torch.bool)
+        self._anchor = torch.zeros((), requires_grad=True)
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Watch every target for the time of the context."""
+        stacks: dict[nn.Module, dict[tuple[str, int], str]] = {}
+        with ExitStack() as stack:
+            for name, target in self.targets.items():
+                if target.expert is not None:
+                    known = stacks.setdefault(target.module, {})
+                    known[target.attribute, target.expert] = name
+                    continue
+                hook: Callable[..., Any] = partial(self._on_forward, name)
+                handle = target.module.register_forward_hook(hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            for module, names in stacks.items():
+                stack.enter_context(observed(module, partial(self._on_expert, names)))
+            # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks hold
+            # this object: a circle through autograd, which no collector sees.
+            stack.callback(self._forget)
+            yield
+
+    def begin(self) -> None:
+        """Forget the last batch, and record the calls of the next forward pass."""
+        self._forget()
+        self._open = True
+
+    def read(self, mask: Tensor, place: str) -> None:
+        """Take the counted rows of all inputs seen since `begin`.
+
+        Args:
+            mask: bool; its entries are the positions of the targets' input, sequences first.
+            place: Name of the batch, for messages.
+
+        Raises:
+            NonFiniteError: A counted row holds NaN or infinity.
+        """
+        # From here to `begin` a forward call is the recomputation of an activation checkpoint.
+        self._open = False
+        self._mask = mask
+        known = set(self.sources)
+        read: dict[str, list[int]] = {}
+        common: dict[torch.device, Tensor | None] = {}
+        for name in self.targets:
+            if name not in self._calls:
+                continue
+            calls = self._calls[name]
+            read[name] = [call.key for call in calls]
+            source = self._source(name, known, read)
+            for call, shared in zip(calls, self._calls[source], strict=True):
+                if source == name:
+                    self._read_input(name, call, common)
+                call.chosen, call.rows, call.tensor = shared.chosen, shared.rows, None
+        inputs = [
+            (name, call.rows)
+            for name, calls in self._calls.items()
+            if self.sources[name] == name
+            for call in calls
+        ]
+        for index in broken([rows.values for _, rows in inputs])[:1]:
+            name, rows = inputs[index]
+            raise _not_finite(name, rows, rows.values, "input", place)
+
+    def check_gradients(self, place: str) -> None:
+        """Verify what was backpropagated since `read`.
+
+        Raises:
+            NonFiniteError: A gradient of a counted row holds NaN or infinity. Of several, the one
+                nearest to the logits is named.
+        """
+        held = [gradient for _, _, gradient in self._gradients]
+        for index in broken(held)[:1]:
+            name, call, gradient = self._gradients[index]
+            raise _not_finite(name, call.rows, gradient, "output gradient", place)
+
+    def add(self, draws: int) -> None:
+        """Add what was read and backpropagated to the sums.
+
+        Args:
+            draws: How many times gradients were backpropagated.
+        """
+        for name in self.targets:
+            for call in self._calls.get(name, []):
+                if self.sources[name] == name:
+                    self.sums.add_input(name, call.rows)
+                self.counts[name] += len(call.rows.values)
+        for name, call, gradient in self._gradients:
+            self.sums.add_gradient(name, gradient, call.rows, 1.0 / draws)
+        self._forget()
+
+    def records(self, digests: Mapping[str, str]) -> dict[str, TargetRecord]:
+        """Return the record of every target.
+
+        Raises:
+            TargetError: A target was never called, or its output never reached the logits.
+        """
+        plain = [name for name, target in self.targets.items() if target.expert is None]
+        if unused := [name for name in plain if not self.counts[name]]:
+            raise TargetError(f"targets never called by the forward pass: {unused}")
+        apart = [name for name, s in self.sources.items() if self.counts[name] != self.counts[s]]
+        if apart:
+            raise KfacError(f"targets that shared their input in some batches only: {apart}")
+        return {
+            name: TargetRecord(
+                out_features=target.out_features,
+                in_features=target.in_features,
+                count=self.counts[name],
+                source=self.sources.get(name, name),
+                digest=digests[name],
+            )
+            for name, target in self.targets.items()
+        }
+
+    def _source(self, name: str, known: set[str], read: dict[str, list[int]]) -> str:
+        if name not in known:
+            # Only a target that is new as well has an A with the same history.
+            same = (n for n in read if n not in known and read[n] == read[name])
+            self.sources[name] = self.sources.get(next(same), name)
+        source = self.sources[name]
+        if read.get(source) != read[name]:
+            raise KfacError(
+                f"targets {source!r} and {name!r} shared their input in earlier batches, but "
+                "not in this one; collect them separately"
+            )
+        return source
+
+    def _on_forward(
+        self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor
+    ) -> Tensor:
+        tensor = args[0] if args else next(iter(kwargs.values()))
+        return self._watch(name, tensor, output, None)
+
+    def _on_expert(
+        self,
+        names: Mapping[tuple[str, int], str],
+        attribute: str,
+        expert: int,
+        rows: Tensor,
+        output: Tensor,
+        positions: Tensor,
+    ) -> Tensor:
+        name = names.get((attribute, expert))
+        return output if name is None else self._watch(name, rows, output, positions)
+
+    def _watch(self, name: str, tensor: Tensor, output: Tensor, positions: Tensor | None) -> Tensor:
+        if not torch.is_grad_enabled():
+            raise TargetError(
+                f"target {name!r} runs with gradients disabled (under no_grad, or in a re-entrant "
+                "activation checkpoint: use use_reentrant=False)"
+            )
+        if not output.requires_grad:
+            output = _Root.apply(output, self._anchor)  # type: ignore[no-untyped-call]
+        if self._open:
+            call = _Call(tensor, tensor._version, positions, id(tensor))
+            self._calls.setdefault(name, []).append(call)
+            output.register_hook(partial(self._on_gradient, name, call))  # type: ignore[no-untyped-call]
+        return output
+
+    def _on_gradient(self, name: str, call: _Call, gradient: Tensor) -> None:
+        # A copy, as who made the gradient may write over it on the way back.
+        rows = self._pick(gradient, call.chosen)
+        self._gradients.append((name, call, rows.clone() if call.chosen is None else rows))
+
+    def _forget(self) -> None:
+        self._calls, self._gradients = {}, []
+
+    def _read_input(
+        self, name: str, call: _Call, common: dict[torch.device, Tensor | None]
+    ) -> None:
+        tensor = call.tensor
+        assert tensor is not None
+        if tensor._version != call.version:
+            raise KfacError(
+                f"target {name!r}: the model changed its input in place after use; collection "
+                "needs it unchanged until the end of the forward pass"
+            )
+        rows = tensor.numel() // tensor.shape[-1]
+        device = tensor.device
+        if call.positions is not None:
+            call.chosen = _true(self._mask.flatten().to(device)[call.positions])
+        elif rows != self._mask.numel():
+            raise KfacError(
+                f"target {name!r} was given {rows} rows, but the mask has {self._mask.numel()} "
+                "positions: it sees only part of the positions (an expert?), or the mask of "
+                "`forward` has another shape than its input"
+            )
+        else:
+            if device not in common:
+                common[device] = _true(self._mask.flatten().to(device))
+            call.chosen = common[device]
+        positions = call.positions
+        if positions is None:
+            positions = torch.arange(rows, device=device)
+        if call.chosen is not None:
+            positions = positions[call.chosen]
+        call.rows = Rows(self._pick(tensor, call.chosen), positions, self._mask.shape)
+
+    def _pick(self, tensor: Tensor, chosen: Tensor | None) -> Tensor:
+        flat = tensor.detach().reshape(-1, tensor.shape[-1])
+        if chosen is not None:
+            # With device_map an output may live elsewhere than the input that it was made from.
+            flat = flat[chosen.to(flat.device)]
+        return flat.to(self.dtype)
+
+
+def _true(mask: Tensor) -> Tensor | None:
+    """Return the indices of the true entries; None when all are."""
+    return None if bool(mask.all()) else mask.nonzero()[:, 0]
+
+
+def _not_finite(name: str, rows: Rows, values: Tensor, what: str, place: str) -> NonFiniteError:
+    at = where(int(rows.positions[first_row(values)]), rows.shape)
+    return NonFiniteError(
+        f"{place}, {at}: the {what} of target {name!r} holds NaN or infinity; {ADVICE}"
+    )
+
+
+class _Root(torch.autograd.Function):
+    """Make a tensor require a gradient without copying it and without making it a leaf.
+
+    A leaf could not be changed in place by the model afterwards; this output can.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:
+        ctx.mark_dirty(tensor)
+        return tensor
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        return None, None

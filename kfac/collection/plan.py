@@ -1,0 +1,139 @@
+"""How much memory a collection needs, and how its targets are spread over passes to fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from kfac.target import Target
+from lirefs.errors import BudgetError, TargetError
+
+# Projections of one parent module that read one input.
+_SHARED = (
+    frozenset({"q_proj", "k_proj", "v_proj"}),
+    frozenset({"query", "key", "value"}),
+    frozenset({"gate_proj", "up_proj"}),
+    frozenset({"w1", "w3"}),
+    frozenset({"wi_0", "wi_1"}),
+)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Which targets are collected in which pass over the data.
+
+    Attributes:
+        passes: Targets of each pass.
+        bytes: Memory of the sums in each pass, on the devices of the targets.
+        total: Memory of all sums together, in main memory at the end.
+        per_token: Memory for each position of a batch: the targets' inputs and output gradients
+            (for one label a position), and what is derived from them. The model comes on top.
+    """
+
+    passes: tuple[tuple[Target, ...], ...]
+    bytes: tuple[int, ...]
+    total: int
+    per_token: int
+
+    def __str__(self) -> str:
+        targets = sum(len(group) for group in self.passes)
+        passes = f"{len(self.passes)} passes" if len(self.passes) > 1 else "1 pass"
+        return (
+            f"{targets} targets in {passes}: {_size(max(self.bytes))} of sums at a time, "
+            f"{_size(self.total)} in the end, {_size(self.per_token)} for each token of a batch, "
+            "and the model"
+        )
+
+
+def plan(
+    targets: Sequence[Target],
+    budget: int | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    marginals: bool = False,
+    diagonal: bool = False,
+    correction: bool = False,
+) -> Plan:
+    """Plan a collection before anything is computed.
+
+    Targets that read one input, as told by their names (gate and up; q, k, v), stay in one pass.
+    Targets that share an input without such names are counted apart: needs are never understated.
+
+    Args:
+        targets: At least one.
+        budget: Bytes that the sums of one pass may take; None puts all targets into one pass.
+        dtype: Of the sums.
+        marginals: As in `collect`.
+        diagonal: As in `collect`.
+        correction: Plan `correct` instead of `collect`.
+
+    Returns:
+        The plan; `str(plan)` says it in a line.
+
+    Raises:
+        BudgetError: The targets of one input alone need more than the budget.
+        TargetError: No targets were given.
+    """
+    if not targets:
+        raise TargetError("no targets were given")
+    size = torch.empty((), dtype=dtype).element_size()
+
+    def need(group: Sequence[Target]) -> int:
+        return size * sum(_entries(group, marginals, diagonal, correction))
+
+    passes: list[list[Target]] = [[]]
+    for group in _groups(targets):
+        if budget is not None and need(group) > budget:
+            raise BudgetError(
+                f"{' and '.join(t.name for t in group)} need {_size(need(group))} for sums, more "
+                f"than the budget of {_size(budget)}: raise it, or take fewer targets"
+            )
+        if budget is not None and passes[-1] and need([*passes[-1], *group]) > budget:
+            passes.append([])
+        passes[-1] += group
+    needs = tuple(need(group) for group in passes)
+    copies = 1 + (marginals or diagonal or correction)
+    per_token = max(
+        size * (copies * sum(t.in_features for t in group) + sum(outs) + max(outs))
+        for group in passes
+        for outs in [[t.out_features for t in group]]
+    )
+    return Plan(tuple(map(tuple, passes)), needs, sum(needs), per_token)
+
+
+def _entries(
+    targets: Sequence[Target], marginals: bool, diagonal: bool, correction: bool
+) -> list[int]:
+    """Return the number of entries of each sum, and of the bases that `correct` rotates with."""
+    result = []
+    for group in _groups(targets):
+        inputs, outputs = group[0].in_features, [target.out_features for target in group]
+        result.append(inputs**2)
+        result += [out**2 for out in outputs]
+        if marginals:
+            result += [out**2 + inputs**2 for out in outputs]
+        if diagonal or correction:
+            result += [out * inputs for out in outputs]
+    return result
+
+
+def _groups(targets: Sequence[Target]) -> list[list[Target]]:
+    """Join targets that read one input, as their names tell."""
+    groups: dict[object, list[Target]] = {}
+    for target in targets:
+        parent, _, own = target.name.rpartition(".")
+        kin = next((names for names in _SHARED if own in names), None)
+        key = target.name if kin is None else (parent, kin, target.in_features)
+        groups.setdefault(key, []).append(target)
+    return list(groups.values())
+
+
+def _size(number: int) -> str:
+    value = float(number)
+    for unit in ("B", "KB", "MB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} GB"

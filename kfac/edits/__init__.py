@@ -1,0 +1,1 @@
+"""Weight edits and their controls."""

@@ -1,0 +1,287 @@
+"""Controls for the curvature edit, none of which knows the curvature's directions."""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kfac.edits.selection import Selection, TableSelection, select_separable
+from kfac.edits.spectral import SpectralEdit
+from kfac.edits.staircase import check_keep
+from kfac.edits.weight_edit import WeightEdit
+from kfac.factors.factors import Factors
+from kfac.target import Target, weight_digest
+from kfac.targets import named_targets
+from lirefs.errors import TargetError
+from lirefs.model.guest import full_precision, widened
+
+
+class _RandomEdit(SpectralEdit):
+    """Base of the two random controls: as many pairs as `CurvatureEdit` at the same `keep`.
+
+    Args:
+        factors: Factors of the model to be edited.
+        keep: Fraction of the curvature mass that fixes the number of pairs; or one for each target.
+        seed: Of the random choice.
+    """
+
+    def __init__(self, factors: Factors, keep: float | Mapping[str, float], seed: int = 0) -> None:
+        super().__init__(factors, keep)
+        self.seed = seed
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, keep, seed and the digest of the factors."""
+        return super().describe() | {"seed": self.seed}
+
+    def _staircase(self, name: str) -> Selection:
+        basis = self.factors.eigen(name)
+        return select_separable(basis.lam, basis.mu, self._keeps[name])
+
+    def _seeds(self, name: str) -> list[int]:
+        key = hashlib.sha256(name.encode()).digest()[:8]
+        return [self.seed, int.from_bytes(key, "little")]
+
+
+class RandomPairsEdit(_RandomEdit):
+    """Keep as many pairs as `CurvatureEdit` would, but chosen at random in the same eigenbasis.
+
+    Every set of that size is equally likely. The number for each row is drawn first, then the
+    columns of each row, so no list of pairs is held.
+
+    Args:
+        factors: Factors of the model to be edited.
+        keep: Fraction of the curvature mass that fixes the number of pairs; or one for each target.
+        seed: Of the random choice.
+    """
+
+    kind = "random_pairs"
+
+    def choose(self, name: str, coordinates: Tensor | None) -> Selection:
+        """Keep as many random pairs; `kept_mass` is the mass that these happen to hold.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A table of kept pairs.
+        """
+        basis = self.factors.eigen(name)
+        rows, columns = len(basis.lam), len(basis.mu)
+        table = random_table(rows, columns, self._staircase(name).pairs, self._seeds(name))
+        held = basis.lam @ table.double() @ basis.mu
+        return TableSelection(table, float(held / (basis.lam.sum() * basis.mu.sum())))
+
+
+class RandomRotationEdit(_RandomEdit):
+    """Keep the pairs that `CurvatureEdit` would, but in random orthogonal bases.
+
+    The kept set has the same shape, so the same rank; only its directions mean nothing. Bases are
+    drawn uniformly (QR of a Gaussian matrix, signs fixed) and made again for each use: at the
+    sizes where they take long they are too large to hold.
+
+    Args:
+        factors: Factors of the model to be edited.
+        keep: Fraction of the curvature mass that fixes the pairs; or one for each target.
+        seed: Of the bases.
+    """
+
+    kind = "random_rotation"
+
+    def choose(self, name: str, coordinates: Tensor | None) -> Selection:
+        """Keep the staircase of the spectra; `kept_mass` is that of the true bases.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A staircase, of random bases.
+        """
+        return self._staircase(name)
+
+    def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
+        wide = widened(weight)
+        u_out, u_in = self._bases(name, wide)
+        return u_out.T @ wide @ u_in
+
+    def _bases(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(
+            int(np.random.default_rng(self._seeds(name)).integers(2**62))
+        )
+        record = self.factors.records[name]
+        sizes = (record.out_features, record.in_features)
+        u_out, u_in = (random_rotation(size, generator) for size in sizes)
+        return u_out.to(like.device, like.dtype), u_in.to(like.device, like.dtype)
+
+
+class _DataFreeEdit(WeightEdit):
+    """Base of edits that look at the weights alone.
+
+    Args:
+        names: Dotted names of the target modules.
+        keep: What this fraction, in (0, 1], is of is said by the subclass.
+
+    Raises:
+        KeepError: `keep` is out of range.
+        TargetError: No names are given.
+    """
+
+    def __init__(self, names: Iterable[str], keep: float) -> None:
+        self.names = list(names)
+        self.keep = check_keep(keep)
+        if not self.names:
+            raise TargetError("no target names were given")
+
+    @abc.abstractmethod
+    def edited(self, target: Target) -> Tensor:
+        """Return the new weight (out, in) of a target; `keep` is below 1."""
+
+    def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
+        """Compute the new weights; nothing is changed at keep 1."""
+        targets = named_targets(model, self.names)
+        return [] if self.keep == 1 else [(target, self.edited(target)) for target in targets]
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, names and keep."""
+        return {"kind": self.kind, "names": self.names, "keep": self.keep}
+
+
+class SVDEdit(_DataFreeEdit):
+    """Keep the largest singular values of each weight; uses no data.
+
+    The baseline of Merullo et al. 2025 (arXiv 2510.24256), tables 1 and 2.
+
+    Args:
+        names: Dotted names of the target modules.
+        keep: Fraction of the singular values to keep, in (0, 1], rounded up.
+
+    Raises:
+        KeepError: `keep` is out of range.
+        TargetError: No names are given.
+    """
+
+    kind = "svd"
+
+    def __init__(self, names: Iterable[str], keep: float) -> None:
+        super().__init__(names, keep)
+        self._cache: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {}
+
+    def with_keep(self, keep: float) -> SVDEdit:
+        """Return the same edit at another `keep`; decompositions are shared.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit of the same targets.
+        """
+        other = SVDEdit(self.names, keep)
+        other._cache = self._cache
+        return other
+
+    def edited(self, target: Target) -> Tensor:
+        """Return the truncated weight.
+
+        Args:
+            target: The target; its weight is not changed.
+
+        Returns:
+            Shape (out, in), float32 (float64 for a float64 weight).
+        """
+        weight = target.weight
+        digest = weight_digest(weight)
+        known = self._cache.get(target.name)
+        if known is None or known[0] != digest or known[1].device != weight.device:
+            with full_precision(weight.device):
+                left, values, right = torch.linalg.svd(widened(weight), full_matrices=False)
+            known = (digest, left, values, right)
+            self._cache[target.name] = known
+        _, left, values, right = known
+        rank = _rounded_up(self.keep, len(values))
+        with full_precision(weight.device):
+            return (left[:, :rank] * values[:rank]) @ right[:rank]
+
+
+class MagnitudeEdit(_DataFreeEdit):
+    """Keep the entries of largest magnitude of each weight; uses no data.
+
+    Args:
+        names: Dotted names of the target modules.
+        keep: Fraction of the entries to keep, in (0, 1], rounded up. Entries as small as the
+            largest pruned one are pruned as well.
+
+    Raises:
+        KeepError: `keep` is out of range.
+        TargetError: No names are given.
+    """
+
+    kind = "magnitude"
+
+    def with_keep(self, keep: float) -> MagnitudeEdit:
+        """Return the same edit at another `keep`.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit of the same targets.
+        """
+        return MagnitudeEdit(self.names, keep)
+
+    def edited(self, target: Target) -> Tensor:
+        """Return the pruned weight.
+
+        Args:
+            target: The target; its weight is not changed.
+
+        Returns:
+            Shape (out, in), in the dtype of the weight.
+        """
+        weight = target.weight
+        sizes = weight.abs().flatten()
+        dropped = len(sizes) - _rounded_up(self.keep, len(sizes))
+        if not dropped:
+            return weight.clone()
+        limit = largest_of_smallest(widened(sizes), dropped)
+        return weight.masked_fill(weight.abs() <= limit, 0.0)
+
+
+def _rounded_up(share: float, of: int) -> int:
+    # The subtraction keeps 0.3 of 10 at 3: in floating point the product is a little above 3.
+    return max(1, math.ceil(share * of - 1e-9))
+
+
+def random_table(rows: int, columns: int, pairs: int, seeds: list[int]) -> Tensor:
+    """Return a bool table (rows, columns) with `pairs` true entries, every set equally likely."""
+    generator = np.random.default_rng(seeds)
+    counts = generator.multivariate_hypergeometric(
+        np.full(rows, columns), pairs, method="marginals"
+    )
+    table = torch.zeros(rows, columns, dtype=torch.bool)
+    for row, count in enumerate(counts.tolist()):
+        picked = generator.choice(columns, count, replace=False, shuffle=False)
+        table[row, torch.from_numpy(picked)] = True
+    return table
+
+
+def random_rotation(size: int, generator: torch.Generator) -> Tensor:
+    """Return an orthogonal matrix (size, size), float32, drawn uniformly (Haar)."""
+    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator))
+    signs: Tensor = r.diagonal().sign()
+    result: Tensor = q * signs
+    return result
+
+
+def largest_of_smallest(values: Tensor, count: int) -> Tensor:
+    """Return the largest of the `count` smallest values by a partition, without a sort."""
+    if values.device.type == "cpu":  # numpy's introselect; torch.kthvalue is many times slower
+        return torch.tensor(np.partition(values.numpy(), count - 1)[count - 1])
+    return values.kthvalue(count).values

@@ -1,0 +1,210 @@
+"""Eigenbases, and the choice of the eigenvector pairs that carry the curvature: arrays in and out.
+
+A pair (i, j) joins output eigenvector i and input eigenvector j. Its mass is lam[i] * mu[j], the
+eigenvalue that K-FAC gives to it (Merullo et al. 2025, arXiv 2510.24256). Both spectra are sorted,
+so the pairs of largest mass fill the first `counts[i]` columns of each row: a staircase. One
+integer for each row describes the whole set, and it can be found without listing pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from lirefs.errors import KeepError, SpectrumError
+
+Float64s = NDArray[np.float64]
+Int64s = NDArray[np.int64]
+
+
+@dataclass(frozen=True, eq=False)
+class Staircase:
+    """A set of pairs that holds the first `counts[i]` columns of each row i.
+
+    Attributes:
+        counts: int64, shape (rows,), never increasing.
+        columns: Number of columns of the full table.
+        mass: Mass of the kept pairs.
+        total: Mass of all pairs.
+        threshold: Smallest mass among kept pairs; infinity when none is kept.
+        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is right
+            where the masses themselves are out of the range of a float.
+    """
+
+    counts: Int64s
+    columns: int
+    mass: float
+    total: float
+    threshold: float
+    kept_mass: float
+
+    @property
+    def pairs(self) -> int:
+        """Number of kept pairs."""
+        return int(self.counts.sum())
+
+    @property
+    def total_pairs(self) -> int:
+        """Number of pairs of the full table."""
+        return len(self.counts) * self.columns
+
+    @property
+    def rank_bound(self) -> int:
+        """Largest rank that a matrix with zeros outside the kept pairs can have.
+
+        The least number of rows and columns that cover the staircase (König): the first k rows
+        and then the columns that row k still needs.
+        """
+        needed = np.append(self.counts, 0)
+        return int((np.arange(len(needed)) + needed).min())
+
+    def mask(self) -> NDArray[np.bool_]:
+        """Return the set as a boolean table of shape (rows, columns).
+
+        Returns:
+            bool, shape (rows, columns).
+        """
+        return np.arange(self.columns)[None, :] < self.counts[:, None]
+
+
+def check_keep(keep: float) -> float:
+    """Return `keep` as a float.
+
+    Raises:
+        KeepError: It is not a number in (0, 1].
+    """
+    if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
+        raise KeepError(f"keep={keep!r}: a fraction in (0, 1] is needed")
+    return float(keep)
+
+
+def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
+    """Select the fewest pairs whose mass reaches `keep` of the total.
+
+    The choice of Merullo et al. 2025 (arXiv 2510.24256), section 5.
+
+    Pairs are taken in descending mass lam[i] * mu[j]; among equal masses (equal as rounded float64
+    products) the lower row comes first, then the lower column. `keep=1` takes every pair, those of
+    zero mass too, so that nothing is changed. With no mass at all and `keep<1` no pair is taken.
+
+    The smallest kept mass is found by bisection over the float64 numbers themselves (62 steps at
+    most), each step being one `searchsorted` for all rows and one dot product with prefix sums.
+
+    Args:
+        lam: Row eigenvalues, shape (rows,), non-negative and descending.
+        mu: Column eigenvalues, shape (columns,), non-negative and descending.
+        keep: Fraction of the total mass, in (0, 1].
+
+    Returns:
+        The kept set.
+
+    Raises:
+        KeepError: `keep` is outside (0, 1].
+        SpectrumError: A spectrum is empty, negative, not finite or not sorted.
+    """
+    keep = check_keep(keep)
+    rows, row_scale = _spectrum(lam, "lam")
+    columns, column_scale = _spectrum(mu, "mu")
+    prefix = np.concatenate([[0.0], np.cumsum(columns)])
+    every = np.full(len(rows), len(columns), dtype=np.int64)
+    total = _mass(rows, prefix, every)
+    if keep == 1.0:
+        smallest = float(rows[-1] * columns[-1])
+        return _result(every, len(columns), total, total, smallest, row_scale + column_scale)
+    if total == 0.0:
+        none = np.zeros(len(rows), dtype=np.int64)
+        return _result(none, len(columns), 0.0, total, math.inf, 0)
+    goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
+
+    # Bisection: `low` is the largest threshold known to keep enough. Non-negative floats are
+    # ordered as their bit patterns, so halving the bits ends at neighbouring numbers.
+    low, high = 1, int(np.float64(rows[0] * columns[0]).view(np.int64)) + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        if _mass(rows, prefix, _at_least(rows, columns, _from_bits(middle))) >= goal:
+            low = middle
+        else:
+            high = middle
+    threshold = _from_bits(low)
+    above = _at_least(rows, columns, _from_bits(low + 1))
+    ties = _at_least(rows, columns, threshold) - above
+
+    # Only pairs of mass exactly `threshold` remain to choose from; rows are filled in order.
+    before = _mass(rows, prefix, above)
+    needed = max(1, math.ceil(min((goal - before) / threshold, float(ties.sum()))))
+    while needed > 1 and before + (needed - 1) * threshold >= goal:
+        needed -= 1
+    while before + needed * threshold < goal and needed < ties.sum():
+        needed += 1
+    earlier = np.cumsum(ties) - ties
+    counts = above + np.clip(needed - earlier, 0, ties)
+    mass = _mass(rows, prefix, counts)
+    return _result(counts, len(columns), mass, total, threshold, row_scale + column_scale)
+
+
+def _spectrum(values: ArrayLike, name: str) -> tuple[Float64s, int]:
+    """Check a spectrum and scale it; return it with the power of two that was taken out.
+
+    The scaling is exact, and keeps products from over- or underflowing without need.
+    """
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != 1 or array.size == 0:
+        raise SpectrumError(f"{name} must be a non-empty vector, not of shape {array.shape}")
+    if not np.isfinite(array).all() or array.min() < 0:
+        raise SpectrumError(f"{name} must be finite and non-negative")
+    if (np.diff(array) > 0).any():
+        raise SpectrumError(f"{name} must be sorted in descending order")
+    exponent = math.frexp(float(array[0]))[1]
+    return np.ldexp(array, -exponent), exponent
+
+
+def _mass(rows: Float64s, prefix: Float64s, counts: Int64s) -> float:
+    return float(rows @ prefix[counts])
+
+
+def _from_bits(bits: int) -> float:
+    return float(np.int64(bits).view(np.float64))
+
+
+def _at_least(rows: Float64s, columns: Float64s, threshold: float) -> Int64s:
+    """For each row count the columns whose product with it is at least `threshold` (> 0)."""
+    with np.errstate(divide="ignore", over="ignore"):
+        limits = threshold / rows
+    counts = len(columns) - np.searchsorted(columns[::-1], limits, side="left").astype(np.int64)
+    # The quotient is rounded, so it may be off by a few neighbouring values: the product decides.
+    padded = np.concatenate([[np.inf], columns, [0.0]])
+    while True:
+        with np.errstate(invalid="ignore"):
+            too_many = (counts > 0) & (rows * padded[counts] < threshold)
+            too_few = rows * padded[counts + 1] >= threshold
+        if not (too_many.any() or too_few.any()):
+            return counts
+        counts = _step(counts, too_many, columns, -1)
+        counts = _step(counts, too_few, columns, 1)
+
+
+def _step(counts: Int64s, where: NDArray[np.bool_], columns: Float64s, sign: int) -> Int64s:
+    """Move marked counts by one whole run of equal columns, so that long ties cost one step."""
+    if not where.any():
+        return counts
+    ascending = columns[::-1]
+    moved = counts.copy()
+    if sign < 0:
+        value = columns[counts[where] - 1]
+        moved[where] = len(columns) - np.searchsorted(ascending, value, side="right")
+    else:
+        value = columns[counts[where]]
+        moved[where] = len(columns) - np.searchsorted(ascending, value, side="left")
+    return moved
+
+
+def _result(
+    counts: Int64s, columns: int, mass: float, total: float, threshold: float, scale: int
+) -> Staircase:
+    share = mass / total if total > 0 else 1.0
+    with np.errstate(over="ignore"):
+        mass, total, threshold = (float(np.ldexp(x, scale)) for x in (mass, total, threshold))
+    return Staircase(counts, columns, mass, total, threshold, share)

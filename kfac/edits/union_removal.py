@@ -1,0 +1,240 @@
+"""Edits by the curvature of two data sets: protect a skill, or remove what a set alone curves."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfac.edits.selection import Selection, TableSelection, select_largest
+from kfac.edits.spectral import SpectralEdit
+from kfac.factors.eigen import eigenbasis
+from kfac.factors.factors import Factors
+from lirefs.errors import EditError, FactorsMismatchError
+from lirefs.model.guest import widened
+
+
+class UnionEdit(SpectralEdit):
+    """Keep what either of two data sets curves, so that an edit spares a skill (arithmetic).
+
+    Both sets are scaled to a total mass of 1. The basis of each side is that of the weighted mean
+    of the two factors; a pair's score is the weighted mean of the mass that each set gives to it.
+    (Products of the mean factors would also count pairs that are curved on one side by one set and
+    on the other side by the other set.)
+
+    Args:
+        factors: Factors of general text.
+        protected: Factors of the skill's text, of the same targets and weights.
+        keep: Fraction of the summed score to keep, in (0, 1]; or one for each target name.
+        weight: Share of the protected set in the score, in [0, 1].
+
+    Raises:
+        KeepError: `keep` is out of range, empty, or names an unknown target.
+        EditError: `weight` is out of range.
+        FactorsMismatchError: The two sets were collected from different targets or weights.
+    """
+
+    kind = "union"
+
+    def __init__(
+        self,
+        factors: Factors,
+        protected: Factors,
+        keep: float | Mapping[str, float],
+        *,
+        weight: float = 0.5,
+    ) -> None:
+        super().__init__(factors, keep)
+        if not 0 <= weight <= 1:
+            raise EditError(f"weight={weight!r}: a share in [0, 1] is needed")
+        check_same_weights(factors, protected)
+        self.protected, self.weight = protected, float(weight)
+        self._made: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._rotated: dict[tuple[str, str, torch.device], Tensor] = {}
+
+    def with_keep(self, keep: float | Mapping[str, float]) -> UnionEdit:
+        """Return the same edit at another `keep`; bases and rotated weights are shared.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit on the same factors.
+        """
+        other = UnionEdit(self.factors, self.protected, keep, weight=self.weight)
+        other._made, other._rotated = self._made, self._rotated
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, keep, weight and the digests of both sets of factors.
+
+        Returns:
+            JSON values.
+        """
+        return super().describe() | {"protected": self.protected.digest, "weight": self.weight}
+
+    def choose(self, name: str, coordinates: Tensor | None) -> Selection:
+        """Keep the pairs of largest score.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A table of kept pairs.
+        """
+        return select_largest(self._union(name)[2], self._keeps[name])
+
+    def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
+        key = (name, digest, weight.device)
+        if key not in self._rotated:
+            wide = widened(weight)
+            u_out, u_in = self._bases(name, wide)
+            self._rotated[key] = u_out.T @ wide @ u_in
+        return self._rotated[key]
+
+    def _bases(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        u_out, u_in, _ = self._union(name)
+        return u_out.to(like.device, like.dtype), u_in.to(like.device, like.dtype)
+
+    def _union(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """Return both bases and the score of each pair."""
+        if name not in self._made:
+            parts = [(self.factors, 1 - self.weight), (self.protected, self.weight)]
+            outs = [share * _unit_trace(one.G(name), name) for one, share in parts]
+            ins = [share * _unit_trace(one.A(name), name) for one, share in parts]
+            u_out, u_in = (eigenbasis(sides[0] + sides[1])[1] for sides in (outs, ins))
+            score = torch.zeros(len(u_out), len(u_in), dtype=torch.float64)
+            for out, inside, (_, share) in zip(outs, ins, parts, strict=True):
+                if share > 0:  # each side carries the share once, so one is taken out again
+                    score += torch.outer(curved(out, u_out), curved(inside, u_in)) / share
+            self._made[name] = (u_out, u_in, score)
+        return self._made[name]
+
+
+class RemovalEdit(SpectralEdit):
+    """Remove the pairs in which a data set has its own curvature: the reverse of `CurvatureEdit`.
+
+    Args:
+        factors: Factors of the set whose curvature is removed (memorized texts, say).
+        keep: Fraction of the set's mass that stays, in (0, 1]; or one for each target name. The
+            fewest pairs that hold the rest are removed.
+        spared: Factors of general text. If given, pairs are ranked by the set's mass over the mass
+            of this text (both of total 1), so that what all text needs is removed last; without
+            it, by the set's mass alone.
+
+    Raises:
+        KeepError: `keep` is out of range, empty, or names an unknown target.
+        FactorsMismatchError: The two sets were collected from different targets or weights.
+        EditError: When it is applied: the set has no mass, or no pair would be left.
+    """
+
+    kind = "removal"
+
+    def __init__(
+        self,
+        factors: Factors,
+        keep: float | Mapping[str, float],
+        *,
+        spared: Factors | None = None,
+    ) -> None:
+        super().__init__(factors, keep)
+        if spared is not None:
+            check_same_weights(factors, spared)
+        self.spared = spared
+        self._scores: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def with_keep(self, keep: float | Mapping[str, float]) -> RemovalEdit:
+        """Return the same edit at another `keep`.
+
+        Args:
+            keep: As in the constructor.
+
+        Returns:
+            A new edit on the same factors.
+        """
+        other = RemovalEdit(self.factors, keep, spared=self.spared)
+        other._scores = self._scores
+        return other
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, keep and the digests of the factors.
+
+        Returns:
+            JSON values.
+        """
+        spared = None if self.spared is None else self.spared.digest
+        return super().describe() | {"spared": spared}
+
+    def choose(self, name: str, coordinates: Tensor | None) -> Selection:
+        """Keep all but the pairs of largest score.
+
+        Args:
+            name: Target name.
+            coordinates: The rotated weight (out, in); None where there is no model.
+
+        Returns:
+            A table of kept pairs.
+        """
+        score, mass = self._ranked(name)
+        removed = select_largest(score, 1 - self._keeps[name], weights=mass)
+        if removed.pairs == removed.total_pairs:
+            raise EditError(
+                f"target {name!r}: at keep={self._keeps[name]} every pair would be removed, as the "
+                "mass lies in too few of them; give a larger keep"
+            )
+        return TableSelection(~removed.table, 1 - removed.kept_mass)
+
+    def _ranked(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return what ranks the pairs and the set's own mass, (out, in) each."""
+        if name not in self._scores:
+            basis = self.factors.eigen(name)
+            mass = torch.outer(basis.lam, basis.mu)
+            total = mass.sum()
+            if total <= 0:
+                raise EditError(f"target {name!r} has no curvature mass in the set to remove")
+            mass = mass / total
+            score = mass
+            if self.spared is not None:
+                out = curved(_unit_trace(self.spared.G(name), name), basis.u_out)
+                inside = curved(_unit_trace(self.spared.A(name), name), basis.u_in)
+                general = torch.outer(out, inside)
+                # A pair without general mass is infinitely the set's own; the floor keeps it finite
+                # and is far below the rounding of float32 sums.
+                score = mass / general.clamp(min=1e-12 / general.numel())
+            self._scores[name] = (score, mass)
+        return self._scores[name]
+
+
+def curved(matrix: Tensor, basis: Tensor) -> Tensor:
+    """Return uᵢᵀ M uᵢ for each column uᵢ of a basis (d, k): the second moment along it, (k,)."""
+    wide = matrix.to(basis.dtype)
+    result: Tensor = torch.einsum("ij,ij->j", basis, wide @ basis).clamp(min=0)
+    return result
+
+
+def check_same_weights(first: Factors, second: Factors) -> None:
+    """Verify that two sets of factors belong to the same targets and weights.
+
+    Raises:
+        FactorsMismatchError: A target is missing in the second set or has another weight there.
+    """
+    for name, record in first.records.items():
+        other = second.records.get(name)
+        if other is None:
+            raise FactorsMismatchError(f"the second factors have no target {name!r}")
+        if record != replace(other, count=record.count, source=record.source):
+            raise FactorsMismatchError(
+                f"target {name!r}: the two sets of factors were collected from other weights"
+            )
+
+
+def _unit_trace(matrix: Tensor, name: str) -> Tensor:
+    wide = matrix.double()
+    trace = float(wide.diagonal().sum())
+    if trace <= 0:
+        raise EditError(f"target {name!r} has no curvature mass in one of the two sets")
+    return wide / trace

@@ -1,0 +1,123 @@
+"""Weight edits: swap a model's weights for edited ones, and put the originals back bit for bit."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from kfac.target import Target
+from lirefs.errors import EditError, EditOrderError
+from lirefs.model.intervention import reserve
+from lirefs.model.weight_swap import EditHandle, originals_of
+
+
+class WeightEdit(abc.ABC):
+    """A reversible change of weights.
+
+    Subclasses compute new weights in `prepare`; this class puts them in place and takes them out.
+    """
+
+    kind: ClassVar[str]
+
+    @abc.abstractmethod
+    def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
+        """Return the targets to change, each with its new weight (out, in) in any float dtype.
+
+        Args:
+            model: The model to be edited; it is not changed.
+
+        Returns:
+            One entry for each target that changes.
+        """
+
+    @abc.abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """Return kind and parameters as JSON values.
+
+        Returns:
+            An object; what made the edit is told apart by it.
+        """
+
+    def attach(self, model: nn.Module) -> EditHandle:
+        """Put the edited weights in place.
+
+        All new weights are computed and checked before the first one is put in place.
+
+        Args:
+            model: The model; its parameters stay the same objects, so tied weights stay tied.
+
+        Returns:
+            A handle that restores the original tensors.
+
+        Raises:
+            EditError: Two targets share one parameter, a new weight is not finite, or another
+                thread has changed the model and not yet restored it.
+        """
+        with ExitStack() as stack:
+            stack.callback(reserve(model, EditError))
+            changes = self._changes(model)
+            return EditHandle(changes, stack.pop_all().close)
+
+    @contextmanager
+    def apply(self, model: nn.Module) -> Iterator[nn.Module]:
+        """Edit the model inside a `with` block, and yield it.
+
+        Args:
+            model: The model.
+
+        Yields:
+            The model.
+
+        Raises:
+            EditError: As `attach`.
+            EditOrderError: A later edit of the same weight is still in place at the end of the
+                block.
+        """
+        with self.attach(model):
+            yield model
+
+    def bake(self, model: nn.Module) -> None:
+        """Put the edited weights in place for good; the originals are given up.
+
+        `model.save_pretrained(folder)` then writes a model that loads without this library.
+
+        Args:
+            model: The model.
+
+        Raises:
+            EditOrderError: A removable edit of the same weight is in place; its removal would
+                undo this one.
+            EditError: As for `attach`. Nothing is changed then.
+        """
+        with ExitStack() as stack:
+            stack.callback(reserve(model, EditError))
+            changes = self._changes(model)
+            if any(originals_of(parameter) for parameter, _ in changes):
+                raise EditOrderError("an edit of the same weight is attached; remove it, then bake")
+            for parameter, stored in changes:
+                parameter.data = stored
+
+    def _changes(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
+        """Return each parameter to change with its new tensor, both as the module stores them."""
+        changes: dict[int, tuple[nn.Parameter, Tensor]] = {}
+        owners: dict[tuple[int, int | None], str] = {}
+        for target, weight in self.prepare(model):
+            parameter = target.parameter
+            place = (id(parameter), target.expert)
+            if place in owners or (target.expert is None and id(parameter) in changes):
+                raise EditError(
+                    f"targets {owners.get(place)!r} and {target.name!r} are tied to one "
+                    "parameter; an edit can change it only once"
+                )
+            owners[place] = target.name
+            # Experts of one stack are written into one new tensor.
+            _, into = changes.get(id(parameter), (parameter, None))
+            stored = target.placed(weight, into=into)
+            if not bool(target.view(stored).isfinite().all()):
+                raise EditError(f"target {target.name!r}: its edited weight is not finite")
+            changes[id(parameter)] = (parameter, stored)
+        return list(changes.values())

@@ -1,0 +1,1 @@
+"""Curvature factors: what they hold, their files, their merging."""

@@ -1,0 +1,145 @@
+"""Sums of factors: data sets put together, weighted, or taken out again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from kfac.factors.factors import Factors
+from kfac.target import TargetRecord
+from lirefs.errors import FactorsMismatchError, KfacError
+
+# A sum of squares that is negative by more than this share of what it was before a subtraction is
+# wrong. Rounding is far below it, also where batches of another shape ran in half precision.
+_ROUNDING = 0.01
+
+
+def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
+    """Put the factors of several data sets together.
+
+    Args:
+        parts: Factors of the same targets of the same model, at least one.
+        weights: Weight of each part's means, positive; they need not sum to 1. None weighs every
+            counted position alike, which equals one collection over all data.
+
+    Returns:
+        Factors over all positions. Corrected eigenvalues (EK-FAC) are left out, as they belong to
+        the eigenbasis of one part; sums that a part lacks are left out too.
+
+    Raises:
+        FactorsMismatchError: Other targets, shapes, weights, or another sharing of inputs.
+        KfacError: No parts, or weights that are not one positive number for each part.
+    """
+    if not parts:
+        raise KfacError("no factors to merge")
+    if weights is not None and (
+        len(weights) != len(parts) or not all(0 < weight < math.inf for weight in weights)
+    ):
+        raise KfacError(f"weights={weights!r}: one positive number for each of {len(parts)} parts")
+    for part in parts[1:]:
+        _check_same(parts[0], part, "merge")
+    totals = {name: sum(part.count(name) for part in parts) for name in parts[0].names}
+
+    def scale(index: int, name: str) -> float:
+        if weights is None or not parts[index].count(name):
+            return 1.0
+        share = sum(w for w, part in zip(weights, parts, strict=True) if part.count(name))
+        return weights[index] * totals[name] / (share * parts[index].count(name))
+
+    def add(key: str, name: str) -> Tensor:
+        total = parts[0].sums[key] * scale(0, name)
+        for index, part in enumerate(parts[1:], 1):
+            total = total + part.sums[key] * scale(index, name)
+        return total
+
+    provenance: dict[str, object] = {"merged": [part.provenance for part in parts]}
+    if weights is not None:
+        provenance["weights"] = [float(weight) for weight in weights]
+    labels = {part.labels for part in parts}
+    return Factors(
+        _counted(parts[0], totals),
+        _combine(parts, add),
+        seeds=[seed for part in parts for seed in part.seeds],
+        tokens=sum(part.tokens for part in parts),
+        labels=labels.pop() if len(labels) == 1 else "mixed",
+        provenance=provenance,
+        weighted=weights is not None or any(part.weighted for part in parts),
+    )
+
+
+def subtract(whole: Factors, part: Factors) -> Factors:
+    """Take the factors of a part of the data out again (leave one set out).
+
+    Args:
+        whole: Factors that the part was merged into.
+        part: What to take out.
+
+    Returns:
+        Equal, up to rounding of the sums, to factors that never saw the part.
+
+    Raises:
+        FactorsMismatchError: The part has other targets or is not smaller than the whole; one of
+            the two was merged with weights; or what would be left is no sum of squares, so that the
+            part was never in the whole.
+    """
+    _check_same(whole, part, "subtract")
+    if whole.weighted or part.weighted:
+        raise FactorsMismatchError(
+            "cannot subtract: merging with weights scaled the sums, so a part no longer stands in "
+            "them as it was; merge the other parts anew"
+        )
+    rest = {name: whole.count(name) - part.count(name) for name in whole.names}
+    if part.tokens >= whole.tokens or min(rest.values()) < 0:
+        raise FactorsMismatchError(
+            f"cannot subtract {part.tokens} tokens from {whole.tokens}: not a part of them"
+        )
+    sums = _combine([whole, part], lambda key, _: whole.sums[key] - part.sums[key])
+    for key, left in sums.items():
+        squares, before = (
+            table if key.startswith("D.") else table.diagonal() for table in (left, whole.sums[key])
+        )
+        if bool((squares < -_ROUNDING * before).any()):
+            raise FactorsMismatchError(
+                f"cannot subtract: sums of squares of target {key.partition('.')[2]!r} would turn "
+                "negative, so the part was not in the whole; subtract only what was merged in"
+            )
+    return Factors(
+        _counted(whole, rest),
+        sums,
+        seeds=whole.seeds,
+        tokens=whole.tokens - part.tokens,
+        labels=whole.labels,
+        provenance={"whole": whole.provenance, "without": part.provenance},
+    )
+
+
+def _check_same(first: Factors, other: Factors, verb: str) -> None:
+    if first.names != other.names:
+        raise FactorsMismatchError(
+            f"cannot {verb}: targets differ ({first.names} and {other.names})"
+        )
+    for name, mine in first.records.items():
+        yours = other.records[name]
+        if mine != replace(yours, count=mine.count):
+            raise FactorsMismatchError(
+                f"cannot {verb}: target {name!r} was collected from another weight, shape or "
+                f"input group ({mine} and {yours})"
+            )
+
+
+def _counted(factors: Factors, counts: dict[str, int]) -> dict[str, TargetRecord]:
+    return {name: replace(r, count=counts[name]) for name, r in factors.records.items()}
+
+
+def _combine(
+    parts: Sequence[Factors], operation: Callable[[str, str], Tensor]
+) -> dict[str, Tensor]:
+    result = {}
+    for key in parts[0].sums:
+        letter, _, name = key.partition(".")
+        if letter != "E" and all(key in part.sums for part in parts):
+            result[key] = operation(key, name)
+    return result

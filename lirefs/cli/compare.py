@@ -1,0 +1,109 @@
+"""`lirefs compare`: both methods and their controls on the same items, and a report."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed as dist
+import typer
+
+from lirefs.cli.options import Device, OutFolder, console, file_to_write, indices
+from lirefs.main_job.jobs import QUICK, run
+from lirefs.tasks.papers.suite import Suite
+
+
+def compare(
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Built-in name, hub id, folder or .gguf file. Default: organism; with data of "
+            "your own or lm-eval tasks, smollm2-135m."
+        ),
+    ] = None,
+    device: Device = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Labelled questions (JSON Lines) to fit on.")
+    ] = None,
+    memorized: Annotated[
+        Path | None, typer.Option(help="Memorized texts (JSON Lines) to recite.")
+    ] = None,
+    factors: Annotated[
+        Path | None, typer.Option(help="Factors to use; written there if the file is missing.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="Layers whose MLPs are edited, e.g. 20,21,22.")
+    ] = None,
+    keep: Annotated[
+        float | None,
+        typer.Option(help="Curvature mass that K-FAC keeps. Default: 0.8; organism: chosen."),
+    ] = None,
+    strength: Annotated[
+        float | None,
+        typer.Option(help="a of h + a d, d the class difference. Default: 1; organism: chosen."),
+    ] = None,
+    suite: Annotated[
+        Suite | None, typer.Option(help="Tasks to run. Default: those that the project ships.")
+    ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="Folder of JSON Lines for a suite, or of lm-eval tasks (YAML)."),
+    ] = None,
+    lm_eval: Annotated[
+        str | None, typer.Option(help="Tasks of lm-evaluation-harness to add, by comma.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="At most this many items a task.")
+    ] = None,
+    out: OutFolder = Path("report"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of splits, labels and controls.")] = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help=f"{QUICK} items a task: a trial, no result.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")
+    ] = False,
+) -> None:
+    """Compare LiReF steering and the K-FAC edit on one model, and write a report.
+
+    On the organism, settings that are not given are chosen on validation items. Under torchrun the
+    items are split over the processes.
+    """
+    if factors is not None and not factors.is_file():
+        file_to_write(factors)
+    run(
+        model,
+        device=_join_processes(device),
+        questions=questions,
+        memorized=memorized,
+        factors=factors,
+        layers=indices(layers),
+        keep=keep,
+        strength=strength,
+        suite=suite,
+        data=data,
+        lm_eval=[] if lm_eval is None else [name.strip() for name in lm_eval.split(",")],
+        limit=limit,
+        out=out,
+        seed=seed,
+        quick=quick,
+        resume=resume,
+        console=console,
+    )
+
+
+def _join_processes(device: str | None) -> str | None:
+    """Under torchrun, join the other processes; all but the first one are silent."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return device
+    cuda = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo")
+    console.quiet = dist.get_rank() > 0
+    if not cuda:
+        return device
+    local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()
+    torch.cuda.set_device(local)
+    return device if device and ":" in device else f"cuda:{local}"

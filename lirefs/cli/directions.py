@@ -1,0 +1,178 @@
+"""Commands that fit directions, steer with them and write them out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+import lirefs
+from lirefs.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    Model,
+    OutFolder,
+    console,
+    file_to_write,
+    numbers,
+    one_of,
+)
+from lirefs.directions import estimators, geometry
+from lirefs.directions.probe import load_grades
+from lirefs.errors import SettingError
+from lirefs.export.gguf import to_gguf
+from lirefs.files import atomic_write_text, cache_dir
+from lirefs.model.layout import SITES
+from lirefs.steering.operators import OPERATORS
+
+ESTIMATORS = {
+    "mean": estimators.MeanDifference,
+    "whitened": estimators.WhitenedMeanDifference,
+    "logistic": estimators.LogisticDirection,
+    "pca": estimators.PCADirection,
+    "ridge": estimators.RidgeDirection,
+}
+DirectionsFile = Annotated[Path, typer.Argument(help="Directions, as `lirefs probe` writes them.")]
+Layer = Annotated[int | None, typer.Option(help="Layer of the direction; default: the best one.")]
+
+
+def probe(
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="Labelled questions; a `score` in [0, 1] grades them.")
+    ] = None,
+    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
+    site: Annotated[str, typer.Option(help="Where in the block.")] = "resid_pre",
+    transfer: Annotated[
+        Path | None, typer.Option(help="Other labelled questions to score the directions on.")
+    ] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Another model (base, say) to probe beside this one.")
+    ] = None,
+    shuffles: Annotated[int, typer.Option(min=1, help="Repetitions of the controls.")] = 100,
+    out: OutFolder = Path("probe"),
+    seed: Annotated[int, typer.Option(min=0, help="Seed of split and controls.")] = 0,
+) -> None:
+    """Fit directions, report them with their controls, and write them to a file."""
+    one_of(estimator, "--estimator", ESTIMATORS)
+    one_of(site, "--site", SITES)
+    if against == model:
+        raise SettingError(f"--against {against}: is the model itself")
+    asked = lirefs.load_questions("default" if questions is None else questions)
+    other = None if transfer is None else lirefs.load_questions(transfer)
+    split = asked.split(seed=seed)
+    # What can be wrong with a second set or model is looked at before the first fit.
+    other_split = None
+    if other is not None:
+        geometry.must_be_new(other, split)
+        other_split = other.split(seed=seed)
+    settings: dict[str, Any] = {
+        "site": site,
+        "shuffles": shuffles,
+        "seed": seed,
+        "grades": None if questions is None else load_grades(questions),
+        "cache": cache_dir() / "activations",
+    }
+    lm = lirefs.load(model, device=device)
+    second = None if against is None else lirefs.load(against, device=device)
+    if second is not None and second.width != lm.width:
+        raise SettingError(
+            f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
+            "directions do not compare"
+        )
+    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
+    found.directions.save(out / "directions.safetensors")
+    from lirefs.directions import figures as probe_plots
+
+    figures = {
+        "layers": probe_plots.per_layer(found),
+        "best_layer": probe_plots.best_layer({estimator: found}),
+        "scatter": probe_plots.scatter(geometry.components(lm, found.best, split), found),
+    }
+    chance = 1.96 / lm.width**0.5
+    maps = {f"between layers (random directions: within {chance:.2f})": found.directions}
+    results = found.to_dict()
+    if other is not None and other_split is not None:
+        scored = geometry.transfer(lm, found.directions, other, split, seed=seed)
+        figures["transfer"] = probe_plots.transfers(found, {other.source: scored})
+        results["transfer"] = [one.to_dict() for one in scored.auroc]
+        maps[f"with directions of {Path(other.source).name}"] = lirefs.fit(
+            lm, other_split, ESTIMATORS[estimator](), **{**settings, "grades": None}
+        ).directions
+    figures["cosines"] = probe_plots.cosine_maps(
+        {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
+    )
+    if second is not None:
+        pair = {
+            lm.name: found,
+            second.name: lirefs.fit(second, split, ESTIMATORS[estimator](), **settings),
+        }
+        figures["side_by_side"] = probe_plots.side_by_side(pair)
+    for name, picture in figures.items():
+        picture.save(out, name)
+    atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
+    best = found.best_scores
+    console.print(
+        f"layer {found.best_layer}: test AUROC {best.test_auroc}, n = {best.test_auroc.n}; "
+        f"shuffled labels {found.shuffled} (p = {found.p_value:.3f}); random directions "
+        f"{best.random_auroc}",
+        markup=False,
+    )
+    console.print(f"written to {out}", markup=False, soft_wrap=True)
+
+
+def steer(
+    directions: DirectionsFile,
+    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    layer: Layer = None,
+    operator: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
+    strengths: Annotated[str, typer.Option(help="One or more, e.g. -1,0.5,1.")] = "1",
+    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
+) -> None:
+    """Continue a prompt, unsteered and steered, side by side."""
+    values = numbers(strengths, "--strengths", float)
+    one_of(operator, "--operator", OPERATORS)
+    lm = lirefs.load(model, device=device)
+    chosen = _direction(directions, layer, lm)
+    steerings = [lirefs.Steer(chosen, operator, value) for value in values]  # all, before any text
+    table = Table(title=f"{operator} at layer {chosen.layer}, {chosen.site}", show_lines=True)
+    table.add_column("strength")
+    table.add_column("continuation")
+    table.add_row("unsteered", lm.generate(prompt, max_new_tokens=tokens))
+    for value, steering in zip(values, steerings, strict=True):
+        with steering.apply(lm.model):
+            table.add_row(f"{value:g}", lm.generate(prompt, max_new_tokens=tokens))
+    Console().print(table, markup=False)
+
+
+def export(
+    directions: DirectionsFile,
+    out: Annotated[Path, typer.Argument(help="The .gguf file to write.", callback=file_to_write)],
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    layer: Layer = None,
+    strength: Annotated[float, typer.Option(help="a of h + a d.")] = 1.0,
+) -> None:
+    """Write a direction as a control vector for llama.cpp."""
+    lm = lirefs.load(model, device=device)
+    to_gguf(lirefs.Steer(_direction(directions, layer, lm), "add", strength), out, lm)
+    console.print(f"written to {out}; use it with --control-vector", markup=False, soft_wrap=True)
+
+
+def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:
+    found = lirefs.Directions.load(path, lm)
+    wanted = found.provenance.get("best_layer") if layer is None else layer
+    has = f"{path} has layers {', '.join(str(one) for one, _ in found)}"
+    if wanted is None:
+        raise SettingError(f"give --layer: {has}, and does not say which is the best")
+    places = [one for one in found if one[0] == wanted]
+    if len(places) != 1:
+        raise SettingError(f"--layer {wanted}: {has}")
+    return found[places[0]]

@@ -1,0 +1,100 @@
+"""The command that finds what a model recites of a corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import lirefs
+from lirefs.cli.options import DEFAULT_MODEL, Device, Model, console, file_to_write
+from lirefs.errors import DataFileError
+from lirefs.files import read_jsonl
+from lirefs.tasks.inference import BATCH_TOKENS
+
+COPIED = 0.5
+"""Windows are called predictable from this share of foreseeable 4-grams on."""
+
+
+def mine(
+    corpus: Annotated[
+        list[Path],
+        typer.Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
+    ],
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
+    ] = Path("mined.jsonl"),
+    prefix_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 64,
+    suffix_tokens: Annotated[int, typer.Option(min=1, help="Length of what is recited.")] = 48,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows. Default: no overlap.")
+    ] = None,
+    near: Annotated[
+        float, typer.Option(help="Jaccard similarity of near-duplicates, in (0, 1].")
+    ] = 0.7,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per batch.")] = BATCH_TOKENS,
+) -> None:
+    """Find the windows of texts that a model recites, and write them to a file.
+
+    An interrupted run goes on with the same command: what is finished is in OUT.partial.
+    """
+    texts = read_texts(corpus)
+    lm = lirefs.load(model, device=device)
+    journal = Path(f"{out}.partial")
+    found = lirefs.mine(
+        lm,
+        texts,
+        prefix_tokens,
+        suffix_tokens,
+        stride,
+        near,
+        batch_tokens=batch_tokens,
+        journal=journal,
+    )
+    found.save(out)
+    journal.unlink()
+    console.print(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()), markup=False)
+    copied = sum(one.predictable >= COPIED for one in found.windows)
+    console.print(f"{copied} of the distinct ones have half of their 4-grams in the prefix")
+    console.print(f"written to {out}, settings to {out}.json", markup=False, soft_wrap=True)
+
+
+def read_texts(paths: list[Path]) -> list[tuple[str, str]]:
+    """Texts of files and folders, each with its name.
+
+    Args:
+        paths: `.jsonl` files, whose rows have `text` and may have `id`; folders, of which every
+            `.txt` file is read, those of their folders included; other files are plain texts.
+
+    Raises:
+        DataFileError: A file cannot be read, is not UTF-8, or a row has no `text`; a folder has
+            no `.txt` file.
+    """
+    texts = []
+    for path in paths:
+        if path.suffix == ".jsonl":
+            for line, row in read_jsonl(path):
+                if not isinstance(row.get("text"), str):
+                    raise DataFileError(f"{path}, line {line}: needs a string 'text'")
+                texts.append((str(row.get("id") or f"{path}:{line}"), row["text"]))
+            continue
+        files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+        if not files:
+            raise DataFileError(f"{path}: a folder without a .txt file")
+        texts += [(str(file), _read(file)) for file in files]
+    return texts
+
+
+def _read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise DataFileError(f"{file}: no such file") from None
+    except UnicodeDecodeError as problem:
+        raise DataFileError(f"{file}: not UTF-8 (byte {problem.start + 1})") from problem
+    except OSError as problem:
+        raise DataFileError(f"{file}: cannot be read ({problem.strerror})") from problem

@@ -1,0 +1,126 @@
+"""Commands that make a model organism and say what it knows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+
+from lirefs.cli.options import folder_to_write, known_device
+from lirefs.errors import ModelLoadError, SettingError
+from lirefs.files import atomic_write_text
+from lirefs.model.builtin import organism
+from lirefs.organism.items import SPLITS, Split
+from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
+from lirefs.organism.suite import organism_questions, training_texts
+from lirefs.organism.training.card import ship
+from lirefs.organism.training.recipe import Recipe
+from lirefs.organism.training.scores import scores
+from lirefs.organism.training.train import train as train_organism
+from lirefs.organism.vocabulary import build_tokenizer
+
+app = typer.Typer(no_args_is_help=True, help="The model organism: train one, score one.")
+
+
+@app.command()
+def train(
+    out: Annotated[
+        Path,
+        typer.Argument(
+            help="Folder of the run; an interrupted one goes on.", callback=folder_to_write
+        ),
+    ],
+    seed: Annotated[int, typer.Option(min=0, help="Seed of language, weights and data.")] = 0,
+    tokens: Annotated[int, typer.Option(min=1, help="Length of the run.")] = Recipe.tokens,
+    device: Annotated[str, typer.Option(help="Where to train.", callback=known_device)] = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile the loss (needs a C++ compiler).")
+    ] = False,
+) -> None:
+    """Train an organism by the recipe of the shipped one; `OUT/shipped` is what would be shipped.
+
+    `OUT/log.jsonl` has loss and validation scores of every million tokens.
+    """
+    recipe = Recipe(tokens=tokens)
+    model = train_organism(out, seed, recipe, device, compiled=compiled)
+    tokenizer = build_tokenizer()
+    found = ship(out / "shipped", model.cpu(), tokenizer, Language(seed), asdict(recipe))
+    Console().print_json(json.dumps(found))
+
+
+@app.command("scores")
+def scores_command(
+    folder: Annotated[
+        str, typer.Argument(help="Folder of an organism. Default: the shipped one.")
+    ] = "organism",
+    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+) -> None:
+    """Print the share of items answered as expected, by kind, and the perplexity, as JSON."""
+    side: Split | None = next((one for one in SPLITS if one == split), None)
+    if side is None:
+        raise SettingError(f"--split {split!r}: expected one of {', '.join(SPLITS)}")
+    from transformers import LlamaForCausalLM
+
+    language = Language(_taught(folder))
+    place = organism() if folder == "organism" else Path(folder)
+    model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
+    found = scores(model, build_tokenizer(), language, side)
+    Console().print_json(json.dumps(found))
+
+
+@app.command()
+def texts(
+    out: Annotated[Path, typer.Argument(help="Folder for the files.", callback=folder_to_write)],
+    folder: Annotated[
+        str, typer.Option("--model", help="Folder of an organism. Default: the shipped one.")
+    ] = "organism",
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the training documents.")] = 0,
+) -> None:
+    """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
+
+    `training.jsonl` has fresh documents as training showed them; `planted.jsonl`, `unseen.jsonl`
+    and `stories.jsonl` are of the test split; `labelled.jsonl` has planted sequences as memorized
+    and never-seen ones of the same make as clean; `questions.jsonl` has the labelled questions of
+    `lirefs.load_questions("organism")`.
+    """
+    language = Language(_taught(folder))
+    planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))
+    suffix = {"suffix_tokens": len(planted[0].split()) - 1 - PREFIX_WORDS}
+    files: dict[str, list[dict[str, Any]]] = {
+        "training": [{"text": text} for text in training_texts(language, 1500, seed)],
+        "planted": [{"text": text, **suffix} for text in planted],
+        "unseen": [{"text": text, **suffix} for text in unseen],
+        "stories": [{"text": text} for text in language.texts("test", 100)],
+        "labelled": [
+            {"text": text, "label": label}
+            for label, sequences in (("memorized", planted), ("clean", unseen))
+            for text in sequences
+        ],
+    }
+    questions = organism_questions("passage", language)
+    files["questions"] = [
+        {
+            "id": one.id, "question": one.text, "label": one.label, "subject": one.subject,
+            "split": one.side, "prompt_format": one.prompt_format,
+        }
+        for one in questions
+    ]  # fmt: skip
+    for name, rows in files.items():
+        lines = (json.dumps({"id": f"{name}-{i}", **row}) for i, row in enumerate(rows))
+        atomic_write_text(out / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
+        typer.echo(f"{out / name}.jsonl: {len(rows)} rows")
+
+
+def _taught(folder: str) -> int:
+    """Seed of the language of an organism."""
+    seed = language_seed(folder)
+    if seed is None:
+        raise ModelLoadError(
+            f"{folder}: no config.json with a language_seed in it; give the folder of an organism"
+        )
+    return seed

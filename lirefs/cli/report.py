@@ -1,0 +1,36 @@
+"""The command that writes a report again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from lirefs.cli.options import console, folder_to_write
+from lirefs.comparison.comparison import Comparison
+
+
+def report(
+    results: Annotated[Path, typer.Argument(help="results.json, or the folder that holds it.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder to write to. Default: where results.json is.", callback=folder_to_write
+        ),
+    ] = None,
+) -> None:
+    """Write a report again from its results.json, without a model."""
+    comparison = Comparison.load(results)
+    from lirefs.comparison import results_file as storage
+    from lirefs.comparison.report import write as reports
+
+    figures, missing = reports.load_figures(results, comparison)
+    if missing:
+        console.print(
+            f"left out, because they are not beside the results: {', '.join(missing)}",
+            markup=False,
+            soft_wrap=True,
+        )
+    page = reports.write(comparison, out or storage.file_of(results).parent, figures)
+    console.print(f"report: {page}", markup=False, soft_wrap=True)

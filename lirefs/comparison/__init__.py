@@ -1,0 +1,1 @@
+"""Comparisons of variants of one model on the same items, paired."""

@@ -1,0 +1,124 @@
+"""Run tasks on a model under interventions."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from lirefs.comparison.comparison import BASELINE, Comparison, TaskInfo
+from lirefs.comparison.journal import Journal, digest_of, in_order, key_of, parts
+from lirefs.comparison.results_file import MOST_RESAMPLES
+from lirefs.errors import SettingError, TaskError
+from lirefs.model.intervention import Intervention, applied
+from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.suite import default_tasks
+from lirefs.tasks.task import ItemResult, Task
+from lirefs.version import __version__
+
+
+def compare(
+    lm: LanguageModel,
+    interventions: Mapping[str, Intervention],
+    tasks: Sequence[Task] | None = None,
+    *,
+    resamples: int = 5000,
+    seed: int = 0,
+    provenance: Mapping[str, Any] | None = None,
+    journal: str | Path | None = None,
+    progress: bool = True,
+) -> Comparison:
+    """Run tasks on the unchanged model and under each intervention, on the same items.
+
+    Where `torch.distributed` is running, each process takes a share of the items, and every process
+    returns the whole comparison.
+
+    Args:
+        lm: The model.
+        interventions: Name to intervention; the unchanged model is added under `unchanged`.
+        tasks: What to run; None for `default_tasks()`.
+        resamples: Bootstrap resamples of the paired intervals.
+        seed: Seed of the bootstrap.
+        provenance: Settings to save with the results.
+        journal: Folder that keeps finished items until you remove it: the same call goes on after
+            an interruption, with the same result. What an intervention's `describe` says, and its
+            name, must tell it from others.
+        progress: Show a progress bar.
+
+    Returns:
+        Every variant on every task, item by item.
+
+    Raises:
+        TaskError: If there is no task, two share a name, or a variant is called `unchanged`.
+        InterventionError: If an intervention does not fit the model.
+        SettingError: If the journal is a file, or `resamples` is out of range.
+    """
+    if not 1 <= resamples <= MOST_RESAMPLES:
+        raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
+    if tasks is None:
+        tasks = default_tasks(lm)
+    if not tasks:
+        raise TaskError("no tasks to compare on")
+    names = [task.name for task in tasks]
+    if len(set(names)) < len(names):
+        raise TaskError(f"two tasks share a name: {', '.join(sorted(names))}")
+    if BASELINE in interventions:
+        raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
+    variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
+    for one in interventions.values():  # all are tried before hours of work begin
+        with applied(one, lm.model):
+            pass
+    kept = Journal(journal)
+    made_by = {name: one.describe() for name, one in interventions.items()}
+    rows = {task.name: parts(task) for task in tasks}
+    pieces = {task.name: [task.subset(part) for part in rows[task.name]] for task in tasks}
+    digests = {name: [digest_of(lm, piece) for piece in some] for name, some in pieces.items()}
+    keys = {
+        (variant, name): [key_of(one, variant, made_by.get(variant)) for one in some]
+        for variant in variants
+        for name, some in digests.items()
+    }
+    total = len(variants) * sum(len(task) for task in tasks)
+    with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
+        for variant, intervention in variants.items():
+            with applied(intervention, lm.model):
+                for task in tasks:
+                    bar.set_postfix_str(f"{variant}: {task.name}")
+                    for key, piece in zip(keys[variant, task.name], pieces[task.name], strict=True):
+                        if not kept.mine() or kept.finished(key, piece) is not None:
+                            bar.update(len(piece))
+                        else:
+                            kept.add(key, piece.run(lm, bar.update))
+    kept.exchange()
+
+    def collected(variant: str, task: Task) -> list[ItemResult]:
+        found = map(kept.finished, keys[variant, task.name], pieces[task.name])
+        return in_order(rows[task.name], [one for one in found if one is not None])
+
+    return Comparison(
+        results={v: {task.name: collected(v, task) for task in tasks} for v in variants},
+        tasks={task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks},
+        provenance={
+            "lirefs": __version__,
+            "model": lm.fingerprint,
+            "model_name": lm.name,
+            "tokenizer": lm.tokenizer_fingerprint,
+            "device": str(lm.device),
+            "environment": {
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                **{one: metadata.version(one) for one in ("torch", "transformers", "numpy")},
+                "threads": torch.get_num_threads(),
+            },
+            "tasks": {task.name: digest_of(lm, task) for task in tasks},
+            "interventions": made_by,
+            **(provenance or {}),
+        },
+        resamples=resamples,
+        seed=seed,
+    )

@@ -1,0 +1,53 @@
+"""Figures of analyses: changes by tag, and the spectrum of tasks seen from both sides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from lirefs.comparison.item_changes import TagChanges
+from lirefs.pictures import COLOURS, Picture, canvas_of, literal, picture_of
+from lirefs.statistics.intervals import Estimate
+
+MARKERS = "osD^vP*"
+HIGHEST = 100.0
+"""Per cent at which relative changes are cut: a tag of which little was known can double."""
+
+
+def tag_bars(found: TagChanges) -> Picture:
+    """Relative change of each tag in their order, with intervals (K-FAC paper, figure 5)."""
+    canvas, (axis,) = canvas_of(1, (7.5, 1.3 + 0.3 * len(found.tags)))
+    rows = np.arange(len(found.tags))[::-1]
+    finite = [one for one in found.tags if math.isfinite(one.relative.value)]
+    ends = [100 * end for one in finite for end in (one.relative.low, one.relative.high, 0.0)]
+    low, high = min(ends, default=-1.0), min(max(ends, default=1.0), HIGHEST)
+    margin = 0.05 * max(high - low, 1.0)
+    for row, one in zip(rows, found.tags, strict=True):
+        note = f"{one.before:.2f}, n = {one.change.n}"
+        axis.text(high + margin, row, note, fontsize=7, va="center")
+        if not math.isfinite(one.relative.value):
+            axis.text(0, row, " n/a", fontsize=7, va="center")
+            continue
+        found_ends = (one.relative.low, one.relative.value, one.relative.high)
+        left, value, right = (min(100 * end, high) for end in found_ends)
+        errors = np.maximum([[value - left], [right - value]], 0)
+        axis.barh(row, value, 0.7, color=COLOURS[1] if value < 0 else COLOURS[2])
+        axis.errorbar(value, row, xerr=errors, fmt="none", ecolor="black", lw=0.9, capsize=2)
+    axis.axvline(0, color="black", lw=0.8)
+    axis.set_yticks(rows, [literal(one.tag) for one in found.tags])
+    axis.set_ylim(-0.7, len(rows) - 0.3)
+    axis.set(xlabel="change of the score, % of the unchanged model's")
+    axis.set_xlim(low - margin, high + 5.5 * margin)
+    title = f"{found.task} under {found.variant}; right: unchanged score"
+    if found.spearman is not None:
+        title += f"\nSpearman of change and order {found.spearman:.2f}, p = {found.p_value:.3f}"
+    axis.set_title(literal(title), fontsize=9)
+    return picture_of(canvas)
+
+
+def _errors(found: Sequence[Estimate]) -> Any:
+    sides = [(one.value - one.low, one.high - one.value) for one in found]
+    return np.maximum(np.array(sides).T, 0)

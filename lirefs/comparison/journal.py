@@ -1,0 +1,148 @@
+"""Finished parts of a comparison, kept so that a killed one goes on, and shared by processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from lirefs.comparison.results_file import item_of
+from lirefs.errors import SettingError
+from lirefs.files import append_text, parse_json
+from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.task import ItemResult, Task
+from lirefs.version import __version__
+
+PART = 64
+"""Items of a part: what is lost at most when a comparison is killed."""
+
+
+class Journal:
+    """Results of finished parts by what made them: model, intervention, items, settings.
+
+    Each process appends to a file of its own; a line that was cut short when the process was killed
+    is not read. A part is always made of the same items, whatever was finished before, so batches
+    and rounding are those of a run that was never interrupted.
+
+    Args:
+        folder: Where the files are; None keeps nothing.
+
+    Raises:
+        SettingError: The folder is a file.
+    """
+
+    def __init__(self, folder: str | Path | None) -> None:
+        running = dist.is_available() and dist.is_initialized()
+        self.rank = dist.get_rank() if running else 0
+        self.size = dist.get_world_size() if running else 1
+        self._folder = None if folder is None else Path(folder)
+        self._lines: dict[str, list[ItemResult]] = {}
+        self._new: dict[str, list[ItemResult]] = {}
+        self._number = -1
+        if self._folder is None:
+            return
+        if self._folder.exists() and not self._folder.is_dir():
+            raise SettingError(f"journal {self._folder}: exists and is not a folder")
+        for file in sorted(self._folder.glob("items-*.jsonl")):
+            self._read(file)
+
+    def _read(self, file: Path) -> None:
+        try:
+            raw = file.read_bytes()
+        except OSError as problem:
+            raise SettingError(f"journal {file}: cannot be read ({problem.strerror})") from problem
+        for line in raw.split(b"\n"):
+            try:
+                row = parse_json(line.decode())
+                self._lines[row["key"]] = [item_of(item) for item in row["items"]]
+            except (ValueError, TypeError, KeyError, AttributeError):
+                continue  # cut short: that part runs again
+
+    def mine(self) -> bool:
+        """Whether the next part in the order of the comparison is this process's work."""
+        self._number += 1
+        return self._number % self.size == self.rank
+
+    def finished(self, key: str, part: Task) -> list[ItemResult] | None:
+        """What a part of a task gave, if it was finished."""
+        items = self._lines.get(key)
+        metric = "nll" if part.metric == "perplexity" else part.metric
+        if items is None or len(items) != len(part):
+            return None
+        names = {frozenset(one.scores) for one in items}
+        return items if len(names) == 1 and metric in names.pop() else None
+
+    def add(self, key: str, items: list[ItemResult]) -> None:
+        """Keep what a part gave, on disk before anything else is begun.
+
+        Raises:
+            WriteError: The disk is full, or the folder cannot be written to.
+        """
+        self._lines[key] = self._new[key] = items
+        if self._folder is None:
+            return
+        line = json.dumps({"key": key, "items": [asdict(item) for item in items]})
+        # A newline first ends whatever a killed writer left.
+        append_text(self._folder / f"items-{self.rank}.jsonl", f"\n{line}\n")
+
+    def exchange(self) -> None:
+        """Give every process what the others found."""
+        if self.size == 1:
+            return
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, self._new)
+        for one in found:
+            self._lines |= one
+
+    def clear(self) -> None:
+        """Remove the files, when what they hold has been saved elsewhere."""
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def parts(task: Task) -> list[list[int]]:
+    """Rows of a task in parts, items of similar length together: less padding in a batch."""
+    order = sorted(range(len(task)), key=lambda row: -len(repr(task.items[row])))
+    return [order[start : start + PART] for start in range(0, len(order), PART)]
+
+
+def digest_of(lm: LanguageModel, task: Task) -> str:
+    """SHA-256 of a task, or a part of one, on a model as it is: 64 hex digits."""
+    settings: dict[str, str] = {}
+    if is_dataclass(task):
+        settings = {
+            f.name: repr(getattr(task, f.name))
+            for f in fields(task)
+            if f.repr and f.name != "items"
+        }
+    made_by = [
+        __version__,
+        lm.fingerprint,
+        lm.tokenizer_fingerprint,
+        lm.device.type,
+        [type(task).__qualname__, task.name, task.group, task.metric, settings],
+        repr(list(task.items)),
+    ]
+    return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+
+
+def key_of(digest: str, variant: str, described: Mapping[str, Any] | None) -> str:
+    """SHA-256 of all that decides a result: a part of a task, and an intervention."""
+    made_by = json.dumps([digest, variant, described], sort_keys=True, default=str)
+    return hashlib.sha256(made_by.encode()).hexdigest()
+
+
+def in_order(rows: Sequence[Sequence[int]], results: Sequence[list[ItemResult]]) -> list[Any]:
+    """Results of parts as one list in the order of the items."""
+    placed = {
+        row: item
+        for part, items in zip(rows, results, strict=True)
+        for row, item in zip(part, items, strict=True)
+    }
+    return [placed[row] for row in range(len(placed))]

@@ -1,0 +1,1 @@
+"""Directions in the residual stream: captured, fitted, scored and saved."""

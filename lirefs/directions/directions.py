@@ -1,0 +1,279 @@
+"""The directions of one model by place, with what made them: arithmetic, files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from lirefs.directions.direction import Direction
+from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
+from lirefs.files import atomic_path, parse_json
+
+if TYPE_CHECKING:
+    from lirefs.model.language_model import LanguageModel
+
+FORMAT = "lirefs-directions-1"
+
+
+@dataclass(frozen=True, eq=False)
+class Directions(Mapping[tuple[int, str], Direction]):
+    """Directions of one model by (layer, site), with what made them.
+
+    Attributes:
+        items_by_place: The directions.
+        provenance: Hashes of model, tokenizer and data, settings and library version.
+
+    Raises:
+        DirectionError: If a key is not the (layer, site) of its direction.
+    """
+
+    items_by_place: dict[tuple[int, str], Direction]
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for place, one in self.items_by_place.items():
+            if place != (one.layer, one.site):
+                raise DirectionError(
+                    f"the direction under {place} is of layer {one.layer}, {one.site}: "
+                    "the key must be its own (layer, site)"
+                )
+        made_on = str(self.provenance.get("model", ""))
+        items = {
+            place: replace(one, model=made_on) if made_on and one.model != made_on else one
+            for place, one in self.items_by_place.items()
+        }
+        object.__setattr__(self, "items_by_place", items)
+
+    def __getitem__(self, place: tuple[int, str] | int) -> Direction:
+        """The direction at (layer, site), or at a layer when it has one direction only."""
+        if isinstance(place, int):
+            found = [key for key in self.items_by_place if key[0] == place]
+            if len(found) != 1:
+                raise KeyError(place)
+            place = found[0]
+        return self.items_by_place[place]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        return iter(self.items_by_place)
+
+    def __len__(self) -> int:
+        return len(self.items_by_place)
+
+    def normalized(self) -> Directions:
+        """Every direction at length 1.
+
+        Returns:
+            Directions at the same places.
+        """
+        return self._map(lambda one: one.normalized(), "normalized")
+
+    def project_off(self, other: Directions | Direction) -> Directions:
+        """Take away what lies along another direction, each at its own place.
+
+        Args:
+            other: Directions of the same places, or one direction for all places.
+
+        Returns:
+            Directions at the same places.
+
+        Raises:
+            DirectionError: If places, widths or models differ.
+        """
+        if isinstance(other, Direction):
+            return self._map(
+                lambda one: one.project_off(replace(other, layer=one.layer, site=one.site)),
+                "project_off",
+            )
+        return self._join(other, Direction.project_off, "project_off")
+
+    @staticmethod
+    def mean_of(several: Sequence[Directions]) -> Directions:
+        """The mean at each place, over seeds or question sets.
+
+        Args:
+            several: At least one set, all with the same places.
+
+        Returns:
+            One direction for each place; the provenance names all sets.
+
+        Raises:
+            DirectionError: If there is none, or places, widths or models differ.
+        """
+        if not several:
+            raise DirectionError("there are no directions to take the mean of")
+        for one in several[1:]:
+            several[0]._same_places(one)
+        items = {place: Direction.mean_of([one[place] for one in several]) for place in several[0]}
+        return Directions(items, _made_by("mean", *several))
+
+    def __add__(self, other: Directions) -> Directions:
+        return self._join(other, Direction.__add__, "+")
+
+    def __sub__(self, other: Directions) -> Directions:
+        return self._join(other, Direction.__sub__, "-")
+
+    def __neg__(self) -> Directions:
+        return self * -1.0
+
+    def __mul__(self, factor: float) -> Directions:
+        if not isinstance(factor, int | float):
+            return NotImplemented
+        return self._map(lambda one: one * factor, f"* {factor}")
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> Directions:
+        if not isinstance(divisor, int | float):
+            return NotImplemented
+        return self._map(lambda one: one / divisor, f"/ {divisor}")
+
+    def _map(self, change: Callable[[Direction], Direction], name: str) -> Directions:
+        items = {place: change(one) for place, one in self.items()}
+        return Directions(items, _made_by(name, self))
+
+    def _join(
+        self, other: Directions, change: Callable[[Direction, Direction], Direction], name: str
+    ) -> Directions:
+        if not isinstance(other, Directions):
+            return NotImplemented
+        self._same_places(other)
+        items = {place: change(one, other[place]) for place, one in self.items()}
+        return Directions(items, _made_by(name, self, other))
+
+    def _same_places(self, other: Directions) -> None:
+        if set(self) != set(other):
+            lonely = sorted(set(self) ^ set(other))
+            raise DirectionError(f"directions at different places: only one side has {lonely}")
+
+    def save(self, path: str | Path) -> None:
+        """Write one safetensors file; the header holds places, statistics and provenance.
+
+        Args:
+            path: The file, written whole or not at all; an existing one is replaced.
+        """
+        places = [
+            {
+                "layer": direction.layer,
+                "site": direction.site,
+                "means": direction.means,
+                "spread": direction.spread,
+                "counts": direction.counts,
+            }
+            for direction in self.values()
+        ]
+        metadata = {
+            "format": FORMAT,
+            "places": json.dumps(places),
+            "provenance": json.dumps(self.provenance),
+        }
+        tensors = {
+            f"{layer}.{site}": direction.vector.detach().float().cpu().contiguous().clone()
+            for (layer, site), direction in self.items()
+        }
+        with atomic_path(Path(path)) as temporary:
+            save_file(tensors, temporary, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, lm: LanguageModel | None = None) -> Directions:
+        """Read a file written by `save`.
+
+        Args:
+            path: The file.
+            lm: When given, the file must come from this very model.
+
+        Returns:
+            The directions, float32 on the CPU.
+
+        Raises:
+            DirectionsFileError: If the file is missing, truncated or of another format.
+            ProvenanceError: If the directions were fitted on another model than `lm`, or the file
+                does not say on which.
+        """
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise DirectionsFileError(f"{path}: not a file of directions")
+                provenance = parse_json(metadata["provenance"])
+                directions = [
+                    _read_direction(file, place) for place in parse_json(metadata["places"])
+                ]
+            _check_whole(directions, provenance)
+        except FileNotFoundError as error:
+            raise DirectionsFileError(f"{path}: no such file") from error
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise DirectionsFileError(
+                f"{path}: cannot be read as directions: {error}; fit or fetch them again"
+            ) from error
+        result = cls({(one.layer, one.site): one for one in directions}, provenance)
+        if lm is not None and not provenance.get("model"):
+            raise ProvenanceError(
+                f"{path}: does not say which model it was fitted on; load it without the model, "
+                "Directions.load(path), to use it all the same"
+            )
+        if lm is not None and provenance["model"] != lm.fingerprint:
+            raise ProvenanceError(
+                f"{path}: fitted on another model ({provenance.get('model_name')!r}, not "
+                f"{lm.name!r})"
+            )
+        return result
+
+
+def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
+    """One direction of an open file.
+
+    Raises:
+        KeyError: A field is missing.
+        ValueError: A field is not of its type, or a number is not finite.
+    """
+    layer, site = place["layer"], place["site"]
+    if type(layer) is not int or layer < 0 or not isinstance(site, str):
+        raise ValueError(f"no place of a direction: layer {layer!r:.40}, {site!r:.40}")
+    vector = file.get_tensor(f"{layer}.{site}")
+    if vector.dtype != torch.float32 or vector.ndim != 1 or not len(vector):
+        raise ValueError(f"layer {layer}, {site}: no vector of float32")
+    pairs = [place[key] for key in ("means", "spread", "counts")]
+    numbers = [one for pair in pairs for one in pair]
+    if any(len(pair) != 2 for pair in pairs) or not all(map(_is_number, numbers)):
+        raise ValueError(
+            f"layer {layer}, {site}: means, spread and counts must be two numbers each"
+        )
+    if any(type(one) is not int or one < 0 for one in pairs[2]):
+        raise ValueError(f"layer {layer}, {site}: counts are {pairs[2]}")
+    if not bool(vector.isfinite().all()):
+        raise ValueError(f"layer {layer}, {site}: the vector is not finite")
+    means, spread, counts = map(tuple, pairs)
+    return Direction(vector, layer, site, means, spread, counts)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def _check_whole(directions: Sequence[Direction], provenance: Any) -> None:
+    """Raise ValueError unless a file holds directions of one width, and an object beside them."""
+    if not isinstance(provenance, dict):
+        raise ValueError("the provenance is no object")
+    if len({(one.layer, one.site) for one in directions}) != len(directions):
+        raise ValueError("two directions of one place")
+    if len({len(one.vector) for one in directions}) != 1:
+        raise ValueError("no direction, or directions of several widths")
+
+
+def _made_by(operation: str, *operands: Directions) -> dict[str, Any]:
+    """The provenance of a result: what all operands share, and how it was made of them."""
+    first = operands[0].provenance
+    shared: dict[str, Any] = {
+        key: first[key]
+        for key in ("model", "model_name", "tokenizer")
+        if key in first and all(one.provenance.get(key) == first[key] for one in operands)
+    }
+    return {**shared, "operation": operation, "operands": [one.provenance for one in operands]}

@@ -1,0 +1,333 @@
+"""scikit-learn estimators of a direction in activation space."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from scipy.linalg import LinAlgError, solve
+from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
+from sklearn.covariance import ledoit_wolf, shrunk_covariance
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.preprocessing import StandardScaler
+from sklearn.utils.multiclass import (
+    _check_partial_fit_first_call,
+    check_classification_targets,
+    type_of_target,
+)
+from sklearn.utils.validation import check_is_fitted, validate_data
+
+from lirefs.statistics.intervals import Floats, Ints
+
+
+class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
+    """What the two-class estimators share: a linear decision, and a direction with a length.
+
+    `coef_` and `intercept_` decide; `direction_` is what steering adds. It lies along `coef_` and
+    is as long as the gap between the class means along it, so that adding it once carries the
+    mean of the first class to the level of the second, whatever the estimator.
+    """
+
+    classes_: npt.NDArray[Any]
+    coef_: Floats
+    direction_: Floats
+    intercept_: Floats
+    means_: Floats
+
+    def decision_function(self, X: npt.ArrayLike) -> Floats:
+        """Linear score of each sample, larger for the second class, shape (n_samples,)."""
+        check_is_fitted(self, "coef_")
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        values: Floats = X @ self.coef_[0] + self.intercept_[0]
+        return values
+
+    def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
+        """The class on whose side of the boundary each sample lies, shape (n_samples,)."""
+        side = (self.decision_function(X) > 0).astype(int)
+        labels: npt.NDArray[Any] = self.classes_[side]
+        return labels
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.classifier_tags.multi_class = False
+        return tags
+
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
+        """Fit the direction, forgetting what was seen before.
+
+        Args:
+            X: Samples, shape (n_samples, n_features).
+            y: Labels, shape (n_samples,), two values.
+
+        Returns:
+            The estimator itself.
+
+        Raises:
+            ValueError: If y does not hold exactly two classes, or a setting cannot be used.
+        """
+        samples, y = validate_data(self, X, y, dtype=np.float64)
+        check_classification_targets(y)
+        if type_of_target(y) == "multiclass":
+            raise ValueError(
+                "Only binary classification is supported. The type of the target is multiclass."
+            )
+        self.classes_, index = np.unique(y, return_inverse=True)
+        if len(self.classes_) != 2:
+            raise ValueError("Classifier can't train when only one class is present.")
+        self.means_ = np.stack([samples[index == k].mean(axis=0) for k in (0, 1)])
+        self._learn(samples, index)
+        return self
+
+    def _learn(self, samples: Floats, index: Ints) -> None:
+        """Set the fitted attributes from float64 samples and the class index, 0 or 1, of each."""
+        raise NotImplementedError
+
+    def _decide_halfway(self, vector: Floats) -> None:
+        """Set the decision along `vector`, with the boundary halfway between the class means."""
+        unit = unit_of(vector)
+        gap = float(unit @ (self.means_[1] - self.means_[0]))
+        # The sign of a principal component is arbitrary: it is made to point to the second class.
+        self.coef_ = (-unit if gap < 0 else unit)[None]
+        self.direction_ = unit * gap
+        self.intercept_ = -self.coef_ @ self.means_.mean(axis=0)
+
+
+class MeanDifference(_BinaryDirection):
+    """Difference of the class means, in float64 (Hong et al. 2025, section 3).
+
+    The decision value of a sample is its projection on the unit direction, measured from the
+    midpoint between the class means. `partial_fit` keeps one sum and one count per class, so any
+    number of samples fits in memory.
+
+    Attributes:
+        classes_: The two labels, sorted; the direction points to the second.
+        counts_: Samples seen of each class, shape (2,).
+        sums_: Sum of the samples of each class, shape (2, n_features).
+        means_: Class means, shape (2, n_features).
+        direction_: Mean of the second class minus mean of the first, shape (n_features,).
+        coef_: Unit direction, shape (1, n_features); zero if the means coincide.
+        intercept_: Shape (1,).
+    """
+
+    def _learn(self, samples: Floats, index: Ints) -> None:
+        self.counts_ = np.bincount(index, minlength=2)
+        self.sums_ = np.stack([samples[index == k].sum(axis=0) for k in (0, 1)])
+        self._finish()
+
+    def partial_fit(
+        self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None
+    ) -> Self:
+        """Add samples to the sums.
+
+        Args:
+            X: Samples, shape (n_samples, n_features).
+            y: Labels, shape (n_samples,).
+            classes: The two labels; needed at the first call, because a batch may lack one.
+
+        Returns:
+            The estimator itself; it predicts as soon as it has seen both classes.
+
+        Raises:
+            ValueError: If there are not two classes, or y holds another one.
+        """
+        first = _check_partial_fit_first_call(self, classes)
+        samples, y = validate_data(self, X, y, dtype=np.float64, reset=first)
+        if len(self.classes_) != 2:
+            raise ValueError(f"MeanDifference takes two classes, got {len(self.classes_)}.")
+        if first:
+            self.counts_ = np.zeros(2, np.int64)
+            self.sums_ = np.zeros((2, samples.shape[1]))
+        unknown = np.setdiff1d(y, self.classes_)
+        if unknown.size:
+            raise ValueError(f"y holds {unknown[0]!r}, which is not one of {self.classes_}.")
+        for k in (0, 1):
+            chosen = samples[y == self.classes_[k]]
+            self.counts_[k] += len(chosen)
+            self.sums_[k] += chosen.sum(axis=0)
+        self._finish()
+        return self
+
+    def _finish(self) -> None:
+        if self.counts_.all():
+            self.means_ = self.sums_ / self.counts_[:, None]
+            self._decide_halfway(self.means_[1] - self.means_[0])
+            self.direction_ = self.means_[1] - self.means_[0]
+
+
+class WhitenedMeanDifference(_BinaryDirection):
+    """Difference of the class means, whitened by the spread within the classes.
+
+    The direction of linear discriminant analysis with equal priors: S^-1 (mean1 - mean0), S the
+    covariance within the classes, shrunk towards a multiple of the identity because there are
+    often fewer samples than features.
+
+    Args:
+        shrinkage: Between 0 (the empirical covariance) and 1 (its trace alone, which gives the
+            mean difference); `"auto"` for the estimate of Ledoit and Wolf (2004).
+
+    Attributes:
+        classes_: The two labels, sorted; the direction points to the second.
+        shrinkage_: The shrinkage that was used.
+        means_: Class means, shape (2, n_features).
+        direction_: As long as the gap between the class means along it, shape (n_features,).
+        coef_: Unit direction, shape (1, n_features); zero if the means coincide.
+        intercept_: Shape (1,).
+    """
+
+    def __init__(self, shrinkage: float | str = "auto") -> None:
+        self.shrinkage = shrinkage
+
+    def _learn(self, samples: Floats, index: Ints) -> None:
+        within = samples - self.means_[index]
+        if self.shrinkage == "auto":
+            covariance, self.shrinkage_ = ledoit_wolf(within, assume_centered=True)
+        elif isinstance(self.shrinkage, int | float) and 0 <= self.shrinkage <= 1:
+            self.shrinkage_ = float(self.shrinkage)
+            covariance = shrunk_covariance(within.T @ within / len(within), self.shrinkage_)
+        else:
+            raise ValueError(f"shrinkage is 'auto' or in [0, 1], got {self.shrinkage!r}.")
+        difference = self.means_[1] - self.means_[0]
+        if not covariance.any():  # no spread at all: nothing to whiten with
+            covariance = np.eye(len(difference))
+        try:
+            vector = solve(covariance, difference, assume_a="pos")
+        except LinAlgError:  # singular, without shrinkage
+            vector = np.linalg.lstsq(covariance, difference)[0]
+        self._decide_halfway(vector)
+
+
+class LogisticDirection(_BinaryDirection):
+    """Logistic regression on standardized features, written back in the space of the samples.
+
+    Residual streams have a few features a hundred times larger than the rest; without
+    standardization the penalty would fall on the others alone, and the solver would crawl.
+
+    Args:
+        C: Inverse of the penalty, as in scikit-learn.
+        max_iter: Most iterations of the solver.
+
+    Attributes:
+        classes_: The two labels, sorted; the direction points to the second.
+        means_: Class means, shape (2, n_features).
+        direction_: As long as the gap between the class means along it, shape (n_features,).
+        coef_: Coefficients of the log-odds, shape (1, n_features).
+        intercept_: Shape (1,).
+    """
+
+    def __init__(self, C: float = 1.0, max_iter: int = 1000) -> None:
+        self.C = C
+        self.max_iter = max_iter
+
+    def _learn(self, samples: Floats, index: Ints) -> None:
+        scaler = StandardScaler().fit(samples)
+        model = LogisticRegression(C=self.C, max_iter=self.max_iter)
+        model.fit(scaler.transform(samples), index)
+        self.n_iter_ = model.n_iter_
+        self.coef_ = model.coef_ / scaler.scale_
+        self.intercept_ = model.intercept_ - self.coef_ @ scaler.mean_
+        unit = unit_of(self.coef_[0])
+        self.direction_ = unit * float(unit @ (self.means_[1] - self.means_[0]))
+
+
+class PCADirection(_BinaryDirection):
+    """First principal component of paired differences (Zou et al. 2023, section 3.1).
+
+    The k-th sample of one class is paired with the k-th of the other, in the order given; samples
+    without a partner are left out. The differences are taken with both signs, so that their mean
+    is part of what the component explains.
+
+    Attributes:
+        classes_: The two labels, sorted; the direction points to the second.
+        explained_: Share of the squared differences that lies along the direction.
+        means_: Class means, shape (2, n_features).
+        direction_: As long as the gap between the class means along it, shape (n_features,).
+        coef_: Unit direction, shape (1, n_features); zero if all differences are zero.
+        intercept_: Shape (1,).
+    """
+
+    def _learn(self, samples: Floats, index: Ints) -> None:
+        first, second = (samples[index == k] for k in (0, 1))
+        pairs = min(len(first), len(second))
+        # The principal components of the differences and their negatives, whose mean is zero.
+        _, singular, components = np.linalg.svd(second[:pairs] - first[:pairs], full_matrices=False)
+        total = float((singular**2).sum())
+        self.explained_ = float(singular[0] ** 2) / total if total > 0 else 0.0
+        self._decide_halfway(components[0] if total > 0 else np.zeros(samples.shape[1]))
+
+
+class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
+    """Ridge regression of a graded score on standardized features.
+
+    For items that are not all reasoning or all memory: the score, usually in [0, 1], says how
+    much of each. The direction's length is the change along it from score 0 to score 1.
+
+    Args:
+        alpha: Penalty, as in scikit-learn.
+
+    Attributes:
+        direction_: Shape (n_features,).
+        coef_: Change of the score per unit of each feature, shape (n_features,).
+        intercept_: The score predicted at zero.
+    """
+
+    def __init__(self, alpha: float = 100.0) -> None:
+        self.alpha = alpha
+
+    def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
+        """Fit the direction.
+
+        Args:
+            X: Samples, shape (n_samples, n_features).
+            y: Score of each sample, shape (n_samples,).
+
+        Returns:
+            The estimator itself.
+        """
+        samples, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
+        scores = np.asarray(y, np.float64)
+        scaler = StandardScaler().fit(samples)
+        model = Ridge(alpha=self.alpha).fit(scaler.transform(samples), scores)
+        self.coef_ = model.coef_ / scaler.scale_
+        self.intercept_ = float(model.intercept_ - self.coef_ @ scaler.mean_)
+        self.direction_ = along(self.coef_, samples, scores)
+        return self
+
+    def predict(self, X: npt.ArrayLike) -> Floats:
+        """The predicted score of each sample, shape (n_samples,).
+
+        Args:
+            X: Samples, shape (n_samples, n_features).
+
+        Returns:
+            float64, shape (n_samples,).
+        """
+        check_is_fitted(self)
+        X = validate_data(self, X, dtype=np.float64, reset=False)
+        values: Floats = X @ self.coef_ + self.intercept_
+        return values
+
+
+def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
+    """Scale a vector to the change along it from score 0 to score 1.
+
+    Args:
+        vector: Any length, shape (n_features,).
+        samples: Shape (n_samples, n_features).
+        scores: Shape (n_samples,). For labels 0 and 1 the result spans the class means.
+
+    Returns:
+        The regression of the samples' projections on the scores, along the unit vector, shape
+        (n_features,); zero where the scores are all equal.
+    """
+    unit = unit_of(vector)
+    centred = scores - scores.mean()
+    spread = float(centred @ centred)
+    return unit * (float((samples @ unit) @ centred) / spread if spread > 0 else 0.0)
+
+
+def unit_of(vector: Floats) -> Floats:
+    """The vector at length 1; zero where it is zero."""
+    norm = float(np.linalg.norm(vector))
+    unit: Floats = vector / norm if norm > 0 else vector
+    return unit

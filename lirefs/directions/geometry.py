@@ -1,0 +1,192 @@
+"""Directions among each other, on other questions, and among principal components."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from sklearn.decomposition import PCA
+
+from lirefs.directions.capture import capture, stream
+from lirefs.directions.direction import Direction
+from lirefs.directions.directions import Directions
+from lirefs.errors import DirectionError, QuestionsError
+from lirefs.model.language_model import LanguageModel
+from lirefs.questions import Question, Questions, Split
+from lirefs.statistics.intervals import Estimate, Floats, areas, auroc, interval
+
+COMPONENT_ITEMS = 512
+
+
+def cosines(one: Directions, other: Directions | None = None) -> Floats:
+    """Cosine of every direction with every other, shape (places, places of the other).
+
+    Args:
+        one: Directions; the rows, in their order.
+        other: The columns; None for the same directions.
+
+    Raises:
+        DirectionError: If widths differ.
+    """
+    rows, columns = _units(one), _units(one if other is None else other)
+    if rows.shape[1] != columns.shape[1]:
+        raise DirectionError(f"directions of width {rows.shape[1]} and {columns.shape[1]}")
+    product: Floats = rows @ columns.T
+    return product
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Directions of one question set on the questions of another.
+
+    Attributes:
+        source: Name of the other set.
+        layers: The layers, in order.
+        auroc: Of the projections, for each layer.
+        random: Of random directions with a sign chosen on these very items, which favours them:
+            mean and 95 % range, for each layer.
+    """
+
+    source: str
+    layers: tuple[int, ...]
+    auroc: tuple[Estimate, ...]
+    random: tuple[Estimate, ...]
+
+
+def transfer(
+    lm: LanguageModel,
+    directions: Directions,
+    questions: Questions,
+    fitted_on: Split,
+    *,
+    controls: int = 100,
+    seed: int = 0,
+    progress: bool = True,
+) -> Transfer:
+    """Score directions on questions that they were not fitted on.
+
+    Args:
+        lm: The model.
+        directions: One per layer.
+        questions: The other set; all of it is used.
+        fitted_on: What the directions were fitted and chosen on.
+        controls: Number of random directions.
+        seed: Their seed.
+        progress: Show a progress bar.
+
+    Raises:
+        QuestionsError: If the sets share a question.
+        CaptureError: If activations cannot be read.
+    """
+    must_be_new(questions, fitted_on)
+    layers = [layer for layer, _ in directions]
+    sites = {site for _, site in directions}
+    units = _units(directions)
+    noise = np.random.default_rng(seed).normal(size=(units.shape[1], controls))
+    labels = np.array(questions.labels)
+    projections = np.empty((len(questions), len(layers)))
+    random = np.empty((len(questions), len(layers), controls), np.float32)
+    settings = {"layers": layers, "sites": tuple(sites), "progress": progress}
+    for rows, states in stream(lm, questions.prompts, **settings):  # type: ignore[arg-type]
+        values = states.double().numpy()
+        projections[rows] = np.einsum("npw,pw->np", values, units)
+        random[rows] = values @ noise
+    found = areas(random, labels)
+    found = np.maximum(found, 1 - found)
+    return Transfer(
+        source=questions.source,
+        layers=tuple(layers),
+        auroc=tuple(auroc(projections[:, place], labels) for place in range(len(layers))),
+        random=tuple(Estimate(float(one.mean()), *interval(one), len(labels)) for one in found),
+    )
+
+
+def must_be_new(questions: Questions, fitted_on: Split) -> None:
+    """Look for questions that directions were fitted or chosen on.
+
+    Args:
+        questions: The set to score directions on.
+        fitted_on: What they were fitted and chosen on.
+
+    Raises:
+        QuestionsError: If the sets share a question.
+    """
+    used = {item.key for side in (fitted_on.train, fitted_on.validation) for item in side}
+    shared = [item.id for item in questions if item.key in used]
+    if shared:
+        raise QuestionsError(
+            f"{questions.source}: {len(shared)} question(s) were fitted on, first {shared[0]!r}"
+        )
+
+
+@dataclass(frozen=True, eq=False)
+class Components:
+    """Test states of one layer along the direction and the principal components.
+
+    Attributes:
+        direction: The direction.
+        explained: Share of the variance of train states by component, shape (components,).
+        cosines: Absolute cosine of each component with the direction, shape (components,).
+        random: 97.5th percentile of that cosine for random directions.
+        points: Test states on the first two components, shape (n, 2).
+        axis: The direction's unit vector on the first two components, shape (2,).
+        middle: The middle of the class means on them, shape (2,).
+        labels: Label of each point, shape (n,).
+    """
+
+    direction: Direction
+    explained: Floats
+    cosines: Floats
+    random: float
+    points: Floats
+    axis: Floats
+    middle: Floats
+    labels: Floats
+
+
+def components(
+    lm: LanguageModel, direction: Direction, split: Split, *, count: int = 10, seed: int = 0
+) -> Components:
+    """Principal components of train states at the place of a direction, and test states on them.
+
+    Args:
+        lm: The model.
+        direction: The direction.
+        split: Train items give the components, test items the points; at most 512 of each.
+        count: Number of components.
+        seed: Seed of the random directions.
+
+    Raises:
+        CaptureError: If activations cannot be read.
+    """
+    place = {"layers": [direction.layer], "sites": [direction.site], "progress": False}
+    train, test = _some(split.train), _some(split.test)
+    prompts = [one.prompt for one in (*train, *test)]
+    states = capture(lm, prompts, **place).values[:, 0, 0].double().numpy()  # type: ignore[arg-type]
+    fitted = PCA(min(count, len(train), states.shape[1]), svd_solver="full")
+    fitted.fit(states[: len(train)])
+    unit = direction.unit.double().numpy()
+    noise = np.random.default_rng(seed).normal(size=(1000, len(unit)))
+    noise /= np.linalg.norm(noise, axis=1, keepdims=True)
+    labels = np.array([one.label == "reasoning" for one in (*train, *test)], np.float64)
+    classes = [states[: len(train)][labels[: len(train)] == label].mean(0) for label in (0, 1)]
+    return Components(
+        direction=direction,
+        explained=fitted.explained_variance_ratio_,
+        cosines=np.abs(fitted.components_ @ unit),
+        random=float(np.percentile(np.abs(noise @ fitted.components_[0]), 97.5)),
+        points=fitted.transform(states[len(train) :])[:, :2],
+        axis=fitted.components_[:2] @ unit,
+        middle=fitted.transform(np.mean(classes, axis=0)[None])[0, :2],
+        labels=labels[len(train) :],
+    )
+
+
+def _some(questions: Questions) -> list[Question]:
+    """At most 512 questions, evenly over the set, so that both labels are there."""
+    count = min(len(questions), COMPONENT_ITEMS)
+    return [questions[int(i)] for i in np.linspace(0, len(questions) - 1, count).round()]
+
+
+def _units(directions: Directions) -> Floats:
+    return np.stack([one.unit.double().cpu().numpy() for one in directions.values()])

@@ -1,0 +1,84 @@
+"""What held-out states say about directions: scores, cosines, and the scores of controls."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lirefs.directions.fitting import Learner, decide
+from lirefs.statistics.intervals import Floats, Ints
+
+# Controls give a distribution, not a decision: they need no more items than this on each side.
+CONTROL_ITEMS = 2000
+
+
+class Readings:
+    """Scores of held-out items, filled batch by batch.
+
+    Args:
+        learner: What was learned from train items.
+        labels: Labels of the held-out items, shape (n,).
+        sides: Where validation and test items are among them.
+        controls: Number of random directions.
+        seed: Seed of the random directions.
+
+    Attributes:
+        labels: As given.
+        sides: As given.
+        scores: Decision value of each item at each place, shape (n, places).
+        predicted: Label given to each item, shape (n, places).
+        projections: Component along the unit direction, shape (n, places).
+        cosines: Cosine with the direction, measured from the middle of the train class means,
+            shape (n, places).
+        shuffled: Scores of the shuffled directions for `control_rows`, (rows, places, shuffles).
+        random: Scores of the random directions for `control_rows`, (rows, places, controls).
+        control_rows: Items on which the controls are scored, for validation and test.
+    """
+
+    def __init__(
+        self, learner: Learner, labels: Ints, sides: list[slice], controls: int, seed: int
+    ) -> None:
+        self.labels = labels
+        self.sides = sides
+        self._learner = learner
+        n, (places, _, width) = len(labels), learner.means.shape
+        vectors = np.stack([learner.vector(place) for place in range(places)])
+        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+        self._units = vectors / np.where(norms > 0, norms, 1.0)
+        self._middles = learner.means.mean(axis=1)
+        noise = np.random.default_rng(seed).normal(size=(width, controls))
+        # A random direction is given the better of its two signs on train items, as a fitted one.
+        sign = np.sign((learner.means[:, 1] - learner.means[:, 0]) @ noise)
+        self._random = noise[None] * np.where(sign == 0, 1.0, sign)[:, None]
+        self.scores = np.empty((n, places))
+        self.predicted = np.empty((n, places), np.int64)
+        self.projections = np.empty((n, places))
+        self.cosines = np.empty((n, places))
+        self.control_rows = [_spread_out(side) for side in sides]
+        chosen = np.concatenate(self.control_rows)
+        self._slot = np.full(n, -1)
+        self._slot[chosen] = np.arange(len(chosen))
+        self.shuffled = np.empty((len(chosen), places, learner.null.shape[2]), np.float32)
+        self.random = np.empty((len(chosen), places, controls), np.float32)
+
+    def add(self, rows: list[int], states: Floats) -> None:
+        """Take in states of held-out items `rows`, shape (rows, places, width)."""
+        index = np.asarray(rows)
+        for place, one in enumerate(self._learner.fitted):
+            scores, predicted = decide(one, states[:, place])
+            self.scores[index, place], self.predicted[index, place] = scores, predicted
+        self.projections[index] = np.einsum("npw,pw->np", states, self._units)
+        centred = states - self._middles
+        lengths = np.maximum(np.linalg.norm(centred, axis=2), 1e-300)
+        self.cosines[index] = np.einsum("npw,pw->np", centred, self._units) / lengths
+        slots = self._slot[index]
+        # Centred, because a large common part would drown the differences in float32.
+        kept = centred[slots >= 0].transpose(1, 0, 2)
+        slots = slots[slots >= 0]
+        self.shuffled[slots] = (kept @ self._learner.null).transpose(1, 0, 2)
+        self.random[slots] = (kept @ self._random).transpose(1, 0, 2)
+
+
+def _spread_out(side: slice) -> Ints:
+    """At most `CONTROL_ITEMS` items of a side, evenly over it, so that both classes are there."""
+    count = min(side.stop - side.start, CONTROL_ITEMS)
+    return np.linspace(side.start, side.stop - 1, count).round().astype(np.int64)

@@ -1,0 +1,1 @@
+"""Steering carried over to other runtimes and file formats."""

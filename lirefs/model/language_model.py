@@ -1,0 +1,207 @@
+"""A language model with its tokenizer and its layout, from wherever it comes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lirefs.errors import SettingError
+from lirefs.model.batching import batches_by_tokens
+from lirefs.model.fingerprint import fingerprint, tokenizer_hash
+from lirefs.model.guest import accepts, evaluating, input_device
+from lirefs.model.layout import Layout
+from lirefs.model.layout_search import find_layout
+
+
+class LanguageModel:
+    """A decoder and its tokenizer. Made by ``load`` or ``wrap``.
+
+    The model is a guest: nothing here changes its weights, hooks or training mode.
+
+    Attributes:
+        model: The ``transformers`` model.
+        tokenizer: Its tokenizer.
+        layout: Where its parts are, verified.
+        name: What it is called in reports.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, layout: Layout, name: str) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.layout = layout
+        self.name = name
+        self._tokenizer_fingerprint: str | None = None
+
+    def __repr__(self) -> str:
+        return f"LanguageModel({self.name!r}, layers={self.n_layers}, width={self.width})"
+
+    @property
+    def device(self) -> torch.device:
+        """The device on which the model expects its token ids."""
+        return input_device(self.model)
+
+    @property
+    def n_layers(self) -> int:
+        """Number of decoder blocks."""
+        return self.layout.n_layers
+
+    @property
+    def width(self) -> int:
+        """Size of the residual stream."""
+        return self.layout.width
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the configuration and of every parameter, as 64 hex digits.
+
+        Computed when first asked for, and again after a parameter was replaced or changed in
+        place. (A change through ``parameter.data`` is invisible to PyTorch, and so to this.)
+
+        Raises:
+            ProvenanceError: A weight is offloaded and cannot be read.
+        """
+        return fingerprint(self.model)
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """SHA-256 of the vocabulary, the rules and the special tokens, as 64 hex digits."""
+        if self._tokenizer_fingerprint is None:
+            self._tokenizer_fingerprint = tokenizer_hash(self.tokenizer)
+        return self._tokenizer_fingerprint
+
+    def encode(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
+        """Return the token ids of each prompt, without padding.
+
+        Args:
+            prompts: Texts.
+            add_special_tokens: Whether the tokenizer adds its own (a beginning-of-sequence token,
+                say).
+
+        Returns:
+            One list of ids for each prompt.
+
+        Raises:
+            SettingError: ``prompts`` is one string, or holds something that is not a string.
+        """
+        if isinstance(prompts, str):
+            raise SettingError("encode takes a list of prompts, got one string: use [prompt]")
+        texts = list(prompts)
+        for index, text in enumerate(texts):
+            if not isinstance(text, str):
+                raise SettingError(f"prompt {index} is not a string but {type(text).__name__}")
+        if not texts:
+            return []
+        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=False)
+        return [list(map(int, ids)) for ids in encoded["input_ids"]]
+
+    def pad(self, ids: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
+        """Return a batch for the model.
+
+        Args:
+            ids: Token ids of each sequence, not one empty.
+            side: Where the padding goes, ``left`` or ``right``.
+
+        Returns:
+            ``input_ids`` and ``attention_mask``, and ``position_ids`` if the model takes them:
+            integers, ``(batch, tokens)``, on the model's device. Positions count real tokens
+            from 0; padding on the left has position 0.
+
+        Raises:
+            SettingError: An unknown side, no sequence, or an empty sequence.
+        """
+        if side not in ("left", "right"):
+            raise SettingError(f"side must be 'left' or 'right', got {side!r}")
+        if not ids:
+            raise SettingError("nothing to pad: the list of sequences is empty")
+        for index, row in enumerate(ids):
+            if not len(row):
+                raise SettingError(f"sequence {index} has no token: the prompt is empty")
+        longest = max(map(len, ids))
+        input_ids = torch.full((len(ids), longest), self._pad_id)
+        mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(ids):
+            span = slice(longest - len(row), None) if side == "left" else slice(len(row))
+            input_ids[index, span] = torch.as_tensor(list(row))
+            mask[index, span] = 1
+        batch = {"input_ids": input_ids, "attention_mask": mask}
+        if accepts(self.model, "position_ids"):
+            batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
+        return {name: tensor.to(self.device) for name, tensor in batch.items()}
+
+    def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **kwargs: Any) -> Any:
+        """Continue one prompt, or a batch of prompts padded on the left.
+
+        Args:
+            prompt: One prompt or a sequence of them.
+            max_new_tokens: The most tokens to add.
+            **kwargs: For ``model.generate``. Decoding is greedy unless ``do_sample`` is set.
+
+        Returns:
+            The new text alone, without special tokens: a string for a string, else a list.
+
+        Raises:
+            SettingError: A prompt is empty.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            return []
+        batch = self.pad(self.encode(prompts))
+        batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
+        settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self._pad_id, **kwargs}
+        if not settings["do_sample"]:
+            # A model's own sampling settings would only raise a warning that they are unused.
+            settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
+        with evaluating(self.model):
+            out = self.model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
+        start = batch["input_ids"].shape[1]
+        texts = [self.tokenizer.decode(row[start:], skip_special_tokens=True) for row in out]
+        return texts[0] if isinstance(prompt, str) else texts
+
+    @property
+    def _pad_id(self) -> int:
+        """The id to pad with; any will do, because padding is masked."""
+        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
+            if token is not None:
+                return int(token)
+        return 0
+
+
+def wrap(
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    layout: Mapping[str, str] | None = None,
+    name: str | None = None,
+) -> LanguageModel:
+    """Make a ``LanguageModel`` of a model and a tokenizer that are already in memory.
+
+    Args:
+        model: A decoder; it is not changed.
+        tokenizer: Its tokenizer.
+        layout: Names of parts, for a model whose parts are not found by themselves.
+        name: What to call it; the model's ``name_or_path`` or its class by default.
+
+    Returns:
+        Model, tokenizer and verified layout.
+
+    Raises:
+        LayoutError: The parts of the model were not found.
+        SettingError: ``layout`` has an unknown part.
+    """
+    called = name or getattr(model, "name_or_path", "") or type(model).__name__
+    return LanguageModel(model, tokenizer, find_layout(model, layout), str(called))
+
+
+BATCH_TOKENS = 1024
+
+
+def batches_of(
+    lm: LanguageModel, ids: Sequence[Sequence[int]]
+) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
+    """Return the order in which texts come, and right-padded batches of their token ids."""
+    groups = batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
+    batches = [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
+    return [row for rows in groups for row in rows], batches

@@ -1,0 +1,266 @@
+"""Find the parts of a model by shape and name; believe them only after a forward pass.
+
+Names lie: ``post_attention_layernorm`` stands before the MLP in Llama and after the attention in
+OLMo 2. So every candidate is checked on a short input against what the words promise, first of all
+``resid_pre + attn_out + mlp_out == resid_post``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from lirefs.errors import LayoutError, SettingError
+from lirefs.model.guest import maybe_call, text_config
+from lirefs.model.layout import Layout
+from lirefs.model.observe import Seen, observe
+
+_PARTS = ("blocks", "attention", "mlp", "final_norm", "unembedding")
+_BY_HAND = (
+    "name the parts by hand: lirefs.wrap(model, tokenizer, layout={'blocks': 'model.layers', "
+    "'attention': 'self_attn', 'mlp': 'mlp', 'final_norm': 'model.norm', 'unembedding': 'lm_head'})"
+)
+_LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
+
+
+def layout_of(model: nn.Module) -> Layout:
+    """Return the layout of ``model``, found and verified the first time it is asked for.
+
+    Raises:
+        LayoutError: As ``find_layout``.
+    """
+    known = _LAYOUTS.get(model)
+    return find_layout(model) if known is None else known
+
+
+def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Layout:
+    """Find the parts of a decoder and verify them with one forward pass on a few tokens.
+
+    The model's hooks, training flags and random state are left as they were.
+
+    Args:
+        model: A decoder of ``transformers``, or any module called with ``input_ids``.
+        overrides: Names of parts found by hand: ``blocks``, ``attention``, ``mlp``,
+            ``final_norm``, ``unembedding``. ``attention`` and ``mlp`` count from a block.
+
+    Returns:
+        The layout, also remembered for ``layout_of``.
+
+    Raises:
+        SettingError: ``overrides`` has an unknown part.
+        LayoutError: The parts were not found, or a part named by hand failed its check.
+    """
+    given = dict(overrides or {})
+    for part in given:
+        if part not in _PARTS:
+            raise SettingError(f"unknown part {part!r} in layout: use {', '.join(_PARTS)}")
+    candidates = _block_lists(model, given.get("blocks"))
+    if not candidates:
+        raise LayoutError(f"no list of decoder blocks found in {_found(model)}; {_BY_HAND}")
+    norms = _norms_outside(model, candidates, given.get("final_norm"))
+    head = _unembedding_name(model, given.get("unembedding"))
+    watched = {name: _get(model, name) for name in [*norms, *([head] if head else [])]}
+    for blocks in candidates:
+        for index, block in enumerate(_children(model, blocks)):
+            watched[f"{blocks}.{index}"] = block
+            watched |= {
+                f"{blocks}.{index}.{name}": module for name, module in block.named_modules() if name
+            }
+    seen = observe(model, watched)
+    problems = []
+    for blocks in candidates:
+        try:
+            layout = _verified(model, blocks, norms, head, given, seen)
+        except LayoutError as problem:
+            problems.append(str(problem))
+            continue
+        _LAYOUTS[model] = layout
+        return layout
+    raise LayoutError(f"{'; '.join(problems)}; found in {_found(model)}; {_BY_HAND}")
+
+
+def _verified(
+    model: nn.Module,
+    blocks: str,
+    norms: list[str],
+    head: str | None,
+    given: Mapping[str, str],
+    seen: Mapping[str, Seen],
+) -> Layout:
+    """Return the layout with ``blocks`` as the block list, or raise what speaks against it."""
+    n_layers = len(_children(model, blocks))
+    chain = [seen[f"{blocks}.{index}"] for index in range(n_layers)]
+    for index, one in enumerate(chain):
+        if one.input is None or one.output is None or one.output.dim() != 3:
+            raise LayoutError(f"{blocks}.{index} did not carry hidden states (batch, tokens, d)")
+        if index and not _same(chain[index - 1].output, one.input):
+            raise LayoutError(f"the output of {blocks}.{index - 1} is not the input of the next")
+    last = chain[-1].output
+    assert last is not None  # checked above; tells the type checker
+
+    fitting = [name for name in norms if _same(seen[name].input, last)]
+    if not fitting and "final_norm" in given:
+        raise LayoutError(f"{given['final_norm']} does not read the output of the last block")
+    # Where several norms read it (multi-token heads), the one before the unembedding is meant.
+    fitting.sort(key=lambda name: head is None or not _same(seen[name].output, seen[head].input))
+    final_norm = fitting[0] if fitting else None
+    end = seen[final_norm].output if final_norm else last
+    if head is not None and not _same(end, seen[head].input):
+        if "unembedding" in given:
+            raise LayoutError(
+                f"{head} does not read the output of {final_norm or 'the last block'}"
+            )
+        head = None
+
+    attention, mlp = _additive_pair(model, blocks, given, seen)
+    block = _children(model, blocks)[0]
+    return Layout(
+        blocks=blocks,
+        attention=attention,
+        mlp=mlp,
+        final_norm=final_norm,
+        unembedding=head,
+        n_layers=n_layers,
+        width=last.shape[-1],
+        norms=tuple(name for name, module in block.named_children() if _is_norm(module)),
+    )
+
+
+def _additive_pair(
+    model: nn.Module, blocks: str, given: Mapping[str, str], seen: Mapping[str, Seen]
+) -> tuple[str | None, str | None]:
+    """Return the modules whose outputs attention and MLP add, or (None, None) if none fit."""
+    members = _children(model, blocks)
+    block = members[0]
+    children = dict(block.named_children())
+    norms = [name for name, module in children.items() if _is_norm(module)]
+    # Not GPT-NeoX's dropouts, which give the same numbers but hold nothing.
+    others = [
+        name
+        for name, module in children.items()
+        if name not in norms and next(module.parameters(), None) is not None
+    ]
+    attentions = [name for name in others if "attn" in name or "attention" in name]
+    mlps = [name for name in others if name not in attentions]
+    # The child itself; the norm after it (post-norm models); the projection inside it, for models
+    # that add the residual inside the child (Bloom).
+    first = [*attentions, *norms, *_projections(block, attentions)]
+    second = [*mlps, *norms, *_projections(block, mlps)]
+    if "attention" in given:
+        first = [given["attention"]]
+    if "mlp" in given:
+        second = [given["mlp"]]
+    for name in {"attention", "mlp"} & set(given):
+        _get(block, given[name])
+    ends = (0, len(members) - 1)
+    for pair in itertools.product(first, second):
+        if pair[0] != pair[1] and all(_adds_up(f"{blocks}.{i}", pair, seen) for i in ends):
+            return pair
+    if "attention" in given or "mlp" in given:
+        raise LayoutError(
+            f"resid_pre + {'|'.join(first)} + {'|'.join(second)} does not equal resid_post"
+        )
+    return None, None
+
+
+def _adds_up(block: str, pair: tuple[str, str], seen: Mapping[str, Seen]) -> bool:
+    """Return whether the outputs of ``pair`` are what ``block`` added, at every position."""
+    before, after = seen[block].input, seen[block].output
+    if before is None or after is None:
+        return False
+    change = after.double() - before.double()
+    rest = change.clone()
+    for name in pair:
+        output = seen.get(f"{block}.{name}", Seen()).output
+        if output is None or output.numel() != change.numel():
+            return False
+        rest -= output.double().reshape(change.shape)
+    # Measured against the change and not the stream, which in some layers is a thousand times
+    # larger; the second term is the rounding of the stream itself in a half-precision model.
+    rounding = torch.finfo(after.dtype).eps * (before.double().norm(dim=-1) + after.norm(dim=-1))
+    return bool((rest.norm(dim=-1) <= 1e-3 * change.norm(dim=-1) + rounding).all())
+
+
+def _block_lists(model: nn.Module, named: str | None) -> list[str]:
+    """Return names of the lists that may be the decoder's blocks, outermost first."""
+    if named is not None:
+        if not isinstance(_get(model, named), nn.ModuleList | nn.Sequential):
+            raise LayoutError(f"{named} is not a ModuleList or Sequential; {_BY_HAND}")
+        return [named] if _children(model, named) else []
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise LayoutError(f"{type(model).__name__} is an encoder-decoder; a decoder is expected")
+    count = getattr(text_config(model), "num_hidden_layers", None)
+    names: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{outer}.") for outer in names)
+        fits = isinstance(module, nn.ModuleList) and len(module) == count and not inside
+        if fits and len({type(member) for member in module.children()}) == 1:
+            names.append(name)
+    return names
+
+
+def _norms_outside(model: nn.Module, lists: list[str], named: str | None) -> list[str]:
+    """Return names of the norms that are in none of the block lists."""
+    if named is not None:
+        _get(model, named)
+        return [named]
+    return [
+        name
+        for name, module in model.named_modules()
+        if _is_norm(module) and not any(name.startswith(f"{blocks}.") for blocks in lists)
+    ]
+
+
+def _unembedding_name(model: nn.Module, named: str | None) -> str | None:
+    """Return the name of the output projection, or None if the model has none."""
+    if named is not None:
+        _get(model, named)
+        return named
+    head = maybe_call(model, "get_output_embeddings")
+    return next((name for name, module in model.named_modules() if module is head), None)
+
+
+def _projections(block: nn.Module, children: list[str]) -> list[str]:
+    """Return names of the matrices inside ``children``, the last one first."""
+    return [
+        f"{child}.{name}"
+        for child in children
+        for name, module in reversed(list(block.get_submodule(child).named_modules()))
+        if name and getattr(module, "weight", None) is not None and module.weight.dim() == 2
+    ]
+
+
+def _children(model: nn.Module, blocks: str) -> list[nn.Module]:
+    return list(model.get_submodule(blocks).children())
+
+
+def _get(model: nn.Module, name: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise LayoutError(f"{type(model).__name__} has no module {name!r}; {_BY_HAND}") from None
+
+
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    """Return whether two recorded tensors are the same numbers."""
+    return one is not None and other is not None and torch.equal(one, other)
+
+
+def _found(model: nn.Module) -> str:
+    """Return the class and the module lists of ``model``, for a message."""
+    lists = [
+        f"{name} ({len(module)} x {type(module[0]).__name__})"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module)
+    ]
+    count = getattr(text_config(model), "num_hidden_layers", "unknown")
+    shown = ", ".join(lists[:6]) or "none"
+    return f"{type(model).__name__}: ModuleLists {shown}; config.num_hidden_layers {count}"

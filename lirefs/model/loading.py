@@ -1,0 +1,186 @@
+"""Models by name: built-in, a folder, a GGUF file, the hub; and why one could not be loaded."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
+from safetensors import SafetensorError, safe_open
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+from lirefs.errors import ModelLoadError, ModelNotFoundError, SettingError, first_line
+from lirefs.files import cache_dir, parse_json
+from lirefs.model.builtin import BUILTIN
+from lirefs.model.gguf_header import check_header
+from lirefs.model.language_model import LanguageModel, wrap
+
+_HUB_SECONDS = 5.0
+_PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""Files without which a built-in model is not whole."""
+_LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
+_MOST_LAYERS = 1_000
+"""Where the number of weights is not known, since they lie in several files."""
+
+
+def load(
+    name: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    device_map: Any = None,
+    trust_remote_code: bool = False,
+    layout: Mapping[str, str] | None = None,
+) -> LanguageModel:
+    """Load a model by built-in name, folder, ``.gguf`` file or hub id, in evaluation mode.
+
+    Args:
+        name: The model. Built-in: ``organism``, which comes with the package, and
+            ``smollm2-135m``, fetched once and then kept in the cache.
+        device: CUDA where there is one, else the CPU, by default. Not used with ``device_map``.
+        dtype: float32 on the CPU and the checkpoint's own type on CUDA by default.
+        device_map: Passed to ``from_pretrained``, for models on several devices.
+        trust_remote_code: Whether to run code that comes with the checkpoint.
+        layout: Names of parts, for a model whose parts are not found by themselves.
+
+    Returns:
+        Model, tokenizer and verified layout, in evaluation mode.
+
+    Raises:
+        ModelNotFoundError: Nothing answers to the name, or the hub could not be reached.
+        ModelLoadError: What was found could not be read.
+        DownloadError: A built-in model could not be fetched.
+        LayoutError: The parts of the model were not found.
+        SettingError: `device` and `device_map` are both given, or `layout` has an unknown part.
+    """
+    if device_map is not None and device is not None:
+        raise SettingError("give device or device_map, not both")
+    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if dtype is None:
+        dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
+    source, common = _resolve(os.fspath(name))
+    common["trust_remote_code"] = trust_remote_code
+    extra: dict[str, Any] = {"dtype": dtype}
+    if "gguf_file" in common:
+        # Otherwise a quantizer stays attached, and the model can be neither edited nor saved.
+        extra["quantization_config"] = GgufConfig(dequantize=True)
+    if device_map is not None:
+        extra["device_map"] = device_map
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **common)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source, **common, **extra, output_loading_info=True
+        )
+    except Exception as problem:
+        raise _load_error(str(name), source, common, problem) from problem
+    model, told = loaded
+    if lacking := sorted(told["missing_keys"]):
+        raise ModelLoadError(
+            f"{name}: {len(lacking)} weights are missing, first {lacking[0]}, and would be random "
+            "numbers; the file is damaged, or its configuration is of another model"
+        )
+    if device_map is None:
+        model = model.to(place)
+    return wrap(model.eval(), tokenizer, layout=layout, name=str(name))
+
+
+def _resolve(name: str) -> tuple[str, dict[str, Any]]:
+    """Return what to give to ``from_pretrained``, and with which further arguments."""
+    if name in BUILTIN:
+        folder = BUILTIN[name]()
+        if lost := [one for one in _PARTS if not (folder / one).is_file()]:
+            # Without its tokenizer's settings a model would load, and read other tokens.
+            raise ModelLoadError(f"{name}: {', '.join(lost)} is missing{_remedy(str(folder))}")
+        return str(folder), {"local_files_only": True}
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        if not path.is_file():
+            raise ModelNotFoundError(f"{name}: no such GGUF file")
+        try:
+            if check_header(path) is None:
+                raise ValueError("its header does not say how many blocks the model has")
+        except (ValueError, OSError) as problem:
+            raise ModelLoadError(
+                f"{name}: not a GGUF file, or damaged ({problem}); fetch it again"
+            ) from problem
+        return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelNotFoundError(f"{name}: a folder without config.json, so not a model")
+        _check_layers(path / "config.json")
+        return str(path), {"local_files_only": True}
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        raise ModelNotFoundError(_unknown(name)) from None
+    # Asked once, briefly: without an answer transformers would try again for a minute.
+    return name, {} if _hub_answers() else {"local_files_only": True}
+
+
+def _check_layers(file: Path) -> None:
+    """Refuse a configuration with more layers than weights: making them may take all memory.
+
+    Raises:
+        ModelLoadError: It has, or it is no JSON object.
+    """
+    try:
+        config = parse_json(file.read_text("utf-8"))
+        most = _MOST_LAYERS
+        one = file.with_name("model.safetensors")  # there may be several files, or another kind
+        with suppress(SafetensorError, OSError), safe_open(one, framework="pt") as weights:
+            most = len(weights.keys())
+        for part in (config, config.get("text_config")):
+            for key in _LAYERS & set(part or ()):
+                if isinstance(part[key], int | float) and part[key] > most:
+                    raise ValueError(f"{key} is {part[key]}, more than {most}")
+    except (OSError, ValueError, TypeError, AttributeError) as problem:
+        raise ModelLoadError(
+            f"{file}: damaged ({problem}); fetch or write the model again"
+        ) from problem
+
+
+def _hub_answers() -> bool:
+    """Return whether the hub answers within a few seconds."""
+    try:
+        get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
+    except Exception:  # whatever it is, offline mode included, there is no hub to ask
+        return False
+    return True
+
+
+def _unknown(name: str) -> str:
+    return (
+        f"{name}: no such model; expected a built-in name ({', '.join(sorted(BUILTIN))}), a folder "
+        "with config.json, a .gguf file or a hub id"
+    )
+
+
+def _load_error(
+    name: str, source: str, common: Mapping[str, Any], problem: Exception
+) -> ModelNotFoundError | ModelLoadError:
+    """Return the error of this package for an exception of ``transformers``."""
+    reason = first_line(problem)
+    from_hub = source == name and not Path(source).expanduser().is_dir()
+    if from_hub and isinstance(problem, OSError):
+        if common.get("local_files_only"):
+            offline = "it is not in the local cache and the hub could not be reached"
+            return ModelNotFoundError(f"{_unknown(name)}; {offline}")
+        return ModelNotFoundError(f"{_unknown(name)}; the hub says: {reason}")
+    kind = "the GGUF file is damaged or of an unknown kind" if "gguf_file" in common else "failed"
+    remedy = _remedy(source) if name in BUILTIN else ""
+    return ModelLoadError(
+        f"{name}: could not be loaded, {kind}: {type(problem).__name__}: {reason}{remedy}"
+    )
+
+
+def _remedy(folder: str) -> str:
+    """Return what to do about the folder of a built-in model that is damaged."""
+    if Path(folder).is_relative_to(cache_dir()):
+        return f"; remove {folder}, and the next call makes it again"
+    return f"; {folder} belongs to this package, so install that again"

@@ -1,0 +1,145 @@
+"""The recipe that made the shipped weights: `lirefs organism train FOLDER`.
+
+Batches are a function of (seed, step) alone and the learning rate of the step alone, so a run that
+is stopped and resumed sees the same data as one that is not.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lirefs.files import append_text
+from lirefs.organism.documents import Documents
+from lirefs.organism.language import Language
+from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
+from lirefs.organism.training.muon import Muon
+from lirefs.organism.training.packing import Packer, batch_loss
+from lirefs.organism.training.recipe import ModelShape, Recipe
+from lirefs.organism.training.scores import scores
+from lirefs.organism.vocabulary import build_tokenizer
+
+SCORE_EVERY, SCORED_ITEMS = 1_000_000, 60
+"""Tokens between two lines of the log, and validation items of each kind that are scored there."""
+
+
+def make_model(
+    shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> LlamaForCausalLM:
+    """A freshly initialised decoder for a language (draws from torch's global generator).
+
+    Its config carries the language's seed, so that a folder says what its model was taught.
+    """
+    config = LlamaConfig(  # type: ignore[call-arg]
+        language_seed=seed,
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden,
+        num_hidden_layers=shape.layers,
+        intermediate_size=shape.mlp,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=shape.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=shape.hidden**-0.5 / 2,
+        attn_implementation="eager",
+    )
+    return LlamaForCausalLM(config)
+
+
+def train(
+    out: Path,
+    seed: int = 0,
+    recipe: Recipe | None = None,
+    device: str = "cpu",
+    compiled: bool = False,
+    save_every: float = 240.0,
+    progress: bool = True,
+) -> LlamaForCausalLM:
+    """Train an organism, or go on with the one whose training state lies in the folder.
+
+    Args:
+        out: Folder for the model, the tokenizer, the training state and `log.jsonl`.
+        seed: Seed of language, weights and data.
+        recipe: Sizes, schedule and mixture.
+        device: Where to train; bfloat16 autocast is used everywhere.
+        compiled: Compile the loss (needs a C++ compiler; about 1.4 times faster).
+        save_every: Seconds between checkpoints.
+        progress: Show a progress bar.
+
+    Returns:
+        The trained model, in evaluation mode.
+
+    Raises:
+        CheckpointMismatch: If the folder holds the state of another seed or shape.
+    """
+    recipe = recipe or Recipe()
+    out.mkdir(parents=True, exist_ok=True)
+    language, tokenizer = Language(seed), build_tokenizer()
+    torch.manual_seed(seed)
+    model = make_model(recipe.shape, tokenizer, seed)
+    nn.Module.to(model, device)
+    optimizers = make_optimizers(model, recipe)
+    step = load_checkpoint(out, model, optimizers, seed, device)
+    packers = [
+        Packer(Documents(language, stage), tokenizer, recipe.rows, recipe.row_tokens)
+        for _, stage in recipe.stages
+    ]
+    loss_of = torch.compile(batch_loss) if compiled else batch_loss
+    step_tokens = recipe.rows * recipe.row_tokens
+    bar = tqdm(total=recipe.steps, initial=step, unit="step", desc="train", disable=not progress)
+    saved, started, total, since = time.monotonic(), time.monotonic(), 0.0, 0
+    while step < recipe.steps:
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = recipe.rate_at(step)
+        batch = packers[recipe.stage_at(step)].batch(seed, step).to(device)
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            loss = loss_of(model, batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        bar.update()
+        total, since = total + loss.item(), since + 1
+        done = step == recipe.steps
+        if done or step * step_tokens // SCORE_EVERY > (step - 1) * step_tokens // SCORE_EVERY:
+            seconds = time.monotonic() - started
+            entry: dict[str, object] = {
+                "step": step,
+                "tokens": step * step_tokens,
+                "loss": round(total / since, 4),
+                "tokens_per_second": round(since * step_tokens / seconds),
+                **scores(model, tokenizer, language, "validation", SCORED_ITEMS),
+            }
+            append_text(out / "log.jsonl", json.dumps(entry) + "\n")
+            started, total, since = time.monotonic(), 0.0, 0
+        if done or time.monotonic() - saved > save_every:
+            save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))
+            saved = time.monotonic()
+    bar.close()
+    model.train(False)
+    return model
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
+    blocks = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    return [
+        Muon(blocks, lr=recipe.rate_at(0), weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(
+            others, lr=recipe.rate_at(0), betas=(0.9, 0.98), weight_decay=0.0, fused=True
+        ),
+    ]

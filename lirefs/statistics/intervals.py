@@ -1,0 +1,196 @@
+"""Intervals for the numbers that are reported: arrays in, numbers out."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.stats import norm, rankdata
+from scipy.stats import t as student
+from sklearn.metrics import roc_auc_score
+
+from lirefs.errors import SettingError
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+
+# Counts held at once by a bootstrap, which is otherwise resamples times items.
+CHUNK = 1 << 20
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95 % interval and its number of items."""
+
+    value: float
+    low: float
+    high: float
+    n: int
+
+    def __format__(self, spec: str) -> str:
+        spec = spec or ".3f"
+        return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
+
+    def to_dict(self) -> dict[str, float]:
+        """As a JSON object."""
+        return asdict(self)
+
+
+def wilson(successes: int, n: int, z: float = 1.959964) -> Estimate:
+    """Share of successes with the Wilson score interval (right at 0 and 100 %, unlike Wald).
+
+    Args:
+        successes: Number of successes.
+        n: Number of trials, at least 1.
+        z: Normal quantile; the default gives 95 %.
+    """
+    share = successes / n
+    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    # Rounding must not put a limit on the wrong side of the share, or beyond 0 and 1.
+    low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
+    return Estimate(share, min(low, share), max(high, share), n)
+
+
+def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> Floats:
+    """How often each of n items is drawn in each bootstrap resample, shape (resamples, n)."""
+    generator = np.random.default_rng(seed)
+    return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
+
+
+def interval(values: Floats, n: int | None = None) -> tuple[float, float]:
+    """The 2.5 and 97.5 percentiles, non-finite resamples left out.
+
+    Args:
+        values: Resampled values, shape (resamples,).
+        n: Number of items that were resampled. Given it, the percentiles are expanded as far as a
+            t interval with the unbiased variance is wider than a normal one with the bootstrap's
+            (Hesterberg 2015, section 5.1), which matters for fewer than some 40 items.
+    """
+    finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        return float("nan"), float("nan")
+    tail = 2.5
+    if n is not None:
+        tail = 100 * norm.cdf(-np.sqrt(n / (n - 1)) * student.ppf(0.975, n - 1)) if n > 1 else 0.0
+    low, high = np.percentile(finite, [tail, 100 - tail])
+    return float(low), float(high)
+
+
+def auroc(
+    scores: npt.ArrayLike, labels: npt.ArrayLike, resamples: int = RESAMPLES, seed: int = 0
+) -> Estimate:
+    """Area under the ROC curve with a bootstrap interval, resampled within each class.
+
+    Args:
+        scores: Shape (n,); larger means class 1. Ties count half.
+        labels: Shape (n,); 0 or 1, both present.
+        resamples: Number of bootstrap resamples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The area with its interval; n counts both classes.
+
+    Raises:
+        SettingError: The shapes differ, a score is NaN, or one class is missing.
+    """
+    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    if scores.ndim != 1 or scores.shape != labels.shape or np.isnan(scores).any():
+        raise SettingError("AUROC needs one number and one label for each item")
+    if set(np.unique(labels)) != {0, 1}:
+        raise SettingError("AUROC needs items of both classes, labelled 0 and 1")
+    value = float(roc_auc_score(labels, scores))
+    positive, negative = scores[labels == 1], scores[labels == 0]
+    # AUROC = mean over pairs of [p > n] + [p = n] / 2, so a resample only reweights the pairs: a
+    # positive wins the weight of the negatives below it, and half the weight of those beside it.
+    order = np.argsort(negative)
+    below = np.searchsorted(negative, positive, "left", sorter=order)
+    up_to = np.searchsorted(negative, positive, "right", sorter=order)
+    first, second = np.random.default_rng(seed), np.random.default_rng(seed + 1)
+    areas = np.empty(resamples)
+    step = max(1, CHUNK // len(scores))
+    for begin in range(0, resamples, step):
+        size = min(step, resamples - begin)
+        rows = resample_counts(len(positive), size, first)
+        columns = resample_counts(len(negative), size, second)[:, order]
+        weight = np.pad(columns.cumsum(axis=1), ((0, 0), (1, 0)))
+        wins = np.einsum("rn,rn->r", rows, weight[:, below] + weight[:, up_to])
+        areas[begin : begin + size] = wins / (2 * len(positive) * len(negative))
+    return Estimate(value, *interval(areas), len(scores))
+
+
+def areas(scores: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
+    """Areas under many ROC curves at once.
+
+    Args:
+        scores: Shape (n, ...); larger means class 1.
+        labels: 0 or 1, both present, shape (n,) or one that broadcasts to the shape of scores.
+
+    Returns:
+        Shape (...).
+    """
+    ranks = rankdata(scores, axis=0)
+    positive = labels.reshape(labels.shape + (1,) * (scores.ndim - labels.ndim))
+    ones = positive.sum(axis=0)
+    zeros = len(scores) - ones
+    area: Floats = ((ranks * positive).sum(axis=0) - ones * (ones + 1) / 2) / (ones * zeros)
+    return area
+
+
+def correlation(one: Floats, other: Floats, ranks: bool = False) -> Estimate:
+    """Pearson correlation, or Spearman's of the ranks, with an interval by Fisher's z.
+
+    The variance of Spearman's z follows Bonett and Wright (2000).
+
+    Args:
+        one: Shape (n,).
+        other: Shape (n,).
+        ranks: Whether to correlate ranks.
+
+    Returns:
+        NaN where one of them is constant; an infinitely wide interval below 4 values.
+    """
+    n = len(one)
+    if ranks:
+        one, other = rankdata(one), rankdata(other)
+    first, second = one - one.mean(), other - other.mean()
+    product = float(np.linalg.norm(first) * np.linalg.norm(second))
+    value = float(first @ second) / product if product > 0 else float("nan")
+    if n < 4 or not np.isfinite(value):
+        return Estimate(value, -1.0, 1.0, n)
+    half = 1.959964 * np.sqrt((1 + value**2 / 2 if ranks else 1.0) / (n - 3))
+    z = np.arctanh(np.clip(value, -1 + 1e-15, 1 - 1e-15))
+    return Estimate(value, float(np.tanh(z - half)), float(np.tanh(z + half)), n)
+
+
+def permutation_p(one: Floats, other: Floats, shuffles: int = 9999, seed: int = 0) -> float:
+    """Two-sided p-value of Spearman's correlation: the share of random orders that reach it.
+
+    Unlike the interval of `correlation`, it holds for a handful of values.
+
+    Args:
+        one: Shape (n,).
+        other: Shape (n,).
+        shuffles: Random orders of `other`; the order that was found counts as one more.
+        seed: Seed of the orders.
+
+    Returns:
+        NaN where one of them is constant.
+    """
+    first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
+    if not (first.any() and second.any()):
+        return float("nan")
+    generator = np.random.default_rng(seed)
+    orders = generator.permuted(np.tile(second, (shuffles, 1)), axis=1)
+    reached = np.abs(orders @ first) >= abs(second @ first) - 1e-9
+    return float((1 + reached.sum()) / (1 + shuffles))
+
+
+def mean_estimate(values: npt.ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
+    """Return the mean of some items with a bootstrap interval."""
+    items = np.asarray(values, dtype=np.float64)
+    means = resample_counts(len(items), resamples, seed) @ items / len(items)
+    return Estimate(float(items.mean()), *interval(means), len(items))

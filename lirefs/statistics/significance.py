@@ -1,0 +1,314 @@
+"""Tests, corrections for many tests, and what a sample can detect: arrays in, numbers out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar, overload
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+from scipy.stats import binom, nct
+from scipy.stats import t as student
+
+from lirefs.errors import SettingError
+from lirefs.statistics.intervals import CHUNK, Estimate, Floats
+
+Key = TypeVar("Key")
+
+CLEAR = 20
+"""So many random sign patterns that reach what was observed tell that a p-value is not small."""
+ENUMERATED = 12
+"""Up to this many items that differ, all sign patterns are tried instead of random ones."""
+
+
+def mcnemar(gained: int, lost: int) -> float:
+    """Two-sided McNemar test that two paired shares are equal, from the items that changed.
+
+    The mid-p value of the exact (binomial) test, see Fagerland, Lydersen and Laake (2013). Its
+    type I error at level 0.05, summed over the binomial distributions, stays below 0.05 for any n
+    from 5 to 400 where at most 60 % of the items change, and is 0.037 on average for n of 40 and
+    more; that of the exact test is 0.022, so it misses differences that are there. Only where
+    nearly every item changes can the mid-p value exceed the level (0.077 at most, n = 16).
+
+    Args:
+        gained: Items wrong before and right after.
+        lost: Items right before and wrong after.
+
+    Returns:
+        The p-value; 1 where nothing changed.
+
+    Raises:
+        SettingError: A count is negative.
+    """
+    if gained < 0 or lost < 0:
+        raise SettingError(f"counts of changed items cannot be negative: {gained}, {lost}")
+    return float(_mid_p(np.array(min(gained, lost)), np.array(gained + lost)))
+
+
+def sign_flip(
+    differences: npt.ArrayLike,
+    permutations: int = 200_000,
+    seed: int = 0,
+    weights: npt.ArrayLike | None = None,
+) -> float:
+    """Two-sided paired permutation test that a mean difference is 0, for any scores.
+
+    Under the null hypothesis each item's two scores could as well be exchanged, which flips the
+    sign of its difference (Fisher's randomization test). Where at most `ENUMERATED` items differ,
+    all sign patterns are tried and the p-value is exact; otherwise it counts the observed pattern
+    among the random ones, so that it is valid and never 0 (Phipson and Smyth 2010). After a
+    twentieth of the random patterns it ends where `CLEAR` of them reach what was observed: only
+    small p-values need the others, which Holm's correction over hundreds of cells would otherwise
+    leave without power (Besag and Clifford 1991).
+
+    Args:
+        differences: Score after minus score before, one an item, shape (n,).
+        permutations: Most random sign patterns.
+        seed: Seed of the patterns.
+        weights: Weight of each item in the mean, shape (n,); None for equal weights.
+
+    Returns:
+        The p-value; 1 where nothing differs.
+
+    Raises:
+        SettingError: A difference is not finite.
+    """
+    parts = np.asarray(differences, dtype=np.float64)
+    if weights is not None:
+        parts = parts * np.asarray(weights, dtype=np.float64)
+    if not np.isfinite(parts).all():
+        raise SettingError("a paired test needs finite differences; leave out items without score")
+    parts = parts[parts != 0]
+    n = len(parts)
+    # Sums that are equal on paper differ in the last digits.
+    observed = abs(parts.sum()) - 1e-9 * np.abs(parts).sum()
+    if n <= ENUMERATED:
+        bits = (np.arange(1 << n)[:, None] >> np.arange(n)) & 1
+        return float((np.abs((1 - 2 * bits) @ parts) >= observed).mean())
+    reached, tried = 0, 0
+    for share, part in ((1, seed), (19, seed + 1)):
+        count = permutations * share // 20
+        reached += int((np.abs(_flipped(parts[None], count, part)) >= observed).sum())
+        tried += count
+        if reached >= CLEAR:
+            break
+    return float((1 + reached) / (1 + tried))
+
+
+def paired_p_value(
+    scores: Floats,
+    base: Floats,
+    weights: Floats | None = None,
+    seed: int = 0,
+) -> float:
+    """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` for all others.
+
+    Args:
+        scores: One an item, shape (n,).
+        base: The same for the unchanged model.
+        weights: Weight of each item, shape (n,); None for equal weights.
+        seed: Of `sign_flip`.
+    """
+    if binary(scores, base, weights):
+        return mcnemar(int((scores > base).sum()), int((scores < base).sum()))
+    return sign_flip(scores - base, seed=seed, weights=weights)
+
+
+def paired_detectable(
+    scores: Floats,
+    base: Floats,
+    weights: Floats | None = None,
+    power: float = 0.8,
+    alpha: float = 0.05,
+) -> float:
+    """`detectable_difference` at the share of items that changed, else `detectable_mean`.
+
+    What a difference that was not found could have been: items and their noise as in the sample.
+    Arguments as in `paired_p_value`; the result is in the unit of the scores.
+    """
+    n = len(scores)
+    if binary(scores, base, weights):
+        return detectable_difference(n, float((scores != base).mean()), power, alpha)
+    share = np.ones(n) if weights is None else weights / weights.mean()
+    gap = scores - base
+    error = share * (gap - (share * gap).mean())  # of the weighted mean, one part an item
+    deviation = float(np.sqrt((error**2).sum() / max(n - 1, 1)))
+    return detectable_mean(n, deviation, power, alpha)
+
+
+def binary(scores: Floats, base: Floats, weights: Floats | None = None) -> bool:
+    """Whether all scores are 0 or 1 and all weights equal, so that items can be counted."""
+    equal = weights is None or bool((weights == weights[0]).all())
+    return equal and bool(np.isin(scores, (0, 1)).all() and np.isin(base, (0, 1)).all())
+
+
+@overload
+def holm(p_values: Mapping[Key, float]) -> dict[Key, float]: ...
+@overload
+def holm(p_values: Sequence[float]) -> list[float]: ...
+def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | list[float]:
+    """p-values of a family of tests, adjusted so that any false one has probability alpha at most.
+
+    Holm's step-down procedure (1979), valid whatever the dependence between the tests.
+
+    Args:
+        p_values: One a test; NaN stands for no test, counts for nothing and stays NaN.
+    """
+    if isinstance(p_values, Mapping):
+        return dict(zip(p_values, holm(list(p_values.values())), strict=True))
+    values = np.asarray(p_values, dtype=np.float64)
+    adjusted = np.full(len(values), np.nan)
+    order = np.argsort(values)[: np.isfinite(values).sum()]  # NaN sorts last
+    steps = values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(np.maximum.accumulate(steps), 1)
+    return [float(one) for one in adjusted]
+
+
+def expected_best(share: float, n: int, k: int) -> float:
+    """By how much the best of k settings beats the truth if none does anything.
+
+    Args:
+        share: True share of items solved under every setting.
+        n: Number of items.
+        k: Number of settings, each tried on items of its own.
+
+    Returns:
+        Mean of the largest of k independent shares out of n items, minus `share`. On common items
+        it is less: see `best_of_null`.
+    """
+    below = binom.cdf(np.arange(n), n, share) ** k
+    return float((1 - below).sum() / n - share)
+
+
+@dataclass(frozen=True)
+class BestOf:
+    """The best of several settings beside what the best would be by luck alone.
+
+    Attributes:
+        observed: Largest mean difference.
+        luck: Mean largest difference if no setting does anything, with its 95 % range.
+        p_value: How often luck alone reaches what was observed: one-sided, and already corrected
+            for the number of settings.
+        k: Number of settings.
+    """
+
+    observed: float
+    luck: Estimate
+    p_value: float
+    k: int
+
+
+def best_of_null(differences: npt.ArrayLike, permutations: int = 10000, seed: int = 0) -> BestOf:
+    """What the best of k settings gains over the unchanged model by luck, on common items.
+
+    Settings of one sweep change the same items in the same direction, so that they are fewer
+    than k independent tries. Each item's differences therefore flip their signs together: this
+    keeps the correlation between settings and makes every mean difference 0 (the permutation of
+    the maximum of Westfall and Young 1993; exact if an item's differences have a distribution that
+    is symmetric about 0, otherwise for large n: Chernozhukov, Chetverikov and Kato 2013).
+
+    Args:
+        differences: Score minus the unchanged model's, positive where better, shape (k, n).
+        permutations: Number of random sign patterns.
+        seed: Seed of the patterns.
+    """
+    table = np.atleast_2d(np.asarray(differences, dtype=np.float64))
+    if table.size == 0 or not np.isfinite(table).all():
+        raise SettingError("the best of several settings needs finite differences, shape (k, n)")
+    k, n = table.shape
+    observed = float(table.mean(axis=1).max())
+    best = _flipped(table, permutations, seed).max(axis=1) / n
+    low, high = np.percentile(best, [2.5, 97.5])
+    reached = (best >= observed - 1e-9 * np.abs(table).max()).sum()
+    luck = Estimate(float(best.mean()), float(low), float(high), n)
+    return BestOf(observed, luck, float((1 + reached) / (1 + permutations)), k)
+
+
+def detectable_difference(
+    n: int, discordant: float, power: float = 0.8, alpha: float = 0.05
+) -> float:
+    """Smallest true difference of two paired shares that `mcnemar` finds with a given power.
+
+    The power is summed over the binomial distributions of the number of items that change and of
+    those among them that are gained.
+
+    Args:
+        n: Number of items.
+        discordant: Share of items that change. A difference cannot be larger than this share;
+            where none within it is found, all changes are taken to be gains, and their share to be
+            as large as it must be.
+        power: Probability of p <= alpha.
+        alpha: Level of the test.
+
+    Returns:
+        The difference; NaN where not even a change of every item would be found (n < 5 at 0.05).
+    """
+
+    def excess(difference: float) -> float:
+        return _power(n, max(discordant, difference), difference, alpha) - power
+
+    if n < 1 or excess(1.0) < 0:
+        return float("nan")
+    return float(brentq(excess, 0.0, 1.0, xtol=1e-6)) if excess(0.0) < 0 else 0.0
+
+
+def detectable_mean(n: int, deviation: float, power: float = 0.8, alpha: float = 0.05) -> float:
+    """Smallest true mean difference that a paired t-test finds with a given power.
+
+    For scores that are not 0 or 1; `sign_flip` has nearly the same power.
+
+    Args:
+        n: Number of items.
+        deviation: Standard deviation of the items' differences.
+        power: Probability of p <= alpha.
+        alpha: Level of the test.
+
+    Returns:
+        The difference, in the unit of `deviation`; NaN below 2 items.
+    """
+    if n < 2:
+        return float("nan")
+    limit = student.ppf(1 - alpha / 2, n - 1)
+
+    def excess(shift: float) -> float:  # the other tail is never found at a power worth having
+        return float(nct.sf(limit, n - 1, shift)) - power
+
+    return float(brentq(excess, 0.0, 5 * limit) * deviation / np.sqrt(n))
+
+
+def _mid_p(fewer: npt.NDArray[np.int64], changed: npt.NDArray[np.int64]) -> Floats:
+    """Two-sided mid-p value of `fewer` of `changed` fair coins, fewer <= changed / 2."""
+    tails: Floats = 2 * binom.cdf(fewer, changed, 0.5) - binom.pmf(fewer, changed, 0.5)
+    return np.minimum(tails, 1.0)
+
+
+def _power(n: int, discordant: float, difference: float, alpha: float) -> float:
+    """Probability that `mcnemar` gives p <= alpha."""
+    changed = np.arange(n + 1)
+    likely = binom.pmf(changed, n, min(discordant, 1.0))
+    changed, likely = changed[likely > 1e-12], likely[likely > 1e-12]
+    # The largest smaller side that is significant: a step from the quantile to either side.
+    limit = binom.ppf(alpha / 2, changed, 0.5).astype(np.int64) + 1
+    while True:
+        high = (limit >= 0) & ((2 * limit > changed) | (_mid_p(limit, changed) > alpha))
+        if not high.any():
+            break
+        limit = limit - high
+    gain = 0.5 * (1 + difference / discordant) if discordant > 0 else 0.5
+    found = binom.cdf(limit, changed, gain) + binom.cdf(limit, changed, 1 - gain)
+    return float(likely @ found)
+
+
+def _flipped(table: Floats, permutations: int, seed: int) -> Floats:
+    """Row sums of a (k, n) table under random signs of its columns, shape (permutations, k)."""
+    generator = np.random.default_rng(seed)
+    k, n = table.shape
+    sums = np.empty((permutations, k))
+    step = max(1, CHUNK // max(n, 1))
+    for begin in range(0, permutations, step):
+        size = min(step, permutations - begin)
+        signs = 2.0 * generator.integers(0, 2, (size, n), dtype=np.int8) - 1
+        sums[begin : begin + size] = signs @ table.T
+    return sums

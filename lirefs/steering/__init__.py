@@ -1,0 +1,1 @@
+"""Steering at inference: operators, strengths, scopes and gates."""

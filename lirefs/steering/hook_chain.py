@@ -1,0 +1,67 @@
+"""Hooks at the sites of a model: changes of hidden states, one after the other."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from lirefs.model.hidden_states import hidden_input, hidden_of, with_hidden, with_hidden_input
+
+Change = Callable[[Tensor], Tensor]
+Side = Literal["input", "output"]
+
+_CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.WeakKeyDictionary()
+
+
+class _Chain:
+    """The changes at one end of one module, behind a single hook.
+
+    Hooks of their own would run in the wrong order at an output: they are prepended, so that
+    hooks which record it see what is steered, and each would come before the one that it follows.
+    """
+
+    def __init__(self, module: nn.Module, side: Side) -> None:
+        self.changes: list[Change] = []
+        self.hook = (
+            module.register_forward_pre_hook(self._on_input, with_kwargs=True)
+            if side == "input"
+            else module.register_forward_hook(self._on_output, prepend=True)
+        )
+
+    def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        hidden = hidden_input(args, kwargs)
+        for change in self.changes:
+            hidden = change(hidden)
+        return with_hidden_input(args, kwargs, hidden)
+
+    def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        hidden = hidden_of(output)
+        for change in self.changes:
+            hidden = change(hidden)
+        return with_hidden(output, hidden)
+
+
+def change_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
+    """Let `change` act on the hidden states at one end of a module, after those already there.
+
+    Returns:
+        A function that takes it off again; a second call does nothing.
+    """
+    chains = _CHAINS.setdefault(module, {})
+    if side not in chains:
+        chains[side] = _Chain(module, side)
+    chain = chains[side]
+    chain.changes.append(change)
+
+    def remove() -> None:
+        if change in chain.changes:
+            chain.changes.remove(change)
+        if not chain.changes:
+            chain.hook.remove()
+            if chains.get(side) is chain:
+                del chains[side]
+
+    return remove

@@ -1,0 +1,112 @@
+"""Which tokens of the present forward pass are steered, and how strongly."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from lirefs.errors import ScopeError
+from lirefs.model.prompts import Tokens, for_rows
+from lirefs.steering.gate import Gate
+from lirefs.steering.hook_chain import Change
+from lirefs.steering.operators import Operator
+from lirefs.steering.scope import ALL, Scope
+from lirefs.steering.strength import Rows, Schedule
+
+
+class Choice:
+    """Scope, strengths by token and gate of one attached steering.
+
+    `prepare` is called before each forward pass and works out once what all its places share.
+    """
+
+    def __init__(self, scope: Scope, varying: Rows | Schedule | None, gate: Gate | None) -> None:
+        self._scope = scope
+        self._varying = varying
+        self._gate = gate
+        self._tokens: Tokens | None = None
+        self._mask: Tensor | None = None  # (rows or 1, tokens); None: every token
+        self._strength: Tensor | None = None  # the same
+        self._passes: Tensor | None = None  # the same, from the gate
+        self._idle = False
+
+    def prepare(self, tokens: Tokens) -> None:
+        """Take in what is known of the tokens of the forward pass that begins.
+
+        Raises:
+            ScopeError: The scope does not fit them.
+        """
+        self._tokens, self._passes = tokens, None
+        self._check_ends(tokens)
+        mask = None if self._scope is ALL else self._scope.touches(tokens)
+        if self._varying is not None:
+            self._strength, steered = self._varying.at(tokens)
+            mask = steered if mask is None else mask & steered
+        self._mask, self._idle = mask, False
+        # On an accelerator this question would have to wait for an answer.
+        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+            touched = int(mask.sum())
+            self._idle = touched == 0
+            if touched == mask.numel():
+                self._mask = None
+
+    def __call__(self, operator: Operator) -> Change:
+        """The operator, confined to the tokens that are chosen."""
+
+        def change(h: Tensor) -> Tensor:
+            if self._tokens is None:
+                raise ScopeError("the blocks ran without the module that owns them")
+            if self._idle:
+                return h
+            mask = self._mask
+            if self._gate is not None:
+                if self._passes is None:
+                    raise ScopeError("the gate was not read before the layer that it controls")
+                passes = self._passes.to(h.device)
+                mask = passes if mask is None else mask.to(h.device) & passes
+            strength = self._strength
+            steered = operator(h, None if strength is None else self._shaped(strength, h))
+            return steered if mask is None else torch.where(self._shaped(mask, h), steered, h)
+
+        return change
+
+    def read_gate(self, h: Tensor) -> Tensor:
+        """Take the gate's decision from the hidden states at its place; return them as they are."""
+        if self._gate is None or self._tokens is None:
+            return h
+        position = self._tokens.position
+        rows = h.reshape(*position.shape, -1)  # some modules flatten the batch (OPT)
+        passes = self._gate.passes(rows, (position >= 0).to(h.device))
+        if self._gate.per == "row":
+            passes = self._decide(passes, self._tokens)
+        self._passes = passes
+        return h
+
+    def _decide(self, passes: Tensor, tokens: Tokens) -> Tensor:
+        """What the last token of each prompt decides, for it and the tokens after it."""
+        age = tokens.age.to(passes.device)
+        last = (age == -1).expand(passes.shape)
+        decided, now = (last & passes).any(dim=1), last.any(dim=1)
+        before = tokens.prompt.decisions.get(self)
+        if before is not None:
+            decided = torch.where(now, decided, for_rows(before, len(decided)))
+        tokens.prompt.decisions[self] = decided
+        return decided.unsqueeze(1) & (age >= -1)
+
+    def _shaped(self, values: Tensor, h: Tensor) -> Tensor:
+        """Values of (rows or 1, tokens or 1) for hidden states, which may come flattened (OPT)."""
+        if h.dim() == 2 and self._tokens is not None:
+            values = values.expand(self._tokens.position.shape).reshape(-1)
+        return values.unsqueeze(-1).to(h.device)
+
+    def _check_ends(self, tokens: Tokens) -> None:
+        if self._scope.ends is None:
+            return
+        # Only a beginning can be compared: what continues an unknown cache has no known length.
+        prompt = tokens.known_prompt
+        if prompt is None or self in prompt.checked:
+            return
+        prompt.checked.add(self)
+        here = tokens.position.amax(dim=1) + 1
+        lengths = for_rows(prompt.lengths.to(here.device), len(here))
+        self._scope.check(torch.maximum(here, lengths), tokens.prompts)

@@ -1,1 +1,0 @@
-"""Experiments that stand above both packages: each may import `kfac`."""

@@ -1,0 +1,211 @@
+"""lm-evaluation-harness in both directions: our models in it, its tasks in our comparisons.
+
+lm-evaluation-harness (`pip install lm-eval`, Gao et al.) is imported when a function is called.
+"""
+
+from __future__ import annotations
+
+import numbers
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lirefs.errors import TaskError
+from lirefs.model.intervention import Intervention
+from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.inference import BATCH_TOKENS, Advance
+from lirefs.tasks.task import ItemResult
+
+if TYPE_CHECKING:
+    from lm_eval.api.model import TemplateLM
+
+# The metric that is compared: the first of these that a task has, else its first to maximise.
+METRICS = ("acc", "exact_match", "acc_norm")
+# The seed from which `lm_eval.simple_evaluate` draws few-shot examples unless it is told another.
+FEWSHOT_SEED = 1234
+
+
+def lm_eval_model(
+    lm: LanguageModel,
+    intervention: Intervention | None = None,
+    batch_tokens: int = BATCH_TOKENS,
+) -> TemplateLM:
+    """The model, under an intervention, for `lm_eval.simple_evaluate(model=...)`.
+
+    Requests run on this package's engine, with the tokens that lm-eval's `HFLM` would give to the
+    model. The intervention is attached during each call alone. What a request gives as context is
+    the prompt of scopes; what is scored or generated after it is generated text.
+
+    Args:
+        lm: The model.
+        intervention: What to evaluate it under; None for the model as it is.
+        batch_tokens: Tokens per batch, padding included.
+
+    Returns:
+        An `lm_eval.api.model.TemplateLM`.
+
+    Raises:
+        TaskError: lm-eval is not installed; later, from a request that samples.
+    """
+    _require()
+    from lirefs.tasks.lm_eval_model import EngineLM
+
+    return EngineLM(lm, intervention, batch_tokens)
+
+
+def lm_eval_tasks(
+    names: Sequence[str],
+    include_path: str | Path | None = None,
+    limit: int | None = None,
+    group: str = "lm-eval",
+) -> list[LMEvalTask]:
+    """Tasks of lm-eval, for `lirefs.compare`.
+
+    Args:
+        names: Tasks, groups or tags that lm-eval knows; groups and tags give all their tasks.
+        include_path: A folder with more tasks as YAML files.
+        limit: At most this many documents of each task, from its beginning.
+        group: Group of the tasks in a comparison.
+
+    Returns:
+        Tasks for `lirefs.compare`, groups and tags taken apart.
+
+    Raises:
+        TaskError: lm-eval is not installed or has no such task, its data cannot be read, or it
+            has no score for each document that is higher for better.
+    """
+    _require()
+    from lm_eval.tasks import TaskManager
+
+    if isinstance(names, str):
+        raise TaskError(f"lm_eval_tasks takes a list of names, got one string: use [{names!r}]")
+    if limit is not None and limit < 1:
+        raise TaskError(f"limit must be at least 1 document, got {limit}")
+    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    unknown = sorted(set(names) - set(manager.all_tasks))
+    if unknown:
+        raise TaskError(
+            f"lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists what it has"
+        )
+    tasks = []
+    for name in names:
+        try:
+            loaded = manager.load([name])["tasks"]
+        except Exception as problem:  # whatever its data loader raises
+            raise TaskError(f"lm-eval could not load {name}: {problem}") from problem
+        tasks += [_task(one, source, limit, group) for one, source in loaded.items()]
+    return tasks
+
+
+@dataclass(frozen=True)
+class LMEvalTask:
+    """A task of lm-eval, made by `lm_eval_tasks`.
+
+    Attributes:
+        source: The task as lm-eval holds it, an `lm_eval.api.task.Task`.
+        items: The requests (`lm_eval.api.instance.Instance`) of each document. They are built
+            once, because few-shot examples are drawn document by document: a part of the items
+            then keeps the examples that it has in the whole.
+        metric: lm-eval's name of the score.
+    """
+
+    name: str
+    source: Any
+    items: Sequence[Sequence[Any]]
+    metric: str
+    group: str = "lm-eval"
+
+    @property
+    def chance(self) -> float:
+        """For multiple choice the mean of 1 / number of options, else 0."""
+        if self.source.OUTPUT_TYPE != "multiple_choice":
+            return 0.0
+        options = [len(self.source.doc_to_choice(item[0].doc)) for item in self.items]
+        return sum(1 / count for count in options) / len(options)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, rows: Sequence[int]) -> LMEvalTask:
+        """The same task on some of its items."""
+        return replace(self, items=[self.items[row] for row in rows])
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item as `lm_eval.simple_evaluate` does."""
+        model: Any = lm_eval_model(lm)
+        # Requests carry their responses, and these are shared by all runs.
+        items = [[replace(one, resps=[], filtered_resps={}) for one in item] for item in self.items]
+        kinds: dict[str, list[Any]] = defaultdict(list)
+        for item in items:
+            for one in item:
+                kinds[one.request_type].append(one)
+        for kind, requests in kinds.items():
+            responses = getattr(model, kind)(requests, disable_tqdm=True)
+            for one, response in zip(requests, responses, strict=True):
+                one.resps = [response] * (one.repeats or 1)  # greedy: a repeat says the same
+        for filters in self.source._filters:
+            filters.apply([one for item in items for one in item])
+        results = [self._result(item) for item in items]
+        advance(len(items))
+        return results
+
+    def _result(self, item: list[Any]) -> ItemResult:
+        scores: dict[str, float] = {}
+        first, *others = item[0].filtered_resps
+        for key in (first, *others):
+            found = self.source.process_results(item[0].doc, [r.filtered_resps[key] for r in item])
+            for name, value in found.items():
+                if isinstance(value, numbers.Real):  # else it is one for the whole corpus
+                    scores[name if key == first else f"{name},{key}"] = float(value)
+        if self.metric not in scores:
+            raise TaskError(f"{self.name}: lm-eval gives no {self.metric} for a single document")
+        expected, output = self._texts(item, item[0].filtered_resps[first])
+        return ItemResult(
+            id=str(item[0].doc_id),
+            scores=scores,
+            prompt=str(item[0].args[0]),
+            expected=expected,
+            output=output,
+            parsed=output != "[invalid]",  # what lm-eval's filters say where they find no answer
+        )
+
+    def _texts(self, item: list[Any], response: Any) -> tuple[str, str]:
+        """What was expected, and what the model gave."""
+        target = self.source.doc_to_target(item[0].doc)
+        if self.source.OUTPUT_TYPE != "multiple_choice":
+            return str(target), str(response)
+        if self.source.multiple_input:  # the options are contexts of one continuation
+            target = self.source.doc_to_text(item[0].doc)
+        options = self.source.doc_to_choice(item[0].doc)
+        values = [one.resps[0][0] for one in item[: len(options)]]
+        right = options[target] if isinstance(target, int) else str(target)
+        return right, options[values.index(max(values))]
+
+
+def _task(name: str, source: Any, limit: int | None, group: str) -> LMEvalTask:
+    if getattr(source, "UNSAFE_CODE", False) or getattr(source, "MULTIMODAL", False):
+        raise TaskError(f"{name}: tasks that run generated code or show images are not supported")
+    better = source.higher_is_better()
+    metrics = [one for one in METRICS if one in better] + [one for one in better if better[one]]
+    if not metrics:
+        raise TaskError(f"{name}: none of its metrics is higher for better: {', '.join(better)}")
+    if source.get_config("num_fewshot") is None:
+        source.set_config(key="num_fewshot", value=0)
+    source.set_fewshot_seed(FEWSHOT_SEED)
+    source.build_all_requests(limit=limit)
+    documents: dict[int, list[Any]] = defaultdict(list)
+    for one in source.instances:
+        documents[one.doc_id].append(one)
+    items = [sorted(document, key=lambda one: one.idx) for document in documents.values()]
+    return LMEvalTask(name, source, items, metrics[0], group)
+
+
+def _require() -> None:
+    try:
+        import lm_eval  # noqa: F401
+    except ImportError as problem:
+        raise TaskError(
+            f"this needs lm-evaluation-harness: pip install 'lm-eval>=0.4.13' ({problem})"
+        ) from problem

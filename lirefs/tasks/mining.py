@@ -1,0 +1,316 @@
+"""Find the windows of a corpus that a model recites."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from lirefs.errors import DataFileError, SettingError
+from lirefs.files import append_text, atomic_write_bytes, atomic_write_text, parse_json, sha256_of
+from lirefs.model.guest import accepts, evaluating, text_config
+from lirefs.model.intervention import refuse_steered
+from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.inference import BATCH_TOKENS, greedy
+from lirefs.version import __version__
+
+NEAR_GRAM, COPIED_GRAM = 5, 4
+
+
+@dataclass(frozen=True)
+class Window:
+    """A stretch of a text that the model recites.
+
+    Attributes:
+        id: Name of the text, a slash, and the index of the first token in the text.
+        prefix_ids: Token ids of the prompt.
+        suffix_ids: Token ids of what is recited.
+        prefix_text: The prompt.
+        suffix_text: What is recited.
+        predictable: Share of the suffix's 4-grams of tokens that occur in the prefix: where it is
+            large, the model may have copied rather than remembered.
+    """
+
+    id: str
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    prefix_text: str
+    suffix_text: str
+    predictable: float
+
+
+@dataclass(frozen=True)
+class Mined:
+    """What `mine` found.
+
+    Attributes:
+        windows: The distinct recited windows, in the order of the texts.
+        counts: How many `texts` and `windows` were read, how many windows were `screened` (every
+            suffix token is the model's first choice after the true tokens), `confirmed` by greedy
+            decoding, and `distinct` from every earlier one.
+        provenance: Settings, and fingerprints of model, tokenizer and texts.
+    """
+
+    windows: list[Window]
+    counts: dict[str, int]
+    provenance: dict[str, Any]
+
+    def save(self, path: str | Path) -> None:
+        """Write the windows as JSON Lines, and counts and provenance to `path` + `.json`.
+
+        Args:
+            path: The file for `recitation_task`. An existing one is replaced.
+        """
+        tokenizer = self.provenance["tokenizer"]
+        rows = [json.dumps({**asdict(one), "tokenizer": tokenizer}) for one in self.windows]
+        about = {**self.provenance, "counts": self.counts}
+        atomic_write_text(path, "".join(row + "\n" for row in rows))
+        atomic_write_text(f"{path}.json", json.dumps(about, indent=1))
+
+
+def mine(
+    lm: LanguageModel,
+    texts: Sequence[tuple[str, str]],
+    prefix_tokens: int = 64,
+    suffix_tokens: int = 48,
+    stride: int | None = None,
+    near: float = 0.7,
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    journal: str | Path | None = None,
+    progress: bool = True,
+) -> Mined:
+    """Find the windows of texts whose second part a model recites after the first.
+
+    The criterion of Merullo et al. 2025, appendix B: every token of the suffix is the model's
+    first choice after the true tokens before it. Greedy decoding confirms it. Of windows whose
+    suffixes nearly agree, the first is kept.
+
+    Args:
+        lm: The model. Where its tokenizer begins texts with a special token, so does each prefix,
+            which is then one token longer.
+        texts: (id, text), ids all different.
+        prefix_tokens: Length of the prompts.
+        suffix_tokens: Length of what must be recited.
+        stride: Tokens from one window of a text to the next; None: windows do not overlap.
+        near: Windows are near-duplicates from this Jaccard similarity of the 5-grams of suffix
+            tokens on, in (0, 1].
+        batch_tokens: Tokens per batch.
+        journal: File to which the result of each finished batch is appended, and with which the
+            same call goes on. None: an interrupted call begins anew.
+        progress: Show a progress bar.
+
+    Returns:
+        The windows that are recited, and how many were looked at.
+
+    Raises:
+        SettingError: A setting is out of range, two texts share an id, no text is as long as a
+            window, a window is longer than the model's context, the model is steered, or the
+            journal is of another call.
+        DataFileError: The journal is damaged.
+        WriteError: The journal cannot be written.
+    """
+    stride = prefix_tokens + suffix_tokens if stride is None else stride
+    _check(lm, texts, prefix_tokens, suffix_tokens, stride, near)
+    provenance = {
+        "format": "lirefs-mined-1",
+        "lirefs": __version__,
+        "model": lm.fingerprint,
+        "model_name": lm.name,
+        "tokenizer": lm.tokenizer_fingerprint,
+        "texts": sha256_of(json.dumps([list(one) for one in texts]).encode()),
+        "prefix_tokens": prefix_tokens,
+        "suffix_tokens": suffix_tokens,
+        "stride": stride,
+        "near": near,
+        "batch_tokens": batch_tokens,
+    }
+    finished = _begun(Path(journal), provenance) if journal is not None else []
+    stream = _cut(lm, texts, prefix_tokens, suffix_tokens, stride)
+    for part in finished:
+        _check_part(part, stream, journal)
+    size = max(1, batch_tokens // (prefix_tokens + suffix_tokens))
+    with tqdm(total=len(texts), unit="text", desc="mine", disable=not progress) as bar:
+        while batch := list(islice(stream, size)):
+            part = _search(lm, [one[1:] for one in batch], suffix_tokens)
+            finished.append(part)
+            if journal is not None:
+                rows = [part] if len(finished) > 1 else [provenance, part]
+                append_text(journal, "".join(json.dumps(row) + "\n" for row in rows))
+            bar.set_postfix_str(f"{sum(len(one['recited']) for one in finished)} recited")
+            bar.update(batch[-1][0] - bar.n)
+        bar.update(len(texts) - bar.n)
+    counts = {
+        "texts": len(texts),
+        "windows": sum(part["windows"] for part in finished),
+        "screened": sum(part["screened"] for part in finished),
+    }
+    if not counts["windows"]:
+        raise SettingError(
+            f"none of the {len(texts)} texts has the {prefix_tokens} + {suffix_tokens} tokens of "
+            "a window; choose shorter windows"
+        )
+    recited = [window for part in finished for window in part["recited"]]
+    kept = distinct([suffix for _, _, suffix in recited], near)
+    counts |= {"confirmed": len(recited), "distinct": len(kept)}
+    return Mined([_window(lm, *recited[row]) for row in kept], counts, provenance)
+
+
+def distinct(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
+    """Indices of sequences that no earlier one that is kept nearly agrees with.
+
+    Args:
+        suffixes: Token ids of each sequence.
+        near: Jaccard similarity of the sets of 5-grams from which on two sequences are
+            near-duplicates, above 0. A shorter sequence is one gram.
+    """
+    kept: list[int] = []
+    sizes: list[int] = []
+    holders: dict[tuple[int, ...], list[int]] = {}
+    for index, suffix in enumerate(suffixes):
+        grams = set(_grams(suffix, NEAR_GRAM))
+        shared = Counter(holder for gram in grams for holder in holders.get(gram, ()))
+        if any(n >= near * (len(grams) + sizes[holder] - n) for holder, n in shared.items()):
+            continue
+        for gram in grams:
+            holders.setdefault(gram, []).append(len(kept))
+        kept.append(index)
+        sizes.append(len(grams))
+    return kept
+
+
+def predictable(prefix: Sequence[int], suffix: Sequence[int]) -> float:
+    """Share of the 4-grams of a suffix that occur in its prefix."""
+    grams = _grams(suffix, COPIED_GRAM)
+    seen = set(_grams(prefix, len(grams[0])))
+    return sum(gram in seen for gram in grams) / len(grams)
+
+
+def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
+    n = min(n, len(ids))
+    return [tuple(ids[start : start + n]) for start in range(len(ids) - n + 1)]
+
+
+def _check(
+    lm: LanguageModel,
+    texts: Sequence[tuple[str, str]],
+    prefix_tokens: int,
+    suffix_tokens: int,
+    stride: int,
+    near: float,
+) -> None:
+    for name, value in (
+        ("prefix_tokens", prefix_tokens),
+        ("suffix_tokens", suffix_tokens),
+        ("stride", stride),
+    ):
+        if value < 1:
+            raise SettingError(f"{name} is {value}, expected 1 or more")
+    if not 0 < near <= 1:
+        raise SettingError(f"near is {near}, expected a similarity in (0, 1]")
+    most = getattr(text_config(lm.model), "max_position_embeddings", None)
+    if most is not None and prefix_tokens + suffix_tokens + len(_lead(lm)) > most:
+        raise SettingError(
+            f"windows of {prefix_tokens} + {suffix_tokens} tokens are longer than the {most} that "
+            f"{lm.name} reads"
+        )
+    repeated = [name for name, n in Counter(name for name, _ in texts).items() if n > 1]
+    if repeated:
+        raise SettingError(f"two texts are called {repeated[0]!r}; ids must differ")
+    refuse_steered(lm.model, SettingError, "mined")
+
+
+def _lead(lm: LanguageModel) -> list[int]:
+    """The special token with which the tokenizer begins a text, if it does."""
+    bos = lm.tokenizer.bos_token_id
+    return [bos] if bos is not None and lm.encode(["a"])[0][:1] == [bos] else []
+
+
+def _cut(
+    lm: LanguageModel, texts: Sequence[tuple[str, str]], prefix: int, suffix: int, stride: int
+) -> Iterator[tuple[int, str, list[int], list[int]]]:
+    """Index of the text, id, prefix ids and suffix ids of every window."""
+    lead = _lead(lm)
+    for index, (name, text) in enumerate(texts):
+        ids = lm.encode([text], add_special_tokens=False)[0]
+        for start in range(0, len(ids) - prefix - suffix + 1, stride):
+            middle = start + prefix
+            yield index, f"{name}/{start}", lead + ids[start:middle], ids[middle : middle + suffix]
+
+
+def _search(
+    lm: LanguageModel, windows: list[tuple[str, list[int], list[int]]], suffix_tokens: int
+) -> dict[str, Any]:
+    """Screen one batch of windows, all equally long, and confirm what passes."""
+    inputs = lm.pad([prefix + suffix[:-1] for _, prefix, suffix in windows])
+    keep = {"logits_to_keep": suffix_tokens} if accepts(lm.model, "logits_to_keep") else {}
+    with evaluating(lm.model):
+        logits = lm.model(**inputs, use_cache=False, **keep).logits[:, -suffix_tokens:]
+    gold = torch.tensor([suffix for _, _, suffix in windows])
+    right = (logits.argmax(-1).cpu() == gold).all(1).tolist()
+    screened = [window for window, passes in zip(windows, right, strict=True) if passes]
+    outputs = greedy(lm, [prefix for _, prefix, _ in screened], suffix_tokens)
+    recited = [one for one, output in zip(screened, outputs, strict=True) if output == one[2]]
+    return {"windows": len(windows), "screened": len(screened), "recited": recited}
+
+
+def _window(lm: LanguageModel, name: str, prefix: list[int], suffix: list[int]) -> Window:
+    return Window(
+        name,
+        prefix,
+        suffix,
+        lm.tokenizer.decode(prefix, skip_special_tokens=True),
+        lm.tokenizer.decode(suffix, skip_special_tokens=True),
+        predictable(prefix, suffix),
+    )
+
+
+def _begun(journal: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a journal holds already; a half-written last line is taken off."""
+    if not journal.exists():
+        return []
+    try:
+        raw = journal.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        rows = [parse_json(line.decode()) for line in whole.splitlines()]
+    except OSError as problem:
+        raise DataFileError(f"{journal}: cannot be read ({problem.strerror})") from problem
+    except ValueError:
+        raise DataFileError(f"{journal}: damaged; remove it to begin anew") from None
+    if rows and rows[0] != provenance:
+        raise SettingError(
+            f"{journal}: was begun with another model, other texts or settings; remove it, or "
+            "write elsewhere"
+        )
+    # A first line without a second is written again with the second.
+    atomic_write_bytes(journal, whole if len(rows) > 1 else b"")
+    return rows[1:]
+
+
+def _check_part(
+    part: Any,
+    stream: Iterator[tuple[int, str, list[int], list[int]]],
+    journal: str | Path | None,
+) -> None:
+    """Take the windows of a finished part off the stream; what it found must be among them.
+
+    Raises:
+        DataFileError: It is not of these windows.
+    """
+    try:
+        read, screened, recited = (part[key] for key in ("windows", "screened", "recited"))
+        whole = all(type(one) is int and one >= 0 for one in (read, screened))
+        cut = [list(one[1:]) for one in islice(stream, read)] if whole else []
+        known = [window for window in cut if window in recited]
+        if not whole or len(cut) != read or known != recited or not len(known) <= screened <= read:
+            raise ValueError
+    except (ValueError, TypeError, KeyError):
+        raise DataFileError(f"{journal}: damaged; remove it to begin anew") from None
+    part["recited"] = known

@@ -1,0 +1,159 @@
+"""nDCG@10: whether an edited model still ranks the next tokens as the unchanged model does."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lirefs.errors import TaskError
+from lirefs.model.fingerprint import is_edited
+from lirefs.model.guest import evaluating
+from lirefs.model.intervention import refuse_steered
+from lirefs.model.language_model import LanguageModel
+from lirefs.model.prompts import Prompt, prompt_known
+from lirefs.tasks.inference import Advance
+from lirefs.tasks.task import ItemResult, ItemTask
+
+
+@dataclass(frozen=True)
+class RankAgreement(ItemTask):
+    """nDCG of the k likeliest next tokens against a frozen list of them. Made by `ndcg_task`.
+
+    Scores of an item, means over its positions, are those of `ndcg`; its weight is the number of
+    positions, every token of the text included.
+
+    Attributes:
+        items: (id, token ids of the text, and for each of its positions the ids of the k likeliest
+            next tokens under the unchanged model, likeliest first).
+    """
+
+    items: Sequence[tuple[str, Sequence[int], Sequence[Sequence[int]]]]
+    group: str = "language"
+    metric: str = "ndcg"
+    chance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item, ids, frozen in self.items:
+            if not ids or len(ids) != len(frozen) or len({len(row) for row in frozen}) != 1:
+                raise TaskError(f"{self.name}: item {item!r} needs k tokens for each position")
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every text."""
+        results = []
+        for item, ids, frozen in self.items:
+            baseline = torch.tensor([list(row) for row in frozen])
+            scores = ndcg(baseline, likeliest(lm, ids, baseline.shape[1]))
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={name: float(values.mean()) for name, values in scores.items()},
+                    weight=len(ids),
+                    prompt=lm.tokenizer.decode(ids)[:200],
+                )
+            )
+            advance(1)
+        return results
+
+
+def ndcg_task(
+    lm: LanguageModel,
+    texts: Sequence[tuple[str, str]],
+    k: int = 10,
+    max_tokens: int = 512,
+    name: str | None = None,
+) -> RankAgreement:
+    """Rank the next tokens with the model as it is now, and freeze what it says.
+
+    The task scores nDCG@k of another model's ranking against it (Merullo et al. 2025, table 1).
+
+    A list that an edited model made would agree with that model: steering and removable weight
+    edits are refused. A change that was written into the weights for good cannot be seen.
+
+    Args:
+        lm: The unchanged model.
+        texts: (id, text).
+        k: Number of likeliest tokens that count.
+        max_tokens: Longer texts are cut there. The logits of one text are held at a time:
+            `max_tokens` times the vocabulary.
+        name: Name of the task; `nDCG@k` by default.
+
+    Returns:
+        The task; the model's lists are part of its items.
+
+    Raises:
+        TaskError: The model is steered or edited, a text is empty, or its logits are not finite.
+    """
+    refuse_steered(lm.model, TaskError, "the baseline of nDCG")
+    if is_edited(lm.model):
+        raise TaskError(
+            "a model under a weight edit cannot be the baseline of nDCG: take the edit off first "
+            "(leave the `with`, or call the handle's remove)"
+        )
+    items = []
+    ids = [row[:max_tokens] for row in lm.encode([text for _, text in texts])]
+    for (item, _), row in zip(texts, ids, strict=True):
+        if not row:
+            raise TaskError(f"nDCG: text {item!r} is empty")
+        items.append((item, row, likeliest(lm, row, k).tolist()))
+    return RankAgreement(name or f"nDCG@{k}", items)
+
+
+def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
+    """The k likeliest next tokens at each position of a text, likeliest first.
+
+    For steering in scopes, the first half of a text counts as its prompt.
+
+    Args:
+        lm: The model, under whatever intervention is active.
+        ids: Token ids of the text.
+        k: How many.
+
+    Returns:
+        Token ids on the CPU, shape (tokens, k), int64.
+
+    Raises:
+        TaskError: The vocabulary is smaller than k, or a logit among the k largest is not
+            finite.
+    """
+    # One text a batch: beside others, rounding would differ and near-ties change places.
+    inputs = lm.pad([ids], side="right")
+    with evaluating(lm.model), prompt_known(Prompt(torch.tensor([max(1, len(ids) // 2)]))):
+        logits = lm.model(**inputs, use_cache=False).logits[0]
+    if not 0 < k <= logits.shape[-1]:
+        raise TaskError(f"k is {k}, expected 1 to {logits.shape[-1]}")
+    best = logits.topk(k, dim=-1)
+    if not bool(best.values.isfinite().all()):
+        raise TaskError(f"{lm.name}: the logits hold NaN or infinity")
+    found: Tensor = best.indices.cpu()
+    return found
+
+
+def ndcg(baseline: Tensor, edited: Tensor) -> dict[str, Tensor]:
+    """Two definitions of nDCG at each position.
+
+    With ranks from 1, both divide sum over the edited model's ranks r of gain / log2(r + 1) by
+    its value for the baseline's own list. `ndcg`, the usual one: a token gains k - b + 1 by its
+    rank b in the baseline's list, nothing outside it, so that order counts. `ndcg_paper`, the
+    formula of Merullo et al. 2025: it gains k - r + 1 wherever it is in the baseline's list, so
+    that only the set counts. A list of ten in reverse gives 0.668 and 1.
+
+    Args:
+        baseline: Token ids, likeliest first, shape (positions, k).
+        edited: The same for the other model.
+
+    Returns:
+        `ndcg` and `ndcg_paper`, float64, shape (positions,).
+    """
+    k = baseline.shape[1]
+    gains = torch.arange(k, 0, -1, dtype=torch.float64)
+    discounts = torch.log2(torch.arange(2, k + 2, dtype=torch.float64))
+    ideal = (gains / discounts).sum()
+    same = (baseline[:, :, None] == edited[:, None, :]).double()  # (positions, b, r)
+    return {
+        "ndcg": (torch.einsum("b,pbr->pr", gains, same) / discounts).sum(1) / ideal,
+        "ndcg_paper": (same.sum(1) * gains / discounts).sum(1) / ideal,
+    }

@@ -1,0 +1,338 @@
+"""Recitation: files of memorized texts, the tasks that ask for them, and their scores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from lirefs.errors import TaskError
+from lirefs.files import read_jsonl
+from lirefs.model.guest import maybe_call
+from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.inference import Advance, greedy
+from lirefs.tasks.task import ItemResult, ItemTask, in_items
+
+SUFFIX_TOKENS = 12
+LOOSE = 0.75
+
+
+@dataclass(frozen=True)
+class _Memorized(ItemTask):
+    """Base of the tasks here: items of a prefix and what training showed after it."""
+
+    items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item, prefix, suffix in self.items:
+            if not prefix or not suffix:
+                raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
+
+
+@dataclass(frozen=True)
+class Recitation(_Memorized):
+    """Greedy continuation of a prefix, compared with the text that training showed.
+
+    Scores of an item: those of `recitation_scores`.
+
+    Attributes:
+        items: (id, prefix ids, suffix ids).
+    """
+
+    group: str = "memorization"
+    metric: str = "strict"
+    chance: float = 0.0
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
+        outputs = _continued(lm, [(prefix, suffix) for _, prefix, suffix in self.items], advance)
+        return [
+            ItemResult(
+                id=item,
+                scores=recitation_scores(output, suffix),
+                prompt=lm.tokenizer.decode(prefix),
+                expected=lm.tokenizer.decode(suffix),
+                output=lm.tokenizer.decode(output),
+            )
+            for (item, prefix, suffix), output in zip(self.items, outputs, strict=True)
+        ]
+
+
+def recitation_task(
+    lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
+) -> Recitation:
+    """A recitation task from a file.
+
+    Args:
+        lm: The model; its tokenizer cuts texts into prefix and suffix.
+        path: JSON Lines, each row with `prefix_ids` and `suffix_ids`, or `prefix` and `suffix`
+            texts, or one `text`. Texts are cut between two tokens of the whole text: as
+            `suffix_start` says, or, where a row has `suffix_tokens` (12 by default for a `text`),
+            that many tokens before the end. Ids may be accompanied by `tokenizer`, the
+            fingerprint of the tokenizer that they are of.
+        limit: At most this many items.
+        name: Name of the task.
+
+    Returns:
+        The task, in the group memorization.
+
+    Raises:
+        DataFileError: If the file cannot be read.
+        TaskError: If a row has none of these fields, is too short, or has ids of another
+            tokenizer.
+    """
+    return recitation_of_rows(lm, read_jsonl(path)[:limit], path, name)
+
+
+def recitation_of_rows(
+    lm: LanguageModel, rows: Sequence[tuple[int, dict[str, Any]]], path: str | Path, name: str
+) -> Recitation:
+    """A recitation task from rows of a file, each with its line; see `recitation_task`."""
+    items = []
+    for line, row in rows:
+        where = f"{path}, line {line}"
+        prefix, suffix = _cut(lm, row, where)
+        if not prefix or not suffix:
+            raise TaskError(f"{where}: too short for a prefix and a suffix")
+        items.append((str(row.get("id") or f"line-{line}"), prefix, suffix))
+    return Recitation(name, items)
+
+
+def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
+    """Token ids of a text, and the index of the first token that begins at or after a cut.
+
+    The tokens are those of the whole text, as training showed it: tokens of the two halves would
+    differ from them, above all where the cut is inside a word. A token begins at its first
+    character that is not a space, so that " word" begins a suffix whether its space stands before
+    the cut or after it; a token that the cut divides belongs to the prefix.
+
+    Args:
+        tokenizer: A tokenizer of `transformers`, fast or not.
+        text: The whole text.
+        cut: Number of characters before the cut.
+
+    Raises:
+        TaskError: The tokenizer is not a fast one and does not give the text back, so that
+            nothing tells where its tokens begin.
+    """
+    if tokenizer.is_fast:
+        encoded = tokenizer(text, return_offsets_mapping=True)
+        ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
+        ends = [0, *(end for _, end in spans)]
+        # Byte-level tokenizers leave spaces out of their spans, which may be empty then.
+        begins = [min(start, end) for (start, _), end in zip(spans, ends[:-1], strict=True)]
+    else:
+        ids = list(tokenizer(text)["input_ids"])
+        # A character of several tokens shows as U+FFFD until its last one is there.
+        heads = [
+            tokenizer.decode(
+                ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+            )
+            for end in range(len(ids) + 1)
+        ]
+        if heads[-1] != text:
+            raise TaskError(
+                "the tokenizer does not give a text back as it was, so that it cannot be cut; give "
+                "`prefix_ids` and `suffix_ids`, or `suffix_tokens`"
+            )
+        ends = [len(head.rstrip("\ufffd")) for head in heads]
+        begins = ends[:-1]
+    for index, (begin, end) in enumerate(zip(begins, ends[1:], strict=True)):
+        piece = text[begin:end]
+        spaces = len(piece) - len(piece.lstrip()) if piece.strip() else 0
+        if begin + spaces >= cut:
+            return ids, index
+    return ids, len(ids)
+
+
+def _cut(lm: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
+    if "prefix_ids" in row and "suffix_ids" in row:
+        if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
+            raise TaskError(f"{where}: its ids are of another tokenizer than that of {lm.name}")
+        return _ids(lm, row["prefix_ids"], where), _ids(lm, row["suffix_ids"], where)
+    parts = [row[key] for key in ("prefix", "suffix") if key in row]
+    if len(parts) < 2:
+        parts = [row.get("text")]
+    if not all(isinstance(part, str) for part in parts):
+        raise TaskError(f"{where}: needs 'text', 'prefix' and 'suffix', or their ids")
+    whole = "".join(parts)
+    length = row.get("suffix_tokens", SUFFIX_TOKENS if len(parts) == 1 else None)
+    if length is None:
+        try:
+            ids, start = suffix_start(lm.tokenizer, whole, len(parts[0]))
+        except TaskError as error:
+            raise TaskError(f"{where}: {error}") from None
+        return ids[:start], ids[start:]
+    if type(length) is not int or length < 1:
+        raise TaskError(f"{where}: 'suffix_tokens' is {length!r}, expected a positive number")
+    ids = lm.encode([whole])[0]
+    return ids[:-length], ids[-length:]
+
+
+def _ids(lm: LanguageModel, ids: Any, where: str) -> list[int]:
+    known = getattr(maybe_call(lm.model, "get_input_embeddings"), "num_embeddings", None)
+    if not isinstance(ids, list) or not all(type(one) is int and one >= 0 for one in ids):
+        raise TaskError(f"{where}: 'prefix_ids' and 'suffix_ids' must be lists of token ids")
+    if known is not None and any(one >= known for one in ids):
+        raise TaskError(
+            f"{where}: token id {max(ids)} is none of the {known} of {lm.name}; ids belong to the "
+            "model that they were mined on"
+        )
+    return ids
+
+
+@dataclass(frozen=True)
+class StressTest(_Memorized):
+    """Position stress test: how much of a suffix can still be drawn out at other positions.
+
+    Greedy continuations of longer prompts, which hold up to `shifts` tokens of the suffix, and of
+    shorter ones, which lack up to `shifts` tokens at their beginning (Huang et al. 2024; Merullo
+    et al. 2025, table 6). The score of a prompt is the number of leading tokens of its
+    continuation that agree with what is left of the suffix. Scores of an item, in tokens:
+    `original`, that of the prefix itself, and `perturbed`, the highest over all prompts.
+
+    Attributes:
+        items: (id, prefix ids, suffix ids). A leading beginning-of-sequence token stays where it
+            is in every prompt and does not count.
+        shifts: The paper's t. Shorter prompts keep more than this many tokens.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: The score that is reported.
+        chance: Score of guessing.
+
+    Raises:
+        TaskError: There is no item, one has an empty prefix or suffix, or `shifts` is negative.
+    """
+
+    group: str = "memorization"
+    metric: str = "perturbed"
+    chance: float = 0.0
+    shifts: int = 20
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.shifts < 0:
+            raise TaskError(f"{self.name}: shifts is {self.shifts}, expected 0 or more")
+
+    def prompts(
+        self, prefix: Sequence[int], suffix: Sequence[int], bos: int | None = None
+    ) -> list[tuple[list[int], list[int]]]:
+        """Prompts of an item, each with the rest of the suffix; first the prefix itself.
+
+        Args:
+            prefix: Token ids.
+            suffix: Token ids.
+            bos: Id of the beginning-of-sequence token, if there is one.
+
+        Returns:
+            Token ids of each prompt, and of what should follow it.
+        """
+        lead = [bos] if prefix[0] == bos else []
+        body = list(prefix[len(lead) :])
+        longer = [
+            ([*lead, *body, *suffix[:shift]], list(suffix[shift:]))
+            for shift in range(min(self.shifts, len(suffix) - 1) + 1)
+        ]
+        shorter = [
+            ([*lead, *body[shift:]], list(suffix))
+            for shift in range(1, self.shifts + 1)
+            if len(body) - shift > self.shifts
+        ]
+        return longer + shorter
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
+        bos = lm.tokenizer.bos_token_id
+        asked = [self.prompts(prefix, suffix, bos) for _, prefix, suffix in self.items]
+        starts = [0]
+        for prompts in asked:
+            starts.append(starts[-1] + len(prompts))
+        flat = [prompt for prompts in asked for prompt in prompts]
+        outputs = _continued(lm, flat, in_items(advance, len(self.items), len(flat)))
+        scores = [
+            matching_tokens(output, rest) for output, (_, rest) in zip(outputs, flat, strict=True)
+        ]
+        results = []
+        for (item, _, _), (first, after) in zip(self.items, pairwise(starts), strict=True):
+            best = max(range(first, after), key=scores.__getitem__)
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"original": float(scores[first]), "perturbed": float(scores[best])},
+                    prompt=lm.tokenizer.decode(flat[best][0]),
+                    expected=lm.tokenizer.decode(flat[best][1]),
+                    output=lm.tokenizer.decode(outputs[best]),
+                )
+            )
+        return results
+
+
+def _continued(
+    lm: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Advance
+) -> list[list[int]]:
+    """Greedy continuation of each prompt, as long as what is to be recited after it."""
+    outputs: list[list[int]] = [[] for _ in prompts]
+    # One call per length: every row of a batch decodes for equally long.
+    for length in sorted({len(rest) for _, rest in prompts}):
+        rows = [row for row, (_, rest) in enumerate(prompts) if len(rest) == length]
+        found = greedy(lm, [prompts[row][0] for row in rows], length, advance=advance)
+        for row, output in zip(rows, found, strict=True):
+            outputs[row] = output
+    return outputs
+
+
+def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str, float]:
+    """Scores of one continuation against the true one.
+
+    For a suffix of L tokens and a token edit distance d (Merullo et al. 2025, section 5): `strict`
+    d = 0, `loose` 1 - d/L >= 0.75, `levenshtein` d/L. `token_match` is the share of the L positions
+    that hold the right token: unlike d, it does not forgive a shift by one.
+
+    Args:
+        output: Token ids of the continuation.
+        suffix: Token ids of the true one, at least one.
+    """
+    distance = levenshtein(output, suffix) / len(suffix)
+    right = sum(one == other for one, other in zip(output, suffix, strict=False))
+    return {
+        "strict": float(distance == 0),
+        "loose": float(1 - distance >= LOOSE),
+        "levenshtein": distance,
+        "token_match": right / len(suffix),
+    }
+
+
+def matching_tokens(output: Sequence[int], suffix: Sequence[int]) -> int:
+    """Length of the beginning that two sequences share."""
+    for index, (one, other) in enumerate(zip(output, suffix, strict=False)):
+        if one != other:
+            return index
+    return min(len(output), len(suffix))
+
+
+def levenshtein(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """Edit distance between two sequences (insert, delete, replace, each 1)."""
+    row = list(range(len(second) + 1))
+    for i, one in enumerate(first, start=1):
+        previous, row[0] = row[0], i
+        for j, other in enumerate(second, start=1):
+            previous, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, previous + (one != other))
+    return row[-1]

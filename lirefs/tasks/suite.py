@@ -1,0 +1,121 @@
+"""Suites of tasks: the default ones, which the project ships, and what the papers measure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lirefs.files import read_jsonl
+from lirefs.model.language_model import LanguageModel
+from lirefs.questions import Question, load_questions
+from lirefs.tasks.ndcg import ndcg_task
+from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
+from lirefs.tasks.synthetic import addition_items, boolean_items, elimination_items, tracking_items
+from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer, Task
+
+DATA = Path(str(resources.files("lirefs"))) / "data"
+
+
+def default_tasks(
+    lm: LanguageModel,
+    questions: Sequence[Question] | None = None,
+    memorized: str | Path | None = None,
+    limit: int | None = None,
+) -> list[Task]:
+    """Tasks of all six groups.
+
+    Args:
+        lm: The model; its tokenizer cuts the memorized texts.
+        questions: Labelled questions with options, for the two multiple-choice tasks; give the
+            test side of a split. None for that side of the project's own set.
+        memorized: JSON Lines of memorized texts, see `recitation_task`; None for the project's
+            own passages.
+        limit: At most this many items per task, and half as many texts.
+
+    Returns:
+        Twelve tasks, or fewer where the questions have no options.
+
+    Raises:
+        TaskError: If a file lacks a field.
+        DataFileError: If a file cannot be read.
+    """
+    chosen = list(load_questions().split().test if questions is None else questions)
+    with_options = [one for one in chosen if one.options and one.answer_index is not None]
+    tasks: list[Task] = [
+        recitation_task(lm, DATA / "passages.jsonl" if memorized is None else memorized, limit),
+        ShortAnswer(
+            "two-digit addition",
+            addition_items(80)[:limit],
+            group="arithmetic",
+            kind="number",
+        ),
+    ]
+    for frequency in ("common", "rare"):
+        for book in ("closed", "open"):
+            name = f"{frequency} facts, {book} book"
+            items = fact_items(frequency, with_passage=book == "open")[:limit]
+            tasks.append(ShortAnswer(name, items, group=f"{book}-book", max_new_tokens=8))
+    for label, group in (("memory", "closed-book"), ("reasoning", "reasoning")):
+        choices = [choice_item(one) for one in with_options if one.label == label][:limit]
+        if choices:
+            tasks.append(MultipleChoice(f"{label} questions", choices, group=group))
+    tasks.append(MultipleChoice("boolean expressions", boolean_items(80)[:limit]))
+    tasks.append(MultipleChoice("object tracking", tracking_items(80)[:limit]))
+    tasks.append(MultipleChoice("elimination", elimination_items(80)[:limit]))
+    tasks.append(Perplexity("held-out texts", heldout_texts("test")[: limit and limit // 2]))
+    return tasks
+
+
+def fact_items(frequency: str, with_passage: bool) -> list[tuple[str, str, list[str]]]:
+    """Questions on common or rare facts, four answered examples before each.
+
+    Args:
+        frequency: `common` or `rare`.
+        with_passage: Put a passage that holds the answer before each question (open book).
+    """
+    rows = [row for _, row in read_jsonl(DATA / "facts.jsonl")]
+
+    def ask(row: dict[str, Any]) -> str:
+        passage = f"Passage: {row['passage']}\n" if with_passage else ""
+        return f"{passage}Q: {row['question']}\nA:"
+
+    examples = [row for row in rows if row["frequency"] == "example"]
+    shots = "".join(f"{ask(row)} {row['answers'][0]}\n\n" for row in examples)
+    return [
+        (str(row["id"]), shots + ask(row), list(row["answers"]))
+        for row in rows
+        if row["frequency"] == frequency
+    ]
+
+
+def choice_item(question: Question) -> tuple[str, str, list[str], int]:
+    """A labelled question as a multiple-choice item; the options are not shown."""
+    options = [f" {option}" for option in question.options]
+    return question.id, f"Q: {question.text}\nA:", options, question.answer_index or 0
+
+
+def heldout_texts(split: str) -> list[tuple[str, str]]:
+    """Texts on which perplexity is measured: the `validation` or the `test` part."""
+    rows = [row for _, row in read_jsonl(DATA / "texts_heldout.jsonl")]
+    return [(str(row["id"]), str(row["text"])) for row in rows if row["split"] == split]
+
+
+def calibration_texts() -> list[str]:
+    """Texts from which curvature is estimated; none of them is in any task.
+
+    Returns:
+        140 English texts of about 200 tokens, written for the project.
+    """
+    return [str(row["text"]) for _, row in read_jsonl(DATA / "texts_calibration.jsonl")]
+
+
+def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:
+    """The stress test on the items of the first recitation task, nDCG on the perplexity's texts."""
+    recited = next(task for task in tasks if isinstance(task, Recitation))
+    texts = next(task for task in tasks if isinstance(task, Perplexity))
+    return [
+        StressTest(f"{recited.name}, stress test", recited.items),
+        ndcg_task(lm, texts.items, name=f"{texts.name}, top 10"),
+    ]

@@ -1,0 +1,358 @@
+"""Tasks: a fixed list of items, and how each item is scored."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol, Self
+
+from lirefs.errors import TaskError
+from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.answers import Kind, judge, number_at
+from lirefs.tasks.inference import (
+    Advance,
+    greedy,
+    option_log_likelihoods,
+    score_continuations,
+    token_nlls,
+)
+
+GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
+CONFLICT = "conflict"
+"""Group of tasks on items where two answers compete: neither is a score to be retained."""
+
+
+@dataclass(frozen=True)
+class ItemResult:
+    """What one item gave.
+
+    Attributes:
+        id: Name of the item, the same under every variant. In `tag/rest` the tag is a class of
+            items, a relation say, that analyses tell apart.
+        scores: Metric name to value; perplexity has `nll` (nats, summed) instead.
+        weight: What the item counts for in a mean: its number of tokens where tokens are scored.
+        prompt: What was asked.
+        expected: What counts as right.
+        output: What the model gave.
+        parsed: False when no answer could be read from the output.
+    """
+
+    id: str
+    scores: dict[str, float]
+    weight: float = 1.0
+    prompt: str = ""
+    expected: str = ""
+    output: str = ""
+    parsed: bool = True
+
+
+class Task(Protocol):
+    """A task: anything with a name, a group, a metric, items, `subset` and `run`.
+
+    An item is scored from itself alone, whatever else is in its batch: comparisons run tasks in
+    parts, go on where they were killed, and split parts over processes.
+    """
+
+    @property
+    def name(self) -> str:
+        """Name of the task, unique in a comparison."""
+        ...
+
+    @property
+    def group(self) -> str:
+        """One of `GROUPS`, or `CONFLICT`."""
+        ...
+
+    @property
+    def metric(self) -> str:
+        """The score that is reported, or `perplexity`."""
+        ...
+
+    @property
+    def chance(self) -> float:
+        """Score of guessing; a share that does not exceed it says nothing."""
+        ...
+
+    @property
+    def items(self) -> Sequence[Any]:
+        """What is asked; the `repr` of an item tells it apart from any other."""
+        ...
+
+    def __len__(self) -> int:
+        """Number of items."""
+        ...
+
+    def subset(self, rows: Sequence[int]) -> Task:
+        """The same task on some of its items."""
+        ...
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item on the model as it is now."""
+        ...
+
+
+@dataclass(frozen=True)
+class ItemTask:
+    """Base of the tasks here: a name and items.
+
+    Attributes:
+        name: Name of the task, unique in a comparison.
+        items: What is asked; at least one.
+    """
+
+    name: str
+    items: Sequence[Any]
+
+    def __post_init__(self) -> None:
+        if not self.items:
+            raise TaskError(f"task {self.name!r} has no items")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, rows: Sequence[int]) -> Self:
+        """The same task on some of its items."""
+        return replace(self, items=[self.items[row] for row in rows])
+
+
+def in_items(advance: Advance, items: int, prompts: int) -> Advance:
+    """Progress in items, for calls that tell how many of their prompts are finished."""
+    done = 0
+
+    def step(n: int) -> None:
+        nonlocal done
+        before, done = done * items // prompts, done + n
+        advance(done * items // prompts - before)
+
+    return step
+
+
+@dataclass(frozen=True)
+class Perplexity(ItemTask):
+    """Token-weighted perplexity of texts: exp(sum of nll / number of tokens).
+
+    Attributes:
+        items: (id, text).
+        max_tokens: Longer texts are cut there.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: `perplexity`.
+        chance: Not used: perplexity is always informative.
+
+    Raises:
+        TaskError: There is no item.
+    """
+
+    items: Sequence[tuple[str, str]]
+    group: str = "language"
+    metric: str = "perplexity"
+    max_tokens: int = 512
+    chance: float = 0.0
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every text.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result a text: summed nats (`nll`), weighted by the number of tokens predicted.
+
+        Raises:
+            TaskError: A text has fewer than two tokens.
+        """
+        ids = [row[: self.max_tokens] for row in lm.encode([text for _, text in self.items])]
+        for (item, _), row in zip(self.items, ids, strict=True):
+            if len(row) < 2:
+                raise TaskError(f"{self.name}: text {item!r} has fewer than two tokens")
+        nlls = token_nlls(lm, ids, advance=advance)
+        return [
+            ItemResult(
+                id=item,
+                scores={"nll": float(nll.double().sum())},
+                weight=len(nll),
+                prompt=text[:200],
+            )
+            for (item, text), nll in zip(self.items, nlls, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class MultipleChoice(ItemTask):
+    """The option with the highest log-likelihood after the prompt (lm-eval's `acc`).
+
+    Attributes:
+        items: (id, prompt, options, index of the right option). Options carry their own
+            leading space.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: The score that is reported.
+
+    Raises:
+        TaskError: There is no item, or the index of one is no index of its options.
+    """
+
+    items: Sequence[tuple[str, str, Sequence[str], int]]
+    group: str = "reasoning"
+    metric: str = "accuracy"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for item, _, options, answer in self.items:
+            if not 0 <= answer < len(options):
+                raise TaskError(f"{self.name}: item {item!r} has no option {answer}")
+
+    @property
+    def chance(self) -> float:
+        """Expected accuracy of a guess: the mean of 1 / number of options."""
+        return sum(1 / len(options) for _, _, options, _ in self.items) / len(self.items)
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
+        encoded = [
+            lm.encode([prompt + option for option in options])
+            for _, prompt, options, _ in self.items
+        ]
+        likelihoods = option_log_likelihoods(lm, encoded, advance=advance)
+        results = []
+        for (item, prompt, options, answer), values in zip(self.items, likelihoods, strict=True):
+            chosen = values.index(max(values))
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"accuracy": float(chosen == answer)},
+                    prompt=prompt,
+                    expected=options[answer].strip(),
+                    output=options[chosen].strip(),
+                )
+            )
+        return results
+
+
+@dataclass(frozen=True)
+class FilledBlank(ItemTask):
+    """Which of two fillings makes the rest of the sentence likelier.
+
+    Partial scoring, as is usual for Winogrande: the log-likelihood of the text after the blank
+    is compared between the two contexts; the fillings themselves are not scored.
+
+    Attributes:
+        items: (id, the two contexts up to and with the filling, the text after the blank with
+            its leading space, index of the right context).
+    """
+
+    items: Sequence[tuple[str, tuple[str, str], str, int]]
+    group: str = "reasoning"
+    metric: str = "accuracy"
+    chance: float = 0.5
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item."""
+        endings = [
+            _cut_at_ending(lm, context, ending)
+            for _, contexts, ending, _ in self.items
+            for context in contexts
+        ]
+        step = in_items(advance, len(self.items), len(endings))
+        values = [scored[0][0] for scored in score_continuations(lm, endings, advance=step)]
+        results = []
+        for row, (item, contexts, ending, answer) in enumerate(self.items):
+            chosen = int(values[2 * row + 1] > values[2 * row])
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"accuracy": float(chosen == answer)},
+                    prompt=contexts[0] + ending,
+                    expected=contexts[answer].split("\n")[-1],
+                    output=contexts[chosen].split("\n")[-1],
+                )
+            )
+        return results
+
+
+def _cut_at_ending(
+    lm: LanguageModel, context: str, ending: str
+) -> tuple[list[int], list[list[int]]]:
+    """Token ids of a text up to its ending, and those of the ending as the one continuation."""
+    whole, alone = lm.encode([context + ending, context])
+    start = 0
+    while start < min(len(whole) - 1, len(alone)) and whole[start] == alone[start]:
+        start += 1
+    return whole[:start], [whole[start:]]
+
+
+@dataclass(frozen=True)
+class ShortAnswer(ItemTask):
+    """Greedy answer up to the end of its line, read by a rule of its kind.
+
+    An output from which no answer can be read counts as wrong and as unparsable; it is never
+    guessed. The line ends worked answers too: every example in a prompt reasons in one line.
+
+    Attributes:
+        items: (id, prompt, accepted answers).
+        kind: How the line is read, see `lirefs.tasks.answers.judge`.
+        max_new_tokens: Length limit of the answer.
+        chance: Score of guessing, where the prompt itself offers the answers.
+        group: Group of the task in a comparison, see `GROUPS`.
+        metric: The score that is reported.
+
+    Raises:
+        TaskError: There is no item.
+    """
+
+    items: Sequence[tuple[str, str, Sequence[str]]]
+    group: str = "closed-book"
+    metric: str = "accuracy"
+    kind: Kind = "text"
+    max_new_tokens: int = 8
+    chance: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kind in ("number", "worked"):
+            for item, _, answers in self.items:
+                if not all(number_at(answer) is not None for answer in answers):
+                    raise TaskError(f"{self.name}: item {item!r} expects {answers}, no numbers")
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished.
+
+        Returns:
+            One result an item, in the order of the items.
+        """
+        ends: dict[int, bool] = {}
+        eos = lm.tokenizer.eos_token_id
+
+        def stop(token: int) -> bool:
+            if token not in ends:
+                ends[token] = token == eos or "\n" in lm.tokenizer.decode([token])
+            return ends[token]
+
+        ids = lm.encode([prompt for _, prompt, _ in self.items])
+        outputs = greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
+        results = []
+        for (item, prompt, answers), output in zip(self.items, outputs, strict=True):
+            text = lm.tokenizer.decode(output, skip_special_tokens=True).strip().split("\n")[0]
+            parsed, right = judge(text, answers, self.kind)
+            results.append(
+                ItemResult(
+                    id=item,
+                    scores={"accuracy": float(right)},
+                    prompt=prompt,
+                    expected=" | ".join(answers),
+                    output=text,
+                    parsed=parsed,
+                )
+            )
+        return results

@@ -1,0 +1,139 @@
+import json
+
+import pytest
+from command_line import run
+from tiny import build, fresh_model, tiny_config, tiny_tokenizer
+
+import lirefs
+from lirefs import Directions
+from lirefs.export.gguf import from_gguf
+
+
+@pytest.fixture
+def fitted(model_folder, questions, tmp_path, monkeypatch):
+    rows = [json.loads(line) for line in questions.read_text().splitlines()]
+    other = tmp_path / "other.jsonl"
+    other.write_text(
+        "\n".join(json.dumps({**row, "question": "also " + row["question"]}) for row in rows)
+    )
+    second = tmp_path / "second"
+    build(tiny_config("llama", max_position_embeddings=1024), seed=1).save_pretrained(second)
+    tiny_tokenizer().save_pretrained(second)
+    out = tmp_path / "probe"
+    arguments = ["probe", "--model", model_folder, "--questions", questions, "--shuffles", "5"]
+    arguments += ["--transfer", other, "--against", second, "--out", out]
+    assert run(monkeypatch, *arguments) == 0
+    return out
+
+
+def test_probe_steer_and_export(fitted, model_folder, tmp_path, monkeypatch, capsys):
+    assert {path.name for path in fitted.iterdir()} == {
+        "directions.safetensors",
+        "probe.json",
+        *(
+            f"{name}.{kind}"
+            for name in (
+                "layers", "best_layer", "scatter", "cosines", "transfer", "side_by_side"
+            )
+            for kind in ("png", "svg")
+        ),
+    }  # fmt: skip
+    file = fitted / "directions.safetensors"
+    directions = Directions.load(file)
+    found = json.loads((fitted / "probe.json").read_text())
+    assert directions.provenance["best_layer"] == found["best_layer"]
+    assert len(found["transfer"]) == 4
+    capsys.readouterr()
+    model = ["--model", model_folder, "--layer", 2]
+    arguments = ["--strengths", "-1,2", "--tokens", 4]
+    assert run(monkeypatch, "steer", file, "Q: what", *model, *arguments) == 0
+    text = capsys.readouterr().out
+    assert "unsteered" in text
+    assert "-1" in text
+    assert run(monkeypatch, "export", file, tmp_path / "c.gguf", *model) == 0
+    assert list(from_gguf(tmp_path / "c.gguf")) == [(1, "resid_post")]
+    capsys.readouterr()
+
+    wrong = [
+        (["steer", file, "x", *model, "--strengths", "much"], "SettingError"),
+        (["steer", file, "x", *model, "--operator", "push"], "SettingError"),
+        (["steer", file, "x", "--model", model_folder, "--layer", 77], "SettingError"),
+        (["steer", tmp_path / "absent", "x", *model], "DirectionsFileError"),
+        (
+            ["export", file, tmp_path / "d.gguf", "--model", model_folder, "--layer", 0],
+            "BackendError",
+        ),
+    ]
+    for arguments, error in wrong:
+        assert run(monkeypatch, *arguments) == 2
+        assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
+    # Directions made of others say of no layer that it is the best.
+    (directions - 0.5 * directions).save(tmp_path / "made.safetensors")
+    arguments = ["steer", tmp_path / "made.safetensors", "x", "--model", model_folder]
+    assert run(monkeypatch, *arguments) == 2
+    assert "SettingError: give --layer:" in capsys.readouterr().err
+    # Every strength is looked at before any text is made.
+    with monkeypatch.context() as patched:
+        patched.setattr("lirefs.model.language_model.LanguageModel.generate", None)
+        assert run(patched, "steer", file, "x", *model, "--strengths", "1,nan") == 2
+    assert "InterventionError" in capsys.readouterr().err
+    other = tmp_path / "other"
+    fresh_model("llama", num_hidden_layers=3).save_pretrained(other)
+    tiny_tokenizer().save_pretrained(other)
+    assert run(monkeypatch, "steer", file, "x", "--model", other) == 2
+    assert "ProvenanceError" in capsys.readouterr().err
+
+
+def test_wrong_settings_end_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):
+    assert run(monkeypatch, "probe", "--estimator", "magic") == 2
+    assert "SettingError" in capsys.readouterr().err
+    (tmp_path / "q.jsonl").write_text('{"question": "a", "label": "memory", "score": "high"}')
+    assert run(monkeypatch, "probe", "--questions", tmp_path / "q.jsonl") == 2
+    assert "QuestionsError" in capsys.readouterr().err
+
+
+def test_what_can_be_wrong_is_found_before_the_first_fit(
+    model_folder,
+    questions,
+    tmp_path,
+    monkeypatch,
+    capsys,
+):
+    monkeypatch.setattr("lirefs.fit", None)
+    arguments = [
+        "probe",
+        "--model",
+        model_folder,
+        "--questions",
+        questions,
+        "--out",
+        tmp_path / "out",
+    ]
+    small = tmp_path / "small.jsonl"
+    rows = [{"question": f"is {label}", "label": label} for label in ("memory", "reasoning")]
+    small.write_text("\n".join(map(json.dumps, rows)))
+    wide = tmp_path / "wide"
+    fresh_model("llama", hidden_size=64).save_pretrained(wide)
+    tiny_tokenizer().save_pretrained(wide)
+    for more, error in [
+        (["--transfer", questions], "were fitted on"),
+        (["--transfer", small], "too few questions"),
+        (["--against", wide], "width 64"),
+    ]:
+        assert run(monkeypatch, *arguments, *more) == 2
+        assert error in capsys.readouterr().err
+
+
+def test_directions_are_written_before_anything_else_can_fail(
+    model_folder,
+    questions,
+    tmp_path,
+    monkeypatch,
+):
+    def fails(*arguments):
+        raise lirefs.LirefsError("no picture")
+
+    monkeypatch.setattr("lirefs.directions.figures.per_layer", fails)
+    arguments = ["probe", "--model", model_folder, "--questions", questions, "--shuffles", "2"]
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
+    assert Directions.load(tmp_path / "out" / "directions.safetensors")

@@ -1,0 +1,213 @@
+"""Every example, run as a user would, at its smallest size."""
+
+import json
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from lm_eval_local import needs_lm_eval
+from tiny import fresh_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+import lirefs
+from kfac import Factors
+from lirefs.export.gguf import from_gguf
+
+ROOT = Path(__file__).parents[2]
+NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
+
+
+@pytest.fixture
+def example(tmp_path, monkeypatch, capsys):
+    """Runs an example in an empty folder and returns what it prints."""
+    here = tmp_path / "empty"
+    here.mkdir()
+    monkeypatch.chdir(here)
+
+    def run(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run
+
+
+def is_picture(path):
+    return Path(path).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example_says_what_it_shows_and_how_long_it_takes(name, monkeypatch, capsys):
+    path = ROOT / "examples" / f"{name}.py"
+    monkeypatch.setattr(sys, "argv", [path.name, "--help"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(path), run_name="__main__")
+    assert stop.value.code == 0
+    text = path.read_text()
+    title, usage, *_ = text.removeprefix('"""').split("\n\n")
+    assert " ".join(title.split()) in " ".join(capsys.readouterr().out.split())
+    assert f" examples/{path.name}" in usage
+    assert re.search(r"[Tt]akes .* on two cores", text.split('"""')[1], re.DOTALL)
+
+
+def test_every_example_is_run_here():
+    own = Path(__file__).read_text()
+    assert [name for name in NAMES if f'example("{name}"' not in own] == []
+
+
+def test_readme_shows_the_quickstart():
+    text = (ROOT / "examples" / "quickstart.py").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        assert block.replace('"smollm2-135m"', "MODEL") in text
+
+
+def test_quickstart(example, tmp_path, monkeypatch):
+    few = lirefs.Questions(lirefs.load_questions()[:40])
+    monkeypatch.setattr(lirefs, "load_questions", lambda: few)
+    fresh_model("llama", num_hidden_layers=23).save_pretrained(tmp_path / "model")
+    tiny_tokenizer().save_pretrained(tmp_path / "model")
+    assert example("quickstart", "--model", tmp_path / "model")
+
+
+def test_fit_direction(example, model_folder):
+    printed = example("fit_direction", "--model", model_folder, "--limit", 24)
+    assert printed.count("test AUROC") == 2
+    assert "wrote directions.safetensors" in printed
+    assert len(lirefs.Directions.load("directions.safetensors")) == 4
+
+
+def test_steer_generation(example, model_folder):
+    printed = example("steer_generation", "--model", model_folder, "--limit", 24)
+    assert printed.count(" -> ") == 4 * 2
+    assert "prompts of recall" in printed
+
+
+def test_export_llama_cpp(example, model_folder):
+    printed = example("export_llama_cpp", "--model", model_folder, "--limit", 24)
+    assert "--control-vector-scaled direction.gguf:1.0" in printed
+    assert len(from_gguf("direction.gguf")) == 1
+
+
+def test_backends(example, model_folder):
+    printed = example("backends", "--model", model_folder)
+    changed, *gaps = (float(line.split()[-1]) for line in printed.splitlines())
+    assert changed > 0.01
+    assert len(gaps) == 2
+    assert max(gaps) < 1e-4 * changed
+
+
+def test_code_boundary(example, model_folder):
+    printed = example("code_boundary", "--model", model_folder, "--limit", 24)
+    assert printed.count("on the side of reasoning") == 3
+    assert "n = 24" in printed
+
+
+def test_lm_eval_says_how_to_install_it(example, model_folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(SystemExit, match="pip install"):
+        example("lm_eval_steered", "--model", model_folder)
+
+
+@needs_lm_eval
+def test_lm_eval_steered(example, model_folder, lm_eval_folder):
+    arguments = ("--task", "fruits", "--tasks", lm_eval_folder, "--limit", 4)
+    printed = example("lm_eval_steered", "--model", model_folder, *arguments)
+    assert "unsteered {" in printed
+    assert "acc" in printed
+
+
+def test_kfac_edit(example, model_folder):
+    printed = example("kfac_edit", "--model", model_folder)
+    assert printed.count("keep 0.") == 4 + 1
+    AutoModelForCausalLM.from_pretrained("edited-model")
+
+
+def test_detect_recitation(example, model_folder):
+    assert example("detect_recitation", "--model", model_folder).count("most at") == 2
+
+
+def test_protect_arithmetic(example, model_folder):
+    printed = example("protect_arithmetic", "--model", model_folder, "--limit", 4)
+    assert "arithmetic protected" in printed
+
+
+def test_custom_task(example, model_folder):
+    printed = example("custom_task", "--model", model_folder)
+    assert printed.count("distinct") == 4
+    assert "wrote custom-task/report.html" in printed
+    assert Path("custom-task/report.html").exists()
+
+
+def test_distributed_collect_goes_on(example, model_folder, tmp_path):
+    (tmp_path / "texts").write_text("one line\n\nanother line of text\na third\n")
+    arguments = (model_folder, tmp_path / "texts", "factors", "--batch", 2, "--layers", 1)
+    for _ in range(2):
+        assert "wrote factors: " in example("distributed_collect", *arguments)
+    assert Factors.load("factors").tokens > 20
+
+
+def test_facts_of_the_organism_by_frequency(example):
+    printed = example("facts_by_frequency", "--limit", 4)
+    assert printed.count("unchanged") == 5
+    assert "Spearman" in printed
+    assert is_picture("facts_by_frequency.png")
+
+
+def test_facts_by_relation(example, model_folder, tmp_path):
+    rows = [
+        {"relation": r, "prompt": p, "subject": s, "object": o}
+        for r, p, s, o in (
+            ("capital", "The capital of {} is", "Peru", "Lima"),
+            ("capital", "The capital of {} is", "Cuba", "Havana"),
+            ("money", "In {} people pay with", "Peru", "soles"),
+        )
+    ]
+    file = tmp_path / "facts.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    arguments = ("--relations", file, "--model", model_folder, "--limit", 3, "--out", "facts.png")
+    printed = example("facts_by_frequency", *arguments)
+    assert "capital" in printed
+    assert "Spearman" not in printed
+    assert is_picture("facts.png")
+
+
+@pytest.mark.parametrize("model", ["organism", "tiny"])
+def test_spectrum(model, example, model_folder):
+    chosen = "organism" if model == "organism" else model_folder
+    printed = example("spectrum", "--model", chosen, "--limit", 3)
+    assert "random pairs: memory" in printed
+    assert "reads: curvature" in printed
+    assert "edit + random direction" in printed
+    assert is_picture("spectrum.png")
+
+
+def test_two_memorizations(example):
+    assert example("two_memorizations", "--limit", 6).count("Spearman of") == 9
+
+
+def test_compare_methods(example):
+    printed = example("compare_methods", "--limit", 3)
+    assert printed.count("best on validation") == 3
+    assert printed.count("K-FAC minus SVD") == 13
+    assert "nan" not in printed
+    assert is_picture("compare-methods/pareto.png")
+    assert Path("compare-methods/report.html").exists()
+
+
+def test_task_bands(example):
+    lines = example("task_bands", "--limit", 3).splitlines()
+    assert len(lines) == 1 + 4 * 3 + 1
+    assert lines[1].startswith("memorized over sums")
+    assert lines[1].count("[") == 4
+    assert is_picture("task_bands.png")
+
+
+def test_vit_label_noise(example, tmp_path, monkeypatch):
+    monkeypatch.setenv("LIREFS_CACHE", str(tmp_path / "cache"))
+    assert example("vit_label_noise", "--epochs", 1).count("keep ") == 7
+    kept = [path.name for path in (tmp_path / "cache" / "vision").iterdir()]
+    assert kept == ["noised-0-1.safetensors"]

@@ -1,0 +1,73 @@
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import cli_page
+import pytest
+from typer.testing import CliRunner
+
+import kfac
+import lirefs
+from lirefs.cli import app as cli
+
+REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
+
+
+def directives(*pages):
+    """What the pages ask mkdocstrings to show, in order."""
+    text = "\n".join((REFERENCE / f"{page}.md").read_text() for page in pages)
+    return re.findall(r"^::: (\S+)$", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("package", "pages"), [(lirefs, ["lirefs", "harness"]), (kfac, ["kfac"])], ids=str
+)
+def test_every_public_name_is_shown_once(package, pages):
+    shown = []
+    for path in directives(*pages):
+        parts = path.split(".")
+        # A function in a module of its own name is shown under both.
+        if len(parts) == 3 and parts[1] == parts[2]:
+            parts = parts[:2]
+        if parts[0] == package.__name__ and len(parts) == 2 and parts[1] in package.__all__:
+            shown.append(parts[1])
+    assert sorted(shown) == sorted(package.__all__)
+
+
+def test_what_is_shown_exists_and_is_shown_once():
+    shown = directives("lirefs", "harness", "kfac")
+    assert len(shown) == len(set(shown))
+    for path in shown:
+        pkgutil.resolve_name(path)  # raises where there is nothing
+
+
+def test_members_of_modules_exist():
+    text = "\n".join(page.read_text() for page in sorted(REFERENCE.glob("*.md")))
+    blocks = re.findall(
+        r"^::: (\S+)\n    options:\n      members:((?:.*\[.*\])|(?:\n        - \w+)+)", text, re.M
+    )
+    assert len(blocks) > 10
+    for path, members in blocks:
+        module = importlib.import_module(path)
+        missing = [one for one in re.findall(r"\w+", members) if not hasattr(module, one)]
+        assert not missing, f"{path}: {missing}"
+
+
+def test_the_page_of_the_command_line_is_what_the_commands_say():
+    assert cli_page.PAGE.read_text() == cli_page.page(), "run: python tests/cli_page.py"
+
+
+@pytest.mark.parametrize("name", [name for name, _ in cli_page.commands()])
+def test_help_has_the_options_of_the_page(name):
+    words = [*name.split()[1:], "--help"]
+    shown = CliRunner().invoke(cli.app, words, env={"COLUMNS": "300", "NO_COLOR": "1"})
+    assert shown.exit_code == 0
+    (section,) = re.findall(
+        rf"^## {name}\n(.*?)(?=^## |\Z)", cli_page.PAGE.read_text(), re.M | re.S
+    )
+    promised = set(re.findall(r"^\| `(--[a-z-]+)`", section, re.M))
+    found = set(re.findall(r"(?<=[\s│])--[a-z-]+(?=\s)", shown.output)) - {"--help"}
+    # Options are also named inside the sentences of other options.
+    assert promised <= found
+    assert found - promised <= {"--memorized", "--out"}

@@ -1,0 +1,104 @@
+import json
+
+import pytest
+import torch
+from curvature_tools import assert_restored, batch, llama, snapshot
+
+import kfac
+from kfac import BatchError, EditError, FactorsMismatchError, fit_balanced_subnet
+from kfac.analysis.losses import passage_losses
+
+
+@pytest.fixture(scope="module")
+def model():
+    return llama(torch.float32)
+
+
+def fit(model, **settings):
+    targets = kfac.find_targets(model, projections="mlp")
+    return fit_balanced_subnet(
+        model, [batch([0, 1])], [batch([2, 4])], targets, progress=False, **settings
+    )
+
+
+def losses(model):
+    with torch.no_grad():
+        return [float(passage_losses(model, batch(rows)).sum()) for rows in ([0, 1], [2, 4])]
+
+
+def test_it_raises_the_loss_of_the_memorized_texts(model):
+    before, plain = snapshot(model), losses(model)
+    untrained = fit(model, ratio=0.05, epochs=1, lr=1e-12)
+    trained = fit(model, ratio=0.05, epochs=60)
+    assert_restored(model, before)
+    with untrained.apply(model):
+        first = losses(model)
+    with trained.apply(model):
+        last = losses(model)
+    assert_restored(model, before)
+    # The objective: clean loss minus 0.7 of the memorized loss.
+    assert last[0] - 0.7 * last[1] < first[0] - 0.7 * first[1]
+    assert last[1] > plain[1]
+
+
+def test_the_ratio_is_pruned_in_each_matrix(model):
+    edit = fit(model, ratio=0.1, epochs=2)
+    for target, weight in edit.prepare(model):
+        mask = edit.masks[target.name]
+        assert int((~mask).sum()) == round(0.1 * mask.numel())
+        assert torch.equal(weight, target.weight * mask)
+    assert json.loads(json.dumps(edit.describe()))["kind"] == "balanced_subnet"
+
+
+def test_it_nests_inside_another_edit(model):
+    before = snapshot(model)
+    edit = fit(model, ratio=0.1, epochs=1)
+    names = list(edit.masks)
+    with kfac.SVDEdit(names, 0.5).apply(model):
+        inner = {target.name: weight.clone() for target, weight in edit.prepare(model)}
+        with edit.apply(model):
+            for target in kfac.named_targets(model, names):
+                assert torch.equal(target.weight, inner[target.name])
+                assert not target.weight[~edit.masks[target.name]].any()
+    assert_restored(model, before)
+
+
+def test_a_seed_gives_the_same_mask(model):
+    one, two, other = (fit(model, ratio=0.1, epochs=2, seed=s).describe() for s in (0, 0, 1))
+    assert one["masks"] == two["masks"] != other["masks"]
+
+
+def test_the_gradient_of_a_score_is_straight_through(model):
+    """One step without momentum equals autograd through W ∘ m with m's gradient passed on."""
+    target = kfac.named_targets(model, ["model.layers.0.mlp.up_proj"])[0]
+    masked = kfac.edits.subnet._Masked([target], 0.1, 0.3, seed=0)
+    score = masked.scores[0].clone()
+    weight = target.weight.clone()
+    mask = masked._kept(score).float().requires_grad_(True)
+    name = target.name + ".weight"
+    logits = torch.func.functional_call(
+        model, {name: weight * mask}, kwargs={"input_ids": batch([0])["input_ids"]}
+    ).logits
+    by_mask = torch.autograd.grad(logits.square().sum(), mask)[0]
+    with masked:
+        model(input_ids=batch([0])["input_ids"]).logits.square().sum().backward()
+        masked.step()
+    model.zero_grad()
+    expected = score - 0.3 * (by_mask * score.sign() + 5e-4 * score)
+    torch.testing.assert_close(masked.scores[0], expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(target.weight, weight)
+
+
+def test_named_errors(model):
+    targets = kfac.find_targets(model)
+    with pytest.raises(BatchError, match="empty"):
+        fit_balanced_subnet(model, [], [batch([0])], targets)
+    for wrong in ({"ratio": 0}, {"ratio": 1}, {"weight": -1}, {"epochs": 0}, {"lr": 0}):
+        with pytest.raises(EditError):
+            fit(model, **wrong)
+    edit = fit(model, ratio=0.1, epochs=1)
+    other = llama(torch.float32)
+    with torch.no_grad():
+        other.model.layers[0].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(FactorsMismatchError):
+        edit.attach(other)

@@ -1,0 +1,191 @@
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kfac
+import lirefs
+from lirefs import Perplexity, compare
+from lirefs.comparison.comparison import Comparison, TaskInfo
+from lirefs.errors import QuestionsError
+from lirefs.main_job import organism as main_job
+from lirefs.main_job import organism_report as main_job_report
+from lirefs.main_job import settings as main_job_settings
+from lirefs.organism.items import SPLITS
+from lirefs.organism.language import Language
+from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
+from lirefs.questions import Questions
+from lirefs.tasks.task import CONFLICT, ItemResult
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return lirefs.load("organism")
+
+
+@pytest.fixture(scope="module")
+def sides(lm):
+    """Everything the tasks of a split ask, by split and task."""
+    return {
+        split: {
+            task.name: {str(item[1]) for item in task.items}
+            for task in organism_tasks(lm, Language(), split, limit=1000)
+        }
+        for split in SPLITS
+    }
+
+
+def test_no_item_that_reports_is_one_that_chooses_or_fits(sides):
+    for task in sides["test"]:
+        if task == "multiplication table":  # one table, all of it is trained on and asked
+            continue
+        assert sides["test"][task], task
+        assert not sides["test"][task] & sides["validation"][task], task
+        assert not sides["test"][task] & sides["train"][task], task
+
+
+def test_calibration_texts_hold_no_other_item_than_training_does(sides):
+    texts = training_texts(Language(), 400)
+    assert len(texts) == 400
+    assert texts == training_texts(Language(), 400)
+    assert texts != training_texts(Language(), 400, seed=1)
+    for task in ("boolean expressions", "relations", "retrieval", "stories"):
+        for prompt in sides["test"][task]:
+            assert not any(prompt in text for text in texts if len(prompt) > 40)
+
+
+def test_conflicts_ask_about_people_of_their_split(lm):
+    language = Language()
+    for split in SPLITS:
+        people = {fact.person for fact in language.facts_of(split)}
+        for item in language.items("conflict", split, 50):
+            assert any(person in item.prompt for person in people)
+            others = {fact.person for fact in language.facts} - people
+            assert not any(person in item.prompt for person in others)
+
+
+def test_what_is_at_chance_is_marked(lm):
+    tasks = [
+        t for t in organism_tasks(lm, Language(), "test", 60) if t.name.startswith("retrieval")
+    ]
+    found = compare(lm, {}, tasks, resamples=10, progress=False)
+    assert found.informative("retrieval")
+    assert not found.informative("retrieval in two steps")
+
+
+def test_perplexity_sees_steering_of_the_prompt_alone(lm):
+    texts = [("a", training_texts(Language(), 1)[0])]
+    vector = torch.randn(256, generator=torch.Generator().manual_seed(0)) * 100
+    steer = lirefs.Steer(lirefs.Direction(vector, 2), "add", 1.0, scope="last_prompt_token")
+    found = compare(lm, {"x": steer}, [Perplexity("p", texts)], resamples=2, progress=False)
+    assert abs(found.cell("x", "p").difference.value) > 1e-3
+
+
+def test_tasks_with_two_answers_ask_the_same_items(lm):
+    tasks = {task.name: task for task in organism_tasks(lm, Language(), "test", 30)}
+    for pair in (
+        ("exceptions, memorized label", "exceptions, true label"),
+        ("conflicts, answer read", "conflicts, answer recalled"),
+    ):
+        one, other = (tasks[name] for name in pair)
+        assert one.group == other.group == CONFLICT
+        assert [item[1] for item in one.items] == [item[1] for item in other.items]
+        assert all(a[2] != b[2] for a, b in zip(one.items, other.items))
+
+
+def test_questions_come_with_their_split_whatever_the_seed():
+    questions = organism_questions("passage", Language(), 60)
+    split = questions.split(seed=5)
+    assert list(split.test) == list(questions.split(seed=6).test)
+    assert len(split.test) > 60
+    with pytest.raises(QuestionsError, match="name their split"):
+        Questions([replace(questions[0], side=""), *questions[1:]]).split()
+
+
+def made_up(**shares):
+    """A comparison with the shares given for the unchanged model and one variant."""
+    items = {
+        variant: {
+            task: [ItemResult(str(i), {"accuracy": float(i < pair[k] * 50)}) for i in range(50)]
+            for task, pair in shares.items()
+        }
+        for k, variant in enumerate(("unchanged", "v"))
+    }
+    tasks = {task: TaskInfo("reasoning", "accuracy", 0.1) for task in shares}
+    return Comparison(items, tasks, resamples=200)
+
+
+def test_harm_counts_what_misses_the_goal_and_nothing_else():
+    comparison = made_up(good=(1.0, 0.96), bad=(1.0, 0.5), noise=(0.1, 0.0))
+    assert main_job_settings.harm(comparison, "v", ["good"]) == 0
+    assert main_job_settings.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
+
+
+def test_against_random_is_the_paired_difference():
+    comparison = made_up(t=(0.2, 0.6))
+    found = main_job.against_random(comparison, "t", "v", ["unchanged", "unchanged"])
+    assert found.value == pytest.approx(0.4)
+    assert found.low > 0.2
+    assert found.n == 50
+
+
+def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
+    texts = training_texts(Language(), 12)
+    names = [target.name for target in kfac.find_targets(lm.model)]
+    edit = kfac.SVDEdit(names, 0.25)  # perplexity falls with rank there
+    chosen, words = main_job.matched_svd(lm, edit, texts, names, steps=8)
+    task = Perplexity("texts", [(str(i), text) for i, text in enumerate(texts)])
+    found = compare(lm, {"goal": edit, "svd": chosen}, [task], resamples=2, progress=False)
+    goal, reached = (found.cell(name, "texts").value.value for name in ("goal", "svd"))
+    assert reached == pytest.approx(goal, rel=0.02)
+    assert f"{goal:.3f}"[:6] in words
+
+
+def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path):
+    for name, value in {
+        "KEEPS": (0.5, 0.9), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
+        "SWEPT_MULTIPLES": (-1.0, 1.0),
+    }.items():  # fmt: skip
+        for module in (main_job, main_job_report, main_job_settings):
+            if hasattr(module, name):
+                monkeypatch.setattr(module, name, value)
+    texts = training_texts(Language(), 40)
+    targets = kfac.find_targets(lm.model)
+    batches = [lm.pad(lm.encode(texts[i : i + 20])) for i in (0, 20)]
+    factors = kfac.collect(lm.model, batches, targets, progress=False)
+    before = {name: p.clone() for name, p in lm.model.named_parameters()}
+    found = main_job.run(lm, factors, Language(), layers=[1, 2], limit=8)
+    assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
+    assert found.edit.label.startswith("layers 1, 2;")
+    assert set(found.steers) == {"add", "amplify", "ablate"}
+    lines = main_job_report.findings(found)
+    assert [line[:2] for line in lines] == ["1.", "2.", "3.", "4."]
+    page = found.comparison.save(tmp_path, main_job_report.figures(found))
+    assert page.stat().st_size > 100_000
+    saved = json.dumps(main_job_report.provenance(found))
+    assert "keep sweep" in saved
+
+
+def test_settings_that_are_given_are_not_chosen(lm):
+    factors = kfac.collect(
+        lm.model,
+        [lm.pad(lm.encode(training_texts(Language(), 5)))],
+        kfac.find_targets(lm.model),
+        progress=False,
+    )
+    made = main_job_settings.curvature_candidates(factors, lm.n_layers, [3], 0.5)
+    assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
+    probes = {
+        form: lirefs.fit(
+            lm, organism_questions(form, Language(), 8).split(), shuffles=2, progress=False
+        )
+        for form in main_job_settings.STEERING_FORMS
+    }
+    labels = list(main_job_settings.steering_candidates(probes, "add", 3.0))
+    assert all(label.endswith(", 3") for label in labels)
+    assert not any("layer 0" in label for label in labels)
+    assert set(made["layers 3; gate, up; keep 0.5"].keep) == {
+        "model.layers.3.mlp.gate_proj",
+        "model.layers.3.mlp.up_proj",
+    }

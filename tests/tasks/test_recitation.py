@@ -1,0 +1,305 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import fresh_model, tiny_model, tiny_tokenizer
+from transformers import AutoTokenizer, ByT5Tokenizer
+
+import kfac
+from lirefs import Direction, Steer, StressTest, ndcg_task, recitation_task, wrap
+from lirefs.errors import TaskError
+from lirefs.files import cache_dir, read_jsonl
+from lirefs.model.builtin import SMOLLM2_SHA256
+from lirefs.tasks.ndcg import RankAgreement, ndcg
+from lirefs.tasks.recitation import levenshtein, matching_tokens, recitation_scores, suffix_start
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+# Of the user's cache: a test has one of its own.
+SMOLLM2 = cache_dir() / "models" / f"smollm2-135m-{SMOLLM2_SHA256[:8]}"
+TEXTS = ["Attitude is all", "one  two\n\nthree", "a \u2603 and \U0001f600x", "don't stop", " lead"]
+
+
+def run(task, lm):
+    counted = []
+    results = task.run(lm, counted.append)
+    assert sum(counted) == len(task) == len(results)
+    return results
+
+
+def test_scores_of_one_continuation():
+    assert recitation_scores([1, 2, 3, 4], [1, 2, 3, 4]) == {
+        "strict": 1.0,
+        "loose": 1.0,
+        "levenshtein": 0.0,
+        "token_match": 1.0,
+    }
+    # A shift by one is two edits, and no position is right.
+    shifted = recitation_scores([9, 1, 2, 3, 4, 5, 6, 7], [1, 2, 3, 4, 5, 6, 7, 8])
+    assert shifted == {"strict": 0.0, "loose": 1.0, "levenshtein": 0.25, "token_match": 0.0}
+    assert recitation_scores([1], [1, 2])["token_match"] == 0.5
+    assert levenshtein("kitten", "sitting") == 3
+    assert levenshtein("", "abc") == levenshtein("abc", "") == 3
+    assert levenshtein("abcdef", "bcdefa") == 2
+    assert matching_tokens([1, 2, 9], [1, 2, 3, 4]) == 2
+    assert matching_tokens([1, 2], [1, 2, 3]) == matching_tokens([1, 2, 3], [1, 2]) == 2
+    assert matching_tokens([], [1]) == 0
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    """A byte-level BPE with its spaces inside tokens, characters with a start token, bytes."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    made = [tiny_tokenizer(), ByT5Tokenizer()]
+    for trim in (True, False):
+        core = Tokenizer(models.BPE())
+        core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        core.decoder = decoders.ByteLevel()
+        core.post_processor = processors.ByteLevel(trim_offsets=trim)
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(
+            vocab_size=300, initial_alphabet=alphabet, show_progress=False
+        )
+        core.train_from_iterator(TEXTS * 5, trainer)
+        made.append(PreTrainedTokenizerFast(tokenizer_object=core))
+    return made
+
+
+def begins_by_brute_force(tokenizer, text):
+    """Characters before each token, spaces that begin it counted, from decoding its head."""
+    ids = tokenizer(text)["input_ids"]
+    begins = []
+    for index in range(len(ids)):
+        head = tokenizer.decode(ids[:index], skip_special_tokens=True).rstrip("\ufffd")
+        tail = tokenizer.decode(ids[: index + 1], skip_special_tokens=True)
+        piece = tail[len(head) :]
+        blank = len(piece) - len(piece.lstrip()) if piece.strip() and piece.strip("\ufffd ") else 0
+        begins.append(len(head) + blank)
+    return ids, begins
+
+
+@pytest.mark.parametrize("which", range(4))
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_suffix_begins_at_a_token_of_the_whole_text(tokenizers, which, text):
+    tokenizer = tokenizers[which]
+    if which == 0 and not (text.isascii() and text.isprintable()):
+        pytest.skip("no such characters in the tiny vocabulary")
+    whole, begins = begins_by_brute_force(tokenizer, text)
+    for cut in range(1, len(text)):
+        ids, start = suffix_start(tokenizer, text, cut)
+        assert ids == whole
+        wanted = next((i for i, begin in enumerate(begins) if begin >= cut), len(ids))
+        assert start == wanted, (cut, tokenizer.convert_ids_to_tokens(ids))
+
+
+def test_a_word_divided_by_the_cut_stays_whole(tokenizers):
+    tokenizer = tokenizers[2]
+    ids, start = suffix_start(tokenizer, "Attitude is all", 3)
+    assert tokenizer.decode(ids[start:]) == " is all"
+    assert tokenizer.decode(ids[:start]) == "Attitude"
+    for cut in (8, 9):  # a space belongs to the word after it, on whichever side it stands
+        ids, start = suffix_start(tokenizer, "Attitude is all", cut)
+        assert tokenizer.decode(ids[start:]) == " is all"
+
+
+def test_a_slow_tokenizer_that_loses_text_is_refused(tokenizers, monkeypatch):
+    slow = ByT5Tokenizer()
+    monkeypatch.setattr(slow, "decode", lambda *args, **kwargs: "other")
+    with pytest.raises(TaskError, match="does not give a text back"):
+        suffix_start(slow, "a text", 2)
+
+
+def test_real_quotes_are_cut_at_tokens_of_the_whole_quote(lm, tmp_path):
+    if not SMOLLM2.is_dir():
+        pytest.skip(f"no SmolLM2 at {SMOLLM2}")
+    path = SHARED / "quotes.jsonl"
+    if not path.exists():
+        pytest.skip(f"no {path}")
+    tokenizer = AutoTokenizer.from_pretrained(SMOLLM2)
+    reader = wrap(tiny_model("llama"), tokenizer)  # its vocabulary plays no part in the cutting
+    rows = [row for _, row in read_jsonl(path)]
+    items = recitation_task(reader, path).items
+    assert len(items) == len(rows) > 400
+    divided = 0
+    for row, (_, prefix, suffix) in zip(rows, items):
+        text = row["prefix"] + row["suffix"]
+        assert [*prefix, *suffix] == tokenizer(text)["input_ids"]
+        head, tail = tokenizer.decode(prefix), tokenizer.decode(suffix)
+        assert head + tail == text
+        spaces = len(tail) - len(tail.lstrip())
+        assert len(head) + spaces >= len(row["prefix"])
+        # No earlier token would do.
+        last = tokenizer.decode(prefix[-1:])
+        assert len(head) - len(last.lstrip() or last) < len(row["prefix"])
+        divided += len(head) > len(row["prefix"])
+    assert divided > 5
+    eight = tmp_path / "eight.jsonl"
+    eight.write_text("\n".join(json.dumps({**row, "suffix_tokens": 8}) for row in rows))
+    for row, (_, prefix, suffix) in zip(rows, recitation_task(reader, eight).items):
+        assert len(suffix) == 8
+        assert [*prefix, *suffix] == tokenizer(row["prefix"] + row["suffix"])["input_ids"]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prefix": "a", "suffix": 3}, "needs 'text'"),
+        ({"prefix": "abc"}, "needs 'text'"),
+        ({"prefix": "", "suffix": "ab"}, "too short"),
+        ({"text": "abcdef", "suffix_tokens": 0}, "positive number"),
+        ({"text": "abcdef", "suffix_tokens": "2"}, "positive number"),
+        ({"text": "abc", "suffix_tokens": 4}, "too short"),
+        ({"prefix_ids": [1, "2"], "suffix_ids": [3]}, "lists of token ids"),
+        ({"prefix_ids": [1, 2], "suffix_ids": [128]}, "128 is none of the 128 of tiny-llama"),
+        ({"prefix_ids": [1], "suffix_ids": [3], "tokenizer": "f00"}, "another tokenizer"),
+    ],
+)
+def test_rows_that_cannot_be_cut(lm, tmp_path, row, message):
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps(row))
+    with pytest.raises(TaskError, match=f"line 1: .*{message}"):
+        recitation_task(lm, path)
+
+
+def test_stress_test_prompts():
+    task = StressTest("s", [("a", [1], [2])], shifts=2)
+    asked = task.prompts([0, 11, 12, 13, 14], [21, 22, 23], bos=0)
+    assert asked == [
+        ([0, 11, 12, 13, 14], [21, 22, 23]),
+        ([0, 11, 12, 13, 14, 21], [22, 23]),
+        ([0, 11, 12, 13, 14, 21, 22], [23]),
+        ([0, 12, 13, 14], [21, 22, 23]),  # three tokens are left: more than t, and no fewer
+    ]
+    assert task.prompts([11, 12], [21]) == [([11, 12], [21])]
+    assert len(StressTest("s", task.items).prompts(range(64), range(48))) == 41
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+def test_stress_test_agrees_with_one_prompt_at_a_time(family):
+    lm = wrap(tiny_model(family), tiny_tokenizer())
+    prefixes = lm.encode(["some prefix", "x, and another one that is longer", "no"])
+    items = []
+    for number, prefix in enumerate(prefixes):
+        said = list(prefix)
+        for _ in range(8):
+            with torch.no_grad():
+                logits = lm.model(torch.tensor([said]), use_cache=False).logits
+            said.append(int(logits[0, -1].argmax()))
+        suffix = said[len(prefix) :]
+        if number == 1:  # wrong at first and right after: only longer prompts match
+            suffix[0] = (suffix[0] + 1) % 100
+        items.append((f"{number}", prefix, suffix))
+    task = StressTest("stress", items, shifts=3)
+    seen = set()
+    for result, (_, prefix, suffix) in zip(run(task, lm), items):
+        matches = []
+        for prompt, rest in task.prompts(prefix, suffix, bos=0):
+            ids, n = list(prompt), 0
+            for token in rest:
+                with torch.no_grad():
+                    logits = lm.model(torch.tensor([ids]), use_cache=False).logits
+                ids.append(int(logits[0, -1].argmax()))
+                if ids[-1] != token:
+                    break
+                n += 1
+            matches.append(n)
+        assert result.scores == {"original": matches[0], "perturbed": max(matches)}
+        seen |= {(matches[0], max(matches))}
+    assert (8, 8) in seen
+    assert any(best > original for original, best in seen)
+    (alone,) = run(task.subset([1]), lm)
+    assert alone == task.run(lm, lambda n: None)[1]
+
+
+def test_stress_test_named_errors():
+    with pytest.raises(TaskError, match="no items"):
+        StressTest("s", [])
+    with pytest.raises(TaskError, match="empty prefix"):
+        StressTest("s", [("a", [], [1])])
+    with pytest.raises(TaskError, match="shifts is -1"):
+        StressTest("s", [("a", [1], [1])], shifts=-1)
+
+
+def ndcg_by_brute_force(base, edited):
+    """Both definitions with plain loops in double precision."""
+    import math
+
+    k = len(base)
+    ideal = sum((k - rank + 1) / math.log2(rank + 1) for rank in range(1, k + 1))
+    usual = paper = 0.0
+    for rank, token in enumerate(edited, start=1):
+        if token in base:
+            usual += (k - (base.index(token) + 1) + 1) / math.log2(rank + 1)
+            paper += (k - rank + 1) / math.log2(rank + 1)
+    return usual / ideal, paper / ideal
+
+
+def test_ndcg_against_plain_loops_and_closed_forms():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.stack([torch.randperm(15, generator=generator)[:10] for _ in range(50)])
+    edited = torch.stack([torch.randperm(15, generator=generator)[:10] for _ in range(50)])
+    found = ndcg(base, edited)
+    for row in range(50):
+        usual, paper = ndcg_by_brute_force(base[row].tolist(), edited[row].tolist())
+        assert float(found["ndcg"][row]) == pytest.approx(usual, abs=1e-12)
+        assert float(found["ndcg_paper"][row]) == pytest.approx(paper, abs=1e-12)
+    same = ndcg(base, base)
+    assert torch.allclose(same["ndcg"], torch.ones(50, dtype=torch.float64), atol=1e-12)
+    reverse = ndcg(base, base.flip(1))
+    assert float(reverse["ndcg"][0]) == pytest.approx(0.668, abs=5e-4)
+    assert float(reverse["ndcg_paper"][0]) == pytest.approx(1, abs=1e-12)
+    assert ndcg(base, base + 100)["ndcg_paper"].sum() == 0
+
+
+def test_ndcg_task_freezes_the_unchanged_model(lm):
+    texts = [("short", "ab"), ("long", "a much longer text than the first"), ("cut", "y" * 60)]
+    task = ndcg_task(lm, texts, k=5, max_tokens=20)
+    assert [len(ids) for _, ids, _ in task.items] == [3, 20, 20]
+    for _, ids, frozen in task.items:
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([ids])).logits[0]
+        assert [list(row) for row in frozen] == logits.sort(descending=True).indices[:, :5].tolist()
+    for result, (_, ids, _) in zip(run(task, lm), task.items):
+        assert result.scores["ndcg"] == pytest.approx(1, abs=1e-12)
+        assert result.weight == len(ids)
+    steer = Steer(
+        Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)), 1), "add", 3.0
+    )
+    with steer.apply(lm.model):
+        moved = run(task, lm)
+        for result, (_, ids, frozen) in zip(moved, task.items):
+            with torch.no_grad():
+                order = lm.model(torch.tensor([ids])).logits[0].sort(descending=True).indices
+            pairs = [ndcg_by_brute_force(frozen[i], order[i, :5].tolist()) for i in range(len(ids))]
+            usual, paper = (sum(column) / len(ids) for column in zip(*pairs))
+            assert result.scores["ndcg"] == pytest.approx(usual, abs=1e-9)
+            assert result.scores["ndcg_paper"] == pytest.approx(paper, abs=1e-9)
+            assert result.scores["ndcg"] < 1
+        # An item is scored from that item alone.
+        assert task.subset([1]).run(lm, lambda n: None) == moved[1:2]
+        with pytest.raises(TaskError, match="steered model cannot be the baseline"):
+            ndcg_task(lm, texts)
+
+
+def test_ndcg_task_refuses_what_is_no_baseline():
+    lm = wrap(fresh_model("llama"), tiny_tokenizer())
+    names = [target.name for target in kfac.find_targets(lm.model, layers=[1])]
+    edit = kfac.SVDEdit(names, 0.5)
+    with edit.apply(lm.model), pytest.raises(TaskError, match="under a weight edit"):
+        ndcg_task(lm, [("a", "text")])
+    ndcg_task(lm, [("a", "text")])
+    with pytest.raises(TaskError, match="k is 129, expected 1 to 128"):
+        ndcg_task(lm, [("a", "text")], k=129)
+    with torch.no_grad():
+        lm.model.get_output_embeddings().weight[5] = float("nan")
+    with pytest.raises(TaskError, match="NaN"):
+        ndcg_task(lm, [("a", "text")])
+    with pytest.raises(TaskError, match="no items"):
+        RankAgreement("n", [])
+    with pytest.raises(TaskError, match="k tokens for each position"):
+        RankAgreement("n", [("a", [1, 2], [[3, 4]])])
+    bare = wrap(fresh_model("llama"), tiny_tokenizer(bos=False))
+    with pytest.raises(TaskError, match="'a' is empty"):
+        ndcg_task(bare, [("a", "")])

@@ -1,0 +1,165 @@
+import json
+
+import pytest
+
+from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer, recitation_task
+from lirefs.errors import TaskError
+from lirefs.tasks import suite
+from lirefs.tasks.answers import judge
+from lirefs.tasks.inference import greedy, token_nlls
+
+
+def run(task, lm):
+    counted = []
+    results = task.run(lm, counted.append)
+    assert sum(counted) == len(task) == len(results)
+    return results
+
+
+def test_recitation_scores_what_the_model_really_says(lm):
+    prefix = lm.encode(["some prefix"])[0]
+    said = greedy(lm, [prefix], 8)[0]
+    wrong = [(token + 1) % 100 for token in said]
+    nearly = [*said[:7], wrong[7]]
+    task = Recitation(
+        "r", [("yes", prefix, said), ("no", prefix, wrong), ("nearly", prefix, nearly)]
+    )
+    yes, no, almost = run(task, lm)
+    assert yes.scores == {"strict": 1.0, "loose": 1.0, "levenshtein": 0.0, "token_match": 1.0}
+    assert no.scores["strict"] == no.scores["loose"] == 0.0
+    assert almost.scores["strict"] == 0.0
+    assert almost.scores["levenshtein"] == 1 / 8
+
+
+def test_recitation_of_several_lengths_keeps_the_order(lm):
+    prefix = lm.encode(["some prefix"])[0]
+    said = greedy(lm, [prefix], 6)[0]
+    task = Recitation("r", [("6", prefix, said), ("2", prefix, said[:2]), ("4", prefix, said[:4])])
+    results = run(task, lm)
+    assert [one.id for one in results] == ["6", "2", "4"]
+    assert all(one.scores["strict"] == 1 for one in results)
+
+
+def test_perplexity_weighs_tokens_not_texts(lm):
+    texts = [("short", "ab"), ("long", "a much longer text than the first")]
+    results = run(Perplexity("p", texts), lm)
+    nlls = token_nlls(lm, lm.encode([text for _, text in texts]))
+    for result, nll in zip(results, nlls):
+        assert result.weight == len(nll)
+        assert result.scores["nll"] == pytest.approx(float(nll.sum()), rel=1e-5)
+
+
+def test_multiple_choice_takes_the_likelier_option(lm):
+    said = lm.tokenizer.decode(greedy(lm, lm.encode(["prompt"]), 1)[0])
+    other = "x" if said != "x" else "y"
+    results = run(MultipleChoice("m", [("a", "prompt", [said, other], 0)]), lm)
+    assert results[0].scores["accuracy"] == 1
+    assert results[0].output == said.strip()
+
+
+def test_short_answer_counts_the_unparsable():
+    assert judge("Paris, of course", ["Paris"], "text") == (True, True)
+    assert judge("the Netherlands", ["Netherlands"], "text") == (True, True)
+    assert judge("Parisian", ["Paris"], "text") == (True, False)
+    assert judge("...", ["Paris"], "text") == (False, False)
+    assert judge("Paris", ["The The", "?"], "text") == (True, False)  # aliases without words
+    assert judge("It is 1,234.", ["1234"], "number") == (True, True)
+    assert judge("\u22125", ["-5"], "number") == (True, True)
+    assert judge("12", ["1"], "number") == (True, False)
+    assert judge("no idea", ["1"], "number") == (False, False)
+
+
+def test_short_answer_runs(lm):
+    results = run(ShortAnswer("s", [("a", "prompt", ["zzz"]), ("b", "other", ["z"])]), lm)
+    assert [one.id for one in results] == ["a", "b"]
+
+
+def test_named_errors(lm, tmp_path):
+    for make in (Recitation, Perplexity, MultipleChoice, ShortAnswer):
+        with pytest.raises(TaskError, match="no items"):
+            make("empty", [])
+    with pytest.raises(TaskError, match="no option 2"):
+        MultipleChoice("m", [("a", "p", ["x", "y"], 2)])
+    for kind in ("number", "worked"):
+        assert ShortAnswer("s", [("a", "p", ["1,000", "-7"])], kind=kind)
+        with pytest.raises(TaskError, match=r"'a' expects .*, no numbers"):
+            ShortAnswer("s", [("a", "p", ["7", "seven"])], kind=kind)
+    with pytest.raises(TaskError, match="empty prefix"):
+        Recitation("r", [("a", [], [1])])
+    with pytest.raises(TaskError, match="fewer than two tokens"):
+        Perplexity("p", [("a", "")]).run(lm, lambda n: None)
+    for row in ({"nothing": 1}, {"text": "ab"}, {"prefix_ids": [1], "suffix_ids": []}):
+        path = tmp_path / "m.jsonl"
+        path.write_text(json.dumps(row))
+        with pytest.raises(TaskError, match="line 1"):
+            recitation_task(lm, path)
+
+
+def test_recitation_files_in_three_forms(lm, tmp_path):
+    text = "abcdefghijklmnopqrstuvwxyz"
+    ids = lm.encode([text])[0]
+    rows = [
+        {"text": text},
+        {"prefix": text[:-12], "suffix": text[-12:]},
+        {"prefix_ids": ids[:-12], "suffix_ids": ids[-12:]},
+    ]
+    path = tmp_path / "m.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    items = recitation_task(lm, path).items
+    assert {(tuple(prefix), tuple(suffix)) for _, prefix, suffix in items} == {
+        (tuple(ids[:-12]), tuple(ids[-12:]))
+    }
+
+
+def test_generated_items_are_right_and_distinct():
+    for item, prompt, (answer,) in suite.addition_items(80):
+        assert eval(item) == int(answer)
+        assert prompt.count("?") == 6
+    booleans = suite.boolean_items(80)
+    for _, prompt, options, answer in booleans:
+        expression = prompt.splitlines()[-1].removesuffix(" is")
+        assert str(eval(expression)) == options[answer].strip()
+    assert sum(answer for *_, answer in booleans) == 40
+    assert len({prompt for _, prompt, *_ in booleans}) == 80
+
+
+def test_shipped_facts_are_complete():
+    for frequency in ("common", "rare"):
+        closed = suite.fact_items(frequency, with_passage=False)
+        opened = suite.fact_items(frequency, with_passage=True)
+        assert len(closed) == len(opened) >= 60
+        for (_, _, answers), (_, prompt, _) in zip(closed, opened):
+            passage = prompt.rsplit("Passage:", 1)[1].rsplit("Q:", 1)[0]
+            assert any(answer in passage for answer in answers)
+
+
+def test_calibration_texts_are_in_no_task(lm):
+    calibration = set(suite.calibration_texts())
+    for split in ("validation", "test"):
+        assert not calibration & {text for _, text in suite.heldout_texts(split)}
+    validation = {item for item, _ in suite.heldout_texts("validation")}
+    assert not validation & {item for item, _ in suite.heldout_texts("test")}
+
+
+def test_chance_is_the_mean_over_items():
+    items = [("a", "p", [" x", " y"], 0), ("b", "p", [" x", " y", " z", " w"], 3)]
+    assert MultipleChoice("m", items).chance == pytest.approx((1 / 2 + 1 / 4) / 2)
+
+
+@pytest.mark.parametrize("make", [suite.tracking_items, suite.elimination_items])
+def test_generated_choices_are_distinct_and_no_place_of_the_answer_is_favoured(make):
+    items = make(80)
+    assert items == make(80)
+    assert len({prompt for _, prompt, _, _ in items}) == 80
+    n_options = len(items[0][2])
+    places = [answer for _, _, _, answer in items]
+    assert all(places.count(place) > 80 / n_options / 2 for place in range(n_options))
+    for _, prompt, options, answer in items:
+        last = prompt.split("\n")[-1]
+        assert all(option.strip() in last for option in options)
+        if make is suite.tracking_items:
+            assert last.rsplit(" to ", 1)[1].startswith(options[answer].strip())
+        else:  # the only colour that nobody has yet
+            held = [o for o in options if f"has the{o} hat" in last]
+            assert options[answer] not in held
+            assert len(held) == 2
