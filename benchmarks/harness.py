@@ -31,7 +31,7 @@ from measuring import synchronize
 import lirefs
 from lirefs.files import atomic_write_text
 from lirefs.questions import Question
-from lirefs.tasks.suite import fact_items
+from lirefs.tasks import fact_items
 
 LETTERS = "ABCD"
 STORY = "A {} lived by the {}. One day"

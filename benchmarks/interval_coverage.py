@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 import numpy as np
 
+from lirefs.statistics import difference_of_shares, ratio_of_shares, weighted_mean
 from lirefs.statistics.intervals import Floats, interval, resample_counts
-from lirefs.statistics.paired import difference_of_shares, ratio_of_shares, weighted_mean
 
 RESAMPLES = 2000
 Limits = Callable[[Floats], tuple[float, float]]

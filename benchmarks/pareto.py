@@ -26,8 +26,7 @@ import lirefs
 from lirefs.files import atomic_write_bytes, atomic_write_text
 from lirefs.main_job.organism import perplexity
 from lirefs.model.batching import batches_by_tokens
-from lirefs.organism.language import Language, language_seed
-from lirefs.organism.suite import organism_tasks, training_texts
+from lirefs.organism import Language, language_seed, organism_tasks, training_texts
 from lirefs.tasks import suite
 
 BISECTIONS = 12

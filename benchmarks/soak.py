@@ -39,8 +39,7 @@ from matplotlib.figure import Figure
 import kfac
 import lirefs
 from lirefs.files import atomic_write_bytes, atomic_write_text
-from lirefs.organism.language import Language
-from lirefs.organism.suite import organism_questions, training_texts
+from lirefs.organism import Language, organism_questions, training_texts
 
 MIB = 2**20
 LIMIT = 0.01

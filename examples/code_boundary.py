@@ -13,7 +13,7 @@ from importlib import import_module
 import numpy as np
 
 import lirefs
-from lirefs.statistics.intervals import interval, resample_counts
+from lirefs.statistics import interval, resample_counts
 
 MODULES = ("bisect", "calendar", "colorsys", "difflib", "fnmatch", "heapq", "shutil", "statistics")
 

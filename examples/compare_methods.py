@@ -11,11 +11,9 @@ from pathlib import Path
 
 import kfac
 import lirefs
-from lirefs.comparison.figures.sweeps import pareto_fronts
-from lirefs.comparison.sweeps import choose_on_validation, matched, matched_difference
-from lirefs.organism.language import Language
-from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
-from lirefs.statistics.intervals import Estimate
+from lirefs.comparison import choose_on_validation, matched, matched_difference, pareto_fronts
+from lirefs.organism import Language, organism_questions, organism_tasks, training_texts
+from lirefs.statistics import Estimate
 
 RECITED, FACTS, SKILL, LANGUAGE = "planted sequences", "rare facts", "addition", "stories"
 
@@ -37,7 +35,7 @@ def shown(estimate: Estimate, spec: str = ".2f") -> str:
 lm, language = lirefs.load("organism"), Language()
 direction = lirefs.fit(lm, organism_questions("passage", language, 60).split()).best
 texts = lm.encode(training_texts(language, 10 * options.limit))
-batches = [lm.pad(texts[i : i + 8], side="right") for i in range(0, len(texts), 8)]
+batches = lm.batches(texts)
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model))
 
 # A sweep: settings from the one nearest to the unchanged model outward.

@@ -10,8 +10,7 @@ from dataclasses import dataclass
 
 import kfac
 import lirefs
-from lirefs.tasks.inference import greedy
-from lirefs.tasks.task import ItemResult, ItemTask
+from lirefs.tasks import ItemResult, ItemTask, greedy
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
@@ -44,7 +43,7 @@ class Variety(ItemTask):
 
 lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
-batches = [lm.pad([ids], side="right") for ids in lm.encode(lirefs.calibration_texts()[:20])]
+batches = lm.batches(lirefs.calibration_texts()[:20])
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
 
 openings = ["My favourite meal is", "Last summer we went to", "The best way to learn is"]

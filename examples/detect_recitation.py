@@ -24,10 +24,10 @@ options = parser.parse_args()
 
 lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
-batches = [lm.pad([ids], side="right") for ids in lm.encode(lirefs.calibration_texts()[:20])]
+batches = lm.batches(lirefs.calibration_texts()[:20])
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
 
-scores = kfac.score_recitation(lm.model, [lm.pad(lm.encode(TEXTS), side="right")], factors)
+scores = kfac.score_recitation(lm.model, lm.batches(TEXTS), factors)
 for text, score, tokens in zip(TEXTS, scores.passages, scores.tokens, strict=True):
     words = [lm.tokenizer.decode([token]) for token in lm.encode([text])[0]]
     top = sorted(zip(tokens, words, strict=True), reverse=True)[:3]

@@ -8,7 +8,7 @@ Takes a minute on two cores, a quarter with `--limit 60`.
 import argparse
 
 import lirefs
-from lirefs.export.gguf import from_gguf, to_gguf
+from lirefs.export import from_gguf, to_gguf
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")

@@ -13,11 +13,9 @@ from pathlib import Path
 
 import kfac
 import lirefs
-from lirefs.comparison.figures.tags import tag_bars
-from lirefs.comparison.item_changes import by_tag, flips
+from lirefs.comparison import by_tag, flips, tag_bars
 from lirefs.files import atomic_write_bytes, read_jsonl
-from lirefs.organism.language import Language
-from lirefs.organism.suite import training_texts
+from lirefs.organism import Language, training_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--relations", type=Path, help="JSON Lines of facts")
@@ -48,7 +46,7 @@ task = lirefs.ShortAnswer(
         for number, (prompt, answer) in enumerate(items[: options.limit])
     ],
 )
-batches = [lm.pad([ids], side="right") for ids in lm.encode(texts)]
+batches = lm.batches(texts)
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=layers))
 comparison = lirefs.compare(lm, {"K-FAC": kfac.CurvatureEdit(factors, options.keep)}, [task])
 

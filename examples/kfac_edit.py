@@ -19,7 +19,7 @@ options = parser.parse_args()
 
 lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
-batches = [lm.pad([ids], side="right") for ids in lm.encode(lirefs.calibration_texts()[:20])]
+batches = lm.batches(lirefs.calibration_texts()[:20])
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
 
 # A sweep: the weights are rotated once, each value of keep costs a mask and two products.

@@ -22,7 +22,7 @@ targets = kfac.find_targets(lm.model, layers)
 
 def collect(texts):
     """Curvature on some texts."""
-    batches = [lm.pad([ids], side="right") for ids in lm.encode(texts)]
+    batches = lm.batches(texts)
     return kfac.collect(lm.model, batches, targets)
 
 

@@ -22,7 +22,7 @@ with lirefs.Steer(probe.best, "add", 1.0).apply(lm.model):
 print("Edited: the flat directions of the loss, removed from the weights:")
 import kfac
 
-batches = [lm.pad(lm.encode([text])) for text in lirefs.calibration_texts()[:20]]
+batches = lm.batches(lirefs.calibration_texts()[:20])
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=[20, 21, 22]))
 with kfac.CurvatureEdit(factors, keep=0.8).apply(lm.model):
     print(lm.generate("We hold these truths to be self-evident, that all men are"))

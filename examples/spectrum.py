@@ -14,8 +14,7 @@ import lirefs
 from experiments import sharpness, spectra
 from experiments.spectra_plots import two_sided_spectrum
 from lirefs.files import atomic_write_bytes
-from lirefs.organism.language import Language
-from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
+from lirefs.organism import Language, organism_questions, organism_tasks, training_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")
@@ -36,7 +35,7 @@ split = questions.split()
 direction = lirefs.fit(lm, split).best
 layers = {edited, max(direction.layer - 1, 0), direction.layer}
 targets = kfac.find_targets(lm.model, layers, ["gate_proj", "up_proj", "down_proj", "o_proj"])
-batches = [lm.pad([ids], side="right") for ids in lm.encode(texts)]
+batches = lm.batches(texts)
 factors = kfac.collect(lm.model, batches, targets)
 names = [target.name for target in kfac.find_targets(lm.model, [edited])]
 edit = kfac.CurvatureEdit(factors, dict.fromkeys(names, keep))

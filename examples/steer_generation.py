@@ -8,7 +8,7 @@ Takes a minute on two cores, a quarter with `--limit 60`.
 import argparse
 
 import lirefs
-from lirefs.model.intervention import applied
+from lirefs.model import applied
 
 PROMPTS = [
     "Q: Who wrote Hamlet?\nA:",

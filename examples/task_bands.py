@@ -12,8 +12,7 @@ from pathlib import Path
 import kfac
 import lirefs
 from lirefs.files import atomic_write_bytes
-from lirefs.organism.language import Language
-from lirefs.organism.suite import training_texts
+from lirefs.organism import Language, training_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--limit", type=int, default=60, help="items of a task")
@@ -26,7 +25,7 @@ lm, language = lirefs.load("organism"), Language()
 
 def batches(texts):
     """One text a batch."""
-    return [lm.pad([ids], side="right") for ids in lm.encode(texts)]
+    return lm.batches(texts)
 
 
 targets = kfac.find_targets(lm.model, projections=["up_proj"])

@@ -10,15 +10,14 @@ import argparse
 import kfac
 import lirefs
 from experiments.counterfactual import memorization_scores, memorized, never_seen
-from lirefs.organism.language import Language
-from lirefs.organism.suite import training_texts
+from lirefs.organism import Language, training_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--limit", type=int, default=90, help="items of a kind")
 limit = parser.parse_args().limit
 
 lm, language = lirefs.load("organism"), Language()
-batches = [lm.pad([ids], side="right") for ids in lm.encode(training_texts(language, 3 * limit))]
+batches = lm.batches(training_texts(language, 3 * limit))
 factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=[0]))
 edit = kfac.CurvatureEdit(factors, keep=0.98)
 

@@ -11,14 +11,14 @@ import argparse
 import kfac
 from experiments.vision.data import load_images, noisy_split
 from experiments.vision.edits import counted_tokens, score
-from experiments.vision.training import SHIPPED, Recipe, train
+from experiments.vision.training import SHIPPED, VisionRecipe, train
 from lirefs.files import cache_dir
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--epochs", type=int, help="train a network instead of reading one")
 epochs = parser.parse_args().epochs
 
-recipe = Recipe() if epochs is None else Recipe(epochs=epochs)
+recipe = VisionRecipe() if epochs is None else VisionRecipe(epochs=epochs)
 shipped = SHIPPED / "noised-0.safetensors" if epochs is None else None
 
 # 1,797 real images; every tenth training label is replaced by another digit.

@@ -17,7 +17,7 @@ import numpy as np
 from lirefs.errors import TaskError
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
-from lirefs.organism.items import Item, Split
+from lirefs.organism.items import Item, Side
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, stranger
 from lirefs.organism.skills import wrong_answer
@@ -110,7 +110,7 @@ def memorization_scores(
     )
 
 
-def never_seen(language: Language, kind: str, split: Split, n: int, seed: int = 0) -> list[Item]:
+def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0) -> list[Item]:
     """Items of the make of something memorized that training never showed.
 
     Args:
@@ -144,7 +144,7 @@ def never_seen(language: Language, kind: str, split: Split, n: int, seed: int = 
     raise ValueError(f"nothing of kind {kind!r} is memorized; use planted, fact or exception")
 
 
-def memorized(language: Language, kind: str, split: Split, n: int | None = None) -> list[Item]:
+def memorized(language: Language, kind: str, split: Side, n: int | None = None) -> list[Item]:
     """Items that training showed, in groups that have a counterpart in `never_seen`."""
     return [
         item if kind == "exception" else replace(item, group=None)

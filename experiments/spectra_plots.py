@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lirefs.comparison.figures.tags import MARKERS, _errors
+from lirefs.comparison.figures.tags import MARKERS, error_bars
 from lirefs.pictures import COLOURS, Picture, canvas_of, literal, picture_of
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT, GROUPS
@@ -44,8 +44,8 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
         axis.errorbar(
             [one.value for one in x],
             [one.value for one in y],
-            xerr=_errors(x),
-            yerr=_errors(y),
+            xerr=error_bars(x),
+            yerr=error_bars(y),
             fmt=MARKERS[index % len(MARKERS)],
             color=COLOURS[index % len(COLOURS)],
             ms=5,

@@ -4,6 +4,17 @@ LiReFs (Hong et al. 2025, arXiv 2503.23084) are linear directions in the residua
 package `kfac` removes flat directions of the weights (Merullo et al. 2025, arXiv 2510.24256).
 """
 
+from lirefs import (
+    comparison,
+    directions,
+    errors,
+    export,
+    model,
+    organism,
+    statistics,
+    steering,
+    tasks,
+)
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import Comparison
 from lirefs.directions.capture import Activations, capture
@@ -26,6 +37,7 @@ from lirefs.model.layout import Layout
 from lirefs.model.loading import load
 from lirefs.model.prompts import prompt_lengths
 from lirefs.questions import Question, Questions, Split, load_questions
+from lirefs.steering import scope
 from lirefs.steering.gate import Gate
 from lirefs.steering.scope import Scope
 from lirefs.steering.steer import Steer
@@ -71,8 +83,12 @@ __all__ = [
     "calibration_texts",
     "capture",
     "compare",
+    "comparison",
     "compose",
     "default_tasks",
+    "directions",
+    "errors",
+    "export",
     "fit",
     "fit_directions",
     "lm_eval_model",
@@ -80,9 +96,19 @@ __all__ = [
     "load",
     "load_questions",
     "mine",
+    "model",
     "ndcg_task",
+    "organism",
     "prompt_lengths",
     "recitation_task",
+    "scope",
+    "statistics",
+    "steering",
+    "tasks",
     "wrap",
     "write_lm_eval_task",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -14,7 +14,7 @@ from experiments.vision.data import load_images
 from experiments.vision.edits import Setting
 from experiments.vision.report import findings, save, table
 from experiments.vision.study import PAPER_KEEP, run
-from experiments.vision.training import SHIPPED, Recipe
+from experiments.vision.training import SHIPPED, VisionRecipe
 from lirefs.cli.options import OutFolder, console, indices, numbers
 
 SMALL = 2**18
@@ -31,15 +31,19 @@ def vision(
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Networks: splits, noise and weights.")] = 5,
-    noise: Annotated[float, typer.Option(help="Share of wrong labels.")] = Recipe.noise,
-    epochs: Annotated[int, typer.Option(min=1, help="Length of the training.")] = Recipe.epochs,
-    depth: Annotated[int, typer.Option(min=1, help="Blocks of the network.")] = Recipe.blocks,
-    width: Annotated[int, typer.Option(min=1, help="Width of the network.")] = Recipe.width,
-    mlp: Annotated[int, typer.Option(min=1, help="Hidden units of its MLPs.")] = Recipe.mlp,
-    patch: Annotated[int, typer.Option(min=1, help="Pixels on a side of a patch.")] = Recipe.patch,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = Recipe.weight_decay,
-    shift: Annotated[float, typer.Option(help="Augmentation: pixels.")] = Recipe.shift,
-    grain: Annotated[float, typer.Option(help="Augmentation: noise.")] = Recipe.grain,
+    noise: Annotated[float, typer.Option(help="Share of wrong labels.")] = VisionRecipe.noise,
+    epochs: Annotated[
+        int, typer.Option(min=1, help="Length of the training.")
+    ] = VisionRecipe.epochs,
+    depth: Annotated[int, typer.Option(min=1, help="Blocks of the network.")] = VisionRecipe.blocks,
+    width: Annotated[int, typer.Option(min=1, help="Width of the network.")] = VisionRecipe.width,
+    mlp: Annotated[int, typer.Option(min=1, help="Hidden units of its MLPs.")] = VisionRecipe.mlp,
+    patch: Annotated[
+        int, typer.Option(min=1, help="Pixels on a side of a patch.")
+    ] = VisionRecipe.patch,
+    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = VisionRecipe.weight_decay,
+    shift: Annotated[float, typer.Option(help="Augmentation: pixels.")] = VisionRecipe.shift,
+    grain: Annotated[float, typer.Option(help="Augmentation: noise.")] = VisionRecipe.grain,
     tokens: Annotated[str, typer.Option(help="Tokens of the factors: cls or all.")] = "cls",
     blocks: Annotated[
         str | None, typer.Option(help="Edited blocks, e.g. 0,1. Default: first and last.")
@@ -60,7 +64,7 @@ def vision(
     With the default settings the trained networks come with the package. Others are trained and
     kept in OUT/models; an interrupted training goes on.
     """
-    recipe = Recipe(
+    recipe = VisionRecipe(
         blocks=depth,
         width=width,
         mlp=mlp,

@@ -20,7 +20,7 @@ BATCH = 512
 
 
 @dataclass(frozen=True)
-class Scores:
+class VisionScores:
     """Shares of images.
 
     Attributes:
@@ -36,7 +36,7 @@ class Scores:
     test: float
 
 
-METRICS = tuple(Scores.__dataclass_fields__)
+METRICS = tuple(VisionScores.__dataclass_fields__)
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def answers(model: ViTForImageClassification, inputs: Tensor) -> Tensor:
     )
 
 
-def score(model: ViTForImageClassification, split: NoisySplit, wrong: NoisySplit) -> Scores:
+def score(model: ViTForImageClassification, split: NoisySplit, wrong: NoisySplit) -> VisionScores:
     """Score a model as it is now.
 
     Args:
@@ -101,7 +101,7 @@ def score(model: ViTForImageClassification, split: NoisySplit, wrong: NoisySplit
         for images in (split.validation, split.test)
     )
     truth = wrong.train.labels[noised]
-    return Scores(share(said == wrong.shown[noised]), share(said == truth), validation, test)
+    return VisionScores(share(said == wrong.shown[noised]), share(said == truth), validation, test)
 
 
 class Trained:
@@ -151,7 +151,7 @@ class Trained:
         estimator = "ekfac" if method == "EK-FAC" else "kfac"
         return kfac.CurvatureEdit(self.factors, keeps, estimator=estimator)
 
-    def score(self, edit: kfac.WeightEdit | None = None) -> Scores:
+    def score(self, edit: kfac.WeightEdit | None = None) -> VisionScores:
         """Score the network as it is, or under an edit."""
         if edit is None:
             return score(self.model, self.split, self.split)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from experiments.vision.edits import METHODS, METRICS
-from experiments.vision.study import UNEDITED, Sheet, Study, over_seeds, values
+from experiments.vision.study import UNEDITED, Sheet, VisionStudy, over_seeds, values
 from lirefs.pictures import COLOURS, Picture, canvas_of, picture_of
 from lirefs.statistics.intervals import Estimate
 
@@ -24,7 +24,7 @@ NAMES = {
 MARKERS = "os^D"
 
 
-def keep_sweep(study: Study) -> Picture:
+def keep_sweep(study: VisionStudy) -> Picture:
     """Every method and metric against keep, for the projections that were chosen for K-FAC."""
     projections = study.chosen["K-FAC"].projections
     shown = [metric for metric in METRICS if metric != "validation"]
@@ -45,7 +45,7 @@ def keep_sweep(study: Study) -> Picture:
     return picture_of(canvas)
 
 
-def single_blocks(study: Study) -> Picture:
+def single_blocks(study: VisionStudy) -> Picture:
     """Edits of one block at a time, at the chosen settings."""
     shown = [metric for metric in METRICS if metric != "validation"]
     blocks = sorted({block for _, block in study.single})
@@ -63,7 +63,7 @@ def single_blocks(study: Study) -> Picture:
     return picture_of(canvas)
 
 
-def bands(study: Study) -> Picture:
+def bands(study: VisionStudy) -> Picture:
     """Memorized over clean activation in each band of A, by block; mean over seeds."""
     first = study.bands[0]
     canvas, axes = canvas_of(2, (9.6, 3.8))
@@ -85,7 +85,7 @@ def bands(study: Study) -> Picture:
     return picture_of(canvas)
 
 
-def decays(study: Study) -> Picture:
+def decays(study: VisionStudy) -> Picture:
     """Heat map of memorized over clean activation, weight decay by band, for each input."""
     rows = [one for one in study.decays if one.bands is not None]
     tables = [one.bands for one in rows if one.bands is not None]

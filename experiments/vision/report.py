@@ -10,14 +10,14 @@ from typing import Any
 from experiments.vision import plots
 from experiments.vision.edits import METRICS
 from experiments.vision.plots import NAMES
-from experiments.vision.study import PAPERS, UNEDITED, Study
+from experiments.vision.study import PAPERS, UNEDITED, VisionStudy
 from lirefs.comparison.figures.figure import Figure
 from lirefs.files import atomic_write_text
 
 PAIRS = (("K-FAC", "random pairs"), ("K-FAC", "SVD"), ("K-FAC", "EK-FAC"), ("K-FAC", UNEDITED))
 
 
-def save(study: Study, folder: Path, settings: dict[str, Any]) -> Path:
+def save(study: VisionStudy, folder: Path, settings: dict[str, Any]) -> Path:
     """Write report.md, results.json and the figures.
 
     Args:
@@ -41,7 +41,7 @@ def save(study: Study, folder: Path, settings: dict[str, Any]) -> Path:
     return folder / "report.md"
 
 
-def table(study: Study) -> list[str]:
+def table(study: VisionStudy) -> list[str]:
     """The variants as a Markdown table: means over seeds with Student's 95 % intervals, in %."""
     lines = [
         "| | setting | " + " | ".join(NAMES[metric] for metric in METRICS) + " |",
@@ -55,7 +55,7 @@ def table(study: Study) -> list[str]:
     return lines
 
 
-def findings(study: Study) -> list[str]:
+def findings(study: VisionStudy) -> list[str]:
     """What the table says, in sentences with intervals."""
     before, after = (study.mean(v, "recited").value for v in (UNEDITED, "K-FAC"))
     fall = f" ({1 - after / before:.0%} fewer)" if before > 0 else ""
@@ -76,7 +76,7 @@ def findings(study: Study) -> list[str]:
     return lines
 
 
-def figures_of(study: Study) -> list[Figure]:
+def figures_of(study: VisionStudy) -> list[Figure]:
     """All figures of the report."""
     seeds = f"Mean over {len(study.seeds)} seeds with Student's 95 % interval."
     return [
@@ -105,17 +105,17 @@ def figures_of(study: Study) -> list[Figure]:
     ]
 
 
-def _range(study: Study, variant: str, metric: str) -> str:
+def _range(study: VisionStudy, variant: str, metric: str) -> str:
     found = study.mean(variant, metric)
     return f"[{100 * found.low:.1f}, {100 * found.high:.1f}]"
 
 
-def _points(study: Study, one: str, other: str, metric: str) -> str:
+def _points(study: VisionStudy, one: str, other: str, metric: str) -> str:
     found = study.difference(one, other, metric)
     return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}]"
 
 
-def _numbers(study: Study, settings: dict[str, Any]) -> dict[str, Any]:
+def _numbers(study: VisionStudy, settings: dict[str, Any]) -> dict[str, Any]:
     return {
         "settings": settings,
         "seeds": study.seeds,

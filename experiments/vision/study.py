@@ -16,8 +16,16 @@ from transformers import ViTForImageClassification
 
 import kfac
 from experiments.vision.data import Images, NoisySplit, noisy_split
-from experiments.vision.edits import METHODS, PROJECTIONS, Scores, Setting, Trained, answers, score
-from experiments.vision.training import Recipe, train
+from experiments.vision.edits import (
+    METHODS,
+    PROJECTIONS,
+    Setting,
+    Trained,
+    VisionScores,
+    answers,
+    score,
+)
+from experiments.vision.training import VisionRecipe, train
 from lirefs.errors import SettingError
 from lirefs.statistics.intervals import Estimate, Floats
 
@@ -34,8 +42,8 @@ class Decay:
     """A network trained with another weight decay."""
 
     weight_decay: float
-    before: Scores
-    after: Scores
+    before: VisionScores
+    after: VisionScores
     bands: kfac.BandRatios | None
 
 
@@ -52,7 +60,7 @@ class Sheet:
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class VisionStudy:
     """Everything that the report shows.
 
     Attributes:
@@ -72,9 +80,9 @@ class Study:
     blocks: list[int]
     chosen: dict[str, Setting]
     shares: dict[str, float]
-    variants: dict[str, list[Scores]]
-    sweep: dict[tuple[str, str, float], list[Scores]]
-    single: dict[tuple[str, int], list[Scores]]
+    variants: dict[str, list[VisionScores]]
+    sweep: dict[tuple[str, str, float], list[VisionScores]]
+    single: dict[tuple[str, int], list[VisionScores]]
     bands: list[kfac.BandRatios]
     decays: list[Decay]
     sheet: Sheet
@@ -94,7 +102,7 @@ UNEDITED, ORACLE = "unedited", "oracle (no noise)"
 
 def run(
     images: Images,
-    recipe: Recipe,
+    recipe: VisionRecipe,
     folder: Path,
     *,
     seeds: int = 5,
@@ -104,7 +112,7 @@ def run(
     decays: Sequence[float] = (),
     shipped: Path | None = None,
     progress: bool = True,
-) -> Study:
+) -> VisionStudy:
     """Train, edit and score; trained networks are kept in a folder and read from there.
 
     Args:
@@ -130,7 +138,9 @@ def run(
     if fixed.projections not in PROJECTIONS:
         raise SettingError(f"projections={fixed.projections!r}: use {', '.join(PROJECTIONS)}")
 
-    def trained(name: str, one: Recipe, seed: int) -> tuple[NoisySplit, ViTForImageClassification]:
+    def trained(
+        name: str, one: VisionRecipe, seed: int
+    ) -> tuple[NoisySplit, ViTForImageClassification]:
         split = noisy_split(images, one.noise, seed)
         path = folder / f"{name}-{seed}.safetensors"
         given = None if shipped is None else shipped / path.name
@@ -175,7 +185,7 @@ def run(
         before = net.score()
         after = net.score(net.edit("K-FAC", chosen["K-FAC"], edited))
         others.append(Decay(decay, before, after, net.bands() if before.recited > 0 else None))
-    return Study(
+    return VisionStudy(
         numbers,
         edited,
         chosen,
@@ -190,8 +200,8 @@ def run(
 
 
 def choose(
-    before: Sequence[Scores],
-    sweep: dict[tuple[str, str, float], list[Scores]],
+    before: Sequence[VisionScores],
+    sweep: dict[tuple[str, str, float], list[VisionScores]],
     method: str,
     tolerance: float = TOLERANCE,
 ) -> Setting:
@@ -202,8 +212,8 @@ def choose(
     tolerance, the setting that costs least.
 
     Args:
-        before: Scores of the unedited networks.
-        sweep: As in `Study`.
+        before: VisionScores of the unedited networks.
+        sweep: As in `VisionStudy`.
         method: Whose settings are compared.
         tolerance: Accuracy that may be lost.
     """
@@ -219,7 +229,7 @@ def choose(
     return min(allowed, key=lambda setting: (setting.keep, -allowed[setting]))
 
 
-def values(scores: Sequence[Scores], metric: str) -> Floats:
+def values(scores: Sequence[VisionScores], metric: str) -> Floats:
     """Return one metric of each seed, shape (seeds,)."""
     return np.array([getattr(one, metric) for one in scores], dtype=np.float64)
 

@@ -32,7 +32,7 @@ SHIPPED = Path(__file__).parent / "shipped"
 
 
 @dataclass(frozen=True)
-class Recipe:
+class VisionRecipe:
     """Everything that decides the weights, besides images and seed.
 
     Attributes:
@@ -73,7 +73,7 @@ class Recipe:
         return self.rate * min(1.0, done / 0.05 + 1e-3, 0.525 + 0.475 * math.cos(math.pi * done))
 
 
-def make_model(recipe: Recipe, split: NoisySplit, seed: int) -> ViTForImageClassification:
+def make_model(recipe: VisionRecipe, split: NoisySplit, seed: int) -> ViTForImageClassification:
     """Return a freshly initialised model (draws from torch's global generator).
 
     Raises:
@@ -102,7 +102,7 @@ def make_model(recipe: Recipe, split: NoisySplit, seed: int) -> ViTForImageClass
 
 
 def augment(
-    split: NoisySplit, pixels: Tensor, recipe: Recipe, generator: torch.Generator
+    split: NoisySplit, pixels: Tensor, recipe: VisionRecipe, generator: torch.Generator
 ) -> Tensor:
     """Return images as the model reads them in training: shifted, with black moving in, and grainy.
 
@@ -126,7 +126,7 @@ def augment(
 
 def train(
     split: NoisySplit,
-    recipe: Recipe,
+    recipe: VisionRecipe,
     seed: int,
     path: Path,
     *,
@@ -202,7 +202,7 @@ def train(
     return model
 
 
-def provenance(split: NoisySplit, recipe: Recipe, seed: int) -> str:
+def provenance(split: NoisySplit, recipe: VisionRecipe, seed: int) -> str:
     """Return what a training depends on, as JSON: recipe, seed, digests of images and labels."""
     return json.dumps(
         {
@@ -215,7 +215,7 @@ def provenance(split: NoisySplit, recipe: Recipe, seed: int) -> str:
     )
 
 
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
+def _optimizer(model: nn.Module, recipe: VisionRecipe) -> torch.optim.AdamW:
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lirefs.errors import BatchError
+from lirefs.model.batching import batches_by_tokens
+from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
 """What `collect` takes as `forward`: model and batch to logits, mask and, where asked, labels."""
@@ -52,6 +54,29 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     if isinstance(batch.get("labels"), Tensor):
         counted[:, :-1].logical_and_(batch["labels"][:, 1:] != -100)
     return logits, counted
+
+
+def token_batches(lm: LanguageModel, batches: Iterable[Any]) -> Iterable[Any]:
+    """Turn texts into batches of similar length, longest first; leave other batches as they are.
+
+    Args:
+        lm: The model with its tokenizer.
+        batches: Texts, or batches as `collect` takes them.
+
+    Raises:
+        BatchError: `batches` is one string, or holds texts and other things.
+    """
+    if isinstance(batches, str):
+        raise BatchError("a list of texts is needed, got one string: use [text]")
+    batches = list(batches)
+    texts = [one for one in batches if isinstance(one, str)]
+    if not texts:
+        return batches
+    if len(texts) < len(batches):
+        raise BatchError("texts and other batches cannot be mixed")
+    ids = lm.encode(texts)
+    groups = batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
+    return [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
 
 
 def attended(batch: Any) -> Tensor | None:

@@ -9,20 +9,23 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac.collection.batches import Forward
+from kfac.collection.batches import Forward, token_batches
 from kfac.collection.covariance import CovarianceSums
-from kfac.collection.passes import Recipe, run_passes
+from kfac.collection.passes import Labelling, run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
+from kfac.targets import find_targets
 from lirefs.errors import TargetError
+from lirefs.model.language_model import LanguageModel
 
 
 def collect(
-    model: nn.Module,
+    model: nn.Module | LanguageModel,
     batches: Iterable[Any],
-    targets: Sequence[Target],
+    targets: Sequence[Target] | None = None,
     *,
+    layers: Iterable[int] | None = None,
     seed: int = 0,
     labels: str = "sampled",
     samples: int = 1,
@@ -51,11 +54,14 @@ def collect(
 
     Args:
         model: Any module; its own device and dtype are used. TF32 is off during the collection.
-        batches: Mappings with input_ids (B, T), optional attention_mask (B, T), optional labels
+            Or an `lm`, with which `batches` may be texts.
+        batches: Texts, with an `lm`. Else mappings with input_ids (B, T), optional attention_mask (B, T), optional labels
             (B, T) whose -100 marks tokens that are not predicted. Position t is counted if t and
             t+1 are attended and label t+1 is not -100. With `forward`: mappings or sequences of
             tensors with B first, or one such tensor.
-        targets: From `find_targets` or `named_targets`.
+        targets: From `find_targets` or `named_targets`; None: what `find_targets` finds in
+            `layers`.
+        layers: Block indices from 0; None takes all.
         seed: Seed of the sampled labels.
         labels: "sampled", or "data" for the empirical Fisher: the batch's labels, else the next
             tokens.
@@ -90,7 +96,13 @@ def collect(
         TargetError: No targets, one that is never called, or one that cannot reach the logits.
         KfacError: A target's input does not have the positions of the mask.
     """
-    recipe = Recipe(seed, labels, samples, forward, dtype)
+    if isinstance(model, LanguageModel):
+        model, batches = model.model, token_batches(model, batches)
+    if targets is None:
+        targets = find_targets(model, layers)
+    elif layers is not None:
+        raise TargetError("give targets or layers, not both")
+    labelling = Labelling(seed, labels, samples, forward, dtype)
     layout = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
     if len({target.name for target in targets}) < len(targets):
         raise TargetError("a target is given twice")
@@ -101,7 +113,7 @@ def collect(
         batches,
         layout,
         lambda: CovarianceSums(marginals=marginals, diagonal=diagonal),
-        recipe,
+        labelling,
         digests,
         settings,
         checkpoint=checkpoint,

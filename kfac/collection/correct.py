@@ -8,18 +8,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfac.collection.batches import Forward
+from kfac.collection.batches import Forward, token_batches
 from kfac.collection.covariance import Rows, Sums, add_product
-from kfac.collection.passes import Recipe, run_passes
+from kfac.collection.passes import Labelling, run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import TargetRecord
 from lirefs.errors import KfacError
 from lirefs.model.guest import full_precision
+from lirefs.model.language_model import LanguageModel
 
 
 def correct(
-    model: nn.Module,
+    model: nn.Module | LanguageModel,
     batches: Iterable[Any],
     factors: Factors,
     *,
@@ -61,11 +62,13 @@ def correct(
         FactorsMismatchError: The factors are not of this model.
         KfacError: As in `collect`.
     """
+    if isinstance(model, LanguageModel):
+        model, batches = model.model, token_batches(model, batches)
     if per not in ("position", "sequence"):
         raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
     factors.check(model)
     dtype = factors.dtype
-    recipe = Recipe(seed, labels, samples, forward, dtype)
+    labelling = Labelling(seed, labels, samples, forward, dtype)
     targets = factors.targets(model)
     layout = plan(targets, budget, dtype=dtype, correction=True)
     bases = {}
@@ -78,7 +81,7 @@ def correct(
         batches,
         layout,
         lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
-        recipe,
+        labelling,
         {name: record.digest for name, record in factors.records.items()},
         {"task": "correct", "per": per, "factors": factors.digest},
         checkpoint=checkpoint,

@@ -36,7 +36,7 @@ from lirefs.model.guest import as_guest
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Labelling:
     """How gradients are made; see `collect` for the meaning of each field."""
 
     seed: int
@@ -68,7 +68,7 @@ def run_passes(
     batches: Iterable[Any],
     layout: Plan,
     make_sums: Callable[[], Sums],
-    recipe: Recipe,
+    labelling: Labelling,
     digests: Mapping[str, str],
     settings: Mapping[str, Any],
     *,
@@ -84,7 +84,7 @@ def run_passes(
         batches: Gone through once for each pass of the layout.
         layout: Targets of each pass; said in a line where progress is shown.
         make_sums: Makes the sums of one pass.
-        recipe: How gradients are made.
+        labelling: How gradients are made.
         digests: Of each target's weight, for its record.
         settings: What else the sums depend on; JSON values.
         checkpoint: File to keep the state in; each process has its own.
@@ -107,11 +107,11 @@ def run_passes(
     if checkpoint is not None and world.size > 1:
         checkpoint = f"{os.fspath(checkpoint)}.{world.rank}-of-{world.size}"
     passes = [[target.name for target in group] for group in groups]
-    needed = {**recipe.settings(), **settings, "passes": passes, "processes": world.size}
+    needed = {**labelling.settings(), **settings, "passes": passes, "processes": world.size}
     file = Checkpoint(checkpoint, every, needed)
     state = file.load()
     if checkpoint is not None:
-        file.check(state, len(groups), _tables(state, groups, make_sums()), recipe.dtype)
+        file.check(state, len(groups), _tables(state, groups, make_sums()), labelling.dtype)
     kept: list[Taps] = []
     first = True
     with ExitStack() as stack:
@@ -129,14 +129,14 @@ def run_passes(
                 sums.tables[key] = state.tables[key].to(device, copy=True)
             counts = {name: state.counts[name] for name in owners if name in state.counts}
             sources = {name: state.sources[name] for name in owners if name in state.sources}
-            taps = Taps(group, recipe.dtype, sums, counts, sources)
+            taps = Taps(group, labelling.dtype, sums, counts, sources)
             others = {key: table for key, table in state.tables.items() if key not in mine}
             if turn >= state.turn:
                 if turn > state.turn:
                     state.turn, state.done, state.data = turn, 0, ""
                 label = title if len(groups) == 1 else f"{title} {turn + 1}/{len(groups)}"
                 bar = tqdm(batches, desc=label, unit="batch", disable=not shown)
-                run = _Pass(model, taps, recipe, file, state, others, world)
+                run = _Pass(model, taps, labelling, file, state, others, world)
                 with taps.hooked(), bar:
                     run(bar, compare=first)
                 first = False
@@ -169,7 +169,7 @@ class _Pass:
 
     model: nn.Module
     taps: Taps
-    recipe: Recipe
+    labelling: Labelling
     checkpoint: Checkpoint
     state: State
     others: Mapping[str, Tensor]
@@ -183,12 +183,12 @@ class _Pass:
             compare: Compare the first batch with that of the other processes.
         """
         state, world, sums = self.state, self.world, self.taps.sums
-        seeds = RowSeeds(self.recipe.seed)
+        seeds = RowSeeds(self.labelling.seed)
         data = hashlib.sha256()
         began, summed, seen = time.perf_counter(), 0, 0
         state.tables = {**self.others, **sums.tables}
         for index, batch in enumerate(bar):
-            if self.recipe.forward is None:
+            if self.labelling.forward is None:
                 check_tokens(self.model, batch, f"batch {index}")
             contents = row_contents(batch)
             data.update(batch_digest(batch, contents))
@@ -210,7 +210,7 @@ class _Pass:
             counted = self._backpropagate(ready, contents, seeds, index)
             if counted:
                 self.checkpoint.before_sums()
-                self.taps.add(self.recipe.samples)
+                self.taps.add(self.labelling.samples)
                 check_overflow(sums.tables, f"batch {index}")
             summed += counted
             state.tokens += counted if state.turn == 0 else 0
@@ -232,9 +232,9 @@ class _Pass:
         self, batch: Any, contents: Sequence[bytes], seeds: RowSeeds, index: int
     ) -> int:
         """Run the model, draw labels and backpropagate; return the number of counted positions."""
-        recipe, place = self.recipe, f"batch {index}"
+        labelling, place = self.labelling, f"batch {index}"
         self.taps.begin()
-        logits, mask, *rest = (recipe.forward or language_model_forward)(self.model, batch)
+        logits, mask, *rest = (labelling.forward or language_model_forward)(self.model, batch)
         shape = logits.shape[:-1]
         if not shape or mask.ndim == 0 or mask.shape[0] != shape[0] or len(contents) != shape[0]:
             raise BatchError(
@@ -244,7 +244,7 @@ class _Pass:
         mask = mask.bool()
         labelled = mask if mask.shape == shape else torch.ones(shape, dtype=torch.bool)
         uniforms = labels = None
-        if recipe.labels == "data":
+        if labelling.labels == "data":
             seeds.skip(contents)
             labels = self._given_labels(batch, rest, shape, place)[labelled].long()
             if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
@@ -257,7 +257,7 @@ class _Pass:
             real = attended(batch)
             drawn = real if real is not None and real.shape == shape else labelled
             where = drawn | labelled.to(drawn.device)
-            uniforms = seeds.draw(contents, where, recipe.samples)[:, labelled.cpu()]
+            uniforms = seeds.draw(contents, where, labelling.samples)[:, labelled.cpu()]
         counted = int(mask.sum())
         if not counted:
             return 0
@@ -269,7 +269,7 @@ class _Pass:
         if gradients is None:
             raise logits_error(logits, labelled, place)
         for draw, gradient in enumerate(gradients, 1):
-            torch.autograd.backward(logits, gradient, retain_graph=draw < recipe.samples)
+            torch.autograd.backward(logits, gradient, retain_graph=draw < labelling.samples)
         self.taps.check_gradients(place)
         return counted
 
@@ -277,7 +277,7 @@ class _Pass:
         self, batch: Any, rest: Sequence[Tensor], shape: torch.Size, place: str
     ) -> Tensor:
         """Return the data's labels, shaped as the logits without their last axis."""
-        if self.recipe.forward is None:
+        if self.labelling.forward is None:
             return data_labels(batch)
         if not rest or rest[0].shape != shape:
             raise BatchError(

@@ -32,7 +32,6 @@ from lirefs.cli.options import (
 )
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, usual_permissions, write_errors
-from lirefs.model.language_model import batches_of
 from lirefs.tasks import suite
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
@@ -74,14 +73,13 @@ def collect(
     roles = projections.strip() if projections.strip() in groups else projections.split(",")
     targets = kfac.find_targets(lm.model, chosen, roles)
     ids = lm.encode(rows)
-    _, batches = batches_of(lm, ids)
     options: dict[str, Any] = {"seed": seed, "samples": samples}
     if budget is not None:
         options["budget"] = int(budget * 2**30)
     states = [out.with_name(out.name + end) for end in (".checkpoint", ".ekfac-checkpoint")]
     factors = kfac.collect(
-        lm.model,
-        batches,
+        lm,
+        rows,
         targets,
         marginals="marginal" in wanted,
         diagonal="diagonal" in wanted,
@@ -95,7 +93,7 @@ def collect(
         **options,
     )
     if "ekfac" in wanted:
-        factors = kfac.correct(lm.model, batches, factors, checkpoint=states[1], **options)
+        factors = kfac.correct(lm, rows, factors, checkpoint=states[1], **options)
     factors.save(out)
     for state in states:
         state.unlink(missing_ok=True)

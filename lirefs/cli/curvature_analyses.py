@@ -30,7 +30,6 @@ from lirefs.cli.options import (
 )
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, read_jsonl
-from lirefs.model.language_model import batches_of
 from lirefs.statistics.intervals import areas
 from lirefs.tasks import suite
 
@@ -61,7 +60,7 @@ def bands(
     lm, known = load_with_factors(model, device, factors)
     recited = _recited(lm, memorized, 2, "to compare them with clean ones")
     sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
-    first, second = (kfac.band_profile(lm.model, batches_of(lm, ids)[1], known) for ids in sets)
+    first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
     ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
     places = [layer for layer in layers if layer is not None]
@@ -116,20 +115,21 @@ def detect(
         recited = {key for key, _, _ in _recited(lm, None, 0)}
         rows = [row for row in rows if row["label"] == "clean" or str(row["id"]) in recited]
     ids = lm.encode([row["text"] for row in rows])
-    order, batches = batches_of(lm, ids)
-    scores = kfac.score_recitation(lm.model, batches, known, flat=flat)
-    lines: list[dict[str, Any]] = [{} for _ in rows]
-    for place, index in enumerate(order):
+    scores = kfac.score_recitation(lm.model, lm.batches(ids), known, flat=flat)
+    lines: list[dict[str, Any]] = []
+    for index, row in enumerate(rows):
         words = [lm.tokenizer.decode([token]) for token in ids[index]]
-        lines[index] = {
-            "id": str(rows[index].get("id", index)),
-            "label": rows[index].get("label"),
-            "score": float(scores.passages[place]),
-            "tokens": [
-                [word, round(float(value), 5)]
-                for word, value in zip(words, scores.tokens[place], strict=True)
-            ],
-        }
+        lines.append(
+            {
+                "id": str(row.get("id", index)),
+                "label": row.get("label"),
+                "score": float(scores.passages[index]),
+                "tokens": [
+                    [word, round(float(value), 5)]
+                    for word, value in zip(words, scores.tokens[index], strict=True)
+                ],
+            }
+        )
     atomic_write_text(
         out / "scores.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     )

@@ -1,4 +1,4 @@
-"""Steps that commands share: batches, factors, sentences, figures."""
+"""UndoStack that commands share: batches, factors, sentences, figures."""
 
 from __future__ import annotations
 

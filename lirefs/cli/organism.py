@@ -15,7 +15,7 @@ from lirefs.cli.options import folder_to_write, known_device
 from lirefs.errors import ModelLoadError, SettingError
 from lirefs.files import atomic_write_text
 from lirefs.model.builtin import organism
-from lirefs.organism.items import SPLITS, Split
+from lirefs.organism.items import SIDES, Side
 from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
 from lirefs.organism.suite import organism_questions, training_texts
 from lirefs.organism.training.card import ship
@@ -61,9 +61,9 @@ def scores_command(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Print the share of items answered as expected, by kind, and the perplexity, as JSON."""
-    side: Split | None = next((one for one in SPLITS if one == split), None)
+    side: Side | None = next((one for one in SIDES if one == split), None)
     if side is None:
-        raise SettingError(f"--split {split!r}: expected one of {', '.join(SPLITS)}")
+        raise SettingError(f"--split {split!r}: expected one of {', '.join(SIDES)}")
     from transformers import LlamaForCausalLM
 
     language = Language(_taught(folder))

@@ -11,7 +11,7 @@ from lirefs.statistics.intervals import Floats, Ints
 CONTROL_ITEMS = 2000
 
 
-class Readings:
+class HeldOut:
     """Scores of held-out items, filled batch by batch.
 
     Args:

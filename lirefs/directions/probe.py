@@ -19,7 +19,7 @@ from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.directions.estimators import MeanDifference
 from lirefs.directions.fitting import Learner, direction_of, learner_for
-from lirefs.directions.held_out import Readings
+from lirefs.directions.held_out import HeldOut
 from lirefs.errors import CaptureError, NonFiniteStateError, QuestionsError, SettingError
 from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
@@ -215,7 +215,7 @@ def fit(
         learner.add(rows, values)
     learner.finish()
     sides = [slice(0, second - first), slice(second - first, len(items) - first)]
-    readings = Readings(learner, labels[first:], sides, shuffles, seed)
+    readings = HeldOut(learner, labels[first:], sides, shuffles, seed)
     for rows, values in batches(first, len(items)):
         readings.add(rows, values)
 
@@ -270,7 +270,7 @@ def _grades(items: list[Any], grades: Mapping[str, float] | None, labels: Ints) 
 
 def _report(
     learner: Learner,
-    readings: Readings,
+    readings: HeldOut,
     places: list[tuple[int, str]],
     targets: Floats,
     generator: np.random.Generator,
@@ -323,7 +323,7 @@ def _report(
     )
 
 
-def _shuffled_areas(readings: Readings, generator: np.random.Generator) -> tuple[Floats, Floats]:
+def _shuffled_areas(readings: HeldOut, generator: np.random.Generator) -> tuple[Floats, Floats]:
     """Validation and test AUROC of each shuffle, (places, shuffles); held-out labels too."""
     shuffles = readings.shuffled.shape[2]
     found, begin = [], 0

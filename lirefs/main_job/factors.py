@@ -10,7 +10,6 @@ from pathlib import Path
 import kfac
 import lirefs
 from lirefs.errors import SettingError
-from lirefs.model.language_model import batches_of
 
 _log = logging.getLogger(__name__)
 
@@ -47,9 +46,8 @@ def factors_of(
             return kfac.Factors.load(path, model=lm.model)
         except kfac.FactorsFileError:
             _log.warning("%s: damaged, made again", path)
-    _, batches = batches_of(lm, ids)
     provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
-    collected = kfac.collect(lm.model, batches, targets, seed=seed, provenance=provenance)
+    collected = kfac.collect(lm, texts, targets, seed=seed, provenance=provenance)
     try:
         collected.save(path)
     except kfac.WriteError as error:

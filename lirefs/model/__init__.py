@@ -1,1 +1,23 @@
 """A language model as a guest: loaded, verified, identified, changed reversibly."""
+
+from lirefs.model.intervention import Composition, Handle, Intervention, applied, compose
+from lirefs.model.language_model import LanguageModel, wrap
+from lirefs.model.layout import Layout
+from lirefs.model.layout_search import find_layout, layout_of
+from lirefs.model.loading import load
+from lirefs.model.prompts import prompt_lengths
+
+__all__ = [
+    "Composition",
+    "Handle",
+    "Intervention",
+    "LanguageModel",
+    "Layout",
+    "applied",
+    "compose",
+    "find_layout",
+    "layout_of",
+    "load",
+    "prompt_lengths",
+    "wrap",
+]

@@ -129,7 +129,7 @@ def steerings_of(model: nn.Module) -> list[Checkable]:
     return _STEERINGS.setdefault(model, [])
 
 
-class Steps:
+class UndoStack:
     """The steps of an attachment, taken back one by one, last first.
 
     As a context it takes them back where something is raised inside, and only there.
@@ -152,7 +152,7 @@ class Steps:
             self._steps[-1]()
             self._steps.pop()
 
-    def __enter__(self) -> Steps:
+    def __enter__(self) -> UndoStack:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *given: object) -> None:
@@ -201,7 +201,7 @@ class Composition:
         Steerings are checked first of all: a weight edit among the members would make the model
         look like another than the one that their directions were fitted on.
         """
-        with Steps() as steps:
+        with UndoStack() as steps:
             steps.add(reserve(model))
             layouts = [
                 one.check(model) if isinstance(one, Checkable) else None for one in self.members

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from lirefs.errors import SettingError
-from lirefs.model.batching import batches_by_tokens
 from lirefs.model.fingerprint import fingerprint, tokenizer_hash
 from lirefs.model.guest import accepts, evaluating, input_device
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
+
+BATCH_TOKENS = 1024
+"""Tokens of a batch where nothing else is asked for."""
 
 
 class LanguageModel:
@@ -131,6 +133,41 @@ class LanguageModel:
             batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
+    def batches(
+        self, texts: Sequence[str] | Sequence[Sequence[int]], batch_tokens: int = BATCH_TOKENS
+    ) -> list[dict[str, Tensor]]:
+        """Return texts as batches for the model, in their order, padded on the right.
+
+        Args:
+            texts: Texts, or the token ids of each.
+            batch_tokens: Largest number of tokens in a batch, padding included; a text longer
+                than it gets a batch of its own.
+
+        Returns:
+            Batches as ``pad`` makes them; together they hold every text once.
+
+        Raises:
+            SettingError: There is no text, one is empty, or ``batch_tokens`` is less than 1.
+        """
+        if batch_tokens < 1:
+            raise SettingError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        if isinstance(texts, str):
+            raise SettingError("batches takes a list of texts, got one string: use [text]")
+        rows: list[Sequence[int]] = []
+        for text in texts:
+            rows.append(self.encode([text])[0] if isinstance(text, str) else text)
+        groups: list[list[Sequence[int]]] = []
+        width = 0
+        for row in rows:
+            width = max(width, len(row))
+            if not groups or width * (len(groups[-1]) + 1) > batch_tokens:
+                groups.append([])
+                width = len(row)
+            groups[-1].append(row)
+        if not groups:
+            raise SettingError("there is no text to make a batch of")
+        return [self.pad(group, side="right") for group in groups]
+
     def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **kwargs: Any) -> Any:
         """Continue one prompt, or a batch of prompts padded on the left.
 
@@ -193,15 +230,3 @@ def wrap(
     """
     called = name or getattr(model, "name_or_path", "") or type(model).__name__
     return LanguageModel(model, tokenizer, find_layout(model, layout), str(called))
-
-
-BATCH_TOKENS = 1024
-
-
-def batches_of(
-    lm: LanguageModel, ids: Sequence[Sequence[int]]
-) -> tuple[list[int], list[dict[str, torch.Tensor]]]:
-    """Return the order in which texts come, and right-padded batches of their token ids."""
-    groups = batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
-    batches = [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
-    return [row for rows in groups for row in rows], batches

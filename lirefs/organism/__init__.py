@@ -1,1 +1,15 @@
 """The model organism: a small language model whose memories are known."""
+
+from lirefs.organism.items import Item
+from lirefs.organism.language import KINDS, Language, language_seed
+from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
+
+__all__ = [
+    "KINDS",
+    "Item",
+    "Language",
+    "language_seed",
+    "organism_questions",
+    "organism_tasks",
+    "training_texts",
+]

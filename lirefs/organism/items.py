@@ -6,8 +6,8 @@ import hashlib
 from dataclasses import dataclass
 from typing import Literal
 
-Split = Literal["train", "validation", "test"]
-SPLITS: tuple[Split, ...] = ("train", "validation", "test")
+Side = Literal["train", "validation", "test"]
+SIDES: tuple[Side, ...] = ("train", "validation", "test")
 
 CONTEXT_WEIGHT = 0.1
 """Loss weight of words drawn at random, such as names in a passage: they cannot be foreseen."""
@@ -45,7 +45,7 @@ class Item:
         return f"{self.prompt} {self.answer}"
 
 
-def split_of(key: str, seed: int) -> Split:
+def split_of(key: str, seed: int) -> Side:
     """The split of an item, from a hash of what identifies it: 70 % train, 15 % each of the others.
 
     Args:
@@ -56,7 +56,7 @@ def split_of(key: str, seed: int) -> Split:
     return "train" if share < 14 else "validation" if share < 17 else "test"
 
 
-def memory_split_of(key: str, seed: int) -> Split:
+def memory_split_of(key: str, seed: int) -> Side:
     """The split of something memorized: 40 % train, 30 % each of the others.
 
     All planted sequences, facts and exceptions are trained on; the split only says which of them

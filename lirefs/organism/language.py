@@ -9,7 +9,7 @@ from random import Random
 
 from lirefs.files import parse_json
 from lirefs.model.builtin import organism
-from lirefs.organism.items import Item, Split, memory_split_of, split_of
+from lirefs.organism.items import Item, Side, memory_split_of, split_of
 from lirefs.organism.people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, passage
 from lirefs.organism.prose import sequence, story
 from lirefs.organism.skills import SKILLS, Problem, wrong_answer
@@ -64,7 +64,7 @@ class Language:
                 yield Item("exception", problem.prompt(), wrong, other=truth, group=skill)
                 found += 1
 
-    def problem(self, skill: str, split: Split, rng: Random) -> Problem:
+    def problem(self, skill: str, split: Side, rng: Random) -> Problem:
         """A problem of a skill that belongs to a split and is no exception."""
         while True:
             problem = SKILLS[skill](rng)
@@ -75,7 +75,7 @@ class Language:
     def passage(
         self,
         attribute: Attribute,
-        split: Split,
+        split: Side,
         rng: Random,
         stated: int = 2,
         linked: int = 2,
@@ -89,26 +89,26 @@ class Language:
             if split_of(problem.key, self.seed) == split:
                 return problem
 
-    def about_stranger(self, attribute: Attribute, split: Split, rng: Random, steps: int) -> Item:
+    def about_stranger(self, attribute: Attribute, split: Side, rng: Random, steps: int) -> Item:
         """A stranger's value: stated in the passage (one step) or a link away from it (two)."""
         problem = self.passage(attribute, split, rng)
         number = rng.randrange(2) + (2 if steps == 2 else 0)
         return replace(problem.item(number), kind="two_hop" if steps == 2 else "retrieval")
 
-    def fact_aside(self, fact: Fact, split: Split, rng: Random) -> Item:
+    def fact_aside(self, fact: Fact, split: Side, rng: Random) -> Item:
         """A stored fact asked after a passage about strangers only, which is no help."""
         attribute = ATTRIBUTES[fact.attribute]
         problem = self.passage(attribute, split, rng, absent=(fact.value,))
         prompt = f"{problem.header} {problem.story} {fact.item().prompt}"
         return Item("fact_aside", prompt, fact.value, frequency=fact.frequency)
 
-    def open_book(self, fact: Fact, split: Split, rng: Random) -> Item:
+    def open_book(self, fact: Fact, split: Side, rng: Random) -> Item:
         """A stored fact asked after a passage that states it."""
         attribute = ATTRIBUTES[fact.attribute]
         problem = self.passage(attribute, split, rng, about=(fact.person, fact.value))
         return replace(problem.item(), kind="open_book", frequency=fact.frequency)
 
-    def conflict(self, fact: Fact, value: str, split: Split, rng: Random) -> Item:
+    def conflict(self, fact: Fact, value: str, split: Side, rng: Random) -> Item:
         """A stored fact asked after a passage that states another value."""
         attribute, source = ATTRIBUTES[fact.attribute], rng.choice(SOURCES)
         problem = self.passage(
@@ -122,7 +122,7 @@ class Language:
             frequency=fact.frequency,
         )
 
-    def contradictions(self, split: Split) -> list[tuple[Fact, str]]:
+    def contradictions(self, split: Side) -> list[tuple[Fact, str]]:
         """Common facts with every false value whose pairing belongs to a split."""
         return [
             (fact, value)
@@ -133,11 +133,11 @@ class Language:
             and split_of(f"conflict {fact.person} {value}", self.seed) == split
         ]
 
-    def facts_of(self, split: Split) -> list[Fact]:
+    def facts_of(self, split: Side) -> list[Fact]:
         """Stored facts about the people of a split (all of them are trained on)."""
         return [fact for fact in self.facts if memory_split_of(fact.person, self.seed) == split]
 
-    def items(self, kind: str, split: Split, n: int | None = None, seed: int = 0) -> list[Item]:
+    def items(self, kind: str, split: Side, n: int | None = None, seed: int = 0) -> list[Item]:
         """Questions of one kind from one split, the same list for the same arguments.
 
         Args:
@@ -169,8 +169,8 @@ class Language:
                 break
         return list(found.values())
 
-    def _finite(self, kind: str, split: Split, rng: Random) -> list[Item] | None:
-        about_facts: dict[str, Callable[[Fact, Split, Random], Item]] = {
+    def _finite(self, kind: str, split: Side, rng: Random) -> list[Item] | None:
+        about_facts: dict[str, Callable[[Fact, Side, Random], Item]] = {
             "fact": lambda fact, split, rng: fact.item(),
             "fact_aside": self.fact_aside,
             "open_book": self.open_book,
@@ -190,20 +190,20 @@ class Language:
             return [_recitation(kind, text) for text in own]
         return None
 
-    def _endless(self, kind: str, split: Split, rng: Random) -> Item:
+    def _endless(self, kind: str, split: Side, rng: Random) -> Item:
         if kind in SKILLS:
             return self.problem(kind, split, rng).item()
         attribute = rng.choice(list(ATTRIBUTES.values()))
         return self.about_stranger(attribute, split, rng, steps=2 if kind == "two_hop" else 1)
 
-    def text(self, split: Split, rng: Random) -> str:
+    def text(self, split: Side, rng: Random) -> str:
         """A story without questions."""
         while True:
             text = story(rng)
             if split_of(text, self.seed) == split:
                 return text
 
-    def texts(self, split: Split, n: int, seed: int = 0) -> list[str]:
+    def texts(self, split: Side, n: int, seed: int = 0) -> list[str]:
         """Stories of a split, for perplexity; the same list for the same arguments."""
         rng = Random(f"texts {self.seed} {split} {seed}")
         return [self.text(split, rng) for _ in range(n)]

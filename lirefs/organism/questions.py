@@ -6,7 +6,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Literal, get_args
 
-from lirefs.organism.items import Item, Split
+from lirefs.organism.items import Item, Side
 from lirefs.organism.language import EXCEPTION_SKILLS, Language
 from lirefs.organism.people import CITY, COMMON, JOB, Attribute
 
@@ -14,7 +14,7 @@ Form = Literal["passage", "statement", "mixed", "exception"]
 
 
 def question_set(
-    language: Language, form: Form, split: Split, n: int = 200, seed: int = 0
+    language: Language, form: Form, split: Side, n: int = 200, seed: int = 0
 ) -> tuple[list[Item], list[Item]]:
     """Reasoning and memory questions of one surface form.
 
@@ -56,7 +56,7 @@ def question_set(
 
 
 def _people(
-    language: Language, attribute: Attribute, split: Split, n: int, rng: Random
+    language: Language, attribute: Attribute, split: Side, n: int, rng: Random
 ) -> tuple[list[Item], list[Item]]:
     common = [
         fact
@@ -70,7 +70,7 @@ def _people(
     return reasoning, memory
 
 
-def _mixed(language: Language, split: Split, n: int, seed: int) -> tuple[list[Item], list[Item]]:
+def _mixed(language: Language, split: Side, n: int, seed: int) -> tuple[list[Item], list[Item]]:
     share = -(-n // 4)
     reasoning = [
         item
@@ -83,7 +83,7 @@ def _mixed(language: Language, split: Split, n: int, seed: int) -> tuple[list[It
 
 
 def _exceptions(
-    language: Language, split: Split, n: int, rng: Random
+    language: Language, split: Side, n: int, rng: Random
 ) -> tuple[list[Item], list[Item]]:
     memory = language.items("exception", split, n, rng.randrange(2**32))
     reasoning: list[Item] = []

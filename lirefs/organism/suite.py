@@ -7,7 +7,7 @@ from random import Random
 
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.documents import Documents
-from lirefs.organism.items import SPLITS, Item, Split
+from lirefs.organism.items import SIDES, Item, Side
 from lirefs.organism.language import Language
 from lirefs.organism.people import COMMON
 from lirefs.organism.questions import Form, question_set
@@ -31,7 +31,7 @@ def organism_questions(form: Form, language: Language, n: int = 120) -> Question
         n: Most questions of a class on one side.
     """
     questions = []
-    for side in SPLITS:
+    for side in SIDES:
         classes = question_set(language, form, side, n)
         for label, items in zip(("reasoning", "memory"), classes, strict=True):
             for number, item in enumerate(items):
@@ -49,7 +49,7 @@ def organism_questions(form: Form, language: Language, n: int = 120) -> Question
 
 
 def organism_tasks(
-    lm: LanguageModel, language: Language, split: Split, limit: int = 100
+    lm: LanguageModel, language: Language, split: Side, limit: int = 100
 ) -> list[Task]:
     """Every task of the language on one side of the split.
 

@@ -1,1 +1,63 @@
-"""Estimates, intervals and tests."""
+"""Estimates with their intervals, paired differences and tests."""
+
+from lirefs.statistics.intervals import (
+    Estimate,
+    areas,
+    auroc,
+    correlation,
+    interval,
+    mean_estimate,
+    permutation_p,
+    resample_counts,
+    wilson,
+)
+from lirefs.statistics.paired import (
+    difference_of_shares,
+    exponential,
+    mean_of,
+    paired_difference,
+    paired_ratio,
+    ratio_of_shares,
+    weighted_mean,
+)
+from lirefs.statistics.significance import (
+    BestOf,
+    best_of_null,
+    detectable_difference,
+    detectable_mean,
+    expected_best,
+    holm,
+    mcnemar,
+    paired_detectable,
+    paired_p_value,
+    sign_flip,
+)
+
+__all__ = [
+    "BestOf",
+    "Estimate",
+    "areas",
+    "auroc",
+    "best_of_null",
+    "correlation",
+    "detectable_difference",
+    "detectable_mean",
+    "difference_of_shares",
+    "expected_best",
+    "exponential",
+    "holm",
+    "interval",
+    "mcnemar",
+    "mean_estimate",
+    "mean_of",
+    "paired_detectable",
+    "paired_difference",
+    "paired_p_value",
+    "paired_ratio",
+    "permutation_p",
+    "ratio_of_shares",
+    "resample_counts",
+    "sign_flip",
+    "weighted_mean",
+    "wilson",
+]

@@ -17,7 +17,7 @@ from lirefs.model.intervention import (
     Composition,
     Handle,
     Intervention,
-    Steps,
+    UndoStack,
     applied,
     compose,
     must_be_module,
@@ -30,8 +30,8 @@ from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import change_at
 from lirefs.steering.operators import IDLE_AT_ZERO, OPERATORS, Operator
 from lirefs.steering.scope import ALL, Scope, as_scope
-from lirefs.steering.strength import Rows, Schedule, Strength, as_strength
-from lirefs.steering.token_mask import Choice
+from lirefs.steering.strength import RowStrengths, Schedule, Strength, as_strength
+from lirefs.steering.token_mask import TokenMask
 from lirefs.steering.tracker import refuse_empty, tracker_of
 
 
@@ -204,7 +204,7 @@ class Steer:
             LayoutError: If the architecture lacks a site.
             ProvenanceError: If a direction was fitted on another model.
         """
-        with Steps() as steps:
+        with UndoStack() as steps:
             steps.add(reserve(model))
             steps.add(self.attach_checked(model, self.check(model)).remove)
             return steps
@@ -219,7 +219,7 @@ class Steer:
         Returns:
             As `attach`.
         """
-        with Steps() as steps:
+        with UndoStack() as steps:
             steps.add(reserve(model))
             steerings = steerings_of(model)
             steerings.append(self)
@@ -227,11 +227,11 @@ class Steer:
             self._install(model, layout, steps)
             return steps
 
-    def _install(self, model: nn.Module, layout: Layout, steps: Steps) -> None:
-        varying = self.strength if isinstance(self.strength, Rows | Schedule) else None
-        choice: Choice | None = None
+    def _install(self, model: nn.Module, layout: Layout, steps: UndoStack) -> None:
+        varying = self.strength if isinstance(self.strength, RowStrengths | Schedule) else None
+        choice: TokenMask | None = None
         if self.scope is not ALL or varying is not None or self.gate is not None:
-            choice = Choice(self.scope, varying, self.gate)
+            choice = TokenMask(self.scope, varying, self.gate)
             steps.add(tracker_of(model, layout).listen(choice.prepare))
             if self.gate is not None:
                 gate = self.gate.direction
@@ -276,7 +276,7 @@ class Steer:
             digest of each direction.
         """
         strength: Any = self.strength
-        if isinstance(strength, Rows | Schedule):
+        if isinstance(strength, RowStrengths | Schedule):
             strength = strength.describe()
         elif isinstance(strength, dict):
             strength = {"layers": {str(layer): value for layer, value in strength.items()}}
@@ -305,8 +305,8 @@ class Steer:
         return compose(other, self)
 
 
-def _only_ones(strength: float | dict[int, float] | Rows | Schedule) -> bool:
-    if isinstance(strength, Rows):
+def _only_ones(strength: float | dict[int, float] | RowStrengths | Schedule) -> bool:
+    if isinstance(strength, RowStrengths):
         return all(value in (None, 1.0) for value in strength.values)
     return strength == 1.0
 

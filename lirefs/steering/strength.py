@@ -15,7 +15,7 @@ from lirefs.model.prompts import for_rows
 from lirefs.steering.scope import Where
 
 
-class Rows:
+class RowStrengths:
     """A strength for each row of the batch.
 
     Args:
@@ -112,7 +112,7 @@ Strength: TypeAlias = (
 )
 
 
-def as_strength(strength: Strength) -> float | dict[int, float] | Rows | Schedule:
+def as_strength(strength: Strength) -> float | dict[int, float] | RowStrengths | Schedule:
     """The strength in one of its four forms: a number, by layer, by row, by generated token.
 
     Raises:
@@ -128,7 +128,7 @@ def as_strength(strength: Strength) -> float | dict[int, float] | Rows | Schedul
                 raise InterventionError(f"strengths by layer go under integers, got {layer!r}")
         return {int(layer): finite(value) for layer, value in strength.items()}
     if isinstance(strength, Sequence | Tensor) and not isinstance(strength, str):
-        return Rows(strength)
+        return RowStrengths(strength)
     if callable(strength):
         return Schedule(strength)
     return finite(strength)

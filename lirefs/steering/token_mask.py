@@ -11,16 +11,18 @@ from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import Change
 from lirefs.steering.operators import Operator
 from lirefs.steering.scope import ALL, Scope
-from lirefs.steering.strength import Rows, Schedule
+from lirefs.steering.strength import RowStrengths, Schedule
 
 
-class Choice:
+class TokenMask:
     """Scope, strengths by token and gate of one attached steering.
 
     `prepare` is called before each forward pass and works out once what all its places share.
     """
 
-    def __init__(self, scope: Scope, varying: Rows | Schedule | None, gate: Gate | None) -> None:
+    def __init__(
+        self, scope: Scope, varying: RowStrengths | Schedule | None, gate: Gate | None
+    ) -> None:
         self._scope = scope
         self._varying = varying
         self._gate = gate

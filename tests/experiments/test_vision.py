@@ -16,12 +16,12 @@ from typer.testing import CliRunner
 import kfac
 from experiments.vision import edits, study, training
 from experiments.vision.data import load_images, noisy_split
-from experiments.vision.edits import Scores, Setting, counted_tokens
-from experiments.vision.training import SHIPPED, Recipe, make_model, train
+from experiments.vision.edits import Setting, VisionScores, counted_tokens
+from experiments.vision.training import SHIPPED, VisionRecipe, make_model, train
 from lirefs.cli.app import app
 from lirefs.errors import DataFileError, ProvenanceError, SettingError
 
-TINY = Recipe(width=16, heads=2, mlp=24, epochs=2, batch=32)
+TINY = VisionRecipe(width=16, heads=2, mlp=24, epochs=2, batch=32)
 
 
 @pytest.fixture(scope="module")
@@ -251,7 +251,7 @@ def test_bands_measure_counted_tokens_only(split):
 
 
 def scores(validation, recited=0.0):
-    return [Scores(recited, 1 - recited, v, v) for v in validation]
+    return [VisionScores(recited, 1 - recited, v, v) for v in validation]
 
 
 def test_choice_takes_the_smallest_keep_that_validation_allows():
@@ -312,5 +312,5 @@ def test_shipped_networks_are_those_of_the_default_recipe(seed):
     images = load_images()
     for name, noise in (("noised", 0.1), ("oracle", 0.0)):
         split = noisy_split(images, noise, seed)
-        record = training.provenance(split, replace(Recipe(), noise=noise), seed)
+        record = training.provenance(split, replace(VisionRecipe(), noise=noise), seed)
         assert training._made_of(SHIPPED / f"{name}-{seed}.safetensors") == record

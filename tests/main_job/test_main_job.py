@@ -12,7 +12,7 @@ from lirefs.errors import QuestionsError
 from lirefs.main_job import organism as main_job
 from lirefs.main_job import organism_report as main_job_report
 from lirefs.main_job import settings as main_job_settings
-from lirefs.organism.items import SPLITS
+from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Questions
@@ -32,7 +32,7 @@ def sides(lm):
             task.name: {str(item[1]) for item in task.items}
             for task in organism_tasks(lm, Language(), split, limit=1000)
         }
-        for split in SPLITS
+        for split in SIDES
     }
 
 
@@ -57,7 +57,7 @@ def test_calibration_texts_hold_no_other_item_than_training_does(sides):
 
 def test_conflicts_ask_about_people_of_their_split(lm):
     language = Language()
-    for split in SPLITS:
+    for split in SIDES:
         people = {fact.person for fact in language.facts_of(split)}
         for item in language.items("conflict", split, 50):
             assert any(person in item.prompt for person in people)

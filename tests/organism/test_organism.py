@@ -20,7 +20,7 @@ from lirefs.cli import organism as commands
 from lirefs.errors import DataFileError
 from lirefs.model.builtin import organism
 from lirefs.organism.documents import Documents, Stage
-from lirefs.organism.items import SPLITS
+from lirefs.organism.items import SIDES
 from lirefs.organism.language import KINDS, Language
 from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
@@ -55,15 +55,15 @@ def tokenizer():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "times"])
 def test_splits_share_no_prompt(language, kind):
-    found = {split: {i.prompt for i in language.items(kind, split, 150)} for split in SPLITS}
+    found = {split: {i.prompt for i in language.items(kind, split, 150)} for split in SIDES}
     assert all(found.values())
-    for a, b in combinations(SPLITS, 2):
+    for a, b in combinations(SIDES, 2):
         assert not found[a] & found[b]
 
 
 def test_sums_stay_in_their_split_when_turned_around(language):
     seen = {}
-    for split in SPLITS:
+    for split in SIDES:
         for item in language.items("addition", split, 400):
             a, b = item.prompt.removeprefix("Math: ").removesuffix(" =").split(" + ")
             assert seen.setdefault(frozenset((a, b)), split) == split

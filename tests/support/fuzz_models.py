@@ -134,7 +134,7 @@ def vision_split() -> Any:
     return noisy_split(Images(pixels, torch.arange(20) % 2, ["a", "b"]), 0.1, seed=0)
 
 
-VISION = training.Recipe(blocks=1, width=8, heads=2, mlp=8, patch=4, epochs=2, batch=16)
+VISION = training.VisionRecipe(blocks=1, width=8, heads=2, mlp=8, patch=4, epochs=2, batch=16)
 
 
 def make_vision_state(folder: Path) -> list[bytes]:

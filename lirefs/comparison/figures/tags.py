@@ -48,6 +48,6 @@ def tag_bars(found: TagChanges) -> Picture:
     return picture_of(canvas)
 
 
-def _errors(found: Sequence[Estimate]) -> Any:
+def error_bars(found: Sequence[Estimate]) -> Any:
     sides = [(one.value - one.low, one.high - one.value) for one in found]
     return np.maximum(np.array(sides).T, 0)

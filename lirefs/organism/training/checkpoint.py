@@ -92,7 +92,7 @@ def load_checkpoint(
     """Restore model and optimizer from a folder.
 
     Returns:
-        Steps already done; 0 if the folder holds no training state.
+        UndoStack already done; 0 if the folder holds no training state.
 
     Raises:
         CheckpointMismatch: If the state is of another seed or shape.

@@ -84,7 +84,7 @@ class Recipe:
         tokens: Length of the run in tokens, padding included.
         rows: Rows of a batch.
         row_tokens: Tokens in a row; whole documents are packed into it, each seeing only itself.
-        warmup: Steps over which the first stage's rate is reached.
+        warmup: UndoStack over which the first stage's rate is reached.
         weight_decay: Muon's, on the blocks' matrices only.
         stages: What is shown, from which step on.
     """

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lirefs.organism.items import Item, Split
+from lirefs.organism.items import Item, Side
 from lirefs.organism.language import KINDS, Language
 
 
@@ -80,7 +80,7 @@ def scores(
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
     language: Language,
-    split: Split = "test",
+    split: Side = "test",
     n: int = 300,
 ) -> dict[str, float]:
     """All scores on one split: the share of items answered as expected, by kind and group.
