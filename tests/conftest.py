@@ -14,6 +14,7 @@ from lm_eval_local import write_tasks
 from skill_rows import write
 from tiny import fresh_model, tiny_model, tiny_tokenizer
 
+from lirefs.comparison import journal
 from lirefs.model.language_model import LanguageModel, wrap
 from lirefs.tasks.papers.catalogue import SKILLS
 
@@ -49,6 +50,12 @@ def _own_cache(request, tmp_path, monkeypatch):
     """No test writes to the user's cache, except those that ask for the real weights."""
     if not request.node.get_closest_marker("weights"):
         monkeypatch.setenv("LIREFS_CACHE", str(tmp_path / "lirefs-cache"))
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of a comparison small enough to be interrupted."""
+    monkeypatch.setattr(journal, "PART", 8)
 
 
 @pytest.fixture(scope="session")

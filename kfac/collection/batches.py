@@ -56,27 +56,31 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     return logits, counted
 
 
-def token_batches(lm: LanguageModel, batches: Iterable[Any]) -> Iterable[Any]:
-    """Turn texts into batches of similar length, longest first; leave other batches as they are.
+def module_and_batches(
+    model: nn.Module | LanguageModel, batches: Iterable[Any]
+) -> tuple[nn.Module, Iterable[Any]]:
+    """Return the bare module, and texts as batches of similar length, longest first.
 
     Args:
-        lm: The model with its tokenizer.
-        batches: Texts, or batches as `collect` takes them.
+        model: A module, or an `lm`.
+        batches: Batches as `collect` takes them; with an `lm` they may be texts.
 
     Raises:
-        BatchError: `batches` is one string, or holds texts and other things.
+        BatchError: One string alone, texts without a tokenizer, or texts among other batches.
     """
     if isinstance(batches, str):
         raise BatchError("a list of texts is needed, got one string: use [text]")
-    batches = list(batches)
-    texts = [one for one in batches if isinstance(one, str)]
+    if not isinstance(model, LanguageModel):
+        return model, batches
+    given = list(batches)
+    texts = [one for one in given if isinstance(one, str)]
     if not texts:
-        return batches
-    if len(texts) < len(batches):
+        return model.model, given
+    if len(texts) < len(given):
         raise BatchError("texts and other batches cannot be mixed")
-    ids = lm.encode(texts)
+    ids = model.encode(texts)
     groups = batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
-    return [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
+    return model.model, [model.pad([ids[row] for row in rows], side="right") for rows in groups]
 
 
 def attended(batch: Any) -> Tensor | None:
@@ -109,6 +113,8 @@ def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
             an id outside the vocabulary.
     """
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
+        if isinstance(batch, str):
+            raise BatchError(f"{place} is a text: give the lm, which has the tokenizer")
         raise BatchError(
             f"{place} must be a mapping with input_ids as a tensor, not a "
             f"{type(batch).__name__}; for other models pass `forward`"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from kfac.collection.batches import Forward, token_batches
+from kfac.collection.batches import Forward, module_and_batches
 from kfac.collection.covariance import CovarianceSums
 from kfac.collection.passes import Labelling, run_passes
 from kfac.collection.plan import plan
@@ -96,10 +96,9 @@ def collect(
         TargetError: No targets, one that is never called, or one that cannot reach the logits.
         KfacError: A target's input does not have the positions of the mask.
     """
-    if isinstance(model, LanguageModel):
-        model, batches = model.model, token_batches(model, batches)
+    module, batches = module_and_batches(model, batches)
     if targets is None:
-        targets = find_targets(model, layers)
+        targets = find_targets(module, layers)
     elif layers is not None:
         raise TargetError("give targets or layers, not both")
     labelling = Labelling(seed, labels, samples, forward, dtype)
@@ -109,7 +108,7 @@ def collect(
     digests = {target.name: weight_digest(target.weight) for target in targets}
     settings = {"task": "collect", "marginals": marginals, "diagonal": diagonal, "digests": digests}
     records, tables, tokens = run_passes(
-        model,
+        module,
         batches,
         layout,
         lambda: CovarianceSums(marginals=marginals, diagonal=diagonal),

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kfac.collection.batches import Forward, token_batches
+from kfac.collection.batches import Forward, module_and_batches
 from kfac.collection.covariance import Rows, Sums, add_product
 from kfac.collection.passes import Labelling, run_passes
 from kfac.collection.plan import plan
@@ -62,14 +62,13 @@ def correct(
         FactorsMismatchError: The factors are not of this model.
         KfacError: As in `collect`.
     """
-    if isinstance(model, LanguageModel):
-        model, batches = model.model, token_batches(model, batches)
+    module, batches = module_and_batches(model, batches)
     if per not in ("position", "sequence"):
         raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
-    factors.check(model)
+    factors.check(module)
     dtype = factors.dtype
     labelling = Labelling(seed, labels, samples, forward, dtype)
-    targets = factors.targets(model)
+    targets = factors.targets(module)
     layout = plan(targets, budget, dtype=dtype, correction=True)
     bases = {}
     for name, record in factors.records.items():
@@ -77,7 +76,7 @@ def correct(
         bases["A." + record.source] = (basis.mu, basis.u_in.to(dtype))
         bases["G." + name] = (basis.lam, basis.u_out.to(dtype))
     records, tables, _ = run_passes(
-        model,
+        module,
         batches,
         layout,
         lambda: _CorrectionSums(factors.records, bases, per == "sequence"),

@@ -14,7 +14,7 @@ from lirefs.errors import SettingError
 _log = logging.getLogger(__name__)
 
 
-def edited_layers(lm: lirefs.LanguageModel, wanted: list[int] | None) -> list[int]:
+def edited_layers(lm: lirefs.LanguageModel, wanted: Sequence[int] | None) -> list[int]:
     """Three layers from two thirds of the depth on, near the paper's 23-25 of 32."""
     if wanted is None:
         start = round(lm.n_layers * 2 / 3)
@@ -22,7 +22,7 @@ def edited_layers(lm: lirefs.LanguageModel, wanted: list[int] | None) -> list[in
     wrong = [layer for layer in wanted if not 0 <= layer < lm.n_layers]
     if wrong:
         raise SettingError(f"--layers: {wrong[0]} does not exist; the model has {lm.n_layers}")
-    return wanted
+    return list(wanted)
 
 
 def factors_of(

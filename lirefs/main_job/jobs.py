@@ -130,10 +130,9 @@ def run(
         LirefsError: A file cannot be read, or the model cannot be loaded.
     """
     console = Console(stderr=True, highlight=False) if console is None else console
-    data, memorized, factors, out = (
-        None if one is None else Path(one) for one in (data, memorized, factors, out)
+    data, memorized, factors = (
+        None if one is None else Path(one) for one in (data, memorized, factors)
     )
-    assert out is not None
     if keep is not None and not 0 < keep <= 1:
         raise KeepError(f"keep {keep}: must be in (0, 1]")
     if strength is not None and not math.isfinite(strength):
@@ -147,7 +146,10 @@ def run(
     )
     if model is None:
         model = DEFAULT_FOR_OWN_DATA if own_data else DEFAULT
-    taught = language_seed(model) if isinstance(model, str) else None
+    if isinstance(model, str):
+        taught = language_seed(model)
+    else:
+        taught = getattr(model.model.config, "language_seed", None)
     suite = None if suite is None else Suite(suite)
     if taught is not None and (own_data or suite is Suite.SKILLS):
         raise SettingError("an organism reads its own language only; give another model")
@@ -165,7 +167,7 @@ def run(
         memorized=memorized,
         factors=factors,
         lm_eval=lm_eval,
-        out=out,
+        out=Path(out),
         seed=seed,
         limit=min(limit or QUICK, QUICK) if quick else limit,
         quick=quick,

@@ -105,7 +105,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
     core.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
-            pre_tokenizers.Side(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
         ]
     )
     core.decoder = decoders.Metaspace(prepend_scheme="first")

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from test_cli import run
+from command_line import run
 from typer.main import get_command
 
 import lirefs

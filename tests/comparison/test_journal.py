@@ -10,28 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from journal_runs import hooks, tasks, variants
 
 from lirefs import Comparison, Direction, MultipleChoice, ShortAnswer, Steer, compare
 from lirefs.comparison import journal
 from lirefs.comparison import results_file as storage
 from lirefs.errors import ResultsFileError, SettingError
 from lirefs.tasks.task import ItemTask
-
-
-def variants():
-    one = Direction(torch.randn(32, generator=torch.Generator().manual_seed(0)), 2)
-    return {"weak": Steer(one, "add", 1.0), "strong": Steer(one, "add", 20.0)}
-
-
-def tasks():
-    choices = [(str(i), f"q{i}" * (1 + i % 5), [" a", " b"], 0) for i in range(30)]
-    questions = [(str(i), f"what {i}", ["x"]) for i in range(20)]
-    return [MultipleChoice("choose", choices), ShortAnswer("answer", questions)]
-
-
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr(journal, "PART", 8)
 
 
 @dataclass(frozen=True)
@@ -74,12 +59,6 @@ def test_an_interrupted_comparison_goes_on_with_the_same_result(lm, tmp_path, sm
             assert hooks(lm) == before  # the interrupted intervention is off again
     assert runs == 11  # 3 variants of 4 + 3 parts, two at a time
     assert storage.dumps(found) == whole
-
-
-def hooks(lm):
-    """Number of hooks on the model, which other tests may have used before."""
-    modules = list(lm.model.modules())
-    return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in modules)
 
 
 class Constant(list):
@@ -183,15 +162,18 @@ def test_damaged_results_are_named(lm, tmp_path):
             Comparison.load(tmp_path)
 
 
+SUPPORT = Path(__file__).parents[1] / "support"
+
 SCRIPT = """
 import sys
 import torch
 import torch.distributed as dist
 sys.path.insert(0, {tests!r})
-from test_journal import tasks, variants
+from journal_runs import tasks, variants
 from tiny import tiny_model, tiny_tokenizer
 import lirefs
-from lirefs.harness import journal, storage
+from lirefs.comparison import journal
+from lirefs.comparison import results_file as storage
 torch.set_num_threads(1)
 journal.PART = 4
 if {distributed}:
@@ -205,7 +187,7 @@ open(sys.argv[2] + str(rank), "w").write(storage.dumps(found))
 
 def script(tmp_path, distributed):
     file = tmp_path / f"run_{distributed}.py"
-    file.write_text(SCRIPT.format(tests=str(Path(__file__).parent), distributed=distributed))
+    file.write_text(SCRIPT.format(tests=str(SUPPORT), distributed=distributed))
     return file
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
-from test_probe import split
+from steering_tools import split
 from tiny import fresh_model, tiny_tokenizer
 
 from lirefs import Direction, Directions, Gate, Steer, capture, fit, fit_directions, wrap

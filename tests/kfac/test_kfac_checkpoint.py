@@ -9,21 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from curvature_tools import assert_same, batch, collect, llama
+from checkpoint_runs import BATCHES, run, targets
+from curvature_tools import assert_same, batch, llama
 from torch import nn
 
 import kfac
 from kfac import BatchError, CheckpointError
 from kfac.factors.tensor_file import read_tensors, write_tensors
-
-BATCHES = [
-    batch([0, 1]),
-    batch([2]),
-    batch([3, 4], "left", 1),
-    batch([5]),
-    batch([0, 2]),
-    batch([1]),
-]
 
 
 class Interruption(BaseException):
@@ -33,15 +25,6 @@ class Interruption(BaseException):
 @pytest.fixture(scope="module")
 def model():
     return llama(torch.float32)
-
-
-def targets(model):
-    return kfac.find_targets(model, layers=[1], projections="mlp")
-
-
-def run(model, path, batches=BATCHES, **kwargs):
-    options = {"marginals": True, "samples": 2, "checkpoint_every": 0.0} | kwargs
-    return collect(model, batches, targets(model), checkpoint=path, dtype=torch.float32, **options)
 
 
 class Bomb:
@@ -99,18 +82,20 @@ def test_killed_anywhere_it_goes_on_to_the_bit(number, model, tmp_path, monkeypa
 KILLED = """
 import sys
 from pathlib import Path
-import test_kfac_checkpoint as test
+import torch
+from checkpoint_runs import BATCHES, run
+from curvature_tools import llama
 
 def slowly():
-    for number, one in enumerate(test.BATCHES):
+    for number, one in enumerate(BATCHES):
         if number == 4:
             print("four batches", flush=True)
             sys.stdin.read()  # the kill comes here
         yield one
 
 # Sums are the same to the bit only with as many threads.
-test.torch.set_num_threads(int(sys.argv[2]))
-test.run(test.llama(test.torch.float32), Path(sys.argv[1]), slowly())
+torch.set_num_threads(int(sys.argv[2]))
+run(llama(torch.float32), Path(sys.argv[1]), slowly())
 """
 
 
@@ -118,7 +103,7 @@ def test_a_process_killed_by_the_system_goes_on_to_the_bit(model, tmp_path):
     path = tmp_path / "state"
     child = subprocess.Popen(
         [sys.executable, "-c", KILLED, str(path), str(torch.get_num_threads())],
-        cwd=Path(__file__).parent,
+        cwd=Path(__file__).parents[1] / "support",
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

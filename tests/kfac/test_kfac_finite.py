@@ -4,8 +4,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_kfac_collect import IDS, Deep, assert_same, batch, collect, llama, mlp_forward
-from test_kfac_edit import assert_restored, snapshot
+from curvature_tools import (
+    IDS,
+    Deep,
+    assert_restored,
+    assert_same,
+    batch,
+    collect,
+    llama,
+    mlp_forward,
+    snapshot,
+)
 
 import kfac
 from kfac import NonFiniteError

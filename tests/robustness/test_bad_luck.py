@@ -10,11 +10,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_cli import run
-from test_journal import small_parts, tasks, variants  # noqa: F401 (a fixture)
-from test_kfac_checkpoint import BATCHES, targets
-from test_kfac_checkpoint import run as collect
-from test_kfac_collect import llama
+from checkpoint_runs import BATCHES, targets
+from checkpoint_runs import run as collect
+from command_line import run
+from curvature_tools import llama
+from journal_runs import tasks, variants
 from tiny import fresh_model, tiny_tokenizer
 
 import kfac

@@ -22,7 +22,7 @@ from lirefs.export.gguf import from_gguf
 from lirefs.model import builtin
 from lirefs.tasks.task import ItemResult
 
-TESTS = Path(__file__).parent
+TESTS = Path(__file__).parents[1] / "support"
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 SHARED = """
@@ -30,11 +30,12 @@ import json, logging, os, pathlib, random, shutil, sys, time, zipfile
 sys.path.insert(0, {tests!r})
 import torch
 from tiny import tiny_model, tiny_tokenizer
-from lirefs import builtin, capture, load, wrap
-from lirefs.commands.steps import factors_of
+from lirefs import capture, load, wrap
+from lirefs.model import builtin
+from lirefs.main_job.factors import factors_of
 from lirefs.files import cache_dir, sha256_of
-from lirefs.harness.journal import Journal
-from lirefs.harness.tasks import ItemResult
+from lirefs.comparison.journal import Journal
+from lirefs.tasks.task import ItemResult
 
 base, name, others, rounds = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3], {rounds}
 torch.set_num_threads(1)
@@ -191,12 +192,12 @@ INTERRUPTED = """
 import hashlib, signal, sys
 sys.path.insert(0, {tests!r})
 import torch
-from test_journal import hooks, tasks, variants
-from test_kfac_checkpoint import BATCHES, run, targets
-from test_kfac_collect import llama
+from journal_runs import hooks, tasks, variants
+from checkpoint_runs import BATCHES, run, targets
+from curvature_tools import llama
 from tiny import fresh_model, tiny_tokenizer
 import kfac, lirefs
-from lirefs.harness import journal
+from lirefs.comparison import journal
 
 torch.set_num_threads(1)
 journal.PART = 4

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_kfac_collect import batch, llama
+from curvature_tools import batch, llama
 
 import kfac
 
