@@ -21,6 +21,11 @@ def on_files(files: Any, config: Any) -> Any:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Let the links of the changelog, which are relative to the root, point into the site."""
+    return markdown.replace("](docs/", "](") if page.file.src_uri == "changelog.md" else markdown
+
+
 def on_page_content(content: str, **_: Any) -> str:
     """Turn LaTeX into MathML, which browsers show without a script."""
     return _MATHS.sub(_mathml, content)

@@ -245,7 +245,7 @@ def test_the_site_builds_and_asks_the_network_for_nothing(tmp_path):
     needed = ("mkdocs", "material", "mkdocstrings", "latex2mathml")
     if any(importlib.util.find_spec(name) is None for name in needed):
         pytest.skip("needs the docs extra: pip install -e '.[docs]'")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-q", "-d", str(tmp_path)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-d", str(tmp_path)]
     done = subprocess.run(
         command,
         cwd=ROOT,

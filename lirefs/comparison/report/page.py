@@ -30,7 +30,7 @@ _SHORTEST_SHARED = 80
 def html(comparison: Comparison, figures: Sequence[Figure]) -> str:
     """The report as one HTML page; the same comparison and figures give the same bytes."""
     environment = Environment(
-        loader=PackageLoader("lirefs.tasks", ""),
+        loader=PackageLoader("lirefs.comparison.report", ""),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
@@ -185,4 +185,4 @@ def _in_script(value: Any) -> Markup:
 
 def _source(name: str) -> Markup:
     """A file of this package's own, to stand in the page as it is."""
-    return Markup((resources.files("lirefs.tasks") / name).read_text("utf-8"))
+    return Markup((resources.files("lirefs.comparison.report") / name).read_text("utf-8"))
