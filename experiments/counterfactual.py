@@ -7,6 +7,7 @@ al. 2023, arXiv 2112.12938). Hong et al. 2025 leave open whether both are one th
 
 from __future__ import annotations
 
+import argparse
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,9 +15,12 @@ from random import Random
 
 import numpy as np
 
+import kfac
+import lirefs
 from lirefs.errors import TaskError
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
+from lirefs.organism import training_texts
 from lirefs.organism.items import Item, Side
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, stranger
@@ -182,3 +186,29 @@ def _log_probabilities(lm: LanguageModel, items: Sequence[tuple[list[int], list[
             for nll, (_, answer) in zip(nlls, items, strict=True)
         ]
     )
+
+
+def main() -> None:
+    """Whether two meanings of memorization agree, and which of them an edit removes."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--limit", type=int, default=90, help="items of a kind")
+    limit = parser.parse_args().limit
+
+    lm, language = lirefs.load("organism"), Language()
+    factors = kfac.collect(lm, training_texts(language, 3 * limit), layers=[0])
+    edit = kfac.CurvatureEdit(factors, keep=0.98)
+
+    for kind in ("planted", "fact", "exception"):
+        items = memorized(language, kind, "test", limit)
+        scores = memorization_scores(lm, edit, items, never_seen(language, kind, "test", limit))
+        print(
+            f"{kind}, n = {len(items)}: nats per token lost to a changed prompt "
+            f"{scores.perturbation.mean():.2f}, gained by training "
+            f"{scores.counterfactual.mean():.2f}, lost to the edit {scores.fall.mean():.2f}"
+        )
+        for pair, value in scores.correlations.items():
+            print(f"  Spearman of {' and '.join(pair)}: {value:.2f}")
+
+
+if __name__ == "__main__":
+    main()

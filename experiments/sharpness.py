@@ -7,6 +7,7 @@ moments there. Large ones are sharp: the loss depends on them (Merullo et al. 20
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,12 +17,14 @@ import torch
 from torch import Tensor, nn
 
 import kfac
+import lirefs
 from lirefs.directions.capture import capture
 from lirefs.directions.direction import Direction
 from lirefs.errors import DirectionError
 from lirefs.model.guest import evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.observe import Seen, observe
+from lirefs.organism import Language, organism_questions, training_texts
 from lirefs.questions import Questions
 from lirefs.statistics.intervals import Estimate, Floats, interval
 
@@ -280,3 +283,31 @@ def _moments(factors: kfac.Factors, name: str, role: Role) -> tuple[Floats, Floa
         found = factors.G(name), eigen.lam, eigen.u_out
     moments, values, basis = (one.double().numpy() for one in found)
     return moments, values, basis
+
+
+def main() -> None:
+    """Where a LiReF lies in the curvature of the matrices that read and write it."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")
+    parser.add_argument("--limit", type=int, default=40, help="questions of a class; 5 texts each")
+    options = parser.parse_args()
+
+    lm, language, limit = lirefs.load(options.model), Language(), options.limit
+    if options.model == "organism":
+        questions = organism_questions("passage", language, 20 + limit)
+        texts = training_texts(language, 5 * limit)
+    else:
+        questions, texts = lirefs.load_questions(), lirefs.calibration_texts()[:limit]
+    split = questions.split()
+    direction = lirefs.fit(lm, split).best
+    layers = {max(direction.layer - 1, 0), direction.layer}
+    targets = kfac.find_targets(lm.model, layers, ["gate_proj", "up_proj", "down_proj", "o_proj"])
+    factors = kfac.collect(lm, texts, targets)
+    for one in direction_sharpness(lm, [direction], factors, split.train):
+        for name, position in (("curvature", one.curvature), ("order", one.order)):
+            print(f"{one.target} {one.role}: {name} {position.value:.2f}, ", end="")
+            print(f"random {position.isotropic:.2f}, as states vary {position.matched:.2f}")
+
+
+if __name__ == "__main__":
+    main()

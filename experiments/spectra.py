@@ -6,22 +6,26 @@ asks whether it is one order.
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 import kfac
+import lirefs
 from experiments.sharpness import DRAWS, states_at
-from experiments.spectra_plots import TaskPosition
+from experiments.spectra_plots import TaskPosition, two_sided_spectrum
 from lirefs import Steer
 from lirefs.directions.direction import Direction
 from lirefs.errors import DirectionError, TaskError
 from lirefs.model.batching import batches_by_tokens
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
+from lirefs.organism import Language, organism_questions, organism_tasks, training_texts
 from lirefs.questions import Questions
 from lirefs.statistics.intervals import (
     Estimate,
@@ -238,3 +242,55 @@ def _projections(direction: Direction, states: Floats) -> Floats:
 def _mean(values: Floats, seed: int) -> Estimate:
     draws = resample_counts(len(values), RESAMPLES, seed)
     return Estimate(float(values.mean()), *interval(draws @ values / len(values)), len(values))
+
+
+def main() -> None:
+    """The spectrum from recitation to reasoning, in activations and in curvature."""
+    parser = argparse.ArgumentParser(description=main.__doc__)
+    parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")
+    parser.add_argument("--limit", type=int, default=40, help="items of a task")
+    parser.add_argument("--out", type=Path, default=Path("spectra"), help="folder for the figure")
+    options = parser.parse_args()
+
+    lm, language, limit = lirefs.load(options.model), Language(), options.limit
+    if options.model == "organism":
+        questions = organism_questions("passage", language, 20 + limit)
+        tasks = organism_tasks(lm, language, "test", limit)
+        texts = training_texts(language, 5 * limit)
+        edited, keep = 0, 0.98
+    else:
+        questions = lirefs.load_questions("default")
+        tasks, texts = lirefs.default_tasks(lm, limit=limit), lirefs.calibration_texts()[:limit]
+        edited, keep = lm.n_layers // 3, 0.8
+    split = questions.split()
+    direction = lirefs.fit(lm, split).best
+    layers = {edited, max(direction.layer - 1, 0), direction.layer}
+    targets = kfac.find_targets(lm.model, layers, ["gate_proj", "up_proj", "down_proj", "o_proj"])
+    factors = kfac.collect(lm, texts, targets)
+    names = [target.name for target in kfac.find_targets(lm.model, [edited])]
+    edit = kfac.CurvatureEdit(factors, dict.fromkeys(names, keep))
+
+    found = task_positions(lm, direction, factors, tasks)
+    title = f"layer {direction.layer}: Spearman {found.spearman:.2f}, n = {found.spearman.n} tasks"
+    two_sided_spectrum(found.positions, f"{lm.name}, {title}").save(options.out, "spectra")
+    print(
+        f"{title}, p = {found.p_value:.3f}; size for random directions {found.random:.2f}, "
+        f"{found.above_random:.0%} of them below"
+    )
+    for one in found.positions:
+        print(f"{one.task:28s} projection {one.projection:.2f}, flat {one.flat}")
+
+    for name, move in edit_moves_projection(lm, direction, edit, split.test).items():
+        print(f"{name}: memory {move.memory:+.2f}, reasoning {move.reasoning:+.2f}, ", end="")
+        print(f"AUROC {move.auroc_before:.2f}, then {move.auroc_after:.2f}")
+    few = [task for task in tasks if task.group in ("memorization", "conflict", "language")]
+    comparison = lirefs.compare(lm, edit_and_steer(edit, direction, 2.0), few)
+    print(f"{'':28s}" + "".join(f"{variant:>24s}" for variant in comparison.variants))
+    for task in comparison.tasks:
+        values = [comparison.cell(variant, task).value for variant in comparison.variants]
+        print(f"{task:28s}" + "".join(f"{f'{value:.2f}':>24s}" for value in values))
+    print(f"wrote {options.out / 'spectra.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -20,6 +20,10 @@ from lirefs.cli.options import OutFolder, console, indices, numbers
 SMALL = 2**18
 
 
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
 def vision(
     out: OutFolder = Path("vision-report"),
     images: Annotated[
@@ -100,4 +104,4 @@ def vision(
 
 
 if __name__ == "__main__":
-    typer.run(vision)
+    app()

@@ -175,20 +175,6 @@ def test_facts_by_relation(example, model_folder, tmp_path):
     assert is_picture("facts.png")
 
 
-@pytest.mark.parametrize("model", ["organism", "tiny"])
-def test_spectrum(model, example, model_folder):
-    chosen = "organism" if model == "organism" else model_folder
-    printed = example("spectrum", "--model", chosen, "--limit", 3)
-    assert "random pairs: memory" in printed
-    assert "reads: curvature" in printed
-    assert "edit + random direction" in printed
-    assert is_picture("spectrum.png")
-
-
-def test_two_memorizations(example):
-    assert example("two_memorizations", "--limit", 6).count("Spearman of") == 9
-
-
 def test_compare_methods(example):
     printed = example("compare_methods", "--limit", 3)
     assert printed.count("best on validation") == 3
@@ -204,10 +190,3 @@ def test_task_bands(example):
     assert lines[1].startswith("memorized over sums")
     assert lines[1].count("[") == 4
     assert is_picture("task_bands.png")
-
-
-def test_vit_label_noise(example, tmp_path, monkeypatch):
-    monkeypatch.setenv("LIREFS_CACHE", str(tmp_path / "cache"))
-    assert example("vit_label_noise", "--epochs", 1).count("keep ") == 7
-    kept = [path.name for path in (tmp_path / "cache" / "vision").iterdir()]
-    assert kept == ["noised-0-1.safetensors"]

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 import kfac
 from experiments.vision import edits, study, training
+from experiments.vision.__main__ import app
 from experiments.vision.data import load_images, noisy_split
 from experiments.vision.edits import Setting, VisionScores, counted_tokens
 from experiments.vision.training import SHIPPED, VisionRecipe, make_model, train
-from lirefs.cli.app import app
 from lirefs.errors import DataFileError, ProvenanceError, SettingError
 
 TINY = VisionRecipe(width=16, heads=2, mlp=24, epochs=2, batch=32)
@@ -289,7 +289,7 @@ def test_from_images_to_report(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "KEEPS", (0.5, 0.9))
     monkeypatch.setattr(study, "RANKS", (0.5,))
     options = "--limit 100 --seeds 2 --epochs 2 --width 16 --mlp 24 --noise 0.2 --decays 1"
-    arguments = ["curvature", "vision", "--out", str(tmp_path), *options.split()]
+    arguments = ["--out", str(tmp_path), *options.split()]
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0
     assert "| oracle (no noise) |" in result.output

@@ -172,7 +172,7 @@ def test_a_collection_without_room_for_its_checkpoint_goes_on_from_the_last_one(
     assert collect(model, path).digest == expected.digest
 
 
-def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_parts):  # noqa: F811
+def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_parts):
     # transformers leaves hooks of its own where hidden states were asked for once.
     hooks = [list(module._forward_hooks) for module in lm.model.modules()]
     whole = storage.dumps(compare(lm, variants(), tasks(), progress=False))

@@ -1,6 +1,6 @@
 """A vision transformer has memorized wrong labels; without its flat curvature it sees the digits.
 
-    python examples/vit_label_noise.py [--epochs N]
+    python -m experiments.vision.one_network [--epochs N]
 
 Takes ten seconds on two cores. The network comes with the package; with a number of epochs it is
 trained here (400 take 75 s on one core) and kept in the cache, and an interrupted training goes on.
