@@ -34,9 +34,7 @@ def shown(estimate: Estimate, spec: str = ".2f") -> str:
 
 lm, language = lirefs.load("organism"), Language()
 direction = lirefs.fit(lm, organism_questions("passage", language, 60).split()).best
-texts = lm.encode(training_texts(language, 10 * options.limit))
-batches = lm.batches(texts)
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model))
+factors = kfac.collect(lm, training_texts(language, 10 * options.limit))
 
 # A sweep: settings from the one nearest to the unchanged model outward.
 edit, svd = kfac.CurvatureEdit(factors, keep=1.0), kfac.SVDEdit(factors.names, keep=1.0)

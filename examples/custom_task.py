@@ -43,8 +43,7 @@ class Variety(ItemTask):
 
 lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
-batches = lm.batches(lirefs.calibration_texts()[:20])
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
+factors = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=layers)
 
 openings = ["My favourite meal is", "Last summer we went to", "The best way to learn is"]
 yours = [("green", "Grass is", [" green", " loud"], 0), ("wet", "Rain is", [" dry", " wet"], 1)]

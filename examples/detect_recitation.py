@@ -24,8 +24,7 @@ options = parser.parse_args()
 
 lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
-batches = lm.batches(lirefs.calibration_texts()[:20])
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
+factors = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=layers)
 
 scores = kfac.score_recitation(lm.model, lm.batches(TEXTS), factors)
 for text, score, tokens in zip(TEXTS, scores.passages, scores.tokens, strict=True):

@@ -46,8 +46,7 @@ task = lirefs.ShortAnswer(
         for number, (prompt, answer) in enumerate(items[: options.limit])
     ],
 )
-batches = lm.batches(texts)
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=layers))
+factors = kfac.collect(lm, texts, layers=layers)
 comparison = lirefs.compare(lm, {"K-FAC": kfac.CurvatureEdit(factors, options.keep)}, [task])
 
 found = by_tag(comparison, "facts", "K-FAC", numbers)

@@ -19,8 +19,7 @@ options = parser.parse_args()
 
 lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
-batches = lm.batches(lirefs.calibration_texts()[:20])
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers))
+factors = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=layers)
 
 # A sweep: the weights are rotated once, each value of keep costs a mask and two products.
 edit = kfac.CurvatureEdit(factors, keep=0.9)

@@ -22,8 +22,7 @@ targets = kfac.find_targets(lm.model, layers)
 
 def collect(texts):
     """Curvature on some texts."""
-    batches = lm.batches(texts)
-    return kfac.collect(lm.model, batches, targets)
+    return kfac.collect(lm, texts, targets)
 
 
 # Sums of other numbers than those of the task, which has two digits.

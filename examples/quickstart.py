@@ -16,13 +16,14 @@ import lirefs
 
 lm = lirefs.load(MODEL)
 probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0))
-with lirefs.Steer(probe.best, "add", 1.0).apply(lm.model):
+steer = lirefs.Steer(probe.best, "add", 1.0)
+with steer.apply(lm.model):
     print(lm.generate("Q: A farmer has 12 cows and sells 5. How many are left?\nA:"))
 
 print("Edited: the flat directions of the loss, removed from the weights:")
 import kfac
 
-batches = lm.batches(lirefs.calibration_texts()[:20])
-factors = kfac.collect(lm.model, batches, kfac.find_targets(lm.model, layers=[20, 21, 22]))
-with kfac.CurvatureEdit(factors, keep=0.8).apply(lm.model):
+factors = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=[20, 21, 22])
+edit = kfac.CurvatureEdit(factors, keep=0.8)
+with edit.apply(lm.model):
     print(lm.generate("We hold these truths to be self-evident, that all men are"))

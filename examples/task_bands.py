@@ -23,18 +23,13 @@ limit = options.limit
 lm, language = lirefs.load("organism"), Language()
 
 
-def batches(texts):
-    """One text a batch."""
-    return lm.batches(texts)
-
-
 targets = kfac.find_targets(lm.model, projections=["up_proj"])
-factors = kfac.collect(lm.model, batches(training_texts(language, 5 * limit)), targets)
+factors = kfac.collect(lm, training_texts(language, 5 * limit), targets)
 
 
 def profile(texts):
     """What texts put into each band of each layer's input."""
-    return kfac.band_profile(lm.model, batches(texts), factors)
+    return kfac.band_profile(lm.model, lm.batches(texts), factors)
 
 
 kinds = {"sums": "addition", "facts": "fact", "passages": "open_book", "logic": "boolean"}

@@ -1,6 +1,6 @@
-"""The public interface, compared with the list that was agreed on: `tests/api.txt`.
+"""The public interface, compared with the list that was agreed on: `tests/documents/api.txt`.
 
-A change there is a change for every user. Meant ones are written with `python tests/test_api.py`.
+A change there is a change for every user. Meant ones are written with `python tests/documents/test_api.py`.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def interface() -> str:
 
 
 def test_the_interface_is_the_agreed_one():
-    assert interface() == AGREED.read_text("utf-8"), "meant? then run python tests/test_api.py"
+    assert interface() == AGREED.read_text("utf-8"), "meant? then run python tests/documents/test_api.py"
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Damaged files of every kind are refused with a named error, or read as what makes sense.
 
-`pytest tests/test_fuzz.py --fuzz-cases 10000 -k results -s` runs more of one kind.
+`pytest tests/robustness/test_fuzz.py --fuzz-cases 10000 -k results -s` runs more of one kind.
 """
 
 import os
