@@ -338,9 +338,7 @@ def test_half_a_converted_model_is_never_loaded(part, cut, wheel, monkeypatch):
     assert load("smollm2-135m").n_layers == 4
 
 
-def test_every_error_of_writing_is_one_of_ours_and_of_the_system():
+def test_an_error_of_writing_is_one_of_ours_and_of_the_system():
     assert issubclass(WriteError, LirefsError)
-    assert issubclass(kfac.WriteError, kfac.KfacError)
     assert issubclass(WriteError, OSError)
-    assert issubclass(kfac.WriteError, OSError)
-    assert lirefs.LirefsError is LirefsError
+    assert issubclass(kfac.KfacError, LirefsError)

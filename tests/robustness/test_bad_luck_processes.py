@@ -77,7 +77,7 @@ def start(command):
 
 
 def test_processes_that_share_a_cache_find_what_one_finds(tmp_path):
-    rounds = 3
+    rounds = 2
     script = tmp_path / "shared.py"
     script.write_text(SHARED.format(tests=str(TESTS), rounds=rounds))
     for folder in ("alone", "together"):
@@ -85,14 +85,14 @@ def test_processes_that_share_a_cache_find_what_one_finds(tmp_path):
         with zipfile.ZipFile(tmp_path / folder / builtin.SMOLLM2_WHEEL, "w") as archive:
             archive.writestr("tiny.gguf", b"GGUF")
     running = [start([sys.executable, script, tmp_path / "alone", "a", "a"])]
-    names = "bcd"
+    names = "bc"
     running += [
         start([sys.executable, script, tmp_path / "together", name, names]) for name in names
     ]
     said = [process.communicate(timeout=400) for process in running]
-    assert [process.returncode for process in running] == [0] * 4, said
+    assert [process.returncode for process in running] == [0] * 3, said
     alone, *together = [json.loads(out.splitlines()[-1]) for out, _ in said]
-    assert together == [alone] * 3
+    assert together == [alone] * 2
     assert all(same for _, _, same in alone)
     assert not any("WARNING" in error for _, error in said)  # nothing was damaged, or made again
     for number in range(rounds):
