@@ -1,4 +1,4 @@
-"""Hidden states in what a module takes and returns."""
+"""Read and replace hidden states in the arguments and outputs of a module."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from lirefs.errors import LayoutError
 
 
 def hidden_of(output: Any, batch: int | None = None) -> Tensor:
-    """Return the hidden states in what a module returned.
+    """Return the hidden states in the output of a module.
 
     Args:
         output: A tensor, or a tuple or list that begins with one (Bloom, Falcon).
-        batch: Where given, a flattened ``(batch * tokens, width)`` is returned with three axes.
+        batch: If given, a flattened ``(batch * tokens, width)`` is returned with three axes.
 
     Returns:
         ``(batch, tokens, width)``; a view, not a copy.
 
     Raises:
-        LayoutError: There is no tensor where one is expected.
+        LayoutError: The output neither is nor begins with a tensor.
     """
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
@@ -32,19 +32,17 @@ def hidden_of(output: Any, batch: int | None = None) -> Tensor:
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """Return ``output`` rebuilt around ``hidden``, in the shape and the container it came in."""
+    """Return ``output`` with its hidden states replaced; shape and container stay the same."""
     shaped = hidden.reshape(hidden_of(output).shape)
-    if isinstance(output, tuple | list):
-        return type(output)([shaped, *output[1:]])
-    return shaped
+    return type(output)([shaped, *output[1:]]) if isinstance(output, tuple | list) else shaped
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states with which a module was called, ``(batch, tokens, width)``.
+    """Return the hidden states in the arguments of a module, ``(batch, tokens, width)``.
 
     Args:
         args: Positional arguments, from a forward pre-hook.
-        kwargs: Keyword arguments; read only where there are no positional ones.
+        kwargs: Keyword arguments; read only if there are no positional ones.
 
     Raises:
         LayoutError: Neither holds hidden states.
@@ -55,7 +53,7 @@ def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
 def with_hidden_input(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a module with ``hidden`` in the place of its hidden states."""
+    """Return the arguments of a module with their hidden states replaced."""
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return args, {**kwargs, "hidden_states": hidden}
