@@ -34,12 +34,9 @@ _JSON_TYPES = {
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path; move the file to ``path`` on success, remove it on failure.
 
-    Args:
-        path: The finished file. An existing one is replaced; missing parent folders are made.
-
-    Yields:
-        The path to write to, on the same file system, so that the final move is one atomic
-        rename. It has the same name, as writers such as matplotlib choose the format by suffix.
+    Missing parent folders are made. The temporary file has the same name, as writers such as
+    matplotlib choose the format by suffix, and lies on the same file system, so that the move is
+    one atomic rename.
 
     Raises:
         WriteError: The disk is full, or the folder is not writable. An existing file stays.
@@ -72,15 +69,9 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 def append_text(path: str | os.PathLike[str], text: str) -> None:
     """Append UTF-8 text to a file in one piece, and return when it is on disk.
 
-    Texts of two processes do not mix. If the disk is full or the process is killed, a part may
-    stay: readers must leave out an unfinished last line.
-
-    Args:
-        path: The file; it and missing parent folders are made.
-        text: The text to append.
-
-    Raises:
-        WriteError: The disk is full, or the file is not writable.
+    The file and missing parent folders are made. Texts of two processes do not mix. If the disk is
+    full (a WriteError) or the process is killed, a part may stay: readers must leave out an
+    unfinished last line.
     """
     data = memoryview(text.encode("utf-8"))
     with write_errors(path):
@@ -133,11 +124,7 @@ def cache_dir() -> Path:
 def read_jsonl(
     path: str | os.PathLike[str], error: type[LirefsError] = DataFileError
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Read a JSON Lines file of objects. Blank lines are skipped.
-
-    Args:
-        path: The file, UTF-8, with or without a byte order mark.
-        error: The class to raise.
+    """Read a JSON Lines file of objects, in UTF-8 with or without a byte order mark.
 
     Returns:
         Line number, from 1, and object of each line that is not blank.
@@ -176,14 +163,12 @@ def read_jsonl(
 def parse_json(text: str, levels: int | None = None) -> Any:
     """Parse JSON from an untrusted source.
 
-    Args:
-        text: The JSON. NaN and Infinity are read, as `json.dumps` writes them.
-        levels: Deepest nesting of lists and objects; None: as deep as Python can read.
+    NaN and Infinity are read, as `json.dumps` writes them.
 
     Raises:
-        ValueError: The text is not JSON (a `json.JSONDecodeError`), is nested too deep, or holds
-            half of a surrogate pair, which cannot be written to a file, or a whole number that no
-            float can hold.
+        ValueError: The text is not JSON (a `json.JSONDecodeError`), is nested deeper than
+            ``levels`` or Python allows, or holds half of a surrogate pair, which cannot be written
+            to a file, or a whole number that no float can hold.
     """
     try:
         value = json.loads(text)

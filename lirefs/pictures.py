@@ -38,13 +38,9 @@ class Picture:
 def canvas_of(
     panels: int, size: tuple[float, float], *, rows: int = 1, sharey: bool = False
 ) -> tuple[Canvas, Any]:
-    """Make a figure and its axes without pyplot: no global state, no window, no other backend.
+    """Make a figure of `rows` times `panels` axes; `size` is its width and height in inches.
 
-    Args:
-        panels: Number of panels in a row.
-        size: Width and height in inches.
-        rows: Number of rows.
-        sharey: Whether the panels share their vertical axis.
+    Made without pyplot: no global state, no window, no change of the user's backend.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas

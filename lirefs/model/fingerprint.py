@@ -76,15 +76,7 @@ _STATES = 4
 
 
 def is_model(model: nn.Module, made_on: str) -> bool:
-    """Whether a model has a fingerprint, either as it is or without its attached edits.
-
-    Args:
-        model: The bare model.
-        made_on: A value of `LanguageModel.fingerprint`.
-
-    Raises:
-        ProvenanceError: A weight is offloaded and cannot be read.
-    """
+    """Whether a model has the fingerprint `made_on`, as it is or without its attached edits."""
     return made_on in (fingerprint(model, edited=False), fingerprint(model))
 
 

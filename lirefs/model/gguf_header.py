@@ -20,16 +20,12 @@ def check_header(path: str | os.PathLike[str]) -> int | None:
     Readers of the format loop as often as a file says: a damaged count of 2^60 keeps them busy
     until the memory is full.
 
-    Args:
-        path: The file.
-
     Returns:
         The number of blocks of the model according to the header; None if it does not say.
 
     Raises:
         ValueError: The file is not GGUF of version 2 or 3, ends within its header, counts more
             blocks than tensors, or has lists of lists, which no program writes.
-        OSError: The file cannot be read.
     """
     with Path(path).open("rb") as file:
         walk = _Walk(file)
@@ -82,24 +78,17 @@ class _Walk:
         """Pass over a value; return it if it is a whole number of 4 or 8 bytes."""
         if kind in (4, 5, 10, 11):
             return self.number(_WIDTHS[kind])
-        if kind == _STRING:
-            self.skip(self.number(8))
-        elif kind == _ARRAY:
-            inner, length = self.number(4), self.number(8)
+        length = 1
+        if kind == _ARRAY:
+            kind, length = self.number(4), self.number(8)
             self._entries += length
-            if inner == _ARRAY or self._entries > _MOST_ENTRIES:
+            if kind == _ARRAY or self._entries > _MOST_ENTRIES:
                 raise ValueError("a list of lists, or lists that are too long")
-            if inner == _STRING:
-                for _ in range(length):
-                    self.value(inner)
-            else:
-                self.skip(length * _width(inner))
+        if kind == _STRING:
+            for _ in range(length):
+                self.skip(self.number(8))
+        elif kind in _WIDTHS:
+            self.skip(length * _WIDTHS[kind])
         else:
-            self.skip(_width(kind))
+            raise ValueError(f"a value of unknown type {kind}")
         return None
-
-
-def _width(kind: int) -> int:
-    if kind not in _WIDTHS:
-        raise ValueError(f"a value of unknown type {kind}")
-    return _WIDTHS[kind]

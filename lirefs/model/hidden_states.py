@@ -11,17 +11,10 @@ from lirefs.errors import LayoutError
 
 
 def hidden_of(output: Any, batch: int | None = None) -> Tensor:
-    """Return the hidden states in the output of a module.
+    """Return the hidden states in the output of a module, ``(batch, tokens, width)``; a view.
 
-    Args:
-        output: A tensor, or a tuple or list that begins with one (Bloom, Falcon).
-        batch: If given, a flattened ``(batch * tokens, width)`` is returned with three axes.
-
-    Returns:
-        ``(batch, tokens, width)``; a view, not a copy.
-
-    Raises:
-        LayoutError: The output neither is nor begins with a tensor.
+    The output is a tensor, or a tuple or list that begins with one (Bloom, Falcon), else it raises
+    LayoutError. With ``batch``, a flattened ``(batch * tokens, width)`` gets its three axes back.
     """
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
@@ -38,15 +31,7 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states in the arguments of a module, ``(batch, tokens, width)``.
-
-    Args:
-        args: Positional arguments, from a forward pre-hook.
-        kwargs: Keyword arguments; read only if there are no positional ones.
-
-    Raises:
-        LayoutError: Neither holds hidden states.
-    """
+    """Return the hidden states in the arguments that a forward pre-hook gets, else LayoutError."""
     return hidden_of(args[0] if args else kwargs.get("hidden_states"))
 
 

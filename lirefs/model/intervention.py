@@ -75,14 +75,10 @@ _LOCK = threading.Lock()
 
 
 def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> Callable[[], None]:
-    """Reserve a model for changes by this thread; a thread may reserve it many times.
+    """Reserve a model for changes by this thread, which may reserve it many times.
 
-    Returns:
-        A function that ends the reservation; a second call does nothing.
-
-    Raises:
-        InterventionError: `model` is not a module.
-        LirefsError: Of type `error`: another thread that is still running has changed the model.
+    Returns a function that ends the reservation; a second call does nothing. Raises `error` if
+    another thread that is still running has changed the model.
     """
     must_be_module(model)
     entry = (threading.current_thread(), object())
@@ -122,16 +118,7 @@ def steerings_of(model: nn.Module) -> list[Checkable]:
 
 
 def refuse_steered(model: nn.Module, error: type[LirefsError], doing: str) -> None:
-    """Refuse a model that is steered, where its hooks would be copied or measured along.
-
-    Args:
-        model: The model.
-        error: The class to raise.
-        doing: Completes "a steered model cannot be ...".
-
-    Raises:
-        LirefsError: Of type `error`; the message says which steering is attached.
-    """
+    """Raise `error` if a model is steered; `doing` completes "a steered model cannot be ..."."""
     if attached := _STEERINGS.get(model):
         raise error(
             f"a steered model cannot be {doing}: {'; '.join(map(str, attached))} is attached; "

@@ -6,10 +6,11 @@ forward pass with an empty cache is a prompt; in every other case `prompt_length
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from torch import Tensor
 from lirefs.errors import ScopeError
 
 
+@dataclass(eq=False)
 class Prompt:
     """What is known of the prompts of one batch.
 
@@ -32,19 +34,14 @@ class Prompt:
         checked: Steerings whose scopes were already compared with the lengths.
     """
 
-    def __init__(
-        self,
-        lengths: Tensor,
-        width: int | None = None,
-        explicit: bool = True,
-        ages: Tensor | None = None,
-    ) -> None:
-        self.lengths = lengths
-        self.width = width
-        self.explicit = explicit
-        self.ages = ages
-        self.decisions: weakref.WeakKeyDictionary[object, Tensor] = weakref.WeakKeyDictionary()
-        self.checked: weakref.WeakSet[object] = weakref.WeakSet()
+    lengths: Tensor
+    width: int | None = None
+    explicit: bool = True
+    ages: Tensor | None = None
+    decisions: WeakKeyDictionary[object, Tensor] = field(
+        default_factory=WeakKeyDictionary, init=False
+    )
+    checked: WeakSet[object] = field(default_factory=WeakSet, init=False)
 
     def select(self, rows: Tensor) -> Prompt:
         """The same for a batch made of some rows of this one, given by index, (rows,)."""
@@ -98,16 +95,10 @@ def prompt_known(prompt: Prompt) -> Iterator[None]:
 
 
 def for_rows(values: Tensor, rows: int, prompts: int | None = None) -> Tensor:
-    """Repeat the value of each item for its rows: in a beam search an item has several.
+    """Repeat ``values``, (items, ...), for the rows of a batch: a beam search has several per item.
 
-    Args:
-        values: One entry per item along the first axis.
-        rows: Rows of the batch; the rows of an item are adjacent.
-        prompts: Number of prompts in the batch; None if unknown.
-
-    Raises:
-        ScopeError: There is neither one item nor one for each prompt, or the number of rows is
-            not a multiple of the number of items.
+    The rows of an item are adjacent. Raises ScopeError unless there is one item or one for each of
+    the ``prompts`` (None: unknown), and the number of rows is a multiple of the number of items.
     """
     items = values.shape[0]
     if prompts is not None and items not in (1, prompts):
