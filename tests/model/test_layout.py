@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -212,6 +213,9 @@ def test_a_module_of_one_s_own_by_hand():
     assert (layout.attention, layout.mlp) == ("mixer_attn", "feed")
     assert (layout.final_norm, layout.unembedding, layout.n_layers) == ("end", "out", 2)
     assert layout_of(model) is layout
+    model.stack = nn.Sequential(OrderedDict(first=Block(), second=Block()))  # not by index
+    with pytest.raises(LayoutError, match=r"stack\.0 did not carry hidden states"):
+        find_layout(model, {"blocks": "stack"})
 
 
 @pytest.mark.parametrize(
