@@ -1,14 +1,68 @@
-"""Errors with a name: each message is one line that says what was wrong, where, what to do."""
+"""The errors that this library raises on purpose.
+
+Every message is one line: what was wrong, where, and what to do. `except LirefsError` catches them
+all; so does `except KfacError` for curvature and weight edits. Indented classes are special cases:
+
+    LirefsError
+        SettingError, WriteError (also an OSError), DownloadError
+        DataFileError, QuestionsError, DirectionsFileError, ResultsFileError, ProvenanceError
+        ModelNotFoundError, ModelLoadError, LayoutError
+        NonFiniteError, CaptureError
+            NonFiniteStateError (both of these)
+        DirectionError
+        InterventionError
+            ScopeError, BakeError, BackendError
+        TaskError
+            NoDataError
+        KfacError
+            TargetError, BatchError, BudgetError, CheckpointError, DistributedError
+            FactorsFileError, FactorsMismatchError, EstimatorError
+            KeepError and SpectrumError (also ValueErrors)
+            EditError
+                EditOrderError
+"""
 
 from __future__ import annotations
 
 
 class LirefsError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this library raises on purpose."""
+
+
+class SettingError(LirefsError):
+    """An argument has a value that cannot be used."""
+
+
+class WriteError(LirefsError, OSError):
+    """A file could not be written: the disk is full, or the folder is not writable."""
+
+
+class DownloadError(LirefsError):
+    """A file could not be fetched, or is not the expected one."""
+
+
+class DataFileError(LirefsError):
+    """A data file is missing, empty or malformed."""
+
+
+class QuestionsError(LirefsError):
+    """A question set is malformed, empty or too small for what was asked."""
+
+
+class DirectionsFileError(LirefsError):
+    """A directions file is missing, damaged or of an unknown version."""
+
+
+class ResultsFileError(LirefsError):
+    """Saved results are missing, damaged or of an unknown version."""
+
+
+class ProvenanceError(LirefsError):
+    """Something saved was made with another model, tokenizer or data than the one at hand."""
 
 
 class ModelNotFoundError(LirefsError):
-    """No built-in model, folder, GGUF file or hub id answers to the name."""
+    """No built-in model, folder, GGUF file or hub id has this name."""
 
 
 class ModelLoadError(LirefsError):
@@ -19,44 +73,12 @@ class LayoutError(LirefsError):
     """The parts of a model could not be found, or did not behave as their names promise."""
 
 
-class QuestionsError(LirefsError):
-    """A question set is malformed, empty or too small for what was asked."""
-
-
-class DataFileError(LirefsError):
-    """A data file is missing, empty or malformed."""
-
-
-class DirectionsFileError(LirefsError):
-    """A directions file is missing, damaged or of an unknown version."""
-
-
-class ProvenanceError(LirefsError):
-    """Something saved was made with another model, tokenizer or data than the one at hand."""
-
-
-class InterventionError(LirefsError):
-    """An intervention cannot be applied, composed or removed."""
-
-
-class ScopeError(InterventionError):
-    """A scope reaches past the end of its text, or nobody said where the prompt ends."""
-
-
-class BakeError(InterventionError):
-    """A steering cannot be written into the weights of this architecture."""
-
-
-class DirectionError(LirefsError):
-    """Directions of different places, widths or models were put together."""
+class NonFiniteError(LirefsError):
+    """A hidden state, an activation, a gradient or a logit is NaN or infinite."""
 
 
 class CaptureError(LirefsError):
     """Activations could not be captured."""
-
-
-class NonFiniteError(LirefsError):
-    """A hidden state, an activation, a gradient or a logit is NaN or infinite."""
 
 
 class NonFiniteStateError(CaptureError, NonFiniteError):
@@ -76,41 +98,36 @@ class NonFiniteStateError(CaptureError, NonFiniteError):
         self.found = found
 
     def named(self, question: str) -> NonFiniteStateError:
-        """The same with the id of the question that the prompt asks."""
+        """The same error with the id of the question in its message."""
         return NonFiniteStateError(self.prompt, self.found, f" (question {question!r})")
 
 
-class TaskError(LirefsError):
-    """A task or one of its items is malformed or cannot be scored."""
+class DirectionError(LirefsError):
+    """Directions of different places, widths or models were combined."""
 
 
-class WriteError(LirefsError, OSError):
-    """A file could not be written: the disk is full, or the folder cannot be written to."""
+class InterventionError(LirefsError):
+    """An intervention cannot be applied, composed or removed."""
 
 
-class ResultsFileError(LirefsError):
-    """Saved results are missing, damaged or of an unknown version."""
+class ScopeError(InterventionError):
+    """A scope reaches past the end of its text, or the end of the prompt is unknown."""
 
 
-class DownloadError(LirefsError):
-    """A file could not be fetched, or is not the file that was expected."""
-
-
-class SettingError(LirefsError):
-    """An argument has a value that cannot be used."""
-
-
-class NoDataError(TaskError):
-    """The data of a task is neither on the disk nor to be had from the hub."""
+class BakeError(InterventionError):
+    """A steering cannot be written into the weights of this architecture."""
 
 
 class BackendError(InterventionError):
     """A steering cannot be carried over to another runtime or file format."""
 
 
-def first_line(problem: BaseException) -> str:
-    """The first line of an error's message that is not blank, for a message of one line."""
-    return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
+class TaskError(LirefsError):
+    """A task or one of its items is malformed or cannot be scored."""
+
+
+class NoDataError(TaskError):
+    """The data of a task is neither on disk nor available from the hub."""
 
 
 class KfacError(LirefsError):
@@ -118,19 +135,35 @@ class KfacError(LirefsError):
 
 
 class TargetError(KfacError):
-    """A weight matrix that was asked for is missing, unsupported, or was never used."""
+    """A requested weight matrix is missing, unsupported, or was never used."""
 
 
 class BatchError(KfacError):
     """A batch, or the iterable of batches, cannot be used for collection."""
 
 
+class BudgetError(KfacError):
+    """The memory budget is too small for a single target."""
+
+
+class CheckpointError(KfacError):
+    """A checkpoint cannot be read, or belongs to other data, targets or settings."""
+
+
+class DistributedError(KfacError):
+    """The processes of one collection do not agree on their data or targets."""
+
+
 class FactorsFileError(KfacError):
-    """A file is not a readable factors file: missing, truncated, foreign or from a newer format."""
+    """A file is not a readable factors file: missing, truncated, foreign or of a newer format."""
 
 
 class FactorsMismatchError(KfacError):
     """Factors do not belong to this model, or cannot be merged with other factors."""
+
+
+class EstimatorError(KfacError):
+    """An estimator of the curvature is unknown, or its sums were not collected."""
 
 
 class KeepError(KfacError, ValueError):
@@ -149,17 +182,6 @@ class EditOrderError(EditError):
     """Edits of the same weight must be removed in the reverse order of their attachment."""
 
 
-class EstimatorError(KfacError):
-    """An estimator of the curvature is unknown, or its sums were not collected."""
-
-
-class CheckpointError(KfacError):
-    """A checkpoint cannot be read, or belongs to other data, targets or settings."""
-
-
-class BudgetError(KfacError):
-    """The memory budget is too small for a single target."""
-
-
-class DistributedError(KfacError):
-    """The processes of one collection do not agree on their data or targets."""
+def first_line(problem: BaseException) -> str:
+    """The first line of an error's message that is not blank, to quote in a message."""
+    return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")

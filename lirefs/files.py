@@ -1,10 +1,11 @@
-"""Files: written whole or not at all, read with the line number of what is wrong."""
+"""Write files atomically; read JSON with errors that name file and line."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import re
 import stat
 import sys
 import tempfile
@@ -18,24 +19,27 @@ from safetensors import SafetensorError
 
 from lirefs.errors import DataFileError, LirefsError, WriteError
 
-_CHUNK = 1 << 20
+_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+_JSON_TYPES = {
+    type(None): "null",
+    bool: "a boolean",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "an array",
+}
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; move it there at success, remove it on failure.
+    """Yield a temporary path; move the file to ``path`` on success, remove it on failure.
 
-    The suffix is kept, because writers such as matplotlib choose the format by it. Missing parent
-    folders are made.
-
-    Args:
-        path: Where the finished file shall be. An existing file is replaced.
-
-    Yields:
-        The path to write to, in the same folder, so that the final move is one atomic rename.
+    Missing parent folders are made. The temporary file has the same name, as writers such as
+    matplotlib choose the format by suffix, and lies on the same file system, so that the move is
+    one atomic rename.
 
     Raises:
-        WriteError: The disk is full, or the folder cannot be written to. An existing file stays.
+        WriteError: The disk is full, or the folder is not writable. An existing file stays.
     """
     final = Path(path)
     with write_errors(final):
@@ -44,7 +48,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
             temporary = Path(folder) / final.name
             yield temporary
             usual_permissions(Path(folder))
-            # Some file systems find out that they are full, or write, only when asked to.
+            # Some file systems write, or notice that they are full, only here.
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(temporary, final)  # noqa: PTH105 (the name that the reader knows as atomic)
@@ -52,14 +56,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextmanager
 def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Give what goes wrong while writing the path, and a name.
-
-    Args:
-        path: What is being written.
-
-    Raises:
-        WriteError: For an error of the system or of safetensors, which names no path.
-    """
+    """Turn errors of the system and of safetensors into WriteErrors that name ``path``."""
     try:
         yield
     except WriteError:
@@ -70,32 +67,27 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def append_text(path: str | os.PathLike[str], text: str) -> None:
-    """Append to a file in one piece, which is on disk when this returns.
+    """Append UTF-8 text to a file in one piece, and return when it is on disk.
 
-    Args:
-        path: The file; it and missing parent folders are made.
-        text: What to append, as UTF-8. Two processes that append at once do not mix. Where the
-            disk is full or the process is killed, a part of it may stay: readers must leave out
-            an unfinished last line.
-
-    Raises:
-        WriteError: The disk is full, or the file cannot be written to.
+    The file and missing parent folders are made. Texts of two processes do not mix. If the disk is
+    full (a WriteError) or the process is killed, a part may stay: readers must leave out an
+    unfinished last line.
     """
     data = memoryview(text.encode("utf-8"))
     with write_errors(path):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         with Path(path).open("ab", buffering=0) as file:
-            while data:  # a full disk takes a part, and gives its error to the next call
+            while data:  # a full disk takes a part, and reports its error at the next call
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
 
 
 def usual_permissions(folder: Path) -> None:
-    """Give the files in a folder the permissions of any new file of this process.
+    """Give the files in a folder the permissions that the umask gives to new files.
 
     safetensors makes its files readable by their owner alone, whatever the umask is.
     """
-    # The umask can only be read by setting it, for all threads; a new file tells it as well.
+    # Reading the umask means setting it, for all threads; a new file shows it as well.
     new = folder / ".new"
     new.touch()
     mode = stat.S_IMODE(new.stat().st_mode)
@@ -119,39 +111,27 @@ def sha256_of(source: str | os.PathLike[str] | bytes) -> str:
     """Return the SHA-256 of a file (a path, ``str`` included) or of ``bytes``, as 64 hex digits."""
     if isinstance(source, bytes):
         return hashlib.sha256(source).hexdigest()
-    digest = hashlib.sha256()
     with Path(source).open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def cache_dir() -> Path:
-    """Return the folder for what can be made again: ``$LIREFS_CACHE``, else the user's cache.
-
-    The folder is not created.
-    """
-    named = os.environ.get("LIREFS_CACHE")
-    if named:
-        return Path(named).expanduser()
-    return Path(platformdirs.user_cache_dir("lirefs"))
+    """Return ``$LIREFS_CACHE``, or else the user's cache folder, without creating it."""
+    given = os.environ.get("LIREFS_CACHE")
+    return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("lirefs"))
 
 
 def read_jsonl(
     path: str | os.PathLike[str], error: type[LirefsError] = DataFileError
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Read a JSON Lines file of objects. Blank lines are skipped.
-
-    Args:
-        path: The file, UTF-8, with or without a byte order mark.
-        error: The class to raise, so that question sets can raise ``QuestionsError``.
+    """Read a JSON Lines file of objects, in UTF-8 with or without a byte order mark.
 
     Returns:
-        Line number and dictionary of each line that is not blank.
+        Line number, from 1, and object of each line that is not blank.
 
     Raises:
-        LirefsError: of class ``error``, naming the file and, where there is one, the line: the
-            file is missing, unreadable, not UTF-8 or empty, a line is not JSON or not an object.
+        LirefsError: Of class ``error``, naming the file and the line: the file is missing,
+            unreadable, not UTF-8 or empty, or a line is not JSON or not an object.
     """
     file = Path(path)
     try:
@@ -172,24 +152,23 @@ def read_jsonl(
             reason = problem.msg if isinstance(problem, json.JSONDecodeError) else str(problem)
             raise error(f"{file}, line {number}: not JSON ({reason})") from problem
         if not isinstance(row, dict):
-            raise error(f"{file}, line {number}: expected an object {{...}}, found {_kind(row)}")
+            found = _JSON_TYPES[type(row)]
+            raise error(f"{file}, line {number}: expected an object {{...}}, found {found}")
         rows.append((number, row))
     if not rows:
-        raise error(f"{file}: empty, expected one JSON object a line")
+        raise error(f"{file}: empty, expected one JSON object per line")
     return rows
 
 
 def parse_json(text: str, levels: int | None = None) -> Any:
-    """Parse JSON that anyone may have written.
+    """Parse JSON from an untrusted source.
 
-    Args:
-        text: The JSON. NaN and Infinity are read, as `json.dumps` writes them.
-        levels: Lists and objects may be nested this deep; None: as deep as Python can read.
+    NaN and Infinity are read, as `json.dumps` writes them.
 
     Raises:
-        ValueError: It is no JSON (a `json.JSONDecodeError`), nested too deep, or holds half of a
-            surrogate pair, which no file can be written with, or a whole number that no float
-            can hold.
+        ValueError: The text is not JSON (a `json.JSONDecodeError`), is nested deeper than
+            ``levels`` or Python allows, or holds half of a surrogate pair, which cannot be written
+            to a file, or a whole number that no float can hold.
     """
     try:
         value = json.loads(text)
@@ -209,27 +188,11 @@ def parse_json(text: str, levels: int | None = None) -> Any:
                 below += [*one, *one.values()]
             elif isinstance(one, list):
                 below += one
-            elif isinstance(one, str) and not one.isascii():
-                _check_text(one)
+            elif isinstance(one, str) and not one.isascii() and (half := _HALF.search(one)):
+                raise ValueError(
+                    f"\\u{ord(half[0]):04x} is half of a character, written without its other half"
+                )
             elif isinstance(one, int) and abs(one) > sys.float_info.max:
                 raise ValueError("a number with too many digits")
         layer, depth = below, depth + 1
     return value
-
-
-def _check_text(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as problem:
-        half = f"{ord(text[problem.start]):04x}"
-        raise ValueError(
-            f"\\u{half} is half of a character, written without its other half"
-        ) from None
-
-
-def _kind(value: object) -> str:
-    """Return the JSON word for the type of ``value``."""
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), "an array")

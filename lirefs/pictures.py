@@ -1,7 +1,4 @@
-"""Figures: arrays in, pictures out. Colours are the Okabe-Ito set, told apart without colour.
-
-Every figure is at most as wide as a page's text, with no letter under 7 pt at that width.
-"""
+"""Figures: from arrays to pictures, at most as wide as a page's text, with no text under 7 pt."""
 
 from __future__ import annotations
 
@@ -17,21 +14,12 @@ from lirefs.files import atomic_write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
-
-COLOURS = (
-    "#0072B2",
-    "#D55E00",
-    "#009E73",
-    "#CC79A7",
-    "#E69F00",
-    "#56B4E9",
-    "#8C8C8C",
-    "#000000",
-)
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
+"""The Okabe-Ito set, which colour-blind readers can distinguish, with grey for its yellow."""
 WIDE = 7.0
 """Width in inches of a figure that spans both columns of a paper."""
 SMALL = 7.0
-"""Size in points of the smallest letters."""
+"""Size in points of the smallest text."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +38,9 @@ class Picture:
 def canvas_of(
     panels: int, size: tuple[float, float], *, rows: int = 1, sharey: bool = False
 ) -> tuple[Canvas, Any]:
-    """A figure of rows of panels side by side, and their axes, row by row.
+    """Make a figure of `rows` times `panels` axes; `size` is its width and height in inches.
 
     Made without pyplot: no global state, no window, no change of the user's backend.
-
-    Args:
-        panels: How many in a row.
-        size: Width and height in inches.
-        rows: How many rows.
-        sharey: Whether the panels share their vertical axis.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
@@ -75,13 +57,13 @@ def canvas_of(
 
 
 def whole_layers(*axes: Any) -> None:
-    """No tick between two layers."""
+    """Put ticks at whole numbers only, as layers are."""
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)
 
 
 def legend_below(axis: Any, columns: int) -> None:
-    """A legend under an axis and its label, where it covers no data."""
+    """Put the legend under an axis and its label, where it covers no data."""
     from matplotlib.transforms import ScaledTranslation
 
     below = axis.transAxes + ScaledTranslation(0, -30 / 72, axis.figure.dpi_scale_trans)
@@ -98,32 +80,32 @@ def legend_below(axis: Any, columns: int) -> None:
 
 
 def literal(name: str) -> str:
-    """A name as it is written: no mathematics between dollar signs, nothing unprintable."""
+    """A name to show as it is: without mathematics between dollar signs or control characters."""
     shown = "".join(one if one.isprintable() or one == "\n" else " " for one in name)
     return shown.replace("$", r"\$")
 
 
 def legend_outside(canvas: Canvas, axis: Any, columns: int, side: str) -> None:
-    """One legend for all panels, of what one of them shows, above (`upper`) or below (`lower`)."""
+    """Put one panel's legend above (`upper`) or below (`lower`) all panels."""
     handles, names = axis.get_legend_handles_labels()
     place: Any = f"outside {side} center"
     canvas.legend(handles, names, fontsize=SMALL, ncols=columns, loc=place, frameon=False)
 
 
 def colour_bar(canvas: Canvas, picture: Any, axes: Any, label: str) -> None:
-    """A colour bar beside axes."""
+    """Put a colour bar next to axes."""
     bar = canvas.colorbar(picture, ax=axes)
     bar.set_label(label, fontsize=8)
     bar.ax.tick_params(labelsize=SMALL)
 
 
 def picture_of(canvas: Canvas) -> Picture:
-    """A figure as PNG (220 dpi) and as SVG, text kept as text, without date or random names."""
+    """Render as PNG (220 dpi) and SVG, with text as text and neither date nor random ids."""
     import matplotlib
 
     png, svg = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lirefs"}):
         canvas.savefig(png, format="png", dpi=220)
-        canvas.set_layout_engine("none")  # laid out above, once for both
+        canvas.set_layout_engine("none")  # the first call laid it out for both
         canvas.savefig(svg, format="svg", dpi=220, metadata={"Date": None})
     return Picture(png.getvalue(), svg.getvalue())

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -28,11 +29,12 @@ class Question:
         text: The question itself, without options.
         label: `"reasoning"` (the answer must be computed) or `"memory"` (it must be recalled).
         id: Name of the item, unique in its set.
-        options: Answer options, empty when the set has none.
-        answer_index: Index of the right option, None when unknown.
+        options: Answer options, if any.
+        answer_index: Index of the right option, None if unknown.
         subject: Free text.
-        side: `"train"`, `"validation"` or `"test"` where the set says so itself, else empty.
-        prompt_format: What the model reads; `Q: ...`, newline, `A: ` as in the official LiReF code.
+        side: `"train"`, `"validation"` or `"test"` if the set comes with a split, else empty.
+        prompt_format: The prompt, with `{question}` for the text; the default is that of the
+            official LiReF code.
     """
 
     text: str
@@ -51,9 +53,9 @@ class Question:
 
     @property
     def key(self) -> str:
-        """Question text without case, spacing and the marks of prose: equal keys are duplicates.
+        """The text without case, spaces and punctuation: equal keys are duplicates.
 
-        Signs and brackets stay: they make another question of the same numbers.
+        Signs and brackets stay, as they make another question of the same numbers.
         """
         return "".join(
             one for one in self.text.casefold() if not one.isspace() and one not in _MARKS
@@ -68,7 +70,7 @@ class Questions(Sequence[Question]):
         source: Where they come from, for messages and provenance.
 
     Raises:
-        QuestionsError: If the list is empty or holds one label only.
+        QuestionsError: The list is empty or holds only one label.
     """
 
     def __init__(self, items: Sequence[Question], source: str = "questions") -> None:
@@ -85,9 +87,6 @@ class Questions(Sequence[Question]):
 
     def __len__(self) -> int:
         return len(self._items)
-
-    def __iter__(self) -> Iterator[Question]:
-        return iter(self._items)
 
     @overload
     def __getitem__(self, index: int) -> Question: ...
@@ -109,8 +108,8 @@ class Questions(Sequence[Question]):
     def split(self, train: float = 0.5, validation: float = 0.25, seed: int = 0) -> Split:
         """Split into train, validation and test items, stratified by label.
 
-        Duplicate questions (equal up to case, marks of prose and spacing) stay on one side. A set
-        whose items all say their side is split so, and the arguments are not used.
+        Duplicates (see `Question.key`) stay on one side. If every item names its side, the set is
+        split accordingly and the arguments are not used.
 
         Args:
             train: Share of the items to fit on.
@@ -121,45 +120,37 @@ class Questions(Sequence[Question]):
             Three sides that share no question.
 
         Raises:
-            QuestionsError: If a side would lack one of the labels, the shares are not positive
-                with a rest for test, or some items say their side and others do not.
+            QuestionsError: A side would lack one of the labels, a share is not positive or
+                leaves nothing for test, or only some items name their side.
         """
         sides: dict[str, list[Question]] = {side: [] for side in SIDES}
-        told = sum(bool(item.side) for item in self)
-        if told == len(self):
-            for item in self:
-                sides[item.side].append(item)
-            return self._sides(sides)
-        if told:
+        named = [item for item in self if item.side]
+        if named and len(named) < len(self):
             raise QuestionsError(
-                f"{self.source}: {told} of {len(self)} questions name their split; all or none must"
+                f"{self.source}: {len(named)} of {len(self)} questions name their split; either "
+                "all or none must"
             )
-        if not (train > 0 and validation > 0 and train + validation < 1):
+        if not named and not (train > 0 and validation > 0 and train + validation < 1):
             raise QuestionsError(
                 f"train={train} and validation={validation} must be positive and leave a rest for "
                 "test"
             )
         by_key: dict[str, list[Question]] = defaultdict(list)
         for item in self:
-            by_key[item.key].append(item)
+            (sides[item.side] if item.side else by_key[item.key]).append(item)
         for label in LABELS:
             groups = [group for group in by_key.values() if group[0].label == label]
             random.Random(f"{seed} {label}").shuffle(groups)
-            first = round(train * len(groups))
-            second = round((train + validation) * len(groups))
-            sides["train"] += [item for group in groups[:first] for item in group]
-            sides["validation"] += [item for group in groups[first:second] for item in group]
-            sides["test"] += [item for group in groups[second:] for item in group]
-        return self._sides(sides)
-
-    def _sides(self, sides: dict[str, list[Question]]) -> Split:
+            ends = round(train * len(groups)), round((train + validation) * len(groups))
+            for side, first, last in zip(SIDES, (0, *ends), (*ends, None), strict=True):
+                sides[side] += itertools.chain.from_iterable(groups[first:last])
         for name, items in sides.items():
-            missing = set(LABELS) - {item.label for item in items}
-            if missing:
-                raise QuestionsError(
-                    f"{self.source}: too few questions, the {name} side has none labelled "
-                    f"{missing.pop()!r}"
-                )
+            for label in LABELS:
+                if all(item.label != label for item in items):
+                    raise QuestionsError(
+                        f"{self.source}: too few questions, the {name} side has none labelled "
+                        f"{label!r}"
+                    )
         return Split(**{name: Questions(items, self.source) for name, items in sides.items()})
 
 
@@ -168,12 +159,12 @@ class Split:
     """Train, validation and test questions that share no item.
 
     Attributes:
-        train: What directions are fitted on.
-        validation: What chooses layers and strengths.
-        test: What is reported.
+        train: For fitting directions.
+        validation: For choosing layers and strengths.
+        test: For the numbers to report.
 
     Raises:
-        QuestionsError: If two sides share a question or a duplicate of one.
+        QuestionsError: Two sides share a question or a duplicate of one.
     """
 
     train: Questions
@@ -182,9 +173,8 @@ class Split:
 
     def __post_init__(self) -> None:
         keys = {name: {item.key for item in side} for name, side in self.sides.items()}
-        for first, second in (("train", "validation"), ("train", "test"), ("validation", "test")):
-            shared = keys[first] & keys[second]
-            if shared:
+        for first, second in itertools.combinations(keys, 2):
+            if shared := keys[first] & keys[second]:
                 raise QuestionsError(f"{first} and {second} share {len(shared)} question(s)")
 
     @property
@@ -198,22 +188,21 @@ def load_questions(name: str | Path = "default") -> Questions:
 
     Args:
         name: `"default"` (written for this project), `"organism"` (in the model organism's
-            language, with splits of its own), or a JSON Lines file whose rows have
-            `question` and `label` (`"reasoning"` or `"memory"`) and may have `id`, `options`,
-            `answer_index`, `subject`, `split` (`"train"`, `"validation"` or `"test"`) and
-            `prompt_format`, in which `{question}` stands for the question.
+            language, with its own split), or a JSON Lines file whose rows have `question` and
+            `label` (`"reasoning"` or `"memory"`) and may have `id`, `options`, `answer_index`,
+            `subject`, `split` (`"train"`, `"validation"` or `"test"`) and `prompt_format`, which
+            holds `{question}` once, where the question goes.
 
     Returns:
         The questions, both labels among them.
 
     Raises:
-        QuestionsError: If the file is missing, empty, broken (with the line number), lacks a
-            field, or holds one class only.
+        QuestionsError: The file is missing, empty, broken (the message gives the line), lacks a
+            field, or holds only one label.
     """
+    path = Path(name)
     if str(name) in BUILTIN:
         path = Path(str(resources.files("lirefs") / "data" / BUILTIN[str(name)]))
-    else:
-        path = Path(name)
     rows = read_jsonl(path, error=QuestionsError)
     items = [_question(row, f"{path}, line {line}", line) for line, row in rows]
     return Questions(items, source=str(name))
@@ -222,24 +211,25 @@ def load_questions(name: str | Path = "default") -> Questions:
 def _question(row: dict[str, Any], where: str, line: int) -> Question:
     text = row.get("question")
     if not isinstance(text, str) or not text.strip():
-        raise QuestionsError(f"{where}: no 'question' text in it")
+        raise QuestionsError(f"{where}: no 'question' text")
     label = row.get("label")
     if label not in LABELS:
         found = "is missing" if label is None else f"is {label!r}"
         raise QuestionsError(f"{where}: 'label' {found}; expected 'reasoning' or 'memory'")
     options = row.get("options") or ()
-    answer = row.get("answer_index")
     if not isinstance(options, list | tuple) or not all(isinstance(o, str) for o in options):
         raise QuestionsError(f"{where}: 'options' must be a list of texts")
-    valid_answer = isinstance(answer, int) and not isinstance(answer, bool)
-    if answer is not None and not (valid_answer and 0 <= answer < len(options)):
+    answer = row.get("answer_index")
+    if answer is not None and (type(answer) is not int or not 0 <= answer < len(options)):
         raise QuestionsError(f"{where}: 'answer_index' is {answer!r} for {len(options)} options")
     side = row.get("split") or ""
     if side and side not in SIDES:
         raise QuestionsError(f"{where}: 'split' is {side!r}; expected one of {', '.join(SIDES)}")
     prompt_format = row.get("prompt_format", PROMPT_FORMAT)
     if not isinstance(prompt_format, str) or prompt_format.count("{question}") != 1:
-        raise QuestionsError(f"{where}: 'prompt_format' must hold {{question}} once")
+        raise QuestionsError(
+            f"{where}: 'prompt_format' must be a text that holds {{question}} once"
+        )
     return Question(
         text=text.strip(),
         label=label,

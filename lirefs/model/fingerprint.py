@@ -1,4 +1,4 @@
-"""What tells two models, and two tokenizers, apart: hashes of all that decides what they do."""
+"""Fingerprints of models and tokenizers: hashes of everything that decides their behaviour."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from lirefs.errors import ProvenanceError
 from lirefs.model.weight_swap import originals_of
 
-# Settings of a configuration that do not change what the model computes, or that depend on how
-# it was loaded. Keys that begin with an underscore are left out as well.
+# Settings that do not change what the model computes, or that depend on how it was loaded. Keys
+# that begin with an underscore are left out as well.
 _NOT_ESSENTIAL = {
     "architectures",
     "dtype",
@@ -48,20 +48,20 @@ def model_hash(model: nn.Module, weights: Mapping[str, Tensor]) -> str:
 
 def _essential(settings: Any) -> Any:
     """Return ``settings`` without what does not change the computation, at every depth."""
-    if isinstance(settings, dict):
-        return {
-            str(key): _essential(value)
-            for key, value in settings.items()
-            if key not in _NOT_ESSENTIAL and not str(key).startswith("_")
-        }
-    return settings
+    if not isinstance(settings, dict):
+        return settings
+    return {
+        str(key): _essential(value)
+        for key, value in settings.items()
+        if key not in _NOT_ESSENTIAL and not str(key).startswith("_")
+    }
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of what decides the token ids of a text."""
+    """Return the SHA-256 of everything that decides the token ids of a text."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     rules = json.loads(backend.to_str()) if backend is not None else {}
-    for state in ("padding", "truncation"):  # left behind by the last call, no part of the rules
+    for state in ("padding", "truncation"):  # left behind by the last call
         rules.pop(state, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     template = getattr(tokenizer, "chat_template", None)
@@ -70,34 +70,24 @@ def tokenizer_hash(tokenizer: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# Fingerprints of the last few states of each model, so that a sweep hashes its weights once.
+# Hashes of the last few states of each model, so that a sweep hashes its weights once.
 _HASHES: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
-
-
 _STATES = 4
 
 
 def is_model(model: nn.Module, made_on: str) -> bool:
-    """Whether a model is the one of a fingerprint: as it is, or without the edits it is under.
-
-    Args:
-        model: The bare model.
-        made_on: What `LanguageModel.fingerprint` said.
-
-    Raises:
-        ProvenanceError: A weight is offloaded and cannot be read.
-    """
+    """Whether a model has the fingerprint `made_on`, as it is or without its attached edits."""
     return made_on in (fingerprint(model, edited=False), fingerprint(model))
 
 
 def fingerprint(model: nn.Module, edited: bool = True) -> str:
-    """SHA-256 of configuration and weights; `edited`: with the removable edits in place."""
+    """SHA-256 of configuration and weights, with (`edited`) or without removable edits."""
     weights = {
         name: parameter if edited else _unedited(parameter)
         for name, parameter in model.named_parameters()
     }
-    # An address alone would not do: freed memory is given to the next edit's weights. The version
-    # is the parameter's own, which counts changes in place and not the edits that come and go.
+    # Not the address alone: the next edit's weights may get freed memory. The version is the
+    # parameter's own, which counts changes in place and not the edits that come and go.
     state = tuple(
         (StorageWeakRef(one.untyped_storage()), one.data_ptr(), parameter._version)  # type: ignore[no-untyped-call]
         for one, parameter in zip(weights.values(), model.parameters(), strict=True)
@@ -111,7 +101,7 @@ def fingerprint(model: nn.Module, edited: bool = True) -> str:
 
 
 def _unedited(parameter: nn.Parameter) -> Tensor:
-    """What a parameter held before the edits of `kfac` that are attached now."""
+    """The original tensor of a parameter, without the weight edits that are attached now."""
     return next(iter(originals_of(parameter)), parameter)
 
 

@@ -1,4 +1,4 @@
-"""A model as a guest: read its hidden states, run it and watch, leave it as it was."""
+"""Run a model as a guest: ask what it takes, and leave its modes and flags as they were."""
 
 from __future__ import annotations
 
@@ -6,25 +6,11 @@ import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Hold ``model`` in evaluation mode without gradients; give each module its own mode back."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        with torch.no_grad():
-            yield
-    finally:
-        for module, training in modes:
-            module.training = training
 
 
 def accepts(model: nn.Module, name: str) -> bool:
@@ -51,7 +37,7 @@ def text_config(model: nn.Module) -> Any:
 
 
 def maybe_call(model: nn.Module, method: str) -> Any:
-    """Return what a method of ``transformers`` models returns, None where there is none."""
+    """Call a method of ``transformers`` models; return None if this model lacks it."""
     function = getattr(model, method, None)
     try:
         return None if function is None else function()
@@ -60,37 +46,34 @@ def maybe_call(model: nn.Module, method: str) -> Any:
 
 
 @contextmanager
-def as_guest(model: nn.Module) -> Iterator[None]:
-    """Freeze all parameters and switch to evaluation mode; restore both, whatever happens.
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Run ``model`` in evaluation mode without gradients; restore each module's own mode."""
+    with _evaluation_mode(model), torch.no_grad():
+        yield
 
-    Activation checkpointing of transformers, which works in training mode only, is kept on.
+
+@contextmanager
+def as_guest(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode with gradients of activations: parameters are frozen, then restored.
+
+    Activation checkpointing of transformers, which works in training mode only, stays on.
     Float32 matrix products are computed in float32: TF32 has 10 bits of mantissa, which turns the
     flat end of a spectrum into noise.
     """
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    with ExitStack() as stack:
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            model.eval()
-            stack.enter_context(_without_tf32())
-            for module in model.modules():
-                if getattr(module, "gradient_checkpointing", False) is True:
-                    stack.enter_context(_checkpointed(module))
-            with torch.inference_mode(False), torch.enable_grad():
-                yield
-        finally:
-            stack.close()
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            for module, mode in modes:
-                module.training = mode
+    with _evaluation_mode(model), _without_tf32(), ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            parameter.requires_grad_(False)
+        for module in model.modules():
+            if getattr(module, "gradient_checkpointing", False) is True:
+                stack.enter_context(_checkpointed(module))
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Switch autocast and TF32 off: what the caller has set must not round sums and products."""
+    """Switch autocast and TF32 off, so that the caller's settings do not round sums."""
     with torch.autocast(device.type, enabled=False), _without_tf32():
         yield
 
@@ -98,6 +81,17 @@ def full_precision(device: torch.device) -> Iterator[None]:
 def widened(tensor: Tensor) -> Tensor:
     """Return a tensor in float32 at least: half precision is for storage, not for arithmetic."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @contextmanager
@@ -112,32 +106,34 @@ def _checkpointed(module: nn.Module) -> Iterator[None]:
     if own is None:
         yield
         return
+
+    def run(function: Callable[..., Any], *args: Any) -> Any:
+        def inside(*inputs: Any) -> Any:
+            module.training = False
+            try:
+                return function(*inputs)
+            finally:
+                module.training = True
+
+        return checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False)
+
     module.training = True
-    setattr(module, name, partial(_run_checkpointed, module))
+    setattr(module, name, run)
     try:
         yield
     finally:
         setattr(module, name, own)
 
 
-def _run_checkpointed(module: nn.Module, function: Callable[..., Any], *args: Any) -> Any:
-    def inside(*inputs: Any) -> Any:
-        module.training = False
-        try:
-            return function(*inputs)
-        finally:
-            module.training = True
-
-    return checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False)
-
-
 @contextmanager
 def _without_tf32() -> Iterator[None]:
     matmul = torch.backends.cuda.matmul
     # torch 2.9 has a new switch, and refuses to read the old one once the new one was used.
-    name = "fp32_precision" if hasattr(matmul, "fp32_precision") else "allow_tf32"
+    name, off = (
+        ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
+    )
     before = getattr(matmul, name)
-    setattr(matmul, name, "ieee" if name == "fp32_precision" else False)
+    setattr(matmul, name, off)
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Hidden states in what a module takes and returns."""
+"""Read and replace hidden states in the arguments and outputs of a module."""
 
 from __future__ import annotations
 
@@ -11,17 +11,10 @@ from lirefs.errors import LayoutError
 
 
 def hidden_of(output: Any, batch: int | None = None) -> Tensor:
-    """Return the hidden states in what a module returned.
+    """Return the hidden states in the output of a module, ``(batch, tokens, width)``; a view.
 
-    Args:
-        output: A tensor, or a tuple or list that begins with one (Bloom, Falcon).
-        batch: Where given, a flattened ``(batch * tokens, width)`` is returned with three axes.
-
-    Returns:
-        ``(batch, tokens, width)``; a view, not a copy.
-
-    Raises:
-        LayoutError: There is no tensor where one is expected.
+    The output is a tensor, or a tuple or list that begins with one (Bloom, Falcon), else it raises
+    LayoutError. With ``batch``, a flattened ``(batch * tokens, width)`` gets its three axes back.
     """
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
@@ -32,30 +25,20 @@ def hidden_of(output: Any, batch: int | None = None) -> Tensor:
 
 
 def with_hidden(output: Any, hidden: Tensor) -> Any:
-    """Return ``output`` rebuilt around ``hidden``, in the shape and the container it came in."""
+    """Return ``output`` with its hidden states replaced; shape and container stay the same."""
     shaped = hidden.reshape(hidden_of(output).shape)
-    if isinstance(output, tuple | list):
-        return type(output)([shaped, *output[1:]])
-    return shaped
+    return type(output)([shaped, *output[1:]]) if isinstance(output, tuple | list) else shaped
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states with which a module was called, ``(batch, tokens, width)``.
-
-    Args:
-        args: Positional arguments, from a forward pre-hook.
-        kwargs: Keyword arguments; read only where there are no positional ones.
-
-    Raises:
-        LayoutError: Neither holds hidden states.
-    """
+    """Return the hidden states in the arguments that a forward pre-hook gets, else LayoutError."""
     return hidden_of(args[0] if args else kwargs.get("hidden_states"))
 
 
 def with_hidden_input(
     args: tuple[Any, ...], kwargs: Mapping[str, Any], hidden: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments of a module with ``hidden`` in the place of its hidden states."""
+    """Return the arguments of a module with their hidden states replaced."""
     if args:
         return (hidden, *args[1:]), dict(kwargs)
     return args, {**kwargs, "hidden_states": hidden}

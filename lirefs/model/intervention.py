@@ -1,4 +1,4 @@
-"""Interventions: reversible changes of a model, their composition, and who may make them."""
+"""Interventions: reversible changes of a model, and their composition."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class Handle(Protocol):
 class Intervention(Protocol):
     """Anything that changes a model reversibly: steering, a weight edit, a composition.
 
-    A model is changed by one thread at a time. While a thread has something attached, it may
-    attach more; another thread is refused with a named error, until all is removed or the first
-    thread has ended. Nobody waits, since a handle may be kept for good: threads that take turns
-    take a lock of their own around `attach` and `remove`. What other threads run on the model
-    meanwhile is changed like the rest; a scope, gate or schedule follows one forward pass, so they
-    too take turns. Threads with models of their own never meet.
+    Only one thread at a time may change a model. While it has something attached, it may attach
+    more; another thread gets a named error at once, until everything is removed or the first
+    thread has ended. Threads that take turns need a lock of their own around `attach` and
+    `remove`. An intervention also acts on what other threads run on the model meanwhile; a scope,
+    gate or schedule follows one forward pass, so these threads must take turns too. Threads with
+    models of their own never interfere.
     """
 
     def attach(self, model: nn.Module) -> Handle:
@@ -46,7 +46,7 @@ class Intervention(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object.
+        """Describe the intervention as a JSON object.
 
         Returns:
             JSON values that tell it from any other: journals and reports use them.
@@ -75,18 +75,10 @@ _LOCK = threading.Lock()
 
 
 def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> Callable[[], None]:
-    """Keep the changes of other threads off a model; a thread may reserve it many times.
+    """Reserve a model for changes by this thread, which may reserve it many times.
 
-    Args:
-        model: The model.
-        error: What to raise.
-
-    Returns:
-        A function that ends the reservation; a second call does nothing.
-
-    Raises:
-        LirefsError: Of the type `error`: another thread that is still running has changed the
-            model, or this is not a module.
+    Returns a function that ends the reservation; a second call does nothing. Raises `error` if
+    another thread that is still running has changed the model.
     """
     must_be_module(model)
     entry = (threading.current_thread(), object())
@@ -109,11 +101,7 @@ def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> C
 
 
 def must_be_module(model: object) -> None:
-    """Refuse what is not a model itself, such as an `lm`.
-
-    Raises:
-        InterventionError: It is not a module.
-    """
+    """Raise InterventionError for anything but a model itself, such as an `lm`."""
     if not isinstance(model, nn.Module):
         raise InterventionError(
             f"an intervention needs the model itself, got {type(model).__name__}; give lm.model"
@@ -125,32 +113,41 @@ _STEERINGS: weakref.WeakKeyDictionary[nn.Module, list[Checkable]] = weakref.Weak
 
 
 def steerings_of(model: nn.Module) -> list[Checkable]:
-    """The list of the steerings that are attached to a model, for them to keep."""
+    """The list of the steerings attached to a model, which they keep up to date themselves."""
     return _STEERINGS.setdefault(model, [])
 
 
-class UndoStack:
-    """The steps of an attachment, taken back one by one, last first.
+def refuse_steered(model: nn.Module, error: type[LirefsError], doing: str) -> None:
+    """Raise `error` if a model is steered; `doing` completes "a steered model cannot be ..."."""
+    if attached := _STEERINGS.get(model):
+        raise error(
+            f"a steered model cannot be {doing}: {'; '.join(map(str, attached))} is attached; "
+            "remove it first (leave the `with`, or call the handle's remove)"
+        )
 
-    As a context it takes them back where something is raised inside, and only there.
+
+class UndoStack:
+    """The steps of an attachment, undone one by one, last first.
+
+    Leaving a `with` block undoes them only if the block raised.
     """
 
     def __init__(self) -> None:
-        self._steps: list[Callable[[], object]] = []
+        self._undo: list[Callable[[], object]] = []
 
-    def add(self, back: Callable[[], object]) -> None:
-        """Remember how a step that was just made is taken back."""
-        self._steps.append(back)
+    def add(self, undo: Callable[[], object]) -> None:
+        """Remember how to undo the step just made."""
+        self._undo.append(undo)
 
     def remove(self) -> None:
-        """Leave the model as it was before; a second time does nothing.
+        """Leave the model as it was before; a second call does nothing.
 
-        A step that refuses (a weight edit under a later one) stays, with all before it, so that
-        another call goes on from there.
+        A step that refuses (a weight edit under a later one) stays, with all steps before it, so
+        that another call continues from there.
         """
-        while self._steps:
-            self._steps[-1]()
-            self._steps.pop()
+        while self._undo:
+            self._undo[-1]()
+            self._undo.pop()
 
     def __enter__(self) -> UndoStack:
         return self
@@ -170,25 +167,6 @@ def applied(intervention: Intervention | None, model: nn.Module) -> Iterator[nn.
         yield model
 
 
-def refuse_steered(model: nn.Module, error: type[LirefsError], doing: str) -> None:
-    """Refuse a model that is steered, for what would copy its hooks.
-
-    Args:
-        model: The model.
-        error: What to raise.
-        doing: What was to be done, as in "cannot be baked".
-
-    Raises:
-        LirefsError: Of the type `error`; the message says which steering is attached.
-    """
-    attached = _STEERINGS.get(model)
-    if attached:
-        raise error(
-            f"a steered model cannot be {doing}: {'; '.join(map(str, attached))} is attached; take "
-            "it off first (leave the `with`, or call the handle's remove)"
-        )
-
-
 class Composition:
     """Several interventions, attached in order and removed in reverse order."""
 
@@ -198,8 +176,8 @@ class Composition:
     def attach(self, model: nn.Module) -> Handle:
         """Attach every member; if one fails, those before it are removed again.
 
-        Steerings are checked first of all: a weight edit among the members would make the model
-        look like another than the one that their directions were fitted on.
+        All steerings are checked first: after a weight edit among the members, the model would no
+        longer look like the one that their directions were fitted on.
         """
         with UndoStack() as steps:
             steps.add(reserve(model))
@@ -215,12 +193,12 @@ class Composition:
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model under all members inside the `with`, as it was after it."""
+        """Attach all members inside a `with` block, and yield the model."""
         with applied(self, model):
             yield model
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object."""
+        """The descriptions of all members as a JSON object."""
         return {"kind": "composition", "members": [one.describe() for one in self.members]}
 
     def __add__(self, other: Intervention) -> Composition:
@@ -231,17 +209,16 @@ class Composition:
 
 
 def compose(*interventions: Intervention) -> Composition:
-    """The interventions one after the other, nested compositions flattened.
+    """Combine interventions, to be attached in this order; nested compositions are flattened.
 
     Args:
-        *interventions: Steerings, weight edits or compositions, in the order in which they are
-            attached.
+        *interventions: Steerings, weight edits or compositions.
 
     Returns:
         A composition, itself an intervention; `a + b` is the same.
 
     Raises:
-        InterventionError: If something is not an intervention.
+        InterventionError: An argument is not an intervention.
     """
     members: list[Intervention] = []
     for one in interventions:

@@ -1,9 +1,9 @@
-"""A language model with its tokenizer and its layout, from wherever it comes."""
+"""A language model with its tokenizer and its verified layout."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
 
 BATCH_TOKENS = 1024
-"""Tokens of a batch where nothing else is asked for."""
+"""Default number of tokens in a batch."""
 
 
 class LanguageModel:
@@ -27,7 +27,7 @@ class LanguageModel:
         model: The ``transformers`` model.
         tokenizer: Its tokenizer.
         layout: Where its parts are, verified.
-        name: What it is called in reports.
+        name: Its name in reports.
     """
 
     def __init__(self, model: Any, tokenizer: Any, layout: Layout, name: str) -> None:
@@ -59,8 +59,8 @@ class LanguageModel:
     def fingerprint(self) -> str:
         """SHA-256 of the configuration and of every parameter, as 64 hex digits.
 
-        Computed when first asked for, and again after a parameter was replaced or changed in
-        place. (A change through ``parameter.data`` is invisible to PyTorch, and so to this.)
+        Computed at the first use, and again after a parameter was replaced or changed in place.
+        (A change through ``parameter.data`` is invisible to PyTorch, and so to this.)
 
         Raises:
             ProvenanceError: A weight is offloaded and cannot be read.
@@ -79,8 +79,8 @@ class LanguageModel:
 
         Args:
             prompts: Texts.
-            add_special_tokens: Whether the tokenizer adds its own (a beginning-of-sequence token,
-                say).
+            add_special_tokens: Whether the tokenizer adds its own, such as a
+                beginning-of-sequence token.
 
         Returns:
             One list of ids for each prompt.
@@ -103,7 +103,7 @@ class LanguageModel:
         """Return a batch for the model.
 
         Args:
-            ids: Token ids of each sequence, not one empty.
+            ids: Token ids of each sequence; at least one token each.
             side: Where the padding goes, ``left`` or ``right``.
 
         Returns:
@@ -118,13 +118,12 @@ class LanguageModel:
             raise SettingError(f"side must be 'left' or 'right', got {side!r}")
         if not ids:
             raise SettingError("nothing to pad: the list of sequences is empty")
-        for index, row in enumerate(ids):
-            if not len(row):
-                raise SettingError(f"sequence {index} has no token: the prompt is empty")
         longest = max(map(len, ids))
         input_ids = torch.full((len(ids), longest), self._pad_id)
         mask = torch.zeros_like(input_ids)
         for index, row in enumerate(ids):
+            if not len(row):
+                raise SettingError(f"sequence {index} has no token: the prompt is empty")
             span = slice(longest - len(row), None) if side == "left" else slice(len(row))
             input_ids[index, span] = torch.as_tensor(list(row))
             mask[index, span] = 1
@@ -140,32 +139,35 @@ class LanguageModel:
 
         Args:
             texts: Texts, or the token ids of each.
-            batch_tokens: Largest number of tokens in a batch, padding included; a text longer
-                than it gets a batch of its own.
+            batch_tokens: Largest number of tokens in a batch, padding included; a longer text
+                gets a batch of its own.
 
         Returns:
             Batches as ``pad`` makes them; together they hold every text once.
 
         Raises:
-            SettingError: There is no text, one is empty, or ``batch_tokens`` is less than 1.
+            SettingError: There is no text, one has no token, some are strings and others token
+                ids, or ``batch_tokens`` is less than 1.
         """
         if batch_tokens < 1:
             raise SettingError(f"batch_tokens must be at least 1, got {batch_tokens}")
         if isinstance(texts, str):
             raise SettingError("batches takes a list of texts, got one string: use [text]")
-        rows: list[Sequence[int]] = []
-        for text in texts:
-            rows.append(self.encode([text])[0] if isinstance(text, str) else text)
+        kinds = {isinstance(text, str) for text in texts}
+        if len(kinds) != 1:
+            problem = "strings and lists of token ids are mixed" if kinds else "there are no texts"
+            raise SettingError(f"{problem}: batches takes a list of texts, or the ids of each")
+        ids = self.encode(cast("Sequence[str]", texts)) if kinds == {True} else texts
         groups: list[list[Sequence[int]]] = []
         width = 0
-        for row in rows:
+        for index, row in enumerate(ids):
+            if not len(row):
+                raise SettingError(f"text {index} has no token: leave it out")
             width = max(width, len(row))
             if not groups or width * (len(groups[-1]) + 1) > batch_tokens:
                 groups.append([])
                 width = len(row)
-            groups[-1].append(row)
-        if not groups:
-            raise SettingError("there is no text to make a batch of")
+            groups[-1].append(cast("Sequence[int]", row))
         return [self.pad(group, side="right") for group in groups]
 
     def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **kwargs: Any) -> Any:
@@ -173,7 +175,7 @@ class LanguageModel:
 
         Args:
             prompt: One prompt or a sequence of them.
-            max_new_tokens: The most tokens to add.
+            max_new_tokens: Largest number of tokens to add.
             **kwargs: For ``model.generate``. Decoding is greedy unless ``do_sample`` is set.
 
         Returns:
@@ -200,10 +202,8 @@ class LanguageModel:
     @property
     def _pad_id(self) -> int:
         """The id to pad with; any will do, because padding is masked."""
-        for token in (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id):
-            if token is not None:
-                return int(token)
-        return 0
+        known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
+        return next(int(token) for token in known if token is not None)
 
 
 def wrap(
@@ -218,8 +218,8 @@ def wrap(
     Args:
         model: A decoder; it is not changed.
         tokenizer: Its tokenizer.
-        layout: Names of parts, for a model whose parts are not found by themselves.
-        name: What to call it; the model's ``name_or_path`` or its class by default.
+        layout: Names of parts, for a model whose parts are not found automatically.
+        name: Its name in reports; the model's ``name_or_path`` or its class by default.
 
     Returns:
         Model, tokenizer and verified layout.

@@ -1,4 +1,4 @@
-"""Where the parts of a model are, and at which end of which module each site is."""
+"""Where the parts of a model are, and at which end of which module each site is read."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from lirefs.errors import LayoutError, SettingError
 
 Site = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
-# In the order in which a block computes them.
 SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+"""In the order in which a block computes them."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +23,11 @@ class Layout:
     Attributes:
         blocks: The list of decoder blocks, from the model.
         attention: The module, from a block, whose output is what attention adds to the residual
-            stream; None where no module gives it.
+            stream; None if no module gives it.
         mlp: The same for the MLP.
         final_norm: The norm that reads the last block's output, from the model; None without one.
-        unembedding: The output projection, from the model; None where there is none, or where
-            something stands between it and the final norm (OPT with ``project_out``).
+        unembedding: The output projection, from the model; None if there is none, or if something
+            stands between it and the final norm (OPT with ``project_out``).
         n_layers: Number of blocks.
         width: Size of the residual stream.
         norms: The norms inside a block, from the block.
@@ -43,7 +43,7 @@ class Layout:
     norms: tuple[str, ...] = ()
 
     def block(self, model: nn.Module, layer: int) -> nn.Module:
-        """Return decoder block ``layer``, counted from 0.
+        """Return a decoder block.
 
         Args:
             model: The model of this layout.
@@ -70,9 +70,9 @@ class Layout:
     ) -> tuple[nn.Module, Literal["input", "output"]]:
         """Return the module at which ``site`` of ``layer`` is read, and at which end of it.
 
-        A module may carry the positions flattened, ``(batch * tokens, width)``, as OPT's ``fc2``
-        does: read with ``hidden_of(output, batch)``. A model may also change the tensor in place
-        afterwards, as Falcon does: clone what is kept.
+        A module may flatten its output to ``(batch * tokens, width)``, as OPT's ``fc2`` does: read
+        it with ``hidden_of(output, batch)``. A model may also change the tensor in place
+        afterwards, as Falcon does: clone what you keep.
 
         Args:
             model: The model of this layout.
@@ -89,10 +89,8 @@ class Layout:
         if site not in SITES:
             raise SettingError(f"site must be one of {', '.join(SITES)}, got {site!r}")
         block = self.block(model, layer)
-        if site == "resid_pre":
-            return block, "input"
-        if site == "resid_post":
-            return block, "output"
+        if site in ("resid_pre", "resid_post"):
+            return block, "input" if site == "resid_pre" else "output"
         name = self.attention if site == "attn_out" else self.mlp
         if name is None:
             raise LayoutError(
@@ -102,10 +100,10 @@ class Layout:
         return block.get_submodule(name), "output"
 
     def describe(self) -> str:
-        """Return what was found, one part a line.
+        """List the parts that were found.
 
         Returns:
-            Lines of text.
+            One line for each part.
         """
         parts = {
             "blocks": f"{self.blocks} ({self.n_layers} layers, width {self.width})",
@@ -119,11 +117,7 @@ class Layout:
 
 
 def indices(layers: Iterable[SupportsIndex]) -> list[int]:
-    """Layers as plain integers, in the order given.
-
-    Raises:
-        SettingError: They are no collection of integers.
-    """
+    """Return layers as plain integers, in the given order; raise SettingError for others."""
     try:
         return [operator.index(layer) for layer in layers]
     except TypeError:

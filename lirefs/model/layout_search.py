@@ -1,7 +1,7 @@
 """Find the parts of a model by shape and name; believe them only after a forward pass.
 
 Names lie: ``post_attention_layernorm`` stands before the MLP in Llama and after the attention in
-OLMo 2. So every candidate is checked on a short input against what the words promise, first of all
+OLMo 2. So every candidate is checked on a short input against what its name promises, above all
 ``resid_pre + attn_out + mlp_out == resid_post``.
 """
 
@@ -28,11 +28,7 @@ _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictiona
 
 
 def layout_of(model: nn.Module) -> Layout:
-    """Return the layout of ``model``, found and verified the first time it is asked for.
-
-    Raises:
-        LayoutError: As ``find_layout``.
-    """
+    """Return the layout of ``model``; the first call finds it, as ``find_layout`` does."""
     known = _LAYOUTS.get(model)
     return find_layout(model) if known is None else known
 
@@ -45,7 +41,7 @@ def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) ->
     Args:
         model: A decoder of ``transformers``, or any module called with ``input_ids``.
         overrides: Names of parts found by hand: ``blocks``, ``attention``, ``mlp``,
-            ``final_norm``, ``unembedding``. ``attention`` and ``mlp`` count from a block.
+            ``final_norm``, ``unembedding``. ``attention`` and ``mlp`` are relative to a block.
 
     Returns:
         The layout, also remembered for ``layout_of``.
@@ -55,31 +51,32 @@ def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) ->
         LayoutError: The parts were not found, or a part named by hand failed its check.
     """
     given = dict(overrides or {})
-    for part in given:
+    for part, name in given.items():
         if part not in _PARTS:
             raise SettingError(f"unknown part {part!r} in layout: use {', '.join(_PARTS)}")
+        if part not in ("attention", "mlp"):
+            _submodule(model, name)
     candidates = _block_lists(model, given.get("blocks"))
     if not candidates:
         raise LayoutError(f"no list of decoder blocks found in {_found(model)}; {_BY_HAND}")
-    norms = _norms_outside(model, candidates, given.get("final_norm"))
-    head = _unembedding_name(model, given.get("unembedding"))
-    watched = {name: _get(model, name) for name in [*norms, *([head] if head else [])]}
+    if "final_norm" in given:
+        norms = [given["final_norm"]]
+    else:
+        inside = tuple(f"{blocks}." for blocks in candidates)
+        norms = [n for n, m in model.named_modules() if _is_norm(m) and not n.startswith(inside)]
+    head = given.get("unembedding") or _unembedding_name(model)
+    watched = {name: model.get_submodule(name) for name in (*norms, head) if name is not None}
     for blocks in candidates:
-        for index, block in enumerate(_children(model, blocks)):
-            watched[f"{blocks}.{index}"] = block
-            watched |= {
-                f"{blocks}.{index}.{name}": module for name, module in block.named_modules() if name
-            }
+        parts = model.get_submodule(blocks).named_modules(prefix=blocks, remove_duplicate=False)
+        watched |= dict(parts)
     seen = observe(model, watched)
     problems = []
     for blocks in candidates:
         try:
-            layout = _verified(model, blocks, norms, head, given, seen)
+            _LAYOUTS[model] = layout = _verified(model, blocks, norms, head, given, seen)
+            return layout
         except LayoutError as problem:
             problems.append(str(problem))
-            continue
-        _LAYOUTS[model] = layout
-        return layout
     raise LayoutError(f"{'; '.join(problems)}; found in {_found(model)}; {_BY_HAND}")
 
 
@@ -92,8 +89,8 @@ def _verified(
     seen: Mapping[str, Seen],
 ) -> Layout:
     """Return the layout with ``blocks`` as the block list, or raise what speaks against it."""
-    n_layers = len(_children(model, blocks))
-    chain = [seen[f"{blocks}.{index}"] for index in range(n_layers)]
+    members = list(model.get_submodule(blocks).children())
+    chain = [seen.get(f"{blocks}.{index}", Seen()) for index in range(len(members))]
     for index, one in enumerate(chain):
         if one.input is None or one.output is None or one.output.dim() != 3:
             raise LayoutError(f"{blocks}.{index} did not carry hidden states (batch, tokens, d)")
@@ -105,65 +102,59 @@ def _verified(
     fitting = [name for name in norms if _same(seen[name].input, last)]
     if not fitting and "final_norm" in given:
         raise LayoutError(f"{given['final_norm']} does not read the output of the last block")
-    # Where several norms read it (multi-token heads), the one before the unembedding is meant.
+    # If several norms read it (multi-token heads), the one before the unembedding is meant.
     fitting.sort(key=lambda name: head is None or not _same(seen[name].output, seen[head].input))
     final_norm = fitting[0] if fitting else None
     end = seen[final_norm].output if final_norm else last
     if head is not None and not _same(end, seen[head].input):
         if "unembedding" in given:
-            raise LayoutError(
-                f"{head} does not read the output of {final_norm or 'the last block'}"
-            )
+            source = final_norm or "the last block"
+            raise LayoutError(f"{head} does not read the output of {source}")
         head = None
 
-    attention, mlp = _additive_pair(model, blocks, given, seen)
-    block = _children(model, blocks)[0]
+    ends = [f"{blocks}.0", f"{blocks}.{len(members) - 1}"]
+    attention, mlp = _additive_pair(members[0], ends, given, seen)
     return Layout(
         blocks=blocks,
         attention=attention,
         mlp=mlp,
         final_norm=final_norm,
         unembedding=head,
-        n_layers=n_layers,
+        n_layers=len(members),
         width=last.shape[-1],
-        norms=tuple(name for name, module in block.named_children() if _is_norm(module)),
+        norms=tuple(name for name, module in members[0].named_children() if _is_norm(module)),
     )
 
 
 def _additive_pair(
-    model: nn.Module, blocks: str, given: Mapping[str, str], seen: Mapping[str, Seen]
+    block: nn.Module, ends: list[str], given: Mapping[str, str], seen: Mapping[str, Seen]
 ) -> tuple[str | None, str | None]:
     """Return the modules whose outputs attention and MLP add, or (None, None) if none fit."""
-    members = _children(model, blocks)
-    block = members[0]
-    children = dict(block.named_children())
-    norms = [name for name, module in children.items() if _is_norm(module)]
+    norms = [name for name, module in block.named_children() if _is_norm(module)]
     # Not GPT-NeoX's dropouts, which give the same numbers but hold nothing.
     others = [
         name
-        for name, module in children.items()
+        for name, module in block.named_children()
         if name not in norms and next(module.parameters(), None) is not None
     ]
     attentions = [name for name in others if "attn" in name or "attention" in name]
     mlps = [name for name in others if name not in attentions]
     # The child itself; the norm after it (post-norm models); the projection inside it, for models
     # that add the residual inside the child (Bloom).
-    first = [*attentions, *norms, *_projections(block, attentions)]
-    second = [*mlps, *norms, *_projections(block, mlps)]
-    if "attention" in given:
-        first = [given["attention"]]
-    if "mlp" in given:
-        second = [given["mlp"]]
-    for name in {"attention", "mlp"} & set(given):
-        _get(block, given[name])
-    ends = (0, len(members) - 1)
-    for pair in itertools.product(first, second):
-        if pair[0] != pair[1] and all(_adds_up(f"{blocks}.{i}", pair, seen) for i in ends):
-            return pair
-    if "attention" in given or "mlp" in given:
-        raise LayoutError(
-            f"resid_pre + {'|'.join(first)} + {'|'.join(second)} does not equal resid_post"
-        )
+    options = {
+        "attention": [*attentions, *norms, *_projections(block, attentions)],
+        "mlp": [*mlps, *norms, *_projections(block, mlps)],
+    }
+    by_hand = [part for part in options if part in given]
+    for part in by_hand:
+        _submodule(block, given[part])
+        options[part] = [given[part]]
+    for one, other in itertools.product(*options.values()):
+        if one != other and all(_adds_up(end, (one, other), seen) for end in ends):
+            return one, other
+    if by_hand:
+        first, second = map("|".join, options.values())
+        raise LayoutError(f"resid_pre + {first} + {second} does not equal resid_post")
     return None, None
 
 
@@ -188,9 +179,10 @@ def _adds_up(block: str, pair: tuple[str, str], seen: Mapping[str, Seen]) -> boo
 def _block_lists(model: nn.Module, named: str | None) -> list[str]:
     """Return names of the lists that may be the decoder's blocks, outermost first."""
     if named is not None:
-        if not isinstance(_get(model, named), nn.ModuleList | nn.Sequential):
+        blocks = model.get_submodule(named)
+        if not isinstance(blocks, nn.ModuleList | nn.Sequential):
             raise LayoutError(f"{named} is not a ModuleList or Sequential; {_BY_HAND}")
-        return [named] if _children(model, named) else []
+        return [named] if len(blocks) else []
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise LayoutError(f"{type(model).__name__} is an encoder-decoder; a decoder is expected")
     count = getattr(text_config(model), "num_hidden_layers", None)
@@ -203,23 +195,8 @@ def _block_lists(model: nn.Module, named: str | None) -> list[str]:
     return names
 
 
-def _norms_outside(model: nn.Module, lists: list[str], named: str | None) -> list[str]:
-    """Return names of the norms that are in none of the block lists."""
-    if named is not None:
-        _get(model, named)
-        return [named]
-    return [
-        name
-        for name, module in model.named_modules()
-        if _is_norm(module) and not any(name.startswith(f"{blocks}.") for blocks in lists)
-    ]
-
-
-def _unembedding_name(model: nn.Module, named: str | None) -> str | None:
+def _unembedding_name(model: nn.Module) -> str | None:
     """Return the name of the output projection, or None if the model has none."""
-    if named is not None:
-        _get(model, named)
-        return named
     head = maybe_call(model, "get_output_embeddings")
     return next((name for name, module in model.named_modules() if module is head), None)
 
@@ -234,11 +211,7 @@ def _projections(block: nn.Module, children: list[str]) -> list[str]:
     ]
 
 
-def _children(model: nn.Module, blocks: str) -> list[nn.Module]:
-    return list(model.get_submodule(blocks).children())
-
-
-def _get(model: nn.Module, name: str) -> nn.Module:
+def _submodule(model: nn.Module, name: str) -> nn.Module:
     try:
         return model.get_submodule(name)
     except AttributeError:
@@ -250,7 +223,6 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
-    """Return whether two recorded tensors are the same numbers."""
     return one is not None and other is not None and torch.equal(one, other)
 
 

@@ -1,4 +1,4 @@
-"""Models by name: built-in, a folder, a GGUF file, the hub; and why one could not be loaded."""
+"""Load a model by built-in name, folder, GGUF file or hub id."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from lirefs.model.gguf_header import check_header
 from lirefs.model.language_model import LanguageModel, wrap
 
 _HUB_SECONDS = 5.0
-_PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-"""Files without which a built-in model is not whole."""
+_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+"""Files that every built-in model has."""
 _LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 _MOST_LAYERS = 1_000
-"""Where the number of weights is not known, since they lie in several files."""
+"""For checkpoints in several files, whose number of weights is unknown."""
 
 
 def load(
@@ -41,20 +41,20 @@ def load(
     """Load a model by built-in name, folder, ``.gguf`` file or hub id, in evaluation mode.
 
     Args:
-        name: The model. Built-in: ``organism``, which comes with the package, and
+        name: The model. Built-in: ``organism``, which ships with the package, and
             ``smollm2-135m``, fetched once and then kept in the cache.
-        device: CUDA where there is one, else the CPU, by default. Not used with ``device_map``.
+        device: CUDA if available, else the CPU, by default. Not used with ``device_map``.
         dtype: float32 on the CPU and the checkpoint's own type on CUDA by default.
         device_map: Passed to ``from_pretrained``, for models on several devices.
         trust_remote_code: Whether to run code that comes with the checkpoint.
-        layout: Names of parts, for a model whose parts are not found by themselves.
+        layout: Names of parts, for a model whose parts are not found automatically.
 
     Returns:
         Model, tokenizer and verified layout, in evaluation mode.
 
     Raises:
-        ModelNotFoundError: Nothing answers to the name, or the hub could not be reached.
-        ModelLoadError: What was found could not be read.
+        ModelNotFoundError: No model has this name, or the hub could not be reached.
+        ModelLoadError: A model was found but could not be read.
         DownloadError: A built-in model could not be fetched.
         LayoutError: The parts of the model were not found.
         SettingError: `device` and `device_map` are both given, or `layout` has an unknown part.
@@ -66,7 +66,7 @@ def load(
         dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
     source, common = _resolve(os.fspath(name))
     common["trust_remote_code"] = trust_remote_code
-    extra: dict[str, Any] = {"dtype": dtype}
+    extra: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
     if "gguf_file" in common:
         # Otherwise a quantizer stays attached, and the model can be neither edited nor saved.
         extra["quantization_config"] = GgufConfig(dequantize=True)
@@ -74,15 +74,13 @@ def load(
         extra["device_map"] = device_map
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source, **common, **extra, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **common, **extra)
     except Exception as problem:
         raise _load_error(str(name), source, common, problem) from problem
-    model, told = loaded
-    if lacking := sorted(told["missing_keys"]):
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise ModelLoadError(
-            f"{name}: {len(lacking)} weights are missing, first {lacking[0]}, and would be random "
+            f"{name}: {len(missing)} weights are missing, first {missing[0]}, and would be random "
             "numbers; the file is damaged, or its configuration is of another model"
         )
     if device_map is None:
@@ -91,12 +89,12 @@ def load(
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:
-    """Return what to give to ``from_pretrained``, and with which further arguments."""
+    """Return the source for ``from_pretrained``, and further arguments for it."""
     if name in BUILTIN:
         folder = BUILTIN[name]()
-        if lost := [one for one in _PARTS if not (folder / one).is_file()]:
+        if missing := [file for file in _FILES if not (folder / file).is_file()]:
             # Without its tokenizer's settings a model would load, and read other tokens.
-            raise ModelLoadError(f"{name}: {', '.join(lost)} is missing{_remedy(str(folder))}")
+            raise ModelLoadError(f"{name}: {', '.join(missing)} is missing; {_remedy(folder)}")
         return str(folder), {"local_files_only": True}
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
@@ -119,7 +117,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         validate_repo_id(name)
     except HFValidationError:
         raise ModelNotFoundError(_unknown(name)) from None
-    # Asked once, briefly: without an answer transformers would try again for a minute.
+    # One short request: without an answer transformers would retry for a minute.
     return name, {} if _hub_answers() else {"local_files_only": True}
 
 
@@ -127,13 +125,13 @@ def _check_layers(file: Path) -> None:
     """Refuse a configuration with more layers than weights: making them may take all memory.
 
     Raises:
-        ModelLoadError: It has, or it is no JSON object.
+        ModelLoadError: It has more, or is not a JSON object.
     """
     try:
         config = parse_json(file.read_text("utf-8"))
         most = _MOST_LAYERS
-        one = file.with_name("model.safetensors")  # there may be several files, or another kind
-        with suppress(SafetensorError, OSError), safe_open(one, framework="pt") as weights:
+        single = file.with_name("model.safetensors")  # there may be several files, or another kind
+        with suppress(SafetensorError, OSError), safe_open(single, framework="pt") as weights:
             most = len(weights.keys())
         for part in (config, config.get("text_config")):
             for key in _LAYERS & set(part or ()):
@@ -146,10 +144,9 @@ def _check_layers(file: Path) -> None:
 
 
 def _hub_answers() -> bool:
-    """Return whether the hub answers within a few seconds."""
     try:
         get_session().head(constants.ENDPOINT, timeout=_HUB_SECONDS)
-    except Exception:  # whatever it is, offline mode included, there is no hub to ask
+    except Exception:  # of any kind, offline mode included
         return False
     return True
 
@@ -169,18 +166,19 @@ def _load_error(
     from_hub = source == name and not Path(source).expanduser().is_dir()
     if from_hub and isinstance(problem, OSError):
         if common.get("local_files_only"):
-            offline = "it is not in the local cache and the hub could not be reached"
-            return ModelNotFoundError(f"{_unknown(name)}; {offline}")
-        return ModelNotFoundError(f"{_unknown(name)}; the hub says: {reason}")
+            reason = "it is not in the local cache and the hub could not be reached"
+        else:
+            reason = f"the hub says: {reason}"
+        return ModelNotFoundError(f"{_unknown(name)}; {reason}")
     kind = "the GGUF file is damaged or of an unknown kind" if "gguf_file" in common else "failed"
-    remedy = _remedy(source) if name in BUILTIN else ""
+    remedy = f"; {_remedy(Path(source))}" if name in BUILTIN else ""
     return ModelLoadError(
         f"{name}: could not be loaded, {kind}: {type(problem).__name__}: {reason}{remedy}"
     )
 
 
-def _remedy(folder: str) -> str:
-    """Return what to do about the folder of a built-in model that is damaged."""
-    if Path(folder).is_relative_to(cache_dir()):
-        return f"; remove {folder}, and the next call makes it again"
-    return f"; {folder} belongs to this package, so install that again"
+def _remedy(folder: Path) -> str:
+    """Say how to repair the folder of a built-in model."""
+    if folder.is_relative_to(cache_dir()):
+        return f"remove {folder}, and the next call makes it again"
+    return f"{folder} belongs to this package: install the package again"

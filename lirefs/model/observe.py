@@ -1,4 +1,4 @@
-"""One forward pass, and what went into and came out of some modules."""
+"""Run a model once and copy what goes into and comes out of chosen modules."""
 
 from __future__ import annotations
 
@@ -16,26 +16,42 @@ from lirefs.model.guest import accepts, evaluating, input_device, maybe_call, te
 
 
 def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
-    """The hook, deaf to what other threads run on the same modules."""
+    """The hook, restricted to forward passes of the thread that calls this function."""
     thread = threading.get_ident()
 
-    def heard(*given: Any) -> None:
+    def restricted(*given: Any) -> None:
         if threading.get_ident() == thread:
             hook(*given)
 
-    return heard
+    return restricted
 
 
 @dataclass
 class Seen:
-    """What went into and came out of one module; None where it was no tensor."""
+    """First input and output of a module, copied to the CPU; None where it was not a tensor.
+
+    Values are cloned at once, because some models change them in place afterwards (Falcon).
+    """
 
     input: Tensor | None = None
     output: Tensor | None = None
 
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A forward pre-hook that keeps the input."""
+        value = args[0] if args else kwargs.get("hidden_states")
+        if isinstance(value, Tensor) and self.input is None:
+            self.input = value.detach().clone().cpu()
+
+    def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A forward hook that keeps the output, unless it is as wide as a vocabulary."""
+        value = output[0] if isinstance(output, tuple | list) and output else output
+        wide = getattr(module, "out_features", 0) > 1 << 16
+        if isinstance(value, Tensor) and self.output is None and not wide:
+            self.output = value.detach().clone().cpu()
+
 
 def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, Seen]:
-    """Run ``model`` once on a few tokens and return copies, on the CPU, of what was seen."""
+    """Run ``model`` once on six tokens and return what each watched module took and returned."""
     seen = {name: Seen() for name in watched}
     device = input_device(model)
     vocabulary = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", 0)
@@ -48,7 +64,7 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, See
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(evaluating(model))
         for name, module in watched.items():
-            before, after = map(in_this_thread, _watchers(seen[name]))
+            before, after = in_this_thread(seen[name].before), in_this_thread(seen[name].after)
             handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
             stack.callback(handle.remove)
             stack.callback(module.register_forward_hook(after).remove)
@@ -60,27 +76,3 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, See
                 f"{type(problem).__name__}: {first_line(problem)}"
             ) from problem
     return seen
-
-
-def _watchers(record: Seen) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Return the two hooks that fill ``record`` at the first call of a module.
-
-    Values are cloned at once, because some models go on to change them in place (Falcon).
-    """
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        value = args[0] if args else kwargs.get("hidden_states")
-        if isinstance(value, Tensor) and record.input is None:
-            record.input = value.detach().clone().cpu()
-
-    def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        value = output[0] if isinstance(output, tuple | list) and output else output
-        if isinstance(value, Tensor) and record.output is None and not _is_vocabulary(module):
-            record.output = value.detach().clone().cpu()
-
-    return before, after
-
-
-def _is_vocabulary(module: nn.Module) -> bool:
-    """Return whether the output is as wide as a vocabulary, and so not worth a copy."""
-    return getattr(module, "out_features", 0) > 1 << 16

@@ -1,9 +1,8 @@
-"""Swapped weights: put in place of a model's own, and taken out again bit for bit."""
+"""Swap weights of a model for new ones, and restore its own bit for bit."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
@@ -11,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from lirefs.errors import EditOrderError
 
-# For each edited parameter the attached edits, oldest first: a token of the handle, and the tensor
+# For each edited parameter the attached edits, oldest first: the handle's token, and the tensor
 # that was replaced. Nothing here refers to the parameter, so a model dropped while edited is freed.
 _STACKS: Any = WeakIdKeyDictionary()
 
@@ -28,11 +27,11 @@ class EditHandle:
     def __init__(
         self, changes: Sequence[tuple[nn.Parameter, Tensor]], release: Callable[[], None]
     ) -> None:
-        self.token = object()
+        self._token = object()
         self._originals = [(parameter, parameter.data) for parameter, _ in changes]
         self._release = release
         for parameter, original in self._originals:
-            _STACKS.setdefault(parameter, []).append((self.token, original))
+            _STACKS.setdefault(parameter, []).append((self._token, original))
         try:
             for parameter, stored in changes:
                 parameter.data = stored
@@ -47,15 +46,14 @@ class EditHandle:
             EditOrderError: A later edit of the same weight is still in place. Nothing is changed.
         """
         for parameter, _ in self._originals:
-            if _STACKS[parameter][-1][0] is not self.token:
+            if _STACKS[parameter][-1][0] is not self._token:
                 raise EditOrderError(
                     "a later edit of the same weight is still attached; remove that one first"
                 )
         for parameter, original in self._originals:
             parameter.data = original
-            stack = _STACKS[parameter]
-            stack.pop()
-            if not stack:
+            _STACKS[parameter].pop()
+            if not _STACKS[parameter]:
                 del _STACKS[parameter]
         self._originals = []
         self._release()
@@ -63,12 +61,7 @@ class EditHandle:
     def __enter__(self) -> EditHandle:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.remove()
 
 

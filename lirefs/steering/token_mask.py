@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import ScopeError
-from lirefs.model.prompts import Tokens, for_rows
+from lirefs.model.prompts import for_rows
+from lirefs.model.token_positions import Tokens
 from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import Change
 from lirefs.steering.operators import Operator

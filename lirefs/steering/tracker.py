@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from lirefs.errors import ScopeError
 from lirefs.model.layout import Layout
-from lirefs.model.prompts import PROMPT, Prompt, Tokens, prompt_known
+from lirefs.model.prompts import PROMPT, Prompt, prompt_known
+from lirefs.model.token_positions import Tokens
 
 
 class Tracker:

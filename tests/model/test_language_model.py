@@ -28,8 +28,8 @@ def folder(tmp_path, tokenizer):
 
 def test_importing_models_leaves_the_heavy_packages_alone():
     code = (
-        "import sys, lirefs.model.language_model; heavy = {'transformer_lens', 'nnsight', 'datasets', "
-        "'matplotlib'} & set(sys.modules); sys.exit(', '.join(sorted(heavy)) or 0)"
+        "import sys, lirefs.model.language_model; heavy = {'transformer_lens', 'nnsight', "
+        "'datasets', 'matplotlib'} & set(sys.modules); sys.exit(', '.join(sorted(heavy)) or 0)"
     )
     root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
@@ -82,6 +82,61 @@ def test_wrong_prompts(lm):
         lm.pad([[1]], side="both")
     assert lm.encode([]) == []
     assert lm.generate([]) == []
+
+
+def test_batches_keep_the_order_and_the_budget(lm):
+    texts = ["abc", "a", "abcde", "x" * 30, "ab", "b"]  # and one token each at the beginning
+    batches = lm.batches(texts, batch_tokens=12)
+    assert [tuple(batch["input_ids"].shape) for batch in batches] == [
+        (2, 4),
+        (1, 6),
+        (1, 31),
+        (2, 3),
+    ]
+    rows = [
+        ids[mask.bool()].tolist()
+        for batch in batches
+        for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert rows == lm.encode(texts)
+    assert batches[0]["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    assert len(lm.batches(texts)) == 1
+
+
+def test_batches_of_token_ids_are_those_of_the_texts(lm):
+    texts = ["abc", "a", "abcde"]
+    for one, other in zip(lm.batches(texts, 8), lm.batches(lm.encode(texts), 8), strict=True):
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_batches_encode_all_texts_at_once(lm, monkeypatch):
+    calls = []
+    monkeypatch.setattr(lm, "encode", lambda texts: calls.append(list(texts)) or [[5], [6, 7]])
+    assert len(lm.batches(["a", "b"], 2)) == 2
+    assert calls == [["a", "b"]]
+
+
+@pytest.mark.parametrize(
+    ("texts", "says"),
+    [
+        ("one string", r"one string: use \[text\]"),
+        ([], "there are no texts"),
+        (["a", [5, 6]], "strings and lists of token ids are mixed"),
+        ([[5], [6], []], "text 2 has no token"),
+    ],
+)
+def test_texts_that_make_no_batch(lm, texts, says):
+    with pytest.raises(SettingError, match=says):
+        lm.batches(texts, batch_tokens=2)
+
+
+def test_an_empty_text_and_an_empty_budget_are_refused(lm):
+    bare = wrap(tiny_model("llama"), tiny_tokenizer(bos=False))
+    with pytest.raises(SettingError, match="text 1 has no token"):
+        bare.batches(["a", ""])
+    with pytest.raises(SettingError, match="batch_tokens must be at least 1, got 0"):
+        lm.batches(["a"], batch_tokens=0)
 
 
 def greedy(lm, prompt, steps):

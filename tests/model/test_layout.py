@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -12,8 +13,7 @@ from tiny import FAMILIES, LAYERS, WIDTH, build, fresh_model, tiny_config, tiny_
 from torch import nn
 
 from lirefs.errors import LayoutError, SettingError
-from lirefs.model.guest import evaluating
-from lirefs.model.hidden_states import hidden_input, hidden_of, with_hidden, with_hidden_input
+from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.layout import SITES
 from lirefs.model.layout_search import find_layout, layout_of
 
@@ -213,6 +213,9 @@ def test_a_module_of_one_s_own_by_hand():
     assert (layout.attention, layout.mlp) == ("mixer_attn", "feed")
     assert (layout.final_norm, layout.unembedding, layout.n_layers) == ("end", "out", 2)
     assert layout_of(model) is layout
+    model.stack = nn.Sequential(OrderedDict(first=Block(), second=Block()))  # not by index
+    with pytest.raises(LayoutError, match=r"stack\.0 did not carry hidden states"):
+        find_layout(model, {"blocks": "stack"})
 
 
 @pytest.mark.parametrize(
@@ -278,36 +281,3 @@ def test_describe_names_every_part():
     text = layout_of(tiny_model("bloom")).describe()
     assert "transformer.h (4 layers, width 32)" in text
     assert "self_attention.dense" in text
-
-
-def test_hidden_states_in_and_out_of_containers():
-    h, new = torch.zeros(2, 3, 4), torch.ones(2, 3, 4)
-    assert hidden_of(h) is h
-    assert hidden_of((h, None)) is h
-    assert hidden_of(h.view(6, 4), batch=2).shape == (2, 3, 4)
-    assert with_hidden(h, new) is not h
-    assert with_hidden((h, "cache"), new)[1] == "cache"
-    assert isinstance(with_hidden([h, 1], new), list)
-    assert with_hidden(h.view(6, 4), new).shape == (6, 4)
-    assert hidden_input((h, 1), {}) is h
-    assert hidden_input((), {"hidden_states": h}) is h
-    assert with_hidden_input((h, 1), {"a": 2}, new) == ((new, 1), {"a": 2})
-    assert with_hidden_input((), {"hidden_states": h}, new)[1]["hidden_states"] is new
-    with pytest.raises(LayoutError, match="NoneType"):
-        hidden_input((), {})
-
-
-def test_evaluating_restores_after_an_error():
-    model = nn.Sequential(nn.Dropout(), nn.Linear(2, 2).eval())
-
-    def fail():
-        with evaluating(model):
-            assert not model[0].training
-            assert not torch.is_grad_enabled()
-            raise KeyError
-
-    with pytest.raises(KeyError):
-        fail()
-    assert model[0].training
-    assert not model[1].training
-    assert torch.is_grad_enabled()

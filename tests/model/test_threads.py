@@ -16,7 +16,7 @@ from lirefs.errors import EditError, InterventionError
 from lirefs.model.intervention import applied
 from lirefs.model.layout_search import find_layout
 
-ROUNDS = 200
+ROUNDS = 100
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80], [2, 2, 0, 33, 44, 55]])
 MASK = (IDS != 2).long()
 WAIT = 30.0

@@ -344,7 +344,7 @@ def test_unknown_prompts_are_refused_and_not_guessed():
     with torch.no_grad():
         cache = lm.model(ids, use_cache=True).past_key_values
     with Steer(Direction(VECTOR, LAYER), "add", scope="generated").apply(lm.model), torch.no_grad():
-        with pytest.raises(ScopeError, match="nobody said where its prompt ends"):
+        with pytest.raises(ScopeError, match="unknown where its prompt ends"):
             lm.model(ids[:, :1], past_key_values=cache)
         with pytest.raises(ScopeError, match="rest of a prompt or generated"):
             lm.model(ids, past_key_values=lm.model(ids, use_cache=True).past_key_values)
