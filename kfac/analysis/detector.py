@@ -1,7 +1,7 @@
-"""A detector of recitation that needs no label: how much of a text lies in flat directions.
+"""A detector of recitation that needs no labels: how much of a text lies in flat directions.
 
-Texts that a model recites put more of their input energy into directions of low curvature than
-other texts do. The score of a token is that share; no memorized text is needed to compute it.
+Texts that a model recites put a larger share of their input energy into directions of low curvature
+than other texts do. A token's score is that share; computing it takes no memorized text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def score_recitation(
     """Score texts by the share of their input energy in the flattest directions of A.
 
     A share of each token's own energy does not depend on the size of its input, and averaging
-    shares keeps a single huge activation (many models have one at the first token) from deciding.
+    shares keeps a single huge activation (many models have one at the first token) from dominating.
 
     Args:
         model: The causal language model of the factors; left as it was found.
@@ -56,7 +56,7 @@ def score_recitation(
         Scores of tokens and of whole texts.
 
     Raises:
-        BatchError: No batch, a malformed one, or a text without a token.
+        BatchError: There is no batch, one is malformed, or a text has no token.
         FactorsMismatchError: The factors are not of this model.
         NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: `flat` leaves no direction on one side.

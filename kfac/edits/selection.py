@@ -13,7 +13,8 @@ from torch import Tensor
 from kfac.edits.staircase import Float64s, Int64s, Staircase, check_keep, staircase
 from lirefs.errors import SpectrumError
 
-# Scores are first binned by this many leading bits; two more rounds of sorting see one bin only.
+# By dtype: the integers that order the scores, and how many low bits to drop so that what is left
+# numbers the bins. Only the entries of one bin are sorted.
 _LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 46)}
 
 SHAPES = ("pairs", "rectangle", "output", "input")
@@ -43,14 +44,7 @@ class Selection(Protocol):
         ...
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device.
-
-        Args:
-            device: Where the table is wanted.
-
-        Returns:
-            bool, shape (rows, columns).
-        """
+        """Return the set as a bool table (rows, columns) on a device."""
         ...
 
 
@@ -60,8 +54,8 @@ class OrderedSelection:
 
     Attributes:
         stairs: The staircase, largest eigenvalues first.
-        row_ranks: int64 (rows,), place of each row in that order.
-        column_ranks: int64 (columns,), place of each column.
+        row_ranks: int64 (rows,), rank of each row in that order, from 0.
+        column_ranks: int64 (columns,), rank of each column.
     """
 
     stairs: Staircase
@@ -89,14 +83,7 @@ class OrderedSelection:
         return self.stairs.rank_bound
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device.
-
-        Args:
-            device: Where the table is wanted.
-
-        Returns:
-            bool, shape (rows, columns).
-        """
+        """Return the set as a bool table (rows, columns) on a device."""
         counts = torch.from_numpy(self.stairs.counts[self.row_ranks]).to(device)
         ranks = torch.from_numpy(self.column_ranks).to(device)
         return ranks[None, :] < counts[:, None]
@@ -130,14 +117,7 @@ class TableSelection:
         return min(int(self.table.any(0).sum()), int(self.table.any(1).sum()))
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device.
-
-        Args:
-            device: Where the table is wanted.
-
-        Returns:
-            bool, shape (rows, columns).
-        """
+        """Return the set as a bool table (rows, columns) on a device."""
         return self.table.to(device)
 
 
@@ -147,8 +127,8 @@ def select_separable(
     """Select pairs of the score rows[i] * columns[j], spectra in any order.
 
     Args:
-        rows: Scores of output eigenvectors, shape (m,), not negative.
-        columns: Scores of input eigenvectors, shape (n,), not negative.
+        rows: Scores of output eigenvectors, shape (m,), non-negative.
+        columns: Scores of input eigenvectors, shape (n,), non-negative.
         keep: Fraction of the total score, in (0, 1].
         shape: "pairs": the fewest pairs. "output" or "input": the fewest output (input)
             eigenvectors, each with all its pairs. "rectangle": the fewest of both sides, each
@@ -177,15 +157,15 @@ def select_separable(
 def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -> TableSelection:
     """Select the fewest entries of largest score that hold `keep` of the total.
 
-    No sort of all entries: not negative floats are ordered as their bit patterns, so a histogram
-    of the leading bits, weighted by the entries, finds the bin where the goal is reached, and only
-    the entries of that bin are sorted. Among equal scores the lower row comes first, then the
-    lower column.
+    The entries are not all sorted. Non-negative floats are ordered like their bit patterns, so a
+    histogram of the leading bits, weighted by the entries, finds the bin where the goal is reached,
+    and only that bin is sorted. Among equal scores the lower row comes first, then the lower
+    column.
 
     Args:
-        scores: Shape (rows, columns), float32 or float64, not negative; ranks the entries.
+        scores: Shape (rows, columns), float32 or float64, non-negative; ranks the entries.
         keep: Fraction in (0, 1]; 1 takes every entry.
-        weights: What is summed, same shape and not negative; None for the scores themselves.
+        weights: What is summed, same shape and non-negative; None for the scores themselves.
 
     Raises:
         KeepError: `keep` is out of range.
@@ -221,7 +201,7 @@ def _flat(values: Tensor, name: str) -> Tensor:
     if flat.dtype not in _LEADING:
         flat = flat.float()
     if not bool(flat.isfinite().all()) or bool((flat < 0).any()):
-        raise SpectrumError(f"{name} must be finite and not negative")
+        raise SpectrumError(f"{name} must be finite and non-negative")
     return flat + 0.0  # turns -0.0, whose bit pattern is negative, into 0.0
 
 

@@ -1,15 +1,16 @@
-"""Eigenbases, and the choice of the eigenvector pairs that carry the curvature: arrays in and out.
+"""The choice of the eigenvector pairs that carry the curvature: arrays in and out.
 
 A pair (i, j) joins output eigenvector i and input eigenvector j. Its mass is lam[i] * mu[j], the
 eigenvalue that K-FAC gives to it (Merullo et al. 2025, arXiv 2510.24256). Both spectra are sorted,
 so the pairs of largest mass fill the first `counts[i]` columns of each row: a staircase. One
-integer for each row describes the whole set, and it can be found without listing pairs.
+integer for each row describes the whole set, which can be found without listing pairs.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -30,8 +31,8 @@ class Staircase:
         mass: Mass of the kept pairs.
         total: Mass of all pairs.
         threshold: Smallest mass among kept pairs; infinity when none is kept.
-        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is right
-            where the masses themselves are out of the range of a float.
+        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is correct
+            even where the masses themselves are out of the range of a float.
     """
 
     counts: Int64s
@@ -55,18 +56,14 @@ class Staircase:
     def rank_bound(self) -> int:
         """Largest rank that a matrix with zeros outside the kept pairs can have.
 
-        The least number of rows and columns that cover the staircase (König): the first k rows
-        and then the columns that row k still needs.
+        This is the least number of rows and columns that cover the staircase (König): the first k
+        rows, and then the columns that row k still needs.
         """
         needed = np.append(self.counts, 0)
         return int((np.arange(len(needed)) + needed).min())
 
     def mask(self) -> NDArray[np.bool_]:
-        """Return the set as a boolean table of shape (rows, columns).
-
-        Returns:
-            bool, shape (rows, columns).
-        """
+        """Return the set as a bool table of shape (rows, columns)."""
         return np.arange(self.columns)[None, :] < self.counts[:, None]
 
 
@@ -77,21 +74,20 @@ def check_keep(keep: float) -> float:
         KeepError: It is not a number in (0, 1].
     """
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise KeepError(f"keep={keep!r}: a fraction in (0, 1] is needed")
+        raise KeepError(f"keep={keep!r} must be a number in (0, 1]")
     return float(keep)
 
 
 def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     """Select the fewest pairs whose mass reaches `keep` of the total.
 
-    The choice of Merullo et al. 2025 (arXiv 2510.24256), section 5.
+    This is the choice of Merullo et al. 2025 (arXiv 2510.24256), section 5. Pairs are taken in
+    descending mass lam[i] * mu[j]; among equal masses (equal as rounded float64 products) the lower
+    row comes first, then the lower column. `keep=1` takes every pair, also those of zero mass, so
+    that nothing is changed. With no mass at all and `keep<1` no pair is taken.
 
-    Pairs are taken in descending mass lam[i] * mu[j]; among equal masses (equal as rounded float64
-    products) the lower row comes first, then the lower column. `keep=1` takes every pair, those of
-    zero mass too, so that nothing is changed. With no mass at all and `keep<1` no pair is taken.
-
-    The smallest kept mass is found by bisection over the float64 numbers themselves (62 steps at
-    most), each step being one `searchsorted` for all rows and one dot product with prefix sums.
+    The smallest kept mass is found by bisection over the float64 numbers themselves (at most 62
+    steps); each step is one `searchsorted` for all rows and one dot product with prefix sums.
 
     Args:
         lam: Row eigenvalues, shape (rows,), non-negative and descending.
@@ -146,9 +142,9 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
 
 
 def _spectrum(values: ArrayLike, name: str) -> tuple[Float64s, int]:
-    """Check a spectrum and scale it; return it with the power of two that was taken out.
+    """Check a spectrum and scale it by a power of two; return it with the exponent taken out.
 
-    The scaling is exact, and keeps products from over- or underflowing without need.
+    The scaling is exact and avoids needless over- and underflow of products.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -170,7 +166,7 @@ def _from_bits(bits: int) -> float:
 
 
 def _at_least(rows: Float64s, columns: Float64s, threshold: float) -> Int64s:
-    """For each row count the columns whose product with it is at least `threshold` (> 0)."""
+    """Count for each row the columns whose product with it is at least `threshold` (> 0)."""
     with np.errstate(divide="ignore", over="ignore"):
         limits = threshold / rows
     counts = len(columns) - np.searchsorted(columns[::-1], limits, side="left").astype(np.int64)
@@ -190,14 +186,10 @@ def _step(counts: Int64s, where: NDArray[np.bool_], columns: Float64s, sign: int
     """Move marked counts by one whole run of equal columns, so that long ties cost one step."""
     if not where.any():
         return counts
-    ascending = columns[::-1]
     moved = counts.copy()
-    if sign < 0:
-        value = columns[counts[where] - 1]
-        moved[where] = len(columns) - np.searchsorted(ascending, value, side="right")
-    else:
-        value = columns[counts[where]]
-        moved[where] = len(columns) - np.searchsorted(ascending, value, side="left")
+    value = columns[counts[where] - (sign < 0)]
+    side: Literal["left", "right"] = "right" if sign < 0 else "left"
+    moved[where] = len(columns) - np.searchsorted(columns[::-1], value, side=side)
     return moved
 
 
