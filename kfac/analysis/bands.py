@@ -7,6 +7,7 @@ statistic to be the mean over tokens of the norm of the projection on a band.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -202,24 +203,18 @@ def input_energies(
     Yields:
         For each of `distinct_inputs` the squared coordinates (B, T, in), float32, computed one by
         one on iteration; and the bool mask (B, T) of attended tokens.
-
-    Raises:
-        BatchError: There is no batch, one is malformed, or a text has no token.
-        FactorsMismatchError: The factors are not of this model.
-        NonFiniteError: The input of a target holds NaN or infinity.
     """
     targets = factors.targets(model, distinct_inputs(factors))
     for target in targets:
         check_weight(target, factors.records[target.name].digest)
-    bases: dict[str, Tensor] = {}
 
-    def energy(name: str, states: Tensor) -> Tensor:
-        if name not in bases:
-            bases[name] = factors.eigen(name).u_in.to(states.device, states.dtype)
-        return squared_coordinates(states, bases[name])
+    @functools.cache
+    def basis(name: str, device: torch.device) -> Tensor:
+        return factors.eigen(name).u_in.to(device, torch.float32)
 
     for inputs, real in target_inputs(model, batches, targets, forward):
-        yield (energy(target.name, inputs[target.name].float()) for target in targets), real
+        states = ((target.name, inputs[target.name]) for target in targets)
+        yield (squared_coordinates(x.float(), basis(name, x.device)) for name, x in states), real
 
 
 def squared_coordinates(states: Tensor, basis: Tensor) -> Tensor:

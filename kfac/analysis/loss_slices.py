@@ -113,23 +113,16 @@ def loss_slices(
 
 def _gradient(model: nn.Module, batches: list[Any], target: Target) -> tuple[float, Tensor]:
     """Return the mean loss and its gradient at the target's weight, (out, in) float64 on CPU."""
-    parameter = target.parameter
-    before, parameter.grad = parameter.grad, None
-    parameter.requires_grad_(True)
-    try:
-        total, count = 0.0, 0
-        for batch in batches:
-            losses = position_losses(model, batch)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            total += float(losses.detach().sum(dtype=torch.float64))
-            count += len(losses)
-        if parameter.grad is None:
+    target.parameter.requires_grad_(True)  # as_guest restores the flag
+    total, count, gradient = 0.0, 0, torch.zeros(())
+    for batch in batches:
+        losses = position_losses(model, batch)
+        if not losses.requires_grad:
             raise SpectrumError(f"the loss does not depend on target {target.name!r}")
-        gradient = target.view(parameter.grad).double().cpu() / count
-        return total / count, gradient
-    finally:
-        parameter.requires_grad_(False)
-        parameter.grad = before
+        gradient = gradient + torch.autograd.grad(losses.sum(), target.parameter)[0]
+        total += float(losses.detach().sum(dtype=torch.float64))
+        count += len(losses)
+    return total / count, target.view(gradient).double().cpu() / count
 
 
 @torch.no_grad()

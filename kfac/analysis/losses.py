@@ -15,11 +15,7 @@ from lirefs.model.guest import widened
 
 
 def position_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss of every counted position of a batch, in nats, shape (positions,).
-
-    Raises:
-        BatchError: The batch is malformed, or a text has no counted position.
-    """
+    """Return the loss of every counted position of a batch, in nats, shape (positions,)."""
     return _counted_losses(model, batch)[0]
 
 
@@ -28,9 +24,6 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
 
     Counted are the positions of `kfac.collect`: those that predict an attended token whose label,
     where there are labels, is not -100.
-
-    Raises:
-        BatchError: The batch is malformed, or a text has no counted position.
     """
     losses, counted = _counted_losses(model, batch)
     table = losses.new_zeros(counted.shape).masked_scatter(counted, losses)

@@ -16,6 +16,7 @@ from kfac.analysis.losses import passage_losses, recitation
 from kfac.collection.finite import ADVICE, broken, first_row, where
 from kfac.edits.weight_edit import WeightEdit
 from lirefs.errors import BatchError, EditError, NonFiniteError
+from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Estimate, mean_estimate
 
 STEPS = (0, 1, 2, 5, 10, 20, 50)
@@ -100,8 +101,8 @@ def relearn(
                 stack.enter_context(trainable(model))
                 for step in _train(model, texts, wanted, lr, seed, bar, name):
                     for which, table in (("known", result.known), ("rest", result.rest)):
-                        where = f"arm {name!r} after {step} steps, {which}"
-                        table[name].append(_recited(model, sets[which], where))
+                        when = f"arm {name!r} after {step} steps, {which}"
+                        table[name].append(_recited(model, sets[which], when))
     return result
 
 
@@ -112,23 +113,18 @@ def trainable(model: nn.Module) -> Iterator[None]:
     Half-precision weights are copied to float32, since rounding would swallow a step of 1e-5. After
     the context the model holds its original tensors, gradients, flags and modes again.
     """
-    before = [(p, p.data, p.grad, p.requires_grad) for p in model.parameters()]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for parameter in model.parameters():
-            half = parameter.dtype in (torch.float16, torch.bfloat16)
-            parameter.data = parameter.data.float() if half else parameter.data.clone()
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
+    before = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+    with as_guest(model):
+        try:
+            for parameter, data, _ in before:
+                half = parameter.dtype in (torch.float16, torch.bfloat16)
+                parameter.data = data.float() if half else data.clone()
+                parameter.grad = None
+                parameter.requires_grad_(True)
             yield
-    finally:
-        for parameter, data, gradient, flag in before:
-            parameter.requires_grad_(flag)
-            parameter.data, parameter.grad = data, gradient
-        for module, mode in modes:
-            module.training = mode
+        finally:
+            for parameter, data, gradient in before:
+                parameter.data, parameter.grad = data, gradient
 
 
 def _train(
@@ -167,8 +163,8 @@ def _train(
         yield done
 
 
-def _recited(model: nn.Module, batches: list[Any], where: str) -> Estimate:
+def _recited(model: nn.Module, batches: list[Any], when: str) -> Estimate:
     try:
         return mean_estimate(recitation(model, batches).numpy())
     except NonFiniteError as error:
-        raise NonFiniteError(f"{where}: {error}; training may need a lower lr") from error
+        raise NonFiniteError(f"{when}: {error}; training may need a lower lr") from error

@@ -128,14 +128,7 @@ class _DataFreeEdit(WeightEdit):
 
     @abc.abstractmethod
     def edited(self, target: Target) -> Tensor:
-        """Return the new weight of a target when `keep` is below 1.
-
-        Args:
-            target: The target; its weight is not changed.
-
-        Returns:
-            Shape (out, in), in any float dtype.
-        """
+        """Return the new weight (out, in) of a target; `keep` is below 1."""
 
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the new weights; nothing is changed at keep 1."""
@@ -201,11 +194,8 @@ class MagnitudeEdit(_DataFreeEdit):
     def edited(self, target: Target) -> Tensor:
         """Return the pruned weight (out, in), in the dtype of the weight."""
         weight = target.weight
-        sizes = weight.abs().flatten()
-        dropped = len(sizes) - _rounded_up(self.keep, len(sizes))
-        if not dropped:
-            return weight.clone()
-        limit = largest_of_smallest(widened(sizes), dropped)
+        sizes = widened(weight.abs().flatten())
+        limit = largest_of_smallest(sizes, len(sizes) - _rounded_up(self.keep, len(sizes)))
         return weight.masked_fill(weight.abs() <= limit, 0.0)
 
 
@@ -235,7 +225,9 @@ def random_rotation(size: int, generator: torch.Generator) -> Tensor:
 
 
 def largest_of_smallest(values: Tensor, count: int) -> Tensor:
-    """Return the largest of the `count` smallest values (n,), without sorting them."""
+    """Return the largest of the `count` smallest values (n,), without sorting; -inf for none."""
+    if not count:
+        return values.new_tensor(-math.inf)
     if values.device.type == "cpu":  # numpy's introselect; torch.kthvalue is many times slower
         return torch.tensor(np.partition(values.numpy(), count - 1)[count - 1])
     return values.kthvalue(count).values

@@ -26,26 +26,21 @@ class Selection(Protocol):
     @property
     def pairs(self) -> int:
         """Number of kept pairs."""
-        ...
 
     @property
     def total_pairs(self) -> int:
         """Number of all pairs."""
-        ...
 
     @property
     def kept_mass(self) -> float:
         """Kept share of the total score."""
-        ...
 
     @property
     def rank_bound(self) -> int:
         """Largest rank that a matrix with zeros outside the kept pairs can have."""
-        ...
 
     def mask(self, device: torch.device) -> Tensor:
         """Return the set as a bool table (rows, columns) on a device."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,10 +128,6 @@ def select_separable(
         shape: "pairs": the fewest pairs. "output" or "input": the fewest output (input)
             eigenvectors, each with all its pairs. "rectangle": the fewest of both sides, each
             holding the square root of `keep` of its own sum.
-
-    Raises:
-        KeepError: `keep` is out of range.
-        SpectrumError: The shape is unknown, or a spectrum is not valid.
     """
     if shape not in SHAPES:
         raise SpectrumError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
@@ -166,10 +157,6 @@ def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -
         scores: Shape (rows, columns), float32 or float64, non-negative; ranks the entries.
         keep: Fraction in (0, 1]; 1 takes every entry.
         weights: What is summed, same shape and non-negative; None for the scores themselves.
-
-    Raises:
-        KeepError: `keep` is out of range.
-        SpectrumError: A score or weight is negative or not finite.
     """
     keep = check_keep(keep)
     flat = _flat(scores, "scores")
@@ -184,7 +171,7 @@ def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -
         return TableSelection(torch.zeros(scores.shape, dtype=torch.bool), 1.0)
     goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
     above = sums.flip(0).cumsum(0).flip(0)  # mass of a bin and of all larger ones
-    edge = int((above >= goal).nonzero()[-1]) if bool((above >= goal).any()) else 0
+    edge = max(int((above >= goal).sum()) - 1, 0)
     kept = bins > edge
     before = float(sums[edge + 1 :].sum())
     inside = (bins == edge).nonzero()[:, 0]

@@ -143,38 +143,28 @@ class SpectralEdit(WeightEdit):
         rows = []
         for name in self._keeps:
             one = chosen.get(name) or self._selection(name, None)
-            share = one.pairs / one.total_pairs
-            rows.append(
-                TargetReport(
-                    name,
-                    one.pairs,
-                    one.total_pairs,
-                    share,
-                    one.kept_mass,
-                    one.rank_bound,
-                    changes.get(name),
-                )
-            )
+            counts = (one.pairs, one.total_pairs, one.pairs / one.total_pairs)
+            change = changes.get(name)
+            rows.append(TargetReport(name, *counts, one.kept_mass, one.rank_bound, change))
         return rows
 
     def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:
-        targets = self.factors.targets(model, self._keeps)
         records = self.factors.records
-        digests = [check_weight(target, records[target.name].digest) for target in targets]
-        return [
-            (target, *self._edited(target.name, target.weight, digest))
-            for target, digest in zip(targets, digests, strict=True)
-            if self._keeps[target.name] < 1
-        ]
-
-    def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
-        # float32 suffices: eigenvectors come from float64, and the two rotations add an error of
-        # about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
-        with full_precision(weight.device):
-            coordinates = self._coordinates(name, weight, digest)
-            chosen = self._selection(name, coordinates)
-            kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
-            return self._rotate_back(name, kept).to(weight.dtype), chosen
+        targets = self.factors.targets(model, self._keeps)
+        digests = {one.name: check_weight(one, records[one.name].digest) for one in targets}
+        result = []
+        for target in targets:
+            name, weight = target.name, target.weight
+            if self._keeps[name] == 1:
+                continue
+            # float32 suffices: eigenvectors come from float64, and the two rotations add an error
+            # of about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
+            with full_precision(weight.device):
+                coordinates = self._coordinates(name, weight, digests[name])
+                chosen = self._selection(name, coordinates)
+                kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
+                result.append((target, self._rotate_back(name, kept).to(weight.dtype), chosen))
+        return result
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         return self.factors.coordinates(name, weight, digest)
@@ -200,11 +190,8 @@ class SpectralEdit(WeightEdit):
             kept, u_out = kept[rows], u_out[:, rows]
         if len(columns) < kept.shape[1]:
             kept, u_in = kept[:, columns], u_in[:, columns]
-        # The order of the two products that needs fewer operations.
-        m, n, r, c = len(u_out), len(u_in), *kept.shape
-        if m * r * c + m * c * n <= r * c * n + m * r * n:
-            return (u_out @ kept) @ u_in.T
-        return u_out @ (kept @ u_in.T)
+        result: Tensor = torch.linalg.multi_dot([u_out, kept, u_in.T])
+        return result
 
     def _selection(self, name: str, coordinates: Tensor | None) -> Selection:
         if self._keeps[name] == 1:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -105,14 +104,23 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     rows, row_scale = _spectrum(lam, "lam")
     columns, column_scale = _spectrum(mu, "mu")
     prefix = np.concatenate([[0.0], np.cumsum(columns)])
-    every = np.full(len(rows), len(columns), dtype=np.int64)
-    total = _mass(rows, prefix, every)
+
+    def mass(counts: Int64s) -> float:
+        return float(rows @ prefix[counts])
+
+    def result(counts: Int64s, threshold: float) -> Staircase:
+        share = mass(counts) / total if total > 0 else 1.0
+        with np.errstate(over="ignore"):
+            numbers = np.ldexp([mass(counts), total, threshold], row_scale + column_scale)
+        kept, every, smallest = numbers.tolist()
+        return Staircase(counts, len(columns), kept, every, smallest, share)
+
+    full = np.full(len(rows), len(columns), dtype=np.int64)
+    total = mass(full)
     if keep == 1.0:
-        smallest = float(rows[-1] * columns[-1])
-        return _result(every, len(columns), total, total, smallest, row_scale + column_scale)
+        return result(full, float(rows[-1] * columns[-1]))
     if total == 0.0:
-        none = np.zeros(len(rows), dtype=np.int64)
-        return _result(none, len(columns), 0.0, total, math.inf, 0)
+        return result(np.zeros_like(full), math.inf)
     goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
 
     # Bisection: `low` is the largest threshold known to keep enough. Non-negative floats are
@@ -120,7 +128,7 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     low, high = 1, int(np.float64(rows[0] * columns[0]).view(np.int64)) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        if _mass(rows, prefix, _at_least(rows, columns, _from_bits(middle))) >= goal:
+        if mass(_at_least(rows, columns, _from_bits(middle))) >= goal:
             low = middle
         else:
             high = middle
@@ -129,16 +137,14 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     ties = _at_least(rows, columns, threshold) - above
 
     # Only pairs of mass exactly `threshold` remain to choose from; rows are filled in order.
-    before = _mass(rows, prefix, above)
+    before = mass(above)
     needed = max(1, math.ceil(min((goal - before) / threshold, float(ties.sum()))))
     while needed > 1 and before + (needed - 1) * threshold >= goal:
         needed -= 1
     while before + needed * threshold < goal and needed < ties.sum():
         needed += 1
     earlier = np.cumsum(ties) - ties
-    counts = above + np.clip(needed - earlier, 0, ties)
-    mass = _mass(rows, prefix, counts)
-    return _result(counts, len(columns), mass, total, threshold, row_scale + column_scale)
+    return result(above + np.clip(needed - earlier, 0, ties), threshold)
 
 
 def _spectrum(values: ArrayLike, name: str) -> tuple[Float64s, int]:
@@ -157,10 +163,6 @@ def _spectrum(values: ArrayLike, name: str) -> tuple[Float64s, int]:
     return np.ldexp(array, -exponent), exponent
 
 
-def _mass(rows: Float64s, prefix: Float64s, counts: Int64s) -> float:
-    return float(rows @ prefix[counts])
-
-
 def _from_bits(bits: int) -> float:
     return float(np.int64(bits).view(np.float64))
 
@@ -169,7 +171,8 @@ def _at_least(rows: Float64s, columns: Float64s, threshold: float) -> Int64s:
     """Count for each row the columns whose product with it is at least `threshold` (> 0)."""
     with np.errstate(divide="ignore", over="ignore"):
         limits = threshold / rows
-    counts = len(columns) - np.searchsorted(columns[::-1], limits, side="left").astype(np.int64)
+    ascending = columns[::-1]
+    counts = len(columns) - np.searchsorted(ascending, limits, side="left").astype(np.int64)
     # The quotient is rounded, so it may be off by a few neighbouring values: the product decides.
     padded = np.concatenate([[np.inf], columns, [0.0]])
     while True:
@@ -178,25 +181,7 @@ def _at_least(rows: Float64s, columns: Float64s, threshold: float) -> Int64s:
             too_few = rows * padded[counts + 1] >= threshold
         if not (too_many.any() or too_few.any()):
             return counts
-        counts = _step(counts, too_many, columns, -1)
-        counts = _step(counts, too_few, columns, 1)
-
-
-def _step(counts: Int64s, where: NDArray[np.bool_], columns: Float64s, sign: int) -> Int64s:
-    """Move marked counts by one whole run of equal columns, so that long ties cost one step."""
-    if not where.any():
-        return counts
-    moved = counts.copy()
-    value = columns[counts[where] - (sign < 0)]
-    side: Literal["left", "right"] = "right" if sign < 0 else "left"
-    moved[where] = len(columns) - np.searchsorted(columns[::-1], value, side=side)
-    return moved
-
-
-def _result(
-    counts: Int64s, columns: int, mass: float, total: float, threshold: float, scale: int
-) -> Staircase:
-    share = mass / total if total > 0 else 1.0
-    with np.errstate(over="ignore"):
-        mass, total, threshold = (float(np.ldexp(x, scale)) for x in (mass, total, threshold))
-    return Staircase(counts, columns, mass, total, threshold, share)
+        # A count moves by a whole run of equal columns, so that long ties cost one step.
+        fewer = np.searchsorted(ascending, padded[counts[too_many]], side="right")
+        more = np.searchsorted(ascending, padded[counts[too_few] + 1], side="left")
+        counts[too_many], counts[too_few] = len(columns) - fewer, len(columns) - more

@@ -193,10 +193,7 @@ class _Masked:
     def kept(self, score: Tensor) -> Tensor:
         """Return the mask of a target from its scores, bool (out, in)."""
         sizes = score.abs().flatten()
-        pruned = round(self.ratio * len(sizes))
-        if not pruned:
-            return torch.ones_like(score, dtype=torch.bool)
-        return score.abs() > largest_of_smallest(sizes, pruned)
+        return score.abs() > largest_of_smallest(sizes, round(self.ratio * len(sizes)))
 
     def _mask(self) -> None:
         for target, original, score in self.parts:

@@ -60,33 +60,22 @@ class WeightEdit(abc.ABC):
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Edit the model inside a `with` block, and yield it.
-
-        Args:
-            model: The model, as in `attach`.
-
-        Yields:
-            The model.
+        """Edit the model inside a `with` block, and yield it; see `attach`.
 
         Raises:
-            EditError: As for `attach`.
             EditOrderError: A later edit of the same weight is still attached when the block ends.
         """
         with self.attach(model):
             yield model
 
     def bake(self, model: nn.Module) -> None:
-        """Put the edited weights in place for good; the originals are not kept.
+        """Put the edited weights in place for good, as `attach` would, and drop the originals.
 
         `model.save_pretrained(folder)` then writes a model that loads without this library.
 
-        Args:
-            model: The model, as in `attach`.
-
         Raises:
             EditOrderError: A removable edit of the same weight is attached; removing it later would
-                undo this one.
-            EditError: As for `attach`. Nothing is changed then.
+                undo this one. Nothing is changed.
         """
         with ExitStack() as stack:
             stack.callback(reserve(model, EditError))
