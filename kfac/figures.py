@@ -14,7 +14,6 @@ from kfac.analysis.relearning import Relearning
 from lirefs.errors import SpectrumError
 from lirefs.pictures import (
     COLOURS,
-    SMALL,
     WIDE,
     Picture,
     canvas_of,
@@ -75,20 +74,17 @@ def task_curvature(
     return picture_of(canvas)
 
 
-def detector(
-    scores: Floats, labels: Floats, names: tuple[str, str] = ("clean", "memorized")
-) -> Picture:
+def detector(scores: Floats, labels: Floats) -> Picture:
     """Scores of both classes and the ROC curve of the detector.
 
     Args:
         scores: Shape (n,).
-        labels: Shape (n,), 1 for memorized.
-        names: Names of class 0 and 1.
+        labels: Shape (n,), 0 for clean and 1 for memorized.
     """
     canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
     classes = np.asarray(labels).astype(int)
     edges = np.linspace(scores.min(), scores.max() + 1e-12, 31)
-    for index, name in enumerate(names):
+    for index, name in enumerate(("clean", "memorized")):
         own = scores[classes == index]
         style: dict[str, Any] = {"hatch": ("", "///")[index], "edgecolor": "white", "alpha": 0.6}
         shares = np.full(len(own), 1 / len(own))
@@ -98,7 +94,7 @@ def detector(
     false, true, _ = roc_curve(classes, scores, drop_intermediate=False)
     right.plot(false, true, color=COLOURS[0], label=f"AUROC {auroc(scores, classes)}")
     right.plot([0, 1], [0, 1], color=COLOURS[6], ls=":", label="chance")
-    right.set(xlabel=f"{names[0]} called {names[1]}", ylabel=f"{names[1]} found", aspect="equal")
+    right.set(xlabel="clean called memorized", ylabel="memorized found", aspect="equal")
     for axis in (left, right):
         legend_below(axis, columns=1)
     return picture_of(canvas)
@@ -143,7 +139,7 @@ def pareto(
     if start is not None:
         axis.plot(start[0].value, start[1].value, "*", color="black", ms=12, label="unchanged")
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(fontsize=SMALL)
+    legend_below(axis, columns=3)
     return picture_of(canvas)
 
 

@@ -25,8 +25,6 @@ from lirefs.errors import SpectrumError
 from lirefs.model.guest import as_guest, full_precision
 from lirefs.statistics.intervals import RESAMPLES, Floats, resample_counts
 
-EDGES = (0.10, 0.25, 0.50)
-
 
 @dataclass(frozen=True, eq=False)
 class BandProfile:
@@ -76,7 +74,7 @@ def band_profile(
     batches: Iterable[Any],
     factors: Factors,
     *,
-    edges: Sequence[float] = EDGES,
+    edges: Sequence[float] = (0.10, 0.25, 0.50),
     forward: Forward | None = None,
 ) -> BandProfile:
     """Measure how strongly texts activate each curvature band of the targets' inputs.
@@ -127,7 +125,7 @@ def band_ratios(
         first: Profile above the fraction bar.
         second: Profile below it, of the same targets and bands.
         resamples: Bootstrap resamples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         Ratios with 95 % intervals, and their control at unit norm.
@@ -155,13 +153,8 @@ def band_ratios(
         low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
         return np.stack([value, low, high]).reshape(3, *norms[0].shape[1:])
 
-    return BandRatios(
-        first.names,
-        first.labels,
-        ratio(first.norms, second.norms),
-        ratio(first.unit_norms, second.unit_norms),
-        (len(first), len(second)),
-    )
+    tables = ratio(first.norms, second.norms), ratio(first.unit_norms, second.unit_norms)
+    return BandRatios(first.names, first.labels, *tables, (len(first), len(second)))
 
 
 def task_ratios(
@@ -176,16 +169,13 @@ def task_ratios(
         tasks: Task name to the profile of its prompts.
         references: Kind of text, such as "memorized" or "clean", to the profile of such texts.
         resamples: Bootstrap resamples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         For each task and reference, the activation of the reference over that of the task.
     """
     return {
-        task: {
-            name: band_ratios(reference, profile, resamples, seed)
-            for name, reference in references.items()
-        }
+        task: {name: band_ratios(one, profile, resamples, seed) for name, one in references.items()}
         for task, profile in tasks.items()
     }
 
@@ -200,9 +190,8 @@ def input_energies(
 ) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
     """Run texts, and yield how the energy of each token's input is spread over the directions of A.
 
-    Yields:
-        For each of `distinct_inputs` the squared coordinates (B, T, in), float32, computed one by
-        one on iteration; and the bool mask (B, T) of attended tokens.
+    Each batch gives an iterator over `distinct_inputs`, which computes the squared coordinates
+    (B, T, in), float32; and the bool mask (B, T) of attended tokens.
     """
     targets = factors.targets(model, distinct_inputs(factors))
     for target in targets:

@@ -62,13 +62,12 @@ def score_recitation(
         SpectrumError: `flat` leaves no direction on one side.
     """
     names = distinct_inputs(factors)
-    sharp: list[int] = []
-    for name in names:
-        width = factors.records[name].in_features
-        sharp.append(width - round(flat * width))
-        if not 0 < sharp[-1] < width:
+    widths = [factors.records[name].in_features for name in names]
+    sharp = [width - round(flat * width) for width in widths]
+    for name, width, count in zip(names, widths, sharp, strict=True):
+        if not 0 < count < width:
             raise SpectrumError(
-                f"flat={flat} of the {width} input directions of {name!r} leaves none on one side"
+                f"flat={flat} leaves 0 or all of the {width} directions of {name!r}"
             )
     tokens: list[Floats] = []
     by_target: list[Floats] = []
@@ -79,9 +78,8 @@ def score_recitation(
             for row, mask in zip(table, real.cpu().numpy(), strict=True):
                 tokens.append(row[mask].mean(-1))
                 by_target.append(row[mask].mean(0))
-    return RecitationScores(
-        names, tokens, np.array([one.mean() for one in tokens]), np.array(by_target)
-    )
+    passages = np.array([one.mean() for one in tokens])
+    return RecitationScores(names, tokens, passages, np.array(by_target))
 
 
 def _flat_share(squares: Tensor, sharp: int) -> Tensor:

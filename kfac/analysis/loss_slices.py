@@ -18,8 +18,6 @@ from lirefs.errors import BatchError, SpectrumError
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Floats, Ints
 
-QUANTILES = (0.0, 0.02, 0.1, 0.3, 0.6, 0.95)
-
 
 @dataclass(frozen=True, eq=False)
 class LossSlices:
@@ -70,7 +68,7 @@ def loss_slices(
         Losses and predictions for each pair and step.
 
     Raises:
-        BatchError: No batch, or no position to predict.
+        BatchError: There is no batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.
         SpectrumError: A pair does not exist, a step is not finite, or the loss does not depend on
             the target.
@@ -83,15 +81,14 @@ def loss_slices(
     basis = factors.eigen(name)
     shape = (target.out_features, target.in_features)
     if pairs is None:
-        pairs = [tuple(int(q * (size - 1)) for size in shape) for q in QUANTILES]  # type: ignore[misc]
+        out, inside = (size - 1 for size in shape)
+        pairs = [(int(q * out), int(q * inside)) for q in (0.0, 0.02, 0.1, 0.3, 0.6, 0.95)]
     try:
         wanted = np.array(pairs, dtype=np.int64)
     except (TypeError, ValueError):  # rows of several lengths, or not numbers
         wanted = np.empty(0, dtype=np.int64)
-    if wanted.ndim != 2 or wanted.shape[1] != 2:
-        raise SpectrumError(f"pairs={list(pairs)} must be a list of (output rank, input rank)")
-    if (wanted < 0).any() or (wanted >= np.array(shape)).any():
-        raise SpectrumError(f"pairs={list(pairs)}: ranks must lie within {shape}")
+    if wanted.shape[1:] != (2,) or (wanted < 0).any() or (wanted >= shape).any():
+        raise SpectrumError(f"pairs={list(pairs)} must be (output rank, input rank) below {shape}")
     distances = np.array(steps, dtype=np.float64)
     if distances.ndim != 1 or not len(distances) or not np.isfinite(distances).all():
         raise SpectrumError(f"steps={list(steps)} must be finite numbers")
@@ -103,10 +100,8 @@ def loss_slices(
     with as_guest(model):
         start, gradient = _gradient(model, kept, target)
         slopes = torch.einsum("op,oi,ip->p", outs, gradient, ins).numpy()
-        planes = [torch.outer(out, inside) for out, inside in zip(outs.T, ins.T, strict=True)]
-        loss = np.array(
-            [[_loss_at(model, kept, target, t * plane) for t in moved] for plane in planes]
-        )
+        planes = (torch.outer(out, inside) for out, inside in zip(outs.T, ins.T, strict=True))
+        loss = np.array([[_loss_at(model, kept, target, t * one) for t in moved] for one in planes])
     predicted = start + slopes[:, None] * moved + masses[:, None] * moved**2 / 2
     return LossSlices(name, wanted, masses, slopes, distances, loss, predicted)
 

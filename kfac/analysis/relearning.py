@@ -19,8 +19,6 @@ from lirefs.errors import BatchError, EditError, NonFiniteError
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Estimate, mean_estimate
 
-STEPS = (0, 1, 2, 5, 10, 20, 50)
-
 
 @dataclass(frozen=True, eq=False)
 class Relearning:
@@ -44,7 +42,7 @@ def relearn(
     rest: Iterable[Any],
     *,
     other: Iterable[Any] | None = None,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = (0, 1, 2, 5, 10, 20, 50),
     lr: float = 1e-5,
     seed: int = 0,
     progress: bool = True,
@@ -65,7 +63,7 @@ def relearn(
             under its name with " (other text)": what comes back there is fluency, not memory.
         steps: When to test, ascending, from 0.
         lr: Learning rate.
-        seed: Of the order of batches.
+        seed: Seed of the order of batches.
         progress: Show a bar.
 
     Returns:

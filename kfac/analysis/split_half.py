@@ -99,10 +99,5 @@ def matrix_agreement(first: Tensor, second: Tensor, cuts: Floats) -> SideAgreeme
     shared = running[sharp - 1, sharp - 1]  # by the two sharp subspaces
     # Of the `sharp` dimensions of one sharp subspace, those not shared lie in the other's flat one.
     overlap = 1 - (sharp - shared) / (size - sharp)
-    return SideAgreement(
-        values.numpy(),
-        curved(second, vectors).numpy(),
-        (sharp / size).numpy(),
-        overlap.clamp(0, 1).numpy(),
-        (1 - sharp / size).numpy(),
-    )
+    arrays = values, curved(second, vectors), sharp / size, overlap.clamp(0, 1), 1 - sharp / size
+    return SideAgreement(*(one.numpy() for one in arrays))

@@ -35,7 +35,7 @@ class _RandomEdit(SpectralEdit):
         """Return kind, keep, seed and the digest of the factors."""
         return super().describe() | {"seed": self.seed}
 
-    def _of_the_curvature(self, name: str) -> Selection:
+    def _by_curvature(self, name: str) -> Selection:
         """Return what `CurvatureEdit` would keep."""
         basis = self.factors.eigen(name)
         return select_separable(basis.lam, basis.mu, self._keeps[name])
@@ -46,15 +46,12 @@ class _RandomEdit(SpectralEdit):
 
 
 class RandomPairsEdit(_RandomEdit):
-    """Keep as many pairs as `CurvatureEdit` would, but chosen at random in the same eigenbasis.
-
-    Every set of that size is equally likely. The number for each row is drawn first, then the
-    columns of each row, so no list of pairs is held.
+    """Keep as many pairs as `CurvatureEdit`, drawn uniformly at random in the same eigenbasis.
 
     Args:
         factors: Factors of the model to be edited.
         keep: Fraction of the curvature mass that fixes the number of pairs; or one for each target.
-        seed: Of the random choice.
+        seed: Seed of the random choice.
     """
 
     kind = "random_pairs"
@@ -62,7 +59,7 @@ class RandomPairsEdit(_RandomEdit):
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
         """Keep as many random pairs; `kept_mass` is the mass that these happen to hold."""
         basis = self.factors.eigen(name)
-        pairs = self._of_the_curvature(name).pairs
+        pairs = self._by_curvature(name).pairs
         table = random_table(len(basis.lam), len(basis.mu), pairs, self._seeds(name))
         held = basis.lam @ table.double() @ basis.mu
         return TableSelection(table, float(held / (basis.lam.sum() * basis.mu.sum())))
@@ -72,20 +69,19 @@ class RandomRotationEdit(_RandomEdit):
     """Keep the pairs that `CurvatureEdit` would, but in random orthogonal bases.
 
     The kept set has the same shape, and so the same rank; only its directions are meaningless.
-    Bases are drawn uniformly (QR of a Gaussian matrix, signs fixed), and drawn again for each use:
-    those that take long to draw are too large to keep in memory.
+    Bases are drawn uniformly (QR of a Gaussian matrix, signs fixed), and again for each use.
 
     Args:
         factors: Factors of the model to be edited.
         keep: Fraction of the curvature mass that fixes the pairs; or one for each target.
-        seed: Of the bases.
+        seed: Seed of the bases.
     """
 
     kind = "random_rotation"
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
         """Keep the staircase of the spectra; `kept_mass` is that of the true bases."""
-        return self._of_the_curvature(name)
+        return self._by_curvature(name)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         wide = widened(weight)
@@ -113,14 +109,8 @@ class _DataFreeEdit(WeightEdit):
     def with_keep(self, keep: float) -> Self:
         """Return the same edit at another `keep`; it shares what has been computed already.
 
-        Args:
-            keep: As in the constructor.
-
-        Returns:
-            A new edit of the same targets.
-
         Raises:
-            KeepError: As in the constructor.
+            KeepError: `keep` is out of range.
         """
         other = copy.copy(self)
         other.keep = check_keep(keep)

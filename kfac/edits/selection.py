@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac.edits.staircase import Float64s, Int64s, Staircase, check_keep, staircase
+from kfac.edits.staircase import Staircase, check_keep, staircase
 from lirefs.errors import SpectrumError
+from lirefs.statistics.intervals import Floats, Ints
 
-# By dtype: the integers that order the scores, and how many low bits to drop so that what is left
-# numbers the bins. Only the entries of one bin are sorted.
+# By dtype: the integer type whose order is that of the scores, and how many low bits to drop to get
+# the bin of a score. Only the entries of one bin are sorted.
 _LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 46)}
 
 SHAPES = ("pairs", "rectangle", "output", "input")
@@ -54,8 +55,8 @@ class OrderedSelection:
     """
 
     stairs: Staircase
-    row_ranks: Int64s
-    column_ranks: Int64s
+    row_ranks: Ints
+    column_ranks: Ints
 
     @property
     def pairs(self) -> int:
@@ -192,7 +193,7 @@ def _flat(values: Tensor, name: str) -> Tensor:
     return flat + 0.0  # turns -0.0, whose bit pattern is negative, into 0.0
 
 
-def _rectangle(lam: Float64s, mu: Float64s, rows: int, columns: int) -> Staircase:
+def _rectangle(lam: Floats, mu: Floats, rows: int, columns: int) -> Staircase:
     counts = np.zeros(len(lam), dtype=np.int64)
     counts[:rows] = columns
     mass, total = (float(a.sum() * b.sum()) for a, b in ((lam[:rows], mu[:columns]), (lam, mu)))

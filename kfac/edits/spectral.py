@@ -87,14 +87,8 @@ class SpectralEdit(WeightEdit):
     def with_keep(self, keep: float | Mapping[str, float]) -> Self:
         """Return the same edit at another `keep`; it shares what has been computed already.
 
-        Args:
-            keep: As in the constructor.
-
-        Returns:
-            A new edit with the same factors.
-
         Raises:
-            KeepError: As in the constructor.
+            KeepError: `keep` is out of range, empty, or names an unknown target.
         """
         other = copy.copy(self)
         SpectralEdit.__init__(other, self.factors, keep)
@@ -102,12 +96,6 @@ class SpectralEdit(WeightEdit):
 
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the edited weights, in the dtype of the weight; a keep of 1 changes nothing.
-
-        Args:
-            model: The model of the factors.
-
-        Returns:
-            Each target with its new weight (out, in).
 
         Raises:
             FactorsMismatchError: The factors do not belong to this model.
@@ -132,20 +120,18 @@ class SpectralEdit(WeightEdit):
             FactorsMismatchError: The factors do not belong to the model.
             EditError: The choice depends on the weights, and no model was given.
         """
-        chosen: dict[str, Selection] = {}
-        changes: dict[str, float] = {}
+        found: dict[str, tuple[Selection, float]] = {}
         if model is not None:
-            changes = dict.fromkeys(self._keeps, 0.0)
             for target, weight, selection in self._prepare(model):
                 original = target.weight.double()
-                changes[target.name] = float((weight - original).norm() / original.norm())
-                chosen[target.name] = selection
+                change = float((weight - original).norm() / original.norm())
+                found[target.name] = (selection, change)
+        unchanged = None if model is None else 0.0
         rows = []
         for name in self._keeps:
-            one = chosen.get(name) or self._selection(name, None)
+            one, moved = found.get(name) or (self._selection(name, None), unchanged)
             counts = (one.pairs, one.total_pairs, one.pairs / one.total_pairs)
-            change = changes.get(name)
-            rows.append(TargetReport(name, *counts, one.kept_mass, one.rank_bound, change))
+            rows.append(TargetReport(name, *counts, one.kept_mass, one.rank_bound, moved))
         return rows
 
     def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:
@@ -243,10 +229,7 @@ class CurvatureEdit(SpectralEdit):
         if shape not in SHAPES:
             raise EditError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
         if estimator not in factors.estimators:
-            raise EstimatorError(
-                f"estimator={estimator!r} is not among those that these factors give: "
-                f"{', '.join(factors.estimators)}"
-            )
+            raise EstimatorError(f"estimator={estimator!r}: the factors give {factors.estimators}")
         if shape != "pairs" and (saliency or estimator in ("ekfac", "diagonal")):
             raise EditError(
                 f"shape={shape!r} ranks whole sides, but estimator={estimator!r} with "
@@ -260,11 +243,7 @@ class CurvatureEdit(SpectralEdit):
         return super().describe() | settings
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep the pairs of largest mass, or of largest mass times squared coordinate.
-
-        Raises:
-            EditError: The saliency depends on the weights, and there is no model.
-        """
+        """Keep the pairs of largest mass, or of largest mass times squared coordinate."""
         keep = self._keeps[name]
         curvature = self.factors.curvature(name, self.estimator)
         if self.saliency:

@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lirefs.errors import KeepError, SpectrumError
-
-Float64s = NDArray[np.float64]
-Int64s = NDArray[np.int64]
+from lirefs.statistics.intervals import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,7 +32,7 @@ class Staircase:
             even where the masses themselves are out of the range of a float.
     """
 
-    counts: Int64s
+    counts: Ints
     columns: int
     mass: float
     total: float
@@ -67,11 +65,7 @@ class Staircase:
 
 
 def check_keep(keep: float) -> float:
-    """Return `keep` as a float.
-
-    Raises:
-        KeepError: It is not a number in (0, 1].
-    """
+    """Return `keep` as a float, after checking that it is a number in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
         raise KeepError(f"keep={keep!r} must be a number in (0, 1]")
     return float(keep)
@@ -105,10 +99,10 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     columns, column_scale = _spectrum(mu, "mu")
     prefix = np.concatenate([[0.0], np.cumsum(columns)])
 
-    def mass(counts: Int64s) -> float:
+    def mass(counts: Ints) -> float:
         return float(rows @ prefix[counts])
 
-    def result(counts: Int64s, threshold: float) -> Staircase:
+    def result(counts: Ints, threshold: float) -> Staircase:
         share = mass(counts) / total if total > 0 else 1.0
         with np.errstate(over="ignore"):
             numbers = np.ldexp([mass(counts), total, threshold], row_scale + column_scale)
@@ -147,7 +141,7 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     return result(above + np.clip(needed - earlier, 0, ties), threshold)
 
 
-def _spectrum(values: ArrayLike, name: str) -> tuple[Float64s, int]:
+def _spectrum(values: ArrayLike, name: str) -> tuple[Floats, int]:
     """Check a spectrum and scale it by a power of two; return it with the exponent taken out.
 
     The scaling is exact and avoids needless over- and underflow of products.
@@ -167,7 +161,7 @@ def _from_bits(bits: int) -> float:
     return float(np.int64(bits).view(np.float64))
 
 
-def _at_least(rows: Float64s, columns: Float64s, threshold: float) -> Int64s:
+def _at_least(rows: Floats, columns: Floats, threshold: float) -> Ints:
     """Count for each row the columns whose product with it is at least `threshold` (> 0)."""
     with np.errstate(divide="ignore", over="ignore"):
         limits = threshold / rows

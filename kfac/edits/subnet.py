@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -43,16 +44,12 @@ class SubnetEdit(WeightEdit):
         Raises:
             FactorsMismatchError: The masks were learned on other weights.
         """
-        targets = named_targets(model, self.masks)
-        for target in targets:
+        result = []
+        for target in named_targets(model, self.masks):
             check_weight(target, self.digests[target.name], "the mask was learned")
-        return [
-            (
-                target,
-                target.weight.masked_fill(~self.masks[target.name].to(target.weight.device), 0.0),
-            )
-            for target in targets
-        ]
+            pruned = ~self.masks[target.name].to(target.weight.device)
+            result.append((target, target.weight.masked_fill(pruned, 0.0)))
+        return result
 
     def describe(self) -> dict[str, Any]:
         """Return kind, settings, and a digest of the masks."""
@@ -91,10 +88,10 @@ def fit_balanced_subnet(
         memorized: Batches of memorized text; each is used once in an epoch.
         targets: Matrices to mask (the paper masks the MLPs of all layers).
         ratio: Fraction of each matrix to prune, in (0, 1).
-        weight: Of the memorized loss.
+        weight: Weight of the memorized loss.
         epochs: Passes over the memorized batches.
         lr: Learning rate of the scores.
-        seed: Of the first scores and of the order of batches.
+        seed: Seed of the first scores and the order of batches.
         progress: Show a bar.
 
     Returns:
@@ -105,13 +102,11 @@ def fit_balanced_subnet(
         EditError: A setting is out of range, there is no target, or two share a parameter.
         NonFiniteError: The loss is NaN or infinite.
     """
-    if not 0 < ratio < 1 or weight < 0 or epochs < 1 or lr <= 0:
+    if not targets or not 0 < ratio < 1 or weight < 0 or epochs < 1 or lr <= 0:
         raise EditError(
-            f"ratio={ratio} must be in (0, 1), weight={weight} non-negative, epochs={epochs} at "
-            f"least 1, lr={lr} positive"
+            f"BalancedSubnet needs a target (got {len(targets)}), ratio={ratio} in (0, 1), "
+            f"weight={weight} of 0 or more, epochs={epochs} of 1 or more, and lr={lr} above 0"
         )
-    if not targets:
-        raise EditError("BalancedSubnet needs at least one target")
     kept_clean, kept_memorized = list(clean), list(memorized)
     if not kept_clean or not kept_memorized:
         raise BatchError("BalancedSubnet needs clean and memorized batches; one set is empty")
@@ -129,15 +124,12 @@ def fit_balanced_subnet(
                     loss = sign * passage_losses(model, batch).sum()
                     loss.backward()  # type: ignore[no-untyped-call]
                     total += float(loss.detach())
-                if not torch.isfinite(torch.tensor(total)):
+                if not math.isfinite(total):
                     raise NonFiniteError("the loss of BalancedSubnet is NaN or infinite; lower lr")
                 masked.step()
                 bar.set_postfix_str(f"loss {total:.3f}")
     settings = {"ratio": ratio, "weight": weight, "epochs": epochs, "lr": lr, "seed": seed}
-    masks = {
-        target.name: masked.kept(score).cpu()
-        for target, score in zip(targets, masked.scores, strict=True)
-    }
+    masks = {target.name: masked.kept(score).cpu() for target, _, score in masked.parts}
     return SubnetEdit(masks, masked.digests, settings)
 
 
@@ -156,14 +148,13 @@ class _Masked:
         self.ratio = ratio
         self.digests = {target.name: weight_digest(target.weight) for target in targets}
         generator = torch.Generator().manual_seed(seed)
-        self.scores = []
+        self.parts: list[tuple[Target, Tensor, Tensor]] = []
         for target in targets:
             bound = target.in_features**-0.5  # Kaiming with a = √5, as the authors draw them
             score = torch.empty(target.weight.shape).uniform_(-bound, bound, generator=generator)
-            self.scores.append(score.to(target.parameter.device))
-        originals = [target.parameter.data for target in targets]
-        self.parts = list(zip(targets, originals, self.scores, strict=True))
-        self.optimizer = torch.optim.SGD(self.scores, lr, momentum=0.9)
+            original = target.parameter.data
+            self.parts.append((target, original, score.to(original.device)))
+        self.optimizer = torch.optim.SGD([score for *_, score in self.parts], lr, momentum=0.9)
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

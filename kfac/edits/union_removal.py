@@ -110,11 +110,7 @@ class RemovalEdit(SpectralEdit):
     kind = "removal"
 
     def __init__(
-        self,
-        factors: Factors,
-        keep: float | Mapping[str, float],
-        *,
-        spared: Factors | None = None,
+        self, factors: Factors, keep: float | Mapping[str, float], *, spared: Factors | None = None
     ) -> None:
         super().__init__(factors, keep)
         if spared is not None:
@@ -166,14 +162,9 @@ def curved(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def check_same_weights(first: Factors, second: Factors) -> None:
-    """Verify that two sets of factors belong to the same targets and weights.
-
-    Raises:
-        FactorsMismatchError: A target is missing in the second set or has another weight there.
-    """
+    """Verify that the second factors have all targets of the first, with the same weights."""
     for name, record in first.records.items():
-        other = second.records.get(name)
-        if other is None:
+        if (other := second.records.get(name)) is None:
             raise FactorsMismatchError(f"the second factors have no target {name!r}")
         if record != replace(other, count=record.count, source=record.source):
             raise FactorsMismatchError(

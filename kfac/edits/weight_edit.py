@@ -110,12 +110,9 @@ class WeightEdit(abc.ABC):
 
 
 def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:
-    """Return the digest of a target's current weight, if the weight is the expected one.
+    """Return the digest of a target's weight, after checking that it is the expected weight.
 
-    It may also have been the expected one before the edits that are attached now.
-
-    Raises:
-        FactorsMismatchError: The target had another weight when what belongs to it was made.
+    The weight may be the expected one as it is now, or as it was before the attached edits.
     """
     digest = weight_digest(target.weight)
     if digest != expected:

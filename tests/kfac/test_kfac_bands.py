@@ -44,16 +44,16 @@ def test_profile_is_the_mean_norm_of_the_projections(model, factors):
     assert len(profile) == 3
     assert profile.labels == ["top 10 %", "10-25 %", "25-50 %", "bottom 50 %"]
     names, read, real = inputs_of(model, factors, [0, 1])
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         states = read[name][1][real[1]].double()  # the second text, four tokens
         c = states @ factors.eigen(name).u_in
         width = c.shape[1]
         cuts = [0, round(0.1 * width), round(0.25 * width), round(0.5 * width), width]
         for band in range(4):
             norms = c[:, cuts[band] : cuts[band + 1]].norm(dim=1)
-            assert profile.norms[1, place, band] == pytest.approx(float(norms.mean()), rel=1e-4)
+            assert profile.norms[1, index, band] == pytest.approx(float(norms.mean()), rel=1e-4)
             unit = norms / states.norm(dim=1)
-            assert profile.unit_norms[1, place, band] == pytest.approx(float(unit.mean()), rel=1e-4)
+            assert profile.unit_norms[1, index, band] == pytest.approx(float(unit.mean()), rel=1e-4)
 
 
 def test_padding_and_batching_change_nothing(model, factors):

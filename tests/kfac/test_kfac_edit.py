@@ -261,6 +261,17 @@ def test_random_pairs_keeps_as_many(model, factors):
     assert_restored(model, before)
 
 
+def test_the_control_of_another_keep_has_the_same_seed(model, factors):
+    edit = RandomPairsEdit(factors, 0.6, seed=3)
+    other = edit.with_keep({factors.names[0]: 0.4})
+    expected = RandomPairsEdit(factors, {factors.names[0]: 0.4}, seed=3)
+    assert other.describe() == expected.describe()
+    assert torch.equal(other.prepare(model)[0][1], expected.prepare(model)[0][1])
+    assert edit.keep == 0.6
+    with pytest.raises(KeepError):
+        edit.with_keep(0)
+
+
 def test_random_pairs_are_uniform():
     total = sum(kfac.edits.baselines.random_table(4, 5, 6, [s]).double() for s in range(2000))
     assert int(total.sum()) == 2000 * 6

@@ -95,6 +95,27 @@ def test_named_errors(model, factors):
         kfac.loss_slices(llama(torch.float32), [batch([0])], factors, NAME)
 
 
+def test_a_weight_that_the_loss_does_not_use():
+    torch.manual_seed(0)
+
+    class Detached(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(6, 4)
+            self.used, self.unused = (torch.nn.Linear(4, 6, bias=False) for _ in range(2))
+
+        def forward(self, input_ids):
+            states = self.table(input_ids)
+            return self.used(states) + 0 * self.unused(states).detach()
+
+    model, given = Detached(), {"input_ids": torch.randint(0, 6, (1, 9))}
+    record = kfac.TargetRecord(6, 4, 8, "unused", kfac.weight_digest(model.unused.weight))
+    sums = {"A.unused": torch.eye(4), "G.unused": torch.eye(6)}
+    factors = kfac.Factors({"unused": record}, sums, seeds=[0], tokens=8)
+    with pytest.raises(SpectrumError, match="does not depend"):
+        kfac.loss_slices(model, [given], factors, "unused")
+
+
 def brute_overlap(first, second, sharp):
     flats = [torch.linalg.eigh(one).eigenvectors[:, : len(one) - sharp] for one in (first, second)]
     return float((flats[0].T @ flats[1]).square().sum() / (len(first) - sharp))

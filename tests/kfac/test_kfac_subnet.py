@@ -73,7 +73,7 @@ def test_the_gradient_of_a_score_is_straight_through(model):
     """One step without momentum equals autograd through W ∘ m with m's gradient passed on."""
     target = kfac.named_targets(model, ["model.layers.0.mlp.up_proj"])[0]
     masked = kfac.edits.subnet._Masked([target], 0.1, 0.3, seed=0)
-    score = masked.scores[0].clone()
+    score = masked.parts[0][2].clone()
     weight = target.weight.clone()
     mask = masked.kept(score).float().requires_grad_(True)
     name = target.name + ".weight"
@@ -86,7 +86,7 @@ def test_the_gradient_of_a_score_is_straight_through(model):
         masked.step()
     model.zero_grad()
     expected = score - 0.3 * (by_mask * score.sign() + 5e-4 * score)
-    torch.testing.assert_close(masked.scores[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked.parts[0][2], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(target.weight, weight)
 
 
