@@ -23,7 +23,7 @@ import torch
 
 import kfac
 import lirefs
-from lirefs.files import atomic_write_bytes, atomic_write_text
+from lirefs.files import atomic_write_text
 from lirefs.main_job.organism import perplexity
 from lirefs.model.batching import batches_by_tokens
 from lirefs.organism import Language, language_seed, organism_tasks, training_texts
@@ -224,7 +224,7 @@ def write(
     start = (value("unchanged", language), value("unchanged", recited))
     label = f"share recited, n = {n}"
     figure = kfac.figures.pareto(curves, "perplexity of held-out texts", label, start)
-    atomic_write_bytes(out / "perplexity.png", figure)
+    figure.save(out, "perplexity")
     for group in groups:
         counted = comparison.counted(group)
         if group in ("memorization", "language") or not counted:
@@ -237,7 +237,7 @@ def write(
         figure = kfac.figures.pareto(
             curves, f"{group}: share of the unchanged model", label, (one, start[1])
         )
-        atomic_write_bytes(out / f"{group}.png", figure)
+        figure.save(out, group)
     rows = []
     for variant in comparison.variants:
         row: dict[str, Any] = {"variant": variant, **settings.get(variant, {})}

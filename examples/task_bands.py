@@ -11,7 +11,6 @@ from pathlib import Path
 
 import kfac
 import lirefs
-from lirefs.files import atomic_write_bytes
 from lirefs.organism import Language, training_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -49,5 +48,6 @@ for task, references in ratios.items():
     for reference, one in references.items():
         cells = [f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in one.ratio[:, :, -1].T]
         print(f"{f'{reference} over {task}':30s}" + "  ".join(cells))
-atomic_write_bytes(options.out, kfac.figures.task_curvature(ratios, range(lm.n_layers)))
-print(f"wrote {options.out}, with all four bands")
+picture = kfac.figures.task_curvature(ratios, range(lm.n_layers))
+picture.save(options.out.parent, options.out.stem)
+print(f"wrote {options.out.with_suffix('.png')} and .svg")

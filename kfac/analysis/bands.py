@@ -1,12 +1,13 @@
 """Activations by curvature band: what memorized and other texts put into sharp and flat directions.
 
-The bands follow the eigenvalues of A: Merullo et al. 2025 (arXiv 2510.24256), section 4, order
-pairs, which comes to the same order of input directions when summed over the output side. Their
-statistic is taken to be the mean over tokens of the norm of the projection on a band.
+The bands follow the eigenvalues of A. Merullo et al. 2025 (arXiv 2510.24256), section 4, order
+pairs; summed over the output side, this gives the same order of input directions. We take their
+statistic to be the mean over tokens of the norm of the projection on a band.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,13 +19,11 @@ from torch import Tensor, nn
 
 from kfac.collection.batches import Forward
 from kfac.collection.target_inputs import target_inputs
-from kfac.edits.spectral import check_weight
+from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
 from lirefs.errors import SpectrumError
 from lirefs.model.guest import as_guest, full_precision
 from lirefs.statistics.intervals import RESAMPLES, Floats, resample_counts
-
-EDGES = (0.10, 0.25, 0.50)
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +31,7 @@ class BandProfile:
     """Activation of some texts by curvature band.
 
     Attributes:
-        names: Names of the targets; of those that share an input, the first.
+        names: Names of the targets; only the first of those that share an input.
         labels: Names of the bands, sharpest first.
         norms: Shape (texts, targets, bands): mean over a text's tokens of the norm of the
             projection of the target's input on the band.
@@ -75,7 +74,7 @@ def band_profile(
     batches: Iterable[Any],
     factors: Factors,
     *,
-    edges: Sequence[float] = EDGES,
+    edges: Sequence[float] = (0.10, 0.25, 0.50),
     forward: Forward | None = None,
 ) -> BandProfile:
     """Measure how strongly texts activate each curvature band of the targets' inputs.
@@ -96,7 +95,7 @@ def band_profile(
         Norms by text, target and band.
 
     Raises:
-        BatchError: No batch, a malformed one, or a text without a token.
+        BatchError: There is no batch, one is malformed, or a text has no token.
         FactorsMismatchError: The factors are not of this model.
         NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: The edges are not ascending fractions, or a band has no direction.
@@ -119,47 +118,43 @@ def band_ratios(
 ) -> BandRatios:
     """Divide the mean activation of one set of texts by that of another, with intervals.
 
-    Tokens weigh alike; whole texts are resampled, since the tokens of one text are not independent.
+    Every token has the same weight; whole texts are resampled, since the tokens of one text are not
+    independent.
 
     Args:
         first: Profile above the fraction bar.
         second: Profile below it, of the same targets and bands.
         resamples: Bootstrap resamples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         Ratios with 95 % intervals, and their control at unit norm.
 
     Raises:
-        SpectrumError: The profiles have other targets or bands.
+        SpectrumError: The profiles have different targets or bands.
     """
     if first.names != second.names or first.labels != second.labels:
-        raise SpectrumError("the two profiles were measured on other targets or bands")
-    draws = [
-        resample_counts(len(one), resamples, seed + place)
-        for place, one in enumerate((first, second))
+        raise SpectrumError("the two profiles were measured on different targets or bands")
+    sides = [
+        (one.tokens, resample_counts(len(one), resamples, seed + index))
+        for index, one in enumerate((first, second))
     ]
 
-    def ratio(above: Floats, below: Floats) -> Floats:
-        parts = []
-        for values, one, counts in ((above, first, draws[0]), (below, second, draws[1])):
-            flat = (values * one.tokens[:, None, None]).reshape(len(one), -1)
-            mean = flat.sum(0) / one.tokens.sum()
-            means = (counts @ flat) / (counts @ one.tokens)[:, None]
-            parts.append((mean, means))
-        (mean_a, means_a), (mean_b, means_b) = parts
+    def ratio(*norms: Floats) -> Floats:
+        means = []  # of each side: of the texts themselves, then of each resample
+        for values, (tokens, counts) in zip(norms, sides, strict=True):
+            sums = (values * tokens[:, None, None]).reshape(len(tokens), -1)
+            resampled = (counts @ sums) / (counts @ tokens)[:, None]
+            means.append((sums.sum(0) / tokens.sum(), resampled))
         tiny = np.finfo(np.float64).tiny
-        low, high = np.percentile(means_a / np.maximum(means_b, tiny), [2.5, 97.5], axis=0)
-        stacked = np.stack([mean_a / np.maximum(mean_b, tiny), low, high])
-        return stacked.reshape(3, *above.shape[1:])
+        value, drawn = (
+            above / np.maximum(below, tiny) for above, below in zip(*means, strict=True)
+        )
+        low, high = np.percentile(drawn, [2.5, 97.5], axis=0)
+        return np.stack([value, low, high]).reshape(3, *norms[0].shape[1:])
 
-    return BandRatios(
-        first.names,
-        first.labels,
-        ratio(first.norms, second.norms),
-        ratio(first.unit_norms, second.unit_norms),
-        (len(first), len(second)),
-    )
+    tables = ratio(first.norms, second.norms), ratio(first.unit_norms, second.unit_norms)
+    return BandRatios(first.names, first.labels, *tables, (len(first), len(second)))
 
 
 def task_ratios(
@@ -168,22 +163,19 @@ def task_ratios(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> dict[str, dict[str, BandRatios]]:
-    """Place tasks between memorized and clean text by their curvature (the paper's Figure 4).
+    """Place tasks between memorized and clean text by their curvature (figure 4 of the paper).
 
     Args:
         tasks: Task name to the profile of its prompts.
-        references: "memorized" and "clean", say, to the profiles of such texts.
+        references: Kind of text, such as "memorized" or "clean", to the profile of such texts.
         resamples: Bootstrap resamples.
-        seed: Of the bootstrap.
+        seed: Seed of the bootstrap.
 
     Returns:
         For each task and reference, the activation of the reference over that of the task.
     """
     return {
-        task: {
-            name: band_ratios(reference, profile, resamples, seed)
-            for name, reference in references.items()
-        }
+        task: {name: band_ratios(one, profile, resamples, seed) for name, one in references.items()}
         for task, profile in tasks.items()
     }
 
@@ -198,27 +190,20 @@ def input_energies(
 ) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
     """Run texts, and yield how the energy of each token's input is spread over the directions of A.
 
-    Yields:
-        For each of `distinct_inputs` the squared coordinates (B, T, in), float32, made when they
-        are asked for; and the bool mask (B, T) of attended tokens.
-
-    Raises:
-        BatchError: No batch, a malformed one, or a text without a token.
-        FactorsMismatchError: The factors are not of this model.
-        NonFiniteError: The input of a target holds NaN or infinity.
+    Each batch gives an iterator over `distinct_inputs`, which computes the squared coordinates
+    (B, T, in), float32; and the bool mask (B, T) of attended tokens.
     """
     targets = factors.targets(model, distinct_inputs(factors))
     for target in targets:
-        check_weight(factors, target)
-    bases: dict[str, Tensor] = {}
+        check_weight(target, factors.records[target.name].digest)
 
-    def energy(name: str, states: Tensor) -> Tensor:
-        if name not in bases:
-            bases[name] = factors.eigen(name).u_in.to(states.device, states.dtype)
-        return squared_coordinates(states, bases[name])
+    @functools.cache
+    def basis(name: str, device: torch.device) -> Tensor:
+        return factors.eigen(name).u_in.to(device, torch.float32)
 
     for inputs, real in target_inputs(model, batches, targets, forward):
-        yield (energy(target.name, inputs[target.name].float()) for target in targets), real
+        states = ((target.name, inputs[target.name]) for target in targets)
+        yield (squared_coordinates(x.float(), basis(name, x.device)) for name, x in states), real
 
 
 def squared_coordinates(states: Tensor, basis: Tensor) -> Tensor:
@@ -228,14 +213,9 @@ def squared_coordinates(states: Tensor, basis: Tensor) -> Tensor:
 
 
 def _band_sums(squares: Tensor, real: Tensor, cuts: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Sum over tokens the norm of each band's projection, raw and of unit inputs, (B, bands)."""
-    bands = torch.stack(
-        [
-            squares[..., start:end].sum(-1).sqrt()
-            for start, end in zip([0, *cuts], [*cuts, squares.shape[-1]], strict=True)
-        ],
-        dim=-1,
-    )
+    """Sum over tokens the norms of the bands' projections, raw and of unit inputs, (B, bands)."""
+    parts = squares.tensor_split(list(cuts), dim=-1)
+    bands = torch.stack([part.sum(-1).sqrt() for part in parts], -1)
     bands = bands * real.to(squares.device)[..., None]
     size = squares.sum(-1, keepdim=True).sqrt().clamp(min=torch.finfo(squares.dtype).tiny)
     return bands.sum(1).cpu(), (bands / size).sum(1).cpu()

@@ -1,7 +1,7 @@
-"""A detector of recitation that needs no label: how much of a text lies in flat directions.
+"""A detector of recitation that needs no labels: how much of a text lies in flat directions.
 
-Texts that a model recites put more of their input energy into directions of low curvature than
-other texts do. The score of a token is that share; no memorized text is needed to compute it.
+Texts that a model recites put a larger share of their input energy into directions of low curvature
+than other texts do. A token's score is that share; computing it takes no memorized text.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def score_recitation(
     """Score texts by the share of their input energy in the flattest directions of A.
 
     A share of each token's own energy does not depend on the size of its input, and averaging
-    shares keeps a single huge activation (many models have one at the first token) from deciding.
+    shares keeps a single huge activation (many models have one at the first token) from dominating.
 
     Args:
         model: The causal language model of the factors; left as it was found.
@@ -56,19 +56,18 @@ def score_recitation(
         Scores of tokens and of whole texts.
 
     Raises:
-        BatchError: No batch, a malformed one, or a text without a token.
+        BatchError: There is no batch, one is malformed, or a text has no token.
         FactorsMismatchError: The factors are not of this model.
         NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: `flat` leaves no direction on one side.
     """
     names = distinct_inputs(factors)
-    sharp: list[int] = []
-    for name in names:
-        width = factors.records[name].in_features
-        sharp.append(width - round(flat * width))
-        if not 0 < sharp[-1] < width:
+    widths = [factors.records[name].in_features for name in names]
+    sharp = [width - round(flat * width) for width in widths]
+    for name, width, count in zip(names, widths, sharp, strict=True):
+        if not 0 < count < width:
             raise SpectrumError(
-                f"flat={flat} of the {width} input directions of {name!r} leaves none on one side"
+                f"flat={flat} leaves 0 or all of the {width} directions of {name!r}"
             )
     tokens: list[Floats] = []
     by_target: list[Floats] = []
@@ -79,9 +78,8 @@ def score_recitation(
             for row, mask in zip(table, real.cpu().numpy(), strict=True):
                 tokens.append(row[mask].mean(-1))
                 by_target.append(row[mask].mean(0))
-    return RecitationScores(
-        names, tokens, np.array([one.mean() for one in tokens]), np.array(by_target)
-    )
+    passages = np.array([one.mean() for one in tokens])
+    return RecitationScores(names, tokens, passages, np.array(by_target))
 
 
 def _flat_share(squares: Tensor, sharp: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Is the estimated curvature the true one: the loss along single directions of a weight."""
+"""A check of the estimated curvature: the true loss along single directions of a weight."""
 
 from __future__ import annotations
 
@@ -11,14 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from kfac.analysis.losses import position_losses
-from kfac.edits.spectral import check_weight
+from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import BatchError, SpectrumError
 from lirefs.model.guest import as_guest
-from lirefs.statistics.intervals import Floats
-
-QUANTILES = (0.0, 0.02, 0.1, 0.3, 0.6, 0.95)
+from lirefs.statistics.intervals import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,11 +30,11 @@ class LossSlices:
         slopes: First derivative of the loss along each pair, from backpropagation, (pairs,).
         steps: Distances t in units of ‖W‖, shape (steps,); W + t‖W‖ uᵢ vⱼᵀ was run.
         loss: Mean loss in nats per position, shape (pairs, steps).
-        predicted: loss(0) + slope t + mass t² / 2 in the same places, t in units of the weight.
+        predicted: loss(0) + slope t + mass t² / 2 at the same steps, t in units of the weight.
     """
 
     name: str
-    pairs: np.ndarray[tuple[int, int], np.dtype[np.int64]]
+    pairs: Ints
     masses: Floats
     slopes: Floats
     steps: Floats
@@ -53,10 +51,10 @@ def loss_slices(
     pairs: Sequence[tuple[int, int]] | None = None,
     steps: Sequence[float] = (-0.2, -0.1, -0.05, -0.02, 0.02, 0.05, 0.1, 0.2),
 ) -> LossSlices:
-    """Measure the loss along eigenvector pairs beside the quadratic that K-FAC predicts.
+    """Measure the loss along eigenvector pairs, and compare it with K-FAC's quadratic prediction.
 
-    The prediction is that of the Fisher: exact for the second derivative only where labels follow
-    the model's own distribution, and only as far as the loss is quadratic.
+    The prediction uses the Fisher: its second derivative is exact only where labels follow the
+    model's own distribution, and it holds only as far as the loss is quadratic.
 
     Args:
         model: The causal language model of the factors; left as it was found.
@@ -67,88 +65,70 @@ def loss_slices(
         steps: Distances as fractions of the Frobenius norm of the weight.
 
     Returns:
-        Losses beside the prediction, for each pair and step.
+        Losses and predictions for each pair and step.
 
     Raises:
-        BatchError: No batch, or no position to predict.
+        BatchError: There is no batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.
-        SpectrumError: A pair does not exist, or a step is not finite.
+        SpectrumError: A pair does not exist, a step is not finite, or the loss does not depend on
+            the target.
     """
     target = factors.targets(model, [name])[0]
-    check_weight(factors, target)
+    check_weight(target, factors.records[name].digest)
     kept = list(batches)
     if not kept:
         raise BatchError("the iterable of batches is empty")
     basis = factors.eigen(name)
     shape = (target.out_features, target.in_features)
     if pairs is None:
-        pairs = [tuple(int(q * (size - 1)) for size in shape) for q in QUANTILES]  # type: ignore[misc]
-    wanted = _ranks(pairs)
-    if (wanted < 0).any() or (wanted >= np.array(shape)).any():
-        raise SpectrumError(f"pairs={list(pairs)}: ranks must lie within {shape}")
+        out, inside = (size - 1 for size in shape)
+        pairs = [(int(q * out), int(q * inside)) for q in (0.0, 0.02, 0.1, 0.3, 0.6, 0.95)]
+    try:
+        wanted = np.array(pairs, dtype=np.int64)
+    except (TypeError, ValueError):  # rows of several lengths, or not numbers
+        wanted = np.empty(0, dtype=np.int64)
+    if wanted.shape[1:] != (2,) or (wanted < 0).any() or (wanted >= shape).any():
+        raise SpectrumError(f"pairs={list(pairs)} must be (output rank, input rank) below {shape}")
     distances = np.array(steps, dtype=np.float64)
     if distances.ndim != 1 or not len(distances) or not np.isfinite(distances).all():
         raise SpectrumError(f"steps={list(steps)} must be finite numbers")
 
-    norm = float(target.weight.double().norm())
-    outs = basis.u_out[:, wanted[:, 0]]
-    ins = basis.u_in[:, wanted[:, 1]]
-    masses = (basis.lam[wanted[:, 0]] * basis.mu[wanted[:, 1]]).numpy()
+    moved = distances * float(target.weight.double().norm())
+    i, j = wanted.T
+    outs, ins = basis.u_out[:, i], basis.u_in[:, j]
+    masses = (basis.lam[i] * basis.mu[j]).numpy()
     with as_guest(model):
         start, gradient = _gradient(model, kept, target)
         slopes = torch.einsum("op,oi,ip->p", outs, gradient, ins).numpy()
-        loss = np.array(
-            [
-                [_loss_at(model, kept, target, outs[:, p], ins[:, p], t * norm) for t in distances]
-                for p in range(len(wanted))
-            ]
-        )
-    moved = distances * norm
+        planes = (torch.outer(out, inside) for out, inside in zip(outs.T, ins.T, strict=True))
+        loss = np.array([[_loss_at(model, kept, target, t * one) for t in moved] for one in planes])
     predicted = start + slopes[:, None] * moved + masses[:, None] * moved**2 / 2
     return LossSlices(name, wanted, masses, slopes, distances, loss, predicted)
 
 
-def _ranks(pairs: Sequence[tuple[int, int]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    try:
-        ranks = np.array(pairs, dtype=np.int64)
-    except (TypeError, ValueError):  # rows of several lengths, or no numbers
-        ranks = np.empty(0, dtype=np.int64)
-    if ranks.ndim != 2 or ranks.shape[1] != 2:
-        raise SpectrumError(f"pairs={list(pairs)}: a list of (output rank, input rank) is needed")
-    return ranks
-
-
 def _gradient(model: nn.Module, batches: list[Any], target: Target) -> tuple[float, Tensor]:
-    """Return the mean loss and its gradient by the target's weight, (out, in) float64 on CPU."""
-    parameter = target.parameter
-    before, parameter.grad = parameter.grad, None
-    parameter.requires_grad_(True)
-    try:
-        total, count = 0.0, 0
-        for batch in batches:
-            losses = position_losses(model, batch)
-            losses.sum().backward()  # type: ignore[no-untyped-call]
-            total += float(losses.detach().sum(dtype=torch.float64))
-            count += len(losses)
-        if parameter.grad is None:
+    """Return the mean loss and its gradient at the target's weight, (out, in) float64 on CPU."""
+    target.parameter.requires_grad_(True)  # as_guest restores the flag
+    total, count, gradient = 0.0, 0, torch.zeros(())
+    for batch in batches:
+        losses = position_losses(model, batch)
+        if not losses.requires_grad:
             raise SpectrumError(f"the loss does not depend on target {target.name!r}")
-        gradient = target.view(parameter.grad).double().cpu() / count
-        return total / count, gradient
-    finally:
-        parameter.requires_grad_(False)
-        parameter.grad = before
+        gradient = gradient + torch.autograd.grad(losses.sum(), target.parameter)[0]
+        total += float(losses.detach().sum(dtype=torch.float64))
+        count += len(losses)
+    return total / count, target.view(gradient).double().cpu() / count
 
 
 @torch.no_grad()
-def _loss_at(
-    model: nn.Module, batches: list[Any], target: Target, out: Tensor, inside: Tensor, t: float
-) -> float:
-    parameter, weight = target.parameter, target.weight
+def _loss_at(model: nn.Module, batches: list[Any], target: Target, step: Tensor) -> float:
+    """Return the mean loss with a step (out, in) added to the target's weight."""
+    parameter = target.parameter
     original = parameter.data
-    moved = weight.double() + t * torch.outer(out, inside).to(weight.device)
+    moved = target.weight.double() + step.to(original.device)
     try:
         parameter.data = target.placed(moved)
-        parts = [position_losses(model, batch) for batch in batches]
+        losses = [position_losses(model, batch) for batch in batches]
     finally:
         parameter.data = original
-    return float(sum(p.sum(dtype=torch.float64) for p in parts) / sum(map(len, parts)))
+    return float(sum(one.sum(dtype=torch.float64) for one in losses) / sum(map(len, losses)))

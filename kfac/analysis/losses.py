@@ -1,4 +1,4 @@
-"""Texts as a language model meets them: losses, recall, and what goes into the targets."""
+"""Losses of a language model on texts, and the texts that it recites."""
 
 from __future__ import annotations
 
@@ -8,26 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac.collection.batches import (
-    check_tokens,
-    language_model_forward,
-    on_its_device,
-)
+from kfac.collection.batches import check_tokens, language_model_forward, on_its_device
 from kfac.collection.finite import logits_error
 from lirefs.errors import BatchError
 from lirefs.model.guest import widened
 
 
 def position_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss of every counted position of a batch, in nats, shape (positions,).
-
-    Raises:
-        BatchError: The batch is malformed, or a text has no counted position.
-    """
-    logits, counted, following = _predictions(model, batch)
-    return nn.functional.cross_entropy(
-        widened(logits[counted]), following[counted], reduction="none"
-    )
+    """Return the loss of every counted position of a batch, in nats, shape (positions,)."""
+    return _counted_losses(model, batch)[0]
 
 
 def passage_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -35,15 +24,10 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
 
     Counted are the positions of `kfac.collect`: those that predict an attended token whose label,
     where there are labels, is not -100.
-
-    Raises:
-        BatchError: The batch is malformed, or a text has no counted position.
     """
-    logits, counted, following = _predictions(model, batch)
-    losses = nn.functional.cross_entropy(
-        widened(logits.flatten(0, 1)), following.flatten(), reduction="none"
-    ).view(counted.shape)
-    return (losses * counted).sum(1) / counted.sum(1)
+    losses, counted = _counted_losses(model, batch)
+    table = losses.new_zeros(counted.shape).masked_scatter(counted, losses)
+    return table.sum(1) / counted.sum(1)
 
 
 @torch.no_grad()
@@ -51,11 +35,10 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Find the texts that a model recites (Merullo et al. 2025, appendix B).
 
     A text is recited when every counted token is the model's first choice given the true tokens
-    before it; this is the same as greedy generation that repeats the text exactly. Set `labels` to
-    -100 on the prefix.
+    before it; greedy generation then repeats the text exactly. Set `labels` to -100 on the prefix.
 
     Args:
-        model: A causal language model, under whatever edit is in place.
+        model: A causal language model, with any edit that is attached.
         batches: Mappings with input_ids (B, T), optional attention_mask and labels (B, T), see
             `kfac.collect`.
 
@@ -63,7 +46,7 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
         1 for a text that is recited, 0 for one that is not: float64 on CPU, shape (texts,).
 
     Raises:
-        BatchError: No batch, a malformed one, or a text has no counted position.
+        BatchError: There is no batch, one is malformed, or a text has no counted position.
         NonFiniteError: A logit of a counted position is NaN, or a row of logits infinite.
     """
     parts = []
@@ -78,16 +61,23 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     return torch.cat(parts)
 
 
+def _counted_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the losses (positions,) of the counted positions, and their bool mask (B, T)."""
+    logits, counted, following = _predictions(model, batch)
+    chosen = widened(logits[counted])
+    return nn.functional.cross_entropy(chosen, following[counted], reduction="none"), counted
+
+
 def _predictions(
-    model: nn.Module, batch: Any, place: str = "the batch"
+    model: nn.Module, batch: Any, where: str = "the batch"
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return logits (B, T, V), the counted positions and the token after each, all (B, T)."""
-    check_tokens(model, batch, place)
+    """Return logits (B, T, V), the mask of counted positions (B, T) and the next tokens (B, T)."""
+    check_tokens(model, batch, where)
     ready = on_its_device(batch, model)
     logits, counted = language_model_forward(model, ready)
     if not bool(counted.any(1).all()):
         raise BatchError(
-            f"{place}: a text has no position to predict: one token only, or all labels -100"
+            f"{where}: a text has no position to predict: it has one token, or all labels are -100"
         )
     ids = ready["input_ids"]
     following = torch.cat([ids[:, 1:], ids[:, :1]], dim=1).to(logits.device)

@@ -1,4 +1,4 @@
-"""Do edited-out memories come back: fine-tune on some of them and test the others."""
+"""Whether edited-out memories come back: fine-tune on some of them and test the others."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses, recitation
 from kfac.collection.finite import ADVICE, broken, first_row, where
 from kfac.edits.weight_edit import WeightEdit
 from lirefs.errors import BatchError, EditError, NonFiniteError
+from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Estimate, mean_estimate
-
-STEPS = (0, 1, 2, 5, 10, 20, 50)
 
 
 @dataclass(frozen=True, eq=False)
 class Relearning:
-    """Recitation of texts that were not trained on, by training step.
+    """Share of texts that are recited, by arm and training step.
 
     Attributes:
-        steps: Numbers of training steps after which was tested.
+        steps: Numbers of training steps after which the model was tested.
         known: For each arm and step, recitation of the texts that are trained on.
-        rest: For each arm and step, recitation of the texts that are not.
+        rest: For each arm and step, recitation of the other texts.
     """
 
     steps: list[int]
@@ -43,7 +42,7 @@ def relearn(
     rest: Iterable[Any],
     *,
     other: Iterable[Any] | None = None,
-    steps: Sequence[int] = STEPS,
+    steps: Sequence[int] = (0, 1, 2, 5, 10, 20, 50),
     lr: float = 1e-5,
     seed: int = 0,
     progress: bool = True,
@@ -51,28 +50,28 @@ def relearn(
     """Fine-tune the model under each edit on part of what it recited, and test the rest.
 
     Every arm trains all parameters with AdamW on the same batches in the same order, in evaluation
-    mode (no dropout), and ends with all weights as they were. An edit that hides memories shows
-    them again on texts it was not trained on; one that removed them does not.
+    mode (no dropout), and ends with all weights as they were. If an edit only hides memories, texts
+    that were not trained on are recited again; if it removed them, they are not.
 
     Args:
         model: A causal language model, left as it was found.
         arms: Name to edit; None is the model as it is, the never-edited control.
         known: Batches of memorized texts to train on, see `kfac.collect`; labels of -100 mark what
             is not counted (the prefix).
-        rest: Batches of other memorized texts, labelled alike: the test.
+        rest: Batches of other memorized texts, labelled in the same way: the test.
         other: Batches of unrelated text. If given, each edited arm is trained on these as well,
             under its name with " (other text)": what comes back there is fluency, not memory.
         steps: When to test, ascending, from 0.
         lr: Learning rate.
-        seed: Of the order of batches.
+        seed: Seed of the order of batches.
         progress: Show a bar.
 
     Returns:
         Recitation by arm and step, with 95 % intervals over texts.
 
     Raises:
-        BatchError: A set is empty or has a text without counted position.
-        EditError: A setting is out of range or there is no arm.
+        BatchError: A set is empty, or one of its texts has no counted position.
+        EditError: A setting is out of range, or there is no arm.
         NonFiniteError: The loss, a gradient or a logit is NaN or infinite.
     """
     wanted = list(steps)
@@ -84,13 +83,9 @@ def relearn(
     runs = [(name, edit, sets["known"]) for name, edit in arms.items()]
     if other is not None:
         sets["other"] = list(other)
-        runs += [
-            (f"{name} (other text)", edit, sets["other"])
-            for name, edit in arms.items()
-            if edit is not None
-        ]
-    empty = [name for name, batches in sets.items() if not batches]
-    if empty:
+        edits = [(name, edit) for name, edit in arms.items() if edit is not None]
+        runs += [(f"{name} (other text)", edit, sets["other"]) for name, edit in edits]
+    if empty := [name for name, batches in sets.items() if not batches]:
         raise BatchError(f"sets of texts without a batch: {', '.join(empty)}")
     result = Relearning(wanted, {}, {})
     with tqdm(total=len(runs) * wanted[-1], desc="relearn", disable=not progress) as bar:
@@ -98,14 +93,14 @@ def relearn(
             bar.set_postfix_str(name)
             result.known[name], result.rest[name] = [], []
             with ExitStack() as stack:
-                # The edit comes first: it knows the weights as they are, not as float32 copies.
+                # The edit comes first: it was made for the weights, not for their float32 copies.
                 if edit is not None:
                     stack.enter_context(edit.apply(model))
                 stack.enter_context(trainable(model))
                 for step in _train(model, texts, wanted, lr, seed, bar, name):
                     for which, table in (("known", result.known), ("rest", result.rest)):
-                        place = f"arm {name!r} after {step} steps, {which}"
-                        table[name].append(_recited(model, sets[which], place))
+                        when = f"arm {name!r} after {step} steps, {which}"
+                        table[name].append(_recited(model, sets[which], when))
     return result
 
 
@@ -113,28 +108,21 @@ def relearn(
 def trainable(model: nn.Module) -> Iterator[None]:
     """Let all parameters of a model be trained on copies, in evaluation mode.
 
-    Copies of half-precision weights are float32: a step of 1e-5 is lost in their rounding.
-
-    After the context the model holds its original tensors, gradients, flags and modes again.
+    Half-precision weights are copied to float32, since rounding would swallow a step of 1e-5. After
+    the context the model holds its original tensors, gradients, flags and modes again.
     """
-    before: list[tuple[nn.Parameter, Tensor, Tensor | None, bool]] = []
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        for parameter in model.parameters():
-            before.append((parameter, parameter.data, parameter.grad, parameter.requires_grad))
-            half = parameter.dtype in (torch.float16, torch.bfloat16)
-            parameter.data = parameter.data.float() if half else parameter.data.clone()
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        with torch.inference_mode(False), torch.enable_grad():
+    before = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
+    with as_guest(model):
+        try:
+            for parameter, data, _ in before:
+                half = parameter.dtype in (torch.float16, torch.bfloat16)
+                parameter.data = data.float() if half else data.clone()
+                parameter.grad = None
+                parameter.requires_grad_(True)
             yield
-    finally:
-        for parameter, data, gradient, flag in before:
-            parameter.requires_grad_(flag)
-            parameter.data, parameter.grad = data, gradient
-        for module, mode in modes:
-            module.training = mode
+        finally:
+            for parameter, data, gradient in before:
+                parameter.data, parameter.grad = data, gradient
 
 
 def _train(
@@ -150,38 +138,31 @@ def _train(
     for wanted in steps:
         while done < wanted:
             index = next(order)
-            place = f"arm {arm!r} after {done} steps, batch {index} of those trained on"
+            step = f"arm {arm!r} after {done} steps, batch {index} of those trained on"
+            advice = "lower lr" if done else ADVICE
             losses = passage_losses(model, batches[index])
             if broken([losses]):
                 raise NonFiniteError(
-                    f"{place}, {where(first_row(losses[:, None]), losses.shape)}: the loss is NaN "
-                    f"or infinite; {_advice(done)}"
+                    f"{step}, {where(first_row(losses[:, None]), losses.shape)}: the loss is NaN "
+                    f"or infinite; {advice}"
                 )
             optimizer.zero_grad()
             losses.mean().backward()  # type: ignore[no-untyped-call]
-            _check_gradients(model, place, _advice(done))
+            trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+            if bad := broken([gradient for _, gradient in trained]):
+                # The backward pass starts at the last block, where the first broken gradient is.
+                raise NonFiniteError(
+                    f"{step}: the gradients of {len(bad)} parameters hold NaN or infinity, the "
+                    f"deepest in the model being {trained[bad[-1]][0]!r}; {advice}"
+                )
             optimizer.step()
             done += 1
             bar.update()
         yield done
 
 
-def _check_gradients(model: nn.Module, place: str, advice: str) -> None:
-    trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    if bad := broken([gradient for _, gradient in trained]):
-        # Blocks come in the order of the forward pass: the gradient broke in the last one's block.
-        raise NonFiniteError(
-            f"{place}: the gradients of {len(bad)} parameters hold NaN or infinity, as deep in the "
-            f"model as {trained[bad[-1]][0]!r}; {advice}"
-        )
-
-
-def _recited(model: nn.Module, batches: list[Any], place: str) -> Estimate:
+def _recited(model: nn.Module, batches: list[Any], when: str) -> Estimate:
     try:
         return mean_estimate(recitation(model, batches).numpy())
     except NonFiniteError as error:
-        raise NonFiniteError(f"{place}: {error}; training may need a lower lr") from error
-
-
-def _advice(steps: int) -> str:
-    return "lower lr" if steps else ADVICE
+        raise NonFiniteError(f"{when}: {error}; training may need a lower lr") from error

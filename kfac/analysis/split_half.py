@@ -1,6 +1,6 @@
 """How much of an estimated spectrum is real: agreement of two halves of the data.
 
-The flattest eigenvalues are the least certain, and they decide what an edit removes. Two sets of
+The flattest eigenvalues are the least certain, yet they decide what an edit removes. Two sets of
 factors from disjoint data show where the order of directions is signal and where it is noise.
 """
 
@@ -33,7 +33,7 @@ class SideAgreement:
         cuts: Fractions of the directions, shape (cuts,).
         overlap: For each cut, the share of the flat subspace of one half (all directions past
             the cut) that lies in the flat subspace of the other, in [0, 1].
-        chance: What random subspaces of that size would share: 1 - cut.
+        chance: The share expected of random subspaces of that size: 1 - cut.
     """
 
     own: Floats
@@ -73,18 +73,18 @@ def split_half(
         Agreement of the two halves on both sides of the target.
 
     Raises:
-        FactorsMismatchError: The two were collected from different targets or weights.
+        FactorsMismatchError: The halves were collected from different targets or weights.
         SpectrumError: A cut is not in (0, 1).
         TargetError: No such target.
     """
     check_same_weights(first, second)
-    places = np.array(cuts, dtype=np.float64)
-    if places.ndim != 1 or not len(places) or not ((places > 0) & (places < 1)).all():
-        raise SpectrumError(f"cuts={list(cuts)}: fractions in (0, 1) are needed")
+    shares = np.array(cuts, dtype=np.float64)
+    if shares.ndim != 1 or not len(shares) or not ((shares > 0) & (shares < 1)).all():
+        raise SpectrumError(f"cuts={list(cuts)} must be a list of fractions in (0, 1)")
     return SplitHalf(
         name,
-        output=matrix_agreement(first.G(name), second.G(name), places),
-        input=matrix_agreement(first.A(name), second.A(name), places),
+        output=matrix_agreement(first.G(name), second.G(name), shares),
+        input=matrix_agreement(first.A(name), second.A(name), shares),
     )
 
 
@@ -96,13 +96,8 @@ def matrix_agreement(first: Tensor, second: Tensor, cuts: Floats) -> SideAgreeme
     running = (vectors.T @ others).square().cumsum(0).cumsum(1)
     size = len(values)
     sharp = torch.from_numpy(np.clip(np.round(cuts * size), 1, size - 1).astype(np.int64))
-    shared = running[sharp - 1, sharp - 1]  # of the two sharp subspaces
-    # The complement follows: a flat subspace loses to the other's sharp one what that one gained.
+    shared = running[sharp - 1, sharp - 1]  # by the two sharp subspaces
+    # Of the `sharp` dimensions of one sharp subspace, those not shared lie in the other's flat one.
     overlap = 1 - (sharp - shared) / (size - sharp)
-    return SideAgreement(
-        values.numpy(),
-        curved(second, vectors).numpy(),
-        (sharp / size).numpy(),
-        overlap.clamp(0, 1).numpy(),
-        (1 - sharp / size).numpy(),
-    )
+    arrays = values, curved(second, vectors), sharp / size, overlap.clamp(0, 1), 1 - sharp / size
+    return SideAgreement(*(one.numpy() for one in arrays))

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import copy
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -24,13 +25,7 @@ from lirefs.model.guest import full_precision, widened
 
 
 class _RandomEdit(SpectralEdit):
-    """Base of the two random controls: as many pairs as `CurvatureEdit` at the same `keep`.
-
-    Args:
-        factors: Factors of the model to be edited.
-        keep: Fraction of the curvature mass that fixes the number of pairs; or one for each target.
-        seed: Of the random choice.
-    """
+    """Base of the two random controls: as many pairs as `CurvatureEdit` at the same `keep`."""
 
     def __init__(self, factors: Factors, keep: float | Mapping[str, float], seed: int = 0) -> None:
         super().__init__(factors, keep)
@@ -40,7 +35,8 @@ class _RandomEdit(SpectralEdit):
         """Return kind, keep, seed and the digest of the factors."""
         return super().describe() | {"seed": self.seed}
 
-    def _staircase(self, name: str) -> Selection:
+    def _by_curvature(self, name: str) -> Selection:
+        """Return what `CurvatureEdit` would keep."""
         basis = self.factors.eigen(name)
         return select_separable(basis.lam, basis.mu, self._keeps[name])
 
@@ -50,32 +46,21 @@ class _RandomEdit(SpectralEdit):
 
 
 class RandomPairsEdit(_RandomEdit):
-    """Keep as many pairs as `CurvatureEdit` would, but chosen at random in the same eigenbasis.
-
-    Every set of that size is equally likely. The number for each row is drawn first, then the
-    columns of each row, so no list of pairs is held.
+    """Keep as many pairs as `CurvatureEdit`, drawn uniformly at random in the same eigenbasis.
 
     Args:
         factors: Factors of the model to be edited.
         keep: Fraction of the curvature mass that fixes the number of pairs; or one for each target.
-        seed: Of the random choice.
+        seed: Seed of the random choice.
     """
 
     kind = "random_pairs"
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep as many random pairs; `kept_mass` is the mass that these happen to hold.
-
-        Args:
-            name: Target name.
-            coordinates: The rotated weight (out, in); None where there is no model.
-
-        Returns:
-            A table of kept pairs.
-        """
+        """Keep as many random pairs; `kept_mass` is the mass that these happen to hold."""
         basis = self.factors.eigen(name)
-        rows, columns = len(basis.lam), len(basis.mu)
-        table = random_table(rows, columns, self._staircase(name).pairs, self._seeds(name))
+        pairs = self._by_curvature(name).pairs
+        table = random_table(len(basis.lam), len(basis.mu), pairs, self._seeds(name))
         held = basis.lam @ table.double() @ basis.mu
         return TableSelection(table, float(held / (basis.lam.sum() * basis.mu.sum())))
 
@@ -83,29 +68,20 @@ class RandomPairsEdit(_RandomEdit):
 class RandomRotationEdit(_RandomEdit):
     """Keep the pairs that `CurvatureEdit` would, but in random orthogonal bases.
 
-    The kept set has the same shape, so the same rank; only its directions mean nothing. Bases are
-    drawn uniformly (QR of a Gaussian matrix, signs fixed) and made again for each use: at the
-    sizes where they take long they are too large to hold.
+    The kept set has the same shape, and so the same rank; only its directions are meaningless.
+    Bases are drawn uniformly (QR of a Gaussian matrix, signs fixed), and again for each use.
 
     Args:
         factors: Factors of the model to be edited.
         keep: Fraction of the curvature mass that fixes the pairs; or one for each target.
-        seed: Of the bases.
+        seed: Seed of the bases.
     """
 
     kind = "random_rotation"
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep the staircase of the spectra; `kept_mass` is that of the true bases.
-
-        Args:
-            name: Target name.
-            coordinates: The rotated weight (out, in); None where there is no model.
-
-        Returns:
-            A staircase, of random bases.
-        """
-        return self._staircase(name)
+        """Keep the staircase of the spectra; `kept_mass` is that of the true bases."""
+        return self._by_curvature(name)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         wide = widened(weight)
@@ -113,32 +89,32 @@ class RandomRotationEdit(_RandomEdit):
         return u_out.T @ wide @ u_in
 
     def _bases(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed(
-            int(np.random.default_rng(self._seeds(name)).integers(2**62))
-        )
+        seed = int(np.random.default_rng(self._seeds(name)).integers(2**62))
+        generator = torch.Generator().manual_seed(seed)
         record = self.factors.records[name]
-        sizes = (record.out_features, record.in_features)
-        u_out, u_in = (random_rotation(size, generator) for size in sizes)
+        u_out = random_rotation(record.out_features, generator)
+        u_in = random_rotation(record.in_features, generator)
         return u_out.to(like.device, like.dtype), u_in.to(like.device, like.dtype)
 
 
 class _DataFreeEdit(WeightEdit):
-    """Base of edits that look at the weights alone.
-
-    Args:
-        names: Dotted names of the target modules.
-        keep: What this fraction, in (0, 1], is of is said by the subclass.
-
-    Raises:
-        KeepError: `keep` is out of range.
-        TargetError: No names are given.
-    """
+    """Base of edits that use the weights alone; each subclass says what `keep` is a share of."""
 
     def __init__(self, names: Iterable[str], keep: float) -> None:
         self.names = list(names)
         self.keep = check_keep(keep)
         if not self.names:
             raise TargetError("no target names were given")
+
+    def with_keep(self, keep: float) -> Self:
+        """Return the same edit at another `keep`; it shares what has been computed already.
+
+        Raises:
+            KeepError: `keep` is out of range.
+        """
+        other = copy.copy(self)
+        other.keep = check_keep(keep)
+        return other
 
     @abc.abstractmethod
     def edited(self, target: Target) -> Tensor:
@@ -174,28 +150,8 @@ class SVDEdit(_DataFreeEdit):
         super().__init__(names, keep)
         self._cache: dict[str, tuple[str, Tensor, Tensor, Tensor]] = {}
 
-    def with_keep(self, keep: float) -> SVDEdit:
-        """Return the same edit at another `keep`; decompositions are shared.
-
-        Args:
-            keep: As in the constructor.
-
-        Returns:
-            A new edit of the same targets.
-        """
-        other = SVDEdit(self.names, keep)
-        other._cache = self._cache
-        return other
-
     def edited(self, target: Target) -> Tensor:
-        """Return the truncated weight.
-
-        Args:
-            target: The target; its weight is not changed.
-
-        Returns:
-            Shape (out, in), float32 (float64 for a float64 weight).
-        """
+        """Return the truncated weight (out, in), float32 (float64 for a float64 weight)."""
         weight = target.weight
         digest = weight_digest(weight)
         known = self._cache.get(target.name)
@@ -215,7 +171,7 @@ class MagnitudeEdit(_DataFreeEdit):
 
     Args:
         names: Dotted names of the target modules.
-        keep: Fraction of the entries to keep, in (0, 1], rounded up. Entries as small as the
+        keep: Fraction of the entries to keep, in (0, 1], rounded up. Entries that tie with the
             largest pruned one are pruned as well.
 
     Raises:
@@ -225,32 +181,11 @@ class MagnitudeEdit(_DataFreeEdit):
 
     kind = "magnitude"
 
-    def with_keep(self, keep: float) -> MagnitudeEdit:
-        """Return the same edit at another `keep`.
-
-        Args:
-            keep: As in the constructor.
-
-        Returns:
-            A new edit of the same targets.
-        """
-        return MagnitudeEdit(self.names, keep)
-
     def edited(self, target: Target) -> Tensor:
-        """Return the pruned weight.
-
-        Args:
-            target: The target; its weight is not changed.
-
-        Returns:
-            Shape (out, in), in the dtype of the weight.
-        """
+        """Return the pruned weight (out, in), in the dtype of the weight."""
         weight = target.weight
-        sizes = weight.abs().flatten()
-        dropped = len(sizes) - _rounded_up(self.keep, len(sizes))
-        if not dropped:
-            return weight.clone()
-        limit = largest_of_smallest(widened(sizes), dropped)
+        sizes = widened(weight.abs().flatten())
+        limit = largest_of_smallest(sizes, len(sizes) - _rounded_up(self.keep, len(sizes)))
         return weight.masked_fill(weight.abs() <= limit, 0.0)
 
 
@@ -275,13 +210,14 @@ def random_table(rows: int, columns: int, pairs: int, seeds: list[int]) -> Tenso
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:
     """Return an orthogonal matrix (size, size), float32, drawn uniformly (Haar)."""
     q, r = torch.linalg.qr(torch.randn(size, size, generator=generator))
-    signs: Tensor = r.diagonal().sign()
-    result: Tensor = q * signs
+    result: Tensor = q * r.diagonal().sign()
     return result
 
 
 def largest_of_smallest(values: Tensor, count: int) -> Tensor:
-    """Return the largest of the `count` smallest values by a partition, without a sort."""
+    """Return the largest of the `count` smallest values (n,), without sorting; -inf for none."""
+    if not count:
+        return values.new_tensor(-math.inf)
     if values.device.type == "cpu":  # numpy's introselect; torch.kthvalue is many times slower
         return torch.tensor(np.partition(values.numpy(), count - 1)[count - 1])
     return values.kthvalue(count).values

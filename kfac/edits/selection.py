@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac.edits.staircase import Float64s, Int64s, Staircase, check_keep, staircase
+from kfac.edits.staircase import Staircase, check_keep, staircase
 from lirefs.errors import SpectrumError
+from lirefs.statistics.intervals import Floats, Ints
 
-# Scores are first binned by this many leading bits; two more rounds of sorting see one bin only.
+# By dtype: the integer type whose order is that of the scores, and how many low bits to drop to get
+# the bin of a score. Only the entries of one bin are sorted.
 _LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 46)}
 
 SHAPES = ("pairs", "rectangle", "output", "input")
@@ -25,33 +27,21 @@ class Selection(Protocol):
     @property
     def pairs(self) -> int:
         """Number of kept pairs."""
-        ...
 
     @property
     def total_pairs(self) -> int:
         """Number of all pairs."""
-        ...
 
     @property
     def kept_mass(self) -> float:
         """Kept share of the total score."""
-        ...
 
     @property
     def rank_bound(self) -> int:
         """Largest rank that a matrix with zeros outside the kept pairs can have."""
-        ...
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device.
-
-        Args:
-            device: Where the table is wanted.
-
-        Returns:
-            bool, shape (rows, columns).
-        """
-        ...
+        """Return the set as a bool table (rows, columns) on a device."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +50,13 @@ class OrderedSelection:
 
     Attributes:
         stairs: The staircase, largest eigenvalues first.
-        row_ranks: int64 (rows,), place of each row in that order.
-        column_ranks: int64 (columns,), place of each column.
+        row_ranks: int64 (rows,), rank of each row in that order, from 0.
+        column_ranks: int64 (columns,), rank of each column.
     """
 
     stairs: Staircase
-    row_ranks: Int64s
-    column_ranks: Int64s
+    row_ranks: Ints
+    column_ranks: Ints
 
     @property
     def pairs(self) -> int:
@@ -89,14 +79,7 @@ class OrderedSelection:
         return self.stairs.rank_bound
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device.
-
-        Args:
-            device: Where the table is wanted.
-
-        Returns:
-            bool, shape (rows, columns).
-        """
+        """Return the set as a bool table (rows, columns) on a device."""
         counts = torch.from_numpy(self.stairs.counts[self.row_ranks]).to(device)
         ranks = torch.from_numpy(self.column_ranks).to(device)
         return ranks[None, :] < counts[:, None]
@@ -130,14 +113,7 @@ class TableSelection:
         return min(int(self.table.any(0).sum()), int(self.table.any(1).sum()))
 
     def mask(self, device: torch.device) -> Tensor:
-        """Return the set as a bool table (rows, columns) on a device.
-
-        Args:
-            device: Where the table is wanted.
-
-        Returns:
-            bool, shape (rows, columns).
-        """
+        """Return the set as a bool table (rows, columns) on a device."""
         return self.table.to(device)
 
 
@@ -147,16 +123,12 @@ def select_separable(
     """Select pairs of the score rows[i] * columns[j], spectra in any order.
 
     Args:
-        rows: Scores of output eigenvectors, shape (m,), not negative.
-        columns: Scores of input eigenvectors, shape (n,), not negative.
+        rows: Scores of output eigenvectors, shape (m,), non-negative.
+        columns: Scores of input eigenvectors, shape (n,), non-negative.
         keep: Fraction of the total score, in (0, 1].
         shape: "pairs": the fewest pairs. "output" or "input": the fewest output (input)
             eigenvectors, each with all its pairs. "rectangle": the fewest of both sides, each
             holding the square root of `keep` of its own sum.
-
-    Raises:
-        KeepError: `keep` is out of range.
-        SpectrumError: The shape is unknown, or a spectrum is not valid.
     """
     if shape not in SHAPES:
         raise SpectrumError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
@@ -177,19 +149,15 @@ def select_separable(
 def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -> TableSelection:
     """Select the fewest entries of largest score that hold `keep` of the total.
 
-    No sort of all entries: not negative floats are ordered as their bit patterns, so a histogram
-    of the leading bits, weighted by the entries, finds the bin where the goal is reached, and only
-    the entries of that bin are sorted. Among equal scores the lower row comes first, then the
-    lower column.
+    The entries are not all sorted. Non-negative floats are ordered like their bit patterns, so a
+    histogram of the leading bits, weighted by the entries, finds the bin where the goal is reached,
+    and only that bin is sorted. Among equal scores the lower row comes first, then the lower
+    column.
 
     Args:
-        scores: Shape (rows, columns), float32 or float64, not negative; ranks the entries.
+        scores: Shape (rows, columns), float32 or float64, non-negative; ranks the entries.
         keep: Fraction in (0, 1]; 1 takes every entry.
-        weights: What is summed, same shape and not negative; None for the scores themselves.
-
-    Raises:
-        KeepError: `keep` is out of range.
-        SpectrumError: A score or weight is negative or not finite.
+        weights: What is summed, same shape and non-negative; None for the scores themselves.
     """
     keep = check_keep(keep)
     flat = _flat(scores, "scores")
@@ -204,7 +172,7 @@ def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -
         return TableSelection(torch.zeros(scores.shape, dtype=torch.bool), 1.0)
     goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
     above = sums.flip(0).cumsum(0).flip(0)  # mass of a bin and of all larger ones
-    edge = int((above >= goal).nonzero()[-1]) if bool((above >= goal).any()) else 0
+    edge = max(int((above >= goal).sum()) - 1, 0)
     kept = bins > edge
     before = float(sums[edge + 1 :].sum())
     inside = (bins == edge).nonzero()[:, 0]
@@ -221,11 +189,11 @@ def _flat(values: Tensor, name: str) -> Tensor:
     if flat.dtype not in _LEADING:
         flat = flat.float()
     if not bool(flat.isfinite().all()) or bool((flat < 0).any()):
-        raise SpectrumError(f"{name} must be finite and not negative")
+        raise SpectrumError(f"{name} must be finite and non-negative")
     return flat + 0.0  # turns -0.0, whose bit pattern is negative, into 0.0
 
 
-def _rectangle(lam: Float64s, mu: Float64s, rows: int, columns: int) -> Staircase:
+def _rectangle(lam: Floats, mu: Floats, rows: int, columns: int) -> Staircase:
     counts = np.zeros(len(lam), dtype=np.int64)
     counts[:rows] = columns
     mass, total = (float(a.sum() * b.sum()) for a, b in ((lam[:rows], mu[:columns]), (lam, mu)))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import abc
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -13,16 +14,14 @@ from torch import Tensor, nn
 
 from kfac.edits.selection import SHAPES, Selection, TableSelection, select_largest, select_separable
 from kfac.edits.staircase import check_keep
-from kfac.edits.weight_edit import WeightEdit
-from kfac.factors.eigen import Eigen
+from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.factors.factors import Factors
-from kfac.target import Target, weight_digest
-from lirefs.errors import EditError, EstimatorError, FactorsMismatchError, KeepError
+from kfac.target import Target
+from lirefs.errors import EditError, EstimatorError, KeepError
 from lirefs.model.guest import full_precision, widened
-from lirefs.model.weight_swap import originals_of
 
-# Eigenvectors as an edit multiplies them, by factors, then by what they belong to, device and
-# dtype. Without this each step of a sweep would copy both bases from float64 on the CPU.
+# Copies of eigenvectors, by factors, then by side with target, device and dtype. Without them each
+# step of a sweep would copy both bases from float64 on the CPU.
 _BASES: WeakKeyDictionary[Factors, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
@@ -35,7 +34,7 @@ class TargetReport:
         pairs: Kept eigenvector pairs.
         total_pairs: All pairs.
         kept_share: pairs / total_pairs.
-        kept_mass: Share of the curvature mass (of the score, where that is another) that is kept.
+        kept_mass: Kept share of the curvature mass, or of whatever score the edit ranks by.
         rank_bound: Largest rank the edited weight can have.
         relative_change: ‖W' − W‖ / ‖W‖ (Frobenius), or None if no model was given.
     """
@@ -75,24 +74,28 @@ class SpectralEdit(WeightEdit):
 
     @abc.abstractmethod
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Return the pairs of a target that are kept.
+        """Return the pairs of a target that are kept; the target's keep is below 1.
 
         Args:
             name: Target name.
             coordinates: The rotated weight (out, in); None where there is no model.
 
         Returns:
-            The kept pairs.
+            A set of pairs of the target's (out, in) table.
         """
 
+    def with_keep(self, keep: float | Mapping[str, float]) -> Self:
+        """Return the same edit at another `keep`; it shares what has been computed already.
+
+        Raises:
+            KeepError: `keep` is out of range, empty, or names an unknown target.
+        """
+        other = copy.copy(self)
+        SpectralEdit.__init__(other, self.factors, keep)
+        return other
+
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
-        """Compute the edited weights; a target with keep 1 is left alone.
-
-        Args:
-            model: The model of the factors.
-
-        Returns:
-            Target and new weight (out, in), in the dtype of the weight.
+        """Compute the edited weights, in the dtype of the weight; a keep of 1 changes nothing.
 
         Raises:
             FactorsMismatchError: The factors do not belong to this model.
@@ -101,11 +104,7 @@ class SpectralEdit(WeightEdit):
         return [(target, weight) for target, weight, _ in self._prepare(model)]
 
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep and the digest of the factors.
-
-        Returns:
-            JSON values.
-        """
+        """Return kind, keep and the digest of the factors."""
         return {"kind": self.kind, "keep": self.keep, "factors": self.factors.digest}
 
     def report(self, model: nn.Module | None = None) -> list[TargetReport]:
@@ -121,58 +120,53 @@ class SpectralEdit(WeightEdit):
             FactorsMismatchError: The factors do not belong to the model.
             EditError: The choice depends on the weights, and no model was given.
         """
-        chosen: dict[str, Selection] = {}
-        changes: dict[str, float] = {}
+        found: dict[str, tuple[Selection, float]] = {}
         if model is not None:
-            changes = dict.fromkeys(self._keeps, 0.0)
             for target, weight, selection in self._prepare(model):
                 original = target.weight.double()
-                changes[target.name] = float((weight - original).norm() / original.norm())
-                chosen[target.name] = selection
-        result = []
-        for name, keep in self._keeps.items():
-            if keep == 1:
-                record = self.factors.records[name]
-                every = torch.ones(record.out_features, record.in_features, dtype=torch.bool)
-                one: Selection = TableSelection(every, 1.0)
-            else:
-                one = chosen.get(name) or self._checked_choice(name, None)
-            result.append(
-                TargetReport(
-                    name,
-                    one.pairs,
-                    one.total_pairs,
-                    one.pairs / one.total_pairs,
-                    one.kept_mass,
-                    one.rank_bound,
-                    changes.get(name),
-                )
-            )
-        return result
+                change = float((weight - original).norm() / original.norm())
+                found[target.name] = (selection, change)
+        unchanged = None if model is None else 0.0
+        rows = []
+        for name in self._keeps:
+            one, moved = found.get(name) or (self._selection(name, None), unchanged)
+            counts = (one.pairs, one.total_pairs, one.pairs / one.total_pairs)
+            rows.append(TargetReport(name, *counts, one.kept_mass, one.rank_bound, moved))
+        return rows
 
     def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:
+        records = self.factors.records
         targets = self.factors.targets(model, self._keeps)
-        digests = [check_weight(self.factors, target) for target in targets]
-        return [
-            (target, *self._edited(target.name, target.weight, digest))
-            for target, digest in zip(targets, digests, strict=True)
-            if self._keeps[target.name] < 1
-        ]
-
-    def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
-        # float32 suffices: eigenvectors come from float64, and the two rotations add an error of
-        # about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
-        with full_precision(weight.device):
-            coordinates = self._coordinates(name, weight, digest)
-            chosen = self._checked_choice(name, coordinates)
-            kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
-            return self._rotate_back(name, kept).to(weight.dtype), chosen
+        digests = {one.name: check_weight(one, records[one.name].digest) for one in targets}
+        result = []
+        for target in targets:
+            name, weight = target.name, target.weight
+            if self._keeps[name] == 1:
+                continue
+            # float32 suffices: eigenvectors come from float64, and the two rotations add an error
+            # of about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
+            with full_precision(weight.device):
+                coordinates = self._coordinates(name, weight, digests[name])
+                chosen = self._selection(name, coordinates)
+                kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
+                result.append((target, self._rotate_back(name, kept).to(weight.dtype), chosen))
+        return result
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         return self.factors.coordinates(name, weight, digest)
 
     def _bases(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        return device_bases(self.factors, name, like)
+        """Return U_G and U_A of a target on the device and in the dtype of `like`."""
+        known = _BASES.setdefault(self.factors, {})
+        basis = self.factors.eigen(name)
+        source = self.factors.records[name].source
+        result = []
+        for side, vectors in (("G." + name, basis.u_out), ("A." + source, basis.u_in)):
+            key = (side, like.device, like.dtype)
+            if key not in known:
+                known[key] = vectors.to(like.device, like.dtype)
+            result.append(known[key])
+        return result[0], result[1]
 
     def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
         """Return U_G kept U_Aᵀ; rows and columns that hold nothing cost nothing."""
@@ -182,18 +176,19 @@ class SpectralEdit(WeightEdit):
             kept, u_out = kept[rows], u_out[:, rows]
         if len(columns) < kept.shape[1]:
             kept, u_in = kept[:, columns], u_in[:, columns]
-        # The order of the two products that needs fewer operations.
-        m, n, r, c = len(u_out), len(u_in), *kept.shape
-        if m * r * c + m * c * n <= r * c * n + m * r * n:
-            return (u_out @ kept) @ u_in.T
-        return u_out @ (kept @ u_in.T)
+        result: Tensor = torch.linalg.multi_dot([u_out, kept, u_in.T])
+        return result
 
-    def _checked_choice(self, name: str, coordinates: Tensor | None) -> Selection:
+    def _selection(self, name: str, coordinates: Tensor | None) -> Selection:
+        if self._keeps[name] == 1:
+            record = self.factors.records[name]
+            every = torch.ones(record.out_features, record.in_features, dtype=torch.bool)
+            return TableSelection(every, 1.0)
         chosen = self.choose(name, coordinates)
         if not chosen.pairs:
             raise EditError(
                 f"target {name!r} has no curvature mass (all activations or all gradients were "
-                "zero), so there is nothing to rank its weights by"
+                "zero), so its weights cannot be ranked"
             )
         return chosen
 
@@ -234,10 +229,7 @@ class CurvatureEdit(SpectralEdit):
         if shape not in SHAPES:
             raise EditError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
         if estimator not in factors.estimators:
-            raise EstimatorError(
-                f"estimator={estimator!r} is not among those that these factors give: "
-                f"{', '.join(factors.estimators)}"
-            )
+            raise EstimatorError(f"estimator={estimator!r}: the factors give {factors.estimators}")
         if shape != "pairs" and (saliency or estimator in ("ekfac", "diagonal")):
             raise EditError(
                 f"shape={shape!r} ranks whole sides, but estimator={estimator!r} with "
@@ -245,48 +237,13 @@ class CurvatureEdit(SpectralEdit):
             )
         self.estimator, self.shape, self.saliency = estimator, shape, saliency
 
-    def with_keep(self, keep: float | Mapping[str, float]) -> CurvatureEdit:
-        """Return the same edit at another `keep`.
-
-        Args:
-            keep: As in the constructor.
-
-        Returns:
-            A new edit on the same factors.
-        """
-        return CurvatureEdit(
-            self.factors,
-            keep,
-            estimator=self.estimator,
-            shape=self.shape,
-            saliency=self.saliency,
-        )
-
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep, estimator, shape, saliency and the digest of the factors.
-
-        Returns:
-            JSON values.
-        """
-        return super().describe() | {
-            "estimator": self.estimator,
-            "shape": self.shape,
-            "saliency": self.saliency,
-        }
+        """Return kind, keep, estimator, shape, saliency and the digest of the factors."""
+        settings = {"estimator": self.estimator, "shape": self.shape, "saliency": self.saliency}
+        return super().describe() | settings
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep the pairs of largest mass, or of largest mass times squared coordinate.
-
-        Args:
-            name: Target name.
-            coordinates: The rotated weight (out, in); None where there is no model.
-
-        Returns:
-            A staircase for separable estimators, a table for the others.
-
-        Raises:
-            EditError: The saliency depends on the weights, and there is no model.
-        """
+        """Keep the pairs of largest mass, or of largest mass times squared coordinate."""
         keep = self._keeps[name]
         curvature = self.factors.curvature(name, self.estimator)
         if self.saliency:
@@ -307,38 +264,3 @@ class CurvatureEdit(SpectralEdit):
 
     def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
         return kept if self.estimator == "diagonal" else super()._rotate_back(name, kept)
-
-
-def device_bases(factors: Factors, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return U_G and U_A of a target on the device and in the dtype of `like`; kept for later."""
-    known = _BASES.setdefault(factors, {})
-    basis: Eigen | None = None
-    result = []
-    for side, owner in (("u_out", name), ("u_in", factors.records[name].source)):
-        key = (side, owner, like.device, like.dtype)
-        if key not in known:
-            basis = basis or factors.eigen(name)
-            known[key] = getattr(basis, side).to(like.device, like.dtype)
-        result.append(known[key])
-    return result[0], result[1]
-
-
-def check_weight(factors: Factors, target: Target) -> str:
-    """Return the digest of a target's current weight, after checking that the factors fit it.
-
-    They fit the weight as it is, or as it was under the edits that are in place now.
-
-    Raises:
-        FactorsMismatchError: They were collected from other weights.
-    """
-    expected = factors.records[target.name].digest
-    digest = weight_digest(target.weight)
-    if digest == expected:
-        return digest
-    for original in map(target.view, originals_of(target.parameter)):
-        if weight_digest(original) == expected:
-            return digest
-    raise FactorsMismatchError(
-        f"target {target.name!r}: the factors were collected from other weights (another "
-        "checkpoint or another dtype)"
-    )

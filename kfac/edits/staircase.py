@@ -1,9 +1,9 @@
-"""Eigenbases, and the choice of the eigenvector pairs that carry the curvature: arrays in and out.
+"""The choice of the eigenvector pairs that carry the curvature: arrays in and out.
 
 A pair (i, j) joins output eigenvector i and input eigenvector j. Its mass is lam[i] * mu[j], the
 eigenvalue that K-FAC gives to it (Merullo et al. 2025, arXiv 2510.24256). Both spectra are sorted,
 so the pairs of largest mass fill the first `counts[i]` columns of each row: a staircase. One
-integer for each row describes the whole set, and it can be found without listing pairs.
+integer for each row describes the whole set, which can be found without listing pairs.
 """
 
 from __future__ import annotations
@@ -15,9 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from lirefs.errors import KeepError, SpectrumError
-
-Float64s = NDArray[np.float64]
-Int64s = NDArray[np.int64]
+from lirefs.statistics.intervals import Floats, Ints
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,11 +28,11 @@ class Staircase:
         mass: Mass of the kept pairs.
         total: Mass of all pairs.
         threshold: Smallest mass among kept pairs; infinity when none is kept.
-        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is right
-            where the masses themselves are out of the range of a float.
+        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is correct
+            even where the masses themselves are out of the range of a float.
     """
 
-    counts: Int64s
+    counts: Ints
     columns: int
     mass: float
     total: float
@@ -55,43 +53,34 @@ class Staircase:
     def rank_bound(self) -> int:
         """Largest rank that a matrix with zeros outside the kept pairs can have.
 
-        The least number of rows and columns that cover the staircase (König): the first k rows
-        and then the columns that row k still needs.
+        This is the least number of rows and columns that cover the staircase (König): the first k
+        rows, and then the columns that row k still needs.
         """
         needed = np.append(self.counts, 0)
         return int((np.arange(len(needed)) + needed).min())
 
     def mask(self) -> NDArray[np.bool_]:
-        """Return the set as a boolean table of shape (rows, columns).
-
-        Returns:
-            bool, shape (rows, columns).
-        """
+        """Return the set as a bool table of shape (rows, columns)."""
         return np.arange(self.columns)[None, :] < self.counts[:, None]
 
 
 def check_keep(keep: float) -> float:
-    """Return `keep` as a float.
-
-    Raises:
-        KeepError: It is not a number in (0, 1].
-    """
+    """Return `keep` as a float, after checking that it is a number in (0, 1]."""
     if isinstance(keep, bool) or not isinstance(keep, int | float) or not 0 < keep <= 1:
-        raise KeepError(f"keep={keep!r}: a fraction in (0, 1] is needed")
+        raise KeepError(f"keep={keep!r} must be a number in (0, 1]")
     return float(keep)
 
 
 def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     """Select the fewest pairs whose mass reaches `keep` of the total.
 
-    The choice of Merullo et al. 2025 (arXiv 2510.24256), section 5.
+    This is the choice of Merullo et al. 2025 (arXiv 2510.24256), section 5. Pairs are taken in
+    descending mass lam[i] * mu[j]; among equal masses (equal as rounded float64 products) the lower
+    row comes first, then the lower column. `keep=1` takes every pair, also those of zero mass, so
+    that nothing is changed. With no mass at all and `keep<1` no pair is taken.
 
-    Pairs are taken in descending mass lam[i] * mu[j]; among equal masses (equal as rounded float64
-    products) the lower row comes first, then the lower column. `keep=1` takes every pair, those of
-    zero mass too, so that nothing is changed. With no mass at all and `keep<1` no pair is taken.
-
-    The smallest kept mass is found by bisection over the float64 numbers themselves (62 steps at
-    most), each step being one `searchsorted` for all rows and one dot product with prefix sums.
+    The smallest kept mass is found by bisection over the float64 numbers themselves (at most 62
+    steps); each step is one `searchsorted` for all rows and one dot product with prefix sums.
 
     Args:
         lam: Row eigenvalues, shape (rows,), non-negative and descending.
@@ -109,14 +98,23 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     rows, row_scale = _spectrum(lam, "lam")
     columns, column_scale = _spectrum(mu, "mu")
     prefix = np.concatenate([[0.0], np.cumsum(columns)])
-    every = np.full(len(rows), len(columns), dtype=np.int64)
-    total = _mass(rows, prefix, every)
+
+    def mass(counts: Ints) -> float:
+        return float(rows @ prefix[counts])
+
+    def result(counts: Ints, threshold: float) -> Staircase:
+        share = mass(counts) / total if total > 0 else 1.0
+        with np.errstate(over="ignore"):
+            numbers = np.ldexp([mass(counts), total, threshold], row_scale + column_scale)
+        kept, every, smallest = numbers.tolist()
+        return Staircase(counts, len(columns), kept, every, smallest, share)
+
+    full = np.full(len(rows), len(columns), dtype=np.int64)
+    total = mass(full)
     if keep == 1.0:
-        smallest = float(rows[-1] * columns[-1])
-        return _result(every, len(columns), total, total, smallest, row_scale + column_scale)
+        return result(full, float(rows[-1] * columns[-1]))
     if total == 0.0:
-        none = np.zeros(len(rows), dtype=np.int64)
-        return _result(none, len(columns), 0.0, total, math.inf, 0)
+        return result(np.zeros_like(full), math.inf)
     goal = max(keep * total, math.ulp(0.0))  # the product underflows where keep is tiny
 
     # Bisection: `low` is the largest threshold known to keep enough. Non-negative floats are
@@ -124,7 +122,7 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     low, high = 1, int(np.float64(rows[0] * columns[0]).view(np.int64)) + 1
     while high - low > 1:
         middle = (low + high) // 2
-        if _mass(rows, prefix, _at_least(rows, columns, _from_bits(middle))) >= goal:
+        if mass(_at_least(rows, columns, _from_bits(middle))) >= goal:
             low = middle
         else:
             high = middle
@@ -133,22 +131,20 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
     ties = _at_least(rows, columns, threshold) - above
 
     # Only pairs of mass exactly `threshold` remain to choose from; rows are filled in order.
-    before = _mass(rows, prefix, above)
+    before = mass(above)
     needed = max(1, math.ceil(min((goal - before) / threshold, float(ties.sum()))))
     while needed > 1 and before + (needed - 1) * threshold >= goal:
         needed -= 1
     while before + needed * threshold < goal and needed < ties.sum():
         needed += 1
     earlier = np.cumsum(ties) - ties
-    counts = above + np.clip(needed - earlier, 0, ties)
-    mass = _mass(rows, prefix, counts)
-    return _result(counts, len(columns), mass, total, threshold, row_scale + column_scale)
+    return result(above + np.clip(needed - earlier, 0, ties), threshold)
 
 
-def _spectrum(values: ArrayLike, name: str) -> tuple[Float64s, int]:
-    """Check a spectrum and scale it; return it with the power of two that was taken out.
+def _spectrum(values: ArrayLike, name: str) -> tuple[Floats, int]:
+    """Check a spectrum and scale it by a power of two; return it with the exponent taken out.
 
-    The scaling is exact, and keeps products from over- or underflowing without need.
+    The scaling is exact and avoids needless over- and underflow of products.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -161,19 +157,16 @@ def _spectrum(values: ArrayLike, name: str) -> tuple[Float64s, int]:
     return np.ldexp(array, -exponent), exponent
 
 
-def _mass(rows: Float64s, prefix: Float64s, counts: Int64s) -> float:
-    return float(rows @ prefix[counts])
-
-
 def _from_bits(bits: int) -> float:
     return float(np.int64(bits).view(np.float64))
 
 
-def _at_least(rows: Float64s, columns: Float64s, threshold: float) -> Int64s:
-    """For each row count the columns whose product with it is at least `threshold` (> 0)."""
+def _at_least(rows: Floats, columns: Floats, threshold: float) -> Ints:
+    """Count for each row the columns whose product with it is at least `threshold` (> 0)."""
     with np.errstate(divide="ignore", over="ignore"):
         limits = threshold / rows
-    counts = len(columns) - np.searchsorted(columns[::-1], limits, side="left").astype(np.int64)
+    ascending = columns[::-1]
+    counts = len(columns) - np.searchsorted(ascending, limits, side="left").astype(np.int64)
     # The quotient is rounded, so it may be off by a few neighbouring values: the product decides.
     padded = np.concatenate([[np.inf], columns, [0.0]])
     while True:
@@ -182,29 +175,7 @@ def _at_least(rows: Float64s, columns: Float64s, threshold: float) -> Int64s:
             too_few = rows * padded[counts + 1] >= threshold
         if not (too_many.any() or too_few.any()):
             return counts
-        counts = _step(counts, too_many, columns, -1)
-        counts = _step(counts, too_few, columns, 1)
-
-
-def _step(counts: Int64s, where: NDArray[np.bool_], columns: Float64s, sign: int) -> Int64s:
-    """Move marked counts by one whole run of equal columns, so that long ties cost one step."""
-    if not where.any():
-        return counts
-    ascending = columns[::-1]
-    moved = counts.copy()
-    if sign < 0:
-        value = columns[counts[where] - 1]
-        moved[where] = len(columns) - np.searchsorted(ascending, value, side="right")
-    else:
-        value = columns[counts[where]]
-        moved[where] = len(columns) - np.searchsorted(ascending, value, side="left")
-    return moved
-
-
-def _result(
-    counts: Int64s, columns: int, mass: float, total: float, threshold: float, scale: int
-) -> Staircase:
-    share = mass / total if total > 0 else 1.0
-    with np.errstate(over="ignore"):
-        mass, total, threshold = (float(np.ldexp(x, scale)) for x in (mass, total, threshold))
-    return Staircase(counts, columns, mass, total, threshold, share)
+        # A count moves by a whole run of equal columns, so that long ties cost one step.
+        fewer = np.searchsorted(ascending, padded[counts[too_many]], side="right")
+        more = np.searchsorted(ascending, padded[counts[too_few] + 1], side="left")
+        counts[too_many], counts[too_few] = len(columns) - fewer, len(columns) - more

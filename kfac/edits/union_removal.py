@@ -1,4 +1,4 @@
-"""Edits by the curvature of two data sets: protect a skill, or remove what a set alone curves."""
+"""Edits by the curvature of two data sets: protect one set, or remove what only one set curves."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from lirefs.model.guest import widened
 
 
 class UnionEdit(SpectralEdit):
-    """Keep what either of two data sets curves, so that an edit spares a skill (arithmetic).
+    """Keep what either of two data sets curves, so that an edit spares a skill (arithmetic, say).
 
-    Both sets are scaled to a total mass of 1. The basis of each side is that of the weighted mean
-    of the two factors; a pair's score is the weighted mean of the mass that each set gives to it.
-    (Products of the mean factors would also count pairs that are curved on one side by one set and
-    on the other side by the other set.)
+    Both sets are scaled to a total mass of 1. The basis of each side comes from the weighted mean
+    of the two factors; a pair's score is the weighted mean of the masses that the two sets give it.
+    (Products of the mean factors would also count pairs where one set has curvature on one side
+    and the other set on the other.)
 
     Args:
         factors: Factors of general text.
-        protected: Factors of the skill's text, of the same targets and weights.
+        protected: Factors of texts that need the skill, of the same targets and weights.
         keep: Fraction of the summed score to keep, in (0, 1]; or one for each target name.
         weight: Share of the protected set in the score, in [0, 1].
 
@@ -49,43 +49,18 @@ class UnionEdit(SpectralEdit):
     ) -> None:
         super().__init__(factors, keep)
         if not 0 <= weight <= 1:
-            raise EditError(f"weight={weight!r}: a share in [0, 1] is needed")
+            raise EditError(f"weight={weight!r} must be a share in [0, 1]")
         check_same_weights(factors, protected)
         self.protected, self.weight = protected, float(weight)
         self._made: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._rotated: dict[tuple[str, str, torch.device], Tensor] = {}
 
-    def with_keep(self, keep: float | Mapping[str, float]) -> UnionEdit:
-        """Return the same edit at another `keep`; bases and rotated weights are shared.
-
-        Args:
-            keep: As in the constructor.
-
-        Returns:
-            A new edit on the same factors.
-        """
-        other = UnionEdit(self.factors, self.protected, keep, weight=self.weight)
-        other._made, other._rotated = self._made, self._rotated
-        return other
-
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep, weight and the digests of both sets of factors.
-
-        Returns:
-            JSON values.
-        """
+        """Return kind, keep, weight and the digests of both sets of factors."""
         return super().describe() | {"protected": self.protected.digest, "weight": self.weight}
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep the pairs of largest score.
-
-        Args:
-            name: Target name.
-            coordinates: The rotated weight (out, in); None where there is no model.
-
-        Returns:
-            A table of kept pairs.
-        """
+        """Keep the pairs of largest score."""
         return select_largest(self._union(name)[2], self._keeps[name])
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
@@ -109,37 +84,33 @@ class UnionEdit(SpectralEdit):
             u_out, u_in = (eigenbasis(sides[0] + sides[1])[1] for sides in (outs, ins))
             score = torch.zeros(len(u_out), len(u_in), dtype=torch.float64)
             for out, inside, (_, share) in zip(outs, ins, parts, strict=True):
-                if share > 0:  # each side carries the share once, so one is taken out again
+                if share > 0:  # both sides carry the share, so one of the two is divided out
                     score += torch.outer(curved(out, u_out), curved(inside, u_in)) / share
             self._made[name] = (u_out, u_in, score)
         return self._made[name]
 
 
 class RemovalEdit(SpectralEdit):
-    """Remove the pairs in which a data set has its own curvature: the reverse of `CurvatureEdit`.
+    """Remove the pairs that hold a data set's own curvature: the reverse of `CurvatureEdit`.
 
     Args:
         factors: Factors of the set whose curvature is removed (memorized texts, say).
-        keep: Fraction of the set's mass that stays, in (0, 1]; or one for each target name. The
-            fewest pairs that hold the rest are removed.
-        spared: Factors of general text. If given, pairs are ranked by the set's mass over the mass
-            of this text (both of total 1), so that what all text needs is removed last; without
-            it, by the set's mass alone.
+        keep: Fraction of the set's mass to keep, in (0, 1]; or one for each target name. The fewest
+            pairs that hold the rest are removed.
+        spared: Factors of general text. If given, pairs are ranked by the set's mass divided by the
+            mass of this text (each of total 1), so that what all text needs is removed last;
+            otherwise by the set's mass alone.
 
     Raises:
         KeepError: `keep` is out of range, empty, or names an unknown target.
         FactorsMismatchError: The two sets were collected from different targets or weights.
-        EditError: When it is applied: the set has no mass, or no pair would be left.
+        EditError: On application: the set has no mass, or no pair would be left.
     """
 
     kind = "removal"
 
     def __init__(
-        self,
-        factors: Factors,
-        keep: float | Mapping[str, float],
-        *,
-        spared: Factors | None = None,
+        self, factors: Factors, keep: float | Mapping[str, float], *, spared: Factors | None = None
     ) -> None:
         super().__init__(factors, keep)
         if spared is not None:
@@ -147,63 +118,37 @@ class RemovalEdit(SpectralEdit):
         self.spared = spared
         self._scores: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def with_keep(self, keep: float | Mapping[str, float]) -> RemovalEdit:
-        """Return the same edit at another `keep`.
-
-        Args:
-            keep: As in the constructor.
-
-        Returns:
-            A new edit on the same factors.
-        """
-        other = RemovalEdit(self.factors, keep, spared=self.spared)
-        other._scores = self._scores
-        return other
-
     def describe(self) -> dict[str, Any]:
-        """Return kind, keep and the digests of the factors.
-
-        Returns:
-            JSON values.
-        """
+        """Return kind, keep and the digests of the factors."""
         spared = None if self.spared is None else self.spared.digest
         return super().describe() | {"spared": spared}
 
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Keep all but the pairs of largest score.
-
-        Args:
-            name: Target name.
-            coordinates: The rotated weight (out, in); None where there is no model.
-
-        Returns:
-            A table of kept pairs.
-        """
+        """Keep all but the pairs of largest score."""
         score, mass = self._ranked(name)
         removed = select_largest(score, 1 - self._keeps[name], weights=mass)
         if removed.pairs == removed.total_pairs:
             raise EditError(
-                f"target {name!r}: at keep={self._keeps[name]} every pair would be removed, as the "
-                "mass lies in too few of them; give a larger keep"
+                f"target {name!r}: keep={self._keeps[name]} would remove every pair, as too few of "
+                "them hold the mass; use a larger keep"
             )
         return TableSelection(~removed.table, 1 - removed.kept_mass)
 
     def _ranked(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return what ranks the pairs and the set's own mass, (out, in) each."""
+        """Return the score that ranks the pairs and the set's own mass, each (out, in)."""
         if name not in self._scores:
             basis = self.factors.eigen(name)
             mass = torch.outer(basis.lam, basis.mu)
             total = mass.sum()
             if total <= 0:
                 raise EditError(f"target {name!r} has no curvature mass in the set to remove")
-            mass = mass / total
-            score = mass
+            score = mass = mass / total
             if self.spared is not None:
                 out = curved(_unit_trace(self.spared.G(name), name), basis.u_out)
                 inside = curved(_unit_trace(self.spared.A(name), name), basis.u_in)
                 general = torch.outer(out, inside)
-                # A pair without general mass is infinitely the set's own; the floor keeps it finite
-                # and is far below the rounding of float32 sums.
+                # The floor, far below the rounding of float32 sums, keeps the score finite where
+                # the general text has no mass.
                 score = mass / general.clamp(min=1e-12 / general.numel())
             self._scores[name] = (score, mass)
         return self._scores[name]
@@ -217,14 +162,9 @@ def curved(matrix: Tensor, basis: Tensor) -> Tensor:
 
 
 def check_same_weights(first: Factors, second: Factors) -> None:
-    """Verify that two sets of factors belong to the same targets and weights.
-
-    Raises:
-        FactorsMismatchError: A target is missing in the second set or has another weight there.
-    """
+    """Verify that the second factors have all targets of the first, with the same weights."""
     for name, record in first.records.items():
-        other = second.records.get(name)
-        if other is None:
+        if (other := second.records.get(name)) is None:
             raise FactorsMismatchError(f"the second factors have no target {name!r}")
         if record != replace(other, count=record.count, source=record.source):
             raise FactorsMismatchError(

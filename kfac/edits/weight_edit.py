@@ -9,8 +9,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kfac.target import Target
-from lirefs.errors import EditError, EditOrderError
+from kfac.target import Target, weight_digest
+from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
 from lirefs.model.intervention import reserve
 from lirefs.model.weight_swap import EditHandle, originals_of
 
@@ -36,11 +36,7 @@ class WeightEdit(abc.ABC):
 
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
-        """Return kind and parameters as JSON values.
-
-        Returns:
-            An object; what made the edit is told apart by it.
-        """
+        """Return the kind and all parameters as JSON values; they tell this edit from any other."""
 
     def attach(self, model: nn.Module) -> EditHandle:
         """Put the edited weights in place.
@@ -64,40 +60,30 @@ class WeightEdit(abc.ABC):
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Edit the model inside a `with` block, and yield it.
-
-        Args:
-            model: The model.
-
-        Yields:
-            The model.
+        """Edit the model inside a `with` block, and yield it; see `attach`.
 
         Raises:
-            EditError: As `attach`.
-            EditOrderError: A later edit of the same weight is still in place at the end of the
-                block.
+            EditOrderError: A later edit of the same weight is still attached when the block ends.
         """
         with self.attach(model):
             yield model
 
     def bake(self, model: nn.Module) -> None:
-        """Put the edited weights in place for good; the originals are given up.
+        """Put the edited weights in place for good, as `attach` would, and drop the originals.
 
         `model.save_pretrained(folder)` then writes a model that loads without this library.
 
-        Args:
-            model: The model.
-
         Raises:
-            EditOrderError: A removable edit of the same weight is in place; its removal would
-                undo this one.
-            EditError: As for `attach`. Nothing is changed then.
+            EditOrderError: A removable edit of the same weight is attached; removing it later would
+                undo this one. Nothing is changed.
         """
         with ExitStack() as stack:
             stack.callback(reserve(model, EditError))
             changes = self._changes(model)
             if any(originals_of(parameter) for parameter, _ in changes):
-                raise EditOrderError("an edit of the same weight is attached; remove it, then bake")
+                raise EditOrderError(
+                    "an edit of the same weight is attached; remove it before baking"
+                )
             for parameter, stored in changes:
                 parameter.data = stored
 
@@ -107,13 +93,13 @@ class WeightEdit(abc.ABC):
         owners: dict[tuple[int, int | None], str] = {}
         for target, weight in self.prepare(model):
             parameter = target.parameter
-            place = (id(parameter), target.expert)
-            if place in owners or (target.expert is None and id(parameter) in changes):
+            key = (id(parameter), target.expert)
+            if key in owners or (target.expert is None and id(parameter) in changes):
                 raise EditError(
-                    f"targets {owners.get(place)!r} and {target.name!r} are tied to one "
-                    "parameter; an edit can change it only once"
+                    f"targets {owners.get(key)!r} and {target.name!r} are tied to one parameter; "
+                    "an edit can change it only once"
                 )
-            owners[place] = target.name
+            owners[key] = target.name
             # Experts of one stack are written into one new tensor.
             _, into = changes.get(id(parameter), (parameter, None))
             stored = target.placed(weight, into=into)
@@ -121,3 +107,19 @@ class WeightEdit(abc.ABC):
                 raise EditError(f"target {target.name!r}: its edited weight is not finite")
             changes[id(parameter)] = (parameter, stored)
         return list(changes.values())
+
+
+def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:
+    """Return the digest of a target's weight, after checking that it is the expected weight.
+
+    The weight may be the expected one as it is now, or as it was before the attached edits.
+    """
+    digest = weight_digest(target.weight)
+    if digest != expected:
+        originals = map(target.view, originals_of(target.parameter))
+        if expected not in map(weight_digest, originals):
+            raise FactorsMismatchError(
+                f"target {target.name!r}: {origin} from other weights (another checkpoint or "
+                "another dtype)"
+            )
+    return digest

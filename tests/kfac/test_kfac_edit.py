@@ -9,16 +9,8 @@ from curvature_tools import assert_restored, batch, build, collect, llama, refer
 from torch import nn
 
 import kfac
-from kfac import (
-    CurvatureEdit,
-    EditError,
-    EditOrderError,
-    FactorsMismatchError,
-    KeepError,
-    RandomPairsEdit,
-    SVDEdit,
-    TargetError,
-)
+from kfac import CurvatureEdit, RandomPairsEdit, SVDEdit
+from lirefs.errors import EditError, EditOrderError, FactorsMismatchError, KeepError, TargetError
 
 
 @pytest.fixture
@@ -267,6 +259,17 @@ def test_random_pairs_keeps_as_many(model, factors):
     with RandomPairsEdit(factors, 0.6, 0).apply(model):
         pass
     assert_restored(model, before)
+
+
+def test_the_control_of_another_keep_has_the_same_seed(model, factors):
+    edit = RandomPairsEdit(factors, 0.6, seed=3)
+    other = edit.with_keep({factors.names[0]: 0.4})
+    expected = RandomPairsEdit(factors, {factors.names[0]: 0.4}, seed=3)
+    assert other.describe() == expected.describe()
+    assert torch.equal(other.prepare(model)[0][1], expected.prepare(model)[0][1])
+    assert edit.keep == 0.6
+    with pytest.raises(KeepError):
+        edit.with_keep(0)
 
 
 def test_random_pairs_are_uniform():

@@ -1,11 +1,12 @@
+import io
+
 import numpy as np
 import pytest
+from PIL import Image
 
-from kfac import BandRatios, Estimate, LossSlices, Relearning, SplitHalf
-from kfac import figures as plots
-from kfac.analysis.split_half import SideAgreement
-
-PNG = b"\x89PNG\r\n\x1a\n"
+from kfac import BandRatios, Estimate, Relearning, figures
+from lirefs.errors import SpectrumError
+from lirefs.pictures import WIDE
 
 
 def ratios():
@@ -17,41 +18,45 @@ def estimates(*values):
     return [Estimate(v, v - 0.1, v + 0.1, 10) for v in values]
 
 
-def side(size=20):
-    own = np.sort(np.random.default_rng(0).random(size))[::-1]
-    cuts = np.array([0.1, 0.5])
-    return SideAgreement(own, own * 0.9, cuts, np.array([0.9, 0.6]), 1 - cuts)
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda: plots.bands(ratios(), [20, 21, 22]),
-        lambda: plots.bands(ratios()),
-        lambda: plots.task_curvature({"sums": {"memorized": ratios(), "clean": ratios()}}),
-        lambda: plots.detector(np.random.default_rng(0).random(30), np.arange(30) % 2),
-        lambda: plots.slices(
-            LossSlices(
-                "w",
-                np.zeros((4, 2), dtype=np.int64),
-                np.ones(4),
-                np.ones(4),
-                np.array([0.1, -0.1]),
-                np.ones((4, 2)),
-                np.ones((4, 2)),
-            )
-        ),
-        lambda: plots.reliability(SplitHalf("w", side(), side(30))),
-        lambda: plots.relearning(
+FIGURES = {
+    "bands": (lambda: figures.bands(ratios(), [20, 21, 22]), "n = 5 and 6 texts"),
+    "bands without positions": (lambda: figures.bands(ratios()), "target"),
+    "task_curvature": (
+        lambda: figures.task_curvature({"sums $x$": {"memorized": ratios(), "clean": ratios()}}),
+        "sums $x$",
+    ),
+    "detector": (
+        lambda: figures.detector(np.random.default_rng(0).random(30), np.arange(30) % 2),
+        "memorized, n = 15",
+    ),
+    "relearning": (
+        lambda: figures.relearning(
             Relearning([0, 5], {"a": estimates(0.2, 0.3)}, {"a": estimates(0.5, 0.6)})
         ),
-        lambda: plots.pareto(
-            {"K-FAC": [tuple(estimates(10, 0.5)), tuple(estimates(12, 0.2))]},
+        "texts not trained on, n = 10",
+    ),
+    "pareto": (
+        lambda: figures.pareto(
+            {"K-FAC": [tuple(estimates(12, 0.2)), tuple(estimates(10, 0.5))]},
             "perplexity",
             "recited",
             tuple(estimates(9, 0.9)),
         ),
-    ],
-)
-def test_every_figure_is_a_png(make):
-    assert make().startswith(PNG)
+        "unchanged",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_every_figure_fits_the_page_and_says_what_it_shows(name):
+    make, text = FIGURES[name]
+    picture = make()
+    with Image.open(io.BytesIO(picture.png)) as image:
+        assert image.format == "PNG"
+        assert image.width <= WIDE * 220
+    assert text in picture.svg.decode()
+
+
+def test_no_task_is_refused():
+    with pytest.raises(SpectrumError, match="no task"):
+        figures.task_curvature({})

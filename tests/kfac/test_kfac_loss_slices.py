@@ -4,9 +4,9 @@ import torch
 from curvature_tools import assert_restored, batch, collect, llama, snapshot
 
 import kfac
-from kfac import BatchError, FactorsMismatchError, SpectrumError
 from kfac.analysis.losses import position_losses
 from kfac.analysis.split_half import matrix_agreement
+from lirefs.errors import BatchError, FactorsMismatchError, SpectrumError
 
 NAME = "model.layers.1.mlp.up_proj"
 
@@ -93,6 +93,27 @@ def test_named_errors(model, factors):
         kfac.loss_slices(model, [], factors, NAME)
     with pytest.raises(FactorsMismatchError):
         kfac.loss_slices(llama(torch.float32), [batch([0])], factors, NAME)
+
+
+def test_a_weight_that_the_loss_does_not_use():
+    torch.manual_seed(0)
+
+    class Detached(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table = torch.nn.Embedding(6, 4)
+            self.used, self.unused = (torch.nn.Linear(4, 6, bias=False) for _ in range(2))
+
+        def forward(self, input_ids):
+            states = self.table(input_ids)
+            return self.used(states) + 0 * self.unused(states).detach()
+
+    model, given = Detached(), {"input_ids": torch.randint(0, 6, (1, 9))}
+    record = kfac.TargetRecord(6, 4, 8, "unused", kfac.weight_digest(model.unused.weight))
+    sums = {"A.unused": torch.eye(4), "G.unused": torch.eye(6)}
+    factors = kfac.Factors({"unused": record}, sums, seeds=[0], tokens=8)
+    with pytest.raises(SpectrumError, match="does not depend"):
+        kfac.loss_slices(model, [given], factors, "unused")
 
 
 def brute_overlap(first, second, sharp):

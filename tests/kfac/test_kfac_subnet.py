@@ -5,8 +5,9 @@ import torch
 from curvature_tools import assert_restored, batch, llama, snapshot
 
 import kfac
-from kfac import BatchError, EditError, FactorsMismatchError, fit_balanced_subnet
+from kfac import fit_balanced_subnet
 from kfac.analysis.losses import passage_losses
+from lirefs.errors import BatchError, EditError, FactorsMismatchError
 
 
 @pytest.fixture(scope="module")
@@ -72,20 +73,20 @@ def test_the_gradient_of_a_score_is_straight_through(model):
     """One step without momentum equals autograd through W ∘ m with m's gradient passed on."""
     target = kfac.named_targets(model, ["model.layers.0.mlp.up_proj"])[0]
     masked = kfac.edits.subnet._Masked([target], 0.1, 0.3, seed=0)
-    score = masked.scores[0].clone()
+    score = masked.parts[0][2].clone()
     weight = target.weight.clone()
-    mask = masked._kept(score).float().requires_grad_(True)
+    mask = masked.kept(score).float().requires_grad_(True)
     name = target.name + ".weight"
     logits = torch.func.functional_call(
         model, {name: weight * mask}, kwargs={"input_ids": batch([0])["input_ids"]}
     ).logits
     by_mask = torch.autograd.grad(logits.square().sum(), mask)[0]
-    with masked:
+    with masked.in_place():
         model(input_ids=batch([0])["input_ids"]).logits.square().sum().backward()
         masked.step()
     model.zero_grad()
     expected = score - 0.3 * (by_mask * score.sign() + 5e-4 * score)
-    torch.testing.assert_close(masked.scores[0], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(masked.parts[0][2], expected, rtol=1e-4, atol=1e-5)
     assert torch.equal(target.weight, weight)
 
 
@@ -93,6 +94,8 @@ def test_named_errors(model):
     targets = kfac.find_targets(model)
     with pytest.raises(BatchError, match="empty"):
         fit_balanced_subnet(model, [], [batch([0])], targets)
+    with pytest.raises(EditError, match="target"):
+        fit_balanced_subnet(model, [batch([0])], [batch([0])], [])
     for wrong in ({"ratio": 0}, {"ratio": 1}, {"weight": -1}, {"epochs": 0}, {"lr": 0}):
         with pytest.raises(EditError):
             fit(model, **wrong)
