@@ -4,8 +4,8 @@ import torch
 from curvature_tools import assert_restored, batch, collect, llama, snapshot
 
 import kfac
-from kfac import BatchError, FactorsMismatchError, NonFiniteError, SpectrumError
 from kfac.collection.target_inputs import target_inputs
+from lirefs.errors import BatchError, FactorsMismatchError, NonFiniteError, SpectrumError
 
 
 @pytest.fixture(scope="module")

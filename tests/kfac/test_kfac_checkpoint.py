@@ -14,8 +14,8 @@ from curvature_tools import assert_same, batch, llama
 from torch import nn
 
 import kfac
-from kfac import BatchError, CheckpointError
 from kfac.factors.tensor_file import read_tensors, write_tensors
+from lirefs.errors import BatchError, CheckpointError
 
 
 class Interruption(BaseException):

@@ -15,8 +15,8 @@ from curvature_tools import (
 from torch import nn
 
 import kfac
-from kfac import BatchError, KfacError, TargetError
 from kfac.collection.sampling import sample_labels
+from lirefs.errors import BatchError, KfacError, TargetError
 
 
 def one_label_fishers(model, x):

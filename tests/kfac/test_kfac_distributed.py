@@ -7,7 +7,8 @@ import torch.distributed as dist
 from curvature_tools import assert_same, batch, llama
 
 import kfac
-from kfac import DistributedError, Factors
+from kfac import Factors
+from lirefs.errors import DistributedError
 
 BATCHES = [batch([0, 1]), batch([2]), batch([0, 4], "left", 1), batch([5]), batch([3])]
 

@@ -9,16 +9,8 @@ from curvature_tools import assert_restored, batch, build, collect, llama, refer
 from torch import nn
 
 import kfac
-from kfac import (
-    CurvatureEdit,
-    EditError,
-    EditOrderError,
-    FactorsMismatchError,
-    KeepError,
-    RandomPairsEdit,
-    SVDEdit,
-    TargetError,
-)
+from kfac import CurvatureEdit, RandomPairsEdit, SVDEdit
+from lirefs.errors import EditError, EditOrderError, FactorsMismatchError, KeepError, TargetError
 
 
 @pytest.fixture

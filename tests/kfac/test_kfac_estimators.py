@@ -4,8 +4,9 @@ from curvature_tools import Deep, assert_same, batch, collect, draws, llama, mlp
 from torch import nn
 
 import kfac
-from kfac import EstimatorError, Factors, FactorsMismatchError, KfacError
+from kfac import Factors
 from kfac.collection.sampling import sample_labels
+from lirefs.errors import EstimatorError, FactorsMismatchError, KfacError
 
 ENDINGS = ["0", "1"]
 

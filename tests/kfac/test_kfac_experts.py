@@ -6,11 +6,12 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import kfac
-from kfac import TargetError, find_targets, named_targets
+from kfac import find_targets, named_targets
 from kfac.collection.covariance import CovarianceSums
 from kfac.collection.distributed import World
 from kfac.collection.hooks import Taps
 from kfac.collection.passes import _finish
+from lirefs.errors import TargetError
 
 COMMON = {
     "vocab_size": 50,

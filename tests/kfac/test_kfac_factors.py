@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kfac
-from kfac import Factors, FactorsFileError, FactorsMismatchError, KfacError, TargetError
+from kfac import Factors
+from lirefs.errors import FactorsFileError, FactorsMismatchError, KfacError, TargetError
 
 
 @pytest.fixture(scope="module")

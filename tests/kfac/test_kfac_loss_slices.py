@@ -4,9 +4,9 @@ import torch
 from curvature_tools import assert_restored, batch, collect, llama, snapshot
 
 import kfac
-from kfac import BatchError, FactorsMismatchError, SpectrumError
 from kfac.analysis.losses import position_losses
 from kfac.analysis.split_half import matrix_agreement
+from lirefs.errors import BatchError, FactorsMismatchError, SpectrumError
 
 NAME = "model.layers.1.mlp.up_proj"
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import kfac
-from kfac import CurvatureEdit, EditError, EditOrderError, Factors, TargetRecord
-from lirefs.errors import KfacError
+from kfac import CurvatureEdit, Factors, TargetRecord
+from lirefs.errors import EditError, EditOrderError, KfacError
 from lirefs.model.weight_swap import originals_of
 
 pytestmark = pytest.mark.timeout(120)

@@ -5,8 +5,9 @@ import torch
 from curvature_tools import assert_restored, batch, collect, llama, snapshot
 
 import kfac
-from kfac import BatchError, EditError, NonFiniteError, SVDEdit, relearn
+from kfac import SVDEdit, relearn
 from kfac.analysis.relearning import trainable
+from lirefs.errors import BatchError, EditError, NonFiniteError
 
 
 def prefix_labels(one, prefix=2):

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from kfac import KeepError, SpectrumError
 from kfac.edits.selection import select_largest, select_separable
+from lirefs.errors import KeepError, SpectrumError
 
 
 def by_sorting(scores, keep, weights=None):

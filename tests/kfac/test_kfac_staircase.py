@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from kfac import KeepError, SpectrumError, eigenbasis, staircase
+from kfac import eigenbasis, staircase
+from lirefs.errors import KeepError, SpectrumError
 
 KINDS = ("smooth", "ties", "zeros", "one", "rank_one", "huge_range", "flat")
 

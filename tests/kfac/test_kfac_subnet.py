@@ -5,8 +5,9 @@ import torch
 from curvature_tools import assert_restored, batch, llama, snapshot
 
 import kfac
-from kfac import BatchError, EditError, FactorsMismatchError, fit_balanced_subnet
+from kfac import fit_balanced_subnet
 from kfac.analysis.losses import passage_losses
+from lirefs.errors import BatchError, EditError, FactorsMismatchError
 
 
 @pytest.fixture(scope="module")
