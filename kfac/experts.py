@@ -1,9 +1,9 @@
-"""Mixtures of experts that are stored as stacked parameters, run expert by expert.
+"""Mixtures of experts that are stored as stacked parameters, run one expert at a time.
 
 transformers keeps the experts of a block as parameters of shape (experts, ., .) and multiplies them
-in one call, so no hook on a module sees one expert's rows. While factors are collected, the forward
-pass of such a module is replaced by the same computation in a loop that reports the input and the
-output of every expert.
+in one call, so no module hook sees one expert's rows. While factors are collected, the forward pass
+of such a module is replaced by the same computation in a loop that reports every expert's input and
+output.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from lirefs.errors import TargetError
 
-# Called as observe(parameter name, expert, its input rows, its output rows, positions of the rows);
-# returns the output to go on with.
 Observe = Callable[[str, int, Tensor, Tensor, Tensor], Tensor]
+"""Parameter name, expert, its input rows, output rows and their positions to the output to use."""
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
@@ -33,16 +32,16 @@ def stacked(module: nn.Module) -> list[str]:
 
 
 def check_stack(name: str, module: nn.Module) -> None:
-    """Verify that the module computes its experts in the way of transformers' interface.
+    """Verify that a module follows the experts interface of transformers, in one process.
 
     Raises:
-        TargetError: It does not, or its experts are spread over processes.
+        TargetError: It does not.
     """
     if missing := [attribute for attribute in _INTERFACE if not hasattr(module, attribute)]:
         raise TargetError(
             f"module {name!r} ({type(module).__name__}) holds stacked experts, but does not follow "
-            f"the experts interface of transformers (it lacks {missing}), so what one expert reads "
-            "and writes is unknown"
+            f"the experts interface of transformers (it lacks {missing}), so the input and output "
+            "of one expert are unknown"
         )
     if getattr(module, "_is_expert_parallel", False):
         raise TargetError(
@@ -53,9 +52,9 @@ def check_stack(name: str, module: nn.Module) -> None:
 
 @contextmanager
 def observed(module: nn.Module, observe: Observe) -> Iterator[None]:
-    """Run a module's experts one by one inside the context, and show each to `observe`."""
+    """Run a module's experts one by one inside the context, and call `observe` with each."""
     own = module.__dict__.get("forward")
-    # Assigned on the instance: the class, and other models that use it, stay as they are.
+    # Assigned on the instance, so the class and other models that use it do not change.
     module.forward = partial(_forward, module, observe)
     try:
         yield
@@ -69,14 +68,10 @@ def observed(module: nn.Module, observe: Observe) -> Iterator[None]:
 def _forward(
     module: Any, observe: Observe, hidden: Tensor, experts: Tensor, weights: Tensor
 ) -> Tensor:
-    """Compute what transformers' experts compute.
+    """Compute what the experts of transformers compute, and observe every matrix product.
 
-    Args:
-        module: Holds the stacks.
-        observe: Sees every matrix product.
-        hidden: Shape (positions, width).
-        experts: Chosen experts of each position, shape (positions, chosen).
-        weights: Their routing weights, shape (positions, chosen).
+    `hidden` is (positions, width); `experts`, the chosen ones, and `weights`, those of the router,
+    are (positions, chosen).
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     gate = module._apply_gate if module.has_gate else module.act_fn

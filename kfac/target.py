@@ -1,4 +1,4 @@
-"""One weight matrix with an input and an output: how it is stored, and what is recorded of it."""
+"""One weight matrix with an input and an output: how it is stored, and its record in factors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Target:
 
     @property
     def parameter(self) -> nn.Parameter:
-        """The parameter as the module stores it: the whole stack for an expert."""
+        """The parameter as the module stores it; for an expert the whole stack."""
         parameter = getattr(self.module, self.attribute)
         if not isinstance(parameter, nn.Parameter):
             raise TargetError(
@@ -59,31 +59,24 @@ class Target:
         """Number of inputs."""
         return int(self.weight.shape[1])
 
+    def record(self, count: int, source: str, digest: str) -> TargetRecord:
+        """Return the record of this target in factors."""
+        return TargetRecord(self.out_features, self.in_features, count, source, digest)
+
     def orient(self, matrix: Tensor) -> Tensor:
-        """Turn a stored matrix into (out, in) or back; both directions are the same step.
-
-        Args:
-            matrix: Shape (out, in), or as it is stored.
-
-        Returns:
-            A view.
-        """
+        """Return a view of a stored matrix as (out, in), or the reverse: it is the same step."""
         return matrix.T if self.transposed else matrix
 
     def view(self, stored: Tensor) -> Tensor:
-        """Return the target's (out, in) view of a tensor that is shaped as its parameter.
+        """Return the target's weight (out, in) inside a tensor with the shape of its parameter.
 
-        Args:
-            stored: Shaped as the target's parameter.
-
-        Returns:
-            Shape (out, in), detached; a view, so that writing to it writes to `stored`.
+        It is a detached view, so that writing to it writes to `stored`.
         """
         stored = stored.detach()
         return self.orient(stored if self.expert is None else stored[self.expert])
 
     def placed(self, weight: Tensor, into: Tensor | None = None) -> Tensor:
-        """Return a tensor for the parameter's place that holds a new weight of this target.
+        """Return a tensor that can replace the parameter's, with a new weight of this target.
 
         Args:
             weight: Shape (out, in), any floating dtype and device.
@@ -91,7 +84,7 @@ class Target:
                 None makes one.
 
         Returns:
-            Shape, dtype and device of the parameter; other experts as they are.
+            Same shape, dtype and device as the parameter; other experts are unchanged.
         """
         if into is None:
             if self.expert is None:
@@ -104,12 +97,12 @@ class Target:
 
 @dataclass(frozen=True)
 class TargetRecord:
-    """What the factors know about one target.
+    """The record of one target in the factors.
 
     Attributes:
         out_features: Rows of the weight, size of G.
         in_features: Columns of the weight, size of A.
-        count: Positions summed over; 0 for an expert that no counted position was sent to.
+        count: Positions summed over; 0 for an expert that no counted position was routed to.
         source: Name of the target under which the shared A is stored.
         digest: SHA-256 of the weight at collection.
     """
@@ -120,16 +113,18 @@ class TargetRecord:
     source: str
     digest: str
 
+    def key(self, kind: str, name: str) -> str:
+        """Return the key of a target's sums of one kind; an A is stored under its source."""
+        return f"{kind}.{self.source if kind == 'A' else name}"
+
+    def shape(self, kind: str) -> tuple[int, int]:
+        """Return the shape of the sums of a kind: "A", "G", "AW", "GW", "D" or "E"."""
+        rows = self.in_features if kind in ("A", "AW") else self.out_features
+        return rows, self.out_features if kind in ("G", "GW") else self.in_features
+
 
 def weight_digest(weight: Tensor) -> str:
-    """Return the SHA-256 of a weight's dtype, shape and bytes.
-
-    Args:
-        weight: Any shape, dtype and device.
-
-    Returns:
-        64 hex digits.
-    """
+    """Return the SHA-256 of a weight's dtype, shape and bytes, as 64 hex digits."""
     sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
     sha.update(tensor_bytes(weight))
     return sha.hexdigest()

@@ -1,19 +1,20 @@
-"""Find the weight matrices of a model that curvature is collected for, and say where they sit."""
+"""Find the weight matrices of a model that curvature is collected for."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from kfac.experts import check_stack, stacked
 from kfac.target import Target
 from lirefs.errors import TargetError
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
+_MATRICES = (nn.Linear, Conv1D)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # Names of MLP matrices, relative to their block and in lower case. A name ending in one of these
@@ -37,8 +38,8 @@ def find_targets(
 ) -> list[Target]:
     """Find target matrices by layer and role, in the order of `model.named_modules()`.
 
-    Of a mixture of experts that transformers stores as stacks of shape (experts, ., .), every
-    expert is a target of its own.
+    In a mixture of experts that transformers stores as stacks of shape (experts, ., .), every
+    expert is its own target.
 
     Args:
         model: Any module. Its main block list is the outermost `nn.ModuleList` with the most
@@ -59,35 +60,31 @@ def find_targets(
     prefix, blocks = _main_blocks(model)
     wanted = _wanted_layers(layers, blocks)
     by_role = isinstance(projections, str)
-    if isinstance(projections, str):
-        if projections not in _MLP_GROUPS:
-            raise TargetError(
-                f"projections={projections!r} is unknown: use one of {sorted(_MLP_GROUPS)} or a "
-                "list of name endings such as ['gate_proj']"
-            )
-        endings: tuple[str, ...] = _MLP_GROUPS[projections]
-    else:
-        endings = tuple(ending.strip() for ending in projections)
-
-    chosen = None if experts is None else set(experts)
+    if by_role and projections not in _MLP_GROUPS:
+        raise TargetError(
+            f"projections={projections!r} is unknown: use one of {sorted(_MLP_GROUPS)} or a list "
+            "of name endings such as ['gate_proj']"
+        )
+    group = _MLP_GROUPS[projections] if isinstance(projections, str) else projections
+    endings = tuple(ending.strip() for ending in group)
+    chosen = None if experts is None else sorted(set(experts))
     found = []
     for name, module in model.named_modules():
         layer, local = _locate(name, prefix)
-        if wanted is not None and layer not in wanted:
-            continue
-        if by_role and ((blocks and layer is None) or _in_attention(local)):
+        outside = (blocks and layer is None) or _in_attention(local)
+        if (wanted is not None and layer not in wanted) or (by_role and outside):
             continue
         text = local.lower() if by_role else name
-        found += _stack_targets(name, text, module, layer, endings, chosen)
-        if not _ends(text, endings):
-            continue
-        # A container of the same name (a block called "0") is not a matrix; its children are seen.
-        if _kind(module) is None and (any(module.children()) or stacked(module)):
-            continue
-        found.append(_make(name, module, layer))
+        for stack in stacked(module):
+            if _ends(f"{text}.{stack}", endings):
+                indices = range(len(getattr(module, stack))) if chosen is None else chosen
+                found += [_expert(name, module, layer, stack, index) for index in indices]
+        # A container of the same name (a block called "0") is passed over for its children.
+        matrix = isinstance(module, _MATRICES) or not (any(module.children()) or stacked(module))
+        if matrix and _ends(text, endings):
+            found.append(_matrix(name, module, layer))
     names = {target.name.partition("[")[0] for target in found}
-    # Of a group's endings a model has some; of endings that a user wrote, one without a match is
-    # a mistake.
+    # A model has only some endings of a group, but each ending that a user wrote must match.
     unmatched = [end for end in endings if not any(_ends(name, (end,)) for name in names)]
     if not found or (unmatched and not by_role):
         where = "" if wanted is None else f" in layers {sorted(wanted)}"
@@ -123,33 +120,21 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
             raise TargetError(f"target {name!r} is named twice")
         layer = _locate(owner, prefix)[0]
         if match:
-            result[name] = _expert(
-                owner, modules[owner], layer, match["attribute"], int(match["expert"])
-            )
+            stack, index = match["attribute"], int(match["expert"])
+            result[name] = _expert(owner, modules[owner], layer, stack, index)
         else:
-            result[name] = _make(name, modules[name], layer)
+            result[name] = _matrix(name, modules[name], layer)
     return list(result.values())
 
 
-def _kind(module: nn.Module) -> str | None:
-    if isinstance(module, nn.Linear):
-        return "linear"
-    # A Conv1D can only exist once transformers has been imported, so it need not be imported here.
-    utilities = sys.modules.get("transformers.pytorch_utils")
-    if utilities is not None and isinstance(module, utilities.Conv1D):
-        return "conv1d"
-    return None
-
-
-def _make(name: str, module: nn.Module, layer: int | None) -> Target:
-    kind = _kind(module)
-    if kind is None:
+def _matrix(name: str, module: nn.Module, layer: int | None) -> Target:
+    if not isinstance(module, _MATRICES):
         raise TargetError(
             f"module {name!r} is a {type(module).__name__}; only nn.Linear and Conv1D are "
             "supported (load quantized models dequantized)"
         )
     _check_weight(f"module {name!r} ({type(module).__name__})", module.weight, 2)
-    return Target(name, module, layer, transposed=kind == "conv1d")
+    return Target(name, module, layer, transposed=isinstance(module, Conv1D))
 
 
 def _expert(name: str, module: nn.Module, layer: int | None, attribute: str, index: int) -> Target:
@@ -167,29 +152,12 @@ def _expert(name: str, module: nn.Module, layer: int | None, attribute: str, ind
     return Target(full, module, layer, bool(module.is_transposed), attribute, index)
 
 
-def _stack_targets(
-    name: str,
-    text: str,
-    module: nn.Module,
-    layer: int | None,
-    endings: tuple[str, ...],
-    chosen: set[int] | None,
-) -> list[Target]:
-    result = []
-    for attribute in stacked(module):
-        if not _ends(f"{text}.{attribute}", endings):
-            continue
-        indices = range(len(getattr(module, attribute))) if chosen is None else sorted(chosen)
-        result += [_expert(name, module, layer, attribute, index) for index in indices]
-    return result
-
-
 def _ends(text: str, endings: tuple[str, ...]) -> bool:
     return any(text == end or text.endswith("." + end) for end in endings)
 
 
 def _check_weight(what: str, weight: object, dimensions: int) -> None:
-    """Refuse what a hook can run on, but what is not one dense matrix in this process's memory."""
+    """Refuse weights that are not one dense matrix in this process's memory."""
     # Quantized and sharded tensors (torchao, DTensor) are subclasses that report a float dtype.
     if type(weight) not in (Tensor, nn.Parameter):
         raise TargetError(
@@ -225,7 +193,7 @@ def _main_blocks(model: nn.Module) -> tuple[str | None, int]:
 
 def _locate(name: str, prefix: str | None) -> tuple[int | None, str]:
     """Split a module name into its block index and its name inside the block."""
-    head = "" if not prefix else prefix + "."
+    head = prefix + "." if prefix else ""
     if prefix is None or not name.startswith(head):
         return None, name
     index, _, local = name[len(head) :].partition(".")
@@ -253,8 +221,8 @@ def _in_attention(local: str) -> bool:
 def _inventory(model: nn.Module) -> str:
     """List the supported matrices with block numbers folded to *, for error messages."""
     modules = list(model.named_modules())
-    names = [name for name, module in modules if _kind(module) is not None]
+    names = [name for name, module in modules if isinstance(module, _MATRICES)]
     names += [f"{name}.{stack}[*]" for name, module in modules for stack in stacked(module)]
     folded = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     more = f" and {len(folded) - 20} more" if len(folded) > 20 else ""
-    return (", ".join(folded[:20]) + more) or "no Linear and no Conv1D"
+    return (", ".join(folded[:20]) + more) or "no Linear or Conv1D"

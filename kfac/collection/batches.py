@@ -1,8 +1,7 @@
-"""Batches: what a language model can be given, which tokens count, and how it is run on them."""
+"""Batches of a language model: what they may hold, which tokens count, how the model is run."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -11,10 +10,11 @@ from torch import Tensor, nn
 
 from lirefs.errors import BatchError
 from lirefs.model.batching import batches_by_tokens
+from lirefs.model.guest import accepts, input_device, maybe_call
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
-"""What `collect` takes as `forward`: model and batch to logits, mask and, where asked, labels."""
+"""A `forward` of `collect`: model and batch to logits, mask and, if asked for, labels."""
 
 
 def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -38,10 +38,10 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     inputs: dict[str, Any] = {
         k: v for k, v in batch.items() if isinstance(v, Tensor) and k != "labels"
     }
-    accepted = inspect.signature(model.forward).parameters
-    if "use_cache" in accepted:
+    if accepts(model, "use_cache"):
         inputs["use_cache"] = False
-    if "position_ids" in accepted and "position_ids" not in inputs and not bool(real.all()):
+    padded = not bool(real.all())
+    if padded and "position_ids" not in inputs and accepts(model, "position_ids"):
         inputs["position_ids"] = (real.long().cumsum(1) - 1).clamp(min=0)
     output = model(**inputs)
     logits = output if isinstance(output, Tensor) else getattr(output, "logits", None)
@@ -59,14 +59,10 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
 def module_and_batches(
     model: nn.Module | LanguageModel, batches: Iterable[Any]
 ) -> tuple[nn.Module, Iterable[Any]]:
-    """Return the bare module, and texts as batches of similar length, longest first.
-
-    Args:
-        model: A module, or an `lm`.
-        batches: Batches as `collect` takes them; with an `lm` they may be texts.
+    """Return the module, and texts of an `lm` as batches of similar length, longest first.
 
     Raises:
-        BatchError: One string alone, texts without a tokenizer, or texts among other batches.
+        BatchError: One string alone, or texts mixed with other batches.
     """
     if isinstance(batches, str):
         raise BatchError("a list of texts is needed, got one string: use [text]")
@@ -93,28 +89,16 @@ def attended(batch: Any) -> Tensor | None:
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
 
 
-def data_labels(batch: Mapping[str, Any]) -> Tensor:
-    """Return the token that follows each position, shape (B, T); the last column is unused."""
-    given = batch.get("labels")
-    following: Tensor = given if isinstance(given, Tensor) else batch["input_ids"]
-    return following.roll(-1, 1)
-
-
 def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
-    """Verify that a batch is one that a causal language model can be given.
-
-    Args:
-        model: If it names its embedding, as those of transformers do, ids must lie within it.
-        batch: What was given as a batch.
-        place: Name of the batch, for messages.
+    """Verify that a batch can be given to a causal language model; `place` names it in messages.
 
     Raises:
-        BatchError: No mapping with integer input_ids (B, T), a mask or labels of another shape, or
-            an id outside the vocabulary.
+        BatchError: It is not a mapping with integer input_ids (B, T), its mask or labels have
+            another shape, or an id is outside the vocabulary.
     """
+    if isinstance(batch, str):
+        raise BatchError(f"{place} is a text: give the lm, which has the tokenizer, as the model")
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
-        if isinstance(batch, str):
-            raise BatchError(f"{place} is a text: give the lm, which has the tokenizer")
         raise BatchError(
             f"{place} must be a mapping with input_ids as a tensor, not a "
             f"{type(batch).__name__}; for other models pass `forward`"
@@ -122,8 +106,8 @@ def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
     ids, shape = batch["input_ids"], batch["input_ids"].shape
     if len(shape) != 2 or not ids.numel() or ids.dtype not in (torch.int32, torch.int64):
         raise BatchError(
-            f"{place}: input_ids must be integers of shape (B, T), not empty, but are "
-            f"{ids.dtype} of {tuple(shape)}"
+            f"{place}: input_ids must be integers of shape (B, T), not empty; they have "
+            f"{ids.dtype} and shape {tuple(shape)}"
         )
     for key in ("attention_mask", "labels"):
         value = batch.get(key)
@@ -132,27 +116,16 @@ def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
             raise BatchError(
                 f"{place}: {key} must be a tensor of shape {tuple(shape)}, not {found}"
             )
-    size = _vocabulary(model)
+    size = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", None)
     if size is not None and bool(((ids < 0) | (ids >= size)).any()):
         raise BatchError(f"{place}: an id in input_ids is not in the model's vocabulary of {size}")
 
 
-def _vocabulary(model: nn.Module) -> int | None:
-    """Return the number of token ids that a model of transformers can embed."""
-    try:
-        embedding = model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return None
-    return getattr(embedding, "num_embeddings", None)
-
-
 def on_its_device(batch: Any, model: nn.Module) -> Any:
-    """Return a batch with all its tensors on the device of the model's first weight."""
-    parameter = next(model.parameters(), None)
+    """Return a batch with all its tensors on the device that the model expects its input on."""
+    device = input_device(model)
     # Offloaded weights are on the meta device; accelerate's hooks then move the inputs.
-    if parameter is None or parameter.is_meta:
-        return _moved(batch, torch.device("cpu"))
-    return _moved(batch, parameter.device)
+    return _moved(batch, torch.device("cpu") if device.type == "meta" else device)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:

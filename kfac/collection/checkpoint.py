@@ -1,4 +1,4 @@
-"""Interrupted collections go on where they were, to the bit."""
+"""Checkpoints: an interrupted collection resumes where it was, and gives the same bits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,39 +25,35 @@ _HEADER = "kfac_checkpoint"
 
 @dataclass
 class State:
-    """How far a collection is, between two batches.
+    """The state of a collection between two batches."""
 
-    Attributes:
-        turn: Which pass over the data, from 0.
-        done: Batches of this pass that are summed or belong to other processes.
-        tokens: Counted positions of the first pass.
-        counts: Positions by target.
-        sources: Which targets share an input.
-        data: SHA-256 of the batches of this pass so far.
-        whole: SHA-256 of all batches, once the first pass is over.
-        tables: The sums.
-    """
+    turn: int = 0  # which pass over the data
+    done: int = 0  # batches of this pass that are summed or belong to other processes
+    tokens: int = 0  # counted positions of the first pass
+    counts: dict[str, int] = field(default_factory=dict)  # positions by target
+    sources: dict[str, str] = field(default_factory=dict)  # which targets share an input
+    data: str = ""  # SHA-256 of the batches of this pass so far
+    whole: str = ""  # SHA-256 of all batches, once the first pass is over
+    tables: dict[str, Tensor] = field(default_factory=dict)  # the sums
 
-    turn: int = 0
-    done: int = 0
-    tokens: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    sources: dict[str, str] = field(default_factory=dict)
-    data: str = ""
-    whole: str = ""
-    tables: dict[str, Tensor] = field(default_factory=dict)
+
+Shapes = Mapping[str, Mapping[str, tuple[int, int]]]
+"""Target to the shapes of its sums by key."""
 
 
 class Checkpoint:
-    """A file that holds the state of a collection, replaced at intervals.
+    """A file with the state of a collection, replaced at intervals.
 
     Ctrl-C waits for the end of the batch; a second Ctrl-C does not wait. Whatever else stops the
-    collection, what is written is whole: the sums only change at the very end of a batch.
+    collection, the file is consistent, because the sums only change at the very end of a batch.
 
     Args:
         path: The file; None switches everything off.
         every: Seconds between two writes.
-        settings: What the sums depend on: JSON values, the same when the collection goes on.
+        settings: JSON values that the sums depend on; they must not change before a resumption.
+
+    Attributes:
+        changing: True from the first change of the sums to the end of the batch.
     """
 
     def __init__(
@@ -67,12 +63,12 @@ class Checkpoint:
         self.every = every
         self.settings = json.loads(json.dumps(settings))
         self._written = time.monotonic()
-        self._busy = False
-        self._changing = False
-        self._asked = False
+        self._busy = self._asked = self.changing = False
 
-    def load(self) -> State:
-        """Return the state to go on from, a new one when there is no file.
+    def load(self, turns: int, shapes_in: Callable[[State], Shapes], dtype: torch.dtype) -> State:
+        """Return the state to resume from; a new one when there is no file.
+
+        `turns` is the number of passes, and `shapes_in` returns the shapes of all sums in a state.
 
         Raises:
             CheckpointError: The file is damaged, or belongs to another collection.
@@ -83,55 +79,25 @@ class Checkpoint:
             header, tables = read_tensors(self.path, _HEADER, "checkpoint")
             settings = header.pop("settings")
             if not isinstance(settings, dict):
-                raise ValueError("its settings are no object")
+                raise ValueError("its settings are not an object")
             state = State(**header, tables=tables)
             _check_fields(state)
+            if settings == self.settings:
+                _check_sums(state, turns, shapes_in(state), dtype)
         except FactorsFileError as error:
-            raise CheckpointError(f"{error}; delete it to begin anew") from error
+            raise CheckpointError(f"{error}; delete it to start again") from error
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"{self.path} is damaged: {error!r}; delete it to begin anew"
+                f"{self.path} is damaged: {error!r}; delete it to start again"
             ) from error
         if settings != self.settings:
-            changed = [
-                key
-                for key in {*settings, *self.settings}
-                if settings.get(key) != self.settings.get(key)
-            ]
+            keys = {*settings, *self.settings}
+            changed = sorted(key for key in keys if settings.get(key) != self.settings.get(key))
             raise CheckpointError(
-                f"{self.path} belongs to a collection with other settings ({sorted(changed)}); "
-                "give another path, or delete it to begin anew"
+                f"{self.path} belongs to a collection with other settings ({changed}); give "
+                "another path, or delete it to start again"
             )
         return state
-
-    def check(
-        self,
-        state: State,
-        turns: int,
-        targets: Mapping[str, Mapping[str, tuple[int, int]]],
-        dtype: torch.dtype,
-    ) -> None:
-        """Verify that a state can be one of a collection.
-
-        Args:
-            state: From `load`.
-            turns: Passes over the data.
-            targets: For each target the shapes of its sums by key.
-            dtype: Of the sums.
-
-        Raises:
-            CheckpointError: It cannot.
-        """
-        try:
-            if not 0 <= state.turn < turns:
-                raise ValueError(f"it is in pass {state.turn + 1} of {turns}")
-            if not {*state.counts, *state.sources, *state.sources.values()} <= set(targets):
-                raise ValueError("it counts positions of other targets")
-            _check_tables(state, targets, dtype)
-        except ValueError as error:
-            raise CheckpointError(
-                f"{self.path} is damaged: {error}; delete it to begin anew"
-            ) from error
 
     def save(self, state: State) -> None:
         """Write the state."""
@@ -144,25 +110,16 @@ class Checkpoint:
         )
         self._written = time.monotonic()
 
-    def after_batch(self, state: State) -> None:
-        """Write the state if it is time to, or if Ctrl-C was pressed during the batch.
-
-        Raises:
-            KeyboardInterrupt: After the write, if Ctrl-C was pressed.
-        """
-        self._busy = self._changing = False
+    @contextmanager
+    def batch(self, state: State) -> Iterator[None]:
+        """Make Ctrl-C wait for the end of a batch; afterwards write the state if it is time to."""
+        self._busy = True
+        yield
+        self._busy = self.changing = False
         if self._asked:
             raise KeyboardInterrupt
         if self.path is not None and time.monotonic() - self._written >= self.every:
             self.save(state)
-
-    def before_batch(self) -> None:
-        """From here to `after_batch` Ctrl-C waits."""
-        self._busy = True
-
-    def before_sums(self) -> None:
-        """From here to `after_batch` the sums are changing."""
-        self._changing = True
 
     @contextmanager
     def guarded(self, state: State) -> Iterator[None]:
@@ -173,9 +130,9 @@ class Checkpoint:
         try:
             yield
         except BaseException:
-            # While the sums change they are half done: the last whole state stays. Before the first
-            # batch is done there is nothing to keep.
-            if not self._changing and (state.turn or state.done):
+            # While the sums are changing, the last complete file stays. Before the first batch is
+            # done, there is nothing to save.
+            if not self.changing and (state.turn or state.done):
                 self.save(state)
             raise
         finally:
@@ -191,18 +148,21 @@ class Checkpoint:
 def _check_fields(state: State) -> None:
     """Raise ValueError unless every field has its type."""
     if not isinstance(state.counts, dict) or not isinstance(state.sources, dict):
-        raise ValueError("its counts or sources are no object")
+        raise ValueError("its counts or sources are not an object")
     counts = [state.turn, state.done, state.tokens, *state.counts.values()]
     if not all(type(one) is int and 0 <= one < 2**63 for one in counts):
-        raise ValueError("its counts are no whole numbers of at least 0")
+        raise ValueError("its counts are not whole numbers of at least 0")
     texts = [state.data, state.whole, *state.sources.values()]
     if not all(isinstance(one, str) for one in texts):
-        raise ValueError("its digests or sources are no texts")
+        raise ValueError("its digests or sources are not texts")
 
 
-def _check_tables(
-    state: State, targets: Mapping[str, Mapping[str, tuple[int, int]]], dtype: torch.dtype
-) -> None:
+def _check_sums(state: State, turns: int, targets: Shapes, dtype: torch.dtype) -> None:
+    """Raise ValueError unless the sums can be those of these targets."""
+    if not state.turn < turns:
+        raise ValueError(f"it is in pass {state.turn + 1} of {turns}")
+    if not {*state.counts, *state.sources, *state.sources.values()} <= set(targets):
+        raise ValueError("it counts positions of other targets")
     shapes: dict[str, tuple[int, int]] = {}
     for keys in targets.values():
         for key, shape in keys.items():
@@ -210,11 +170,11 @@ def _check_tables(
                 raise ValueError(f"targets of different widths share {key!r:.80}")
     for key, table in state.tables.items():
         if table.dtype != dtype or tuple(table.shape) != shapes.get(key):
-            raise ValueError(f"its sums {key!r:.80} are of another type, shape or target")
+            raise ValueError(f"its sums {key!r:.80} have another dtype, shape or target")
         if not bool(table.isfinite().all()):
             raise ValueError(f"its sums {key!r:.80} are not finite")
     for name, keys in targets.items():
-        # Until a gradient has come back, there are only the inputs.
+        # Until a gradient has arrived, there are only the inputs.
         missing = [key for key in keys if key not in state.tables]
         gradients = [key for key in keys if not key.startswith("A.")]
         if state.counts.get(name) and missing not in ([], gradients):

@@ -11,7 +11,7 @@ from torch import nn
 
 from kfac.collection.batches import Forward, module_and_batches
 from kfac.collection.covariance import CovarianceSums
-from kfac.collection.passes import Labelling, run_passes
+from kfac.collection.passes import Options, run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
@@ -49,19 +49,19 @@ def collect(
     The model is left as it was found: hooks removed, `requires_grad` flags and training mode
     restored, no gradient stored, also after an error or an interrupt.
 
-    Under `torch.distributed` every process is given the same batches and takes its share of them;
-    the sums are added once, at the end, and every process returns the same factors.
+    Under `torch.distributed` give every process the same batches; each takes its share of them, the
+    sums are added once, at the end, and every process returns the same factors.
 
     Args:
-        model: Any module; its own device and dtype are used. TF32 is off during the collection.
-            Or an `lm`, with which `batches` may be texts.
-        batches: Texts, with an `lm`. Else mappings with input_ids (B, T), optional attention_mask (B, T), optional labels
-            (B, T) whose -100 marks tokens that are not predicted. Position t is counted if t and
-            t+1 are attended and label t+1 is not -100. With `forward`: mappings or sequences of
-            tensors with B first, or one such tensor.
-        targets: From `find_targets` or `named_targets`; None: what `find_targets` finds in
-            `layers`.
-        layers: Block indices from 0; None takes all.
+        model: An `lm` or any module; its own device and dtype are used. TF32 is off during the
+            collection.
+        batches: Texts, if `model` is an `lm`. Or mappings with input_ids (B, T), optional
+            attention_mask (B, T), optional labels (B, T) whose -100 marks tokens that are not
+            predicted. Position t is counted if t and t+1 are attended and label t+1 is not -100.
+            With `forward`: mappings or sequences of tensors with B first, or one such tensor.
+        targets: From `find_targets` or `named_targets`; None takes all that `find_targets` finds
+            in `layers`.
+        layers: Block indices from 0, instead of targets; None takes all.
         seed: Seed of the sampled labels.
         labels: "sampled", or "data" for the empirical Fisher: the batch's labels, else the next
             tokens.
@@ -73,27 +73,29 @@ def collect(
             a transformer. If the logits have that shape too, a label is drawn for each counted
             position; otherwise (a ViT: one row of logits for each image) for each row of logits.
             With `labels="data"` it returns int64 labels (B, ...) as a third value.
-        dtype: Of the sums, float32 or float64.
+        dtype: Dtype of the sums, float32 or float64.
         marginals: Also sum what the "marginal" estimator needs: two more matrices for each target.
         diagonal: Also sum what the "diagonal" estimator needs: one matrix of the weight's shape.
         budget: Bytes that the sums may take at a time; targets are spread over several passes.
-        checkpoint: File to keep the state in. If it exists, the collection goes on from it.
-            Ctrl-C writes it too. It is not deleted. Each process has its own, named by its rank.
+        checkpoint: File for the state of the collection. If it exists, the collection resumes
+            from it. Ctrl-C writes it too. It is not deleted. Each process has its own, named by its
+            rank.
         checkpoint_every: Seconds between writes.
         progress: Show the memory plan in a line, and a bar with tokens (counted positions) per
             second and the time left.
-        provenance: JSON values to keep with the factors: where the data came from.
+        provenance: JSON values to store with the factors, such as the origin of the data.
 
     Returns:
         The factors, on CPU.
 
     Raises:
-        BatchError: No batch, a malformed batch, or no counted position at all.
+        BatchError: No batch, a malformed batch, texts without an `lm`, or no counted position.
         BudgetError: One target alone needs more than the budget.
         CheckpointError: The checkpoint belongs to other data or settings.
         DistributedError: The processes were given different batches.
         NonFiniteError: NaN or infinity in logits, activations or gradients.
-        TargetError: No targets, one that is never called, or one that cannot reach the logits.
+        TargetError: No targets, targets and layers together, a target that is never called, or one
+            that cannot reach the logits.
         KfacError: A target's input does not have the positions of the mask.
     """
     module, batches = module_and_batches(model, batches)
@@ -101,8 +103,8 @@ def collect(
         targets = find_targets(module, layers)
     elif layers is not None:
         raise TargetError("give targets or layers, not both")
-    labelling = Labelling(seed, labels, samples, forward, dtype)
-    layout = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
+    options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
+    planned = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
     if len({target.name for target in targets}) < len(targets):
         raise TargetError("a target is given twice")
     digests = {target.name: weight_digest(target.weight) for target in targets}
@@ -110,14 +112,11 @@ def collect(
     records, tables, tokens = run_passes(
         module,
         batches,
-        layout,
+        planned,
         lambda: CovarianceSums(marginals=marginals, diagonal=diagonal),
-        labelling,
+        options,
         digests,
         settings,
-        checkpoint=checkpoint,
-        every=checkpoint_every,
-        progress=progress,
         title="factors",
     )
     return Factors(

@@ -1,4 +1,4 @@
-"""EK-FAC: a second pass that puts the exact second moments in place of products of eigenvalues."""
+"""EK-FAC: a second pass that replaces products of eigenvalues by exact second moments."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from kfac.collection.batches import Forward, module_and_batches
-from kfac.collection.covariance import Rows, Sums, add_product
-from kfac.collection.passes import Labelling, run_passes
+from kfac.collection.covariance import InputRows, Sums
+from kfac.collection.passes import Options, run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import TargetRecord
@@ -36,17 +36,17 @@ def correct(
 ) -> Factors:
     """Add EK-FAC's corrected eigenvalues to factors (George et al. 2018, arXiv 1806.03884).
 
-    In the eigenbases of G and A, each coordinate is given the mean square of its gradient: the
-    exact diagonal of the Fisher there, where K-FAC has the product of two means.
+    In the eigenbases of G and A, each coordinate gets the mean square of its gradient: the exact
+    diagonal of the Fisher there, where K-FAC has the product of two means.
 
     Args:
         model: The model that the factors were collected from.
         batches: As in `collect`; usually the same.
         factors: From `collect`; they are not changed.
-        per: Whose gradients are squared: "position" (the gradient of one position's product g aᵀ,
-            as K-FAC assumes) or "sequence" (the sum over a sequence's positions, with the
-            cross terms that K-FAC leaves out). For one position per sequence both are the same.
-        seed: As in `collect`, as are the other arguments.
+        per: Which gradients are squared: "position" (g aᵀ of each position, as K-FAC assumes) or
+            "sequence" (the sum over a sequence's positions, with the cross terms that K-FAC leaves
+            out). For one position per sequence both are the same.
+        seed: As in `collect`.
         labels: As in `collect`.
         samples: As in `collect`.
         forward: As in `collect`.
@@ -67,9 +67,9 @@ def correct(
         raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
     factors.check(module)
     dtype = factors.dtype
-    labelling = Labelling(seed, labels, samples, forward, dtype)
+    options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
     targets = factors.targets(module)
-    layout = plan(targets, budget, dtype=dtype, correction=True)
+    planned = plan(targets, budget, dtype=dtype, correction=True)
     bases = {}
     for name, record in factors.records.items():
         basis = factors.eigen(name)
@@ -78,17 +78,14 @@ def correct(
     records, tables, _ = run_passes(
         module,
         batches,
-        layout,
+        planned,
         lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
-        labelling,
+        options,
         {name: record.digest for name, record in factors.records.items()},
         {"task": "correct", "per": per, "factors": factors.digest},
-        checkpoint=checkpoint,
-        every=checkpoint_every,
-        progress=progress,
         title="correction",
     )
-    # Means are taken over the positions of the first pass; other data may have had more or fewer.
+    # Means are taken over the positions of the first pass; these data may have more or fewer.
     corrected = {
         f"E.{name}": tables[f"E.{name}"] * (record.count / max(records[name].count, 1))
         for name, record in factors.records.items()
@@ -114,50 +111,35 @@ class _CorrectionSums(Sums):
         bases: Mapping[str, tuple[Tensor, Tensor]],
         whole_sequences: bool,
     ) -> None:
-        super().__init__()
+        super().__init__(["E"])
         self._records = records
         self._bases = bases
         self._moved: dict[str, Tensor] = {}
         self._whole_sequences = whole_sequences
 
-    def keys(self, name: str, record: TargetRecord) -> dict[str, tuple[int, int]]:
-        """Return the key and shape of the one table of a target."""
-        return {"E." + name: (record.out_features, record.in_features)}
+    def add_input(self, source: str, a: InputRows) -> None:
+        """Do nothing: inputs are used only together with gradients."""
 
-    def add_input(self, source: str, a: Rows) -> None:
-        """Do nothing: inputs count together with gradients only."""
-
-    def add_gradient(self, name: str, g: Tensor, a: Rows, share: float) -> None:
+    def add_gradient(self, name: str, g: Tensor, a: InputRows, share: float) -> None:
         """Rotate both sides, and add the squares of their products."""
+        key, source = "E." + name, "A." + self._records[name].source
         with full_precision(g.device):
-            source = "A." + self._records[name].source
-            if "rotated" not in a.cache:
-                a.cache["rotated"] = a.values @ self._basis(source, a.values)
-            inputs, outputs = a.cache["rotated"], g @ self._basis("G." + name, g)
-            if self._whole_sequences:
-                self._add_sequences("E." + name, outputs, inputs, a.sequences, share)
-            else:
-                if "squares" not in a.cache:
-                    a.cache["squares"] = inputs.square()
-                add_product(self.tables, "E." + name, outputs.square(), a.cache["squares"], share)
+            inputs = a.derived("rotated", lambda: a.values @ self._basis(source, a.values))
+            outputs = g @ self._basis("G." + name, g)
+            if not self._whole_sequences:
+                squares = a.derived("squares", inputs.square)
+                self.add_product(key, outputs.square(), squares, share)
+                return
+            sequences = a.positions // max(1, a.shape[1:].numel())
+            for sequence in sorted(set(sequences.tolist())):
+                rows = sequences == sequence
+                gradient = outputs[rows].T @ inputs[rows]
+                self.table(key, outputs, inputs).addcmul_(gradient, gradient, value=share)
 
     def leave_device(self) -> None:
-        """Move the tables to the CPU and let go of the bases: the next pass needs the room."""
+        """Move the tables to the CPU and free the bases: the next pass needs the memory."""
         super().leave_device()
         self._moved = {}
-
-    def finish(self) -> None:
-        """Do nothing: the tables are not symmetric."""
-
-    def _add_sequences(
-        self, key: str, outputs: Tensor, inputs: Tensor, sequences: Tensor, share: float
-    ) -> None:
-        if key not in self.tables:
-            self.tables[key] = outputs.new_zeros(outputs.shape[1], inputs.shape[1])
-        for sequence in sorted(set(sequences.tolist())):
-            rows = sequences == sequence
-            gradient = outputs[rows].T @ inputs[rows]
-            self.tables[key].addcmul_(gradient, gradient, value=share)
 
     def _basis(self, key: str, like: Tensor) -> Tensor:
         if key not in self._moved:

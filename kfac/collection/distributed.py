@@ -1,11 +1,10 @@
-"""Several processes of one collection: who does which batch, and the one sum at the end."""
+"""Several processes of one collection: the batches of each, and the one sum at the end."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -21,19 +20,19 @@ class World:
         self.size = dist.get_world_size() if running else 1
 
     def owns(self, batch: int) -> bool:
-        """Return True when this process works on the batch with that number."""
+        """Return whether this process works on the batch with that number."""
         return batch % self.size == self.rank
 
     def check_equal(self, value: str, what: str) -> None:
-        """Raise if the processes do not hold the same value.
+        """Verify that all processes have the same value; `what` names it in the message.
 
         Raises:
-            DistributedError: Saying what differs.
+            DistributedError: They do not.
         """
         if len(set(self.gather(value))) > 1:
             raise DistributedError(
                 f"the {self.size} processes were given different {what}: give the same to every "
-                "process, each of them takes its own share"
+                "process, and each of them takes its own share"
             )
 
     def gather(self, value: Any) -> list[Any]:
@@ -48,13 +47,9 @@ class World:
         """Replace each table by its sum over all processes."""
         if self.size == 1:
             return
-        on_gpu = dist.get_backend() == "nccl"
         # One order for all processes: tables are created in the order that targets are reached.
-        for key in sorted(tables):
-            table = tables[key]
-            if on_gpu and not table.is_cuda:
-                moved = table.to(torch.device("cuda", torch.cuda.current_device()))
-                dist.all_reduce(moved)
+        for _, table in sorted(tables.items()):
+            moved = table.cuda() if dist.get_backend() == "nccl" else table
+            dist.all_reduce(moved)
+            if moved is not table:
                 table.copy_(moved)
-            else:
-                dist.all_reduce(table)

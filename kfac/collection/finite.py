@@ -1,4 +1,4 @@
-"""NaN and infinity: found by one pass over the memory, and named by where they are."""
+"""NaN and infinity: found by one pass over the memory, and named by their position."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ ADVICE = (
 
 
 def broken(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the indices of those tensors that hold NaN or infinity.
+    """Return the indices of the tensors that hold NaN or infinity.
 
-    Sums show that there is none, with one wait for the device. A sum can also overflow by itself,
-    so the entries decide.
+    Finite sums show that there are none, with one wait for the device. A sum of finite entries can
+    overflow too, so after that the entries decide.
     """
     if not tensors:
         return []
@@ -36,16 +36,20 @@ def first_row(rows: Tensor) -> int:
 
 
 def where(position: int, shape: Sequence[int]) -> str:
-    """Say which row of a batch, and which position in it, an index into (B, ...) flattened is."""
+    """Return the row of a batch, and the position in it, of an index into flattened (B, ...)."""
     row, inside = divmod(position, math.prod(shape[1:]))
     return f"row {row}" if len(shape) == 1 else f"row {row}, position {inside}"
+
+
+def row_error(place: str, position: int, shape: Sequence[int], what: str) -> NonFiniteError:
+    """Return the error for a row of a batch; `what` ends with "hold" or "holds"."""
+    return NonFiniteError(f"{place}, {where(position, shape)}: {what} NaN or infinity; {ADVICE}")
 
 
 def logits_error(logits: Tensor, counted: Tensor, place: str) -> NonFiniteError:
     """Return the error for logits (B, ..., C) of which a counted row, (B, ...), is not finite.
 
-    A single logit of minus infinity excludes a class; the largest of a row shows all else.
+    A single logit of minus infinity only excludes a class, so the largest of each row decides.
     """
     bad = ~logits.detach().amax(-1).isfinite() & counted.to(logits.device)
-    at = where(int(bad.flatten().nonzero()[0]), counted.shape)
-    return NonFiniteError(f"{place}, {at}: the logits hold NaN or infinity; {ADVICE}")
+    return row_error(place, int(bad.flatten().nonzero()[0]), counted.shape, "the logits hold")

@@ -1,4 +1,4 @@
-"""Hooks on targets: they start the graph, and hand counted inputs and output gradients to sums."""
+"""Hooks on targets: they start the graph, and collect counted inputs and output gradients."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac.collection.covariance import Rows, Sums
-from kfac.collection.finite import ADVICE, broken, first_row, where
+from kfac.collection.covariance import InputRows, Sums
+from kfac.collection.finite import broken, first_row, row_error
 from kfac.experts import observed
 from kfac.target import Target, TargetRecord
 from lirefs.errors import KfacError, NonFiniteError, TargetError
@@ -20,56 +20,42 @@ from lirefs.errors import KfacError, NonFiniteError, TargetError
 
 @dataclass(eq=False)
 class _Call:
-    """One use of a target in a forward pass.
+    """One use of a target in a forward pass."""
 
-    Attributes:
-        tensor: The input as the target saw it.
-        version: Its version counter then, which shows later changes in place.
-        positions: For each row its position in the batch; None when the rows are all positions.
-        key: Identity of the input, to find targets that read the same one.
-        chosen: Indices of the counted rows, once the mask is known; None for all rows.
-        rows: The counted rows, once the mask is known.
-    """
-
-    tensor: Tensor | None
-    version: int
-    positions: Tensor | None
-    key: int
-    chosen: Tensor | None = None
-    rows: Rows = field(init=False)
+    tensor: Tensor | None  # the input, until its rows are read
+    version: int  # its version counter, which shows later changes in place
+    positions: Tensor | None  # of each row in the batch; None when the rows are all positions
+    key: int  # identity of the input, to find targets that read the same one
+    chosen: Tensor | None = None  # indices of the counted rows, once read; None when all are
+    rows: InputRows = field(init=False)  # the counted rows, once read
 
 
-class Taps:
-    """Takes the counted rows of inputs and output gradients of some targets to their sums.
+class TargetTracker:
+    """Passes the counted rows of targets' inputs and output gradients to their sums.
 
-    For each batch: `begin`, the forward pass, `read`, the backward passes, `add`. The sums are
-    given nothing before `add`, so a batch that fails on the way leaves them as they were.
+    For each batch: `begin`, the forward pass, `read`, the backward passes, `add`. Nothing is added
+    to the sums before `add`, so a batch that fails on the way leaves them unchanged.
 
     With all weights frozen no tensor requires a gradient, so the graph begins where this class
     makes it begin: at the output of the first target. Nothing before it is backpropagated, and no
-    weight gradient is formed.
+    weight gradient is computed.
 
     Args:
         targets: At least one.
-        dtype: Of the rows that the sums are given.
-        sums: Where the rows go.
-        counts: Positions counted before, by target, when a collection goes on.
-        sources: Which targets share an input, as found before.
+        dtype: Dtype of the rows that are added.
+        sums: The sums that they are added to.
+
+    Attributes:
+        counts: Counted positions, by target.
+        sources: The target under which each target's input is summed.
     """
 
-    def __init__(
-        self,
-        targets: Sequence[Target],
-        dtype: torch.dtype,
-        sums: Sums,
-        counts: Mapping[str, int] | None = None,
-        sources: Mapping[str, str] | None = None,
-    ) -> None:
+    def __init__(self, targets: Sequence[Target], dtype: torch.dtype, sums: Sums) -> None:
         self.targets = {target.name: target for target in targets}
         self.dtype = dtype
         self.sums = sums
-        self.sources: dict[str, str] = dict(sources or {})
-        self.counts = dict.fromkeys(self.targets, 0) | dict(counts or {})
+        self.counts = dict.fromkeys(self.targets, 0)
+        self.sources: dict[str, str] = {}
         self._calls: dict[str, list[_Call]] = {}  # in the order of the forward pass
         self._gradients: list[tuple[str, _Call, Tensor]] = []  # in the order of the backward passes
         self._open = False
@@ -78,13 +64,13 @@ class Taps:
 
     @contextmanager
     def hooked(self) -> Iterator[None]:
-        """Watch every target for the time of the context."""
+        """Watch every target inside the context."""
         stacks: dict[nn.Module, dict[tuple[str, int], str]] = {}
         with ExitStack() as stack:
             for name, target in self.targets.items():
                 if target.expert is not None:
-                    known = stacks.setdefault(target.module, {})
-                    known[target.attribute, target.expert] = name
+                    experts = stacks.setdefault(target.module, {})
+                    experts[target.attribute, target.expert] = name
                     continue
                 hook: Callable[..., Any] = partial(self._on_forward, name)
                 handle = target.module.register_forward_hook(hook, with_kwargs=True)
@@ -92,7 +78,7 @@ class Taps:
             for module, names in stacks.items():
                 stack.enter_context(observed(module, partial(self._on_expert, names)))
             # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks hold
-            # this object: a circle through autograd, which no collector sees.
+            # this object: a cycle through autograd, which no collector sees.
             stack.callback(self._forget)
             yield
 
@@ -102,14 +88,9 @@ class Taps:
         self._open = True
 
     def read(self, mask: Tensor, place: str) -> None:
-        """Take the counted rows of all inputs seen since `begin`.
+        """Take the counted rows of all inputs seen since `begin`; they must be finite.
 
-        Args:
-            mask: bool; its entries are the positions of the targets' input, sequences first.
-            place: Name of the batch, for messages.
-
-        Raises:
-            NonFiniteError: A counted row holds NaN or infinity.
+        The entries of the bool mask are the positions of the targets' input, sequences first.
         """
         # From here to `begin` a forward call is the recomputation of an activation checkpoint.
         self._open = False
@@ -117,9 +98,7 @@ class Taps:
         known = set(self.sources)
         read: dict[str, list[int]] = {}
         common: dict[torch.device, Tensor | None] = {}
-        for name in self.targets:
-            if name not in self._calls:
-                continue
+        for name in (name for name in self.targets if name in self._calls):
             calls = self._calls[name]
             read[name] = [call.key for call in calls]
             source = self._source(name, known, read)
@@ -138,23 +117,13 @@ class Taps:
             raise _not_finite(name, rows, rows.values, "input", place)
 
     def check_gradients(self, place: str) -> None:
-        """Verify what was backpropagated since `read`.
-
-        Raises:
-            NonFiniteError: A gradient of a counted row holds NaN or infinity. Of several, the one
-                nearest to the logits is named.
-        """
-        held = [gradient for _, _, gradient in self._gradients]
-        for index in broken(held)[:1]:
+        """Verify that all gradients are finite; of several, name the one nearest to the logits."""
+        for index in broken([gradient for _, _, gradient in self._gradients])[:1]:
             name, call, gradient = self._gradients[index]
             raise _not_finite(name, call.rows, gradient, "output gradient", place)
 
     def add(self, draws: int) -> None:
-        """Add what was read and backpropagated to the sums.
-
-        Args:
-            draws: How many times gradients were backpropagated.
-        """
+        """Add the rows of this batch to the sums; `draws` is the number of backward passes."""
         for name in self.targets:
             for call in self._calls.get(name, []):
                 if self.sources[name] == name:
@@ -165,11 +134,7 @@ class Taps:
         self._forget()
 
     def records(self, digests: Mapping[str, str]) -> dict[str, TargetRecord]:
-        """Return the record of every target.
-
-        Raises:
-            TargetError: A target was never called, or its output never reached the logits.
-        """
+        """Return the record of every target; all must have been called."""
         plain = [name for name, target in self.targets.items() if target.expert is None]
         if unused := [name for name in plain if not self.counts[name]]:
             raise TargetError(f"targets never called by the forward pass: {unused}")
@@ -177,13 +142,7 @@ class Taps:
         if apart:
             raise KfacError(f"targets that shared their input in some batches only: {apart}")
         return {
-            name: TargetRecord(
-                out_features=target.out_features,
-                in_features=target.in_features,
-                count=self.counts[name],
-                source=self.sources.get(name, name),
-                digest=digests[name],
-            )
+            name: target.record(self.counts[name], self.sources.get(name, name), digests[name])
             for name, target in self.targets.items()
         }
 
@@ -203,8 +162,7 @@ class Taps:
     def _on_forward(
         self, name: str, module: nn.Module, args: Any, kwargs: Any, output: Tensor
     ) -> Tensor:
-        tensor = args[0] if args else next(iter(kwargs.values()))
-        return self._watch(name, tensor, output, None)
+        return self._watch(name, first_argument(args, kwargs), output, None)
 
     def _on_expert(
         self,
@@ -233,7 +191,7 @@ class Taps:
         return output
 
     def _on_gradient(self, name: str, call: _Call, gradient: Tensor) -> None:
-        # A copy, as who made the gradient may write over it on the way back.
+        # A copy, because autograd may overwrite the gradient later in the backward pass.
         rows = self._pick(gradient, call.chosen)
         self._gradients.append((name, call, rows.clone() if call.chosen is None else rows))
 
@@ -250,10 +208,10 @@ class Taps:
                 f"target {name!r}: the model changed its input in place after use; collection "
                 "needs it unchanged until the end of the forward pass"
             )
-        rows = tensor.numel() // tensor.shape[-1]
-        device = tensor.device
-        if call.positions is not None:
-            call.chosen = _true(self._mask.flatten().to(device)[call.positions])
+        rows, device = tensor.numel() // tensor.shape[-1], tensor.device
+        positions = call.positions
+        if positions is not None:
+            call.chosen = _true(self._mask.flatten().to(device)[positions])
         elif rows != self._mask.numel():
             raise KfacError(
                 f"target {name!r} was given {rows} rows, but the mask has {self._mask.numel()} "
@@ -264,19 +222,22 @@ class Taps:
             if device not in common:
                 common[device] = _true(self._mask.flatten().to(device))
             call.chosen = common[device]
-        positions = call.positions
-        if positions is None:
             positions = torch.arange(rows, device=device)
         if call.chosen is not None:
             positions = positions[call.chosen]
-        call.rows = Rows(self._pick(tensor, call.chosen), positions, self._mask.shape)
+        call.rows = InputRows(self._pick(tensor, call.chosen), positions, self._mask.shape)
 
     def _pick(self, tensor: Tensor, chosen: Tensor | None) -> Tensor:
         flat = tensor.detach().reshape(-1, tensor.shape[-1])
         if chosen is not None:
-            # With device_map an output may live elsewhere than the input that it was made from.
+            # With device_map an output can be on another device than its input.
             flat = flat[chosen.to(flat.device)]
         return flat.to(self.dtype)
+
+
+def first_argument(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Return the first argument of a call, positional or not: the input of a target."""
+    return args[0] if args else next(iter(kwargs.values()))
 
 
 def _true(mask: Tensor) -> Tensor | None:
@@ -284,17 +245,17 @@ def _true(mask: Tensor) -> Tensor | None:
     return None if bool(mask.all()) else mask.nonzero()[:, 0]
 
 
-def _not_finite(name: str, rows: Rows, values: Tensor, what: str, place: str) -> NonFiniteError:
-    at = where(int(rows.positions[first_row(values)]), rows.shape)
-    return NonFiniteError(
-        f"{place}, {at}: the {what} of target {name!r} holds NaN or infinity; {ADVICE}"
-    )
+def _not_finite(
+    name: str, rows: InputRows, values: Tensor, what: str, place: str
+) -> NonFiniteError:
+    position = int(rows.positions[first_row(values)])
+    return row_error(place, position, rows.shape, f"the {what} of target {name!r} holds")
 
 
 class _Root(torch.autograd.Function):
     """Make a tensor require a gradient without copying it and without making it a leaf.
 
-    A leaf could not be changed in place by the model afterwards; this output can.
+    The model could not change a leaf in place afterwards; this output it can.
     """
 
     @staticmethod

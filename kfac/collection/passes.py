@@ -1,4 +1,4 @@
-"""Passes over data: forward, labels, backward, sums, checkpoints; shared by all statistics."""
+"""Passes over data: forward, labels, backward, sums and checkpoints, for all statistics."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,15 +19,14 @@ from kfac.collection.batches import (
     Forward,
     attended,
     check_tokens,
-    data_labels,
     language_model_forward,
     on_its_device,
 )
 from kfac.collection.checkpoint import Checkpoint, State
-from kfac.collection.covariance import Sums, check_overflow
+from kfac.collection.covariance import Sums
 from kfac.collection.distributed import World
 from kfac.collection.finite import logits_error
-from kfac.collection.hooks import Taps
+from kfac.collection.hooks import TargetTracker
 from kfac.collection.plan import Plan
 from kfac.collection.sampling import RowSeeds, batch_digest, label_gradients, row_contents
 from kfac.target import Target, TargetRecord
@@ -36,14 +35,17 @@ from lirefs.model.guest import as_guest
 
 
 @dataclass(frozen=True)
-class Labelling:
-    """How gradients are made; see `collect` for the meaning of each field."""
+class Options:
+    """How to run the passes; `collect` explains each field."""
 
     seed: int
     labels: str
     samples: int
     forward: Forward | None
     dtype: torch.dtype
+    checkpoint: str | os.PathLike[str] | None
+    checkpoint_every: float
+    progress: bool
 
     def __post_init__(self) -> None:
         if self.labels not in ("sampled", "data"):
@@ -54,93 +56,59 @@ class Labelling:
             raise KfacError(f"dtype={self.dtype}: sums are float32 or float64")
 
     def settings(self) -> dict[str, Any]:
-        """Return what the sums depend on, as JSON values."""
-        return {
-            "seed": self.seed,
-            "labels": self.labels,
-            "samples": self.samples,
-            "dtype": str(self.dtype),
-        }
+        """Return the fields that the sums depend on, as JSON values."""
+        own = {"seed": self.seed, "labels": self.labels, "samples": self.samples}
+        return {**own, "dtype": str(self.dtype)}
 
 
 def run_passes(
     model: nn.Module,
     batches: Iterable[Any],
-    layout: Plan,
+    planned: Plan,
     make_sums: Callable[[], Sums],
-    labelling: Labelling,
+    options: Options,
     digests: Mapping[str, str],
     settings: Mapping[str, Any],
-    *,
-    checkpoint: str | os.PathLike[str] | None,
-    every: float,
-    progress: bool,
     title: str,
 ) -> tuple[dict[str, TargetRecord], dict[str, Tensor], int]:
-    """Sum over all batches, once for each group of targets, and over all processes.
+    """Sum over all batches, once for each pass of the plan, and over all processes.
 
-    Args:
-        model: As in `collect`, as are `batches`, `checkpoint` and `progress`.
-        batches: Gone through once for each pass of the layout.
-        layout: Targets of each pass; said in a line where progress is shown.
-        make_sums: Makes the sums of one pass.
-        labelling: How gradients are made.
-        digests: Of each target's weight, for its record.
-        settings: What else the sums depend on; JSON values.
-        checkpoint: File to keep the state in; each process has its own.
-        every: Seconds between writes.
-        progress: Show a bar.
-        title: Of the bar.
+    `make_sums` returns the empty sums of one pass; `digests`, of the targets' weights, are for
+    their records; `settings` are other JSON values that the sums depend on.
 
     Returns:
         Records of all targets, the tables on CPU, and the number of counted positions.
     """
-    world, groups = World(), layout.passes
-    shown = progress and world.rank == 0
+    world, passes = World(), planned.passes
+    shown = options.progress and world.rank == 0
     if shown:
-        tqdm.write(str(layout), file=sys.stderr)
-    if len(groups) > 1 and iter(batches) is batches:
+        tqdm.write(str(planned), file=sys.stderr)
+    if len(passes) > 1 and iter(batches) is batches:
         raise BatchError(
-            f"{len(groups)} passes are needed, but the batches can be iterated only once: give a "
+            f"{len(passes)} passes are needed, but the batches can be iterated only once: give a "
             "list or a DataLoader, or a larger budget"
         )
-    if checkpoint is not None and world.size > 1:
-        checkpoint = f"{os.fspath(checkpoint)}.{world.rank}-of-{world.size}"
-    passes = [[target.name for target in group] for group in groups]
-    needed = {**labelling.settings(), **settings, "passes": passes, "processes": world.size}
-    file = Checkpoint(checkpoint, every, needed)
-    state = file.load()
-    if checkpoint is not None:
-        file.check(state, len(groups), _tables(state, groups, make_sums()), labelling.dtype)
-    kept: list[Taps] = []
-    first = True
-    with ExitStack() as stack:
-        stack.enter_context(as_guest(model))
-        stack.enter_context(file.guarded(state))
-        for turn, group in enumerate(groups):
-            sums = make_sums()
-            owners = {target.name: target.parameter.device for target in group}
-            # Of an earlier pass the sums wait in main memory; of this one they go to their device.
-            # They stay in the state until the pass is over: an interruption here must not save
-            # a checkpoint without them.
-            mine = [key for key in state.tables if key.partition(".")[2] in owners]
-            for key in mine:
-                device = owners[key.partition(".")[2]] if turn >= state.turn else "cpu"
-                sums.tables[key] = state.tables[key].to(device, copy=True)
-            counts = {name: state.counts[name] for name in owners if name in state.counts}
-            sources = {name: state.sources[name] for name in owners if name in state.sources}
-            taps = Taps(group, labelling.dtype, sums, counts, sources)
-            others = {key: table for key, table in state.tables.items() if key not in mine}
-            if turn >= state.turn:
-                if turn > state.turn:
+    path = options.checkpoint
+    if path is not None and world.size > 1:
+        path = f"{os.fspath(path)}.{world.rank}-of-{world.size}"
+    names = [[target.name for target in targets] for targets in passes]
+    needed = {**options.settings(), **settings, "passes": names, "processes": world.size}
+    checkpoint = Checkpoint(path, options.checkpoint_every, needed)
+    state = checkpoint.load(len(passes), partial(_shapes, passes, make_sums), options.dtype)
+    trackers: list[TargetTracker] = []
+    with as_guest(model), checkpoint.guarded(state):
+        first = state.turn
+        for turn, targets in enumerate(passes):
+            tracker = _resumed(targets, make_sums(), options.dtype, state, on_cpu=turn < first)
+            if turn >= first:
+                if turn > first:
                     state.turn, state.done, state.data = turn, 0, ""
-                label = title if len(groups) == 1 else f"{title} {turn + 1}/{len(groups)}"
+                label = title if len(passes) == 1 else f"{title} {turn + 1}/{len(passes)}"
                 bar = tqdm(batches, desc=label, unit="batch", disable=not shown)
-                run = _Pass(model, taps, labelling, file, state, others, world)
-                with taps.hooked(), bar:
-                    run(bar, compare=first)
-                first = False
-                sums.leave_device()
+                run = _Pass(model, tracker, options, checkpoint, state, world)
+                with tracker.hooked(), bar:
+                    run(bar, compare=turn == first)
+                tracker.sums.leave_device()
                 state.whole = state.whole or state.data
                 if state.data != state.whole:
                     raise BatchError(
@@ -148,19 +116,47 @@ def run_passes(
                         "would be of different data: give the same in the same order each time (a "
                         "list, or a DataLoader without shuffling), or a larger budget"
                     )
-            kept.append(taps)
-            state.tables = others | sums.tables
-        file.save(state)
+            trackers.append(tracker)
+            state.tables = state.tables | tracker.sums.tables
+        checkpoint.save(state)
     world.check_equal(state.data, "batches")
     tokens = sum(world.gather(state.tokens))
     if not tokens:
         raise BatchError(f"none of the {state.done} batches has a counted position")
     records: dict[str, TargetRecord] = {}
     tables: dict[str, Tensor] = {}
-    for taps in kept:
-        records |= _finish(taps, digests, world)
-        tables |= taps.sums.tables
+    for tracker in trackers:
+        records |= _finish(tracker, digests, world)
+        tables |= tracker.sums.tables
     return records, tables, tokens
+
+
+def _shapes(
+    passes: Sequence[Sequence[Target]], make_sums: Callable[[], Sums], state: State
+) -> dict[str, dict[str, tuple[int, int]]]:
+    """Return the shapes of the sums of every target, by key, if inputs are shared as in a state."""
+    shapes, sums = {}, make_sums()
+    for target in (target for targets in passes for target in targets):
+        record = target.record(0, state.sources.get(target.name, target.name), "")
+        shapes[target.name] = sums.shapes(target.name, record)
+    return shapes
+
+
+def _resumed(
+    targets: Sequence[Target], sums: Sums, dtype: torch.dtype, state: State, *, on_cpu: bool
+) -> TargetTracker:
+    """Return a tracker that continues from a state, with copies of its sums for these targets."""
+    # The sums of an earlier pass stay in main memory. The state keeps its own until the first batch
+    # of this pass: an interruption here must not save a checkpoint without them.
+    devices = {target.name: target.parameter.device for target in targets}
+    for key, table in state.tables.items():
+        name = key.partition(".")[2]
+        if name in devices:
+            sums.tables[key] = table.to("cpu" if on_cpu else devices[name], copy=True)
+    tracker = TargetTracker(targets, dtype, sums)
+    tracker.counts |= {name: n for name, n in state.counts.items() if name in devices}
+    tracker.sources = {name: one for name, one in state.sources.items() if name in devices}
+    return tracker
 
 
 @dataclass
@@ -168,34 +164,31 @@ class _Pass:
     """One pass over the data for one group of targets."""
 
     model: nn.Module
-    taps: Taps
-    labelling: Labelling
+    tracker: TargetTracker
+    options: Options
     checkpoint: Checkpoint
     state: State
-    others: Mapping[str, Tensor]
     world: World
 
     def __call__(self, bar: Any, *, compare: bool) -> None:
-        """Go through all batches, from where the state is.
+        """Sum over all batches of a bar that the state does not have yet.
 
-        Args:
-            bar: The batches, in a progress bar.
-            compare: Compare the first batch with that of the other processes.
+        `compare` compares the first batch with that of the other processes.
         """
-        state, world, sums = self.state, self.world, self.taps.sums
-        seeds = RowSeeds(self.labelling.seed)
+        state, world, sums = self.state, self.world, self.tracker.sums
+        seeds = RowSeeds(self.options.seed)
         data = hashlib.sha256()
         began, summed, seen = time.perf_counter(), 0, 0
-        state.tables = {**self.others, **sums.tables}
-        for index, batch in enumerate(bar):
-            if self.labelling.forward is None:
-                check_tokens(self.model, batch, f"batch {index}")
+        state.tables = state.tables | sums.tables
+        for seen, batch in enumerate(bar, 1):
+            place = f"batch {seen - 1}"
+            if self.options.forward is None:
+                check_tokens(self.model, batch, place)
             contents = row_contents(batch)
             data.update(batch_digest(batch, contents))
-            seen = index + 1
-            if index == 0 and compare:
+            if seen == 1 and compare:
                 world.check_equal(data.hexdigest(), "batches")
-            if index < state.done or not world.owns(index):
+            if seen <= state.done or not world.owns(seen - 1):
                 seeds.skip(contents)
                 if seen == state.done and state.data != data.hexdigest():
                     raise CheckpointError(
@@ -205,21 +198,20 @@ class _Pass:
                 if seen > state.done:
                     state.done, state.data = seen, data.hexdigest()
                 continue
-            self.checkpoint.before_batch()
-            ready = on_its_device(batch, self.model)
-            counted = self._backpropagate(ready, contents, seeds, index)
-            if counted:
-                self.checkpoint.before_sums()
-                self.taps.add(self.labelling.samples)
-                check_overflow(sums.tables, f"batch {index}")
-            summed += counted
-            state.tokens += counted if state.turn == 0 else 0
-            state.done, state.data = seen, data.hexdigest()
-            state.counts |= self.taps.counts
-            state.sources |= self.taps.sources
-            state.tables = {**self.others, **sums.tables}
-            bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
-            self.checkpoint.after_batch(state)
+            with self.checkpoint.batch(state):
+                ready = on_its_device(batch, self.model)
+                counted = self._backpropagate(ready, contents, seeds, place)
+                if counted:
+                    self.checkpoint.changing = True
+                    self.tracker.add(self.options.samples)
+                    sums.check_overflow(place)
+                summed += counted
+                state.tokens += counted if state.turn == 0 else 0
+                state.done, state.data = seen, data.hexdigest()
+                state.counts |= self.tracker.counts
+                state.sources |= self.tracker.sources
+                state.tables = state.tables | sums.tables
+                bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
         if not seen:
             raise BatchError("the iterable of batches is empty")
         if seen < state.done:
@@ -229,12 +221,12 @@ class _Pass:
             )
 
     def _backpropagate(
-        self, batch: Any, contents: Sequence[bytes], seeds: RowSeeds, index: int
+        self, batch: Any, contents: Sequence[bytes], seeds: RowSeeds, place: str
     ) -> int:
-        """Run the model, draw labels and backpropagate; return the number of counted positions."""
-        labelling, place = self.labelling, f"batch {index}"
-        self.taps.begin()
-        logits, mask, *rest = (labelling.forward or language_model_forward)(self.model, batch)
+        """Run the model, choose labels, backpropagate; return the number of counted positions."""
+        forward, samples = self.options.forward or language_model_forward, self.options.samples
+        self.tracker.begin()
+        logits, mask, *rest = forward(self.model, batch)
         shape = logits.shape[:-1]
         if not shape or mask.ndim == 0 or mask.shape[0] != shape[0] or len(contents) != shape[0]:
             raise BatchError(
@@ -244,41 +236,42 @@ class _Pass:
         mask = mask.bool()
         labelled = mask if mask.shape == shape else torch.ones(shape, dtype=torch.bool)
         uniforms = labels = None
-        if labelling.labels == "data":
+        if self.options.labels == "data":
             seeds.skip(contents)
             labels = self._given_labels(batch, rest, shape, place)[labelled].long()
             if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
                 raise BatchError(
                     f"{place}: a label of a counted position is not in the vocabulary of "
-                    f"{logits.shape[-1]}; -100 marks what is not counted"
+                    f"{logits.shape[-1]}; -100 marks positions that are not counted"
                 )
         else:
-            # Drawing at every real token, counted or not, makes a label independent of the mask.
+            # A draw at every real token, counted or not, makes labels independent of the mask.
             real = attended(batch)
             drawn = real if real is not None and real.shape == shape else labelled
             where = drawn | labelled.to(drawn.device)
-            uniforms = seeds.draw(contents, where, labelling.samples)[:, labelled.cpu()]
-        counted = int(mask.sum())
-        if not counted:
+            uniforms = seeds.draw(contents, where, samples)[:, labelled.cpu()]
+        if not (counted := int(mask.sum())):
             return 0
         if not logits.requires_grad:
             raise TargetError("the logits depend on no target: the forward pass calls none of them")
-        self.taps.read(mask, place)
+        self.tracker.read(mask, place)
         rows = labelled.flatten().nonzero()[:, 0]
         gradients = label_gradients(logits.detach(), rows, uniforms, labels)
         if gradients is None:
             raise logits_error(logits, labelled, place)
         for draw, gradient in enumerate(gradients, 1):
-            torch.autograd.backward(logits, gradient, retain_graph=draw < labelling.samples)
-        self.taps.check_gradients(place)
+            torch.autograd.backward(logits, gradient, retain_graph=draw < samples)
+        self.tracker.check_gradients(place)
         return counted
 
     def _given_labels(
         self, batch: Any, rest: Sequence[Tensor], shape: torch.Size, place: str
     ) -> Tensor:
-        """Return the data's labels, shaped as the logits without their last axis."""
-        if self.labelling.forward is None:
-            return data_labels(batch)
+        """Return the data's labels, with the shape of the logits without their last axis."""
+        if self.options.forward is None:
+            given = batch.get("labels")
+            following = given if isinstance(given, Tensor) else batch["input_ids"]
+            return following.roll(-1, 1)  # the last column is never counted
         if not rest or rest[0].shape != shape:
             raise BatchError(
                 f"{place}: with labels='data', `forward` must return labels of shape "
@@ -287,36 +280,26 @@ class _Pass:
         return rest[0]
 
 
-def _tables(
-    state: State, groups: Sequence[Sequence[Target]], sums: Sums
-) -> dict[str, dict[str, tuple[int, int]]]:
-    """Shapes of the sums of every target, by key, where inputs are shared as a state says."""
-    found = {}
-    for target in (target for group in groups for target in group):
-        source = state.sources.get(target.name, target.name)
-        record = TargetRecord(target.out_features, target.in_features, 0, source, "")
-        found[target.name] = sums.keys(target.name, record)
-    return found
-
-
-def _finish(taps: Taps, digests: Mapping[str, str], world: World) -> dict[str, TargetRecord]:
-    """Add up what the processes have, and return the records."""
-    sums = taps.sums
-    parts = world.gather((taps.counts, taps.sources, list(sums.tables)))
-    taps.counts = {name: sum(counts[name] for counts, _, _ in parts) for name in taps.counts}
+def _finish(
+    tracker: TargetTracker, digests: Mapping[str, str], world: World
+) -> dict[str, TargetRecord]:
+    """Add the sums and counts of all processes, and return the records."""
+    sums = tracker.sums
+    parts = world.gather((tracker.counts, tracker.sources, list(sums.tables)))
+    tracker.counts = {name: sum(counts[name] for counts, _, _ in parts) for name in tracker.counts}
     for _, sources, _ in parts:
-        if any(taps.sources.get(name, source) != source for name, source in sources.items()):
+        if any(tracker.sources.get(name, source) != source for name, source in sources.items()):
             raise KfacError("targets shared their input in some processes only")
-        taps.sources |= sources
-    records = taps.records(digests)
+        tracker.sources |= sources
+    records = tracker.records(digests)
     reached = {key for _, _, keys in parts for key in keys}
-    for name in taps.targets:
-        keys = sums.keys(name, records[name])
-        if records[name].count and not any(key in reached for key in keys if key[0] != "A"):
+    for name, record in records.items():
+        shapes = sums.shapes(name, record)
+        if record.count and not any(key in reached for key in shapes if key[0] != "A"):
             raise TargetError(f"targets whose output never reaches the logits: {[name]}")
-        for key, shape in keys.items():
+        for key, shape in shapes.items():
             if key not in sums.tables:
-                sums.tables[key] = torch.zeros(shape, dtype=taps.dtype)
+                sums.tables[key] = torch.zeros(shape, dtype=tracker.dtype)
     world.add(sums.tables)
     sums.finish()
     return records

@@ -1,4 +1,4 @@
-"""How much memory a collection needs, and how its targets are spread over passes to fit."""
+"""The memory that a collection needs, and the passes over which its targets are spread to fit."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Plan:
         bytes: Memory of the sums in each pass, on the devices of the targets.
         total: Memory of all sums together, in main memory at the end.
         per_token: Memory for each position of a batch: the targets' inputs and output gradients
-            (for one label a position), and what is derived from them. The model comes on top.
+            (for one label a position), and values derived from them. The model is not included.
     """
 
     passes: tuple[tuple[Target, ...], ...]
@@ -58,8 +58,9 @@ def plan(
 ) -> Plan:
     """Plan a collection before anything is computed.
 
-    Targets that read one input, as told by their names (gate and up; q, k, v), stay in one pass.
-    Targets that share an input without such names are counted apart: needs are never understated.
+    Targets that read one input, judged by their names (gate and up; q, k, v), stay in one pass.
+    Targets that share an input but have other names are counted separately, so the plan never
+    understates the memory.
 
     Args:
         targets: At least one.
@@ -70,7 +71,7 @@ def plan(
         correction: Plan `correct` instead of `collect`.
 
     Returns:
-        The plan; `str(plan)` says it in a line.
+        The plan; `str(plan)` sums it up in one line.
 
     Raises:
         BudgetError: The targets of one input alone need more than the budget.
@@ -78,10 +79,22 @@ def plan(
     """
     if not targets:
         raise TargetError("no targets were given")
-    size = torch.empty((), dtype=dtype).element_size()
+    size = dtype.itemsize
 
     def need(group: Sequence[Target]) -> int:
-        return size * sum(_entries(group, marginals, diagonal, correction))
+        entries = 0
+        for sharing in _groups(group):
+            inputs = sharing[0].in_features
+            entries += inputs**2
+            for out in (target.out_features for target in sharing):
+                entries += out**2 + marginals * (out**2 + inputs**2)
+                entries += (diagonal or correction) * out * inputs
+        return size * entries
+
+    def per_token(group: Sequence[Target]) -> int:
+        copies = 1 + (marginals or diagonal or correction)
+        outs = [target.out_features for target in group]
+        return size * (copies * sum(t.in_features for t in group) + sum(outs) + max(outs))
 
     passes: list[list[Target]] = [[]]
     for group in _groups(targets):
@@ -93,34 +106,12 @@ def plan(
         if budget is not None and passes[-1] and need([*passes[-1], *group]) > budget:
             passes.append([])
         passes[-1] += group
-    needs = tuple(need(group) for group in passes)
-    copies = 1 + (marginals or diagonal or correction)
-    per_token = max(
-        size * (copies * sum(t.in_features for t in group) + sum(outs) + max(outs))
-        for group in passes
-        for outs in [[t.out_features for t in group]]
-    )
-    return Plan(tuple(map(tuple, passes)), needs, sum(needs), per_token)
-
-
-def _entries(
-    targets: Sequence[Target], marginals: bool, diagonal: bool, correction: bool
-) -> list[int]:
-    """Return the number of entries of each sum, and of the bases that `correct` rotates with."""
-    result = []
-    for group in _groups(targets):
-        inputs, outputs = group[0].in_features, [target.out_features for target in group]
-        result.append(inputs**2)
-        result += [out**2 for out in outputs]
-        if marginals:
-            result += [out**2 + inputs**2 for out in outputs]
-        if diagonal or correction:
-            result += [out * inputs for out in outputs]
-    return result
+    needs = tuple(map(need, passes))
+    return Plan(tuple(map(tuple, passes)), needs, sum(needs), max(map(per_token, passes)))
 
 
 def _groups(targets: Sequence[Target]) -> list[list[Target]]:
-    """Join targets that read one input, as their names tell."""
+    """Join targets that read one input, judged by their names."""
     groups: dict[object, list[Target]] = {}
     for target in targets:
         parent, _, own = target.name.rpartition(".")

@@ -1,4 +1,4 @@
-"""Labels sampled from a model's softmax, reproducible for each sequence, and their gradient."""
+"""Labels sampled from a model's softmax, reproducible for each sequence, and their gradients."""
 
 from __future__ import annotations
 
@@ -21,13 +21,11 @@ _BLOCK = 256
 
 
 class RowSeeds:
-    """Uniform random numbers that depend on what a sequence is, not on where it stands.
+    """Uniform random numbers that depend on a sequence's content, not on its place in the data.
 
-    The generator of a sequence is seeded with SHA-256 of the seed, the sequence's content and how
-    often the same content came before, so batching, padding and order change no label.
-
-    Args:
-        seed: Seed of the whole collection.
+    The generator of a sequence is seeded with SHA-256 of the collection's seed, the sequence's
+    content and how often the same content came before, so batching, padding and order change no
+    label.
     """
 
     def __init__(self, seed: int) -> None:
@@ -35,12 +33,9 @@ class RowSeeds:
         self._seen: Counter[bytes] = Counter()
 
     def draw(self, contents: Sequence[bytes], where: Tensor, draws: int = 1) -> Tensor:
-        """Draw numbers for each true entry of `where`, in row order.
+        """Draw numbers for each true entry of `where` (B, ...), in row order.
 
-        Args:
-            contents: From `row_contents`, one for each sequence.
-            where: bool, shape (B, ...).
-            draws: Numbers for each entry; the first ones do not depend on how many follow.
+        `contents` are the `row_contents`. The first draws do not depend on how many follow.
 
         Returns:
             float64 on CPU, shape (draws, *where.shape); NaN where `where` is false.
@@ -60,7 +55,7 @@ class RowSeeds:
         return result
 
     def skip(self, contents: Sequence[bytes]) -> None:
-        """Count sequences that are not drawn for here: done before, or by another process."""
+        """Count sequences that are drawn elsewhere: earlier, or by another process."""
         self._seen.update(contents)
 
 
@@ -70,17 +65,17 @@ def label_gradients(
     """Return the gradients of the summed negative log-likelihood of labels, one for each draw.
 
     The gradient with respect to a row of logits is softmax minus one-hot, so no loss graph is
-    needed: one softmax serves all draws and all gradients.
+    needed, and one softmax serves all draws.
 
     Args:
         logits: Shape (..., C), any floating dtype.
         rows: int64 (n,), the counted rows of the flattened logits.
-        uniforms: float64 (draws, n), to sample labels with; or None.
+        uniforms: float64 (draws, n), to sample labels with; None if they are given.
         labels: int64 (n,), the labels if they are not sampled.
 
     Returns:
-        Gradients of the shape and dtype of `logits`, zero outside `rows`. Each is only valid until
-        the next. None if a counted row is not finite.
+        Gradients of the shape and dtype of `logits`, zero outside `rows`, each valid until the
+        next. None if a counted row is not finite.
     """
     classes = logits.shape[-1]
     flat = logits.reshape(-1, classes)
@@ -110,30 +105,23 @@ def label_gradients(
         gradient[index] = chunk.to(flat.dtype)
     if not bool(finite):
         return None
-    return _with_labels(gradient, logits.shape, rows, drawn, chances)
 
+    def with_labels() -> Iterator[Tensor]:
+        for label, chance in zip(drawn, chances, strict=True):
+            gradient[rows, label] = (chance - 1).to(gradient.dtype)
+            yield gradient.reshape(logits.shape)
+            gradient[rows, label] = chance.to(gradient.dtype)
 
-def _with_labels(
-    gradient: Tensor, shape: torch.Size, rows: Tensor, drawn: Tensor, chances: Tensor
-) -> Iterator[Tensor]:
-    for labels, chance in zip(drawn, chances, strict=True):
-        gradient[rows, labels] = (chance - 1).to(gradient.dtype)
-        yield gradient.reshape(shape)
-        gradient[rows, labels] = chance.to(gradient.dtype)
+    return with_labels()
 
 
 def sample_labels(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     """Draw a class for each row by inverting its cumulative distribution.
 
-    The sum is first taken over blocks of classes, then inside the block that holds the draw: the
+    The sum is first taken over blocks of classes, then inside the block that holds the draw. The
     table is read once, and the sums are more exact than one long running sum.
 
-    Args:
-        probabilities: Shape (n, C), non-negative.
-        uniforms: Shape (n,), in [0, 1).
-
-    Returns:
-        int64, shape (n,).
+    `probabilities` (n, C) are non-negative, `uniforms` (n,) in [0, 1); labels are int64 (n,).
     """
     classes = probabilities.shape[1]
     whole = classes // _BLOCK * _BLOCK
@@ -175,7 +163,7 @@ def row_contents(batch: Any) -> list[bytes]:
     tensors = [part.detach().cpu() for part in parts if isinstance(part, Tensor) and part.ndim]
     if not tensors:
         return []
-    # The size that most tensors begin with is the batch; a table that rides along is left out.
+    # The size that most tensors begin with is the batch's; another table in the batch is left out.
     rows = Counter(len(tensor) for tensor in tensors).most_common(1)[0][0]
     tensors = [tensor.contiguous() for tensor in tensors if len(tensor) == rows]
     return [
@@ -185,12 +173,10 @@ def row_contents(batch: Any) -> list[bytes]:
 
 
 def batch_digest(batch: Any, contents: Sequence[bytes]) -> bytes:
-    """Return the SHA-256 of all that the sums of a batch depend on, padding left out.
+    """Return the SHA-256 of everything that the sums of a batch depend on, without padding.
 
-    Args:
-        batch: Any batch of a collection.
-        contents: Its `row_contents`. Of a token batch they do not hold the labels (a draw shall not
-            depend on them), nor what a custom `forward` may read beside the tokens.
+    `contents`, its `row_contents`, lack the labels of a token batch (a draw must not depend on
+    them) and other tensors that a custom `forward` may read, so these are added.
     """
     sha = hashlib.sha256(str(len(contents)).encode())
     for content in contents:

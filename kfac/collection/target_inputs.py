@@ -1,10 +1,9 @@
-"""What goes into the targets of a model."""
+"""The inputs of targets, batch by batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +16,10 @@ from kfac.collection.batches import (
     language_model_forward,
     on_its_device,
 )
-from kfac.collection.finite import ADVICE, where
+from kfac.collection.finite import row_error
+from kfac.collection.hooks import first_argument
 from kfac.target import Target
-from lirefs.errors import BatchError, NonFiniteError, TargetError
+from lirefs.errors import BatchError, TargetError
 
 
 def target_inputs(
@@ -28,15 +28,10 @@ def target_inputs(
     targets: Sequence[Target],
     forward: Forward | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Run a model on batches and yield what each target read, batch by batch.
+    """Run a model on batches and yield the inputs of Linear or Conv1D targets, batch by batch.
 
-    Args:
-        model: A causal language model, or what `forward` runs; nothing after the last target
-            matters.
-        batches: Mappings with input_ids (B, T) and an optional attention_mask (B, T); with
-            `forward`, whatever it takes.
-        targets: Linear or Conv1D targets; an expert sees only some positions and is refused.
-        forward: As in `kfac.collect`; its mask says which positions are attended.
+    Batches are mappings with input_ids (B, T) and an optional attention_mask (B, T), or whatever
+    `forward` takes, whose mask then says which positions are attended.
 
     Yields:
         Target name to its inputs (B, T, in), and the bool mask (B, T) of attended positions.
@@ -46,44 +41,40 @@ def target_inputs(
         NonFiniteError: An input at an attended position is NaN or infinite.
         TargetError: A target is an expert, is never called, or its input is not (B, T, in).
     """
-    experts = [target.name for target in targets if target.expert is not None]
-    if experts:
+    if experts := [target.name for target in targets if target.expert is not None]:
         raise TargetError(f"inputs of single experts cannot be read text by text: {experts}")
     seen: dict[str, Tensor] = {}
-    empty = True
+    index = -1
     with ExitStack() as stack:
         for target in targets:
-            hook: Callable[..., None] = partial(_keep_input, seen, target.name)
-            handle = target.module.register_forward_pre_hook(hook, with_kwargs=True)
+
+            def keep(module: nn.Module, args: Any, kwargs: Any, name: str = target.name) -> None:
+                seen[name] = first_argument(args, kwargs).detach()
+
+            handle = target.module.register_forward_pre_hook(keep, with_kwargs=True)
             stack.callback(handle.remove)
         for index, batch in enumerate(batches):
-            empty = False
             seen.clear()
             real = _attended_run(model, batch, f"batch {index}", forward)
-            wrong = [t.name for t in targets if t.name not in seen]
-            if wrong:
+            if wrong := [t.name for t in targets if t.name not in seen]:
                 raise TargetError(f"targets never called by the forward pass: {wrong}")
-            wrong = [name for name, read in seen.items() if read.shape[:-1] != real.shape]
-            if wrong:
+            if wrong := [name for name, read in seen.items() if read.shape[:-1] != real.shape]:
                 raise TargetError(f"targets whose input does not have the batch's shape: {wrong}")
             if not bool(real.any(1).all()):
                 raise BatchError(f"batch {index}: a text has no attended token")
             for name, read in seen.items():
                 bad = ~read.isfinite().all(-1) & real.to(read.device)
-                if bool(bad.any()):
-                    at = where(int(bad.flatten().nonzero()[0]), bad.shape)
-                    raise NonFiniteError(
-                        f"batch {index}, {at}: the input of target {name!r} holds NaN or infinity; "
-                        f"{ADVICE}"
-                    )
+                for position in bad.flatten().nonzero()[:1]:
+                    what = f"the input of target {name!r} holds"
+                    raise row_error(f"batch {index}", int(position), bad.shape, what)
             yield dict(seen), real
-    if empty:
+    if index < 0:
         raise BatchError("the iterable of batches is empty")
 
 
 @torch.no_grad()
 def _attended_run(model: nn.Module, batch: Any, place: str, forward: Forward | None) -> Tensor:
-    """Run a batch for what hooks see of it, and return the mask of attended positions."""
+    """Run a batch for the hooks, and return the mask of attended positions."""
     if forward is not None:
         return forward(model, on_its_device(batch, model))[1].bool()
     check_tokens(model, batch, place)
@@ -91,9 +82,3 @@ def _attended_run(model: nn.Module, batch: Any, place: str, forward: Forward | N
     real = attended(batch)
     assert real is not None  # check_tokens has refused such a batch
     return real
-
-
-def _keep_input(
-    seen: dict[str, Tensor], name: str, module: nn.Module, args: Any, kwargs: Any
-) -> None:
-    seen[name] = (args[0] if args else next(iter(kwargs.values()))).detach()

@@ -1,7 +1,7 @@
-"""The curvature that each estimator gives to the entries of a weight, from the collected sums.
+"""The curvature that each estimator gives to the coordinates of a weight, from collected sums.
 
-All estimators but the diagonal one speak of the coordinates C = U_Gᵀ W U_A, so that one rotation of
-the weight serves them all.
+All estimators except "diagonal" use the coordinates C = U_Gᵀ W U_A, so one rotation of the weight
+serves them all.
 """
 
 from __future__ import annotations
@@ -11,17 +11,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lirefs.errors import EstimatorError
-
 ESTIMATORS = ("kfac", "ekfac", "marginal", "input", "output", "diagonal")
-"""Names of the estimators of curvature; `Factors.curvature` says what each one is."""
+"""Names of the estimators of curvature; `Factors.curvature` describes each."""
 
 
 @dataclass(frozen=True, eq=False)
 class Curvature:
-    """The curvature of each coordinate of one target: one number, its mass, for each.
+    """The curvature of each coordinate of one target: one number, its mass.
 
-    Separable estimators give `lam` and `mu`, the others `table`.
+    Separable estimators have `lam` and `mu`, the others `table`.
 
     Attributes:
         estimator: One of `ESTIMATORS`.
@@ -40,28 +38,16 @@ class Curvature:
     @property
     def total(self) -> float:
         """The mass of all coordinates together."""
-        if self.table is not None:
-            return float(self.table.sum(dtype=torch.float64))
-        lam, mu = self._spectra()
-        return float(lam.sum() * mu.sum())
+        if self.lam is None or self.mu is None:
+            return float(self.mass().sum(dtype=torch.float64))
+        return float(self.lam.sum() * self.mu.sum())
 
     def mass(self) -> Tensor:
-        """Return the mass of every coordinate, shape (out, in).
-
-        Returns:
-            On CPU; float64, or the dtype of the sums for a table.
-        """
-        if self.table is not None:
-            return self.table
-        lam, mu = self._spectra()
-        return torch.outer(lam, mu)
-
-    def _spectra(self) -> tuple[Tensor, Tensor]:
-        if self.lam is None or self.mu is None:
-            raise EstimatorError(
-                f"the {self.estimator} estimator has no spectra: its mass is a table"
-            )
-        return self.lam, self.mu
+        """Return the mass of every coordinate, (out, in): float64, a table as it was summed."""
+        if self.lam is not None and self.mu is not None:
+            return torch.outer(self.lam, self.mu)
+        assert self.table is not None
+        return self.table
 
 
 def marginal_spectra(
@@ -70,17 +56,12 @@ def marginal_spectra(
     """Return spectra whose products have the row and column sums of the EK-FAC table.
 
     With T_ij = E[(uᵢ·g)² (vⱼ·a)²], the row sums are uᵢᵀ E[‖a‖² g gᵀ] uᵢ and the column sums
-    vⱼᵀ E[‖g‖² a aᵀ] vⱼ; the product of both over the total is the separable table nearest to T in
+    vⱼᵀ E[‖g‖² a aᵀ] vⱼ. The product of both over the total is the separable table nearest to T in
     relative entropy. No second pass over the data is needed.
 
-    Args:
-        weighted_a: E[‖g‖² a aᵀ], shape (in, in).
-        weighted_g: E[‖a‖² g gᵀ], shape (out, out).
-        u_out: Eigenvectors of G in columns, float64.
-        u_in: Eigenvectors of A in columns, float64.
-
-    Returns:
-        lam (out,) and mu (in,), float64, not sorted.
+    `weighted_a` is E[‖g‖² a aᵀ] (in, in) and `weighted_g` E[‖a‖² g gᵀ] (out, out); `u_out` and
+    `u_in` have the eigenvectors of G and A in columns. Returned are lam (out,) and mu (in,), in
+    float64 and not sorted.
     """
     rows, columns = (
         torch.einsum("ij,ij->j", u, wide @ u).clamp(min=0)

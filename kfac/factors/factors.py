@@ -1,4 +1,4 @@
-"""Factors: the second moments of a target's inputs and output gradients, with what made them."""
+"""Factors: the second moments of targets' inputs and output gradients, with their provenance."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from kfac.factors.eigen import Eigen, eigenbasis
 from kfac.factors.estimators import ESTIMATORS, Curvature, marginal_spectra
-from kfac.factors.factors_file import FORMAT, parts
-from kfac.factors.tensor_file import library_version, read_tensors, tensor_bytes, write_tensors
+from kfac.factors.factors_file import FORMAT, factors_arguments
+from kfac.factors.tensor_file import read_tensors, tensor_bytes, write_tensors
 from kfac.target import Target, TargetRecord, weight_digest
 from kfac.targets import named_targets
 from lirefs.errors import (
@@ -26,35 +26,28 @@ from lirefs.errors import (
     TargetError,
 )
 from lirefs.model.guest import full_precision, widened
+from lirefs.version import __version__
 
 _HEADER = "kfac_factors"
 
 
 class Factors:
-    """A = E[a aᵀ] and G = E[g gᵀ] of some targets, and what other estimators need.
+    """A = E[a aᵀ] and G = E[g gᵀ] of some targets, and the sums that other estimators need.
 
     Sums and counts are stored, never means, so factors of different data can be merged. An A
-    that several targets share (gate and up read the same input) is stored once.
+    that several targets share (gate and up read the same input) is stored once. All tensors are on
+    CPU. All arguments except `bases` become attributes.
 
     Args:
-        records: One for each target name, in collection order.
-        sums: By letter and target: "A.<source>" sums a aᵀ, "G.<name>" g gᵀ, "AW." ‖g‖² a aᵀ, "GW."
+        records: One `TargetRecord` for each target name, in collection order.
+        sums: By kind and target: "A.<source>" sums a aᵀ, "G.<name>" g gᵀ, "AW." ‖g‖² a aᵀ, "GW."
             ‖a‖² g gᵀ, "D." the squared entries of g aᵀ, "E." the same in the eigenbases.
         seeds: Seeds of the sampled labels, one for each collection that was merged.
         tokens: Counted positions of the data.
         labels: "sampled" (Fisher), "data" (empirical Fisher) or "mixed".
-        provenance: What the user said about the data; JSON values.
-        bases: Eigenvalues and eigenvectors that the sums "E." belong to.
-        weighted: The sums of a part were scaled when parts were merged, so no part can be taken
-            out again.
-
-    Attributes:
-        records: One `TargetRecord` for each target name, in collection order.
-        seeds: As given.
-        tokens: As given.
-        labels: As given.
-        provenance: As given.
-        weighted: As given.
+        provenance: The user's notes about the data; JSON values.
+        bases: Eigenvalues and eigenvectors of the basis in which the sums "E." were collected.
+        weighted: Parts were merged with weights, so none of them can be subtracted.
     """
 
     def __init__(
@@ -94,27 +87,21 @@ class Factors:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the sums."""
+        """The dtype of the sums."""
         return next(iter(self.sums.values())).dtype
 
     @property
     def estimators(self) -> list[str]:
         """The estimators that `curvature` can give for every target."""
-        letters = {"marginal": "AW", "diagonal": "D", "ekfac": "E"}
+        kinds = {"marginal": "AW", "diagonal": "D", "ekfac": "E"}
         return [
             one
             for one in ESTIMATORS
-            if all(f"{letters.get(one, 'G')}.{name}" in self.sums for name in self.records)
+            if all(f"{kinds.get(one, 'G')}.{name}" in self.sums for name in self.records)
         ]
 
     def A(self, name: str) -> Tensor:
-        """Return E[a aᵀ] of a target, shape (in, in).
-
-        Args:
-            name: Target name.
-
-        Returns:
-            In the dtype of the sums, on CPU, in squared units of the activations.
+        """Return E[a aᵀ] of a target, shape (in, in), in squared units of the activations.
 
         Raises:
             TargetError: There are no factors for the target.
@@ -122,13 +109,9 @@ class Factors:
         return self._mean("A", self._record(name).source)
 
     def G(self, name: str) -> Tensor:
-        """Return E[g gᵀ] of a target, shape (out, out); g belongs to a summed loss.
+        """Return E[g gᵀ] of a target, shape (out, out), where g belongs to a summed loss.
 
-        Args:
-            name: Target name.
-
-        Returns:
-            In the dtype of the sums, on CPU, in squared nats per squared unit of the output.
+        Its unit is squared nats per squared unit of the output.
 
         Raises:
             TargetError: There are no factors for the target.
@@ -136,13 +119,7 @@ class Factors:
         return self._mean("G", name)
 
     def count(self, name: str) -> int:
-        """Return the number of positions that a target's factors sum over.
-
-        Args:
-            name: Target name.
-
-        Returns:
-            A number of positions; that of an expert, its own.
+        """Return the number of positions that a target, or one expert, has sums of.
 
         Raises:
             TargetError: There are no factors for the target.
@@ -150,13 +127,7 @@ class Factors:
         return self._record(name).count
 
     def eigen(self, name: str) -> Eigen:
-        """Return spectra and eigenvectors of a target; computed once, a shared A once for all.
-
-        Args:
-            name: Target name.
-
-        Returns:
-            float64 on CPU, eigenvalues descending and clamped at 0.
+        """Return float64 spectra and eigenvectors of a target; a shared A is decomposed only once.
 
         Raises:
             TargetError: There are no factors for the target.
@@ -177,26 +148,23 @@ class Factors:
             estimator: "kfac": λᵢ μⱼ. "ekfac": E[(uᵢ·g)² (vⱼ·a)²], the exact diagonal of the Fisher
                 in K-FAC's eigenbasis (George et al. 2018, arXiv 1806.03884), after `correct`.
                 "marginal": the separable table with EK-FAC's row and column sums, without a second
-                pass. "input": μⱼ, G taken as identity. "output": λᵢ, A taken as identity.
+                pass. "input": μⱼ, with G the identity. "output": λᵢ, with A the identity.
                 "diagonal": E[(∂L/∂W)²], the mean squared gradient of each entry of W itself.
-
-        Returns:
-            The curvature; for all but "diagonal" in the coordinates of `eigen(name)`.
 
         Raises:
             EstimatorError: The estimator is unknown, or its sums were not collected.
+            TargetError: There are no factors for the target.
         """
         if estimator not in ESTIMATORS:
             raise EstimatorError(f"estimator={estimator!r} is unknown: use one of {ESTIMATORS}")
-        if estimator == "diagonal":
-            return Curvature(estimator, None, None, self._mean("D", name), rotated=False)
-        if estimator == "ekfac":
-            return Curvature(estimator, None, None, self._mean("E", name), rotated=True)
+        if estimator in ("diagonal", "ekfac"):
+            table = self._mean("D" if estimator == "diagonal" else "E", name)
+            return Curvature(estimator, None, None, table, rotated=estimator == "ekfac")
         basis = self.eigen(name)
         lam, mu = basis.lam, basis.mu
         if estimator == "marginal":
-            weighted = self._mean("AW", name), self._mean("GW", name)
-            lam, mu = marginal_spectra(*weighted, basis.u_out, basis.u_in)
+            weighted_a, weighted_g = self._mean("AW", name), self._mean("GW", name)
+            lam, mu = marginal_spectra(weighted_a, weighted_g, basis.u_out, basis.u_in)
         elif estimator == "input":
             lam = torch.ones_like(lam)
         elif estimator == "output":
@@ -206,7 +174,7 @@ class Factors:
     def coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         """Return C = U_Gᵀ W U_A, the weight in the eigenbases of its target.
 
-        The last result of each target is kept, so a sweep over `keep` rotates each weight once.
+        The last result of each target is cached, so a sweep over `keep` rotates each weight once.
 
         Args:
             name: Target name.
@@ -231,7 +199,7 @@ class Factors:
     def digest(self) -> str:
         """SHA-256 over everything stored except provenance; equal after save and load."""
         if self._digest is None:
-            sha = hashlib.sha256(json.dumps(self._header(with_provenance=False)).encode())
+            sha = hashlib.sha256(json.dumps(self._header()).encode())
             for key, tensor in sorted(self._tensors().items()):
                 sha.update(key.encode())
                 sha.update(tensor_bytes(tensor))
@@ -239,10 +207,7 @@ class Factors:
         return self._digest
 
     def check(self, model: nn.Module) -> None:
-        """Verify that these factors were collected from this model.
-
-        Args:
-            model: The model as it was at collection.
+        """Verify that these factors were collected from this model, in its present state.
 
         Raises:
             FactorsMismatchError: A target is missing, has another shape or other weights.
@@ -255,14 +220,7 @@ class Factors:
                 )
 
     def targets(self, model: nn.Module, names: Iterable[str] | None = None) -> list[Target]:
-        """Return the model's targets for all or some names, with their shapes checked.
-
-        Args:
-            model: Any model that has the targets.
-            names: Target names; None for all.
-
-        Returns:
-            In the order of the names.
+        """Return the model's targets, of all names or those given, in their order.
 
         Raises:
             FactorsMismatchError: A target is missing or has another shape.
@@ -272,8 +230,7 @@ class Factors:
         except TargetError as error:
             raise FactorsMismatchError(f"the factors do not fit this model: {error}") from error
         for target in targets:
-            record = self._record(target.name)
-            shape, expected = tuple(target.weight.shape), (record.out_features, record.in_features)
+            shape, expected = tuple(target.weight.shape), self._record(target.name).shape("D")
             if shape != expected:
                 raise FactorsMismatchError(
                     f"target {target.name!r} has shape {shape}, the factors are for {expected}"
@@ -281,38 +238,30 @@ class Factors:
         return targets
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write one safetensors file with a JSON header; an existing file is replaced at once.
-
-        Args:
-            path: The file.
+        """Write one safetensors file with a JSON header, whole or not at all.
 
         Raises:
             KfacError: The provenance is not JSON.
+            WriteError: The disk is full, or the folder cannot be written to.
         """
+        notes = {"version": __version__, "provenance": self.provenance}
         try:
-            header = json.dumps(self._header(with_provenance=True))
+            header = json.dumps(self._header() | notes)
         except TypeError as error:
             raise KfacError(f"provenance must hold JSON values only: {error}") from error
         write_tensors(path, self._tensors(), {_HEADER: header})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], model: nn.Module | None = None) -> Factors:
-        """Read a file written by `save`.
-
-        Args:
-            path: The file.
-            model: If given, `check` is run against it.
-
-        Returns:
-            The factors, on CPU.
+        """Read a file written by `save`; if a model is given, `check` the factors against it.
 
         Raises:
-            FactorsFileError: The file is missing, truncated, foreign, or of a newer format.
+            FactorsFileError: The file is missing, truncated or damaged, or has another format.
             FactorsMismatchError: The factors are not of `model`.
         """
         header, tensors = read_tensors(path, _HEADER, "factors")
         try:
-            factors = cls(**parts(header, tensors))
+            factors = cls(**factors_arguments(header, tensors))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise FactorsFileError(
                 f"{path} is damaged: {str(error)[:500]!r}; collect the factors again"
@@ -321,7 +270,7 @@ class Factors:
             factors.check(model)
         return factors
 
-    def _header(self, *, with_provenance: bool) -> dict[str, Any]:
+    def _header(self) -> dict[str, Any]:
         header: dict[str, Any] = {
             "format": FORMAT,
             "seeds": self.seeds,
@@ -331,8 +280,6 @@ class Factors:
         }
         if self.weighted:
             header["weighted"] = True
-        if with_provenance:
-            header |= {"version": library_version(), "provenance": self.provenance}
         return header
 
     def _tensors(self) -> dict[str, Tensor]:
@@ -341,15 +288,17 @@ class Factors:
             tensors |= {"values." + key: values, "vectors." + key: vectors}
         return tensors
 
-    def _mean(self, letter: str, name: str) -> Tensor:
+    def _mean(self, kind: str, name: str) -> Tensor:
         record = self._record(name)
-        if (key := f"{letter}.{name}") not in self.sums:
-            hows = {"E": "run kfac.correct", "D": "collect with diagonal=True"}
-            how = hows.get(letter, "collect with marginals=True")
-            raise EstimatorError(f"the factors hold no such sums for target {name!r}: {how}")
+        if (key := f"{kind}.{name}") not in self.sums:
+            advice = {"E": "run kfac.correct", "D": "collect with diagonal=True"}
+            raise EstimatorError(
+                f"the factors do not have the sums of this estimator for target {name!r}: "
+                f"{advice.get(kind, 'collect with marginals=True')}"
+            )
         return self.sums[key] / max(record.count, 1)
 
     def _record(self, name: str) -> TargetRecord:
         if name not in self.records:
-            raise TargetError(f"no factors for target {name!r}; there are: {self.names}")
+            raise TargetError(f"no factors for target {name!r}; the factors have: {self.names}")
         return self.records[name]

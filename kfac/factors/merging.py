@@ -1,24 +1,26 @@
-"""Sums of factors: data sets put together, weighted, or taken out again."""
+"""Factors of several data sets: merged, weighted, or subtracted again."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from kfac.factors.factors import Factors
 from kfac.target import TargetRecord
 from lirefs.errors import FactorsMismatchError, KfacError
 
-# A sum of squares that is negative by more than this share of what it was before a subtraction is
-# wrong. Rounding is far below it, also where batches of another shape ran in half precision.
+# After a subtraction, a sum of squares may be negative by this share of its earlier value. Rounding
+# stays far below it, even when batches of another shape ran in half precision.
 _ROUNDING = 0.01
 
 
 def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> Factors:
-    """Put the factors of several data sets together.
+    """Merge the factors of several data sets.
 
     Args:
         parts: Factors of the same targets of the same model, at least one.
@@ -26,11 +28,11 @@ def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
             counted position alike, which equals one collection over all data.
 
     Returns:
-        Factors over all positions. Corrected eigenvalues (EK-FAC) are left out, as they belong to
-        the eigenbasis of one part; sums that a part lacks are left out too.
+        Factors over all positions. Corrected eigenvalues (EK-FAC) are left out because they belong
+        to the eigenbasis of one part, and so are sums that a part lacks.
 
     Raises:
-        FactorsMismatchError: Other targets, shapes, weights, or another sharing of inputs.
+        FactorsMismatchError: The targets, shapes, weights or shared inputs differ.
         KfacError: No parts, or weights that are not one positive number for each part.
     """
     if not parts:
@@ -50,17 +52,15 @@ def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
         return weights[index] * totals[name] / (share * parts[index].count(name))
 
     def add(key: str, name: str) -> Tensor:
-        total = parts[0].sums[key] * scale(0, name)
-        for index, part in enumerate(parts[1:], 1):
-            total = total + part.sums[key] * scale(index, name)
-        return total
+        scaled = (part.sums[key] * scale(index, name) for index, part in enumerate(parts))
+        return functools.reduce(torch.add, scaled)
 
     provenance: dict[str, object] = {"merged": [part.provenance for part in parts]}
     if weights is not None:
         provenance["weights"] = [float(weight) for weight in weights]
     labels = {part.labels for part in parts}
     return Factors(
-        _counted(parts[0], totals),
+        _with_counts(parts[0], totals),
         _combine(parts, add),
         seeds=[seed for part in parts for seed in part.seeds],
         tokens=sum(part.tokens for part in parts),
@@ -71,25 +71,24 @@ def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
 
 
 def subtract(whole: Factors, part: Factors) -> Factors:
-    """Take the factors of a part of the data out again (leave one set out).
+    """Remove the factors of a part of the data from merged factors (leave one set out).
 
     Args:
         whole: Factors that the part was merged into.
-        part: What to take out.
+        part: What to remove.
 
     Returns:
-        Equal, up to rounding of the sums, to factors that never saw the part.
+        Factors that equal, up to rounding of the sums, those of the other data.
 
     Raises:
         FactorsMismatchError: The part has other targets or is not smaller than the whole; one of
-            the two was merged with weights; or what would be left is no sum of squares, so that the
-            part was never in the whole.
+            the two was merged with weights; or sums of squares would turn negative, so the part was
+            never in the whole.
     """
     _check_same(whole, part, "subtract")
     if whole.weighted or part.weighted:
         raise FactorsMismatchError(
-            "cannot subtract: merging with weights scaled the sums, so a part no longer stands in "
-            "them as it was; merge the other parts anew"
+            "cannot subtract: merging with weights rescaled the sums; merge the other parts instead"
         )
     rest = {name: whole.count(name) - part.count(name) for name in whole.names}
     if part.tokens >= whole.tokens or min(rest.values()) < 0:
@@ -97,17 +96,18 @@ def subtract(whole: Factors, part: Factors) -> Factors:
             f"cannot subtract {part.tokens} tokens from {whole.tokens}: not a part of them"
         )
     sums = _combine([whole, part], lambda key, _: whole.sums[key] - part.sums[key])
-    for key, left in sums.items():
+    for key, difference in sums.items():
         squares, before = (
-            table if key.startswith("D.") else table.diagonal() for table in (left, whole.sums[key])
+            table if key.startswith("D.") else table.diagonal()
+            for table in (difference, whole.sums[key])
         )
         if bool((squares < -_ROUNDING * before).any()):
             raise FactorsMismatchError(
                 f"cannot subtract: sums of squares of target {key.partition('.')[2]!r} would turn "
-                "negative, so the part was not in the whole; subtract only what was merged in"
+                "negative, so the part was not in the whole; subtract only what was merged"
             )
     return Factors(
-        _counted(whole, rest),
+        _with_counts(whole, rest),
         sums,
         seeds=whole.seeds,
         tokens=whole.tokens - part.tokens,
@@ -122,24 +122,25 @@ def _check_same(first: Factors, other: Factors, verb: str) -> None:
             f"cannot {verb}: targets differ ({first.names} and {other.names})"
         )
     for name, mine in first.records.items():
-        yours = other.records[name]
-        if mine != replace(yours, count=mine.count):
+        theirs = other.records[name]
+        if mine != replace(theirs, count=mine.count):
             raise FactorsMismatchError(
                 f"cannot {verb}: target {name!r} was collected from another weight, shape or "
-                f"input group ({mine} and {yours})"
+                f"input group ({mine} and {theirs})"
             )
 
 
-def _counted(factors: Factors, counts: dict[str, int]) -> dict[str, TargetRecord]:
+def _with_counts(factors: Factors, counts: dict[str, int]) -> dict[str, TargetRecord]:
     return {name: replace(r, count=counts[name]) for name, r in factors.records.items()}
 
 
 def _combine(
     parts: Sequence[Factors], operation: Callable[[str, str], Tensor]
 ) -> dict[str, Tensor]:
+    """Return operation(key, target name) for each sum that all parts have and that can be added."""
     result = {}
     for key in parts[0].sums:
-        letter, _, name = key.partition(".")
-        if letter != "E" and all(key in part.sums for part in parts):
+        kind, _, name = key.partition(".")
+        if kind != "E" and all(key in part.sums for part in parts):
             result[key] = operation(key, name)
     return result

@@ -1,14 +1,10 @@
-"""Files of tensors with a JSON header: safetensors, written whole or not at all."""
+"""Safetensors files with a JSON header, written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-import stat
-import tempfile
 from collections.abc import Mapping
-from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,35 +12,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lirefs.errors import FactorsFileError, WriteError
+from lirefs.errors import FactorsFileError
+from lirefs.files import atomic_path
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> None:
-    """Write one safetensors file; an existing file is replaced at once, when all is on disk.
+    """Write one file; an existing file is replaced at once, when all is on disk.
 
     Raises:
         WriteError: The disk is full, or the folder cannot be written to. An existing file stays.
     """
-    target = Path(path)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=target.parent, prefix=".tmp-") as folder:
-            temporary = Path(folder) / target.name
-            whole = {key: value.contiguous() for key, value in tensors.items()}
-            save_file(whole, temporary, metadata=dict(header))
-            # safetensors makes its files readable by their owner alone. A new file has what the
-            # umask leaves, and the umask itself can only be read by setting it, for all threads.
-            new = Path(folder) / ".new"
-            new.touch()
-            temporary.chmod(stat.S_IMODE(new.stat().st_mode))
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.replace(target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise WriteError(f"{path} cannot be written: {reason}") from error
+    whole = {key: value.contiguous() for key, value in tensors.items()}
+    with atomic_path(path) as temporary:
+        save_file(whole, temporary, metadata=dict(header))
 
 
 def read_tensors(
@@ -54,11 +36,11 @@ def read_tensors(
 
     Args:
         path: The file.
-        key: Of the header's JSON text.
+        key: Key of the JSON text in the header.
         what: Name of the content, for messages.
 
     Raises:
-        FactorsFileError: The file is missing, truncated or foreign.
+        FactorsFileError: The file is missing, truncated or not one of ours.
     """
     try:
         with safe_open(str(path), framework="pt") as file:
@@ -73,18 +55,10 @@ def read_tensors(
     except (ValueError, RecursionError) as error:
         raise FactorsFileError(f"{path} has a damaged header: {error!r}") from error
     if not isinstance(values, dict):
-        raise FactorsFileError(f"{path} has a damaged header: no object")
+        raise FactorsFileError(f"{path} has a damaged header: it is not a JSON object")
     return values, tensors
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
     """Return the bytes of a tensor, for hashing."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def library_version() -> str:
-    """Return the installed version; "unknown" when run from a source tree."""
-    try:
-        return metadata.version("lirefs")
-    except metadata.PackageNotFoundError:
-        return "unknown"

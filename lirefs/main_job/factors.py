@@ -9,7 +9,7 @@ from pathlib import Path
 
 import kfac
 import lirefs
-from lirefs.errors import SettingError
+from lirefs.errors import FactorsFileError, SettingError, WriteError
 
 _log = logging.getLogger(__name__)
 
@@ -44,13 +44,13 @@ def factors_of(
     if path.exists():
         try:
             return kfac.Factors.load(path, model=lm.model)
-        except kfac.FactorsFileError:
+        except FactorsFileError:
             _log.warning("%s: damaged, made again", path)
     provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
     collected = kfac.collect(lm, texts, targets, seed=seed, provenance=provenance)
     try:
         collected.save(path)
-    except kfac.WriteError as error:
+    except WriteError as error:
         if given is not None:
             raise
         _log.warning("%s; going on, but they are collected again next time", error)

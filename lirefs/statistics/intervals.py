@@ -102,7 +102,8 @@ def auroc(
         raise SettingError("AUROC needs one number and one label for each item")
     if set(np.unique(labels)) != {0, 1}:
         raise SettingError("AUROC needs items of both classes, labelled 0 and 1")
-    value = float(roc_auc_score(labels, scores))
+    # Ranks, because scikit-learn refuses infinite scores.
+    value = float(roc_auc_score(labels, np.unique(scores, return_inverse=True)[1]))
     positive, negative = scores[labels == 1], scores[labels == 0]
     # AUROC = mean over pairs of [p > n] + [p = n] / 2, so a resample only reweights the pairs: a
     # positive wins the weight of the negatives below it, and half the weight of those beside it.

@@ -14,8 +14,8 @@ from curvature_tools import assert_same, batch, llama
 from torch import nn
 
 import kfac
-from kfac import BatchError, CheckpointError
 from kfac.factors.tensor_file import read_tensors, write_tensors
+from lirefs.errors import BatchError, CheckpointError
 
 
 class Interruption(BaseException):
@@ -220,13 +220,13 @@ def test_a_state_that_makes_no_sense_is_refused(model, tmp_path):
     name = next(iter(header["counts"]))
     for says, fields in {
         "whole numbers": {"counts": {**header["counts"], name: -1}},
-        "no object": {"counts": []},
-        "no texts": {"sources": {name: ["a"]}},
+        "not an object": {"counts": []},
+        "not texts": {"sources": {name: ["a"]}},
         "in pass 4 of 1": {"turn": 3},
         "other targets": {"counts": {**header["counts"], "nothing": 1}},
         "settings": {"settings": 1},
-        "another type, shape": {"tables": {key: tables[key][:1]}},
-        "type, shape or target": {"tables": {"A.nothing": tables[key]}},
+        "another dtype, shape": {"tables": {key: tables[key][:1]}},
+        "dtype, shape or target": {"tables": {"A.nothing": tables[key]}},
         "not finite": {"tables": {key: tables[key] * torch.inf}},
     }.items():
         path.write_bytes(whole)

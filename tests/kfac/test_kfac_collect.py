@@ -15,8 +15,8 @@ from curvature_tools import (
 from torch import nn
 
 import kfac
-from kfac import BatchError, KfacError, TargetError
 from kfac.collection.sampling import sample_labels
+from lirefs.errors import BatchError, KfacError, TargetError
 
 
 def one_label_fishers(model, x):
@@ -296,6 +296,40 @@ def test_seed_changes_labels_only():
     name = one.names[0]
     assert torch.equal(one.A(name), two.A(name))
     assert not torch.allclose(one.G(name), two.G(name))
+
+
+TEXTS = ["one two three four", "five", "six seven", "eight nine ten one two three"]
+
+
+def test_texts_give_what_their_tokens_give(lm):
+    targets = kfac.find_targets(lm.model, [1])
+    rows = [lm.pad([ids]) for ids in lm.encode(TEXTS)]
+    found = kfac.collect(lm, TEXTS, layers=[1], progress=False)
+    assert_same(found, kfac.collect(lm.model, rows, targets, progress=False), 1e-5)
+    longest_first = sorted(lm.encode(TEXTS), key=len, reverse=True)
+    batches = [lm.pad(longest_first, side="right")]
+    for model in (lm, lm.model):
+        same = kfac.collect(model, batches, targets, progress=False)
+        assert same.digest == found.digest
+    corrected = kfac.correct(lm, TEXTS, found, progress=False)
+    assert corrected.digest == kfac.correct(lm.model, batches, same, progress=False).digest
+    everything = kfac.collect(lm, iter(TEXTS), progress=False)
+    assert everything.names == [target.name for target in kfac.find_targets(lm.model)]
+
+
+def test_bad_texts(lm):
+    one = lm.pad(lm.encode(TEXTS[:1]))
+    for model in (lm, lm.model):
+        with pytest.raises(BatchError, match=r"use \[text\]"):
+            kfac.collect(model, "one two three", layers=[1])
+    with pytest.raises(BatchError, match="give the lm"):
+        kfac.collect(lm.model, TEXTS, layers=[1])
+    with pytest.raises(BatchError, match="cannot be mixed"):
+        kfac.collect(lm, [*TEXTS, one], layers=[1])
+    with pytest.raises(BatchError, match="empty"):
+        kfac.collect(lm, [], layers=[1])
+    with pytest.raises(TargetError, match="not both"):
+        kfac.collect(lm, TEXTS, kfac.find_targets(lm.model, [1]), layers=[1])
 
 
 @pytest.mark.gpu

@@ -7,7 +7,8 @@ import torch.distributed as dist
 from curvature_tools import assert_same, batch, llama
 
 import kfac
-from kfac import DistributedError, Factors
+from kfac import Factors
+from lirefs.errors import DistributedError
 
 BATCHES = [batch([0, 1]), batch([2]), batch([0, 4], "left", 1), batch([5]), batch([3])]
 
@@ -22,23 +23,23 @@ def everything(batches=BATCHES, **kwargs):
     return kfac.correct(model, batches, factors, progress=False)
 
 
-def worker(rank, size, folder, task, failures):
+def worker(rank, size, folder, failures):
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
         )
-        task(rank, folder)
+        work(rank, folder)
         dist.destroy_process_group()
     except BaseException:
         failures.put(traceback.format_exc())
         raise
 
 
-def run(task, folder, size=2):
+def run(folder, size=2):
     context = multiprocessing.get_context("spawn")
     failures = context.Queue()
     workers = [
-        context.Process(target=worker, args=(rank, size, str(folder), task, failures), daemon=True)
+        context.Process(target=worker, args=(rank, size, str(folder), failures), daemon=True)
         for rank in range(size)
     ]
     for process in workers:
@@ -54,18 +55,15 @@ def run(task, folder, size=2):
     assert [process.exitcode for process in workers] == [0] * size
 
 
-def save(rank, folder):
+def work(rank, folder):
+    with pytest.raises(DistributedError, match="different batches"):
+        everything(BATCHES[rank:])
     everything(checkpoint=f"{folder}/state").save(f"{folder}/{rank}.safetensors")
     everything(BATCHES[:1]).save(f"{folder}/short-{rank}.safetensors")
 
 
-def refuse(rank, folder):
-    with pytest.raises(DistributedError, match="different batches"):
-        everything(BATCHES[rank:])
-
-
-def test_two_processes_give_what_one_gives(tmp_path):
-    run(save, tmp_path)
+def test_two_processes_give_what_one_gives_and_refuse_different_batches(tmp_path):
+    run(tmp_path)
     for stem, batches in (("", BATCHES), ("short-", BATCHES[:1])):
         one = everything(batches)
         zero, other = (Factors.load(tmp_path / f"{stem}{rank}.safetensors") for rank in (0, 1))
@@ -81,7 +79,3 @@ def test_two_processes_give_what_one_gives(tmp_path):
             assert a == pytest.approx(b, rel=1e-6)
     names = sorted(p.name for p in tmp_path.glob("state*"))
     assert names == ["state.0-of-2", "state.1-of-2"]
-
-
-def test_different_batches_are_refused(tmp_path):
-    run(refuse, tmp_path)

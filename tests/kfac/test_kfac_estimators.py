@@ -4,8 +4,9 @@ from curvature_tools import Deep, assert_same, batch, collect, draws, llama, mlp
 from torch import nn
 
 import kfac
-from kfac import EstimatorError, Factors, FactorsMismatchError, KfacError
+from kfac import Factors
 from kfac.collection.sampling import sample_labels
+from lirefs.errors import EstimatorError, FactorsMismatchError, KfacError
 
 ENDINGS = ["0", "1"]
 
@@ -169,7 +170,7 @@ def test_samples_average_and_begin_with_the_single_draw(bent):
 
 
 @pytest.mark.parametrize("arguments", [{"labels": "gold"}, {"samples": 0}, {"dtype": torch.half}])
-def test_bad_recipes(bent, arguments):
+def test_bad_options(bent, arguments):
     model, x, targets = bent
     with pytest.raises(KfacError, match=next(iter(arguments))):
         collect(model, [x], targets, forward=mlp_forward, **arguments)
@@ -229,10 +230,11 @@ def test_merge_with_weights_and_subtract():
         for rows in ([0, 1], [2, 3, 4], [5])
     ]
     name = targets[0].name
-    whole = parts[0] + parts[1] + parts[2]
-    assert_same(whole, kfac.merge(parts), 1e-12)
-    assert_same(whole - parts[1], parts[0] + parts[2], 1e-9)
-    assert (whole - parts[1]).tokens == parts[0].tokens + parts[2].tokens
+    whole = kfac.merge(parts)
+    assert_same(whole, kfac.merge([kfac.merge(parts[:2]), parts[2]]), 1e-12)
+    without = kfac.subtract(whole, parts[1])
+    assert_same(without, kfac.merge([parts[0], parts[2]]), 1e-9)
+    assert without.tokens == parts[0].tokens + parts[2].tokens
     weighted = kfac.merge(parts, [1, 2, 1])
     for letter in ("A", "G"):
         means = [getattr(part, letter)(name) for part in parts]
@@ -251,12 +253,12 @@ def test_merge_with_weights_and_subtract():
     with pytest.raises(KfacError, match="no factors"):
         kfac.merge([])
     with pytest.raises(FactorsMismatchError, match="not a part"):
-        parts[0] - whole
-    for one, two in ((weighted, parts[0]), (weighted + parts[0], parts[0])):
+        kfac.subtract(parts[0], whole)
+    for one in (weighted, kfac.merge([weighted, parts[0]])):
         with pytest.raises(FactorsMismatchError, match="weights"):
-            one - two
+            kfac.subtract(one, parts[0])
     with pytest.raises(FactorsMismatchError, match="was not in the whole"):
-        kfac.merge(parts[:2]) - parts[2]
+        kfac.subtract(kfac.merge(parts[:2]), parts[2])
 
 
 def test_weighted_factors_stay_weighted(tmp_path):
@@ -273,10 +275,11 @@ def test_weighted_factors_stay_weighted(tmp_path):
 def test_merged_factors_lose_the_correction():
     model = llama()
     factors = all_of(model, [batch([0, 1])])
-    both = factors + all_of(model, [batch([2])])
+    both = kfac.merge([factors, all_of(model, [batch([2])])])
     assert "ekfac" not in both.estimators
     assert "marginal" in both.estimators
-    mixed = collect(model, [batch([2])], factors.targets(model), labels="data") + both
+    data = collect(model, [batch([2])], factors.targets(model), labels="data")
+    mixed = kfac.merge([data, both])
     assert mixed.labels == "mixed"
     assert mixed.estimators == ["kfac", "input", "output"]
 

@@ -6,11 +6,13 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 import kfac
-from kfac import TargetError, find_targets, named_targets
+from kfac import find_targets, named_targets
 from kfac.collection.covariance import CovarianceSums
 from kfac.collection.distributed import World
-from kfac.collection.hooks import Taps
+from kfac.collection.hooks import TargetTracker
 from kfac.collection.passes import _finish
+from kfac.experts import observed
+from lirefs.errors import TargetError
 
 COMMON = {
     "vocab_size": 50,
@@ -124,8 +126,6 @@ def test_fused_experts_equal_linears(family):
 
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 def test_the_loop_computes_what_the_model_computes(implementation):
-    from kfac.experts import observed
-
     for family in FAMILIES:
         model = build(family).float()
         model.set_experts_implementation(implementation)
@@ -167,7 +167,7 @@ def test_an_expert_without_tokens_has_no_curvature():
     assert factors.count(name) == 0
     assert not factors.A(name).any()
     assert not factors.G(name).any()
-    assert (factors + factors).count(name) == 0
+    assert kfac.merge([factors, factors]).count(name) == 0
 
 
 def test_new_weights_of_one_expert():
@@ -208,7 +208,7 @@ def test_tables_of_experts_without_tokens_are_where_the_others_are():
     module.stack = nn.Parameter(torch.empty(1, 3, 4, device="meta"))
     target = kfac.Target("stack[0]", module, attribute="stack", expert=0)
     sums = CovarianceSums(marginals=False, diagonal=False)
-    _finish(Taps([target], torch.float32, sums), {target.name: ""}, World())
+    _finish(TargetTracker([target], torch.float32, sums), {target.name: ""}, World())
     assert {key: table.device.type for key, table in sums.tables.items()} == {
         "A.stack[0]": "cpu",
         "G.stack[0]": "cpu",

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 import kfac
-from kfac import Factors, FactorsFileError, FactorsMismatchError, KfacError, TargetError
+from kfac import Factors
+from lirefs.errors import FactorsFileError, FactorsMismatchError, KfacError, TargetError
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,8 @@ def factors(model):
 
 
 def test_merge_equals_one_pass(model, factors):
-    halves = collect(model, [batch([0, 1, 2])]) + collect(model, [batch([3, 4]), batch([5])])
+    parts = [[batch([0, 1, 2])], [batch([3, 4]), batch([5])]]
+    halves = kfac.merge([collect(model, part) for part in parts])
     assert_same(factors, halves)
     assert halves.tokens == factors.tokens
     assert halves.seeds == [0, 0]
@@ -33,12 +35,12 @@ def test_merge_equals_one_pass(model, factors):
 
 def test_merge_refuses(model, factors):
     with pytest.raises(FactorsMismatchError, match="targets differ"):
-        factors.merge(collect(model, [batch([0])], kfac.find_targets(model, layers=[0])))
+        kfac.merge([factors, collect(model, [batch([0])], kfac.find_targets(model, layers=[0]))])
     other = llama(torch.float32)
     with torch.no_grad():
         other.model.layers[1].mlp.up_proj.weight.mul_(2)
     with pytest.raises(FactorsMismatchError, match=r"layers\.1\.mlp\.up_proj"):
-        factors.merge(collect(other, [batch([0])]))
+        kfac.merge([factors, collect(other, [batch([0])])])
 
 
 def test_save_and_load(tmp_path, model, factors):

@@ -17,9 +17,9 @@ from curvature_tools import (
 )
 
 import kfac
-from kfac import NonFiniteError
 from kfac.collection.finite import broken, first_row, where
 from kfac.factors.tensor_file import read_tensors
+from lirefs.errors import NonFiniteError
 
 BATCHES = [batch([0, 1]), batch([2, 3]), batch([4, 5, 0]), batch([1, 5])]
 BROKEN = 2  # its row 1 holds five tokens

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kfac
-from kfac import TargetError
+from lirefs.errors import TargetError
 from lirefs.model.guest import as_guest, full_precision
 
 BATCHES = [batch([0, 1, 2], "left", 1), batch([3, 4, 5])]

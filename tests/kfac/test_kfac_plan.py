@@ -3,7 +3,7 @@ import torch
 from curvature_tools import batch, collect, llama
 
 import kfac
-from kfac import BudgetError, TargetError
+from lirefs.errors import BudgetError, TargetError
 
 
 @pytest.fixture(scope="module")

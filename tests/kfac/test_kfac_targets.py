@@ -4,7 +4,8 @@ from curvature_tools import FAMILIES, build
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
-from kfac import TargetError, find_targets, named_targets
+from kfac import find_targets, named_targets
+from lirefs.errors import TargetError
 
 
 @pytest.fixture(scope="module")

@@ -124,7 +124,7 @@ def test_a_full_disk_leaves_old_or_new_files_and_nothing_else(name, failure, lm,
         write(lm, made, tmp_path / folder, seed)
     old, new = contents(tmp_path / "old"), contents(tmp_path / "new")
     shutil.copytree(tmp_path / "old", place)
-    with pytest.raises((WriteError, kfac.WriteError), match=FAILURES[failure]) as caught, failure():
+    with pytest.raises(WriteError, match=FAILURES[failure]) as caught, failure():
         write(lm, made, place, 1)
     assert str(place) in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -143,7 +143,7 @@ def test_a_place_that_cannot_be_written_is_named(name, lm, made, tmp_path):
     (tmp_path / "file").write_text("")
     if name == "organism":
         pytest.skip("makes no folder: `train` has looked at it before")
-    with pytest.raises((WriteError, kfac.WriteError), match=f"{tmp_path}/file/.*[Nn]ot a dir"):
+    with pytest.raises(WriteError, match=f"{tmp_path}/file/.*[Nn]ot a dir"):
         WRITERS[name](lm, made, tmp_path / "file" / "folder", 0)
     assert contents(tmp_path) == {"file": b""}
 
@@ -161,7 +161,7 @@ def test_a_collection_without_room_for_its_checkpoint_goes_on_from_the_last_one(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", full_at_the_third)
-        with pytest.raises(kfac.WriteError, match=f"{path} cannot be written: No space left"):
+        with pytest.raises(WriteError, match=rf"{path}: cannot be written \(No space left"):
             collect(model, path)
     assert not any(module._forward_hooks for module in model.modules())
     assert [file.name for file in tmp_path.iterdir()] == ["state"]
@@ -245,7 +245,7 @@ def test_without_a_cache_the_work_is_done_and_a_warning_says_so(lm, tmp_path, ca
     first = factors_of(lm, [1], None, nowhere, 0, texts)
     assert "factors" in caplog.text
     assert first.digest == factors_of(lm, [1], None, tmp_path / "cache", 0, texts).digest
-    with pytest.raises(kfac.WriteError, match=r"mine\.safetensors"):
+    with pytest.raises(WriteError, match=r"mine\.safetensors"):
         factors_of(lm, [1], nowhere / "mine.safetensors", tmp_path, 0, texts)
 
 

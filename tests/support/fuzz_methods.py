@@ -16,6 +16,7 @@ from torch import nn
 
 import kfac
 import lirefs
+from lirefs.errors import FactorsMismatchError
 from lirefs.export.gguf import from_gguf, to_gguf
 
 
@@ -149,7 +150,7 @@ def read_factors(folder: Path, content: bytes) -> None:
     again = kfac.Factors.load(folder / "again")
     check(again.digest == found.digest and again.provenance == found.provenance, "differs")
     kfac.merge([found, again])
-    with contextlib.suppress(kfac.FactorsMismatchError):
+    with contextlib.suppress(FactorsMismatchError):
         kfac.Factors.load(folder / "again", model=net())
         with kfac.CurvatureEdit(found, 0.5).apply(net()):
             pass
