@@ -1,4 +1,4 @@
-"""The directions of one model by place, with what made them: arithmetic, files."""
+"""The directions of one model by place, with their provenance: arithmetic and files."""
 
 from __future__ import annotations
 
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from lirefs.model.language_model import LanguageModel
 
 FORMAT = "lirefs-directions-1"
+_FIELDS = ("layer", "site", "means", "spread", "counts")
+"""What the header of a file holds about each direction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Directions(Mapping[tuple[int, str], Direction]):
-    """Directions of one model by (layer, site), with what made them.
+    """Directions of one model by (layer, site), with their provenance.
 
     Attributes:
         items_by_place: The directions.
@@ -42,24 +44,22 @@ class Directions(Mapping[tuple[int, str], Direction]):
         for place, one in self.items_by_place.items():
             if place != (one.layer, one.site):
                 raise DirectionError(
-                    f"the direction under {place} is of layer {one.layer}, {one.site}: "
-                    "the key must be its own (layer, site)"
+                    f"the direction under {place} belongs to layer {one.layer}, {one.site}: "
+                    "its key must be its own (layer, site)"
                 )
-        made_on = str(self.provenance.get("model", ""))
+        model = str(self.provenance.get("model", ""))
         items = {
-            place: replace(one, model=made_on) if made_on and one.model != made_on else one
+            place: replace(one, model=model) if model and one.model != model else one
             for place, one in self.items_by_place.items()
         }
         object.__setattr__(self, "items_by_place", items)
 
     def __getitem__(self, place: tuple[int, str] | int) -> Direction:
-        """The direction at (layer, site), or at a layer when it has one direction only."""
-        if isinstance(place, int):
-            found = [key for key in self.items_by_place if key[0] == place]
-            if len(found) != 1:
-                raise KeyError(place)
-            place = found[0]
-        return self.items_by_place[place]
+        """The direction at (layer, site), or at a layer that has only one direction."""
+        found = [one for key, one in self.items_by_place.items() if place in (key, key[0])]
+        if len(found) != 1:
+            raise KeyError(place)
+        return found[0]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self.items_by_place)
@@ -68,21 +68,14 @@ class Directions(Mapping[tuple[int, str], Direction]):
         return len(self.items_by_place)
 
     def normalized(self) -> Directions:
-        """Every direction at length 1.
-
-        Returns:
-            Directions at the same places.
-        """
+        """Every direction at length 1, with the same means, spread and counts."""
         return self._map(lambda one: one.normalized(), "normalized")
 
     def project_off(self, other: Directions | Direction) -> Directions:
-        """Take away what lies along another direction, each at its own place.
+        """Every direction without its component along another one.
 
         Args:
             other: Directions of the same places, or one direction for all places.
-
-        Returns:
-            Directions at the same places.
 
         Raises:
             DirectionError: If places, widths or models differ.
@@ -96,21 +89,15 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
     @staticmethod
     def mean_of(several: Sequence[Directions]) -> Directions:
-        """The mean at each place, over seeds or question sets.
-
-        Args:
-            several: At least one set, all with the same places.
-
-        Returns:
-            One direction for each place; the provenance names all sets.
+        """The mean at each place, over seeds or question sets; the provenance names all sets.
 
         Raises:
             DirectionError: If there is none, or places, widths or models differ.
         """
         if not several:
             raise DirectionError("there are no directions to take the mean of")
-        for one in several[1:]:
-            several[0]._same_places(one)
+        for one in several:
+            several[0]._must_share_places(one)
         items = {place: Direction.mean_of([one[place] for one in several]) for place in several[0]}
         return Directions(items, _made_by("mean", *several))
 
@@ -124,15 +111,11 @@ class Directions(Mapping[tuple[int, str], Direction]):
         return self * -1.0
 
     def __mul__(self, factor: float) -> Directions:
-        if not isinstance(factor, int | float):
-            return NotImplemented
         return self._map(lambda one: one * factor, f"* {factor}")
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Directions:
-        if not isinstance(divisor, int | float):
-            return NotImplemented
         return self._map(lambda one: one / divisor, f"/ {divisor}")
 
     def _map(self, change: Callable[[Direction], Direction], name: str) -> Directions:
@@ -144,14 +127,13 @@ class Directions(Mapping[tuple[int, str], Direction]):
     ) -> Directions:
         if not isinstance(other, Directions):
             return NotImplemented
-        self._same_places(other)
+        self._must_share_places(other)
         items = {place: change(one, other[place]) for place, one in self.items()}
         return Directions(items, _made_by(name, self, other))
 
-    def _same_places(self, other: Directions) -> None:
-        if set(self) != set(other):
-            lonely = sorted(set(self) ^ set(other))
-            raise DirectionError(f"directions at different places: only one side has {lonely}")
+    def _must_share_places(self, other: Directions) -> None:
+        if different := sorted(set(self) ^ set(other)):
+            raise DirectionError(f"directions at different places: only one side has {different}")
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the header holds places, statistics and provenance.
@@ -159,24 +141,15 @@ class Directions(Mapping[tuple[int, str], Direction]):
         Args:
             path: The file, written whole or not at all; an existing one is replaced.
         """
-        places = [
-            {
-                "layer": direction.layer,
-                "site": direction.site,
-                "means": direction.means,
-                "spread": direction.spread,
-                "counts": direction.counts,
-            }
-            for direction in self.values()
-        ]
+        places = [{name: getattr(one, name) for name in _FIELDS} for one in self.values()]
         metadata = {
             "format": FORMAT,
             "places": json.dumps(places),
             "provenance": json.dumps(self.provenance),
         }
         tensors = {
-            f"{layer}.{site}": direction.vector.detach().float().cpu().contiguous().clone()
-            for (layer, site), direction in self.items()
+            f"{layer}.{site}": one.vector.detach().float().cpu().contiguous().clone()
+            for (layer, site), one in self.items()
         }
         with atomic_path(Path(path)) as temporary:
             save_file(tensors, temporary, metadata)
@@ -187,14 +160,14 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
         Args:
             path: The file.
-            lm: When given, the file must come from this very model.
+            lm: If given, the file must come from exactly this model.
 
         Returns:
             The directions, float32 on the CPU.
 
         Raises:
-            DirectionsFileError: If the file is missing, truncated or of another format.
-            ProvenanceError: If the directions were fitted on another model than `lm`, or the file
+            DirectionsFileError: If the file is missing, damaged or of another format.
+            ProvenanceError: If the directions were fitted on a model other than `lm`, or the file
                 does not say on which.
         """
         try:
@@ -216,8 +189,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
         result = cls({(one.layer, one.site): one for one in directions}, provenance)
         if lm is not None and not provenance.get("model"):
             raise ProvenanceError(
-                f"{path}: does not say which model it was fitted on; load it without the model, "
-                "Directions.load(path), to use it all the same"
+                f"{path}: does not say which model it was fitted on; to use it anyway, load it "
+                "without a model: Directions.load(path)"
             )
         if lm is not None and provenance["model"] != lm.fingerprint:
             raise ProvenanceError(
@@ -228,28 +201,21 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
 
 def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
-    """One direction of an open file.
-
-    Raises:
-        KeyError: A field is missing.
-        ValueError: A field is not of its type, or a number is not finite.
-    """
-    layer, site = place["layer"], place["site"]
+    """One direction of an open file; KeyError or ValueError if a field is missing or wrong."""
+    layer, site, *pairs = (place[name] for name in _FIELDS)
     if type(layer) is not int or layer < 0 or not isinstance(site, str):
-        raise ValueError(f"no place of a direction: layer {layer!r:.40}, {site!r:.40}")
+        raise ValueError(f"not the place of a direction: layer {layer!r:.40}, {site!r:.40}")
+    where = f"layer {layer}, {site}"
     vector = file.get_tensor(f"{layer}.{site}")
     if vector.dtype != torch.float32 or vector.ndim != 1 or not len(vector):
-        raise ValueError(f"layer {layer}, {site}: no vector of float32")
-    pairs = [place[key] for key in ("means", "spread", "counts")]
+        raise ValueError(f"{where}: not a vector of float32")
     numbers = [one for pair in pairs for one in pair]
     if any(len(pair) != 2 for pair in pairs) or not all(map(_is_number, numbers)):
-        raise ValueError(
-            f"layer {layer}, {site}: means, spread and counts must be two numbers each"
-        )
+        raise ValueError(f"{where}: means, spread and counts must be two numbers each")
     if any(type(one) is not int or one < 0 for one in pairs[2]):
-        raise ValueError(f"layer {layer}, {site}: counts are {pairs[2]}")
+        raise ValueError(f"{where}: counts are {pairs[2]}")
     if not bool(vector.isfinite().all()):
-        raise ValueError(f"layer {layer}, {site}: the vector is not finite")
+        raise ValueError(f"{where}: the vector is not finite")
     means, spread, counts = map(tuple, pairs)
     return Direction(vector, layer, site, means, spread, counts)
 
@@ -259,17 +225,17 @@ def _is_number(value: Any) -> bool:
 
 
 def _check_whole(directions: Sequence[Direction], provenance: Any) -> None:
-    """Raise ValueError unless a file holds directions of one width, and an object beside them."""
+    """Raise ValueError unless a file holds directions of one width and a provenance."""
     if not isinstance(provenance, dict):
-        raise ValueError("the provenance is no object")
+        raise ValueError("the provenance is not an object")
     if len({(one.layer, one.site) for one in directions}) != len(directions):
-        raise ValueError("two directions of one place")
+        raise ValueError("two directions of the same place")
     if len({len(one.vector) for one in directions}) != 1:
         raise ValueError("no direction, or directions of several widths")
 
 
 def _made_by(operation: str, *operands: Directions) -> dict[str, Any]:
-    """The provenance of a result: what all operands share, and how it was made of them."""
+    """The provenance of a result: what all operands share, the operation, and the operands."""
     first = operands[0].provenance
     shared: dict[str, Any] = {
         key: first[key]
