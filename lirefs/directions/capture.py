@@ -198,9 +198,7 @@ class _Request:
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Indices of the prompts of each batch, and their states (rows, places, positions, width)."""
         lengths = [len(row) for row in self.ids]
-        with tqdm(
-            total=sum(lengths), unit="tok", desc="activations", disable=not progress
-        ) as bar:
+        with tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress) as bar:
             for rows in batches_by_tokens(lengths, batch_tokens):
                 with evaluating(self.lm.model):  # not around the yield, which runs others' code
                     states = self.read([self.ids[row] for row in rows], side)

@@ -56,7 +56,8 @@ def fit_directions(
     index = np.asarray(labels, np.int64)
     no_shuffles = np.empty((0, len(index)), np.int64)
     targets = index.astype(np.float64)
-    learner = learner_for(estimator or MeanDifference(), index, targets, no_shuffles)
+    estimator = MeanDifference() if estimator is None else estimator
+    learner = learner_for(estimator, index, targets, no_shuffles)
     samples = values[:, :, 0].double().numpy()
     learner.add(list(range(len(samples))), samples)
     learner.finish()
@@ -195,8 +196,7 @@ def _coefficients(estimator: Any) -> Floats:
     rows: Floats = np.atleast_2d(np.asarray(found, np.float64))
     if rows.shape[0] != 1:
         raise SettingError(f"{type(estimator).__name__} has {rows.shape[0]} rows of coef_, not one")
-    only: Floats = rows[0]
-    return only
+    return rows.ravel()
 
 
 def direction_of(

@@ -79,7 +79,9 @@ def sign_flip(
     if weights is not None:
         parts = parts * np.asarray(weights, dtype=np.float64)
     if not np.isfinite(parts).all():
-        raise SettingError("a paired test needs finite differences; leave out items without a score")
+        raise SettingError(
+            "a paired test needs finite differences; leave out items without a score"
+        )
     parts = parts[parts != 0]
     n = len(parts)
     # Sums that are equal on paper may differ in their last digits.
