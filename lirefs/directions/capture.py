@@ -149,17 +149,14 @@ def check_finite(
     prompts: Sequence[int],
     origin: Callable[[int], str] = lambda prompt: "",
 ) -> None:
-    """Refuse states that are not finite.
+    """Raise NonFiniteStateError, saying where, if a state is not finite.
 
     Args:
-        values: Shape (prompts, places, positions, width).
+        values: Shape (prompts, places, positions, width), the axes as in `Activations`.
         places: The (layer, site) pairs of the second axis.
         positions: The token positions of the third axis.
         prompts: Indices of the prompts of the first axis.
         origin: Describes, for the message, where in a prompt the problem begins.
-
-    Raises:
-        NonFiniteStateError: If one is not finite; the message says where.
     """
     parts = torch.split(values, _ROWS)
     bad = torch.cat([~torch.isfinite(part).all(dim=-1) for part in parts])
@@ -196,7 +193,7 @@ class _Request:
     def batches(
         self, batch_tokens: int, side: Literal["left", "right"], progress: bool
     ) -> Iterator[tuple[list[int], Tensor]]:
-        """Indices of the prompts of each batch, and their states (rows, places, positions, width)."""
+        """Prompt indices of each batch, and its states, (rows, places, positions, width)."""
         lengths = [len(row) for row in self.ids]
         with tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress) as bar:
             for rows in batches_by_tokens(lengths, batch_tokens):
@@ -274,18 +271,16 @@ def _request(
         raise CaptureError("no prompts to capture activations of")
     if not places or not offsets:
         raise CaptureError("nothing to capture: layers, sites or positions are empty")
+    last = lm.n_layers - 1
     for layer in chosen:
-        if not 0 <= layer < lm.n_layers:
-            raise CaptureError(
-                f"layer {layer} does not exist; the model has 0 to {lm.n_layers - 1}"
-            )
+        if not 0 <= layer <= last:
+            raise CaptureError(f"layer {layer} does not exist; the model has 0 to {last}")
     ids = _token_ids(lm, prompts)
     for index, row in enumerate(ids):
+        n = len(row)
         for offset in offsets:
-            if not -len(row) <= offset < len(row):
-                raise CaptureError(
-                    f"prompt {index} has {len(row)} token(s), none at position {offset}"
-                )
+            if not -n <= offset < n:
+                raise CaptureError(f"prompt {index} has {n} token(s), none at position {offset}")
     return _Request(lm, ids, places, offsets)
 
 

@@ -57,19 +57,12 @@ class Direction:
             states: Hidden states at its place, shape (..., width), any floating dtype.
 
         Returns:
-            Shape (...), in the dtype of the vector and the units of the activations.
+            Shape (...), in the dtype of the vector.
         """
         return states.to(self.vector.dtype) @ self.unit.to(states.device)
 
     def random_like(self, seed: int) -> Direction:
-        """A random direction of the same norm at the same place: the control.
-
-        Args:
-            seed: Seed of the draw.
-
-        Returns:
-            A direction without class means, spread and counts.
-        """
+        """A random direction of the same norm and place, without statistics: the control."""
         generator = torch.Generator().manual_seed(seed)
         vector = torch.randn(self.vector.shape, generator=generator)
         return self._with(vector / vector.norm() * self.vector.norm().cpu())
@@ -79,10 +72,7 @@ class Direction:
         return replace(self, vector=self.unit)
 
     def project_off(self, other: Direction) -> Direction:
-        """The direction without its component along another one of the same place.
-
-        Returns:
-            A direction orthogonal to `other`; the same vector where `other` is zero.
+        """The direction without its component along `other`; unchanged where `other` is zero.
 
         Raises:
             DirectionError: If the two differ in width, place or model.

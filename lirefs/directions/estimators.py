@@ -29,12 +29,6 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     it once moves the mean of the first class to the level of the second.
     """
 
-    classes_: npt.NDArray[Any]
-    coef_: Floats
-    direction_: Floats
-    intercept_: Floats
-    means_: Floats
-
     def decision_function(self, X: npt.ArrayLike) -> Floats:
         """Linear score of each sample, larger for the second class, shape (n_samples,)."""
         check_is_fitted(self, "coef_")
@@ -114,15 +108,12 @@ class MeanDifference(_BinaryDirection):
     def partial_fit(
         self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None
     ) -> Self:
-        """Add samples to the sums.
+        """Add samples to the sums; prediction needs some of both classes.
 
         Args:
             X: Samples, shape (n_samples, n_features).
             y: Labels, shape (n_samples,).
             classes: The two labels; needed at the first call, because a batch may lack one.
-
-        Returns:
-            The estimator itself; it predicts once it has seen both classes.
 
         Raises:
             ValueError: If there are not two classes, or y holds another one.
@@ -284,14 +275,9 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
     """Scale a vector to the change along it from score 0 to score 1.
 
-    Args:
-        vector: Shape (n_features,).
-        samples: Shape (n_samples, n_features).
-        scores: Shape (n_samples,). For labels 0 and 1 the result spans the class means.
-
-    Returns:
-        The unit vector times the slope of the samples' projections on the scores, shape
-        (n_features,); zero where the scores are all equal.
+    That is the unit vector, (n_features,), times the slope of the projections of samples,
+    (n_samples, n_features), on scores, (n_samples,); zero where the scores are all equal. For
+    labels 0 and 1 it spans the class means.
     """
     unit = unit_of(vector)
     centred = scores - scores.mean()
@@ -306,7 +292,7 @@ def unit_of(vector: Floats) -> Floats:
 
 
 def _fit_standardized(model: Any, samples: Floats, targets: npt.NDArray[Any]) -> tuple[Any, Any]:
-    """Fit a model on standardized features; its coefficients and intercept in the samples' units."""
+    """Fit on standardized features; coefficients and intercept in the units of the samples."""
     scaler = StandardScaler().fit(samples)
     model.fit(scaler.transform(samples), targets)
     coefficients = model.coef_ / scaler.scale_

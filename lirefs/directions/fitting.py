@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -68,52 +68,16 @@ def fit_directions(
     return Directions(directions, dict(provenance or {}))
 
 
-class Learner(Protocol):
-    """Takes train states batch by batch; after `finish` it holds what was learned.
+class SumLearner:
+    """Mean differences from sums: memory does not grow with the number of items.
 
     Attributes:
         counts: Train items of each class, shape (2,).
-        fitted: One estimator per place.
+        fitted: One estimator per place; this and what follows are complete after `finish`.
         vectors: Direction at each place, shape (places, width).
         means: Class means, shape (places, 2, width).
         null: Vector of each shuffle at each place, shape (places, width, shuffles).
     """
-
-    counts: Ints
-    fitted: list[Any]
-    vectors: Floats
-    means: Floats
-    null: Floats
-
-    def add(self, rows: list[int], states: Floats) -> None:
-        """Take in states of train items `rows`, shape (rows, places, width)."""
-        ...
-
-    def finish(self) -> None:
-        """Compute the attributes from the states taken in."""
-        ...
-
-
-def learner_for(
-    estimator: Any, labels: Ints, targets: Floats, orders: Ints, progress: bool = False
-) -> Learner:
-    """The learner for an estimator: from sums where they are enough, else from all train states.
-
-    Args:
-        estimator: A linear model: it has `coef_` after `fit`, or is a search with
-            `best_estimator_`.
-        labels: Of the train items, 0 or 1, shape (n,).
-        targets: Scores that a regressor is fitted on instead of labels, shape (n,).
-        orders: Permutations of the items that shuffle the labels, shape (shuffles, n).
-        progress: Show a progress bar.
-    """
-    if isinstance(estimator, MeanDifference):
-        return SumLearner(estimator, labels, orders)
-    return StateLearner(estimator, labels, targets, orders, progress)
-
-
-class SumLearner:
-    """Mean differences from sums: memory does not grow with the number of items."""
 
     def __init__(self, estimator: MeanDifference, labels: Ints, orders: Ints) -> None:
         self.counts = np.bincount(labels, minlength=2)
@@ -124,7 +88,7 @@ class SumLearner:
         self._sums: Floats | float = 0.0
 
     def add(self, rows: list[int], states: Floats) -> None:
-        """Add states to the sums."""
+        """Take in states of train items `rows`, shape (rows, places, width)."""
         if not self.fitted:
             self.fitted = [clone(self._estimator) for _ in range(states.shape[1])]
         for place, one in enumerate(self.fitted):
@@ -141,7 +105,7 @@ class SumLearner:
 
 
 class StateLearner:
-    """Any linear estimator: the train states are kept until all have arrived."""
+    """Any linear estimator, from all train states; attributes and methods as in `SumLearner`."""
 
     def __init__(
         self, estimator: Any, labels: Ints, targets: Floats, orders: Ints, progress: bool
@@ -177,7 +141,7 @@ class StateLearner:
 
 
 def _vector_of(estimator: Any, states: Floats, targets: npt.NDArray[Any]) -> Floats:
-    """The vector that steering adds: `direction_`, or `coef_` at the length that spans the classes."""
+    """The vector that steering adds: `direction_`, or `coef_` as long as it spans the classes."""
     estimator = getattr(estimator, "best_estimator_", estimator)
     if hasattr(estimator, "direction_"):
         return np.asarray(estimator.direction_, np.float64)
@@ -199,13 +163,33 @@ def _coefficients(estimator: Any) -> Floats:
     return rows.ravel()
 
 
+Learner = SumLearner | StateLearner
+
+
+def learner_for(
+    estimator: Any, labels: Ints, targets: Floats, orders: Ints, progress: bool = False
+) -> Learner:
+    """The learner for an estimator: from sums where they are enough, else from all train states.
+
+    Args:
+        estimator: A linear model with `coef_` after `fit`, or a search with `best_estimator_`.
+        labels: Labels of the train items, 0 or 1, shape (n,).
+        targets: Scores that a regressor is fitted on instead, shape (n,).
+        orders: Permutations of the items that shuffle the labels, shape (shuffles, n).
+        progress: Show a progress bar.
+    """
+    if isinstance(estimator, MeanDifference):
+        return SumLearner(estimator, labels, orders)
+    return StateLearner(estimator, labels, targets, orders, progress)
+
+
 def direction_of(
     learner: Learner, index: int, place: tuple[int, str], projections: Floats, labels: Ints
 ) -> Direction:
-    """The direction learned at a place, with class means of train items and a spread.
+    """The direction that a finished learner found at a place.
 
     Args:
-        learner: A finished learner.
+        learner: Gives the vector and the class means of train items.
         index: Index of the place in the learner.
         place: Its (layer, site).
         projections: Of the items that give the spread, on the unit vector, shape (n,).

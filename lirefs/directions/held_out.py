@@ -25,8 +25,6 @@ class HeldOut:
         seed: Seed of the random directions.
 
     Attributes:
-        labels: As given.
-        sides: As given.
         scores: Decision value of each item at each place, shape (n, places).
         predicted: Label given to each item, shape (n, places).
         projections: Component along the unit direction, shape (n, places).

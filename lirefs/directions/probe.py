@@ -200,18 +200,12 @@ def fit(
         held_out.add(rows, values)
 
     validation = sides[0]
-    directions = {
+    directions = {}
+    for i, layer in enumerate(layers):
         # The spread within a class is measured on validation items: on train items, of which
         # there are fewer than dimensions, it would come out too small.
-        (layer, site): direction_of(
-            learner,
-            i,
-            (layer, site),
-            held_out.projections[validation, i],
-            held_out.labels[validation],
-        )
-        for i, layer in enumerate(layers)
-    }
+        along, truth = held_out.projections[validation, i], held_out.labels[validation]
+        directions[layer, site] = direction_of(learner, i, (layer, site), along, truth)
     scores, null = _scores(held_out, layers, targets[first:], generator)
     separating = [one for one in scores if directions[one.layer, site].norm > 0]
     if not separating:
@@ -270,9 +264,8 @@ def _grades(items: list[Question], grades: Mapping[str, float] | None, labels: I
         raise QuestionsError(f"{len(missing)} question(s) have no grade, first {missing[0]!r}")
     values = np.array([grades[item.id] for item in items], np.float64)
     if not ((values >= 0) & (values <= 1)).all():
-        raise QuestionsError(
-            f"grades must be from 0 to 1, found {values.min():g} to {values.max():g}"
-        )
+        low, high = values.min(), values.max()
+        raise QuestionsError(f"grades must be from 0 to 1, found {low:g} to {high:g}")
     return values
 
 

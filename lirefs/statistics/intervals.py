@@ -94,9 +94,6 @@ def auroc(
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
 
-    Returns:
-        The area with its interval; n counts both classes.
-
     Raises:
         SettingError: If the shapes differ, a score is NaN, or one class is missing.
     """
@@ -129,11 +126,8 @@ def areas(scores: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
     """Areas under many ROC curves at once, without intervals.
 
     Args:
-        scores: Shape (n, ...); larger means class 1.
+        scores: Shape (n, ...), which gives areas of shape (...); larger means class 1.
         labels: 0 or 1, both present, shape (n,) or one that broadcasts to the shape of scores.
-
-    Returns:
-        Shape (...).
     """
     ranks = rankdata(scores, axis=0)
     positive = labels.reshape(labels.shape + (1,) * (scores.ndim - labels.ndim))
@@ -149,12 +143,9 @@ def correlation(one: Floats, other: Floats, ranks: bool = False) -> Estimate:
     The variance of Spearman's z follows Bonett and Wright (2000).
 
     Args:
-        one: Shape (n,).
-        other: Shape (n,).
+        one: Shape (n,); for n < 4 the interval is [-1, 1].
+        other: Shape (n,); the value is NaN where one of the two is constant.
         ranks: Whether to correlate ranks.
-
-    Returns:
-        NaN where one of them is constant; the interval [-1, 1] below 4 values.
     """
     n = len(one)
     if ranks:
@@ -176,12 +167,9 @@ def permutation_p(one: Floats, other: Floats, shuffles: int = 9999, seed: int = 
 
     Args:
         one: Shape (n,).
-        other: Shape (n,).
+        other: Shape (n,); the result is NaN where one of the two is constant.
         shuffles: Random orders of `other`; the observed order counts as one more.
         seed: Seed of the orders.
-
-    Returns:
-        NaN where one of them is constant.
     """
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     if not (first.any() and second.any()):

@@ -19,7 +19,7 @@ from lirefs.statistics.intervals import CHUNK, Estimate, Floats
 Key = TypeVar("Key")
 
 CLEAR = 20
-"""Once this many random sign patterns reach the observed one, the p-value is known not to be small."""
+"""Once this many random sign patterns reach the observed one, the p-value is not small."""
 ENUMERATED = 12
 """Up to this many differing items, all sign patterns are tried instead of random ones."""
 
@@ -28,17 +28,13 @@ def mcnemar(gained: int, lost: int) -> float:
     """Two-sided McNemar test that two paired shares are equal, from the items that changed.
 
     The mid-p value of the exact (binomial) test (Fagerland, Lydersen and Laake 2013). Its type I
-    error at level 0.05 stays below 0.05 for n from 5 to 400 where at most 60 % of the items
-    change, and is 0.037 on average from n = 40, against 0.022 for the exact test, which therefore
-    misses true differences. Only where nearly every item changes can it exceed the level (0.077
-    at most, at n = 16).
+    error at level 0.05 is 0.037 on average from n = 40, against 0.022 for the exact test, which
+    misses more true differences. It can exceed the level only where nearly every item changes
+    (0.077 at most, at n = 16).
 
     Args:
         gained: Items wrong before and right after.
         lost: Items right before and wrong after.
-
-    Returns:
-        The p-value; 1 where nothing changed.
 
     Raises:
         SettingError: If a count is negative.
@@ -56,21 +52,17 @@ def sign_flip(
 ) -> float:
     """Two-sided paired permutation test that a mean difference is 0, for any scores.
 
-    Under the null hypothesis each item's two scores could as well be exchanged, which flips the
-    sign of its difference (Fisher's randomization test). Where at most `ENUMERATED` items differ,
-    all sign patterns are tried and the p-value is exact; otherwise the observed pattern counts as
-    one of the random ones, so the p-value is valid and never 0 (Phipson and Smyth 2010). Sampling
-    stops after a twentieth of the patterns if `CLEAR` of them reach the observed one (Besag and
-    Clifford 1991): only the small p-values that Holm's correction asks for need the rest.
+    Fisher's randomization test: exchanging an item's two scores flips the sign of its difference.
+    Up to `ENUMERATED` differing items, all sign patterns are tried and the p-value is exact. Above,
+    the observed pattern counts as one of the random ones, so the p-value is valid and never 0
+    (Phipson and Smyth 2010). Sampling stops after a twentieth of the patterns if `CLEAR` of them
+    reach the observed one (Besag and Clifford 1991): only small p-values need the rest.
 
     Args:
         differences: Score after minus score before, one per item, shape (n,).
         permutations: Largest number of random sign patterns.
         seed: Seed of the patterns.
         weights: Weight of each item in the mean, shape (n,); None for equal weights.
-
-    Returns:
-        The p-value; 1 where nothing differs.
 
     Raises:
         SettingError: If a difference is not finite.
@@ -143,8 +135,8 @@ def holm(p_values: Sequence[float]) -> list[float]: ...
 def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | list[float]:
     """p-values of a family of tests, adjusted by Holm's step-down procedure (1979).
 
-    Rejecting those up to alpha makes a false rejection at most alpha likely in the whole family,
-    however the tests depend on each other.
+    Rejecting those up to alpha keeps the chance of any false rejection in the family at alpha or
+    below, however the tests depend on each other.
 
     Args:
         p_values: One per test; NaN stands for no test, is not counted and stays NaN.
@@ -160,16 +152,13 @@ def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | 
 
 
 def expected_best(share: float, n: int, k: int) -> float:
-    """By how much the best of k settings beats the truth if none has an effect.
+    """Mean excess of the best of k independent shares over the true one.
 
     Args:
-        share: True share of items solved under every setting.
+        share: True share of items solved, the same under every setting.
         n: Number of items.
-        k: Number of settings, each tried on its own items.
-
-    Returns:
-        Mean of the largest of k independent shares out of n items, minus `share`. On common items
-        it is less; see `best_of_null`.
+        k: Number of settings, each tried on its own items; on common ones the gain is smaller,
+            see `best_of_null`.
     """
     below = binom.cdf(np.arange(n), n, share) ** k
     return float((1 - below).sum() / n - share)
@@ -196,11 +185,10 @@ class BestOf:
 def best_of_null(differences: npt.ArrayLike, permutations: int = 10000, seed: int = 0) -> BestOf:
     """What the best of k settings gains over the unchanged model by luck, on common items.
 
-    Settings of one sweep change the same items alike, so they count for fewer than k independent
-    tries. The signs of an item's differences are therefore flipped together, which keeps the
-    correlation between settings and makes every mean difference 0 (Westfall and Young 1993). This
-    is exact if an item's differences are distributed symmetrically about 0, otherwise for large n
-    (Chernozhukov, Chetverikov and Kato 2013).
+    Settings of one sweep change the same items alike, so they are fewer than k independent tries.
+    Flipping the signs of an item's differences together keeps the correlation between settings
+    and makes every mean difference 0 (Westfall and Young 1993). It is exact if an item's
+    differences are symmetric about 0, otherwise for large n (Chernozhukov and others 2013).
 
     Args:
         differences: Score minus the unchanged model's, positive where better, shape (k, n).
@@ -227,8 +215,7 @@ def detectable_difference(
 ) -> float:
     """Smallest true difference of two paired shares that `mcnemar` finds with a given power.
 
-    The power is exact: it is summed over the binomial distributions of the items that change and
-    of those gained among them.
+    The power is exact, summed over the numbers of items that change and that are gained.
 
     Args:
         n: Number of items.

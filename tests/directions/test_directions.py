@@ -94,8 +94,8 @@ PLACE = {"layer": 0, "site": "resid_pre", "means": [0, 1], "spread": [1, 1], "co
     ("vector", "places", "provenance", "says"),
     [
         (torch.ones(4), "[" * 100_000, "{}", "nested too deep"),
-        (torch.ones(4), [PLACE], "1", "no object"),
-        (torch.ones(4), [PLACE, PLACE], "{}", "two directions of one place"),
+        (torch.ones(4), [PLACE], "1", "not an object"),
+        (torch.ones(4), [PLACE, PLACE], "{}", "two directions of the same place"),
         (torch.ones(4), [], "{}", "no direction"),
         (torch.ones(4), [{**PLACE, "layer": True}], "{}", "layer True"),
         (torch.ones(4), [{**PLACE, "layer": -1}], "{}", "layer -1"),
@@ -103,8 +103,8 @@ PLACE = {"layer": 0, "site": "resid_pre", "means": [0, 1], "spread": [1, 1], "co
         (torch.ones(4), [{**PLACE, "means": [0, float("nan")]}], "{}", "two numbers"),
         (torch.ones(4), [{**PLACE, "spread": [1]}], "{}", "two numbers"),
         (torch.ones(4), [{**PLACE, "counts": [1, -2]}], "{}", "counts"),
-        (torch.ones(4).double(), [PLACE], "{}", "no vector of float32"),
-        (torch.ones(2, 2), [PLACE], "{}", "no vector of float32"),
+        (torch.ones(4).double(), [PLACE], "{}", "not a vector of float32"),
+        (torch.ones(2, 2), [PLACE], "{}", "not a vector of float32"),
         (torch.tensor([1.0, torch.inf]), [PLACE], "{}", "not finite"),
     ],
 )
