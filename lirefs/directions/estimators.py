@@ -38,7 +38,8 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         """The class on whose side of the boundary each sample lies, shape (n_samples,)."""
-        labels: npt.NDArray[Any] = self.classes_[(self.decision_function(X) > 0).astype(int)]
+        side = (self.decision_function(X) > 0).astype(int)
+        labels: npt.NDArray[Any] = self.classes_[side]
         return labels
 
     def __sklearn_tags__(self) -> Any:

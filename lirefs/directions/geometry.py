@@ -141,17 +141,13 @@ class Components:
     labels: Floats
 
 
-def components(
-    lm: LanguageModel, direction: Direction, split: Split, *, count: int = 10, seed: int = 0
-) -> Components:
-    """Principal components of train states at the place of a direction, and test states on them.
+def components(lm: LanguageModel, direction: Direction, split: Split) -> Components:
+    """Ten principal components of train states at a direction's place, and test states on them.
 
     Args:
         lm: The model.
         direction: A direction, which gives the place.
         split: Train items give the components, test items the points; at most 512 of each.
-        count: Number of components.
-        seed: Seed of the random directions.
 
     Raises:
         CaptureError: If activations cannot be read.
@@ -164,10 +160,10 @@ def components(
     layers, sites = [direction.layer], [direction.site]
     captured = capture(lm, prompts, layers=layers, sites=sites, progress=False)
     states = captured.values[:, 0, 0].double().numpy()
-    fitted = PCA(min(count, len(train), states.shape[1]), svd_solver="full")
+    fitted = PCA(min(10, len(train), states.shape[1]), svd_solver="full")
     fitted.fit(states[: len(train)])
     unit = direction.unit.double().numpy()
-    noise = np.random.default_rng(seed).normal(size=(1000, len(unit)))
+    noise = np.random.default_rng(0).normal(size=(1000, len(unit)))
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
     labels = np.array([one.label == "reasoning" for one in (*train, *test)], np.float64)
     classes = [states[: len(train)][labels[: len(train)] == label].mean(0) for label in (0, 1)]

@@ -46,7 +46,7 @@ def test_transfer_scores_another_set_and_refuses_shared_questions(fitted):
 
 def test_principal_components_of_train_states(fitted):
     lm, probe = fitted
-    found = geometry.components(lm, probe.best, split(), count=4)
+    found = geometry.components(lm, probe.best, split())
     assert found.points.shape == (12, 2)
     states = capture(lm, split().train.prompts, progress=False)[probe.best_layer].double()
     first = torch.linalg.svd(states - states.mean(0))[2][0]
