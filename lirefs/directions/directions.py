@@ -1,10 +1,10 @@
-"""The directions of one model by place, with their provenance: arithmetic and files."""
+"""The directions of one model by place, with their provenance, in memory and in files."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,74 +66,6 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
     def __len__(self) -> int:
         return len(self.items_by_place)
-
-    def normalized(self) -> Directions:
-        """Every direction at length 1, with the same means, spread and counts."""
-        return self._map(lambda one: one.normalized(), "normalized")
-
-    def project_off(self, other: Directions | Direction) -> Directions:
-        """Every direction without its component along another one.
-
-        Args:
-            other: Directions of the same places, or one direction for all places.
-
-        Raises:
-            DirectionError: If places, widths or models differ.
-        """
-        if isinstance(other, Direction):
-            return self._map(
-                lambda one: one.project_off(replace(other, layer=one.layer, site=one.site)),
-                "project_off",
-            )
-        return self._join(other, Direction.project_off, "project_off")
-
-    @staticmethod
-    def mean_of(several: Sequence[Directions]) -> Directions:
-        """The mean at each place, over seeds or question sets; the provenance names all sets.
-
-        Raises:
-            DirectionError: If there is none, or places, widths or models differ.
-        """
-        if not several:
-            raise DirectionError("there are no directions to take the mean of")
-        for one in several:
-            several[0]._must_share_places(one)
-        items = {place: Direction.mean_of([one[place] for one in several]) for place in several[0]}
-        return Directions(items, _made_by("mean", *several))
-
-    def __add__(self, other: Directions) -> Directions:
-        return self._join(other, Direction.__add__, "+")
-
-    def __sub__(self, other: Directions) -> Directions:
-        return self._join(other, Direction.__sub__, "-")
-
-    def __neg__(self) -> Directions:
-        return self * -1.0
-
-    def __mul__(self, factor: float) -> Directions:
-        return self._map(lambda one: one * factor, f"* {factor}")
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> Directions:
-        return self._map(lambda one: one / divisor, f"/ {divisor}")
-
-    def _map(self, change: Callable[[Direction], Direction], name: str) -> Directions:
-        items = {place: change(one) for place, one in self.items()}
-        return Directions(items, _made_by(name, self))
-
-    def _join(
-        self, other: Directions, change: Callable[[Direction, Direction], Direction], name: str
-    ) -> Directions:
-        if not isinstance(other, Directions):
-            return NotImplemented
-        self._must_share_places(other)
-        items = {place: change(one, other[place]) for place, one in self.items()}
-        return Directions(items, _made_by(name, self, other))
-
-    def _must_share_places(self, other: Directions) -> None:
-        if different := sorted(set(self) ^ set(other)):
-            raise DirectionError(f"directions at different places: only one side has {different}")
 
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the header holds places, statistics and provenance.
@@ -232,14 +164,3 @@ def _check_whole(directions: Sequence[Direction], provenance: Any) -> None:
         raise ValueError("two directions of the same place")
     if len({len(one.vector) for one in directions}) != 1:
         raise ValueError("no direction, or directions of several widths")
-
-
-def _made_by(operation: str, *operands: Directions) -> dict[str, Any]:
-    """The provenance of a result: what all operands share, the operation, and the operands."""
-    first = operands[0].provenance
-    shared: dict[str, Any] = {
-        key: first[key]
-        for key in ("model", "model_name", "tokenizer")
-        if key in first and all(one.provenance.get(key) == first[key] for one in operands)
-    }
-    return {**shared, "operation": operation, "operands": [one.provenance for one in operands]}
