@@ -152,9 +152,9 @@ def check_finite(
     """Raise NonFiniteStateError, saying where, if a state is not finite.
 
     Args:
-        values: Shape (prompts, places, positions, width), the axes as in `Activations`.
-        places: The (layer, site) pairs of the second axis.
-        positions: The token positions of the third axis.
+        values: Shape (prompts, places, positions, width).
+        places: As in `Activations`.
+        positions: As in `Activations`.
         prompts: Indices of the prompts of the first axis.
         origin: Describes, for the message, where in a prompt the problem begins.
     """

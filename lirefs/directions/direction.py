@@ -123,8 +123,6 @@ class Direction:
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Direction:
-        if not isinstance(divisor, int | float):
-            return NotImplemented
         if divisor == 0:
             raise DirectionError("a direction cannot be divided by zero")
         return self * (1.0 / divisor)

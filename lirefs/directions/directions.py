@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -108,28 +108,29 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 if metadata.get("format") != FORMAT:
                     raise DirectionsFileError(f"{path}: not a file of directions")
                 provenance = parse_json(metadata["provenance"])
-                directions = [
-                    _read_direction(file, place) for place in parse_json(metadata["places"])
-                ]
-            _check_whole(directions, provenance)
+                found = [_read_direction(file, one) for one in parse_json(metadata["places"])]
+            if not isinstance(provenance, dict):
+                raise ValueError("the provenance is not an object")
+            if len({(one.layer, one.site) for one in found}) != len(found):
+                raise ValueError("two directions of the same place")
+            if len({len(one.vector) for one in found}) != 1:
+                raise ValueError("no direction, or directions of several widths")
         except FileNotFoundError as error:
             raise DirectionsFileError(f"{path}: no such file") from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DirectionsFileError(
                 f"{path}: cannot be read as directions: {error}; fit or fetch them again"
             ) from error
-        result = cls({(one.layer, one.site): one for one in directions}, provenance)
-        if lm is not None and not provenance.get("model"):
+        model = provenance.get("model")
+        if lm is not None and not model:
             raise ProvenanceError(
                 f"{path}: does not say which model it was fitted on; to use it anyway, load it "
                 "without a model: Directions.load(path)"
             )
-        if lm is not None and provenance["model"] != lm.fingerprint:
-            raise ProvenanceError(
-                f"{path}: fitted on another model ({provenance.get('model_name')!r}, not "
-                f"{lm.name!r})"
-            )
-        return result
+        if lm is not None and model != lm.fingerprint:
+            name = provenance.get("model_name")
+            raise ProvenanceError(f"{path}: fitted on another model ({name!r}, not {lm.name!r})")
+        return cls({(one.layer, one.site): one for one in found}, provenance)
 
 
 def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
@@ -142,7 +143,8 @@ def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
     if vector.dtype != torch.float32 or vector.ndim != 1 or not len(vector):
         raise ValueError(f"{where}: not a vector of float32")
     numbers = [one for pair in pairs for one in pair]
-    if any(len(pair) != 2 for pair in pairs) or not all(map(_is_number, numbers)):
+    finite = all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
+    if not finite or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{where}: means, spread and counts must be two numbers each")
     if any(type(one) is not int or one < 0 for one in pairs[2]):
         raise ValueError(f"{where}: counts are {pairs[2]}")
@@ -150,17 +152,3 @@ def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
         raise ValueError(f"{where}: the vector is not finite")
     means, spread, counts = map(tuple, pairs)
     return Direction(vector, layer, site, means, spread, counts)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _check_whole(directions: Sequence[Direction], provenance: Any) -> None:
-    """Raise ValueError unless a file holds directions of one width and a provenance."""
-    if not isinstance(provenance, dict):
-        raise ValueError("the provenance is not an object")
-    if len({(one.layer, one.site) for one in directions}) != len(directions):
-        raise ValueError("two directions of the same place")
-    if len({len(one.vector) for one in directions}) != 1:
-        raise ValueError("no direction, or directions of several widths")

@@ -96,8 +96,9 @@ class MeanDifference(_BinaryDirection):
         counts_: Samples seen of each class, shape (2,).
         sums_: Sum of the samples of each class, shape (2, n_features).
         means_: Class means, shape (2, n_features).
-        direction_: Mean of the second class minus mean of the first, shape (n_features,).
-        coef_: Unit direction, shape (1, n_features); zero if the means coincide.
+        direction_: As long as the gap between the class means along it, shape (n_features,); here
+            the mean of the second class minus the mean of the first.
+        coef_: Unit direction, shape (1, n_features); zero where `direction_` is zero.
         intercept_: Decision value of a sample of zeros, shape (1,).
     """
 
@@ -156,7 +157,6 @@ class WhitenedMeanDifference(_BinaryDirection):
 
     Attributes:
         shrinkage_: The shrinkage that was used.
-        direction_: As long as the gap between the class means along it, shape (n_features,).
     """
 
     def __init__(self, shrinkage: float | str = "auto") -> None:
@@ -193,7 +193,6 @@ class LogisticDirection(_BinaryDirection):
         max_iter: Largest number of solver iterations.
 
     Attributes:
-        direction_: As long as the gap between the class means along it, shape (n_features,).
         coef_: Coefficients of the log-odds, shape (1, n_features).
         intercept_: Log-odds of a sample of zeros, shape (1,).
     """
@@ -219,8 +218,6 @@ class PCADirection(_BinaryDirection):
 
     Attributes:
         explained_: Share of the squared differences that lies along the direction.
-        direction_: As long as the gap between the class means along it, shape (n_features,).
-        coef_: Unit direction, shape (1, n_features); zero if all differences are zero.
     """
 
     def _learn(self, samples: Floats, index: Ints) -> None:
@@ -252,12 +249,7 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.alpha = alpha
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction.
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Score of each sample, shape (n_samples,).
-        """
+        """Fit to samples X, (n_samples, n_features), and their scores y, (n_samples,)."""
         samples, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         scores = np.asarray(y, np.float64)
         self.coef_, intercept = _fit_standardized(Ridge(alpha=self.alpha), samples, scores)

@@ -56,10 +56,8 @@ def best_layer(probes: Mapping[str, Probe]) -> Picture:
     for row, probe in enumerate(probes.values()):
         found, random = probe.best_scores.test_auroc, probe.best_scores.random_auroc
         if probe.null:
-            shape = axis.violinplot(
-                [list(probe.null)], [row], orientation="horizontal", widths=0.8, showextrema=False
-            )
-            shape["bodies"][0].set_color(COLOURS[6])
+            style: Any = {"orientation": "horizontal", "widths": 0.8, "showextrema": False}
+            axis.violinplot([list(probe.null)], [row], **style)["bodies"][0].set_color(COLOURS[6])
         axis.plot([random.low, random.high], [row - 0.25] * 2, color=COLOURS[5], lw=3)
         ends = [[found.value - found.low], [found.high - found.value]]
         axis.errorbar(found.value, row, xerr=ends, fmt="o", color=COLOURS[0], capsize=3)
@@ -143,10 +141,10 @@ def transfers(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
     """AUROC on other question sets, on the probe's own test items, and of the controls."""
     canvas, (axis,) = canvas_of(1, (WIDE, 3.6))
     _line(axis, probe, "test_auroc", COLOURS[0], "own test items")
-    random = {"alpha": 0.25, "label": "random directions, better sign"}
+    random = {"color": COLOURS[5], "alpha": 0.25, "label": "random directions, better sign"}
     for index, (name, one) in enumerate(found.items(), start=1):
         _with_band(axis, one.layers, one.auroc, COLOURS[index], name)
-        _shade(axis, one.layers, *_ends(one.random), color=COLOURS[5], **random)
+        axis.fill_between(one.layers, *_ends(one.random), lw=0, **random)
     null = probe.shuffled
     axis.axhspan(null.low, null.high, color=COLOURS[6], alpha=0.25, lw=0, label="shuffled labels")
     axis.axhline(0.5, color="black", lw=0.6)
@@ -193,13 +191,9 @@ def _ends(found: Iterable[Estimate]) -> Floats:
     return np.array([(one.low, one.high) for one in found]).T
 
 
-def _shade(axis: Any, layers: Any, low: Any, high: Any, **style: Any) -> None:
-    axis.fill_between(layers, low, high, lw=0, **style)
-
-
 def _with_band(axis: Any, layers: Any, found: Iterable[Estimate], colour: str, name: str) -> None:
     """A line with its intervals as a band."""
-    _shade(axis, layers, *_ends(found), color=colour, alpha=0.2)
+    axis.fill_between(layers, *_ends(found), color=colour, alpha=0.2, lw=0)
     values = [one.value for one in found]
     axis.plot(layers, values, color=colour, marker="o", ms=3, label=literal(name))
 
@@ -212,4 +206,4 @@ def _controls(axis: Any, probe: Probe, as_correlation: bool = False) -> None:
     for score, colour, name in _CONTROLS:
         ends = _ends(getattr(one, score) for one in probe.scores)
         ends = 2 * ends - 1 if as_correlation else ends
-        _shade(axis, _layers(probe), *ends, color=colour, alpha=0.3, label=name)
+        axis.fill_between(_layers(probe), *ends, color=colour, alpha=0.3, lw=0, label=name)

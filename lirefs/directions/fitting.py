@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -42,15 +43,13 @@ def fit_directions(
         SettingError: If the estimator is not a linear model, or gives a vector that is not finite.
     """
     values = states.values
-    if values.shape[2] != 1 or len(labels) != len(values):
+    n, _, positions, _ = values.shape
+    if positions != 1 or len(labels) != n:
+        raise CaptureError(f"need one position and {n} labels, got {positions} and {len(labels)}")
+    if found := set(labels) ^ {0, 1}:
         raise CaptureError(
-            f"expected one position and {len(values)} labels, got {values.shape[2]} and "
-            f"{len(labels)}"
-        )
-    if set(labels) != {0, 1}:
-        raise CaptureError(
-            "labels must hold 0 (memory) and 1 (reasoning), both of them; found "
-            f"{sorted(set(labels))}"
+            "labels must hold 0 (memory) and 1 (reasoning), both of them and nothing else; "
+            f"wrong or missing: {sorted(found)}"
         )
     check_finite(values, states.places, states.positions, range(len(values)))
     index = np.asarray(labels, np.int64)
@@ -71,9 +70,11 @@ def fit_directions(
 class SumLearner:
     """Mean differences from sums: memory does not grow with the number of items.
 
+    Attributes are complete after `finish`.
+
     Attributes:
         counts: Train items of each class, shape (2,).
-        fitted: One estimator per place; this and what follows are complete after `finish`.
+        fitted: One estimator per place.
         vectors: Direction at each place, shape (places, width).
         means: Class means, shape (places, 2, width).
         null: Vector of each shuffle at each place, shape (places, width, shuffles).
@@ -104,39 +105,38 @@ class SumLearner:
         self.null = self._sums / count - (total - self._sums) / (len(self._shuffled) - count)
 
 
+@dataclass(eq=False)
 class StateLearner:
     """Any linear estimator, from all train states; attributes and methods as in `SumLearner`."""
 
-    def __init__(
-        self, estimator: Any, labels: Ints, targets: Floats, orders: Ints, progress: bool
-    ) -> None:
-        self.counts = np.bincount(labels, minlength=2)
-        self._estimator = estimator
-        self._labels = labels
-        self._targets: npt.NDArray[Any] = targets if is_regressor(estimator) else labels
-        self._orders = orders
-        self._progress = progress
-        self._states = np.empty((len(labels), 0, 0), np.float32)
+    estimator: Any
+    labels: Ints
+    targets: npt.NDArray[Any]
+    orders: Ints
+    progress: bool
+    _states: Floats | None = None
 
     def add(self, rows: list[int], states: Floats) -> None:
         """Keep states, in float32."""
-        if not self._states.size:
-            self._states = np.empty((len(self._labels), *states.shape[1:]), np.float32)
+        if self._states is None:
+            self._states = np.empty((len(self.labels), *states.shape[1:]), np.float32)
         self._states[rows] = states
 
     def finish(self) -> None:
         """Fit at every place, on the true targets and on the shuffled ones."""
+        assert self._states is not None
         states = self._states.transpose(1, 0, 2).astype(np.float64)
-        self.fitted = [clone(self._estimator).fit(one, self._targets) for one in states]
+        self.counts = np.bincount(self.labels, minlength=2)
+        self.fitted = [clone(self.estimator).fit(one, self.targets) for one in states]
         pairs = zip(self.fitted, states, strict=True)
-        self.vectors = np.stack([_vector_of(fitted, one, self._targets) for fitted, one in pairs])
-        sides = [states[:, self._labels == label].mean(axis=1) for label in (0, 1)]
+        self.vectors = np.stack([_vector_of(fitted, one, self.targets) for fitted, one in pairs])
+        sides = [states[:, self.labels == label].mean(axis=1) for label in (0, 1)]
         self.means = np.stack(sides, axis=1)
-        self.null = np.empty((len(states), states.shape[2], len(self._orders)))
-        bar = tqdm(self._orders, desc="shuffled labels", disable=not self._progress)
+        self.null = np.empty((len(states), states.shape[2], len(self.orders)))
+        bar = tqdm(self.orders, desc="shuffled labels", disable=not self.progress)
         for shuffle, order in enumerate(bar):
             for place, one in enumerate(states):
-                wrong = clone(self._estimator).fit(one, self._targets[order])
+                wrong = clone(self.estimator).fit(one, self.targets[order])
                 self.null[place, :, shuffle] = _coefficients(wrong)
 
 
@@ -167,7 +167,7 @@ Learner = SumLearner | StateLearner
 
 
 def learner_for(
-    estimator: Any, labels: Ints, targets: Floats, orders: Ints, progress: bool = False
+    estimator: Any, labels: Ints, targets: npt.NDArray[Any], orders: Ints, progress: bool = False
 ) -> Learner:
     """The learner for an estimator: from sums where they are enough, else from all train states.
 
@@ -180,6 +180,7 @@ def learner_for(
     """
     if isinstance(estimator, MeanDifference):
         return SumLearner(estimator, labels, orders)
+    targets = targets if is_regressor(estimator) else labels
     return StateLearner(estimator, labels, targets, orders, progress)
 
 

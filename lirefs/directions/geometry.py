@@ -21,14 +21,11 @@ COMPONENT_ITEMS = 512
 
 
 def cosines(one: Directions, other: Directions | None = None) -> Floats:
-    """Cosine of every direction with every other one.
+    """Cosine of every direction with every other one, shape (places, places of the other).
 
     Args:
         one: Directions; the rows, in their order.
         other: The columns; None for the same directions.
-
-    Returns:
-        Shape (places, places of the other).
 
     Raises:
         DirectionError: If widths differ.
@@ -44,14 +41,12 @@ class Transfer:
     """Directions of one question set on the questions of another.
 
     Attributes:
-        source: Name of the other set.
         layers: The layers, in order.
         auroc: AUROC of the projections, for each layer.
         random: AUROC of random directions, their signs chosen on these same items, which favours
             them: mean and 95 % range, for each layer.
     """
 
-    source: str
     layers: tuple[int, ...]
     auroc: tuple[Estimate, ...]
     random: tuple[Estimate, ...]
@@ -75,7 +70,7 @@ def transfer(
         questions: The other set; all of it is used.
         fitted_on: The questions that the directions were fitted and chosen on.
         controls: Number of random directions.
-        seed: Their seed.
+        seed: Seed of the random directions.
         progress: Show a progress bar.
 
     Raises:
@@ -98,7 +93,6 @@ def transfer(
     found = areas(random, labels)
     found = np.maximum(found, 1 - found)
     return Transfer(
-        source=questions.source,
         layers=tuple(layers),
         auroc=tuple(auroc(projections[:, place], labels) for place in range(len(layers))),
         random=tuple(Estimate(float(one.mean()), *interval(one), len(labels)) for one in found),

@@ -20,7 +20,7 @@ class HeldOut:
     Args:
         learner: A learner that has finished.
         labels: Labels of the held-out items, shape (n,).
-        sides: Where validation and test items are among them.
+        sides: Positions of validation and of test items among them.
         controls: Number of random directions.
         seed: Seed of the random directions.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from lirefs.directions.estimators import MeanDifference
 from lirefs.directions.fitting import direction_of, learner_for
 from lirefs.directions.held_out import HeldOut
 from lirefs.errors import CaptureError, NonFiniteStateError, QuestionsError, SettingError
-from lirefs.files import read_jsonl
+from lirefs.files import read_jsonl, sha256_of
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import indices
 from lirefs.questions import LABELS, Question, Questions, Split
@@ -312,9 +311,10 @@ def _shuffled_areas(held_out: HeldOut, generator: np.random.Generator) -> list[F
 
 
 def _range(values: Floats, n: int) -> Estimate:
+    """Mean and 95 % range of a control's values."""
     return Estimate(float(values.mean()), *interval(values), n=n)
 
 
 def _digest(side: Questions) -> str:
     text = "\n".join(f"{LABELS.index(item.label)} {item.key}" for item in side)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return sha256_of(text.encode())

@@ -22,15 +22,14 @@ def paired_difference(
 ) -> Estimate:
     """Weighted mean score minus the baseline's, on the same items.
 
+    By `difference_of_shares` for scores of 0 and 1 of equal weight, otherwise by the expanded
+    percentile bootstrap.
+
     Args:
         scores: One per item, shape (n,).
         base: The same for the baseline.
-        draws: How often each item is drawn, shape (resamples, n); used unless scores are 0 or 1.
+        draws: How often each item is drawn in each resample, shape (resamples, n).
         weights: Weight of each item, shape (n,); None for equal weights.
-
-    Returns:
-        For scores of 0 and 1 with `difference_of_shares`, otherwise with the expanded percentile
-        bootstrap.
     """
     n = len(scores)
     if binary(scores, base, weights):
@@ -43,11 +42,9 @@ def paired_difference(
 def paired_ratio(
     scores: Floats, base: Floats, draws: Floats, weights: Floats | None = None
 ) -> Estimate:
-    """Weighted mean score over the baseline's; arguments as in `paired_difference`.
+    """Weighted mean score over the baseline's; NaN where the baseline is 0.
 
-    Returns:
-        For scores of 0 and 1 with `ratio_of_shares`, otherwise with the expanded percentile
-        bootstrap; NaN where the baseline is 0.
+    By `ratio_of_shares` or the bootstrap; arguments as in `paired_difference`.
     """
     n = len(scores)
     if binary(scores, base, weights):
@@ -65,10 +62,9 @@ def paired_ratio(
 def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
     """Weighted mean with a studentized bootstrap interval (Efron and Tibshirani 1993, chapter 12).
 
-    For logarithms of perplexity and their differences, per token and weighted by tokens. A few
-    texts are often many times as long as the others, or change many times as much; where the
-    percentiles of 20 such texts cover 86 %, this interval covers 93 %. Items should seldom tie:
-    for scores that are mostly equal it is far too wide.
+    For log perplexities and their differences, per token and weighted by tokens. Where a few of
+    20 texts are much longer or change much more than the others, percentiles cover 86 %, this
+    interval 93 %. Items should seldom tie: for mostly equal scores it is far too wide.
 
     Args:
         scores: One per item, shape (n,).

@@ -94,13 +94,9 @@ def sign_flip(
 def paired_p_value(
     scores: Floats, base: Floats, weights: Floats | None = None, seed: int = 0
 ) -> float:
-    """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` for all others.
+    """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` with `seed` for all others.
 
-    Args:
-        scores: One per item, shape (n,).
-        base: The same for the unchanged model.
-        weights: Weight of each item, shape (n,); None for equal weights.
-        seed: Seed of `sign_flip`.
+    Scores, those of the unchanged model and weights have shape (n,); None for equal weights.
     """
     if binary(scores, base, weights):
         return mcnemar(int((scores > base).sum()), int((scores < base).sum()))
@@ -242,13 +238,10 @@ def detectable_mean(n: int, deviation: float, power: float = 0.8, alpha: float =
     For scores that are not 0 or 1; `sign_flip` has nearly the same power.
 
     Args:
-        n: Number of items.
-        deviation: Standard deviation of the items' differences.
+        n: Number of items; below 2 the result is NaN.
+        deviation: Standard deviation of the items' differences; the result has its unit.
         power: Probability of p <= alpha.
         alpha: Level of the test.
-
-    Returns:
-        The difference, in the unit of `deviation`; NaN below 2 items.
     """
     if n < 2:
         return nan
