@@ -1,4 +1,4 @@
-"""One direction in the residual stream: what was fitted, where, and its arithmetic."""
+"""One direction in the residual stream, and its arithmetic."""
 
 from __future__ import annotations
 
@@ -47,52 +47,35 @@ class Direction:
 
     @property
     def digest(self) -> str:
-        """First 16 hex digits of the SHA-256 of the vector: what tells two directions apart."""
+        """First 16 hex digits of the SHA-256 of the vector, to tell directions apart."""
         return sha256_of(self.vector.detach().float().cpu().numpy().tobytes())[:16]
 
     def project(self, states: Tensor) -> Tensor:
-        """Component of hidden states along the unit vector: (..., width) to (...).
+        """Component of hidden states along the unit vector.
 
         Args:
             states: Hidden states at its place, shape (..., width), any floating dtype.
 
         Returns:
-            Shape (...), in the dtype of the vector and the units of the activations.
+            Shape (...), in the dtype of the vector.
         """
         return states.to(self.vector.dtype) @ self.unit.to(states.device)
 
     def random_like(self, seed: int) -> Direction:
-        """A random direction of the same norm at the same place: the control.
-
-        Args:
-            seed: Seed of the draw.
-
-        Returns:
-            A direction without class means, spread and counts.
-        """
+        """A random direction of the same norm and place, without statistics: the control."""
         generator = torch.Generator().manual_seed(seed)
         vector = torch.randn(self.vector.shape, generator=generator)
         return self._with(vector / vector.norm() * self.vector.norm().cpu())
 
     def normalized(self) -> Direction:
-        """The direction at length 1; what was measured along it still holds.
-
-        Returns:
-            A direction with the same means, spread and counts.
-        """
+        """The direction at length 1, with the same means, spread and counts."""
         return replace(self, vector=self.unit)
 
     def project_off(self, other: Direction) -> Direction:
-        """What is left of it when its component along `other` is taken away.
-
-        Args:
-            other: A direction of the same width, place and model.
-
-        Returns:
-            A direction orthogonal to `other`; the same vector where `other` is zero.
+        """The direction without its component along `other`; unchanged where `other` is zero.
 
         Raises:
-            DirectionError: If the other has another width, place or model.
+            DirectionError: If the two differ in width, place or model.
         """
         self._must_fit(other)
         along, unit = self.vector.double(), other.vector.double()
@@ -103,23 +86,18 @@ class Direction:
 
     @staticmethod
     def mean_of(directions: Sequence[Direction]) -> Direction:
-        """The mean of directions of one place, over seeds or question sets.
-
-        Args:
-            directions: At least one.
-
-        Returns:
-            Their mean, taken in float64.
+        """The mean of directions of one place, over seeds or question sets, taken in float64.
 
         Raises:
             DirectionError: If there is none, or they differ in width, place or model.
         """
         if not directions:
             raise DirectionError("there is no direction to take the mean of")
-        for one in directions[1:]:
-            directions[0]._must_fit(one)
-        total = torch.stack([one.vector.double() for one in directions]).mean(dim=0)
-        return directions[0]._with(total.to(directions[0].vector.dtype))
+        first = directions[0]
+        for one in directions:
+            first._must_fit(one)
+        mean = torch.stack([one.vector.double() for one in directions]).mean(dim=0)
+        return first._with(mean.to(first.vector.dtype))
 
     def __add__(self, other: Direction) -> Direction:
         if not isinstance(other, Direction):
@@ -128,10 +106,7 @@ class Direction:
         return self._with(self.vector + other.vector)
 
     def __sub__(self, other: Direction) -> Direction:
-        if not isinstance(other, Direction):
-            return NotImplemented
-        self._must_fit(other)
-        return self._with(self.vector - other.vector)
+        return self + -other
 
     def __neg__(self) -> Direction:
         return self * -1.0
@@ -141,21 +116,19 @@ class Direction:
             return NotImplemented
         if factor == 0:
             return self._with(self.vector * 0.0)
-        sign = 1.0 if factor > 0 else -1.0  # the unit vector turns round
+        sign = 1.0 if factor > 0 else -1.0  # a negative factor reverses the unit vector
         means = (sign * self.means[0], sign * self.means[1])
         return replace(self, vector=self.vector * factor, means=means)
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float) -> Direction:
-        if not isinstance(divisor, int | float):
-            return NotImplemented
         if divisor == 0:
             raise DirectionError("a direction cannot be divided by zero")
         return self * (1.0 / divisor)
 
     def _with(self, vector: Tensor) -> Direction:
-        """Another vector at the same place: nothing has been measured along it."""
+        """Another vector at the same place, without the statistics measured along this one."""
         return Direction(vector, self.layer, self.site, model=self.model)
 
     def _must_fit(self, other: Direction) -> None:
@@ -166,20 +139,16 @@ class Direction:
         if (self.layer, self.site) != (other.layer, other.site):
             raise DirectionError(
                 f"directions of layer {self.layer}, {self.site} and of layer {other.layer}, "
-                f"{other.site}: give them one place first, with dataclasses.replace"
+                f"{other.site}: give them the same place first, with dataclasses.replace"
             )
         if self.model and other.model and self.model != other.model:
-            raise DirectionError("directions of two models; their coordinates do not compare")
+            raise DirectionError("directions of two models: their coordinates do not correspond")
 
 
 def must_be_finite(direction: Direction) -> None:
-    """Refuse a vector with entries that are not finite, before anything is changed along it.
-
-    Raises:
-        InterventionError: It has some.
-    """
+    """Raise InterventionError if the vector has entries that are NaN or infinite."""
     if not bool(torch.isfinite(direction.vector).all()):
         raise InterventionError(
             f"the direction at layer {direction.layer}, {direction.site} has entries that are NaN "
-            "or infinite; fit it again, on states that are finite"
+            "or infinite; fit it again on finite states"
         )

@@ -1,10 +1,10 @@
-"""The directions of one model by place, with what made them: arithmetic, files."""
+"""The directions of one model by place, with their provenance, in memory and in files."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,11 +21,13 @@ if TYPE_CHECKING:
     from lirefs.model.language_model import LanguageModel
 
 FORMAT = "lirefs-directions-1"
+_FIELDS = ("layer", "site", "means", "spread", "counts")
+"""What the header of a file holds about each direction."""
 
 
 @dataclass(frozen=True, eq=False)
 class Directions(Mapping[tuple[int, str], Direction]):
-    """Directions of one model by (layer, site), with what made them.
+    """Directions of one model by (layer, site), with their provenance.
 
     Attributes:
         items_by_place: The directions.
@@ -42,24 +44,22 @@ class Directions(Mapping[tuple[int, str], Direction]):
         for place, one in self.items_by_place.items():
             if place != (one.layer, one.site):
                 raise DirectionError(
-                    f"the direction under {place} is of layer {one.layer}, {one.site}: "
-                    "the key must be its own (layer, site)"
+                    f"the direction under {place} belongs to layer {one.layer}, {one.site}: "
+                    "its key must be its own (layer, site)"
                 )
-        made_on = str(self.provenance.get("model", ""))
+        model = str(self.provenance.get("model", ""))
         items = {
-            place: replace(one, model=made_on) if made_on and one.model != made_on else one
+            place: replace(one, model=model) if model and one.model != model else one
             for place, one in self.items_by_place.items()
         }
         object.__setattr__(self, "items_by_place", items)
 
     def __getitem__(self, place: tuple[int, str] | int) -> Direction:
-        """The direction at (layer, site), or at a layer when it has one direction only."""
-        if isinstance(place, int):
-            found = [key for key in self.items_by_place if key[0] == place]
-            if len(found) != 1:
-                raise KeyError(place)
-            place = found[0]
-        return self.items_by_place[place]
+        """The direction at (layer, site), or at a layer that has only one direction."""
+        found = [one for key, one in self.items_by_place.items() if place in (key, key[0])]
+        if len(found) != 1:
+            raise KeyError(place)
+        return found[0]
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self.items_by_place)
@@ -67,116 +67,21 @@ class Directions(Mapping[tuple[int, str], Direction]):
     def __len__(self) -> int:
         return len(self.items_by_place)
 
-    def normalized(self) -> Directions:
-        """Every direction at length 1.
-
-        Returns:
-            Directions at the same places.
-        """
-        return self._map(lambda one: one.normalized(), "normalized")
-
-    def project_off(self, other: Directions | Direction) -> Directions:
-        """Take away what lies along another direction, each at its own place.
-
-        Args:
-            other: Directions of the same places, or one direction for all places.
-
-        Returns:
-            Directions at the same places.
-
-        Raises:
-            DirectionError: If places, widths or models differ.
-        """
-        if isinstance(other, Direction):
-            return self._map(
-                lambda one: one.project_off(replace(other, layer=one.layer, site=one.site)),
-                "project_off",
-            )
-        return self._join(other, Direction.project_off, "project_off")
-
-    @staticmethod
-    def mean_of(several: Sequence[Directions]) -> Directions:
-        """The mean at each place, over seeds or question sets.
-
-        Args:
-            several: At least one set, all with the same places.
-
-        Returns:
-            One direction for each place; the provenance names all sets.
-
-        Raises:
-            DirectionError: If there is none, or places, widths or models differ.
-        """
-        if not several:
-            raise DirectionError("there are no directions to take the mean of")
-        for one in several[1:]:
-            several[0]._same_places(one)
-        items = {place: Direction.mean_of([one[place] for one in several]) for place in several[0]}
-        return Directions(items, _made_by("mean", *several))
-
-    def __add__(self, other: Directions) -> Directions:
-        return self._join(other, Direction.__add__, "+")
-
-    def __sub__(self, other: Directions) -> Directions:
-        return self._join(other, Direction.__sub__, "-")
-
-    def __neg__(self) -> Directions:
-        return self * -1.0
-
-    def __mul__(self, factor: float) -> Directions:
-        if not isinstance(factor, int | float):
-            return NotImplemented
-        return self._map(lambda one: one * factor, f"* {factor}")
-
-    __rmul__ = __mul__
-
-    def __truediv__(self, divisor: float) -> Directions:
-        if not isinstance(divisor, int | float):
-            return NotImplemented
-        return self._map(lambda one: one / divisor, f"/ {divisor}")
-
-    def _map(self, change: Callable[[Direction], Direction], name: str) -> Directions:
-        items = {place: change(one) for place, one in self.items()}
-        return Directions(items, _made_by(name, self))
-
-    def _join(
-        self, other: Directions, change: Callable[[Direction, Direction], Direction], name: str
-    ) -> Directions:
-        if not isinstance(other, Directions):
-            return NotImplemented
-        self._same_places(other)
-        items = {place: change(one, other[place]) for place, one in self.items()}
-        return Directions(items, _made_by(name, self, other))
-
-    def _same_places(self, other: Directions) -> None:
-        if set(self) != set(other):
-            lonely = sorted(set(self) ^ set(other))
-            raise DirectionError(f"directions at different places: only one side has {lonely}")
-
     def save(self, path: str | Path) -> None:
         """Write one safetensors file; the header holds places, statistics and provenance.
 
         Args:
             path: The file, written whole or not at all; an existing one is replaced.
         """
-        places = [
-            {
-                "layer": direction.layer,
-                "site": direction.site,
-                "means": direction.means,
-                "spread": direction.spread,
-                "counts": direction.counts,
-            }
-            for direction in self.values()
-        ]
+        places = [{name: getattr(one, name) for name in _FIELDS} for one in self.values()]
         metadata = {
             "format": FORMAT,
             "places": json.dumps(places),
             "provenance": json.dumps(self.provenance),
         }
         tensors = {
-            f"{layer}.{site}": direction.vector.detach().float().cpu().contiguous().clone()
-            for (layer, site), direction in self.items()
+            f"{layer}.{site}": one.vector.detach().float().cpu().contiguous().clone()
+            for (layer, site), one in self.items()
         }
         with atomic_path(Path(path)) as temporary:
             save_file(tensors, temporary, metadata)
@@ -187,14 +92,14 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
         Args:
             path: The file.
-            lm: When given, the file must come from this very model.
+            lm: If given, the file must come from exactly this model.
 
         Returns:
             The directions, float32 on the CPU.
 
         Raises:
-            DirectionsFileError: If the file is missing, truncated or of another format.
-            ProvenanceError: If the directions were fitted on another model than `lm`, or the file
+            DirectionsFileError: If the file is missing, damaged or of another format.
+            ProvenanceError: If the directions were fitted on a model other than `lm`, or the file
                 does not say on which.
         """
         try:
@@ -203,77 +108,47 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 if metadata.get("format") != FORMAT:
                     raise DirectionsFileError(f"{path}: not a file of directions")
                 provenance = parse_json(metadata["provenance"])
-                directions = [
-                    _read_direction(file, place) for place in parse_json(metadata["places"])
-                ]
-            _check_whole(directions, provenance)
+                found = [_read_direction(file, one) for one in parse_json(metadata["places"])]
+            if not isinstance(provenance, dict):
+                raise ValueError("the provenance is not an object")
+            if len({(one.layer, one.site) for one in found}) != len(found):
+                raise ValueError("two directions of the same place")
+            if len({len(one.vector) for one in found}) != 1:
+                raise ValueError("no direction, or directions of several widths")
         except FileNotFoundError as error:
             raise DirectionsFileError(f"{path}: no such file") from error
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise DirectionsFileError(
                 f"{path}: cannot be read as directions: {error}; fit or fetch them again"
             ) from error
-        result = cls({(one.layer, one.site): one for one in directions}, provenance)
-        if lm is not None and not provenance.get("model"):
+        model = provenance.get("model")
+        if lm is not None and not model:
             raise ProvenanceError(
-                f"{path}: does not say which model it was fitted on; load it without the model, "
-                "Directions.load(path), to use it all the same"
+                f"{path}: does not say which model it was fitted on; to use it anyway, load it "
+                "without a model: Directions.load(path)"
             )
-        if lm is not None and provenance["model"] != lm.fingerprint:
-            raise ProvenanceError(
-                f"{path}: fitted on another model ({provenance.get('model_name')!r}, not "
-                f"{lm.name!r})"
-            )
-        return result
+        if lm is not None and model != lm.fingerprint:
+            name = provenance.get("model_name")
+            raise ProvenanceError(f"{path}: fitted on another model ({name!r}, not {lm.name!r})")
+        return cls({(one.layer, one.site): one for one in found}, provenance)
 
 
 def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
-    """One direction of an open file.
-
-    Raises:
-        KeyError: A field is missing.
-        ValueError: A field is not of its type, or a number is not finite.
-    """
-    layer, site = place["layer"], place["site"]
+    """One direction of an open file; KeyError or ValueError if a field is missing or wrong."""
+    layer, site, *pairs = (place[name] for name in _FIELDS)
     if type(layer) is not int or layer < 0 or not isinstance(site, str):
-        raise ValueError(f"no place of a direction: layer {layer!r:.40}, {site!r:.40}")
+        raise ValueError(f"not the place of a direction: layer {layer!r:.40}, {site!r:.40}")
+    where = f"layer {layer}, {site}"
     vector = file.get_tensor(f"{layer}.{site}")
     if vector.dtype != torch.float32 or vector.ndim != 1 or not len(vector):
-        raise ValueError(f"layer {layer}, {site}: no vector of float32")
-    pairs = [place[key] for key in ("means", "spread", "counts")]
+        raise ValueError(f"{where}: not a vector of float32")
     numbers = [one for pair in pairs for one in pair]
-    if any(len(pair) != 2 for pair in pairs) or not all(map(_is_number, numbers)):
-        raise ValueError(
-            f"layer {layer}, {site}: means, spread and counts must be two numbers each"
-        )
+    finite = all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
+    if not finite or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{where}: means, spread and counts must be two numbers each")
     if any(type(one) is not int or one < 0 for one in pairs[2]):
-        raise ValueError(f"layer {layer}, {site}: counts are {pairs[2]}")
+        raise ValueError(f"{where}: counts are {pairs[2]}")
     if not bool(vector.isfinite().all()):
-        raise ValueError(f"layer {layer}, {site}: the vector is not finite")
+        raise ValueError(f"{where}: the vector is not finite")
     means, spread, counts = map(tuple, pairs)
     return Direction(vector, layer, site, means, spread, counts)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
-
-
-def _check_whole(directions: Sequence[Direction], provenance: Any) -> None:
-    """Raise ValueError unless a file holds directions of one width, and an object beside them."""
-    if not isinstance(provenance, dict):
-        raise ValueError("the provenance is no object")
-    if len({(one.layer, one.site) for one in directions}) != len(directions):
-        raise ValueError("two directions of one place")
-    if len({len(one.vector) for one in directions}) != 1:
-        raise ValueError("no direction, or directions of several widths")
-
-
-def _made_by(operation: str, *operands: Directions) -> dict[str, Any]:
-    """The provenance of a result: what all operands share, and how it was made of them."""
-    first = operands[0].provenance
-    shared: dict[str, Any] = {
-        key: first[key]
-        for key in ("model", "model_name", "tokenizer")
-        if key in first and all(one.provenance.get(key) == first[key] for one in operands)
-    }
-    return {**shared, "operation": operation, "operands": [one.provenance for one in operands]}

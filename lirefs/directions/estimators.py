@@ -25,15 +25,9 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     """What the two-class estimators share: a linear decision, and a direction with a length.
 
     `coef_` and `intercept_` decide; `direction_` is what steering adds. It lies along `coef_` and
-    is as long as the gap between the class means along it, so that adding it once carries the
-    mean of the first class to the level of the second, whatever the estimator.
+    is as long as the gap between the class means along it, so that with every estimator, adding
+    it once moves the mean of the first class to the level of the second.
     """
-
-    classes_: npt.NDArray[Any]
-    coef_: Floats
-    direction_: Floats
-    intercept_: Floats
-    means_: Floats
 
     def decision_function(self, X: npt.ArrayLike) -> Floats:
         """Linear score of each sample, larger for the second class, shape (n_samples,)."""
@@ -54,14 +48,11 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction, forgetting what was seen before.
+        """Fit the direction, forgetting samples seen before.
 
         Args:
             X: Samples, shape (n_samples, n_features).
             y: Labels, shape (n_samples,), two values.
-
-        Returns:
-            The estimator itself.
 
         Raises:
             ValueError: If y does not hold exactly two classes, or a setting cannot be used.
@@ -87,7 +78,7 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         """Set the decision along `vector`, with the boundary halfway between the class means."""
         unit = unit_of(vector)
         gap = float(unit @ (self.means_[1] - self.means_[0]))
-        # The sign of a principal component is arbitrary: it is made to point to the second class.
+        # The sign of a principal component is arbitrary: make it point to the second class.
         self.coef_ = (-unit if gap < 0 else unit)[None]
         self.direction_ = unit * gap
         self.intercept_ = -self.coef_ @ self.means_.mean(axis=0)
@@ -105,9 +96,10 @@ class MeanDifference(_BinaryDirection):
         counts_: Samples seen of each class, shape (2,).
         sums_: Sum of the samples of each class, shape (2, n_features).
         means_: Class means, shape (2, n_features).
-        direction_: Mean of the second class minus mean of the first, shape (n_features,).
-        coef_: Unit direction, shape (1, n_features); zero if the means coincide.
-        intercept_: Shape (1,).
+        direction_: As long as the gap between the class means along it, shape (n_features,); here
+            the mean of the second class minus the mean of the first.
+        coef_: Unit direction, shape (1, n_features); zero where `direction_` is zero.
+        intercept_: Decision value of a sample of zeros, shape (1,).
     """
 
     def _learn(self, samples: Floats, index: Ints) -> None:
@@ -118,15 +110,12 @@ class MeanDifference(_BinaryDirection):
     def partial_fit(
         self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None
     ) -> Self:
-        """Add samples to the sums.
+        """Add samples to the sums; prediction needs some of both classes.
 
         Args:
             X: Samples, shape (n_samples, n_features).
             y: Labels, shape (n_samples,).
             classes: The two labels; needed at the first call, because a batch may lack one.
-
-        Returns:
-            The estimator itself; it predicts as soon as it has seen both classes.
 
         Raises:
             ValueError: If there are not two classes, or y holds another one.
@@ -158,21 +147,16 @@ class MeanDifference(_BinaryDirection):
 class WhitenedMeanDifference(_BinaryDirection):
     """Difference of the class means, whitened by the spread within the classes.
 
-    The direction of linear discriminant analysis with equal priors: S^-1 (mean1 - mean0), S the
-    covariance within the classes, shrunk towards a multiple of the identity because there are
-    often fewer samples than features.
+    The direction of linear discriminant analysis with equal priors: S^-1 (mean1 - mean0), with S
+    the covariance within the classes, shrunk towards a multiple of the identity because there are
+    often fewer samples than features. Attributes not listed are as in `MeanDifference`.
 
     Args:
         shrinkage: Between 0 (the empirical covariance) and 1 (its trace alone, which gives the
             mean difference); `"auto"` for the estimate of Ledoit and Wolf (2004).
 
     Attributes:
-        classes_: The two labels, sorted; the direction points to the second.
         shrinkage_: The shrinkage that was used.
-        means_: Class means, shape (2, n_features).
-        direction_: As long as the gap between the class means along it, shape (n_features,).
-        coef_: Unit direction, shape (1, n_features); zero if the means coincide.
-        intercept_: Shape (1,).
     """
 
     def __init__(self, shrinkage: float | str = "auto") -> None:
@@ -186,7 +170,7 @@ class WhitenedMeanDifference(_BinaryDirection):
             self.shrinkage_ = float(self.shrinkage)
             covariance = shrunk_covariance(within.T @ within / len(within), self.shrinkage_)
         else:
-            raise ValueError(f"shrinkage is 'auto' or in [0, 1], got {self.shrinkage!r}.")
+            raise ValueError(f"shrinkage must be 'auto' or in [0, 1], got {self.shrinkage!r}.")
         difference = self.means_[1] - self.means_[0]
         if not covariance.any():  # no spread at all: nothing to whiten with
             covariance = np.eye(len(difference))
@@ -198,21 +182,19 @@ class WhitenedMeanDifference(_BinaryDirection):
 
 
 class LogisticDirection(_BinaryDirection):
-    """Logistic regression on standardized features, written back in the space of the samples.
+    """Logistic regression on standardized features, transformed back to the samples' space.
 
     Residual streams have a few features a hundred times larger than the rest; without
-    standardization the penalty would fall on the others alone, and the solver would crawl.
+    standardization only the others would be penalized, and the solver would converge slowly.
+    Attributes not listed are as in `MeanDifference`.
 
     Args:
         C: Inverse of the penalty, as in scikit-learn.
-        max_iter: Most iterations of the solver.
+        max_iter: Largest number of solver iterations.
 
     Attributes:
-        classes_: The two labels, sorted; the direction points to the second.
-        means_: Class means, shape (2, n_features).
-        direction_: As long as the gap between the class means along it, shape (n_features,).
         coef_: Coefficients of the log-odds, shape (1, n_features).
-        intercept_: Shape (1,).
+        intercept_: Log-odds of a sample of zeros, shape (1,).
     """
 
     def __init__(self, C: float = 1.0, max_iter: int = 1000) -> None:
@@ -220,12 +202,9 @@ class LogisticDirection(_BinaryDirection):
         self.max_iter = max_iter
 
     def _learn(self, samples: Floats, index: Ints) -> None:
-        scaler = StandardScaler().fit(samples)
         model = LogisticRegression(C=self.C, max_iter=self.max_iter)
-        model.fit(scaler.transform(samples), index)
+        self.coef_, self.intercept_ = _fit_standardized(model, samples, index)
         self.n_iter_ = model.n_iter_
-        self.coef_ = model.coef_ / scaler.scale_
-        self.intercept_ = model.intercept_ - self.coef_ @ scaler.mean_
         unit = unit_of(self.coef_[0])
         self.direction_ = unit * float(unit @ (self.means_[1] - self.means_[0]))
 
@@ -234,16 +213,11 @@ class PCADirection(_BinaryDirection):
     """First principal component of paired differences (Zou et al. 2023, section 3.1).
 
     The k-th sample of one class is paired with the k-th of the other, in the order given; samples
-    without a partner are left out. The differences are taken with both signs, so that their mean
-    is part of what the component explains.
+    without a partner are left out. The differences are taken with both signs, so that the
+    component also explains their mean. Attributes not listed are as in `MeanDifference`.
 
     Attributes:
-        classes_: The two labels, sorted; the direction points to the second.
         explained_: Share of the squared differences that lies along the direction.
-        means_: Class means, shape (2, n_features).
-        direction_: As long as the gap between the class means along it, shape (n_features,).
-        coef_: Unit direction, shape (1, n_features); zero if all differences are zero.
-        intercept_: Shape (1,).
     """
 
     def _learn(self, samples: Floats, index: Ints) -> None:
@@ -259,8 +233,8 @@ class PCADirection(_BinaryDirection):
 class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     """Ridge regression of a graded score on standardized features.
 
-    For items that are not all reasoning or all memory: the score, usually in [0, 1], says how
-    much of each. The direction's length is the change along it from score 0 to score 1.
+    For items that are neither pure reasoning nor pure memory: the score, usually in [0, 1], is
+    the share of reasoning. The direction's length is the change along it from score 0 to 1.
 
     Args:
         alpha: Penalty, as in scikit-learn.
@@ -275,33 +249,16 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         self.alpha = alpha
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction.
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Score of each sample, shape (n_samples,).
-
-        Returns:
-            The estimator itself.
-        """
+        """Fit to samples X, (n_samples, n_features), and their scores y, (n_samples,)."""
         samples, y = validate_data(self, X, y, dtype=np.float64, y_numeric=True)
         scores = np.asarray(y, np.float64)
-        scaler = StandardScaler().fit(samples)
-        model = Ridge(alpha=self.alpha).fit(scaler.transform(samples), scores)
-        self.coef_ = model.coef_ / scaler.scale_
-        self.intercept_ = float(model.intercept_ - self.coef_ @ scaler.mean_)
+        self.coef_, intercept = _fit_standardized(Ridge(alpha=self.alpha), samples, scores)
+        self.intercept_ = float(intercept)
         self.direction_ = along(self.coef_, samples, scores)
         return self
 
     def predict(self, X: npt.ArrayLike) -> Floats:
-        """The predicted score of each sample, shape (n_samples,).
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-
-        Returns:
-            float64, shape (n_samples,).
-        """
+        """The predicted score of each sample, float64, shape (n_samples,)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
         values: Floats = X @ self.coef_ + self.intercept_
@@ -311,14 +268,9 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
 def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
     """Scale a vector to the change along it from score 0 to score 1.
 
-    Args:
-        vector: Any length, shape (n_features,).
-        samples: Shape (n_samples, n_features).
-        scores: Shape (n_samples,). For labels 0 and 1 the result spans the class means.
-
-    Returns:
-        The regression of the samples' projections on the scores, along the unit vector, shape
-        (n_features,); zero where the scores are all equal.
+    That is the unit vector, (n_features,), times the slope of the projections of samples,
+    (n_samples, n_features), on scores, (n_samples,); zero where the scores are all equal. For
+    labels 0 and 1 it spans the class means.
     """
     unit = unit_of(vector)
     centred = scores - scores.mean()
@@ -329,5 +281,12 @@ def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
 def unit_of(vector: Floats) -> Floats:
     """The vector at length 1; zero where it is zero."""
     norm = float(np.linalg.norm(vector))
-    unit: Floats = vector / norm if norm > 0 else vector
-    return unit
+    return vector / norm if norm > 0 else vector
+
+
+def _fit_standardized(model: Any, samples: Floats, targets: npt.NDArray[Any]) -> tuple[Any, Any]:
+    """Fit on standardized features; coefficients and intercept in the units of the samples."""
+    scaler = StandardScaler().fit(samples)
+    model.fit(scaler.transform(samples), targets)
+    coefficients = model.coef_ / scaler.scale_
+    return coefficients, model.intercept_ - coefficients @ scaler.mean_

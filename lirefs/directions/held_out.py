@@ -1,29 +1,30 @@
-"""What held-out states say about directions: scores, cosines, and the scores of controls."""
+"""Scores of held-out states along fitted directions and along their controls."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
 
-from lirefs.directions.fitting import Learner, decide
+import numpy as np
+from sklearn.base import is_regressor
+
+from lirefs.directions.fitting import Learner
 from lirefs.statistics.intervals import Floats, Ints
 
-# Controls give a distribution, not a decision: they need no more items than this on each side.
 CONTROL_ITEMS = 2000
+"""Most items of each side that controls are scored on: enough for a distribution."""
 
 
 class HeldOut:
     """Scores of held-out items, filled batch by batch.
 
     Args:
-        learner: What was learned from train items.
+        learner: A learner that has finished.
         labels: Labels of the held-out items, shape (n,).
-        sides: Where validation and test items are among them.
+        sides: Positions of validation and of test items among them.
         controls: Number of random directions.
         seed: Seed of the random directions.
 
     Attributes:
-        labels: As given.
-        sides: As given.
         scores: Decision value of each item at each place, shape (n, places).
         predicted: Label given to each item, shape (n, places).
         projections: Component along the unit direction, shape (n, places).
@@ -41,19 +42,18 @@ class HeldOut:
         self.sides = sides
         self._learner = learner
         n, (places, _, width) = len(labels), learner.means.shape
-        vectors = np.stack([learner.vector(place) for place in range(places)])
-        norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-        self._units = vectors / np.where(norms > 0, norms, 1.0)
+        norms = np.linalg.norm(learner.vectors, axis=1, keepdims=True)
+        self._units = learner.vectors / np.where(norms > 0, norms, 1.0)
         self._middles = learner.means.mean(axis=1)
         noise = np.random.default_rng(seed).normal(size=(width, controls))
-        # A random direction is given the better of its two signs on train items, as a fitted one.
+        # A random direction gets the better of its two signs on train items, like a fitted one.
         sign = np.sign((learner.means[:, 1] - learner.means[:, 0]) @ noise)
         self._random = noise[None] * np.where(sign == 0, 1.0, sign)[:, None]
         self.scores = np.empty((n, places))
         self.predicted = np.empty((n, places), np.int64)
         self.projections = np.empty((n, places))
         self.cosines = np.empty((n, places))
-        self.control_rows = [_spread_out(side) for side in sides]
+        self.control_rows = [spread_out(side.start, side.stop, CONTROL_ITEMS) for side in sides]
         chosen = np.concatenate(self.control_rows)
         self._slot = np.full(n, -1)
         self._slot[chosen] = np.arange(len(chosen))
@@ -61,10 +61,10 @@ class HeldOut:
         self.random = np.empty((len(chosen), places, controls), np.float32)
 
     def add(self, rows: list[int], states: Floats) -> None:
-        """Take in states of held-out items `rows`, shape (rows, places, width)."""
+        """Score states of held-out items `rows`, shape (rows, places, width)."""
         index = np.asarray(rows)
         for place, one in enumerate(self._learner.fitted):
-            scores, predicted = decide(one, states[:, place])
+            scores, predicted = _decide(one, states[:, place])
             self.scores[index, place], self.predicted[index, place] = scores, predicted
         self.projections[index] = np.einsum("npw,pw->np", states, self._units)
         centred = states - self._middles
@@ -78,7 +78,14 @@ class HeldOut:
         self.random[slots] = (kept @ self._random).transpose(1, 0, 2)
 
 
-def _spread_out(side: slice) -> Ints:
-    """At most `CONTROL_ITEMS` items of a side, evenly over it, so that both classes are there."""
-    count = min(side.stop - side.start, CONTROL_ITEMS)
-    return np.linspace(side.start, side.stop - 1, count).round().astype(np.int64)
+def spread_out(begin: int, end: int, most: int) -> Ints:
+    """At most `most` indices, evenly over a range, so that both classes of items are there."""
+    return np.linspace(begin, end - 1, min(end - begin, most)).round().astype(np.int64)
+
+
+def _decide(estimator: Any, states: Floats) -> tuple[Floats, Ints]:
+    """Scores of states and the labels they are given, shape (n,) each."""
+    if is_regressor(estimator):
+        scores = np.asarray(estimator.predict(states), np.float64)
+        return scores, (scores > 0.5).astype(np.int64)
+    return np.asarray(estimator.decision_function(states), np.float64), estimator.predict(states)

@@ -1,8 +1,9 @@
-"""Intervals for the numbers that are reported: arrays in, numbers out."""
+"""Intervals for reported numbers: arrays in, numbers out."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,11 @@ from lirefs.errors import SettingError
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-# Counts held at once by a bootstrap, which is otherwise resamples times items.
 CHUNK = 1 << 20
+"""Numbers that a bootstrap or permutation test holds in memory at once."""
 RESAMPLES = 2000
+Z = 1.959964
+"""Normal quantile of a 95 % interval."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +42,14 @@ class Estimate:
         return asdict(self)
 
 
-def wilson(successes: int, n: int, z: float = 1.959964) -> Estimate:
-    """Share of successes with the Wilson score interval (right at 0 and 100 %, unlike Wald).
+def wilson(successes: int, n: int) -> Estimate:
+    """Share of successes in n >= 1 trials, with the Wilson score interval.
 
-    Args:
-        successes: Number of successes.
-        n: Number of trials, at least 1.
-        z: Normal quantile; the default gives 95 %.
+    Unlike Wald's interval it is right at 0 and 100 %.
     """
     share = successes / n
-    centre = (share + z * z / (2 * n)) / (1 + z * z / n)
-    half = z / (1 + z * z / n) * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
+    half = Z / (1 + Z * Z / n) * np.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
     # Rounding must not put a limit on the wrong side of the share, or beyond 0 and 1.
     low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
     return Estimate(share, min(low, share), max(high, share), n)
@@ -62,17 +62,20 @@ def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> 
 
 
 def interval(values: Floats, n: int | None = None) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles, non-finite resamples left out.
+    """The 2.5 and 97.5 percentiles of the finite values.
 
     Args:
         values: Resampled values, shape (resamples,).
-        n: Number of items that were resampled. Given it, the percentiles are expanded as far as a
+        n: Number of items that were resampled. If given, the percentiles are widened as much as a
             t interval with the unbiased variance is wider than a normal one with the bootstrap's
-            (Hesterberg 2015, section 5.1), which matters for fewer than some 40 items.
+            (Hesterberg 2015, section 5.1), which matters below about 40 items.
+
+    Returns:
+        Lower and upper limit; NaN if no value is finite.
     """
     finite = values[np.isfinite(values)]
     if finite.size == 0:
-        return float("nan"), float("nan")
+        return nan, nan
     tail = 2.5
     if n is not None:
         tail = 100 * norm.cdf(-np.sqrt(n / (n - 1)) * student.ppf(0.975, n - 1)) if n > 1 else 0.0
@@ -91,11 +94,8 @@ def auroc(
         resamples: Number of bootstrap resamples.
         seed: Seed of the bootstrap.
 
-    Returns:
-        The area with its interval; n counts both classes.
-
     Raises:
-        SettingError: The shapes differ, a score is NaN, or one class is missing.
+        SettingError: If the shapes differ, a score is NaN, or one class is missing.
     """
     scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
     if scores.ndim != 1 or scores.shape != labels.shape or np.isnan(scores).any():
@@ -106,12 +106,12 @@ def auroc(
     value = float(roc_auc_score(labels, np.unique(scores, return_inverse=True)[1]))
     positive, negative = scores[labels == 1], scores[labels == 0]
     # AUROC = mean over pairs of [p > n] + [p = n] / 2, so a resample only reweights the pairs: a
-    # positive wins the weight of the negatives below it, and half the weight of those beside it.
+    # positive wins the weight of the negatives below it, and half the weight of those equal to it.
     order = np.argsort(negative)
     below = np.searchsorted(negative, positive, "left", sorter=order)
     up_to = np.searchsorted(negative, positive, "right", sorter=order)
     first, second = np.random.default_rng(seed), np.random.default_rng(seed + 1)
-    areas = np.empty(resamples)
+    resampled = np.empty(resamples)
     step = max(1, CHUNK // len(scores))
     for begin in range(0, resamples, step):
         size = min(step, resamples - begin)
@@ -119,19 +119,16 @@ def auroc(
         columns = resample_counts(len(negative), size, second)[:, order]
         weight = np.pad(columns.cumsum(axis=1), ((0, 0), (1, 0)))
         wins = np.einsum("rn,rn->r", rows, weight[:, below] + weight[:, up_to])
-        areas[begin : begin + size] = wins / (2 * len(positive) * len(negative))
-    return Estimate(value, *interval(areas), len(scores))
+        resampled[begin : begin + size] = wins / (2 * len(positive) * len(negative))
+    return Estimate(value, *interval(resampled), len(scores))
 
 
 def areas(scores: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
-    """Areas under many ROC curves at once.
+    """Areas under many ROC curves at once, without intervals.
 
     Args:
-        scores: Shape (n, ...); larger means class 1.
+        scores: Shape (n, ...), which gives areas of shape (...); larger means class 1.
         labels: 0 or 1, both present, shape (n,) or one that broadcasts to the shape of scores.
-
-    Returns:
-        Shape (...).
     """
     ranks = rankdata(scores, axis=0)
     positive = labels.reshape(labels.shape + (1,) * (scores.ndim - labels.ndim))
@@ -147,22 +144,19 @@ def correlation(one: Floats, other: Floats, ranks: bool = False) -> Estimate:
     The variance of Spearman's z follows Bonett and Wright (2000).
 
     Args:
-        one: Shape (n,).
-        other: Shape (n,).
+        one: Shape (n,); for n < 4 the interval is [-1, 1].
+        other: Shape (n,); the value is NaN where one of the two is constant.
         ranks: Whether to correlate ranks.
-
-    Returns:
-        NaN where one of them is constant; an infinitely wide interval below 4 values.
     """
     n = len(one)
     if ranks:
         one, other = rankdata(one), rankdata(other)
     first, second = one - one.mean(), other - other.mean()
     product = float(np.linalg.norm(first) * np.linalg.norm(second))
-    value = float(first @ second) / product if product > 0 else float("nan")
+    value = float(first @ second) / product if product > 0 else nan
     if n < 4 or not np.isfinite(value):
         return Estimate(value, -1.0, 1.0, n)
-    half = 1.959964 * np.sqrt((1 + value**2 / 2 if ranks else 1.0) / (n - 3))
+    half = Z * np.sqrt((1 + value**2 / 2 if ranks else 1.0) / (n - 3))
     z = np.arctanh(np.clip(value, -1 + 1e-15, 1 - 1e-15))
     return Estimate(value, float(np.tanh(z - half)), float(np.tanh(z + half)), n)
 
@@ -174,24 +168,21 @@ def permutation_p(one: Floats, other: Floats, shuffles: int = 9999, seed: int = 
 
     Args:
         one: Shape (n,).
-        other: Shape (n,).
-        shuffles: Random orders of `other`; the order that was found counts as one more.
+        other: Shape (n,); the result is NaN where one of the two is constant.
+        shuffles: Random orders of `other`; the observed order counts as one more.
         seed: Seed of the orders.
-
-    Returns:
-        NaN where one of them is constant.
     """
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     if not (first.any() and second.any()):
-        return float("nan")
+        return nan
     generator = np.random.default_rng(seed)
     orders = generator.permuted(np.tile(second, (shuffles, 1)), axis=1)
     reached = np.abs(orders @ first) >= abs(second @ first) - 1e-9
     return float((1 + reached.sum()) / (1 + shuffles))
 
 
-def mean_estimate(values: npt.ArrayLike, resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Return the mean of some items with a bootstrap interval."""
+def mean_estimate(values: npt.ArrayLike) -> Estimate:
+    """The mean of items, shape (n,), with a bootstrap interval."""
     items = np.asarray(values, dtype=np.float64)
-    means = resample_counts(len(items), resamples, seed) @ items / len(items)
+    means = resample_counts(len(items), RESAMPLES, 0) @ items / len(items)
     return Estimate(float(items.mean()), *interval(means), len(items))

@@ -8,14 +8,13 @@ item changes its width is 0. Score intervals keep at least 93 % (`benchmarks/int
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import inf, nan
 
 import numpy as np
 from scipy.optimize import brentq
 
-from lirefs.statistics.intervals import Estimate, Floats, interval
+from lirefs.statistics.intervals import Estimate, Floats, Z, interval
 from lirefs.statistics.significance import binary
-
-Z = 1.959964
 
 
 def paired_difference(
@@ -23,20 +22,18 @@ def paired_difference(
 ) -> Estimate:
     """Weighted mean score minus the baseline's, on the same items.
 
-    Args:
-        scores: One an item, shape (n,).
-        base: The same for the baseline.
-        draws: How often each item is drawn, shape (resamples, n); used unless scores are 0 or 1.
-        weights: Weight of each item, shape (n,); None for equal weights.
+    By `difference_of_shares` for scores of 0 and 1 of equal weight, otherwise by the expanded
+    percentile bootstrap.
 
-    Returns:
-        For scores of 0 and 1 with `difference_of_shares`, otherwise with the expanded percentile
-        bootstrap.
+    Args:
+        scores: One per item, shape (n,).
+        base: The same for the baseline.
+        draws: How often each item is drawn in each resample, shape (resamples, n).
+        weights: Weight of each item, shape (n,); None for equal weights.
     """
     n = len(scores)
     if binary(scores, base, weights):
-        gained, lost = int((scores > base).sum()), int((scores < base).sum())
-        return difference_of_shares(gained, lost, n)
+        return difference_of_shares(int((scores > base).sum()), int((scores < base).sum()), n)
     by = np.ones(n) if weights is None else weights
     gap = by * (scores - base)
     return Estimate(float(gap.sum() / by.sum()), *interval((draws @ gap) / (draws @ by), n), n)
@@ -45,11 +42,9 @@ def paired_difference(
 def paired_ratio(
     scores: Floats, base: Floats, draws: Floats, weights: Floats | None = None
 ) -> Estimate:
-    """Weighted mean score over the baseline's, on the same items; arguments as above.
+    """Weighted mean score over the baseline's; NaN where the baseline is 0.
 
-    Returns:
-        For scores of 0 and 1 with `ratio_of_shares`, otherwise with the expanded percentile
-        bootstrap; NaN where the baseline is 0.
+    By `ratio_of_shares` or the bootstrap; arguments as in `paired_difference`.
     """
     n = len(scores)
     if binary(scores, base, weights):
@@ -58,7 +53,7 @@ def paired_ratio(
     by = np.ones(n) if weights is None else weights
     top, bottom = by * scores, by * base
     if bottom.sum() == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), n)
+        return Estimate(nan, nan, nan, n)
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = (draws @ top) / (draws @ bottom)
     return Estimate(float(top.sum() / bottom.sum()), *interval(ratios, n), n)
@@ -67,13 +62,12 @@ def paired_ratio(
 def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
     """Weighted mean with a studentized bootstrap interval (Efron and Tibshirani 1993, chapter 12).
 
-    For logarithms of perplexity and their differences, per token and weighted by tokens: a few
-    texts are often many times as long, or change many times as much, as the others, and where the
-    percentiles of 20 texts cover 86 % this covers 93 %. It asks that items seldom tie: for scores
-    that are mostly equal it is far too wide.
+    For log perplexities and their differences, per token and weighted by tokens. Where a few of
+    20 texts are much longer or change much more than the others, percentiles cover 86 %, this
+    interval 93 %. Items should seldom tie: for mostly equal scores it is far too wide.
 
     Args:
-        scores: One an item, shape (n,).
+        scores: One per item, shape (n,).
         weights: Positive, shape (n,).
         draws: How often each item is drawn, shape (resamples, n).
     """
@@ -92,14 +86,14 @@ def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
         ratios = shift / (np.sqrt(np.maximum(squares, 0)) / total)
     ratios = ratios[~np.isnan(ratios)]  # 0 / 0: a resample of one item alone
     if ratios.size == 0:
-        return Estimate(value, -np.inf, np.inf, n)
-    # Some ratios may be infinite, which only the method without interpolation can bear.
+        return Estimate(value, -inf, inf, n)
+    # Some ratios may be infinite, and interpolating between them would give NaN.
     low, high = np.percentile(ratios, [2.5, 97.5], method="inverted_cdf")
     return Estimate(value, float(value - high * error), float(value - low * error), n)
 
 
 def exponential(log: Estimate) -> Estimate:
-    """A perplexity from its logarithm, or a ratio of two from the difference of theirs."""
+    """A perplexity from its logarithm, or the ratio of two from the difference of their logs."""
     with np.errstate(over="ignore"):
         value, low, high = np.exp([log.value, log.low, log.high]).tolist()
     return Estimate(value, low, high, log.n)
@@ -108,12 +102,12 @@ def exponential(log: Estimate) -> Estimate:
 def difference_of_shares(gained: int, lost: int, n: int) -> Estimate:
     """Difference of two shares of the same items, with Tango's score interval (1998).
 
-    It holds 0 exactly where McNemar's statistic (gained - lost)^2 / (gained + lost) is below
+    It contains 0 exactly where McNemar's statistic (gained - lost)^2 / (gained + lost) is below
     1.96^2, and has a width where no item changed.
 
     Args:
         gained: Items wrong under the baseline and right now.
-        lost: The reverse.
+        lost: Items right under the baseline and wrong now.
         n: Number of items, at least 1.
     """
     value = (gained - lost) / n
@@ -124,7 +118,7 @@ def difference_of_shares(gained: int, lost: int, n: int) -> Estimate:
         # The likeliest share of items lost, given this difference.
         share = (b + np.sqrt(max(b * b + 8 * n * c, 0.0))) / (4 * n)
         variance = n * (2 * share + difference * (1 - difference))
-        return _ratio(gained - lost - n * difference, variance)
+        return _standardized(gained - lost - n * difference, variance)
 
     return Estimate(value, _limit(score, -1.0, value, Z), _limit(score, 1.0, value, -Z), n)
 
@@ -132,58 +126,54 @@ def difference_of_shares(gained: int, lost: int, n: int) -> Estimate:
 def ratio_of_shares(both: int, gained: int, lost: int, n: int) -> Estimate:
     """Ratio of two shares of the same items, with the score interval of Tang and others (2003).
 
-    It holds 1 exactly where `difference_of_shares` holds 0.
+    It contains 1 exactly where `difference_of_shares` contains 0.
 
     Args:
         both: Items right under the baseline and now.
         gained: Items wrong under the baseline and right now.
-        lost: The reverse.
+        lost: Items right under the baseline and wrong now.
         n: Number of items.
 
     Returns:
-        NaN where the baseline is 0; an upper limit that is infinite where it is nearly so.
+        NaN where the baseline is 0; an infinite upper limit where it is nearly so.
     """
     now, before, any_right = both + gained, both + lost, both + gained + lost
     if before == 0:
-        return Estimate(float("nan"), float("nan"), float("nan"), n)
+        return Estimate(nan, nan, nan, n)
 
-    def score(place: float) -> float:  # place: ratio / (1 + ratio), which is finite
-        ratio = place / (1 - place)
+    def score(bounded: float) -> float:  # bounded: ratio / (1 + ratio), which is finite
+        ratio = bounded / (1 - bounded)
         a = n * (1 + ratio)
         b = now + 2 * lost - before * ratio**2
         c = lost * (ratio - 1) * any_right / n
         # The likeliest share of items lost, given this ratio.
         share = (b + np.sqrt(max(b * b + 4 * a * c, 0.0))) / (2 * a)
-        return _ratio(now - ratio * before, a * share + any_right * (ratio - 1))
+        return _standardized(now - ratio * before, a * share + any_right * (ratio - 1))
 
-    place = now / (now + before)
-    low, high = _limit(score, 1e-12, place, Z), _limit(score, 1 - 1e-12, place, -Z)
-    return Estimate(
-        now / before,
-        low / (1 - low) if now else 0.0,
-        high / (1 - high) if high < 1 - 1e-12 else float("inf"),
-        n,
-    )
+    observed = now / (now + before)
+    low, high = _limit(score, 1e-12, observed, Z), _limit(score, 1 - 1e-12, observed, -Z)
+    low = low / (1 - low) if now else 0.0
+    return Estimate(now / before, low, high / (1 - high) if high < 1 - 1e-12 else inf, n)
 
 
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of estimates on different items, its interval combined from theirs.
+    """Mean of independent estimates, on different items, its interval combined from theirs.
 
-    The square-and-add rule for independent estimates (Zou and Donner 2008, MOVER): unlike a
-    bootstrap it keeps what their own intervals know.
+    The square-and-add rule (Zou and Donner 2008, MOVER). Unlike a bootstrap it keeps what their
+    own intervals know.
     """
     if not estimates:
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return Estimate(nan, nan, nan, 0)
     table = np.array([(one.value, one.low, one.high) for one in estimates])
     value = float(table[:, 0].mean())
     below, above = np.linalg.norm(table[:, 1:] - table[:, :1], axis=0) / len(table)
     return Estimate(value, value - float(below), value + float(above), sum(e.n for e in estimates))
 
 
-def _ratio(numerator: float, variance: float) -> float:
+def _standardized(excess: float, variance: float) -> float:
     if variance <= 0:
-        return float(np.sign(numerator) * np.inf) if abs(numerator) > 1e-9 else 0.0
-    return float(numerator / np.sqrt(variance))
+        return float(np.sign(excess) * np.inf) if abs(excess) > 1e-9 else 0.0
+    return float(excess / np.sqrt(variance))
 
 
 def _limit(score: Callable[[float], float], end: float, value: float, z: float) -> float:

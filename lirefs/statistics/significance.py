@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import nan
 from typing import TypeVar, overload
 
 import numpy as np
@@ -18,29 +19,25 @@ from lirefs.statistics.intervals import CHUNK, Estimate, Floats
 Key = TypeVar("Key")
 
 CLEAR = 20
-"""So many random sign patterns that reach what was observed tell that a p-value is not small."""
+"""Once this many random sign patterns reach the observed one, the p-value is not small."""
 ENUMERATED = 12
-"""Up to this many items that differ, all sign patterns are tried instead of random ones."""
+"""Up to this many differing items, all sign patterns are tried instead of random ones."""
 
 
 def mcnemar(gained: int, lost: int) -> float:
     """Two-sided McNemar test that two paired shares are equal, from the items that changed.
 
-    The mid-p value of the exact (binomial) test, see Fagerland, Lydersen and Laake (2013). Its
-    type I error at level 0.05, summed over the binomial distributions, stays below 0.05 for any n
-    from 5 to 400 where at most 60 % of the items change, and is 0.037 on average for n of 40 and
-    more; that of the exact test is 0.022, so it misses differences that are there. Only where
-    nearly every item changes can the mid-p value exceed the level (0.077 at most, n = 16).
+    The mid-p value of the exact (binomial) test (Fagerland, Lydersen and Laake 2013). Its type I
+    error at level 0.05 is 0.037 on average from n = 40, against 0.022 for the exact test, which
+    misses more true differences. It can exceed the level only where nearly every item changes
+    (0.077 at most, at n = 16).
 
     Args:
         gained: Items wrong before and right after.
         lost: Items right before and wrong after.
 
-    Returns:
-        The p-value; 1 where nothing changed.
-
     Raises:
-        SettingError: A count is negative.
+        SettingError: If a count is negative.
     """
     if gained < 0 or lost < 0:
         raise SettingError(f"counts of changed items cannot be negative: {gained}, {lost}")
@@ -55,34 +52,31 @@ def sign_flip(
 ) -> float:
     """Two-sided paired permutation test that a mean difference is 0, for any scores.
 
-    Under the null hypothesis each item's two scores could as well be exchanged, which flips the
-    sign of its difference (Fisher's randomization test). Where at most `ENUMERATED` items differ,
-    all sign patterns are tried and the p-value is exact; otherwise it counts the observed pattern
-    among the random ones, so that it is valid and never 0 (Phipson and Smyth 2010). After a
-    twentieth of the random patterns it ends where `CLEAR` of them reach what was observed: only
-    small p-values need the others, which Holm's correction over hundreds of cells would otherwise
-    leave without power (Besag and Clifford 1991).
+    Fisher's randomization test: exchanging an item's two scores flips the sign of its difference.
+    Up to `ENUMERATED` differing items, all sign patterns are tried and the p-value is exact. Above,
+    the observed pattern counts as one of the random ones, so the p-value is valid and never 0
+    (Phipson and Smyth 2010). Sampling stops after a twentieth of the patterns if `CLEAR` of them
+    reach the observed one (Besag and Clifford 1991): only small p-values need the rest.
 
     Args:
-        differences: Score after minus score before, one an item, shape (n,).
-        permutations: Most random sign patterns.
+        differences: Score after minus score before, one per item, shape (n,).
+        permutations: Largest number of random sign patterns.
         seed: Seed of the patterns.
         weights: Weight of each item in the mean, shape (n,); None for equal weights.
 
-    Returns:
-        The p-value; 1 where nothing differs.
-
     Raises:
-        SettingError: A difference is not finite.
+        SettingError: If a difference is not finite.
     """
     parts = np.asarray(differences, dtype=np.float64)
     if weights is not None:
         parts = parts * np.asarray(weights, dtype=np.float64)
     if not np.isfinite(parts).all():
-        raise SettingError("a paired test needs finite differences; leave out items without score")
+        raise SettingError(
+            "a paired test needs finite differences; leave out items without a score"
+        )
     parts = parts[parts != 0]
     n = len(parts)
-    # Sums that are equal on paper differ in the last digits.
+    # Sums that are equal on paper may differ in their last digits.
     observed = abs(parts.sum()) - 1e-9 * np.abs(parts).sum()
     if n <= ENUMERATED:
         bits = (np.arange(1 << n)[:, None] >> np.arange(n)) & 1
@@ -98,44 +92,30 @@ def sign_flip(
 
 
 def paired_p_value(
-    scores: Floats,
-    base: Floats,
-    weights: Floats | None = None,
-    seed: int = 0,
+    scores: Floats, base: Floats, weights: Floats | None = None, seed: int = 0
 ) -> float:
-    """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` for all others.
+    """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` with `seed` for all others.
 
-    Args:
-        scores: One an item, shape (n,).
-        base: The same for the unchanged model.
-        weights: Weight of each item, shape (n,); None for equal weights.
-        seed: Of `sign_flip`.
+    Scores, those of the unchanged model and weights have shape (n,); None for equal weights.
     """
     if binary(scores, base, weights):
         return mcnemar(int((scores > base).sum()), int((scores < base).sum()))
     return sign_flip(scores - base, seed=seed, weights=weights)
 
 
-def paired_detectable(
-    scores: Floats,
-    base: Floats,
-    weights: Floats | None = None,
-    power: float = 0.8,
-    alpha: float = 0.05,
-) -> float:
-    """`detectable_difference` at the share of items that changed, else `detectable_mean`.
+def paired_detectable(scores: Floats, base: Floats, weights: Floats | None = None) -> float:
+    """Difference detectable at p <= 0.05 with 80 % power, given the sample's items and noise.
 
-    What a difference that was not found could have been: items and their noise as in the sample.
-    Arguments as in `paired_p_value`; the result is in the unit of the scores.
+    `detectable_difference` for scores of 0 and 1 of equal weight, `detectable_mean` for all
+    others. Arguments as in `paired_p_value`; the result is in the unit of the scores.
     """
     n = len(scores)
     if binary(scores, base, weights):
-        return detectable_difference(n, float((scores != base).mean()), power, alpha)
+        return detectable_difference(n, float((scores != base).mean()))
     share = np.ones(n) if weights is None else weights / weights.mean()
     gap = scores - base
-    error = share * (gap - (share * gap).mean())  # of the weighted mean, one part an item
-    deviation = float(np.sqrt((error**2).sum() / max(n - 1, 1)))
-    return detectable_mean(n, deviation, power, alpha)
+    error = share * (gap - (share * gap).mean())  # each item's part in that of the weighted mean
+    return detectable_mean(n, float(np.sqrt((error**2).sum() / max(n - 1, 1))))
 
 
 def binary(scores: Floats, base: Floats, weights: Floats | None = None) -> bool:
@@ -149,12 +129,13 @@ def holm(p_values: Mapping[Key, float]) -> dict[Key, float]: ...
 @overload
 def holm(p_values: Sequence[float]) -> list[float]: ...
 def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | list[float]:
-    """p-values of a family of tests, adjusted so that any false one has probability alpha at most.
+    """p-values of a family of tests, adjusted by Holm's step-down procedure (1979).
 
-    Holm's step-down procedure (1979), valid whatever the dependence between the tests.
+    Rejecting those up to alpha keeps the chance of any false rejection in the family at alpha or
+    below, however the tests depend on each other.
 
     Args:
-        p_values: One a test; NaN stands for no test, counts for nothing and stays NaN.
+        p_values: One per test; NaN stands for no test, is not counted and stays NaN.
     """
     if isinstance(p_values, Mapping):
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
@@ -167,16 +148,13 @@ def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | 
 
 
 def expected_best(share: float, n: int, k: int) -> float:
-    """By how much the best of k settings beats the truth if none does anything.
+    """Mean excess of the best of k independent shares over the true one.
 
     Args:
-        share: True share of items solved under every setting.
+        share: True share of items solved, the same under every setting.
         n: Number of items.
-        k: Number of settings, each tried on items of its own.
-
-    Returns:
-        Mean of the largest of k independent shares out of n items, minus `share`. On common items
-        it is less: see `best_of_null`.
+        k: Number of settings, each tried on its own items; on common ones the gain is smaller,
+            see `best_of_null`.
     """
     below = binom.cdf(np.arange(n), n, share) ** k
     return float((1 - below).sum() / n - share)
@@ -184,13 +162,13 @@ def expected_best(share: float, n: int, k: int) -> float:
 
 @dataclass(frozen=True)
 class BestOf:
-    """The best of several settings beside what the best would be by luck alone.
+    """The best of several settings, and what the best would be by luck alone.
 
     Attributes:
         observed: Largest mean difference.
-        luck: Mean largest difference if no setting does anything, with its 95 % range.
-        p_value: How often luck alone reaches what was observed: one-sided, and already corrected
-            for the number of settings.
+        luck: Mean largest difference if no setting has an effect, with its 95 % range.
+        p_value: How often luck alone reaches `observed`: one-sided, already corrected for the
+            number of settings.
         k: Number of settings.
     """
 
@@ -203,16 +181,18 @@ class BestOf:
 def best_of_null(differences: npt.ArrayLike, permutations: int = 10000, seed: int = 0) -> BestOf:
     """What the best of k settings gains over the unchanged model by luck, on common items.
 
-    Settings of one sweep change the same items in the same direction, so that they are fewer
-    than k independent tries. Each item's differences therefore flip their signs together: this
-    keeps the correlation between settings and makes every mean difference 0 (the permutation of
-    the maximum of Westfall and Young 1993; exact if an item's differences have a distribution that
-    is symmetric about 0, otherwise for large n: Chernozhukov, Chetverikov and Kato 2013).
+    Settings of one sweep change the same items alike, so they are fewer than k independent tries.
+    Flipping the signs of an item's differences together keeps the correlation between settings
+    and makes every mean difference 0 (Westfall and Young 1993). It is exact if an item's
+    differences are symmetric about 0, otherwise for large n (Chernozhukov and others 2013).
 
     Args:
         differences: Score minus the unchanged model's, positive where better, shape (k, n).
         permutations: Number of random sign patterns.
         seed: Seed of the patterns.
+
+    Raises:
+        SettingError: If there are no differences, or one is not finite.
     """
     table = np.atleast_2d(np.asarray(differences, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():
@@ -231,26 +211,24 @@ def detectable_difference(
 ) -> float:
     """Smallest true difference of two paired shares that `mcnemar` finds with a given power.
 
-    The power is summed over the binomial distributions of the number of items that change and of
-    those among them that are gained.
+    The power is exact, summed over the numbers of items that change and that are gained.
 
     Args:
         n: Number of items.
-        discordant: Share of items that change. A difference cannot be larger than this share;
-            where none within it is found, all changes are taken to be gains, and their share to be
-            as large as it must be.
+        discordant: Share of items that change, which bounds the difference. Where no difference
+            within it is detectable, all changes are taken to be gains and their share grows.
         power: Probability of p <= alpha.
         alpha: Level of the test.
 
     Returns:
-        The difference; NaN where not even a change of every item would be found (n < 5 at 0.05).
+        The difference; NaN where even a change of every item is not detectable (n < 5 at 0.05).
     """
 
     def excess(difference: float) -> float:
         return _power(n, max(discordant, difference), difference, alpha) - power
 
     if n < 1 or excess(1.0) < 0:
-        return float("nan")
+        return nan
     return float(brentq(excess, 0.0, 1.0, xtol=1e-6)) if excess(0.0) < 0 else 0.0
 
 
@@ -260,19 +238,16 @@ def detectable_mean(n: int, deviation: float, power: float = 0.8, alpha: float =
     For scores that are not 0 or 1; `sign_flip` has nearly the same power.
 
     Args:
-        n: Number of items.
-        deviation: Standard deviation of the items' differences.
+        n: Number of items; below 2 the result is NaN.
+        deviation: Standard deviation of the items' differences; the result has its unit.
         power: Probability of p <= alpha.
         alpha: Level of the test.
-
-    Returns:
-        The difference, in the unit of `deviation`; NaN below 2 items.
     """
     if n < 2:
-        return float("nan")
+        return nan
     limit = student.ppf(1 - alpha / 2, n - 1)
 
-    def excess(shift: float) -> float:  # the other tail is never found at a power worth having
+    def excess(shift: float) -> float:  # the other tail adds nothing at any useful power
         return float(nct.sf(limit, n - 1, shift)) - power
 
     return float(brentq(excess, 0.0, 5 * limit) * deviation / np.sqrt(n))
@@ -306,7 +281,7 @@ def _flipped(table: Floats, permutations: int, seed: int) -> Floats:
     generator = np.random.default_rng(seed)
     k, n = table.shape
     sums = np.empty((permutations, k))
-    step = max(1, CHUNK // max(n, 1))
+    step = max(1, CHUNK // n)
     for begin in range(0, permutations, step):
         size = min(step, permutations - begin)
         signs = 2.0 * generator.integers(0, 2, (size, n), dtype=np.int8) - 1

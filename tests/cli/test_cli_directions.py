@@ -67,8 +67,9 @@ def test_probe_steer_and_export(fitted, model_folder, tmp_path, monkeypatch, cap
     for arguments, error in wrong:
         assert run(monkeypatch, *arguments) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
-    # Directions made of others say of no layer that it is the best.
-    (directions - 0.5 * directions).save(tmp_path / "made.safetensors")
+    # Directions from elsewhere need not say which layer is the best.
+    provenance = {"model": directions.provenance["model"]}
+    Directions(dict(directions), provenance).save(tmp_path / "made.safetensors")
     arguments = ["steer", tmp_path / "made.safetensors", "x", "--model", model_folder]
     assert run(monkeypatch, *arguments) == 2
     assert "SettingError: give --layer:" in capsys.readouterr().err

@@ -94,8 +94,8 @@ PLACE = {"layer": 0, "site": "resid_pre", "means": [0, 1], "spread": [1, 1], "co
     ("vector", "places", "provenance", "says"),
     [
         (torch.ones(4), "[" * 100_000, "{}", "nested too deep"),
-        (torch.ones(4), [PLACE], "1", "no object"),
-        (torch.ones(4), [PLACE, PLACE], "{}", "two directions of one place"),
+        (torch.ones(4), [PLACE], "1", "not an object"),
+        (torch.ones(4), [PLACE, PLACE], "{}", "two directions of the same place"),
         (torch.ones(4), [], "{}", "no direction"),
         (torch.ones(4), [{**PLACE, "layer": True}], "{}", "layer True"),
         (torch.ones(4), [{**PLACE, "layer": -1}], "{}", "layer -1"),
@@ -103,8 +103,8 @@ PLACE = {"layer": 0, "site": "resid_pre", "means": [0, 1], "spread": [1, 1], "co
         (torch.ones(4), [{**PLACE, "means": [0, float("nan")]}], "{}", "two numbers"),
         (torch.ones(4), [{**PLACE, "spread": [1]}], "{}", "two numbers"),
         (torch.ones(4), [{**PLACE, "counts": [1, -2]}], "{}", "counts"),
-        (torch.ones(4).double(), [PLACE], "{}", "no vector of float32"),
-        (torch.ones(2, 2), [PLACE], "{}", "no vector of float32"),
+        (torch.ones(4).double(), [PLACE], "{}", "not a vector of float32"),
+        (torch.ones(2, 2), [PLACE], "{}", "not a vector of float32"),
         (torch.tensor([1.0, torch.inf]), [PLACE], "{}", "not finite"),
     ],
 )
@@ -142,26 +142,6 @@ def test_what_was_measured_follows_the_unit_vector():
     assert (one * 0).counts == (0, 0)
 
 
-def test_arithmetic_of_whole_sets(tmp_path):
-    one, two = some(), 3.0 * some()
-    total = one + two
-    for place in one:
-        torch.testing.assert_close(total[place].vector, 4 * one[place].vector)
-    assert total.provenance["model"] == "abc"
-    assert total.provenance["operation"] == "+"
-    assert total[0].model == "abc"
-    for made in (one - two, -one, one / 2, one.normalized(), one.project_off(two)):
-        assert set(made) == set(one)
-    only = one.project_off(one[1])
-    assert only[1].norm < 1e-5
-    assert only[0].norm > 1
-    mean = Directions.mean_of([one, two])
-    torch.testing.assert_close(mean[2].vector, 2 * one[2].vector)
-    mean.save(tmp_path / "mean.safetensors")
-    loaded = Directions.load(tmp_path / "mean.safetensors")
-    assert loaded.provenance == mean.provenance
-
-
 def test_what_does_not_fit_is_refused():
     one = some()[0]
     for wrong in [
@@ -170,13 +150,11 @@ def test_what_does_not_fit_is_refused():
         lambda: one.project_off(Direction(torch.ones(32), 0, model="another")),
         lambda: one / 0,
         lambda: Direction.mean_of([]),
-        lambda: Directions.mean_of([]),
-        lambda: some() + Directions({(0, "resid_pre"): one}),
         lambda: Directions({(1, "resid_pre"): one}),
         lambda: Directions({(0, "resid_post"): one}),
     ]:
         with pytest.raises(DirectionError):
             wrong()
-    for wrong in (lambda: one + 1.0, lambda: one * one, lambda: some() * "2", lambda: some() + 2):
+    for wrong in (lambda: one + 1.0, lambda: one - 1.0, lambda: one * one, lambda: one / "2"):
         with pytest.raises(TypeError):
             wrong()

@@ -23,7 +23,8 @@ def test_cosines_between_layers_and_sets(fitted):
     np.testing.assert_allclose(np.diag(own)[1:], 1, atol=1e-6)
     a, b = (probe.directions[layer].unit for layer in (1, 2))
     assert own[1, 2] == pytest.approx(float(a @ b), abs=1e-6)
-    opposite = geometry.cosines(probe.directions, -probe.directions)
+    turned = Directions({place: -one for place, one in probe.directions.items()})
+    opposite = geometry.cosines(probe.directions, turned)
     np.testing.assert_allclose(opposite, -own, atol=1e-6)
     narrow = Directions({(0, "resid_pre"): Direction(torch.ones(4), 0)})
     with pytest.raises(DirectionError, match="width"):
@@ -46,7 +47,7 @@ def test_transfer_scores_another_set_and_refuses_shared_questions(fitted):
 
 def test_principal_components_of_train_states(fitted):
     lm, probe = fitted
-    found = geometry.components(lm, probe.best, split(), count=4)
+    found = geometry.components(lm, probe.best, split())
     assert found.points.shape == (12, 2)
     states = capture(lm, split().train.prompts, progress=False)[probe.best_layer].double()
     first = torch.linalg.svd(states - states.mean(0))[2][0]
