@@ -1,7 +1,8 @@
-"""Steering carried over to other runtimes and file formats.
+"""Steering for other runtimes and file formats.
 
 `lirefs.export.transformer_lens` and `lirefs.export.nnsight` are imported by name, because each
-needs a package that takes seconds to load."""
+loads a package that takes seconds.
+"""
 
 from lirefs.export.bake import bake
 from lirefs.export.gguf import from_gguf, to_gguf

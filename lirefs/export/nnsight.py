@@ -24,9 +24,9 @@ __all__ = ["capture", "generate", "logits", "steer_here", "wrap"]
 
 
 def wrap(lm: LanguageModel) -> Any:
-    """The model as nnsight sees it. Its modules are used as they are; nothing is copied.
+    """The model for nnsight. Its modules are used as they are; only the tokenizer is copied.
 
-    The tokenizer is copied, because nnsight sets its padding side and token.
+    (nnsight sets the tokenizer's padding side and token.)
     """
     return TransformersModel(
         lm.model, tokenizer=copy.deepcopy(lm.tokenizer), task="text-generation"
@@ -34,10 +34,10 @@ def wrap(lm: LanguageModel) -> Any:
 
 
 def steer_here(steer: Steer, model: Any, lm: LanguageModel) -> None:
-    """Steer the forward pass of the trace, or the step of the generation, that it is called in.
+    """Steer the trace, or the step of a generation, inside which it is called.
 
     nnsight wants modules touched in the order of the forward pass: what the same trace reads
-    must come after the last layer that is steered, or stand in a trace of its own.
+    must come after the last layer that is steered, or be read in a trace of its own.
 
     Args:
         steer: Steering of every token (see `operators`).
@@ -46,13 +46,11 @@ def steer_here(steer: Steer, model: Any, lm: LanguageModel) -> None:
 
     Raises:
         BackendError: The steering cannot be carried over.
-        InterventionError: A layer or a width does not exist in the model.
-        ProvenanceError: A direction was fitted on another model.
-        LayoutError: The architecture lacks a site.
+        InterventionError: The steering does not fit the model.
     """
     for layer, site, operator in operators(steer, lm):
-        envoy, end = _envoy(model, lm.layout, layer, site)
-        if end == "input":
+        envoy, side = _envoy(model, lm.layout, layer, site)
+        if side == "input":
             envoy.input = operator(envoy.input)
         else:
             output = envoy.output
@@ -91,7 +89,7 @@ def generate(
         model: What `wrap` returned.
         lm: The model that was wrapped.
         inputs: Anything that `model.generate` takes.
-        steer: The steering, if any; it acts on the prompt and on every generated token.
+        steer: The steering, if any: of the prompt and of every generated token.
         max_new_tokens: The most tokens to add.
 
     Raises:
@@ -99,7 +97,7 @@ def generate(
     """
     settings = {"max_new_tokens": max_new_tokens, "do_sample": False}
     with torch.no_grad(), warnings.catch_warnings():
-        # The open loop is cut short after the last step, which nnsight mentions every time.
+        # The open loop ends with the last step, which nnsight warns of every time.
         warnings.filterwarnings("ignore", message=".*was never reached")
         with model.generate(**settings) as tracer:
             with tracer.invoke(inputs):
@@ -140,14 +138,14 @@ def capture(
     ids = lm.encode(prompts)
     rows = []
     for start in range(0, len(ids), batch):
-        held = ids[start : start + batch]
-        inputs = lm.pad(held)  # on the left: the last token is at -1
+        part = ids[start : start + batch]
+        inputs = lm.pad(part)  # on the left: the last token is at -1
         with torch.no_grad(), model.trace(inputs) as tracer:
             states = save([])
             for layer in chosen:
-                envoy, end = _envoy(model, lm.layout, layer, site)
-                found = envoy.input if end == "input" else envoy.output
-                hidden = hidden_of(found, batch=len(held))  # some modules flatten the batch (OPT)
+                envoy, side = _envoy(model, lm.layout, layer, site)
+                found = envoy.input if side == "input" else envoy.output
+                hidden = hidden_of(found, batch=len(part))  # some modules flatten the batch (OPT)
                 states.append(hidden[:, -1].detach().float().cpu())
             tracer.stop()
         rows.append(torch.stack(list(states), dim=1))
@@ -157,10 +155,10 @@ def capture(
 
 
 def _envoy(model: Any, layout: Layout, layer: int, site: str) -> tuple[Any, str]:
-    """The module of a site as nnsight names it, and at which end of it the site is."""
-    module, end = layout.module(model._module, site, layer)
+    """The envoy, as nnsight calls its wrappers, of the module of a site; and the site's side."""
+    module, side = layout.module(model._module, site, layer)
     path = next(name for name, one in model._module.named_modules() if one is module)
     envoy = model
     for part in path.split("."):
         envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
-    return envoy, end
+    return envoy, side
