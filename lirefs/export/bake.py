@@ -1,9 +1,9 @@
 """Steering written into weights: a new model that needs no hooks.
 
 The embedding, the attention's output projection and the MLP's down projection write to the residual
-stream last, and linearly in their weights. An affine operator on what one of them writes changes its
-weight and bias. To add to the stream, add to what was written last; to remove a direction from it,
-remove it from every writer (Arditi et al. 2024, arXiv 2406.11717, section 4 and appendix E).
+stream last, and linearly in their weights, so an affine operator on what one of them writes is a
+change of weight and bias. To add to the stream, add to what was written last; to remove a direction
+from it, remove it from every writer (Arditi et al. 2024, arXiv 2406.11717, section 4, appendix E).
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
       everywhere: `Steer(direction, "ablate", layers="all", sites=("resid_pre", "attn_out",
       "resid_post"))`.
 
-    Biases that the architecture has switched off are switched on in the configuration (those that
-    are not needed stay zero), and a tied unembedding gets a matrix of its own where the embedding
-    changes, so that `save_pretrained` and `from_pretrained` give the same model back. Before the
-    copy is returned, it is compared with the hooked model on a short input.
+    Missing biases are switched on in the configuration (all others that this switches on are zero),
+    and a tied unembedding gets a matrix of its own where the embedding changes, so that
+    `save_pretrained` and `from_pretrained` give the same model back. Before the copy is returned,
+    it is compared with the hooked model on a short input.
 
     Args:
         intervention: A steering, or a composition of steerings.

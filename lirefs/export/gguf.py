@@ -42,8 +42,7 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
 
     Raises:
         BackendError: The steering is not an addition, or acts where llama.cpp cannot.
-        InterventionError: The steering does not fit the model. `Steer.check` names the other
-            errors.
+        InterventionError: The steering does not fit the model; `Steer.check` has the details.
     """
     steering = steer if isinstance(steer, Steer) else Steer(steer, "add")
     if steering.operator != "add":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
@@ -24,7 +25,11 @@ tags: [steering, interpretability, lirefs]
 
 Linear directions in the hidden states of a language model, for steering.
 
-{facts}
+* model: {name} (fingerprint `{fingerprint}`)
+* questions: {source}
+* estimator: `{estimator}`
+* best layer: {best_layer}
+* lirefs: {lirefs}
 
 ```python
 import lirefs
@@ -47,22 +52,15 @@ def model_card(directions: Directions) -> str:
 
     All of it comes from the directions and their provenance.
     """
-    made = directions.provenance
+    made = defaultdict(lambda: "unknown", directions.provenance)
     name = made.get("model_name") or made.get("model_hint") or "unknown"
-    facts = {
-        "model": f"{name} (fingerprint `{str(made.get('model', 'unknown'))[:16]}`)",
-        "questions": made.get("source", "unknown"),
-        "estimator": f"`{made.get('estimator', 'unknown')}`",
-        "best layer": made.get("best_layer", "unknown"),
-        "lirefs": made.get("lirefs", "unknown"),
-    }
     rows = [
         f"| {one.layer} | {one.site} | {one.norm:.3g} | {one.means[0]:.3g} | {one.means[1]:.3g} | "
         f"{one.spread[0]:.3g} | {one.spread[1]:.3g} | {one.counts[0]} | {one.counts[1]} |"
         for one in directions.values()
     ]
-    lines = [f"* {key}: {value}" for key, value in facts.items()]
-    return _CARD.format(facts="\n".join(lines), name=name, rows="\n".join(rows))
+    made |= {"name": name, "fingerprint": str(made["model"])[:16], "rows": "\n".join(rows)}
+    return _CARD.format_map(made)
 
 
 def push_directions(

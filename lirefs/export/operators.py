@@ -23,8 +23,7 @@ def operators(steer: Steer, lm: LanguageModel) -> list[tuple[int, str, Operator]
 
     Raises:
         BackendError: The steering has a scope, a gate, or strengths by row or by token.
-        InterventionError: The steering does not fit the model. `Steer.check` names the other
-            errors.
+        InterventionError: The steering does not fit the model; `Steer.check` has the details.
     """
     if reason := varies_by(steer):
         raise BackendError(f"other runtimes steer every token of every row alike, but {reason}")

@@ -25,14 +25,13 @@ Hook = Callable[..., Tensor]
 
 
 def boot(lm: LanguageModel) -> Any:
-    """Boot a `TransformerBridge` on a copy of the model.
+    """Boot a `TransformerBridge` on a copy of the model, whose modules the bridge rebuilds.
 
-    The bridge rebuilds the modules of its model, so it gets a copy. Weights are neither folded nor
-    centred, so that a direction fitted on one runtime holds on the other.
+    Weights are neither folded nor centred, so a direction fitted on one runtime holds on the other.
     (`enable_compatibility_mode` would change that.)
 
     Args:
-        lm: The model; its configuration must be one that TransformerLens knows.
+        lm: The model; TransformerLens must know its architecture.
 
     Raises:
         BackendError: TransformerLens cannot take the model, or a steering is attached, whose
@@ -50,10 +49,9 @@ def boot(lm: LanguageModel) -> Any:
                 lm.name, hf_model=twin, tokenizer=tokenizer, dtype=lm.model.dtype, device=lm.device
             )
         except Exception as problem:
-            raise BackendError(
-                f"TransformerLens cannot take {type(lm.model).__name__}: "
-                f"{type(problem).__name__}: {first_line(problem)}"
-            ) from problem
+            reason = f"{type(problem).__name__}: {first_line(problem)}"
+            kind = type(lm.model).__name__
+            raise BackendError(f"TransformerLens cannot take {kind}: {reason}") from problem
     return bridge.eval()
 
 
@@ -91,12 +89,8 @@ def hooks(steer: Steer, bridge: Any, lm: LanguageModel) -> list[tuple[str, Hook]
         BackendError: The steering or a site cannot be carried over.
         InterventionError: The steering does not fit the model.
     """
-
-    def hook_of(operator: Callable[[Tensor], Tensor]) -> Hook:
-        return lambda tensor, hook: operator(tensor)
-
     return [
-        (hook_name(bridge, layer, site), hook_of(operator))
+        (hook_name(bridge, layer, site), lambda tensor, hook, operator=operator: operator(tensor))
         for layer, site, operator in operators(steer, lm)
     ]
 
@@ -143,8 +137,8 @@ def from_cache(
     """Activations of the last token from a cache of `run_with_cache`, for `lirefs.fit_directions`.
 
     Args:
-        cache: Holds the hook points of all these layers, (rows, tokens, width) each; its rows must
-            have one length or be padded on the left.
+        cache: Has the hook point of each layer, (rows, tokens, width), of rows that have one
+            length or are padded on the left.
         bridge: The bridge.
         layers: Layers to take.
         site: Where in the block.

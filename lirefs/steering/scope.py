@@ -93,9 +93,7 @@ def first_generated(n: int) -> Scope:
     """
     if type(n) is not int or n < 1:
         raise ScopeError(f"first_generated needs a positive number of tokens, got {n!r}")
-    return Scope(
-        "first_generated", lambda tokens: (tokens.age >= 0) & (tokens.age < n), settings={"n": n}
-    )
+    return Scope("first_generated", lambda tokens: (tokens.age >= 0) & (tokens.age < n), {"n": n})
 
 
 def from_position(position: int) -> Scope:
@@ -108,12 +106,8 @@ def from_position(position: int) -> Scope:
     """
     if type(position) is not int or position < 0:
         raise ScopeError(f"from_position needs a position from 0, got {position!r}")
-    return Scope(
-        "from_position",
-        lambda tokens: tokens.position >= position,
-        settings={"position": position},
-        first=position,
-    )
+    settings = {"position": position}
+    return Scope("from_position", lambda tokens: tokens.position >= position, settings, position)
 
 
 def mask(tokens: Tensor | Sequence[bool] | Sequence[Sequence[bool]]) -> Scope:

@@ -129,13 +129,7 @@ class Steer:
         self.any_model = any_model
 
     def check(self, model: nn.Module) -> Layout:
-        """Raise what `attach` would raise; change nothing.
-
-        Args:
-            model: The bare model, `lm.model`.
-
-        Returns:
-            The layout of the model.
+        """The layout of the model (`lm.model`), if the steering fits it; nothing is changed.
 
         Raises:
             InterventionError: A layer or a width does not fit the model, or it is not a module.

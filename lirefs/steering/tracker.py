@@ -31,8 +31,8 @@ class Tracker:
         self._listeners: list[Callable[[Tokens], None]] = []
         self._by_cache: weakref.WeakKeyDictionary[Any, Prompt] = weakref.WeakKeyDictionary()
         self._begun: Prompt | None = None
-        after = _owner(model, layout).register_forward_hook(self._after)
-        self._hooks = [_on_forward(model, layout, self._before), after]
+        owner = _owner(model, layout)
+        self._hooks = [_on_forward(owner, self._before), owner.register_forward_hook(self._after)]
         self._shadow_generate(model)
 
     def listen(self, listener: Callable[[Tokens], None]) -> Callable[[], None]:
@@ -41,20 +41,17 @@ class Tracker:
 
         def stop() -> None:
             self._listeners.remove(listener)
-            if not self._listeners:
-                self._close()
-
-        return stop
-
-    def _close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-        model = self._model()
-        if model is not None:
+            model = self._model()
+            if self._listeners or model is None:
+                return
+            for hook in self._hooks:
+                hook.remove()
             _TRACKERS.pop(model, None)
             model.__dict__.pop("generate", None)
             if self._own_generate is not None:
                 model.__dict__["generate"] = self._own_generate
+
+        return stop
 
     def _shadow_generate(self, model: nn.Module) -> None:
         """Let `generate` announce where the prompt ends, as long as this tracker lives.
@@ -111,11 +108,8 @@ def _owner(model: nn.Module, layout: Layout) -> nn.Module:
     return model.get_submodule(layout.blocks.rpartition(".")[0])
 
 
-def _on_forward(
-    model: nn.Module, layout: Layout, action: Callable[[dict[str, Any]], object]
-) -> RemovableHandle:
-    """Before every forward pass, give `action` its arguments by name."""
-    owner = _owner(model, layout)
+def _on_forward(owner: nn.Module, action: Callable[[dict[str, Any]], object]) -> RemovableHandle:
+    """Before every forward pass of a module, give `action` its arguments by name."""
     names = list(inspect.signature(owner.forward).parameters)
 
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -125,8 +119,8 @@ def _on_forward(
 
 
 def refuse_empty(model: nn.Module, layout: Layout) -> Callable[[], None]:
-    """Let every forward pass of an empty batch end in a `ScopeError`, until the result is called."""
-    return _on_forward(model, layout, _source).remove
+    """Let an empty batch end every forward pass in a `ScopeError`, until the result is called."""
+    return _on_forward(_owner(model, layout), _source).remove
 
 
 _TRACKERS: weakref.WeakKeyDictionary[nn.Module, Tracker] = weakref.WeakKeyDictionary()
