@@ -104,12 +104,10 @@ class Steer:
             raise InterventionError(f"layers must be None, 'all' or indices, got {layers!r}")
         if isinstance(directions, Directions) and (layers is not None or sites is not None):
             raise InterventionError(
-                "layers and sites go with a single direction; Directions have their own"
+                "layers and sites go with one direction; Directions have their own"
             )
         if gate is not None and not isinstance(gate, Gate):
-            raise InterventionError(
-                f"gate must be a lirefs.Gate around a probe's direction, got {type(gate).__name__}"
-            )
+            raise InterventionError(f"gate must be a lirefs.Gate, got {type(gate).__name__}")
         self.directions: list[Direction] = (
             [directions] if isinstance(directions, Direction) else list(directions.values())
         )
@@ -205,7 +203,7 @@ class Steer:
         return places
 
     def attach(self, model: nn.Module) -> Handle:
-        """Install the hooks until the handle's `remove` is called; may raise what `check` does."""
+        """Install the hooks until the handle's `remove` is called; raises what `check` raises."""
         return compose(self).attach(model)
 
     def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
