@@ -103,9 +103,7 @@ class Steer:
         if isinstance(layers, str) and layers != "all":
             raise InterventionError(f"layers must be None, 'all' or indices, got {layers!r}")
         if isinstance(directions, Directions) and (layers is not None or sites is not None):
-            raise InterventionError(
-                "layers and sites go with one direction; Directions have their own"
-            )
+            raise InterventionError("layers and sites are for one direction, not for Directions")
         if gate is not None and not isinstance(gate, Gate):
             raise InterventionError(f"gate must be a lirefs.Gate, got {type(gate).__name__}")
         self.directions: list[Direction] = (
