@@ -21,7 +21,7 @@ lm = lirefs.load(options.model)
 questions = lirefs.load_questions()[:10]  # five of each label
 bridge, model = lens.boot(lm), sight.wrap(lm)
 
-# The direction is fitted from TransformerLens's caches here; capture and nnsight give the same.
+# The direction is fitted from TransformerLens's caches here; lirefs.capture gives the same.
 states = lens.capture(bridge, lm, [one.prompt for one in questions], layers=[2])
 labels = [int(one.label == "reasoning") for one in questions]
 steer = lirefs.Steer(lirefs.fit_directions(states, labels)[2], "add", 2.0)

@@ -1,4 +1,4 @@
-"""Steering carried over to other runtimes and file formats.
+"""Steering for other runtimes and file formats.
 
 `lirefs.export.transformer_lens` and `lirefs.export.nnsight` are imported by name, because each
 needs a package that takes seconds to load.

@@ -1,43 +1,38 @@
-"""Steering written into weights: a new model that needs no hook.
+"""Steering written into weights: a new model that needs no hooks.
 
-What writes to the residual stream is linear in the weights that write last: the embedding, the
-attention's output projection, the MLP's down projection. An affine operator on what one of them
-writes is a change of its weight and bias. Adding to the stream is adding to what was written last.
-Removing a direction from the stream is removing it from every writer, and nothing less (Arditi et
-al. 2024, arXiv 2406.11717, section 4 and appendix E).
+The embedding, the attention's output projection and the MLP's down projection write to the residual
+stream last, and linearly in their weights, so an affine operator on what one of them writes is a
+change of weight and bias. To add to the stream, add to what was written last; to remove a direction
+from it, remove it from every writer (Arditi et al. 2024, arXiv 2406.11717, section 4, appendix E).
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from lirefs.errors import BakeError
+from lirefs.export.operators import varies_by
 from lirefs.export.writers import (
-    Affine,
     change_embedding,
     change_projection,
     make_biases,
     projections,
+    shift_of,
 )
 from lirefs.model.guest import evaluating, input_device, maybe_call
-from lirefs.model.intervention import Composition, Intervention, applied, refuse_steered
+from lirefs.model.intervention import Intervention, applied, compose, refuse_steered
 from lirefs.model.layout import SITES, Layout
 from lirefs.model.layout_search import find_layout
-from lirefs.steering.scope import ALL
+from lirefs.steering.operators import Operator
 from lirefs.steering.steer import Steer
 
-
-@dataclass
-class _Plan:
-    """Affine changes of what each writer writes, in order."""
-
-    embedding: list[Affine] = field(default_factory=list)
-    attention: dict[int, list[Affine]] = field(default_factory=dict)
-    mlp: dict[int, list[Affine]] = field(default_factory=dict)
+Plan = dict[tuple[int, str], list[Operator]]
+"""What happens, in order, to what each writer writes; it goes by the (layer, site) it writes to."""
+EMBEDDING = (-1, "mlp_out")
+"""What layer 0 reads, which no earlier MLP has written."""
 
 
 def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
@@ -51,41 +46,34 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
       everywhere: `Steer(direction, "ablate", layers="all", sites=("resid_pre", "attn_out",
       "resid_post"))`.
 
-    A bias that the architecture has switched off is switched on in the configuration (others that
-    the same switch brings are zero), and a tied unembedding gets a matrix of its own where the
-    embedding changes, so that `save_pretrained` and `from_pretrained` give the same model back.
-    The result is compared with the hooked model on a short input before it is returned.
+    Missing biases are switched on in the configuration (all others that this switches on are zero),
+    and a tied unembedding gets a matrix of its own where the embedding changes, so that
+    `save_pretrained` and `from_pretrained` give the same model back. Before the copy is returned,
+    it is compared with the hooked model on a short input.
 
     Args:
         intervention: A steering, or a composition of steerings.
-        model: The model (`lm.model`); it is copied and left as it was.
+        model: The model (`lm.model`); it is copied, and left as it was.
 
     Returns:
         The changed copy, of the same class.
 
     Raises:
-        BakeError: Something cannot be expressed in weights; the message says what and why. Or a
-            steering is attached, whose hooks the copy would keep.
+        BakeError: Weights cannot express something; the message says what and why. Or a steering
+            is attached, whose hooks the copy would keep.
         InterventionError: The steering does not fit the model.
     """
     refuse_steered(model, BakeError, "baked")
-    members = _steerings(intervention)
-    for one in members:
-        layout = one.check(model)
-    plan = _plan(members, layout)
+    steerings = _steerings(intervention)
+    for steer in steerings:
+        layout = steer.check(model)
+    plan = _plan(steerings, layout)
     baked = copy.deepcopy(model)
-    if plan.embedding:
-        change_embedding(baked, layout, plan.embedding)
-    places = [("attn_out", layer) for layer in plan.attention]
-    places += [("mlp_out", layer) for layer in plan.mlp]
-    changes = dict(
-        zip(
-            projections(baked, layout, places),
-            [*plan.attention.values(), *plan.mlp.values()],
-            strict=True,
-        )
-    )
-    make_biases(baked, [name for name, ops in changes.items() if any(one.shifts for one in ops)])
+    if EMBEDDING in plan:
+        change_embedding(baked, layout, plan.pop(EMBEDDING))
+    changes = dict(zip(projections(baked, layout, list(plan)), plan.values(), strict=True))
+    shifted = [name for name, ops in changes.items() if any(shift_of(one).any() for one in ops)]
+    make_biases(baked, shifted)
     for name, ops in changes.items():
         change_projection(baked.get_submodule(name), ops)
     find_layout(baked)
@@ -94,119 +82,74 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
 
 
 def _steerings(intervention: Intervention) -> list[Steer]:
-    members = (
-        list(intervention.members) if isinstance(intervention, Composition) else [intervention]
-    )
     steerings: list[Steer] = []
-    for one in members:
+    for one in compose(intervention).members:
         if not isinstance(one, Steer):
-            raise BakeError(f"{type(one).__name__} is no steering; only steering can be baked")
-        reason = _not_constant(one)
-        if reason:
+            raise BakeError(f"{type(one).__name__} cannot be baked; only steering can")
+        if reason := varies_by(one):
             raise BakeError(f"weights act on every token of every row alike, but {reason}")
         if one.operator == "norm_preserving_add":
-            raise BakeError("norm_preserving_add depends on the length of h, so it is no weight")
+            raise BakeError("norm_preserving_add depends on the length of h; no weight can do that")
         steerings.append(one)
     if not steerings:
         raise BakeError("there is nothing to bake")
     return steerings
 
 
-def _not_constant(steer: Steer) -> str:
-    if steer.scope is not ALL:
-        return f"the scope is {steer.scope.name!r}"
-    if steer.gate is not None:
-        return "a gate decides token by token"
-    if not isinstance(steer.strength, float | dict):
-        return "the strength differs by row or token"
-    return ""
-
-
-def _plan(steerings: list[Steer], layout: Layout) -> _Plan:
-    """Move every change to the writer before it, in the order of computation."""
-    events: list[tuple[int, int, Affine]] = []
-    for steer in steerings:
-        for layer, site, direction in steer.places(layout):
-            affine = _affine(steer, layer, direction.vector)
-            if affine.share or affine.shifts:
-                events.append((layer, SITES.index(site), affine))
-    events.sort(key=lambda event: event[:2])  # stable: in order of composition at each place
-    plan = _Plan()
-    for layer, rank, affine in events:
-        site = SITES[rank]
-        if site == "attn_out":
-            plan.attention.setdefault(layer, []).append(affine)
-        elif site == "mlp_out":
-            plan.mlp.setdefault(layer, []).append(affine)
-        elif site == "resid_pre" and layer == 0:
-            plan.embedding.append(affine)
-        else:
-            last = layer if site == "resid_post" else layer - 1
-            if affine.share and not _absent(affine.unit, plan, last):
+def _plan(steerings: list[Steer], layout: Layout) -> Plan:
+    """Give every change to the writer before it, in the order of computation."""
+    places = [place for steer in steerings for place in steer.operators(layout)]
+    plan: Plan = {}
+    # The sort is stable: at each place, operators keep the order of composition.
+    for layer, site, operator in sorted(places, key=lambda one: (one[0], SITES.index(one[1]))):
+        writer = (layer, site)
+        if site in ("resid_pre", "resid_post"):
+            writer = (layer - (site == "resid_pre"), "mlp_out")
+            if operator.name != "add" and not _absent(operator.unit.cpu(), plan, writer[0]):
                 raise BakeError(
                     f"the operator at layer {layer}, {site} also changes what earlier layers wrote "
                     "to the stream, which no single weight can do; a direction can be ablated "
                     'everywhere, with layers="all" and sites=("resid_pre", "attn_out", '
                     '"resid_post")'
                 )
-            plan.mlp.setdefault(last, []).append(affine)
+        plan.setdefault(writer, []).append(operator)
     return plan
 
 
-def _affine(steer: Steer, layer: int, vector: Tensor) -> Affine:
-    exact = vector.detach().double().cpu()
-    norm = exact.norm()
-    unit = exact / norm if norm > 0 else exact
-    number = steer.strength[layer] if isinstance(steer.strength, dict) else steer.strength
-    assert isinstance(number, float)  # _not_constant has seen to it; tells the type checker
-    nothing = torch.zeros_like(exact)
-    return {
-        "add": Affine(unit, 0.0, number * exact),
-        "amplify": Affine(unit, number, nothing),
-        "ablate": Affine(unit, -1.0, nothing),
-        "clamp": Affine(unit, -1.0, number * unit),
-        "ablate_then_add": Affine(unit, -1.0, number * exact),
-    }[steer.operator]
-
-
-def _absent(unit: Tensor, plan: _Plan, last: int) -> bool:
+def _absent(unit: Tensor, plan: Plan, last: int) -> bool:
     """Whether the stream has nothing along `unit` when the MLP of layer `last` writes to it."""
 
-    def gone(changes: list[Affine]) -> bool:
-        removed = False
-        for one in changes:
-            along = abs(float(one.unit @ unit))
-            if one.removes and along > 1 - 1e-9:
-                removed = True
-            elif abs(float(one.shift @ unit)) > 1e-9 or (one.share and along > 1e-9):
-                removed = False
-        return removed
+    def removed(operators: list[Operator]) -> bool:
+        gone = False
+        for one in operators:
+            along, shift = abs(float(one.unit.cpu() @ unit)), shift_of(one)
+            if one.name not in ("add", "amplify") and not shift.any() and along > 1 - 1e-9:
+                gone = True
+            elif abs(float(shift @ unit)) > 1e-9 or (one.name != "add" and along > 1e-9):
+                gone = False
+        return gone
 
-    return (
-        gone(plan.embedding)
-        and all(gone(plan.attention.get(layer, [])) for layer in range(last + 1))
-        and all(gone(plan.mlp.get(layer, [])) for layer in range(last))
-    )
+    writers = [(layer, site) for layer in range(last + 1) for site in ("attn_out", "mlp_out")]
+    return all(removed(plan.get(writer, [])) for writer in [EMBEDDING, *writers][:-1])
 
 
 def _verify(intervention: Intervention, model: nn.Module, baked: nn.Module) -> None:
-    """Compare with the hooks on a short input.
+    """Compare with the hooked model on a short input.
 
     Raises:
         BakeError: They disagree.
     """
-    device = input_device(model)
     embedding = maybe_call(model, "get_input_embeddings")
     vocabulary = int(getattr(embedding, "num_embeddings", 8))
-    ids = ((torch.arange(16, device=device) * 7 + vocabulary // 2) % vocabulary).view(2, 8)
+    ids = torch.arange(16, device=input_device(model)).view(2, 8)
+    ids = (ids * 7 + vocabulary // 2) % vocabulary
     with evaluating(model), evaluating(baked):
         with applied(intervention, model):
-            expected = model(input_ids=ids).logits
+            expected = model(input_ids=ids).logits.float()
         found = baked(input_ids=ids).logits
     rounding = max(1e-4, 8 * torch.finfo(found.dtype).eps)
-    gap = float((found.float() - expected.float()).abs().max())
-    scale = max(1.0, float(expected.float().abs().max()))
-    if not gap <= rounding * scale:
+    gap = float((found.float() - expected).abs().max())
+    if not gap <= rounding * max(1.0, float(expected.abs().max())):
         raise BakeError(
             f"the baked model differs from the hooked one by {gap:.2g} in the logits: something "
             "stands between the weights and the residual stream of this architecture"

@@ -1,4 +1,4 @@
-"""Control vectors of llama.cpp: directions that are added, out to GGUF and back."""
+"""Control vectors of llama.cpp: directions that are added, written to GGUF and read back."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from lirefs.model.language_model import LanguageModel
 from lirefs.steering.steer import Steer
 
 ARCHITECTURE = "controlvector"
-_PREFIX = "direction."
-_NUMBER = re.compile(r"[0-9]{1,6}")
+_NAME = re.compile(r"direction\.([0-9]{1,6})")
 _FLOATS = tuple(gguf.GGMLQuantizationType[name] for name in ("F32", "F16", "F64"))
 
 
@@ -29,30 +28,27 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
     """Write a control vector for llama.cpp (`--control-vector FILE`).
 
     llama.cpp adds the tensor `direction.N` to the output of block N, counted from 0, at every
-    token, and reads no `direction.0`. What is added to the input of block L is what is added to
-    the output of block L - 1; what is added to the MLP's contribution is added to the block's
-    output. So everything from `resid_pre` of layer 2 on can be written, save `attn_out`, which
-    the MLP of the same block reads.
+    token, and ignores `direction.0`. Adding to the input of block L is adding to the output of
+    block L - 1; adding to the MLP's contribution is adding to the block's output. So everything
+    from `resid_pre` of layer 2 on can be written except `attn_out`, which the MLP of the same
+    block reads.
 
     Args:
-        steer: Steering by `add`, of every token, with a number or one for each layer; a direction
-            or directions stand for adding them once.
-        path: The file.
-        lm: The model that is to be steered: it gives the number of layers and the name of the
+        steer: Steering by `add`, of every token, with one strength or one for each layer; a
+            direction or directions stand for adding them once.
+        path: The file, written whole or not at all.
+        lm: The model to be steered, which gives the number of layers and the name of the
             architecture.
 
     Raises:
-        BackendError: The steering is not an addition, or is at a place that llama.cpp lacks.
-        InterventionError: A layer or a width does not exist in the model.
-        LayoutError: The architecture lacks a site.
-        ProvenanceError: A direction was fitted on another model.
-        SettingError: There is no site of such a name.
+        BackendError: The steering is not an addition, or acts where llama.cpp cannot.
+        InterventionError: The steering does not fit the model; `Steer.check` has the details.
     """
     steering = steer if isinstance(steer, Steer) else Steer(steer, "add")
     if steering.operator != "add":
         raise BackendError(
             f"a control vector can only be added; {steering.operator} has to be baked into the "
-            "weights instead"
+            "weights (lirefs.bake)"
         )
     summed: dict[int, Tensor] = {}
     for layer, site, operator in operators(steering, lm):
@@ -61,19 +57,20 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
             raise BackendError("attn_out cannot be written: the MLP of the same block reads it")
         if block < 1:
             raise BackendError(
-                f"layer {layer}, {site} cannot be written: llama.cpp adds to the output of block "
-                "1 and later ones only"
+                f"layer {layer}, {site} cannot be written: llama.cpp adds to the output of block 1 "
+                "and later ones only"
             )
-        added = operator(torch.zeros(lm.width, dtype=torch.float64))  # exactly a d
+        added = (operator.strength * operator.direction).cpu()
         summed[block] = summed.get(block, torch.zeros_like(added)) + added
     if not summed:
-        raise BackendError("nothing to write: the strength is 0")
+        raise BackendError("there is nothing to write: the strength is 0")
+    config = getattr(lm.model, "config", None)
     with atomic_path(path) as temporary:
         writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", _architecture(lm))
+        writer.add_string(f"{ARCHITECTURE}.model_hint", str(getattr(config, "model_type", "")))
         writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(summed))
         for block, vector in sorted(summed.items()):
-            writer.add_tensor(f"{_PREFIX}{block}", vector.numpy().astype(np.float32))
+            writer.add_tensor(f"direction.{block}", vector.numpy().astype(np.float32))
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -81,14 +78,14 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
 
 
 def from_gguf(path: str | Path) -> Directions:
-    """Read a control vector, from here or from another program.
+    """Read a control vector, written here or by another program.
 
     Args:
         path: The file.
 
     Returns:
-        One direction at `resid_post` of each block. Whom it was made for is not in the file, save
-        for the name of the architecture, in `provenance["model_hint"]`.
+        One direction at `resid_post` of each block. The file does not say which model it was made
+        for, only the name of the architecture: `provenance["model_hint"]`.
 
     Raises:
         DirectionsFileError: The file is missing, damaged, or holds something else.
@@ -96,9 +93,8 @@ def from_gguf(path: str | Path) -> Directions:
     try:
         check_header(path)
         reader = gguf.GGUFReader(str(path))
-        kind, hint = (
-            _text(reader, key) for key in ("general.architecture", f"{ARCHITECTURE}.model_hint")
-        )
+        kind = _text(reader, "general.architecture")
+        hint = _text(reader, f"{ARCHITECTURE}.model_hint")
     except FileNotFoundError as error:
         raise DirectionsFileError(f"{path}: no such file") from error
     except (ValueError, IndexError, OSError, KeyError, OverflowError) as error:
@@ -107,8 +103,8 @@ def from_gguf(path: str | Path) -> Directions:
         raise DirectionsFileError(f"{path}: not a control vector (architecture {kind!r})")
     items: dict[tuple[int, str], Direction] = {}
     for tensor in reader.tensors:
-        number = tensor.name.removeprefix(_PREFIX)
-        if not _NUMBER.fullmatch(number) or number == tensor.name:
+        name = _NAME.fullmatch(tensor.name)
+        if not name:
             raise DirectionsFileError(f"{path}: unexpected tensor {tensor.name!r:.80}")
         if tensor.tensor_type not in _FLOATS:
             raise DirectionsFileError(
@@ -117,8 +113,9 @@ def from_gguf(path: str | Path) -> Directions:
             )
         vector = torch.from_numpy(np.array(tensor.data, np.float32).reshape(-1))
         if not bool(torch.isfinite(vector).all()):
-            raise DirectionsFileError(f"{path}: {tensor.name} is not finite")
-        items[int(number), "resid_post"] = Direction(vector, int(number), "resid_post")
+            raise DirectionsFileError(f"{path}: {tensor.name} has entries that are not finite")
+        block = int(name[1])
+        items[block, "resid_post"] = Direction(vector, block, "resid_post")
     widths = {len(one.vector) for one in items.values()}
     if len(widths) != 1 or 0 in widths or len(items) != len(reader.tensors):
         raise DirectionsFileError(
@@ -129,19 +126,9 @@ def from_gguf(path: str | Path) -> Directions:
 
 
 def _text(reader: gguf.GGUFReader, key: str) -> str | None:
-    """A text of the header; None where there is none.
-
-    Raises:
-        ValueError: It is something else than a text, or not UTF-8.
-    """
+    """A text in the header, None where it is not there; a ValueError where it is not a text."""
     field = reader.get_field(key)
-    if field is None:
-        return None
-    found = field.contents()
-    if not isinstance(found, str):
-        raise ValueError(f"{key} is no text")
+    found = None if field is None else field.contents()
+    if found is not None and not isinstance(found, str):
+        raise ValueError(f"{key} is not a text")
     return found
-
-
-def _architecture(lm: LanguageModel) -> str:
-    return str(getattr(getattr(lm.model, "config", None), "model_type", ""))

@@ -1,8 +1,9 @@
-"""Directions on a hub: pushed with a model card that says what they are, and loaded back."""
+"""Directions on the Hugging Face hub: pushed with a model card, and loaded back."""
 
 from __future__ import annotations
 
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
@@ -14,54 +15,52 @@ from lirefs.model.language_model import LanguageModel
 FILE = "directions.safetensors"
 
 
+_CARD = """\
+---
+library_name: lirefs
+tags: [steering, interpretability, lirefs]
+---
+
+# Directions from memory to reasoning
+
+Linear directions in the hidden states of a language model, for steering.
+
+* model: {name} (fingerprint `{fingerprint}`)
+* questions: {source}
+* estimator: `{estimator}`
+* best layer: {best_layer}
+* lirefs: {lirefs}
+
+```python
+import lirefs
+from lirefs.export.hub import load_directions
+
+lm = lirefs.load("{name}")
+directions = load_directions("THIS/REPOSITORY", lm)
+```
+
+Projections on the unit direction, by class (memory, reasoning):
+
+| layer | site | norm | mean m | mean r | spread m | spread r | n m | n r |
+|---|---|---|---|---|---|---|---|---|
+{rows}
+"""
+
+
 def model_card(directions: Directions) -> str:
     """A model card in Markdown: model, data, estimator, and what was measured at each layer.
 
-    Nothing is in it that is not in the directions and their provenance.
+    All of it comes from the directions and their provenance.
     """
-    made = directions.provenance
+    made = defaultdict(lambda: "unknown", directions.provenance)
     name = made.get("model_name") or made.get("model_hint") or "unknown"
-    known = {
-        "model": f"{name} (fingerprint `{str(made.get('model', 'unknown'))[:16]}`)",
-        "questions": made.get("source", "unknown"),
-        "estimator": f"`{made.get('estimator', 'unknown')}`",
-        "best layer": made.get("best_layer", "unknown"),
-        "lirefs": made.get("lirefs", "unknown"),
-    }
     rows = [
         f"| {one.layer} | {one.site} | {one.norm:.3g} | {one.means[0]:.3g} | {one.means[1]:.3g} | "
         f"{one.spread[0]:.3g} | {one.spread[1]:.3g} | {one.counts[0]} | {one.counts[1]} |"
         for one in directions.values()
     ]
-    return "\n".join(
-        [
-            "---",
-            "library_name: lirefs",
-            "tags: [steering, interpretability, lirefs]",
-            "---",
-            "",
-            "# Directions from memory to reasoning",
-            "",
-            "Linear directions in the hidden states of a language model, for steering.",
-            "",
-            *(f"* {key}: {value}" for key, value in known.items()),
-            "",
-            "```python",
-            "import lirefs",
-            "from lirefs.export.hub import load_directions",
-            "",
-            f'lm = lirefs.load("{name}")',
-            'directions = load_directions("THIS/REPOSITORY", lm)',
-            "```",
-            "",
-            "Projections on the unit direction, by class (memory, reasoning):",
-            "",
-            "| layer | site | norm | mean m | mean r | spread m | spread r | n m | n r |",
-            "|---|---|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
+    made |= {"name": name, "fingerprint": str(made["model"])[:16], "rows": "\n".join(rows)}
+    return _CARD.format_map(made)
 
 
 def push_directions(
@@ -71,7 +70,7 @@ def push_directions(
     private: bool = False,
     token: str | None = None,
 ) -> str:
-    """Push directions and their model card to a hub repository, made if it is not there.
+    """Push directions and their model card to a hub repository, which is created if need be.
 
     Args:
         directions: The directions.
@@ -95,9 +94,8 @@ def push_directions(
                 repo_id=repository, folder_path=work, commit_message="Add directions"
             )
         except Exception as problem:  # the hub's client lets its HTTP library's errors through
-            raise DownloadError(
-                f"{repository}: cannot be pushed: {first_line(problem)}"
-            ) from problem
+            message = f"{repository}: cannot be pushed: {first_line(problem)}"
+            raise DownloadError(message) from problem
     return str(commit.commit_url)
 
 
@@ -108,22 +106,22 @@ def load_directions(
     revision: str | None = None,
     token: str | None = None,
 ) -> Directions:
-    """Load directions from a hub repository; the file is kept in the hub's own cache.
+    """Load directions from a hub repository; the hub's client caches the file.
 
     Args:
         repository: `owner/name`.
-        lm: When given, the directions must come from this very model.
+        lm: If given, the directions must have been fitted on this very model.
         revision: Branch, tag or commit.
         token: Access token, for a private repository.
 
     Raises:
-        DownloadError: The repository or the file is not there, or the hub cannot be reached.
+        DownloadError: The repository or the file does not exist, or the hub cannot be reached.
         DirectionsFileError: The file is damaged or holds something else.
-        ProvenanceError: The directions were fitted on another model than `lm`.
+        ProvenanceError: The directions were fitted on a model other than `lm`.
     """
     try:
         path = hf_hub_download(repository, FILE, revision=revision, token=token)
     except Exception as problem:  # the hub's client lets its HTTP library's errors through
-        reason = first_line(problem)
-        raise DownloadError(f"{repository}: cannot be loaded: {reason}") from problem
+        message = f"{repository}: cannot be loaded: {first_line(problem)}"
+        raise DownloadError(message) from problem
     return Directions.load(path, lm)

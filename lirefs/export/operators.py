@@ -1,46 +1,40 @@
-"""The same directions and operators on other runtimes: TransformerLens and nnsight.
-
-`lirefs.export.transformer_lens` and `lirefs.export.nnsight` are imported by name, because each
-takes seconds to load its library.
-"""
+"""What another runtime needs of a steering: an operator for each place."""
 
 from __future__ import annotations
 
 from lirefs.errors import BackendError
 from lirefs.model.language_model import LanguageModel
-from lirefs.model.layout import SITES
-from lirefs.steering.operators import IDLE_AT_ZERO, Operator
+from lirefs.steering.operators import Operator
 from lirefs.steering.scope import ALL
 from lirefs.steering.steer import Steer
-
-__all__ = ["operators"]
 
 
 def operators(steer: Steer, lm: LanguageModel) -> list[tuple[int, str, Operator]]:
     """The operators of a steering by place, in the order of the forward pass.
 
     Args:
-        steer: Steers every token with one number per layer: another runtime hands its hooks the
-            hidden states alone, without the positions and rows that scopes and gates need.
+        steer: Steers every token alike, with one strength or one for each layer: hooks of other
+            runtimes get the hidden states alone, without the positions and rows that scopes,
+            gates and other strengths need.
         lm: The model that the other runtime runs.
 
     Returns:
-        (layer, site, operator), those that change nothing left out.
+        (layer, site, operator), where the operator changes anything.
 
     Raises:
         BackendError: The steering has a scope, a gate, or strengths by row or by token.
-        InterventionError: A layer or a width does not exist in the model.
-        LayoutError: The architecture lacks a site.
-        ProvenanceError: A direction was fitted on another model.
-        SettingError: There is no site of such a name.
+        InterventionError: The steering does not fit the model; `Steer.check` has the details.
     """
-    if steer.scope is not ALL or steer.gate is not None:
-        raise BackendError("other runtimes steer every token: take away the scope or the gate")
-    if not isinstance(steer.strength, float | dict):
-        raise BackendError("other runtimes take one strength, or one for each layer")
-    made = []
-    for layer, site, direction in steer.places(steer.check(lm.model)):
-        number = steer.strength if isinstance(steer.strength, float) else steer.strength[layer]
-        if number != 0 or steer.operator not in IDLE_AT_ZERO:
-            made.append((layer, site, Operator(steer.operator, direction.vector, number)))
-    return sorted(made, key=lambda place: (place[0], SITES.index(place[1])))
+    if reason := varies_by(steer):
+        raise BackendError(f"other runtimes steer every token of every row alike, but {reason}")
+    return steer.operators(steer.check(lm.model))
+
+
+def varies_by(steer: Steer) -> str:
+    """Why a steering does not treat every token alike; empty where it does."""
+    if steer.scope is not ALL:
+        return f"the scope is {steer.scope.name!r}"
+    if steer.gate is not None:
+        return "a gate decides token by token"
+    uniform = isinstance(steer.strength, float | dict)
+    return "" if uniform else "the strength differs by row or token"

@@ -25,14 +25,13 @@ Hook = Callable[..., Tensor]
 
 
 def boot(lm: LanguageModel) -> Any:
-    """Boot a `TransformerBridge` on a copy of the model.
+    """Boot a `TransformerBridge` on a copy of the model, whose modules the bridge rebuilds.
 
-    The bridge rebuilds the modules of the model it is given, so it gets a copy of its own; the
-    user's model stays as it is. Weights are those of the model, not folded or centred: a direction
-    fitted on one runtime holds on the other. (`enable_compatibility_mode` would change that.)
+    Weights are neither folded nor centred, so a direction fitted on one runtime holds on the other.
+    (`enable_compatibility_mode` would change that.)
 
     Args:
-        lm: The model; its configuration must be one that TransformerLens knows.
+        lm: The model; TransformerLens must know its architecture.
 
     Raises:
         BackendError: TransformerLens cannot take the model, or a steering is attached, whose
@@ -41,7 +40,7 @@ def boot(lm: LanguageModel) -> Any:
     refuse_steered(lm.model, BackendError, "booted")
     twin = copy.deepcopy(lm.model)
     twin.config.architectures = twin.config.architectures or [type(lm.model).__name__]
-    # The bridge loads the tokenizer anew, from the folder that it was last loaded from.
+    # The bridge loads the tokenizer again, from the folder that it was last loaded from.
     with tempfile.TemporaryDirectory() as folder:
         lm.tokenizer.save_pretrained(folder)
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
@@ -50,10 +49,9 @@ def boot(lm: LanguageModel) -> Any:
                 lm.name, hf_model=twin, tokenizer=tokenizer, dtype=lm.model.dtype, device=lm.device
             )
         except Exception as problem:
-            raise BackendError(
-                f"TransformerLens cannot take {type(lm.model).__name__}: "
-                f"{type(problem).__name__}: {first_line(problem)}"
-            ) from problem
+            reason = f"{type(problem).__name__}: {first_line(problem)}"
+            kind = type(lm.model).__name__
+            raise BackendError(f"TransformerLens cannot take {kind}: {reason}") from problem
     return bridge.eval()
 
 
@@ -63,17 +61,16 @@ def hook_name(bridge: Any, layer: int, site: str) -> str:
     Raises:
         BackendError: The bridge has no such hook point.
     """
-    block = f"blocks.{layer}"
     # What a post-norm model adds to the stream comes out of the norm after the module.
     names = {
-        "resid_pre": [f"{block}.hook_in"],
-        "resid_post": [f"{block}.hook_out"],
-        "attn_out": [f"{block}.ln1_post.hook_out", f"{block}.attn.hook_out"],
-        "mlp_out": [f"{block}.ln2_post.hook_out", f"{block}.mlp.hook_out"],
+        "resid_pre": ["hook_in"],
+        "resid_post": ["hook_out"],
+        "attn_out": ["ln1_post.hook_out", "attn.hook_out"],
+        "mlp_out": ["ln2_post.hook_out", "mlp.hook_out"],
     }
     for name in names.get(site, []):
-        if name in bridge.hook_dict:
-            return name
+        if (full := f"blocks.{layer}.{name}") in bridge.hook_dict:
+            return full
     raise BackendError(f"TransformerLens has no hook point for {site} of layer {layer}")
 
 
@@ -90,20 +87,12 @@ def hooks(steer: Steer, bridge: Any, lm: LanguageModel) -> list[tuple[str, Hook]
 
     Raises:
         BackendError: The steering or a site cannot be carried over.
-        InterventionError: A layer or a width does not exist in the model.
-        ProvenanceError: A direction was fitted on another model.
+        InterventionError: The steering does not fit the model.
     """
     return [
-        (hook_name(bridge, layer, site), _hook(operator))
+        (hook_name(bridge, layer, site), lambda tensor, hook, operator=operator: operator(tensor))
         for layer, site, operator in operators(steer, lm)
     ]
-
-
-def _hook(operator: Callable[[Tensor], Tensor]) -> Hook:
-    def change(tensor: Tensor, hook: Any) -> Tensor:
-        return operator(tensor)
-
-    return change
 
 
 def capture(
@@ -143,22 +132,16 @@ def capture(
 
 
 def from_cache(
-    cache: Mapping[str, Tensor],
-    bridge: Any,
-    *,
-    layers: Sequence[int],
-    site: str = "resid_pre",
-    columns: Sequence[int] | None = None,
+    cache: Mapping[str, Tensor], bridge: Any, *, layers: Sequence[int], site: str = "resid_pre"
 ) -> Activations:
-    """Activations from a cache of `run_with_cache`, for `lirefs.fit_directions`.
+    """Activations of the last token from a cache of `run_with_cache`, for `lirefs.fit_directions`.
 
     Args:
-        cache: Holds the hook points of all these layers, (rows, tokens, width) each.
+        cache: Has the hook point of each layer, (rows, tokens, width), of rows that have one
+            length or are padded on the left.
         bridge: The bridge.
         layers: Layers to take.
         site: Where in the block.
-        columns: Column of the token to take in each row; None for the last, which is the last
-            prompt token when rows are of one length or padded on the left.
 
     Raises:
         BackendError: There is no hook point for the site.
@@ -168,9 +151,7 @@ def from_cache(
     for layer in layers:
         name = hook_name(bridge, layer, site)
         if name not in cache:
-            raise CaptureError(f"the cache has no {name}: name it in names_filter")
-        states.append(cache[name])
-    rows = torch.arange(len(states[0]))
-    taken = torch.full_like(rows, -1) if columns is None else torch.as_tensor(columns)
-    values = torch.stack([one.detach().float().cpu()[rows, taken] for one in states], dim=1)
-    return Activations(values[:, :, None], tuple((layer, site) for layer in layers), (-1,))
+            raise CaptureError(f"the cache has no {name}; add it to names_filter")
+        states.append(cache[name][:, -1].detach().float().cpu())
+    values = torch.stack(states, dim=1)[:, :, None]
+    return Activations(values, tuple((layer, site) for layer in layers), (-1,))

@@ -12,7 +12,7 @@ from lirefs.model.prompts import Prompt, for_rows
 
 
 class Tokens:
-    """The tokens of one forward pass (a `lirefs.steering.scope.Where`).
+    """The tokens of one forward pass .
 
     Attributes:
         position: Index of each token in its unpadded row, (rows, tokens), -1 for padding.

@@ -1,4 +1,4 @@
-"""Gates: steering decided by a probe."""
+"""Gates: a probe decides which tokens or rows are steered."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from lirefs.errors import InterventionError
 
 @dataclass(frozen=True, eq=False)
 class Gate:
-    """Steers only where the hidden state projects far enough on the direction of a probe.
+    """Steer only where the hidden state projects far enough on the direction of a probe.
 
     Attributes:
-        direction: The probe's direction; read at its own layer and site, before anything is
+        direction: The probe's direction, read at its own layer and site before anything is
             steered there.
-        threshold: Where h.v begins to pass; None for the middle between the two class means.
-        per: `token`: each token by itself. `row`: the last token of the prompt decides for
-            itself and for all tokens after it. (Tokens before it are not steered: in a prompt
-            that comes in chunks they are gone before the decision falls.)
+        threshold: The projection h·v, in units of the activations, beyond which a token passes;
+            None for the middle between the two class means.
+        per: `token`: each token decides for itself. `row`: the last token of the prompt decides
+            for itself and all later tokens (those before it are never steered, since a prompt
+            that comes in chunks has lost them by then).
         above: Whether projections above the threshold pass, or those below.
 
     Raises:
-        InterventionError: There is no probe, or no threshold, or one of them is not finite.
+        InterventionError: There is no probe or no threshold, or one of them is not finite.
     """
 
     direction: Direction
@@ -48,11 +49,11 @@ class Gate:
                 "a gate without a threshold needs a fitted probe: this direction has no class means"
             )
         if not math.isfinite(self.level):
-            raise InterventionError(f"the threshold {self.level} of a gate is not finite")
+            raise InterventionError(f"the threshold of a gate must be finite, got {self.level}")
 
     @property
     def level(self) -> float:
-        """The threshold that counts."""
+        """The threshold in use: the one given, or the middle between the class means."""
         return sum(self.direction.means) / 2 if self.threshold is None else self.threshold
 
     def passes(self, states: Tensor, real: Tensor) -> Tensor:
@@ -60,14 +61,13 @@ class Gate:
 
         Args:
             states: Shape (..., width).
-            real: Which of them are no padding, boolean, (...).
+            real: Which of them are not padding, boolean, shape (...).
 
         Returns:
-            Boolean, (...).
+            Boolean, shape (...).
 
         Raises:
-            InterventionError: The projection of one that is no padding is not finite, so nothing
-                could be decided.
+            InterventionError: A projection, other than of padding, is not finite.
         """
         dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
         along = states.to(dtype) @ self.direction.unit.to(states.device, dtype)
@@ -79,11 +79,7 @@ class Gate:
         return along > self.level if self.above else along < self.level
 
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object.
-
-        Returns:
-            JSON values: place and digest of the probe's direction, threshold, per, above.
-        """
+        """What it reads and how it decides, as JSON values."""
         return {
             "layer": self.direction.layer,
             "site": self.direction.site,

@@ -1,4 +1,4 @@
-"""Hooks at the sites of a model: changes of hidden states, one after the other."""
+"""Hooks on the modules of a model that change hidden states, one after the other."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.Weak
 
 
 class _Chain:
-    """The changes at one end of one module, behind a single hook.
+    """The changes at one side of one module, behind a single hook.
 
-    Hooks of their own would run in the wrong order at an output: they are prepended, so that
-    hooks which record it see what is steered, and each would come before the one that it follows.
+    With a hook for each, changes at an output would run in reverse: hooks are prepended there, so
+    that hooks which record the output see what is steered.
     """
 
     def __init__(self, module: nn.Module, side: Side) -> None:
@@ -45,7 +45,7 @@ class _Chain:
 
 
 def change_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
-    """Let `change` act on the hidden states at one end of a module, after those already there.
+    """Let `change` act on the hidden states at one side of a module, after those already there.
 
     Returns:
         A function that takes it off again; a second call does nothing.

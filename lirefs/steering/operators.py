@@ -14,28 +14,18 @@ IDLE_AT_ZERO = ("add", "amplify", "norm_preserving_add")
 class Operator:
     """One operator with its direction, made ready once for each device and dtype it meets.
 
-    With v the unit vector, d the direction itself and a the strength, h becomes
-
-    * `add`: h + a d
-    * `amplify`: h + a (h.v) v
-    * `ablate`: h - (h.v) v
-    * `clamp`: h + (a - h.v) v, so that h.v = a
-    * `norm_preserving_add`: h + a d, scaled to the length of h
-    * `ablate_then_add`: h - (h.v) v + a d, so that h.v = a |d|
-
     Args:
-        name: One of `OPERATORS`.
+        name: One of `OPERATORS`; `lirefs.Steer` has their formulas.
         direction: d, shape (width,); a zero direction changes nothing.
-        strength: a, where a call gives none of its own.
+        strength: a, where a call does not bring its own.
     """
 
     def __init__(self, name: str, direction: Tensor, strength: float) -> None:
         self.name = name
         self.strength = -1.0 if name == "ablate" else strength
-        exact = direction.detach().double()
-        self._norm = float(exact.norm())
-        self._direction = exact
-        self._unit = exact / self._norm if self._norm > 0 else exact
+        self.direction = direction.detach().double()
+        self._norm = float(self.direction.norm())
+        self.unit = self.direction / self._norm if self._norm > 0 else self.direction
         self._ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, h: Tensor, strength: Tensor | None = None) -> Tensor:
@@ -43,13 +33,13 @@ class Operator:
 
         Args:
             h: Shape (..., width).
-            strength: a for each token, shape (..., 1) or one that broadcasts to it; None for the
+            strength: a for each token, in a shape that broadcasts to (..., 1); None for the
                 operator's own.
 
         Returns:
             A new tensor of the shape and dtype of `h`.
         """
-        # Half precision would lose the projection's last bits: it is taken in float32.
+        # Projections of half precision are taken in float32, which keeps their last bits.
         dtype = torch.float32 if h.dtype in (torch.float16, torch.bfloat16) else h.dtype
         direction, unit, scaled = self._ready.get((h.device, dtype)) or self._prepare(h, dtype)
         if strength is not None:
@@ -74,7 +64,7 @@ class Operator:
         return torch.addcmul(exact, along, unit, value=factor).to(h.dtype)
 
     def _prepare(self, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        direction, unit = (one.to(h.device, dtype) for one in (self._direction, self._unit))
-        scaled = (self.strength * self._direction).to(h.device, dtype)
+        direction, unit = (one.to(h.device, dtype) for one in (self.direction, self.unit))
+        scaled = (self.strength * self.direction).to(h.device, dtype)
         self._ready[h.device, dtype] = (direction, unit, scaled)
         return direction, unit, scaled

@@ -1,4 +1,4 @@
-"""Steering: operators on hidden states, by hooks that leave no trace."""
+"""Steering: operators on hidden states, applied by hooks that leave no trace."""
 
 from __future__ import annotations
 
@@ -36,36 +36,48 @@ from lirefs.steering.tracker import refuse_empty, tracker_of
 
 
 class Steer:
-    """Steering: an operator on hidden states, applied by hooks where the scope says.
+    """Change hidden states along a direction while the model runs; weights stay as they are.
 
-    With v the unit vector and d the direction itself, a hidden state h becomes
+        with lirefs.Steer(probe.best, "add", 1.0).apply(lm.model):
+            print(lm.generate("Q: ..."))
 
-    * `add`: h + a d
-    * `amplify`: h + a (h.v) v (what the official LiReF code does)
-    * `ablate`: h - (h.v) v (Arditi et al. 2024, arXiv 2406.11717, section 2.4)
-    * `clamp`: h + (a - h.v) v, so that h.v = a
-    * `norm_preserving_add`: h + a d, scaled to the length of h
-    * `ablate_then_add`: h - (h.v) v + a d, so that h.v = a |d|
+    Let d be the vector of the direction, v = d / |d| and a the strength. At each place and token
+    that is steered, the hidden state h becomes
+
+    * `"add"`: h + a d. Every state moves alike; a = 1 moves it by the gap between the class means
+      (Hong et al. 2025, arXiv 2503.23084, section 4.1).
+    * `"amplify"`: h + a (h·v) v. The component along v is multiplied by 1 + a (the authors' code
+      of the same paper, with a = 0.1).
+    * `"ablate"`: h - (h·v) v. The component along v becomes 0 (Arditi et al. 2024, arXiv
+      2406.11717, section 2.4).
+    * `"clamp"`: h + (a - h·v) v. The component along v becomes a, in units of the activations.
+    * `"norm_preserving_add"`: (h + a d) |h| / |h + a d|. As `add`, but h keeps its length.
+    * `"ablate_then_add"`: h - (h·v) v + a d. The component along v becomes a |d|.
+
+    Without further arguments the direction acts at its own layer and site, on every token. A
+    steering is an `Intervention`: `apply` and `attach` it, or compose it with others by `+`.
 
     Args:
-        directions: One direction, or `Directions`, each acting at its own place.
-        operator: One of the above.
-        strength: a: a finite number; a mapping from layer to number; a list or tensor with one
-            entry for each prompt of the batch (None: leave it as it is); a `Schedule`, or a
-            function from the index of a generated token to a number. `ablate` takes none but 1.
-        layers: For a single direction: None for its own layer, `"all"`, or layer indices.
-        sites: Sites at each of these layers; None for the direction's own.
-        scope: Which tokens: `"all"`, `"prompt"`, `"generated"`, `"last_prompt_token"`, or what a
-            function of `lirefs.steering.scope` gives.
-        gate: A condition on top of the scope, decided by a probe for each token or row.
-        any_model: Whether to steer a model other than the one that the directions were fitted on
-            (another dtype or edited weights, say).
+        directions: One direction, or `Directions`, each of which acts at its own layer and site.
+        operator: One of the six above.
+        strength: a, which must be finite: a number; a mapping from layer to number; a list or
+            tensor with one entry for each prompt of the batch (None leaves that prompt alone); or
+            a `Schedule` or a function that gives the number for each generated token, by its
+            index from 0. `ablate` takes no strength but 1.
+        layers: For a single direction: layer indices, or `"all"`; None for its own layer.
+        sites: For a single direction: where in each of these layers, any of `"resid_pre"`,
+            `"attn_out"`, `"mlp_out"` and `"resid_post"`; None for its own site.
+        scope: Which tokens: `"all"`, `"prompt"`, `"generated"`, `"last_prompt_token"`, or a scope
+            made by a function of `lirefs.steering.scope`.
+        gate: A probe that decides, token by token or row by row, which of these are steered.
+        any_model: Also steer a model on which the directions were not fitted, such as another
+            dtype or edited weights.
 
     Raises:
-        InterventionError: If an argument is not one of these, or a direction or a strength is not
+        InterventionError: An argument is not one of these, or a direction or a strength is not
             finite.
-        SettingError: If `layers` are no indices.
-        ScopeError: If there is no such scope.
+        SettingError: `layers` are not integers.
+        ScopeError: There is no such scope.
     """
 
     def __init__(
@@ -83,21 +95,17 @@ class Steer:
         if operator not in OPERATORS:
             raise InterventionError(f"operator {operator!r} is not one of {', '.join(OPERATORS)}")
         self.strength = as_strength(strength)
-        if operator == "ablate" and not _only_ones(self.strength):
+        given = self.strength.values if isinstance(self.strength, RowStrengths) else [self.strength]
+        if operator == "ablate" and any(value not in (None, 1.0) for value in given):
             raise InterventionError(
                 f"ablate takes no strength (got {strength}); amplify with -s removes the share s"
             )
         if isinstance(layers, str) and layers != "all":
-            raise InterventionError(f"layers {layers!r} is neither None, 'all' nor indices")
+            raise InterventionError(f"layers must be None, 'all' or indices, got {layers!r}")
         if isinstance(directions, Directions) and (layers is not None or sites is not None):
-            raise InterventionError(
-                "layers and sites go with one direction; Directions have their own"
-            )
+            raise InterventionError("layers and sites are for one direction, not for Directions")
         if gate is not None and not isinstance(gate, Gate):
-            raise InterventionError(
-                f"gate needs lirefs.Gate, which holds the direction of a probe; got "
-                f"{type(gate).__name__}"
-            )
+            raise InterventionError(f"gate must be a lirefs.Gate, got {type(gate).__name__}")
         self.directions: list[Direction] = (
             [directions] if isinstance(directions, Direction) else list(directions.values())
         )
@@ -116,165 +124,117 @@ class Steer:
         self.gate = gate
         self.any_model = any_model
 
-    def places(self, layout: Layout) -> list[tuple[int, str, Direction]]:
-        """Where it acts on a model of this layout: (layer, site, direction).
-
-        Args:
-            layout: From `LanguageModel.layout`.
-
-        Returns:
-            One entry for each place, layers ascending for each direction.
-
-        Raises:
-            InterventionError: If a layer or a width does not exist there.
-        """
-        places = []
-        for direction in self.directions:
-            layers: Iterable[int] = [direction.layer]
-            if isinstance(self.layers, list):
-                layers = self.layers
-            elif self.layers == "all":
-                layers = range(layout.n_layers)
-            _check_direction(direction, layout)
-            for layer in layers:
-                _check_layer(layer, layout)
-                if isinstance(self.strength, dict) and layer not in self.strength:
-                    raise InterventionError(f"there is no strength for layer {layer}")
-                places += [(layer, site, direction) for site in self.sites or (direction.site,)]
-        return places
-
     def check(self, model: nn.Module) -> Layout:
-        """Raise what `attach` would raise; change nothing.
-
-        Args:
-            model: The bare model, `lm.model`.
-
-        Returns:
-            The layout of the model.
+        """The layout of the model (`lm.model`), if the steering fits it; nothing is changed.
 
         Raises:
-            InterventionError: If something does not fit the model, or it is no module.
-            LayoutError: If the architecture lacks a site.
-            ProvenanceError: If a direction was fitted on another model.
+            InterventionError: A layer or a width does not fit the model, or it is not a module.
+            SettingError: There is no such site.
+            LayoutError: The architecture lacks a site.
+            ProvenanceError: A direction was fitted on another model.
             ScopeError: The scope begins past the model's last position.
         """
         must_be_module(model)
         layout = layout_of(model)
-        places = self.places(layout)
-        for layer, site, _ in places:
+        places = self._places(layout)
+        read = [] if self.gate is None else [self.gate.direction]
+        for layer, site, one in [*places, *((one.layer, one.site, one) for one in read)]:
+            if one.vector.shape != (layout.width,):
+                raise InterventionError(
+                    f"the direction has width {tuple(one.vector.shape)}, the model {layout.width}"
+                )
+            if not 0 <= layer < layout.n_layers:
+                raise InterventionError(
+                    f"layer {layer} does not exist; the model has 0 to {layout.n_layers - 1}"
+                )
             layout.module(model, site, layer)
+        if isinstance(self.strength, dict):
+            for layer in sorted({layer for layer, _, _ in places} - self.strength.keys()):
+                raise InterventionError(f"there is no strength for layer {layer}")
         limit = getattr(text_config(model), "max_position_embeddings", None)
         if isinstance(limit, int) and self.scope.first >= limit:
             raise ScopeError(
                 f"position {self.scope.first} is past the end: the model has {limit} positions"
             )
-        if self.gate is not None:
-            gate = self.gate.direction
-            _check_direction(gate, layout)
-            _check_layer(gate.layer, layout)
-            layout.module(model, gate.site, gate.layer)
-            first = min((layer, SITES.index(site)) for layer, site, _ in places)
-            if (gate.layer, SITES.index(gate.site)) > first:
+        layer, rank = min((layer, SITES.index(site)) for layer, site, _ in places)
+        for gate in read:
+            if (gate.layer, SITES.index(gate.site)) > (layer, rank):
                 raise InterventionError(
                     f"the gate reads layer {gate.layer}, {gate.site}, which comes after the "
-                    f"first place that is steered (layer {first[0]}, {SITES[first[1]]})"
+                    f"first place that is steered (layer {layer}, {SITES[rank]})"
                 )
         if not self.any_model:
-            used = [*self.directions, *([self.gate.direction] if self.gate else [])]
-            for made_on in {one.model for one in used if one.model}:
-                if not is_model(model, made_on):
+            for fingerprint in {one.model for one in [*self.directions, *read] if one.model}:
+                if not is_model(model, fingerprint):
                     raise ProvenanceError(
-                        f"the direction was fitted on another model ({made_on[:12]}); "
+                        f"the direction was fitted on another model ({fingerprint[:12]}); "
                         "any_model=True steers this one all the same"
                     )
         return layout
 
-    def attach(self, model: nn.Module) -> Handle:
-        """Install the hooks.
+    def operators(self, layout: Layout) -> list[tuple[int, str, Operator]]:
+        """The operator at each place, where it changes anything.
 
         Args:
-            model: The model, as given to `lirefs.load` or `lirefs.wrap` (its `.model`).
+            layout: What `check` returned for the model.
 
         Returns:
-            A handle whose `remove` takes them off.
-
-        Raises:
-            InterventionError: If the direction does not fit the model, it is no module, or another
-                thread has changed it and not yet restored it.
-            LayoutError: If the architecture lacks a site.
-            ProvenanceError: If a direction was fitted on another model.
+            (layer, site, operator), in the order of the forward pass.
         """
-        with UndoStack() as steps:
-            steps.add(reserve(model))
-            steps.add(self.attach_checked(model, self.check(model)).remove)
-            return steps
+        found = []
+        for layer, site, direction in self._places(layout):
+            number = self.strength[layer] if isinstance(self.strength, dict) else self.strength
+            if not isinstance(number, float):
+                number = 1.0  # each call brings the strengths of its tokens
+            # Strength 0 must leave every bit as it is, and h + 0 would turn -0.0 into 0.0.
+            if number != 0 or self.operator not in IDLE_AT_ZERO:
+                found.append((layer, site, Operator(self.operator, direction.vector, number)))
+        return sorted(found, key=lambda place: (place[0], SITES.index(place[1])))
+
+    def _places(self, layout: Layout) -> list[tuple[int, str, Direction]]:
+        places = []
+        for one in self.directions:
+            layers: Iterable[int] = [one.layer]
+            if self.layers is not None:
+                layers = self.layers if isinstance(self.layers, list) else range(layout.n_layers)
+            places += [(at, site, one) for at in layers for site in self.sites or (one.site,)]
+        return places
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Install the hooks until the handle's `remove` is called; raises what `check` raises."""
+        return compose(self).attach(model)
 
     def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
-        """Install the hooks on a model for which `check` returned this layout.
-
-        Args:
-            model: The bare model.
-            layout: What `check` returned for it.
-
-        Returns:
-            As `attach`.
-        """
+        """Install the hooks on a model for which `check` has returned this layout."""
+        varying = self.strength if isinstance(self.strength, RowStrengths | Schedule) else None
+        mask: TokenMask | None = None
         with UndoStack() as steps:
             steps.add(reserve(model))
             steerings = steerings_of(model)
             steerings.append(self)
             steps.add(lambda: steerings.remove(self))
-            self._install(model, layout, steps)
+            if self.scope is ALL and self.gate is None and varying is None:
+                steps.add(refuse_empty(model, layout))
+            else:
+                mask = TokenMask(self.scope, varying, self.gate)
+                steps.add(tracker_of(model, layout).listen(mask.prepare))
+                if self.gate is not None:
+                    gate = self.gate.direction
+                    end = layout.module(model, gate.site, gate.layer)
+                    steps.add(change_at(*end, mask.read_gate))
+            for layer, site, operator in self.operators(layout):
+                change = operator if mask is None else mask.confine(operator)
+                steps.add(change_at(*layout.module(model, site, layer), change))
             return steps
-
-    def _install(self, model: nn.Module, layout: Layout, steps: UndoStack) -> None:
-        varying = self.strength if isinstance(self.strength, RowStrengths | Schedule) else None
-        choice: TokenMask | None = None
-        if self.scope is not ALL or varying is not None or self.gate is not None:
-            choice = TokenMask(self.scope, varying, self.gate)
-            steps.add(tracker_of(model, layout).listen(choice.prepare))
-            if self.gate is not None:
-                gate = self.gate.direction
-                steps.add(change_at(*layout.module(model, gate.site, gate.layer), choice.read_gate))
-        else:
-            steps.add(refuse_empty(model, layout))
-        for layer, site, direction in self.places(layout):
-            number = self._number(layer)
-            # Strength 0 must leave every bit as it is (h + 0 would turn -0.0 into 0.0): no hook.
-            if varying is None and number == 0 and self.operator in IDLE_AT_ZERO:
-                continue
-            operator = Operator(self.operator, direction.vector, number)
-            change = operator if choice is None else choice(operator)
-            steps.add(change_at(*layout.module(model, site, layer), change))
 
     @contextmanager
     def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model steered inside the `with`, as it was after it.
-
-        Args:
-            model: The bare model, `lm.model`.
-
-        Yields:
-            The model.
-
-        Raises:
-            InterventionError: As `attach`, as are the others.
-        """
+        """The model (`lm.model`), steered inside the `with` and restored after it."""
         with applied(self, model):
             yield model
 
-    def _number(self, layer: int) -> float:
-        if isinstance(self.strength, dict):
-            return self.strength[layer]
-        return self.strength if isinstance(self.strength, float) else 1.0
-
     def describe(self) -> dict[str, Any]:
-        """What it is, as a JSON object.
-
-        Returns:
-            JSON values: operator, strength, layers, sites, scope, gate, and the place, norm and
-            digest of each direction.
-        """
+        """What it does, as JSON values: among them place, norm and digest of each direction."""
         strength: Any = self.strength
         if isinstance(strength, RowStrengths | Schedule):
             strength = strength.describe()
@@ -303,23 +263,3 @@ class Steer:
 
     def __radd__(self, other: Intervention) -> Composition:
         return compose(other, self)
-
-
-def _only_ones(strength: float | dict[int, float] | RowStrengths | Schedule) -> bool:
-    if isinstance(strength, RowStrengths):
-        return all(value in (None, 1.0) for value in strength.values)
-    return strength == 1.0
-
-
-def _check_direction(direction: Direction, layout: Layout) -> None:
-    if direction.vector.shape != (layout.width,):
-        raise InterventionError(
-            f"the direction has width {tuple(direction.vector.shape)}, the model {layout.width}"
-        )
-
-
-def _check_layer(layer: int, layout: Layout) -> None:
-    if not 0 <= layer < layout.n_layers:
-        raise InterventionError(
-            f"layer {layer} does not exist; the model has 0 to {layout.n_layers - 1}"
-        )

@@ -1,4 +1,4 @@
-"""How strongly each token is steered: numbers, rows, schedules; and gates, which decide whether."""
+"""How strongly each token is steered: one number, or numbers by layer, row or generated token."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lirefs.errors import InterventionError
 from lirefs.model.prompts import for_rows
-from lirefs.steering.scope import Where
+from lirefs.model.token_positions import Tokens
 
 
 class RowStrengths:
@@ -22,7 +22,7 @@ class RowStrengths:
         values: The strengths; None leaves a row as it is. A tensor has one axis.
 
     Raises:
-        InterventionError: There is no row, or a strength is no finite number.
+        InterventionError: There is no row, or a strength is not a finite number.
     """
 
     def __init__(self, values: Sequence[float | None] | Tensor) -> None:
@@ -33,25 +33,19 @@ class RowStrengths:
                 )
             values = values.tolist()
         if not len(values):
-            raise InterventionError("no strength for any row: the batch is empty")
-        self.values = [None if value is None else finite(value) for value in values]
-        self._strengths = torch.tensor([value or 0.0 for value in self.values])
-        self._steered = torch.tensor([value is not None for value in self.values])
+            raise InterventionError("strengths by row are empty; give one for each row")
+        self.values = [None if value is None else _finite(value) for value in values]
+        self._table = torch.tensor([(value or 0.0, value is not None) for value in self.values])
 
-    def at(self, where: Where) -> tuple[Tensor, Tensor]:
-        """Strength of each token, and which are steered at all: both (rows, 1)."""
-        rows, device = where.position.shape[0], where.position.device
-        prompts = where.prompts
-        # In locals: another thread, with another model, may want them on another device.
-        strengths = self._strengths = self._strengths.to(device)
-        steered = self._steered = self._steered.to(device)
-        return (
-            for_rows(strengths, rows, prompts).unsqueeze(1),
-            for_rows(steered, rows, prompts).unsqueeze(1),
-        )
+    def at(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Strength of each token, and whether it is steered at all: both (rows, 1)."""
+        # In a local: another thread, with another model, may want it on another device.
+        table = self._table = self._table.to(tokens.position.device)
+        table = for_rows(table, len(tokens.position), tokens.prompts)
+        return table[:, :1], table[:, 1:] > 0
 
-    def describe(self) -> Any:
-        """What it is, as a JSON value."""
+    def describe(self) -> dict[str, Any]:
+        """The strengths, as JSON values."""
         return {"rows": self.values}
 
 
@@ -59,46 +53,36 @@ class Schedule:
     """A strength for each generated token; tokens of the prompt are not steered.
 
     Args:
-        values: The strengths of the generated tokens in order (those after the end are not
-            steered), or a function from the index of a generated token, from 0, to its strength.
+        values: The strengths of the generated tokens in order (later tokens are not steered), or
+            a function from the index of a generated token, from 0, to its strength.
 
     Raises:
-        InterventionError: The sequence is empty, or a strength is no finite number.
+        InterventionError: The sequence is empty, or a strength is not a finite number.
     """
 
     def __init__(self, values: Sequence[float] | Callable[[int], float]) -> None:
         self._function = values if callable(values) else None
-        self._values = [] if callable(values) else [finite(value) for value in values]
+        self._values = [] if callable(values) else [_finite(value) for value in values]
         if self._function is None and not self._values:
             raise InterventionError("an empty schedule steers nothing; give it a strength")
-        self._tensor = torch.tensor(self._values)
+        self._known = torch.tensor(self._values)
 
-    def at(self, where: Where) -> tuple[Tensor, Tensor]:
-        """Strength of each token, and which are steered at all.
-
-        Args:
-            where: The tokens of a forward pass.
-
-        Returns:
-            float32 strengths and bool, both of shape (rows or 1, tokens).
-        """
-        age = where.age
+    def at(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
+        """Strength of each token, and whether it is steered at all: both (rows or 1, tokens)."""
+        age = tokens.age
         # In a local: another thread, with another model, may be further on, or on another device.
-        known = self._tensor.to(age.device)
-        needed = max(int(age.max()) + 1, 1) if self._function is not None else 0
-        if len(known) < needed:
-            more = [finite(self._function(index)) for index in range(len(known), needed)]  # type: ignore[misc]
-            known = torch.cat([known, torch.tensor(more, device=known.device)])
-        self._tensor = known
+        known = self._known.to(age.device)
+        if self._function is not None:
+            needed = range(len(known), max(int(age.max()) + 1, 1))
+            more = [_finite(self._function(index)) for index in needed]
+            if more:
+                known = torch.cat([known, torch.tensor(more, device=known.device)])
+        self._known = known
         last = len(known) - 1
         return known[age.clamp(0, last)], (age >= 0) & (age <= last)
 
-    def describe(self) -> Any:
-        """What it is, as a JSON value.
-
-        Returns:
-            The strengths, or that it is a function.
-        """
+    def describe(self) -> dict[str, Any]:
+        """The strengths, or that they come from a function, as JSON values."""
         return {"schedule": "a function" if self._function is not None else self._values}
 
 
@@ -121,25 +105,18 @@ def as_strength(strength: Strength) -> float | dict[int, float] | RowStrengths |
     if isinstance(strength, Schedule):
         return strength
     if isinstance(strength, Tensor) and strength.dim() == 0:
-        return finite(strength.item())
+        return _finite(strength.item())
     if isinstance(strength, Mapping):
         for layer in strength:
             if isinstance(layer, bool) or not isinstance(layer, Integral):
-                raise InterventionError(f"strengths by layer go under integers, got {layer!r}")
-        return {int(layer): finite(value) for layer, value in strength.items()}
+                raise InterventionError(f"strengths by layer need integer keys, got {layer!r}")
+        return {int(layer): _finite(value) for layer, value in strength.items()}
     if isinstance(strength, Sequence | Tensor) and not isinstance(strength, str):
         return RowStrengths(strength)
-    if callable(strength):
-        return Schedule(strength)
-    return finite(strength)
+    return Schedule(strength) if callable(strength) else _finite(strength)
 
 
-def finite(value: Any) -> float:
-    """The number, if it is one and finite.
-
-    Raises:
-        InterventionError: It is not.
-    """
+def _finite(value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):

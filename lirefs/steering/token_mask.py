@@ -1,4 +1,4 @@
-"""Which tokens of the present forward pass are steered, and how strongly."""
+"""Which tokens of the current forward pass are steered, and how strongly."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lirefs.steering.strength import RowStrengths, Schedule
 
 
 class TokenMask:
-    """Scope, strengths by token and gate of one attached steering.
+    """Scope, gate and strengths by token of one attached steering.
 
-    `prepare` is called before each forward pass and works out once what all its places share.
+    `prepare` runs before each forward pass and computes once what all its places share.
     """
 
     def __init__(
@@ -28,37 +28,38 @@ class TokenMask:
         self._varying = varying
         self._gate = gate
         self._tokens: Tokens | None = None
-        self._mask: Tensor | None = None  # (rows or 1, tokens); None: every token
-        self._strength: Tensor | None = None  # the same
-        self._passes: Tensor | None = None  # the same, from the gate
+        # All three of shape (rows or 1, tokens or 1); None where they make no difference.
+        self._mask: Tensor | None = None
+        self._strength: Tensor | None = None
+        self._passes: Tensor | None = None
         self._idle = False
 
     def prepare(self, tokens: Tokens) -> None:
-        """Take in what is known of the tokens of the forward pass that begins.
+        """Take in the tokens of the forward pass that begins.
 
         Raises:
             ScopeError: The scope does not fit them.
         """
         self._tokens, self._passes = tokens, None
-        self._check_ends(tokens)
+        self._scope.check(tokens)
         mask = None if self._scope is ALL else self._scope.touches(tokens)
         if self._varying is not None:
             self._strength, steered = self._varying.at(tokens)
             mask = steered if mask is None else mask & steered
         self._mask, self._idle = mask, False
-        # On an accelerator this question would have to wait for an answer.
+        # On an accelerator this question would have to wait for the answer.
         if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
             touched = int(mask.sum())
             self._idle = touched == 0
             if touched == mask.numel():
                 self._mask = None
 
-    def __call__(self, operator: Operator) -> Change:
-        """The operator, confined to the tokens that are chosen."""
+    def confine(self, operator: Operator) -> Change:
+        """The operator, confined to the tokens that are steered."""
 
         def change(h: Tensor) -> Tensor:
             if self._tokens is None:
-                raise ScopeError("the blocks ran without the module that owns them")
+                raise ScopeError("the blocks ran without the module that owns them; call lm.model")
             if self._idle:
                 return h
             mask = self._mask
@@ -74,19 +75,19 @@ class TokenMask:
         return change
 
     def read_gate(self, h: Tensor) -> Tensor:
-        """Take the gate's decision from the hidden states at its place; return them as they are."""
+        """Let the gate decide by the hidden states at its place; return them as they are."""
         if self._gate is None or self._tokens is None:
             return h
         position = self._tokens.position
         rows = h.reshape(*position.shape, -1)  # some modules flatten the batch (OPT)
         passes = self._gate.passes(rows, (position >= 0).to(h.device))
         if self._gate.per == "row":
-            passes = self._decide(passes, self._tokens)
+            passes = self._by_row(passes, self._tokens)
         self._passes = passes
         return h
 
-    def _decide(self, passes: Tensor, tokens: Tokens) -> Tensor:
-        """What the last token of each prompt decides, for it and the tokens after it."""
+    def _by_row(self, passes: Tensor, tokens: Tokens) -> Tensor:
+        """The decision of the last token of each prompt, for it and the tokens after it."""
         age = tokens.age.to(passes.device)
         last = (age == -1).expand(passes.shape)
         decided, now = (last & passes).any(dim=1), last.any(dim=1)
@@ -101,15 +102,3 @@ class TokenMask:
         if h.dim() == 2 and self._tokens is not None:
             values = values.expand(self._tokens.position.shape).reshape(-1)
         return values.unsqueeze(-1).to(h.device)
-
-    def _check_ends(self, tokens: Tokens) -> None:
-        if self._scope.ends is None:
-            return
-        # Only a beginning can be compared: what continues an unknown cache has no known length.
-        prompt = tokens.known_prompt
-        if prompt is None or self in prompt.checked:
-            return
-        prompt.checked.add(self)
-        here = tokens.position.amax(dim=1) + 1
-        lengths = for_rows(prompt.lengths.to(here.device), len(here))
-        self._scope.check(torch.maximum(here, lengths), tokens.prompts)

@@ -79,7 +79,9 @@ def interface() -> str:
 
 
 def test_the_interface_is_the_agreed_one():
-    assert interface() == AGREED.read_text("utf-8"), "meant? then run python tests/documents/test_api.py"
+    assert interface() == AGREED.read_text("utf-8"), (
+        "meant? then run python tests/documents/test_api.py"
+    )
 
 
 if __name__ == "__main__":

@@ -273,7 +273,7 @@ def test_forward_without_a_cache(name, setting):
         torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("setting", ["cache made", "cache given", "told", "chunks, told"])
+@pytest.mark.parametrize("setting", ["cache made", "cache given", "lengths", "chunks, lengths"])
 @pytest.mark.parametrize("name", SCOPES)
 def test_a_loop_written_by_hand(name, setting):
     lm = language_model("llama")
@@ -306,7 +306,7 @@ def test_a_loop_written_by_hand(name, setting):
             )
 
     with steered(name, rows).apply(lm.model), torch.no_grad():
-        if "told" in setting:
+        if "lengths" in setting:
             with prompt_lengths([len(ids) for ids in prompts]):
                 loop()
         else:
@@ -349,7 +349,7 @@ def test_unknown_prompts_are_refused_and_not_guessed():
         with pytest.raises(ScopeError, match="rest of a prompt or generated"):
             lm.model(ids, past_key_values=lm.model(ids, use_cache=True).past_key_values)
     with Steer(Direction(VECTOR, LAYER), "add", scope="all").apply(lm.model), torch.no_grad():
-        lm.model(ids[:, :1], past_key_values=cache)  # needs to know nothing
+        lm.model(ids[:, :1], past_key_values=cache)  # needs no prompt length
 
 
 def test_named_errors():
@@ -410,7 +410,7 @@ def test_unrelated_prompts_are_not_taken_for_beams(kind):
         with prompt_lengths([3, 3, 3, 3]), pytest.raises(ScopeError, match="4 prompt"):
             lm.model(**batch)
         lm.generate(texts[:2], max_new_tokens=1, num_beams=2)
-        with prompt_lengths([3, 3]):  # four rows of two prompts, as somebody said
+        with prompt_lengths([3, 3]):  # four rows of two prompts, as stated
             lm.model(**batch)
 
 

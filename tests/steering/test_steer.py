@@ -157,9 +157,11 @@ def test_zero_direction_does_nothing_harmful(lm):
 
 
 def test_named_errors(lm):
-    for arguments in [("turn",), ("ablate", 0.5), ("add", float("nan")), ("add", 1.0, "some")]:
+    for arguments in [("turn",), ("ablate", 0.5), ("add", float("nan"))]:
         with pytest.raises(InterventionError):
             Steer(direction(), *arguments)
+    with pytest.raises(InterventionError, match="layers must be"):
+        Steer(direction(), "add", layers="some")
     for wrong in [
         direction(width=8),
         direction(layer=4),
