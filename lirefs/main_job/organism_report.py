@@ -66,7 +66,7 @@ def figures(study: Study) -> list[Figure]:
             "stories relative to the unchanged model's (right). 95 % Wilson intervals. Only the "
             "setting named above was chosen, on validation items.",
             sweep_plots.scores_against(
-                study.keeps,
+                study.keeps.summary(),
                 places,
                 SPECTRUM_TASKS,
                 ("curvature mass kept", "perplexity over the unchanged model's"),
@@ -80,7 +80,7 @@ def figures(study: Study) -> list[Figure]:
             "between the class means. Grey: "
             f"{RANDOM_DIRECTIONS} random directions of the same norm.",
             sweep_plots.strength_effect(
-                study.pushes, strengths, controls, (TRUE, READ, "relations")
+                study.pushes.summary(), strengths, controls, (TRUE, READ, "relations")
             ),
         ),
         Figure(
