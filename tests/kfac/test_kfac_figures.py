@@ -1,9 +1,12 @@
+import re
+
 import numpy as np
 import pytest
 
 from kfac import BandRatios, Estimate, LossSlices, Relearning, SplitHalf
 from kfac import figures as plots
 from kfac.analysis.split_half import SideAgreement
+from lirefs.pictures import SMALL, WIDE
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -55,3 +58,26 @@ def side(size=20):
 )
 def test_every_figure_is_a_png(make):
     assert make().startswith(PNG)
+
+
+def test_spectra_are_the_same_bytes_and_readable():
+    values = np.geomspace(1, 1e-6, 40)
+    curve = np.stack([np.geomspace(1e-4, 1, 9), np.linspace(0.1, 1, 9)], axis=1)
+    spectra = [
+        plots.Spectrum(f"layers.{i}.up", values, values, values * 40, curve, 0.9) for i in range(9)
+    ]
+    picture = plots.curvature_spectrum(spectra)
+    assert picture == plots.curvature_spectrum(spectra)
+    svg = picture.svg.decode()
+    assert picture.png.startswith(PNG)
+    assert "layers.4.up" in svg  # text is text
+    assert float(re.search(r'width="([\d.]+)pt"', svg).group(1)) <= 72 * WIDE + 1e-6
+    sizes = [float(one) for one in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
+    assert min(sizes) >= SMALL
+
+
+def test_names_in_a_legend_keep_what_differs():
+    assert plots._apart(["a.0.up", "a.1.up"]) == ["0", "1"]
+    assert plots._apart(["a.0.up", "a.1.down"]) == ["0.up", "1.down"]
+    assert plots._apart(["a.0.up"]) == ["a.0.up"]
+    assert plots._apart(["a", "a.b"]) == ["a", "a.b"]
