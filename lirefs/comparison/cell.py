@@ -107,30 +107,22 @@ class Scores:
             return wilson(int(self.values.sum()), len(self.values))
         return self._bootstrapped(self.value(draws))
 
-    def difference(self, base: Scores, draws: Floats) -> Estimate:
-        """Value minus the baseline's."""
-        if self.perplexity:
-            return self._bootstrapped(self.value(draws) - base.value(draws))
-        return paired_difference(self.values, base.values, draws, self.weights)
-
-    def _bootstrapped(self, values: Floats) -> Estimate:
-        n = len(self.values)
-        return Estimate(float(values[0]), *interval(values[1:], n), n)
-
-    def retained(self, base: Scores, draws: Floats) -> Estimate:
-        """Value over the baseline's, for perplexity the inverse."""
-        if self.perplexity:
-            return exponential(weighted_mean(base.values - self.values, self.weights, draws))
-        return paired_ratio(self.values, base.values, draws, self.weights)
-
     def p_value(self, base: Scores) -> float:
         """p-value of no difference from the baseline."""
         return paired_p_value(self.values, base.values, self.weights)
 
-    def detectable(self, base: Scores) -> float:
-        """Smallest true difference of the task's value that is detected; see `Cell`."""
-        least = paired_detectable(self.values, base.values, self.weights)
+    def compared(self, base: Scores, draws: Floats) -> tuple[Estimate, Estimate, float]:
+        """Difference from the baseline, retained share and detectable difference; see `Cell`."""
+        detectable = paired_detectable(self.values, base.values, self.weights)
         if not self.perplexity:
-            return least
+            scores = (self.values, base.values, draws, self.weights)
+            return paired_difference(*scores), paired_ratio(*scores), detectable
         with np.errstate(over="ignore"):
-            return float(base.value()[0] * np.expm1(least))
+            detectable = float(base.value()[0] * np.expm1(detectable))
+        difference = self._bootstrapped(self.value(draws) - base.value(draws))
+        ratio = weighted_mean(base.values - self.values, self.weights, draws)
+        return difference, exponential(ratio), detectable
+
+    def _bootstrapped(self, values: Floats) -> Estimate:
+        n = len(self.values)
+        return Estimate(float(values[0]), *interval(values[1:], n), n)

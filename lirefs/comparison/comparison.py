@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
@@ -46,15 +46,9 @@ class Comparison:
         return float(self._scores(variant, task).value()[0])
 
     def cell(self, variant: str, task: str) -> Cell:
-        """One variant on one task.
+        """One variant on one task: value, paired difference, retained share and test.
 
-        Args:
-            variant: Name of the variant.
-            task: Name of the task.
-
-        Returns:
-            Value, paired difference, retained share and test. The thousands of resamples behind
-            them are made at the first call only.
+        The thousands of resamples behind them are made at the first call only.
         """
         if (variant, task) not in self._cells:
             self._cells[variant, task] = self._cell(variant, task)
@@ -64,22 +58,14 @@ class Comparison:
         info, items, draws = self.tasks[task], self.results[variant][task], self.draws(task)
         scores, base = self._scores(variant, task), self._scores(BASELINE, task)
         others = [name for name in items[0].scores if name not in (info.metric, "nll")]
-        changed = variant != BASELINE
-        p, p_holm = self._p_values[variant, task] if changed else (None, None)
-        return Cell(
-            variant,
-            task,
-            info.group,
-            info.metric,
-            value=scores.estimate(draws),
-            difference=scores.difference(base, draws) if changed else None,
-            retained=scores.retained(base, draws) if changed else None,
-            unparsable=sum(not item.parsed for item in items),
-            extra={name: float(Scores.of(items, name).value()[0]) for name in others},
-            p=p,
-            p_holm=p_holm,
-            detectable=scores.detectable(base) if changed else None,
-        )
+        extra = {name: float(Scores.of(items, name).value()[0]) for name in others}
+        unparsable = sum(not item.parsed for item in items)
+        cell = partial(Cell, variant, task, info.group, info.metric, scores.estimate(draws))
+        if variant == BASELINE:
+            return cell(None, None, unparsable, extra)
+        difference, retained, detectable = scores.compared(base, draws)
+        p, p_holm = self._p_values[variant, task]
+        return cell(difference, retained, unparsable, extra, p, p_holm, detectable)
 
     @cached_property
     def _p_values(self) -> dict[tuple[str, str], tuple[float, float]]:
@@ -99,13 +85,8 @@ class Comparison:
     def informative(self, task: str) -> bool:
         """Whether the unchanged model's interval lies above the task's chance level.
 
-        Where it does not, there is nothing to retain, and a share of 1 would mean nothing.
-
-        Args:
-            task: Name of the task.
-
-        Returns:
-            Always true for perplexity.
+        Where it does not, there is nothing to retain, and a share of 1 would mean nothing. Always
+        true for perplexity.
         """
         if self.tasks[task].metric == "perplexity":
             return True
@@ -115,12 +96,10 @@ class Comparison:
     def summary(self) -> Summary:
         """Every number of a report as a plain table, with the mean of each task group."""
         informative = [task for task in self.tasks if self.informative(task)]
-        present = list(dict.fromkeys(task.group for task in self.tasks.values()))
-        usual = [group for group in GROUPS if group in present]
-        others = [group for group in present if group not in (*GROUPS, CONFLICT)]
+        present = [task.group for task in self.tasks.values() if task.group != CONFLICT]
         groups = {
             group: tuple(task for task in informative if self.tasks[task].group == group)
-            for group in usual + others
+            for group in dict.fromkeys([*(one for one in GROUPS if one in present), *present])
         }
         settings = {key: one for key, one in self.provenance.items() if key != "findings"}
         bootstrap = {"resamples": self.resamples, "seed": self.seed}
@@ -150,13 +129,8 @@ class Comparison:
     def draws(self, task: str) -> Floats:
         """How often each item of a task is drawn in each bootstrap resample.
 
-        The same for every variant: that is what pairs them.
-
-        Args:
-            task: Name of the task.
-
         Returns:
-            float64 counts, shape (resamples, items).
+            float64 counts, shape (resamples, items); the same for every variant, which pairs them.
         """
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])

@@ -45,12 +45,11 @@ class Journal:
         self._lines: dict[str, list[ItemResult]] = {}
         self._new: dict[str, list[ItemResult]] = {}
         self._number = -1
-        if self._folder is None:
-            return
-        if self._folder.exists() and not self._folder.is_dir():
-            raise SettingError(f"journal {self._folder}: exists and is not a folder")
-        for file in sorted(self._folder.glob("items-*.jsonl")):
-            self._read(file)
+        if self._folder is not None and self._folder.exists():
+            if not self._folder.is_dir():
+                raise SettingError(f"journal {self._folder}: exists and is not a folder")
+            for file in sorted(self._folder.glob("items-*.jsonl")):
+                self._read(file)
 
     def _read(self, file: Path) -> None:
         try:

@@ -77,15 +77,7 @@ def load_comparison(path: str | Path) -> Comparison:
     try:
         tasks = {name: _task_info(one) for name, one in data["tasks"].items()}
         results = {
-            variant: {
-                name: [
-                    item_of({**asked, **given})
-                    for asked, given in zip(
-                        data["tasks"][name]["items"], by_task[name], strict=True
-                    )
-                ]
-                for name in tasks
-            }
+            variant: {name: _items(data["tasks"][name]["items"], by_task[name]) for name in tasks}
             for variant, by_task in data["results"].items()
         }
         _check_settings(data)
@@ -99,6 +91,10 @@ def load_comparison(path: str | Path) -> Comparison:
             "again"
         ) from problem
     return comparison
+
+
+def _items(asked: Sequence[Any], given: Sequence[Any]) -> list[ItemResult]:
+    return [item_of({**one, **other}) for one, other in zip(asked, given, strict=True)]
 
 
 def item_of(row: Mapping[str, Any]) -> ItemResult:
@@ -152,15 +148,15 @@ def listed_figures(file: Path) -> list[dict[str, str]]:
     try:
         figures = _read(file)["figures"]
         found = [{key: one[key] for key in ("name", "title", "caption")} for one in figures]
-    except (KeyError, TypeError) as problem:
+        for one in found:
+            if not all(isinstance(text, str) for text in one.values()):
+                raise TypeError("a name, title or caption is not a string")
+            if not _FIGURE_NAME.fullmatch(one["name"]):
+                raise ValueError(f"{one['name']!r:.80} is not the name of a figure file")
+    except (KeyError, TypeError, ValueError) as problem:
         raise ResultsFileError(
             f"{file}: its list of figures is damaged ({type(problem).__name__}: {problem})"
         ) from problem
-    for one in found:
-        if not all(isinstance(text, str) for text in one.values()):
-            raise ResultsFileError(f"{file}: a name, title or caption of a figure is not a string")
-        if not _FIGURE_NAME.fullmatch(one["name"]):
-            raise ResultsFileError(f"{file}: {one['name']!r:.80} is not the name of a figure file")
     return found
 
 

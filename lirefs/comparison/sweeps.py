@@ -83,10 +83,8 @@ def damage_of(comparison: Comparison, variant: str, by: str) -> float:
     Raises:
         SettingError: The variant or the task is unknown.
     """
-    value = float(_scores(comparison, variant, by).value()[0])
-    if comparison.tasks[by].metric == "perplexity":
-        value /= float(_scores(comparison, BASELINE, by).value()[0])
-    return value
+    scores, base = (_scores(comparison, name, by) for name in (variant, BASELINE))
+    return float(scores.value()[0] / (base.value()[0] if scores.perplexity else 1.0))
 
 
 def pareto_front(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -153,11 +151,8 @@ def choose_on_validation(
     base = _scores(validation, BASELINE, task)
     tried = [_scores(validation, variant, task) for variant in variants]
     share = base.weights / base.weights.mean()  # so that plain means are the weighted ones
-    best_of = best_of_null(
-        np.array([sign * share * (one.values - base.values) for one in tried]),
-        seed=validation.seed,
-    )
-    best = variants[int(np.argmax([sign * float(one.value()[0]) for one in tried]))]
+    gains = np.array([sign * share * (one.values - base.values) for one in tried])
+    best = variants[int(np.argmax([sign * one.value()[0] for one in tried]))]
     chosen, before = (_scores(test, variant, task) for variant in (best, BASELINE))
     found = test.cell(best, task)
     assert found.difference is not None
@@ -167,7 +162,7 @@ def choose_on_validation(
         test=found.value,
         difference=found.difference,
         p_value=paired_p_value(chosen.values, before.values, chosen.weights, seed=test.seed),
-        best_of=best_of,
+        best_of=best_of_null(gains, seed=validation.seed),
     )
 
 
@@ -175,8 +170,7 @@ def _scores(comparison: Comparison, variant: str, task: str) -> Scores:
     if task not in comparison.tasks:
         raise SettingError(f"no task {task!r}; there are: {', '.join(comparison.tasks)}")
     if variant not in comparison.results:
-        there = ", ".join(comparison.results)
-        raise SettingError(f"no variant {variant!r}; there are: {there}")
+        raise SettingError(f"no variant {variant!r}; there are: {', '.join(comparison.results)}")
     items = comparison.results[variant][task]
     if [one.id for one in items] != _ids(comparison, task):
         raise SettingError(
@@ -242,6 +236,6 @@ def _estimates(comparison: Comparison, task: str, by: str, values: Floats) -> li
     result = []
     for column in values.T:
         known = np.isfinite(column[0]) and np.isfinite(column[1:]).mean() >= REACHED
-        limits = interval(column[1:], fewest) if known else (float("nan"), float("nan"))
+        limits = interval(column[1:], fewest) if known else (np.nan, np.nan)
         result.append(Estimate(float(column[0]), *limits, n))
     return result

@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -264,13 +265,19 @@ def test_a_comparison_without_variants_has_a_report(tmp_path):
     assert not (tmp_path / "retained.png").exists()
 
 
-def saved(folder):
-    """A report with a figure that no comparison draws by itself."""
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
     comparison = made_up(ratio=math.inf, pairs=(1, 2))
     own = Figure("own", "Own", "A figure.", Picture(b"\x89PNG own", b"<svg>own</svg>"))
-    figures = [own, *default_figures(comparison.summary())]
-    write_report(comparison, folder, figures)
+    write_report(comparison, folder, [own, *default_figures(comparison.summary())])
     return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A report with a figure that no comparison draws by itself."""
+    return shutil.copytree(saved_once, tmp_path / "saved")
 
 
 @pytest.fixture
@@ -282,8 +289,8 @@ def _tested(monkeypatch):
 
 
 @pytest.mark.usefixtures("_tested")
-def test_report_writes_the_same_again_without_a_model(tmp_path, monkeypatch, capsys):
-    folder = saved(tmp_path / "first")
+def test_report_writes_the_same_again_without_a_model(saved, tmp_path, monkeypatch, capsys):
+    folder = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr("lirefs.load", None)  # would fail
     for name in before:
@@ -297,8 +304,8 @@ def test_report_writes_the_same_again_without_a_model(tmp_path, monkeypatch, cap
     assert again == {name: data for name, data in before.items() if name != "results.json"}
 
 
-def test_report_says_which_figures_are_missing(tmp_path, monkeypatch, capsys):
-    folder = saved(tmp_path)
+def test_report_says_which_figures_are_missing(saved, monkeypatch, capsys):
+    folder = saved
     (folder / "own.svg").unlink()
     results = (folder / "results.json").read_bytes()
     assert run(monkeypatch, "report", folder) == 0
@@ -308,8 +315,8 @@ def test_report_says_which_figures_are_missing(tmp_path, monkeypatch, capsys):
     assert (folder / "results.json").read_bytes() == results
 
 
-def test_report_names_what_is_wrong(tmp_path, monkeypatch, capsys):
-    folder = saved(tmp_path / "report")
+def test_report_names_what_is_wrong(saved, tmp_path, monkeypatch, capsys):
+    folder = saved
     assert run(monkeypatch, "report", tmp_path / "absent") == 2
     assert "ResultsFileError" in capsys.readouterr().err
     assert run(monkeypatch, "report", folder, "--out", folder / "results.json") == 2

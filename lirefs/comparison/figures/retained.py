@@ -148,22 +148,12 @@ def _draw(axis: Any, marks: Mapping[int, _Mark], top: float, empty: str) -> None
     inner = np.where([one.filled for one in shown.values()], colours, "white")
     low, high = np.nan_to_num(np.clip(ends, 0, top), nan=0.0).T
     axis.hlines(places, low, high, color=colours, lw=1.1, zorder=2)
-    for shape, chosen in (
-        ("o", (values >= 0) & (values <= top)),
-        (">", values > top),
-        ("<", values < 0),
-    ):
-        axis.scatter(
-            np.clip(values[chosen], 0, top),
-            places[chosen],
-            s=13,
-            marker=shape,
-            c=inner[chosen],
-            edgecolors=colours[chosen],
-            linewidths=0.9,
-            clip_on=False,
-            zorder=3,
-        )
+    beyond, below = values > top, values < 0
+    style = {"s": 13, "linewidths": 0.9, "clip_on": False, "zorder": 3}
+    for shape, chosen in (("o", ~(beyond | below)), (">", beyond), ("<", below)):
+        x, y = np.clip(values[chosen], 0, top), places[chosen]
+        paint = {"c": inner[chosen], "edgecolors": colours[chosen]}
+        axis.scatter(x, y, marker=shape, **paint, **style)
 
 
 def _headings(columns: Sequence[str], inches: float) -> tuple[list[str], bool]:

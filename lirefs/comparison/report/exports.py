@@ -11,32 +11,23 @@ from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.summary import Summary
 from lirefs.statistics.intervals import Estimate
 
-_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",  # after a line break it would begin an argument
-    "]": "{]}",
-    "*": "{*}",
+_NAMED = {
+    "\\": "backslash",
+    "^": "asciicircum",
+    "~": "asciitilde",
+    "<": "less",
+    ">": "greater",
+    "|": "bar",
 }
+_ESCAPES = str.maketrans(
+    {one: rf"\text{name}{{}}" for one, name in _NAMED.items()}
+    | {one: rf"\{one}" for one in "{}$&#%_"}
+    | {one: f"{{{one}}}" for one in "[]*"}  # after a line break they would begin an argument
+)
 
 
 def csv_text(summary: Summary) -> str:
-    """One row for each variant on each task, with every number at full precision.
-
-    A field is empty where there is no such number, and `nan` where it is undefined (pandas would
-    write both alike).
-    """
+    """`Summary.rows` as CSV: empty where there is no number, `nan` where it is undefined."""
     rows = summary.rows()
     text = io.StringIO()
     writer = csv.DictWriter(text, rows[0], lineterminator="\n")
@@ -91,7 +82,7 @@ def latex(summary: Summary) -> str:
 
 def escape(text: str) -> str:
     """A text as LaTeX prints it."""
-    return "".join(_ESCAPES.get(one, one) for one in " ".join(text.split()))
+    return " ".join(text.split()).translate(_ESCAPES)
 
 
 def _row(name: str, shares: Sequence[Estimate | None], bold: Sequence[bool]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from lirefs.comparison.comparison import Comparison
@@ -38,8 +39,9 @@ def flip_list(comparison: Comparison) -> FlipList:
     tasks, variants = list(comparison.tasks), comparison.variants[1:]
     listed = {(t, v): flips(comparison, t, v) for t in tasks for v in variants}
     sizes = [len(some) for some in listed.values()]
-    numbers = range(max(sizes, default=0), -1, -1)
-    each = next(n for n in numbers if sum(min(size, n) for size in sizes) <= MOST_FLIPS)
+    each = max(sizes, default=0)
+    while sum(min(size, each) for size in sizes) > MOST_FLIPS:
+        each -= 1
     shared = {
         task: shared_beginning([item.prompt for item in items])
         for task, items in comparison.results[comparison.variants[0]].items()
@@ -65,11 +67,10 @@ def shared_beginning(prompts: Sequence[str]) -> str:
     """The lines that all prompts begin with (few-shot examples); empty where they are short."""
     if len(prompts) < 2:
         return ""
-    first, last = min(prompts), max(prompts)  # what these two share, all share
-    pairs = enumerate(zip(first, last, strict=False))
-    common = first[: next((place for place, (a, b) in pairs if a != b), min(len(first), len(last)))]
-    whole = common[: common.rfind("\n") + 1]
-    return whole if len(whole) >= _SHORTEST_SHARED else ""
+    first, last = (one.split("\n")[:-1] for one in (min(prompts), max(prompts)))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    shared = "".join(f"{line}\n" for line, _ in same)  # what first and last share, all share
+    return shared if len(shared) >= _SHORTEST_SHARED else ""
 
 
 def _cut(text: str) -> str:

@@ -44,6 +44,9 @@ class Entry:
         return f"{self.text} {self.interval}".rstrip()
 
 
+_NONE = Entry("-", math.nan)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table.
@@ -118,7 +121,7 @@ def markdown(table: Table) -> list[str]:
 
 def _entry(estimate: Estimate | None, signed: bool = False) -> Entry:
     if estimate is None:
-        return Entry("-", math.nan)
+        return _NONE
     if not math.isfinite(estimate.value):
         return Entry("n/a", math.nan)
     form = f"{'+' if signed else ''}z.{3 if abs(estimate.value) < 10 else 2}f"
@@ -128,13 +131,13 @@ def _entry(estimate: Estimate | None, signed: bool = False) -> Entry:
 
 def _number(value: float | None) -> Entry:
     if value is None:
-        return Entry("-", math.nan)
+        return _NONE
     return Entry(f"{value:.3f}" if math.isfinite(value) else "n/a", value)
 
 
 def _p(cell: Cell) -> Entry:
     if cell.p_holm is None:
-        return Entry("-", math.nan)
+        return _NONE
     text = "< 0.001" if cell.p_holm < 0.001 else f"{cell.p_holm:.3f}"
     return Entry(text + (" *" if cell.clear else ""), cell.p_holm)
 

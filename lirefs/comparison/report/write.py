@@ -72,14 +72,14 @@ def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]
     again = {one.name: one for one in default_figures(summary)}
     figures, missing = [], []
     for listed in saved:
-        if listed["name"] in again:
-            figures.append(again[listed["name"]])
+        name = listed["name"]
+        if name in again:
+            figures.append(again[name])
             continue
-        png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
+        png, svg = (file.parent / f"{name}.{kind}" for kind in ("png", "svg"))
         try:
-            absent = [one.name for one in (png, svg) if not one.exists()]
-            missing += absent
-            if absent:
+            if absent := [one.name for one in (png, svg) if not one.exists()]:
+                missing += absent
                 continue
             picture = Picture(png.read_bytes(), svg.read_bytes())
         except OSError as problem:
