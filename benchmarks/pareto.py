@@ -202,20 +202,20 @@ def write(
     factors: kfac.Factors,
 ) -> None:
     """Write the numbers and one figure for perplexity and for each task group."""
-    groups = comparison.groups
+    summary = comparison.summary()
     recited = next(t for t, info in comparison.tasks.items() if info.group == "memorization")
     language = next(t for t, info in comparison.tasks.items() if info.group == "language")
 
     def value(variant: str, task: str) -> kfac.Estimate:
-        one = comparison.cell(variant, task).value
+        one = summary.cells[variant, task].value
         return kfac.Estimate(one.value, one.low, one.high, one.n)
 
     def retained(variant: str, group: str) -> kfac.Estimate:
-        one = comparison.retained(variant, group)
+        one = summary.means[variant, group]
         return kfac.Estimate(one.value, one.low, one.high, one.n)
 
     methods = list(dict.fromkeys(one["method"] for one in settings.values()))
-    n = comparison.cell("unchanged", recited).value.n
+    n = value("unchanged", recited).n
     by_method = {m: [v for v, one in settings.items() if one["method"] == m] for m in methods}
     curves = {
         m: [(value(v, language), value(v, recited)) for v in names]
@@ -225,8 +225,7 @@ def write(
     label = f"share recited, n = {n}"
     figure = kfac.figures.pareto(curves, "perplexity of held-out texts", label, start)
     figure.save(out, "perplexity")
-    for group in groups:
-        counted = comparison.counted(group)
+    for group, counted in summary.groups.items():
         if group in ("memorization", "language") or not counted:
             continue
         curves = {
@@ -244,7 +243,7 @@ def write(
         row["perplexity"] = vars(value(variant, language))
         row["recited"] = vars(value(variant, recited))
         if variant != "unchanged":
-            row["retained"] = {group: vars(retained(variant, group)) for group in groups}
+            row["retained"] = {group: vars(retained(variant, group)) for group in summary.groups}
         rows.append(row)
     record = {
         "model": comparison.provenance["model_name"],

@@ -55,4 +55,4 @@ variants = {f"keep {keep}": kfac.CurvatureEdit(factors, keep) for keep in (0.95,
 comparison = lirefs.compare(lm, variants, tasks)
 for cell in comparison.cells():
     print(f"{cell.variant:10s} {cell.task:14s} {cell.metric:9s} {cell.value}, n = {cell.value.n}")
-print(f"wrote {comparison.save(options.out)}")
+print(f"wrote {lirefs.write_report(comparison, options.out)}")

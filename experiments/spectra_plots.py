@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lirefs.comparison.figures.tags import MARKERS, error_bars
+import numpy as np
+
 from lirefs.pictures import COLOURS, Picture, canvas_of, literal, picture_of
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT, GROUPS
+
+MARKERS = "osD^vP*"
 
 
 @dataclass(frozen=True)
@@ -44,8 +47,8 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
         axis.errorbar(
             [one.value for one in x],
             [one.value for one in y],
-            xerr=error_bars(x),
-            yerr=error_bars(y),
+            xerr=_error_bars(x),
+            yerr=_error_bars(y),
             fmt=MARKERS[index % len(MARKERS)],
             color=COLOURS[index % len(COLOURS)],
             ms=5,
@@ -125,3 +128,9 @@ def _overlap(one: Any, other: Any) -> float:
     width = min(one[2], other[2]) - max(one[0], other[0])
     height = min(one[3], other[3]) - max(one[1], other[1])
     return max(0.0, float(width)) * max(0.0, float(height))
+
+
+def _error_bars(found: Sequence[Estimate]) -> Any:
+    """Lengths of the bars below and above each value, shape (2, n)."""
+    sides = [(one.value - one.low, one.high - one.value) for one in found]
+    return np.maximum(np.array(sides).T, 0)

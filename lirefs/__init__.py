@@ -17,6 +17,8 @@ from lirefs import (
 )
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import Comparison
+from lirefs.comparison.report.write import write_report
+from lirefs.comparison.results_file import load_comparison
 from lirefs.directions.capture import Activations, capture
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
@@ -94,6 +96,7 @@ __all__ = [
     "lm_eval_model",
     "lm_eval_tasks",
     "load",
+    "load_comparison",
     "load_questions",
     "mine",
     "model",
@@ -107,6 +110,7 @@ __all__ = [
     "tasks",
     "wrap",
     "write_lm_eval_task",
+    "write_report",
 ]
 
 

@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from lirefs.cli.options import console, folder_to_write
-from lirefs.comparison.comparison import Comparison
+from lirefs.comparison.report.write import load_figures, write_pages
+from lirefs.comparison.results_file import file_of, load_comparison
 
 
 def report(
@@ -21,16 +22,13 @@ def report(
     ] = None,
 ) -> None:
     """Write a report again from its results.json, without a model."""
-    comparison = Comparison.load(results)
-    from lirefs.comparison import results_file as storage
-    from lirefs.comparison.report import write as reports
-
-    figures, missing = reports.load_figures(results, comparison)
+    comparison = load_comparison(results)
+    figures, missing = load_figures(results, comparison.summary())
     if missing:
         console.print(
             f"left out, because they are not beside the results: {', '.join(missing)}",
             markup=False,
             soft_wrap=True,
         )
-    page = reports.write(comparison, out or storage.file_of(results).parent, figures)
+    page = write_pages(comparison, out or file_of(results).parent, figures)
     console.print(f"report: {page}", markup=False, soft_wrap=True)

@@ -1,12 +1,15 @@
 """Comparisons of variants of one model on the same items, paired."""
 
-from lirefs.comparison.cell import Cell
+from lirefs.comparison.cell import Cell, TaskInfo
 from lirefs.comparison.compare import compare
-from lirefs.comparison.comparison import BASELINE, Comparison, TaskInfo
+from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.sweeps import pareto_fronts
 from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import Flip, TagChange, TagChanges, by_tag, flips
+from lirefs.comparison.report.write import write_report
+from lirefs.comparison.results_file import load_comparison
+from lirefs.comparison.summary import Summary
 from lirefs.comparison.sweeps import (
     SweepChoice,
     choose_on_validation,
@@ -22,6 +25,7 @@ __all__ = [
     "Comparison",
     "Figure",
     "Flip",
+    "Summary",
     "SweepChoice",
     "TagChange",
     "TagChanges",
@@ -31,9 +35,11 @@ __all__ = [
     "compare",
     "damage_of",
     "flips",
+    "load_comparison",
     "matched",
     "matched_difference",
     "pareto_front",
     "pareto_fronts",
     "tag_bars",
+    "write_report",
 ]

@@ -3,37 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
 from lirefs.statistics.intervals import Estimate, Floats, interval, wilson
 from lirefs.statistics.paired import exponential, paired_difference, paired_ratio, weighted_mean
 from lirefs.statistics.significance import binary, paired_detectable, paired_p_value
+from lirefs.tasks.task import ItemResult
 
-if TYPE_CHECKING:
-    from lirefs.tasks.task import ItemResult
+LEVEL = 0.05
+"""A difference is clear where its adjusted p-value is below this."""
+
+
+@dataclass(frozen=True)
+class TaskInfo:
+    """What a comparison keeps of a task: see `Task` for the fields."""
+
+    group: str
+    metric: str
+    chance: float = 0.0
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One variant on one task. All intervals are of 95 %.
+    """One variant on one task. All intervals are 95 % intervals.
 
     Attributes:
         value: The task's metric, a mean over items weighted by `ItemResult.weight`, or perplexity.
             Wilson interval where scores are 0 or 1, bootstrap over items otherwise.
-        difference: Value minus the baseline's on the same items, see `lirefs.statistics.paired`; None for the
-            baseline itself.
+        difference: Value minus the baseline's on the same items (`lirefs.statistics.paired`);
+            None for the baseline itself.
         retained: Value over the baseline's, for perplexity the inverse, so that less than 1 is
             always worse; None for the baseline, not finite where the baseline is 0.
         unparsable: Number of items whose output held no answer.
         extra: The task's other metrics.
-        p: Of no difference from the baseline, on the same items: McNemar's test where every score
-            is 0 or 1, a paired sign-flip test otherwise; None for the baseline.
+        p: p-value of no difference from the baseline, on the same items: McNemar's test where
+            every score is 0 or 1, a paired sign-flip test otherwise; None for the baseline.
         p_holm: `p` after Holm's adjustment over all cells of the comparison.
-        detectable: Smallest true difference that this many items show with 80 % power, as many of
-            them changing, or as much, as did.
+        detectable: Smallest true difference that this many items detect with 80 % power, if as
+            many of them change, or by as much, as observed; None for the baseline.
     """
 
     variant: str
@@ -49,15 +58,20 @@ class Cell:
     p_holm: float | None = None
     detectable: float | None = None
 
+    @property
+    def clear(self) -> bool:
+        """Whether the variant differs from the baseline after Holm's adjustment."""
+        return self.p_holm is not None and self.p_holm < LEVEL
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
     """A variant's scores on a task.
 
     Attributes:
-        values: One an item, shape (n,); for perplexity nats per token.
-        weights: What each item counts for, shape (n,).
-        perplexity: Whether the value is the exponential of the mean.
+        values: One score per item, shape (n,); for perplexity nats per token.
+        weights: Weight of each item, shape (n,).
+        perplexity: Whether the task's value is the exponential of the mean.
     """
 
     values: Floats
@@ -66,18 +80,12 @@ class Scores:
 
     @classmethod
     def of(cls, items: Sequence[ItemResult], metric: str) -> Scores:
-        """Scores of some items.
-
-        Args:
-            items: What they gave.
-            metric: Name of the score, or `perplexity`.
-        """
+        """The scores of some items under one metric, which may be `perplexity`."""
         weights = np.array([item.weight for item in items], dtype=np.float64)
-        if metric == "perplexity":
-            nll = np.array([item.scores["nll"] for item in items], dtype=np.float64)
-            return cls(nll / weights, weights, True)
-        values = np.array([item.scores[metric] for item in items], dtype=np.float64)
-        return cls(values, weights, False)
+        perplexity = metric == "perplexity"
+        name = "nll" if perplexity else metric
+        values = np.array([item.scores[name] for item in items], dtype=np.float64)
+        return cls(values / weights if perplexity else values, weights, perplexity)
 
     def value(self, draws: Floats | None = None) -> Floats:
         """The task's value, then that of each resample, shape (1 + resamples,).
@@ -93,76 +101,28 @@ class Scores:
 
     def estimate(self, draws: Floats) -> Estimate:
         """The task's value with its interval."""
-        n = len(self.values)
         if self.perplexity:
             return exponential(weighted_mean(self.values, self.weights, draws))
         if binary(self.values, self.values, self.weights):
-            return wilson(int(self.values.sum()), n)
-        value = self.value(draws)
-        return Estimate(float(value[0]), *interval(value[1:], n), n)
-
-    def difference(self, base: Scores, draws: Floats) -> Estimate:
-        """Value minus the baseline's."""
-        if not self.perplexity:
-            return paired_difference(self.values, base.values, draws, self.weights)
-        gaps = self.value(draws) - base.value(draws)
-        return Estimate(float(gaps[0]), *interval(gaps[1:], len(self.values)), len(self.values))
-
-    def retained(self, base: Scores, draws: Floats) -> Estimate:
-        """Value over the baseline's, for perplexity the inverse."""
-        if self.perplexity:
-            return exponential(weighted_mean(base.values - self.values, self.weights, draws))
-        return paired_ratio(self.values, base.values, draws, self.weights)
+            return wilson(int(self.values.sum()), len(self.values))
+        return self._bootstrapped(self.value(draws))
 
     def p_value(self, base: Scores) -> float:
-        """Of no difference from the baseline."""
+        """p-value of no difference from the baseline."""
         return paired_p_value(self.values, base.values, self.weights)
 
-    def detectable(self, base: Scores) -> float:
-        """Smallest true difference of the task's value that would be seen; see `Cell`."""
-        least = paired_detectable(self.values, base.values, self.weights)
+    def compared(self, base: Scores, draws: Floats) -> tuple[Estimate, Estimate, float]:
+        """Difference from the baseline, retained share and detectable difference; see `Cell`."""
+        detectable = paired_detectable(self.values, base.values, self.weights)
         if not self.perplexity:
-            return least
+            scores = (self.values, base.values, draws, self.weights)
+            return paired_difference(*scores), paired_ratio(*scores), detectable
         with np.errstate(over="ignore"):
-            return float(base.value()[0] * np.expm1(least))
+            detectable = float(base.value()[0] * np.expm1(detectable))
+        difference = self._bootstrapped(self.value(draws) - base.value(draws))
+        ratio = weighted_mean(base.values - self.values, self.weights, draws)
+        return difference, exponential(ratio), detectable
 
-
-def cell_of(
-    cell_name: tuple[str, str],
-    group: str,
-    metric: str,
-    items: Sequence[ItemResult],
-    base: Sequence[ItemResult] | None,
-    draws: Floats,
-) -> Cell:
-    """Cell without its adjusted p-value.
-
-    Args:
-        cell_name: Variant and task.
-        group: The task's.
-        metric: The task's.
-        items: What the variant gave.
-        base: What the unchanged model gave; None if that is the variant.
-        draws: How often each item is drawn, shape (resamples, n); the same for every variant.
-    """
-    scores = Scores.of(items, metric)
-    others = [name for name in items[0].scores if name not in (metric, "nll")]
-    cell = Cell(
-        *cell_name,
-        group=group,
-        metric=metric,
-        value=scores.estimate(draws),
-        difference=None,
-        retained=None,
-        unparsable=sum(not item.parsed for item in items),
-        extra={name: float(Scores.of(items, name).value()[0]) for name in others},
-    )
-    if base is None:
-        return cell
-    before = Scores.of(base, metric)
-    return replace(
-        cell,
-        difference=scores.difference(before, draws),
-        retained=scores.retained(before, draws),
-        detectable=scores.detectable(before),
-    )
+    def _bootstrapped(self, values: Floats) -> Estimate:
+        n = len(self.values)
+        return Estimate(float(values[0]), *interval(values[1:], n), n)

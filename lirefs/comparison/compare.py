@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lirefs.comparison.comparison import BASELINE, Comparison, TaskInfo
+from lirefs.comparison.cell import TaskInfo
+from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.journal import Journal, digest_of, in_order, key_of, parts
 from lirefs.comparison.results_file import MOST_RESAMPLES
 from lirefs.errors import SettingError, TaskError
@@ -45,9 +46,9 @@ def compare(
         resamples: Bootstrap resamples of the paired intervals.
         seed: Seed of the bootstrap.
         provenance: Settings to save with the results.
-        journal: Folder that keeps finished items until you remove it: the same call goes on after
-            an interruption, with the same result. What an intervention's `describe` says, and its
-            name, must tell it from others.
+        journal: Folder that keeps finished items until you remove it, so that the same call
+            resumes after an interruption, with the same result. An intervention is recognized by
+            its name and its `describe`.
         progress: Show a progress bar.
 
     Returns:
@@ -74,34 +75,36 @@ def compare(
         with applied(one, lm.model):
             pass
     kept = Journal(journal)
-    made_by = {name: one.describe() for name, one in interventions.items()}
+    described = {name: one.describe() for name, one in interventions.items()}
     rows = {task.name: parts(task) for task in tasks}
     pieces = {task.name: [task.subset(part) for part in rows[task.name]] for task in tasks}
     digests = {name: [digest_of(lm, piece) for piece in some] for name, some in pieces.items()}
-    keys = {
-        (variant, name): [key_of(one, variant, made_by.get(variant)) for one in some]
-        for variant in variants
-        for name, some in digests.items()
-    }
+
+    def keyed(variant: str, name: str) -> list[tuple[str, Task]]:
+        keys = [key_of(one, variant, described.get(variant)) for one in digests[name]]
+        return list(zip(keys, pieces[name], strict=True))
+
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
         for variant, intervention in variants.items():
             with applied(intervention, lm.model):
-                for task in tasks:
-                    bar.set_postfix_str(f"{variant}: {task.name}")
-                    for key, piece in zip(keys[variant, task.name], pieces[task.name], strict=True):
+                for name in names:
+                    bar.set_postfix_str(f"{variant}: {name}")
+                    for key, piece in keyed(variant, name):
                         if not kept.mine() or kept.finished(key, piece) is not None:
                             bar.update(len(piece))
                         else:
                             kept.add(key, piece.run(lm, bar.update))
     kept.exchange()
 
-    def collected(variant: str, task: Task) -> list[ItemResult]:
-        found = map(kept.finished, keys[variant, task.name], pieces[task.name])
-        return in_order(rows[task.name], [one for one in found if one is not None])
+    def collected(variant: str, name: str) -> list[ItemResult]:
+        found = [kept.finished(key, piece) for key, piece in keyed(variant, name)]
+        return in_order(rows[name], [one for one in found if one is not None])
 
     return Comparison(
-        results={v: {task.name: collected(v, task) for task in tasks} for v in variants},
+        results={
+            variant: {name: collected(variant, name) for name in names} for variant in variants
+        },
         tasks={task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks},
         provenance={
             "lirefs": __version__,
@@ -116,7 +119,7 @@ def compare(
                 "threads": torch.get_num_threads(),
             },
             "tasks": {task.name: digest_of(lm, task) for task in tasks},
-            "interventions": made_by,
+            "interventions": described,
             **(provenance or {}),
         },
         resamples=resamples,

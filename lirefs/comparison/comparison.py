@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
 
-from lirefs.comparison.cell import Cell, Scores, cell_of
-from lirefs.files import atomic_write_text
+from lirefs.comparison.cell import Cell, Scores, TaskInfo
+from lirefs.comparison.summary import Summary, plain
 from lirefs.statistics.intervals import Estimate, Floats, resample_counts
 from lirefs.statistics.paired import mean_of
 from lirefs.statistics.significance import holm
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
 
-if TYPE_CHECKING:
-    from lirefs.comparison.figures.figure import Figure
-
 BASELINE = "unchanged"
-
-
-@dataclass(frozen=True)
-class TaskInfo:
-    """What a comparison remembers of a task: see `Task` for the fields."""
-
-    group: str
-    metric: str
-    chance: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,8 +23,8 @@ class Comparison:
 
     Attributes:
         results: Variant to task to items; the first variant is the unchanged model.
-        tasks: Task name to what is known of it, in order.
-        provenance: What made it.
+        tasks: Task name to its group, metric and chance level, in order.
+        provenance: Hashes of model and data, settings, library versions; optionally `findings`.
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
     """
@@ -47,168 +35,102 @@ class Comparison:
     resamples: int = 5000
     seed: int = 0
     _cells: dict[tuple[str, str], Cell] = field(default_factory=dict, init=False, repr=False)
-    _tests: dict[tuple[str, str], tuple[float, float]] = field(
-        default_factory=dict, init=False, repr=False
-    )
 
     @property
     def variants(self) -> list[str]:
         """Names of the variants, the unchanged model first."""
         return list(self.results)
 
-    @property
-    def groups(self) -> list[str]:
-        """Task groups with something to retain that occur, in their usual order."""
-        present = list(dict.fromkeys(task.group for task in self.tasks.values()))
-        others = [group for group in present if group not in (*GROUPS, CONFLICT)]
-        return [group for group in GROUPS if group in present] + others
-
     def score(self, variant: str, task: str) -> float:
-        """A task's value without its interval.
-
-        Args:
-            variant: Name of the variant.
-            task: Name of the task.
-
-        Returns:
-            The metric over all items; the perplexity where that is the metric.
-        """
+        """A task's value without its interval: the metric over all items, or the perplexity."""
         return float(self._scores(variant, task).value()[0])
 
     def cell(self, variant: str, task: str) -> Cell:
-        """One variant on one task.
+        """One variant on one task: value, paired difference, retained share and test.
 
-        Args:
-            variant: Name of the variant.
-            task: Name of the task.
-
-        Returns:
-            Value, paired difference, retained share and test; computed once.
+        The thousands of resamples behind them are made at the first call only.
         """
-        # Reports ask for the same cells again and again, and each costs thousands of resamples.
         if (variant, task) not in self._cells:
-            info = self.tasks[task]
-            base = None if variant == BASELINE else self.results[BASELINE][task]
-            items = self.results[variant][task]
-            found = cell_of((variant, task), info.group, info.metric, items, base, self.draws(task))
-            if base is not None:
-                p, p_holm = self._p_values()[variant, task]
-                found = replace(found, p=p, p_holm=p_holm)
-            self._cells[variant, task] = found
+            self._cells[variant, task] = self._cell(variant, task)
         return self._cells[variant, task]
 
+    def _cell(self, variant: str, task: str) -> Cell:
+        info, items, draws = self.tasks[task], self.results[variant][task], self.draws(task)
+        scores, base = self._scores(variant, task), self._scores(BASELINE, task)
+        others = [name for name in items[0].scores if name not in (info.metric, "nll")]
+        extra = {name: float(Scores.of(items, name).value()[0]) for name in others}
+        unparsable = sum(not item.parsed for item in items)
+        cell = partial(Cell, variant, task, info.group, info.metric, scores.estimate(draws))
+        if variant == BASELINE:
+            return cell(None, None, unparsable, extra)
+        difference, retained, detectable = scores.compared(base, draws)
+        p, p_holm = self._p_values[variant, task]
+        return cell(difference, retained, unparsable, extra, p, p_holm, detectable)
+
+    @cached_property
     def _p_values(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Plain and adjusted p-values; the family is every variant on every task."""
-        if not self._tests:
-            plain = {
-                (variant, task): self._scores(variant, task).p_value(self._scores(BASELINE, task))
-                for variant in self.variants[1:]
-                for task in self.tasks
-            }
-            adjusted = holm(plain)
-            self._tests.update({key: (plain[key], adjusted[key]) for key in plain})
-        return self._tests
+        found = {
+            (variant, task): self._scores(variant, task).p_value(self._scores(BASELINE, task))
+            for variant in self.variants[1:]
+            for task in self.tasks
+        }
+        adjusted = holm(found)
+        return {key: (found[key], adjusted[key]) for key in found}
 
     def cells(self) -> list[Cell]:
-        """Every variant on every task, tasks in order, variants within.
-
-        Returns:
-            `len(tasks) * len(variants)` cells.
-        """
+        """Every variant on every task, tasks in order, variants within."""
         return [self.cell(variant, task) for task in self.tasks for variant in self.variants]
 
     def informative(self, task: str) -> bool:
-        """Whether the unchanged model is above chance: its interval lies above the task's chance.
+        """Whether the unchanged model's interval lies above the task's chance level.
 
-        Where it is not, there is nothing to retain, and a share of 1 would mean nothing.
-
-        Args:
-            task: Name of the task.
-
-        Returns:
-            True for perplexity always.
+        Where it does not, there is nothing to retain, and a share of 1 would mean nothing. Always
+        true for perplexity.
         """
         if self.tasks[task].metric == "perplexity":
             return True
         value = self.cell(BASELINE, task).value
         return value.value > 0 and value.low > self.tasks[task].chance
 
-    def counted(self, group: str) -> list[str]:
-        """Tasks of a group that `retained` averages: the informative ones.
+    def summary(self) -> Summary:
+        """Every number of a report as a plain table, with the mean of each task group."""
+        informative = [task for task in self.tasks if self.informative(task)]
+        present = [task.group for task in self.tasks.values() if task.group != CONFLICT]
+        groups = {
+            group: tuple(task for task in informative if self.tasks[task].group == group)
+            for group in dict.fromkeys([*(one for one in GROUPS if one in present), *present])
+        }
+        settings = {key: one for key, one in self.provenance.items() if key != "findings"}
+        bootstrap = {"resamples": self.resamples, "seed": self.seed}
+        name = self.provenance.get("model_name", "a model")
+        return Summary(
+            title=f"Reasoning against recitation in {name}",
+            findings=tuple(map(str, self.provenance.get("findings", []))),
+            variants=tuple(self.variants),
+            tasks=dict(self.tasks),
+            groups=groups,
+            cells={(cell.variant, cell.task): cell for cell in self.cells()},
+            means={
+                (variant, group): self._mean(variant, tasks)
+                for variant in self.variants
+                for group, tasks in groups.items()
+            },
+            informative=frozenset(informative),
+            settings=plain({**settings, "bootstrap": bootstrap}),
+        )
 
-        Args:
-            group: Name of the group.
-
-        Returns:
-            Task names, in order.
-        """
-        of_group = [task for task, info in self.tasks.items() if info.group == group]
-        return [task for task in of_group if self.informative(task)]
-
-    def retained(self, variant: str, group: str) -> Estimate:
-        """Mean of the retained shares of a group's informative tasks; not finite without any.
-
-        Args:
-            variant: Name of the variant.
-            group: Name of the group.
-
-        Returns:
-            The mean with its interval, n the items of all counted tasks; not finite without any.
-        """
-        counted = self.counted(group)
-        kept = [self.cell(variant, task).retained for task in counted]
-        if variant == BASELINE and counted:
-            return Estimate(1.0, 1.0, 1.0, sum(len(self.results[BASELINE][t]) for t in counted))
-        return mean_of([one for one in kept if one is not None])
-
-    def save(self, folder: str | Path, figures: Sequence[Figure] | None = None) -> Path:
-        """Write the report: `report.html`, `report.md`, `results.json`, CSV, LaTeX and figures.
-
-        The page needs no other file. `results.json` has every item; `results.csv` a row for each
-        cell; `overview.tex` tables for a paper; figures are PNG and SVG.
-
-        Args:
-            folder: Made when missing; files of these names in it are replaced.
-            figures: Figures to show; None for retained performance by group and by task.
-
-        Returns:
-            The path of `report.html`.
-        """
-        from lirefs.comparison import results_file as storage
-        from lirefs.comparison.report import write as report
-
-        folder = Path(folder)
-        shown = report.default_figures(self) if figures is None else figures
-        atomic_write_text(folder / "results.json", storage.dumps(self, shown))
-        return report.write(self, folder, shown)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Comparison:
-        """Read a comparison that was saved.
-
-        Args:
-            path: `results.json`, or the folder that holds it.
-
-        Returns:
-            The comparison, items included.
-
-        Raises:
-            ResultsFileError: The file is missing, damaged, or of another version.
-        """
-        from lirefs.comparison import results_file as storage
-
-        return storage.load(Path(path))
+    def _mean(self, variant: str, tasks: Sequence[str]) -> Estimate:
+        """Mean retained share on some tasks, n the items of all; not finite without a task."""
+        if variant == BASELINE and tasks:
+            return Estimate(1.0, 1.0, 1.0, sum(len(self.results[variant][one]) for one in tasks))
+        return mean_of([one for task in tasks if (one := self.cell(variant, task).retained)])
 
     def draws(self, task: str) -> Floats:
-        """How often each item is drawn in each bootstrap resample, shape (resamples, items).
-
-        The same for every variant: that is what pairs them.
-
-        Args:
-            task: Name of the task.
+        """How often each item of a task is drawn in each bootstrap resample.
 
         Returns:
-            float64 counts, shape (resamples, items).
+            float64 counts, shape (resamples, items); the same for every variant, which pairs them.
         """
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])

@@ -1,4 +1,4 @@
-"""What lies behind a score: which items changed, and which kinds of items."""
+"""Behind a score: which items changed, and which kinds of items."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from lirefs.tasks.task import ItemResult
 
 @dataclass(frozen=True)
 class Flip:
-    """One item that is right on one side and wrong on the other.
+    """An item that either the unchanged model or the variant gets right, but not both.
 
     Attributes:
         id: Name of the item.
-        prompt: What was asked.
-        expected: What counts as right.
-        before: What the unchanged model gave.
-        after: What the variant gave.
-        gained: Whether the variant is the one that is right.
+        prompt: The question.
+        expected: The right answer.
+        before: Answer of the unchanged model.
+        after: Answer of the variant.
+        gained: Whether the variant is right.
     """
 
     id: str
@@ -36,25 +36,24 @@ class Flip:
 
 
 def flips(comparison: Comparison, task: str, variant: str) -> list[Flip]:
-    """Items of a task on which a variant and the unchanged model differ, in their order.
+    """Items of a task that a variant makes right or wrong, in their order.
 
     Args:
-        comparison: What was found.
+        comparison: Holds the variant.
         task: Name of a task. One whose metric is not 0 or 1 for each item has no flips.
         variant: Name of a variant.
 
     Raises:
         TaskError: If the task or variant does not exist.
     """
-    found = _pairs(comparison, task, variant)
+    pairs = _pairs(comparison, task, variant)
     metric = comparison.tasks[task].metric
-    pairs = [(a, b, a.scores.get(metric), b.scores.get(metric)) for a, b in found]
-    if not {score for *_, first, second in pairs for score in (first, second)} <= {0.0, 1.0}:
+    if not {one.scores.get(metric) for pair in pairs for one in pair} <= {0.0, 1.0}:
         return []
     return [
-        Flip(one.id, one.prompt, one.expected, one.output, other.output, second == 1.0)
-        for one, other, first, second in pairs
-        if first != second
+        Flip(a.id, a.prompt, a.expected, a.output, b.output, b.scores[metric] == 1.0)
+        for a, b in pairs
+        if a.scores[metric] != b.scores[metric]
     ]
 
 
@@ -65,8 +64,9 @@ class TagChange:
     Attributes:
         tag: The part of their ids before the last slash.
         before: Mean score of the unchanged model.
-        change: Mean score under the variant minus `before`, paired over items (`lirefs.statistics.paired`).
-        relative: `change` over `before`, as the K-FAC paper's figure 5 has it; not finite where
+        change: Mean score under the variant minus `before`, paired over items
+            (`lirefs.statistics.paired`).
+        relative: `change` over `before`, as in figure 5 of the K-FAC paper; not finite where
             `before` is 0.
     """
 
@@ -78,15 +78,15 @@ class TagChange:
 
 @dataclass(frozen=True)
 class TagChanges:
-    """Changes by tag, and their rank correlation with a number that each tag has.
+    """Changes by tag, and their rank correlation with a number given for each tag.
 
     Attributes:
         task: The task.
         variant: The variant.
-        tags: By the number given for each tag, without numbers by the change; ascending.
+        tags: In ascending order of the numbers given, or of the changes where none are.
         spearman: Rank correlation of the change with the number, n = tags; None without numbers.
         p_value: Share of orders of the tags with a correlation at least as far from 0; None
-            without numbers. With few tags it says more than the interval, which is approximate.
+            without numbers. With few tags, trust it rather than the interval, an approximation.
     """
 
     task: str
@@ -107,10 +107,10 @@ def by_tag(
     An item's tag is the part of its id before the last slash: `company_ceo/12` has `company_ceo`.
 
     Args:
-        comparison: Results of both.
+        comparison: Holds the variant.
         task: Any task but a perplexity.
-        variant: The variant to hold against the unchanged model.
-        numbers: A number for each tag, such as how often training shows it or the rank of that.
+        variant: The variant to compare with the unchanged model.
+        numbers: A number for each tag, such as its frequency in training, or the rank of that.
 
     Raises:
         TaskError: If the task or variant does not exist, it is a perplexity, an id has no slash,
@@ -121,7 +121,7 @@ def by_tag(
         tag, slash, _ = pair[0].id.rpartition("/")
         if not slash:
             raise TaskError(
-                f"task {task!r}: item {pair[0].id!r} has no tag; ids must be 'tag/rest'"
+                f"task {task!r}: item {pair[0].id!r} has no tag; its id must read 'tag/rest'"
             )
         groups.setdefault(tag, []).append(pair)
     metric = comparison.tasks[task].metric
@@ -132,18 +132,13 @@ def by_tag(
         raise TaskError(f"task {task!r}: no number is given for tag {missing[0]!r}")
     tags = [_change(comparison, tag, pairs, metric) for tag, pairs in groups.items()]
     if numbers is None:
-        ordered = sorted(tags, key=lambda one: one.change.value)
-        return TagChanges(task, variant, tuple(ordered))
-    ordered = sorted(tags, key=lambda one: numbers[one.tag])
-    changes = np.array([one.change.value for one in ordered])
-    given = np.array([numbers[one.tag] for one in ordered], np.float64)
-    return TagChanges(
-        task,
-        variant,
-        tuple(ordered),
-        correlation(changes, given, ranks=True),
-        permutation_p(changes, given, seed=comparison.seed),
-    )
+        return TagChanges(task, variant, tuple(sorted(tags, key=lambda one: one.change.value)))
+    tags.sort(key=lambda one: numbers[one.tag])
+    changes = np.array([one.change.value for one in tags])
+    given = np.array([numbers[one.tag] for one in tags], np.float64)
+    spearman = correlation(changes, given, ranks=True)
+    p_value = permutation_p(changes, given, seed=comparison.seed)
+    return TagChanges(task, variant, tuple(tags), spearman, p_value)
 
 
 def _change(

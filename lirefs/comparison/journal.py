@@ -1,4 +1,4 @@
-"""Finished parts of a comparison, kept so that a killed one goes on, and shared by processes."""
+"""Finished parts of a comparison, kept for resuming after a crash and shared by processes."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
 
 PART = 64
-"""Items of a part: what is lost at most when a comparison is killed."""
+"""Items per part: the most that is lost when a comparison is killed."""
 
 
 class Journal:
-    """Results of finished parts by what made them: model, intervention, items, settings.
+    """Results of finished parts, by a key of model, intervention, items and settings.
 
-    Each process appends to a file of its own; a line that was cut short when the process was killed
-    is not read. A part is always made of the same items, whatever was finished before, so batches
+    Each process appends to its own file; a line that was cut short when the process was killed is
+    not read. A part always consists of the same items, whatever was finished before, so batches
     and rounding are those of a run that was never interrupted.
 
     Args:
         folder: Where the files are; None keeps nothing.
 
     Raises:
-        SettingError: The folder is a file.
+        SettingError: The folder is a file, or a file in it cannot be read.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -45,12 +45,11 @@ class Journal:
         self._lines: dict[str, list[ItemResult]] = {}
         self._new: dict[str, list[ItemResult]] = {}
         self._number = -1
-        if self._folder is None:
-            return
-        if self._folder.exists() and not self._folder.is_dir():
-            raise SettingError(f"journal {self._folder}: exists and is not a folder")
-        for file in sorted(self._folder.glob("items-*.jsonl")):
-            self._read(file)
+        if self._folder is not None and self._folder.exists():
+            if not self._folder.is_dir():
+                raise SettingError(f"journal {self._folder}: exists and is not a folder")
+            for file in sorted(self._folder.glob("items-*.jsonl")):
+                self._read(file)
 
     def _read(self, file: Path) -> None:
         try:
@@ -70,7 +69,7 @@ class Journal:
         return self._number % self.size == self.rank
 
     def finished(self, key: str, part: Task) -> list[ItemResult] | None:
-        """What a part of a task gave, if it was finished."""
+        """The results of a part of a task, if it was finished."""
         items = self._lines.get(key)
         metric = "nll" if part.metric == "perplexity" else part.metric
         if items is None or len(items) != len(part):
@@ -79,29 +78,27 @@ class Journal:
         return items if len(names) == 1 and metric in names.pop() else None
 
     def add(self, key: str, items: list[ItemResult]) -> None:
-        """Keep what a part gave, on disk before anything else is begun.
+        """Keep the results of a part; they are on disk when this returns.
 
         Raises:
             WriteError: The disk is full, or the folder cannot be written to.
         """
         self._lines[key] = self._new[key] = items
-        if self._folder is None:
-            return
-        line = json.dumps({"key": key, "items": [asdict(item) for item in items]})
-        # A newline first ends whatever a killed writer left.
-        append_text(self._folder / f"items-{self.rank}.jsonl", f"\n{line}\n")
+        if self._folder is not None:
+            line = json.dumps({"key": key, "items": [asdict(item) for item in items]})
+            # A newline first ends whatever a killed writer left.
+            append_text(self._folder / f"items-{self.rank}.jsonl", f"\n{line}\n")
 
     def exchange(self) -> None:
-        """Give every process what the others found."""
-        if self.size == 1:
-            return
-        found: list[Any] = [None] * self.size
-        dist.all_gather_object(found, self._new)
-        for one in found:
-            self._lines |= one
+        """Give every process the results of the others."""
+        if self.size > 1:
+            found: list[Any] = [None] * self.size
+            dist.all_gather_object(found, self._new)
+            for one in found:
+                self._lines |= one
 
     def clear(self) -> None:
-        """Remove the files, when what they hold has been saved elsewhere."""
+        """Remove the files, once their results have been saved elsewhere."""
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -113,15 +110,12 @@ def parts(task: Task) -> list[list[int]]:
 
 
 def digest_of(lm: LanguageModel, task: Task) -> str:
-    """SHA-256 of a task, or a part of one, on a model as it is: 64 hex digits."""
+    """SHA-256 of a task, or a part of one, on a model in its current state: 64 hex digits."""
     settings: dict[str, str] = {}
     if is_dataclass(task):
-        settings = {
-            f.name: repr(getattr(task, f.name))
-            for f in fields(task)
-            if f.repr and f.name != "items"
-        }
-    made_by = [
+        named = [f.name for f in fields(task) if f.repr and f.name != "items"]
+        settings = {name: repr(getattr(task, name)) for name in named}
+    content = [
         __version__,
         lm.fingerprint,
         lm.tokenizer_fingerprint,
@@ -129,16 +123,18 @@ def digest_of(lm: LanguageModel, task: Task) -> str:
         [type(task).__qualname__, task.name, task.group, task.metric, settings],
         repr(list(task.items)),
     ]
-    return hashlib.sha256(json.dumps(made_by).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def key_of(digest: str, variant: str, described: Mapping[str, Any] | None) -> str:
-    """SHA-256 of all that decides a result: a part of a task, and an intervention."""
-    made_by = json.dumps([digest, variant, described], sort_keys=True, default=str)
-    return hashlib.sha256(made_by.encode()).hexdigest()
+    """SHA-256 of everything that decides a result: a part of a task, and an intervention."""
+    content = json.dumps([digest, variant, described], sort_keys=True, default=str)
+    return hashlib.sha256(content.encode()).hexdigest()
 
 
-def in_order(rows: Sequence[Sequence[int]], results: Sequence[list[ItemResult]]) -> list[Any]:
+def in_order(
+    rows: Sequence[Sequence[int]], results: Sequence[list[ItemResult]]
+) -> list[ItemResult]:
     """Results of parts as one list in the order of the items."""
     placed = {
         row: item

@@ -8,20 +8,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lirefs.comparison.comparison import BASELINE, Comparison, TaskInfo
+from lirefs.comparison.cell import TaskInfo
+from lirefs.comparison.comparison import BASELINE, Comparison
+from lirefs.comparison.figures.figure import Figure
+from lirefs.comparison.summary import plain
 from lirefs.errors import ResultsFileError
 from lirefs.files import parse_json
 from lirefs.tasks.task import ItemResult
 
-if TYPE_CHECKING:
-    from lirefs.comparison.figures.figure import Figure
-
 FORMAT = "lirefs-comparison-2"
 MOST_RESAMPLES = 100_000
-_LEVELS = 300  # what can be read can be written again, which takes two calls a level
-_FIGURE = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")
+_LEVELS = 300  # what can be read can be written again, which takes two calls per level
+_FIGURE_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")
 _ASKED = ("id", "weight", "prompt", "expected")
 _GIVEN = ("scores", "output", "parsed")
 
@@ -29,19 +29,8 @@ _GIVEN = ("scores", "output", "parsed")
 def dumps(comparison: Comparison, figures: Sequence[Figure] = ()) -> str:
     """A comparison as JSON text: settings, every cell, every item.
 
-    What was asked stands once for each task; what a variant gave, in the same order.
+    The prompts stand once for each task; the outputs of each variant follow in the same order.
     """
-    tasks = {
-        name: {
-            **asdict(info),
-            "informative": comparison.informative(name),
-            "items": [
-                {field: getattr(item, field) for field in _ASKED}
-                for item in comparison.results[BASELINE][name]
-            ],
-        }
-        for name, info in comparison.tasks.items()
-    }
     value = {
         "format": FORMAT,
         "provenance": comparison.provenance,
@@ -51,43 +40,50 @@ def dumps(comparison: Comparison, figures: Sequence[Figure] = ()) -> str:
             {"name": one.name, "title": one.title, "caption": one.caption} for one in figures
         ],
         "cells": [asdict(cell) for cell in comparison.cells()],
-        "tasks": tasks,
-        "results": {
-            variant: {
-                task: [{field: getattr(item, field) for field in _GIVEN} for item in items]
-                for task, items in by_task.items()
+        "tasks": {
+            name: {
+                **asdict(info),
+                "informative": comparison.informative(name),
+                "items": _fields(comparison.results[BASELINE][name], _ASKED),
             }
+            for name, info in comparison.tasks.items()
+        },
+        "results": {
+            variant: {task: _fields(items, _GIVEN) for task, items in by_task.items()}
             for variant, by_task in comparison.results.items()
         },
     }
     return json.dumps(plain(value), indent=1)
 
 
-def load(path: Path) -> Comparison:
-    """Read what `dumps` wrote; see `Comparison.load`."""
+def _fields(items: Sequence[ItemResult], names: Sequence[str]) -> list[dict[str, Any]]:
+    return [{name: getattr(item, name) for name in names} for item in items]
+
+
+def load_comparison(path: str | Path) -> Comparison:
+    """Read a comparison that `write_report` saved.
+
+    Args:
+        path: `results.json`, or the folder that holds it.
+
+    Returns:
+        The comparison with all its items.
+
+    Raises:
+        ResultsFileError: The file is missing, damaged, or of another version.
+    """
     file = file_of(path)
-    data = read(file)
+    data = _read(file)
     try:
-        tasks = {
-            name: _task_info(one["group"], one["metric"], one["chance"])
-            for name, one in data["tasks"].items()
-        }
+        tasks = {name: _task_info(one) for name, one in data["tasks"].items()}
         results = {
-            variant: {
-                task: [
-                    item_of({**asked, **given})
-                    for asked, given in zip(
-                        data["tasks"][task]["items"], by_task[task], strict=True
-                    )
-                ]
-                for task in tasks
-            }
+            variant: {name: _items(data["tasks"][name]["items"], by_task[name]) for name in tasks}
             for variant, by_task in data["results"].items()
         }
         _check_settings(data)
         comparison = Comparison(results, tasks, data["provenance"], data["resamples"], data["seed"])
         if next(iter(results), None) != BASELINE or not all(results[BASELINE].values()):
-            raise ValueError(f"no items of {BASELINE!r}, or not in the first place")
+            raise ValueError(f"the first variant is not {BASELINE!r}, or one of its tasks is empty")
         comparison.cells()
     except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as problem:
         raise ResultsFileError(
@@ -97,31 +93,38 @@ def load(path: Path) -> Comparison:
     return comparison
 
 
+def _items(asked: Sequence[Any], given: Sequence[Any]) -> list[ItemResult]:
+    return [item_of({**one, **other}) for one, other in zip(asked, given, strict=True)]
+
+
 def item_of(row: Mapping[str, Any]) -> ItemResult:
-    """An item as a file has it, or a part of a journal.
+    """An item from a row of a results file or of a journal.
 
     Raises:
         KeyError: It has no scores.
-        TypeError: A field is missing, unknown or not of its type.
+        TypeError: A field is missing, unknown or of the wrong type.
     """
-    item = ItemResult(**{**row, "scores": _numbers(row["scores"])})
+    scores = {name: math.nan if one is None else one for name, one in row["scores"].items()}
+    if not all(map(_is_number, scores.values())):
+        raise TypeError(f"scores are {scores!r:.80}")
+    item = ItemResult(**{**row, "scores": {name: float(one) for name, one in scores.items()}})
     texts = (item.id, item.prompt, item.expected, item.output)
     if not all(isinstance(one, str) for one in texts) or not isinstance(item.parsed, bool):
-        raise TypeError(f"item {item.id!r:.80} has a field of another type")
-    if not is_number(item.weight) or not 0 < item.weight < math.inf:
-        raise TypeError(f"item {item.id!r:.80} weighs {item.weight!r:.80}")
+        raise TypeError(f"a field of item {item.id!r:.80} has the wrong type")
+    if not _is_number(item.weight) or not 0 < item.weight < math.inf:
+        raise TypeError(f"item {item.id!r:.80} has weight {item.weight!r:.80}")
     return item
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a number; true and false are none."""
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _task_info(group: Any, metric: Any, chance: Any) -> TaskInfo:
+def _task_info(row: Mapping[str, Any]) -> TaskInfo:
+    group, metric, chance = row["group"], row["metric"], row["chance"]
     if not isinstance(group, str) or not isinstance(metric, str):
-        raise TypeError(f"group {group!r:.80} or metric {metric!r:.80} is no text")
-    if not is_number(chance) or not 0 <= chance <= 1:
+        raise TypeError(f"group {group!r:.80} or metric {metric!r:.80} is not a string")
+    if not _is_number(chance) or not 0 <= chance <= 1:
         raise ValueError(f"chance is {chance!r:.80}")
     return TaskInfo(group, metric, float(chance))
 
@@ -133,7 +136,7 @@ def _check_settings(data: Mapping[str, Any]) -> None:
     if type(seed) is not int:
         raise TypeError(f"seed is {seed!r:.80}")
     if not isinstance(provenance, dict) or not isinstance(provenance.get("findings", []), list):
-        raise TypeError("provenance is no object, or its findings no list")
+        raise TypeError("provenance is not an object, or its findings are not a list")
 
 
 def listed_figures(file: Path) -> list[dict[str, str]]:
@@ -143,57 +146,35 @@ def listed_figures(file: Path) -> list[dict[str, str]]:
         ResultsFileError: The list is damaged, or the file cannot be read.
     """
     try:
-        found = [
-            {key: one[key] for key in ("name", "title", "caption")} for one in read(file)["figures"]
-        ]
-    except (KeyError, TypeError) as problem:
+        figures = _read(file)["figures"]
+        found = [{key: one[key] for key in ("name", "title", "caption")} for one in figures]
+        for one in found:
+            if not all(isinstance(text, str) for text in one.values()):
+                raise TypeError("a name, title or caption is not a string")
+            if not _FIGURE_NAME.fullmatch(one["name"]):
+                raise ValueError(f"{one['name']!r:.80} is not the name of a figure file")
+    except (KeyError, TypeError, ValueError) as problem:
         raise ResultsFileError(
             f"{file}: its list of figures is damaged ({type(problem).__name__}: {problem})"
         ) from problem
-    for one in found:
-        if not all(isinstance(text, str) for text in one.values()):
-            raise ResultsFileError(f"{file}: its list of figures holds something that is no text")
-        if not _FIGURE.fullmatch(one["name"]):
-            raise ResultsFileError(
-                f"{file}: {one['name']!r:.80} is not the name of a file beside it"
-            )
     return found
 
 
-def file_of(path: Path) -> Path:
-    """The results file that a path names, itself or by its folder."""
+def file_of(path: str | Path) -> Path:
+    """The results file that a path names, directly or by its folder."""
+    path = Path(path)
     return path / "results.json" if path.is_dir() else path
 
 
-def read(file: Path) -> dict[str, Any]:
-    """The JSON object of a results file, its version checked.
-
-    Raises:
-        ResultsFileError: The file is missing, no JSON, or of another version.
-    """
+def _read(file: Path) -> dict[str, Any]:
+    """The JSON object of a results file of this version."""
     try:
         data = parse_json(file.read_text("utf-8"), levels=_LEVELS)
     except OSError as problem:
         raise ResultsFileError(f"{file}: cannot be read ({problem.strerror})") from problem
     except ValueError as problem:
-        raise ResultsFileError(f"{file}: no JSON of a comparison ({problem})") from problem
+        raise ResultsFileError(f"{file}: not the JSON of a comparison ({problem})") from problem
     found = data.get("format") if isinstance(data, dict) else None
     if not isinstance(data, dict) or found != FORMAT:
         raise ResultsFileError(f"{file}: format {found!r:.80}, this version reads {FORMAT!r}")
     return data
-
-
-def _numbers(scores: Mapping[str, float | None]) -> dict[str, float]:
-    numbers = {name: math.nan if value is None else value for name, value in scores.items()}
-    if not all(map(is_number, numbers.values())):
-        raise TypeError(f"scores are {scores!r:.80}")
-    return {name: float(value) for name, value in numbers.items()}
-
-
-def plain(value: Any) -> Any:
-    """A value as it comes back from JSON: no tuples, None for what is not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no NaN
-    if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value

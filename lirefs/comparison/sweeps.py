@@ -1,9 +1,8 @@
 """Methods compared at equal damage, and settings chosen on one set and reported on another.
 
-A method is known by its sweep: variants of a `Comparison` from its weakest to its strongest
-setting. Nominal strengths of different methods mean nothing to each other, so scores are read
-where a measure of damage (perplexity over the unchanged model's, or the share recited) has a
-given value.
+Each method is given by its sweep: variants of a `Comparison` from its weakest to its strongest
+setting. Nominal strengths of different methods are not comparable, so scores are read where a
+measure of damage (perplexity over the unchanged model's, or the share recited) has a given value.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from lirefs.statistics.significance import BestOf, best_of_null, paired_p_value
 Curves = Mapping[str, Sequence[tuple[float, str]]]
 """Method to (strength, variant), from the setting nearest to the unchanged model outward."""
 REACHED = 0.95
-"""Share of resamples that must reach a goal for an interval to be given."""
+"""Share of resamples that must reach a goal, or no interval is given."""
 
 
 def matched(
@@ -32,14 +31,15 @@ def matched(
     """Scores of methods on a task where their damage is the same.
 
     Both measures are interpolated linearly between neighbouring settings of a sweep, which starts
-    at the unchanged model. Where a sweep passes a goal several times, the first time counts, seen
-    from the unchanged model: what is beyond it costs more for the same. Nothing is extrapolated.
+    at the unchanged model. Where a sweep passes a goal several times, the first passage counts:
+    later settings cost more for the same damage. Nothing is extrapolated.
 
     Args:
         comparison: Holds every variant and both tasks.
         curves: The sweeps.
-        task: Whose score is read.
-        by: The measure of damage: a task's score, for perplexity over the unchanged model's.
+        task: The task whose scores are compared.
+        by: The task that measures damage, by its score or by perplexity over the unchanged
+            model's.
         goals: Values of that measure.
 
     Returns:
@@ -83,10 +83,8 @@ def damage_of(comparison: Comparison, variant: str, by: str) -> float:
     Raises:
         SettingError: The variant or the task is unknown.
     """
-    value = float(_scores(comparison, variant, by).value()[0])
-    if comparison.tasks[by].metric == "perplexity":
-        value /= float(_scores(comparison, BASELINE, by).value()[0])
-    return value
+    scores, base = (_scores(comparison, name, by) for name in (variant, BASELINE))
+    return float(scores.value()[0] / (base.value()[0] if scores.perplexity else 1.0))
 
 
 def pareto_front(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -110,13 +108,13 @@ class SweepChoice:
     """A setting chosen on validation items and reported on test items.
 
     Attributes:
-        variant: Best on validation items; of equals the first.
+        variant: The best on validation items; the first of equals.
         validation: Its score there, flattered by the choice.
         test: Its score on test items.
-        difference: That minus the unchanged model's, paired.
-        p_value: Of that difference. One test alone is made on test items, however many settings
-            were tried, so it needs no correction.
-        best_of: The gain on validation items beside what the best of as many settings would gain
+        difference: Its test score minus the unchanged model's, paired.
+        p_value: p-value of that difference. It needs no correction, because only one test is made
+            on test items, however many settings were tried.
+        best_of: The gain on validation items, and what the best of as many settings would gain
             there by luck; for perplexity in nats per token.
     """
 
@@ -140,7 +138,7 @@ def choose_on_validation(
     Args:
         validation: Every variant on validation items.
         test: At least the chosen variant on test items; the two share no item.
-        task: Its name in both.
+        task: Name of the task in both.
         variants: The settings.
         larger_is_better: False for perplexity, and for a share recited that should fall.
 
@@ -153,21 +151,18 @@ def choose_on_validation(
     base = _scores(validation, BASELINE, task)
     tried = [_scores(validation, variant, task) for variant in variants]
     share = base.weights / base.weights.mean()  # so that plain means are the weighted ones
-    best_of = best_of_null(
-        np.array([sign * share * (one.values - base.values) for one in tried]),
-        seed=validation.seed,
-    )
-    best = variants[int(np.argmax([sign * float(one.value()[0]) for one in tried]))]
+    gains = np.array([sign * share * (one.values - base.values) for one in tried])
+    best = variants[int(np.argmax([sign * one.value()[0] for one in tried]))]
     chosen, before = (_scores(test, variant, task) for variant in (best, BASELINE))
-    difference = test.cell(best, task).difference
-    assert difference is not None
+    found = test.cell(best, task)
+    assert found.difference is not None
     return SweepChoice(
         variant=best,
         validation=validation.cell(best, task).value,
-        test=test.cell(best, task).value,
-        difference=difference,
+        test=found.value,
+        difference=found.difference,
         p_value=paired_p_value(chosen.values, before.values, chosen.weights, seed=test.seed),
-        best_of=best_of,
+        best_of=best_of_null(gains, seed=validation.seed),
     )
 
 
@@ -175,11 +170,12 @@ def _scores(comparison: Comparison, variant: str, task: str) -> Scores:
     if task not in comparison.tasks:
         raise SettingError(f"no task {task!r}; there are: {', '.join(comparison.tasks)}")
     if variant not in comparison.results:
-        there = ", ".join(comparison.results)
-        raise SettingError(f"no variant {variant!r}; there are: {there}")
+        raise SettingError(f"no variant {variant!r}; there are: {', '.join(comparison.results)}")
     items = comparison.results[variant][task]
     if [one.id for one in items] != _ids(comparison, task):
-        raise SettingError(f"{variant!r} has other items of {task!r} than the unchanged model")
+        raise SettingError(
+            f"the items of {task!r} differ between {variant!r} and the unchanged model"
+        )
     return Scores.of(items, comparison.tasks[task].metric)
 
 
@@ -240,6 +236,6 @@ def _estimates(comparison: Comparison, task: str, by: str, values: Floats) -> li
     result = []
     for column in values.T:
         known = np.isfinite(column[0]) and np.isfinite(column[1:]).mean() >= REACHED
-        limits = interval(column[1:], fewest) if known else (float("nan"), float("nan"))
+        limits = interval(column[1:], fewest) if known else (np.nan, np.nan)
         result.append(Estimate(float(column[0]), *limits, n))
     return result

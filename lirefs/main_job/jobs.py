@@ -14,8 +14,9 @@ from rich.table import Table
 import kfac
 import lirefs
 from lirefs.comparison.figures.figure import Figure
+from lirefs.comparison.figures.retained import default_figures
 from lirefs.comparison.journal import Journal
-from lirefs.comparison.report import write as report
+from lirefs.comparison.summary import Summary
 from lirefs.errors import KeepError, SettingError
 from lirefs.files import cache_dir, read_jsonl
 from lirefs.main_job import organism, organism_report
@@ -330,20 +331,21 @@ def _save(
     if console.quiet:
         return
     with console.status("writing the report"):
-        page = comparison.save(asked.out, [*report.default_figures(comparison), *figures])
+        summary = comparison.summary()
+        page = lirefs.write_report(comparison, asked.out, [*default_figures(summary), *figures])
     for name, one in directions.items():
         one.save(asked.out / f"{name}.safetensors")
     Journal(asked.journal).clear()
-    _print_overview(comparison)
+    _print_overview(summary)
     console.print(f"report: {page}", markup=False, soft_wrap=True)
 
 
-def _print_overview(comparison: lirefs.Comparison) -> None:
+def _print_overview(summary: Summary) -> None:
     table = Table(title="retained share of the unchanged model, mean over tasks")
     table.add_column("variant")
-    for group in comparison.groups:
+    for group in summary.groups:
         table.add_column(group)
-    for variant in comparison.variants[1:]:
-        kept = [comparison.retained(variant, group) for group in comparison.groups]
+    for variant in summary.variants[1:]:
+        kept = [summary.means[variant, group] for group in summary.groups]
         table.add_row(variant, *(f"{one:.2f}" for one in kept))
     Console().print(table)

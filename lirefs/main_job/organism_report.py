@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.comparison.figures import sweeps as sweep_plots
 from lirefs.comparison.figures.figure import Figure
 from lirefs.directions.figures import direction_separation
+from lirefs.main_job import figures as plots
 from lirefs.main_job.organism import (
     FORMS,
     RANDOM_DIRECTIONS,
@@ -65,8 +65,8 @@ def figures(study: Study) -> list[Figure]:
             "values of keep, against the curvature mass that is kept (left) and the perplexity on "
             "stories relative to the unchanged model's (right). 95 % Wilson intervals. Only the "
             "setting named above was chosen, on validation items.",
-            sweep_plots.scores_against(
-                study.keeps,
+            plots.scores_against(
+                study.keeps.summary(),
                 places,
                 SPECTRUM_TASKS,
                 ("curvature mass kept", "perplexity over the unchanged model's"),
@@ -79,8 +79,8 @@ def figures(study: Study) -> list[Figure]:
             f"{push.scope}) at several strengths; 1 moves a state by the distance "
             "between the class means. Grey: "
             f"{RANDOM_DIRECTIONS} random directions of the same norm.",
-            sweep_plots.strength_effect(
-                study.pushes, strengths, controls, (TRUE, READ, "relations")
+            plots.strength_effect(
+                study.pushes.summary(), strengths, controls, (TRUE, READ, "relations")
             ),
         ),
         Figure(
@@ -89,7 +89,7 @@ def figures(study: Study) -> list[Figure]:
             f"Left: test AUROC of each layer's direction. Right: change at strength "
             f"{push.strength:g} beyond the mean of {RANDOM_DIRECTIONS} random directions of the "
             "same norm at the same layer, paired bootstrap over items.",
-            sweep_plots.layer_effect([one.test_auroc for one in probe.scores], effects),
+            plots.layer_effect([one.test_auroc for one in probe.scores], effects),
         ),
         Figure(
             "transfer",
@@ -98,7 +98,7 @@ def figures(study: Study) -> list[Figure]:
             "and statement share no sentence template but ask for the same; mixed puts skills "
             "against bare facts; exception puts fresh items against memorized ones of the same "
             "make.",
-            sweep_plots.transfer_matrix(FORMS, study.transfer, _cosines(study)),
+            plots.transfer_matrix(FORMS, study.transfer, _cosines(study)),
         ),
         Figure(
             "separation",

@@ -172,7 +172,7 @@ def test_a_task_of_lm_eval_is_compared_beside_ours(
     arguments = quick(model_folder, questions)
     arguments += ["--limit", "3", "--lm-eval", "recite", "--data", tmp_path / "tasks"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "report") == 0
-    saved = lirefs.Comparison.load(tmp_path / "report")
+    saved = lirefs.load_comparison(tmp_path / "report")
     assert saved.tasks["recite"].group == "lm-eval"
     assert len(saved.results["K-FAC"]["recite"]) == 3
     assert "lm-eval" in (tmp_path / "report" / "report.md").read_text()

@@ -6,9 +6,7 @@ import pytest
 import torch
 
 from lirefs import Direction, MultipleChoice, Perplexity, Recitation, ShortAnswer, Steer, compare
-from lirefs.comparison.comparison import Comparison, TaskInfo
-from lirefs.comparison.item_changes import flips
-from lirefs.comparison.report import tables
+from lirefs.comparison import Comparison, TaskInfo, flips, write_report
 from lirefs.errors import InterventionError, TaskError
 from lirefs.statistics.significance import detectable_difference
 from lirefs.tasks.inference import greedy
@@ -44,7 +42,7 @@ def test_a_null_variant_differs_nowhere(comparison):
         assert cell.p == cell.p_holm == 1
         same, base = comparison.results["same"][task], comparison.results["unchanged"][task]
         assert same == base
-    assert comparison.retained("same", "memorization").value == 1
+    assert comparison.summary().means["same", "memorization"].value == 1
 
 
 def test_a_strong_variant_differs(comparison):
@@ -61,7 +59,7 @@ def test_a_zero_baseline_is_left_out_not_divided_by(comparison):
     cell = comparison.cell("strong", "answer")
     assert cell.value.value == 0
     assert math.isnan(cell.retained.value)
-    assert comparison.retained("strong", "closed-book").n == 0
+    assert comparison.summary().means["strong", "closed-book"].n == 0
 
 
 def scored(**shares):
@@ -76,16 +74,17 @@ def scored(**shares):
 
 def test_a_task_at_chance_is_marked_and_left_out_of_the_mean(tmp_path):
     one = scored(guessed=0.3, solved=0.8)
-    assert one.counted("reasoning") == ["solved"]
-    assert one.retained("v", "reasoning").n == 40
-    assert "chance 0.25; unchanged model not above chance" in one.save(tmp_path).read_text()
+    assert one.summary().groups == {"reasoning": ("solved",)}
+    assert one.summary().means["v", "reasoning"].n == 40
+    page = write_report(one, tmp_path)
+    assert "chance 0.25; unchanged model not above chance" in page.read_text()
     none = scored(guessed=0.3)
-    assert math.isnan(none.retained("v", "reasoning").value)
-    assert none.save(tmp_path).exists()
+    assert math.isnan(none.summary().means["v", "reasoning"].value)
+    assert write_report(none, tmp_path).exists()
 
 
 def test_saved_report_is_whole_and_self_contained(comparison, tmp_path):
-    page = comparison.save(tmp_path / "report")
+    page = write_report(comparison, tmp_path / "report")
     names = {path.name for path in (tmp_path / "report").iterdir()}
     assert names == {
         *("report.html", "report.md", "results.json", "results.csv", "overview.tex"),
@@ -139,11 +138,12 @@ def test_a_null_run_reports_no_difference_anywhere(comparison):
     alone = Comparison(
         {name: comparison.results[name] for name in ("unchanged", "same")}, comparison.tasks
     )
-    assert not any(tables.clear(cell) for cell in alone.cells())
+    assert not any(cell.clear for cell in alone.cells())
     assert not any(flips(alone, task, "same") for task in alone.tasks)
-    for group in alone.groups:
-        if alone.counted(group):
-            assert alone.retained("same", group).value == 1
+    summary = alone.summary()
+    counted = [group for group, tasks in summary.groups.items() if tasks]
+    assert counted
+    assert all(summary.means["same", group].value == 1 for group in counted)
 
 
 def test_a_planted_difference_of_the_detectable_size_is_found_as_often_as_said():
@@ -180,4 +180,4 @@ def test_a_planted_difference_is_found_among_many_null_tasks_and_nothing_else():
         )
     tasks = {name: TaskInfo("reasoning", "accuracy") for name in base}
     one = Comparison({"unchanged": base, "planted": results}, tasks, resamples=2)
-    assert [cell.task for cell in one.cells() if tables.clear(cell)] == ["t7"]
+    assert [cell.task for cell in one.cells() if cell.clear] == ["t7"]

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.spectra_plots import TaskPosition, two_sided_spectrum
-from lirefs.comparison.comparison import Comparison, TaskInfo
-from lirefs.comparison.figures.tags import tag_bars
-from lirefs.comparison.item_changes import by_tag, flips
+from lirefs.comparison import Comparison, TaskInfo, by_tag, flips, tag_bars
 from lirefs.errors import TaskError
 from lirefs.statistics.intervals import Estimate, permutation_p
 from lirefs.statistics.paired import difference_of_shares, ratio_of_shares

@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from journal_runs import hooks, tasks, variants
+from tiny import tiny_model, tiny_tokenizer
 
-from lirefs import Comparison, Direction, MultipleChoice, ShortAnswer, Steer, compare
-from lirefs.comparison import journal
-from lirefs.comparison import results_file as storage
+from lirefs import Direction, MultipleChoice, ShortAnswer, Steer, compare, wrap
+from lirefs.comparison import journal, load_comparison, write_report
+from lirefs.comparison.results_file import dumps
 from lirefs.errors import ResultsFileError, SettingError
 from lirefs.tasks.task import ItemTask
 
@@ -47,7 +48,7 @@ def test_an_interrupted_comparison_goes_on_with_the_same_result(lm, tmp_path, sm
         Dying(one.name, one.items, one, Constant(countdown))
         for one in tasks()
     ]
-    whole = storage.dumps(compare(lm, variants(), wrapped, progress=False))
+    whole = dumps(compare(lm, variants(), wrapped, progress=False))
     runs, before = 0, hooks(lm)
     while True:
         countdown[0] = 2
@@ -58,7 +59,7 @@ def test_an_interrupted_comparison_goes_on_with_the_same_result(lm, tmp_path, sm
         except KeyboardInterrupt:
             assert hooks(lm) == before  # the interrupted intervention is off again
     assert runs == 11  # 3 variants of 4 + 3 parts, two at a time
-    assert storage.dumps(found) == whole
+    assert dumps(found) == whole
 
 
 class Constant(list):
@@ -78,14 +79,14 @@ class Constant(list):
 
 
 def test_lines_cut_short_or_foreign_are_run_again(lm, tmp_path, small_parts):
-    whole = storage.dumps(compare(lm, variants(), tasks(), progress=False))
+    whole = dumps(compare(lm, variants(), tasks(), progress=False))
     compare(lm, variants(), tasks(), journal=tmp_path, progress=False)
     (file,) = tmp_path.iterdir()
     data = file.read_bytes()
     for text in (data[: len(data) // 2], data[:1], b"\xff\x00{}\n[]\n" + data[:-40], b""):
         file.write_bytes(text)
         again = compare(lm, variants(), tasks(), journal=tmp_path, progress=False)
-        assert storage.dumps(again) == whole
+        assert dumps(again) == whole
 
 
 def test_the_key_tells_model_task_and_intervention_apart(lm):
@@ -117,10 +118,10 @@ def test_a_journal_that_is_a_file_is_refused(lm, tmp_path):
 
 def test_results_come_back_from_their_file(lm, tmp_path):
     found = compare(lm, variants(), tasks(), progress=False)
-    found.save(tmp_path)
-    again = Comparison.load(tmp_path)
+    write_report(found, tmp_path)
+    again = load_comparison(tmp_path)
     assert again.results == found.results
-    assert storage.dumps(again) == storage.dumps(found)
+    assert dumps(again) == dumps(found)
 
 
 def test_a_damaged_part_runs_again(lm, tmp_path, small_parts):
@@ -142,14 +143,14 @@ def test_a_damaged_part_runs_again(lm, tmp_path, small_parts):
 
 
 def test_damaged_results_are_named(lm, tmp_path):
-    compare(lm, variants(), tasks(), progress=False).save(tmp_path)
+    write_report(compare(lm, variants(), tasks(), progress=False), tmp_path, figures=())
     file = tmp_path / "results.json"
     text = file.read_text()
     with pytest.raises(ResultsFileError, match="cannot be read"):
-        Comparison.load(tmp_path / "nowhere")
+        load_comparison(tmp_path / "nowhere")
     data = json.loads(text)
     broken = {
-        "no JSON": text[: len(text) // 2],
+        "not the JSON": text[: len(text) // 2],
         "format 'x'": json.dumps({**data, "format": "x"}),
         "format None": "[]",
         "damaged": json.dumps({**data, "results": {"unchanged": {}}}),
@@ -159,7 +160,7 @@ def test_damaged_results_are_named(lm, tmp_path):
     for message, content in broken.items():
         file.write_text(content)
         with pytest.raises(ResultsFileError, match=message):
-            Comparison.load(tmp_path)
+            load_comparison(tmp_path)
 
 
 SUPPORT = Path(__file__).parents[1] / "support"
@@ -173,7 +174,7 @@ from journal_runs import tasks, variants
 from tiny import tiny_model, tiny_tokenizer
 import lirefs
 from lirefs.comparison import journal
-from lirefs.comparison import results_file as storage
+from lirefs.comparison.results_file import dumps
 torch.set_num_threads(1)
 journal.PART = 4
 if {distributed}:
@@ -181,7 +182,7 @@ if {distributed}:
 lm = lirefs.wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
 found = lirefs.compare(lm, variants(), tasks(), journal=sys.argv[1], progress=False)
 rank = dist.get_rank() if {distributed} else 0
-open(sys.argv[2] + str(rank), "w").write(storage.dumps(found))
+open(sys.argv[2] + str(rank), "w").write(dumps(found))
 """
 
 
@@ -191,13 +192,13 @@ def script(tmp_path, distributed):
     return file
 
 
-def test_two_processes_give_the_same_items_as_one(tmp_path):
-    run = [sys.executable, script(tmp_path, False), tmp_path / "one", tmp_path / "alone"]
-    subprocess.run(run, check=True, timeout=240)
+def test_two_processes_give_the_same_items_as_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(journal, "PART", 4)
+    lm = wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
+    alone = dumps(compare(lm, variants(), tasks(), progress=False))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [script(tmp_path, True), tmp_path / "two", tmp_path / "shared"]
     subprocess.run([*torchrun, *arguments], check=True, timeout=240)
-    alone = (tmp_path / "alone0").read_text()
     assert (tmp_path / "shared0").read_text() == alone
     assert (tmp_path / "shared1").read_text() == alone
     # Both did a part of the work.

@@ -2,20 +2,19 @@ import csv
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 
-import numpy as np
 import pytest
 from command_line import run
-from made_up import NASTY, SHARED, made_up
+from made_up import NASTY, SHARED, made_up, with_tests
 
-from lirefs import pictures as plots
-from lirefs.comparison import results_file as storage
-from lirefs.comparison.comparison import Comparison
-from lirefs.comparison.figures import retained as retained_plots
-from lirefs.comparison.item_changes import flips
-from lirefs.comparison.report import exports, page, tables
-from lirefs.comparison.report import write as report
+from lirefs import pictures
+from lirefs.comparison import Comparison, Figure, flips, load_comparison, results_file, write_report
+from lirefs.comparison.cell import LEVEL
+from lirefs.comparison.figures import retained
+from lirefs.comparison.figures.retained import default_figures
+from lirefs.comparison.report import exports, flip_list, page, tables, write
 from lirefs.errors import ResultsFileError
 from lirefs.pictures import Picture
 from lirefs.tasks.task import CONFLICT
@@ -51,6 +50,10 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
+def html_of(comparison):
+    return page.html(comparison.summary(), flip_list.flip_list(comparison), [])
+
+
 def test_flips_are_the_items_whose_score_changes(comparison):
     task, variant = "task 1 of arithmetic", "variant A"
     before, after = comparison.results["unchanged"][task], comparison.results[variant][task]
@@ -68,7 +71,8 @@ def test_flips_are_the_items_whose_score_changes(comparison):
 
 
 def test_the_page_is_whole_labelled_and_alone(comparison):
-    text = page.html(comparison, report.default_figures(comparison))
+    summary = comparison.summary()
+    text = page.html(summary, flip_list.flip_list(comparison), default_figures(summary))
     found = Page(text)
     assert len(found.all("script")) == 2
     assert found.all("table")
@@ -87,7 +91,7 @@ def test_the_page_is_whole_labelled_and_alone(comparison):
 
 
 def test_no_text_of_an_item_breaks_out(comparison):
-    found = Page(page.html(comparison, []))
+    found = Page(html_of(comparison))
     assert not [one for _, one in found.elements if one.get("id") == "broken"]
     data = json.loads(found.scripts["flip-data"])
     assert "<" not in found.scripts["flip-data"]
@@ -99,7 +103,7 @@ def test_no_text_of_an_item_breaks_out(comparison):
 
 def test_the_page_has_every_flip_up_to_a_bound(comparison, monkeypatch):
     def shown():
-        text = page.html(comparison, [])
+        text = html_of(comparison)
         data = json.loads(Page(text).scripts["flip-data"])
         rows = [
             (data["tasks"][data["items"][item][0]], data["variants"][variant],
@@ -118,7 +122,7 @@ def test_the_page_has_every_flip_up_to_a_bound(comparison, monkeypatch):
     assert rows == every
     assert "left out;" not in text
     assert len(every) > 12
-    monkeypatch.setattr(page, "MOST_FLIPS", 12)
+    monkeypatch.setattr(flip_list, "MOST_FLIPS", 12)
     rows, text = shown()
     assert 0 < len(rows) <= 12
     assert set(rows) < set(every)
@@ -126,8 +130,8 @@ def test_the_page_has_every_flip_up_to_a_bound(comparison, monkeypatch):
 
 
 def test_long_texts_are_cut_and_say_so(monkeypatch, comparison):
-    monkeypatch.setattr(page, "MOST_LETTERS", 10)
-    assert page._cut("a" * 8 + "b" * 8) == "aaaaa [... 6 letters left out ...] bbbbb"
+    monkeypatch.setattr(flip_list, "MOST_CHARACTERS", 10)
+    assert flip_list._cut("a" * 8 + "b" * 8) == "aaaaa [... 6 characters left out ...] bbbbb"
 
 
 @pytest.mark.parametrize(
@@ -141,22 +145,22 @@ def test_long_texts_are_cut_and_say_so(monkeypatch, comparison):
     ],
 )
 def test_shared_beginning(prompts, expected):
-    assert page.shared_beginning(prompts) == expected
+    assert flip_list.shared_beginning(prompts) == expected
 
 
 def test_only_what_holds_after_the_adjustment_is_marked(comparison):
-    table = tables.of_task(comparison, "task 1 of arithmetic")
+    table = tables.of_task(comparison.summary(), "task 1 of arithmetic")
     assert table.marked == {1}
     column = table.head.index("p (Holm)")
     assert [row[column].text for row in table.rows] == ["-", "< 0.001 *", "0.800"]
-    assert f"p (Holm) < {tables.LEVEL:g}" in tables.LEGEND
+    assert f"p (Holm) < {LEVEL:g}" in tables.LEGEND
     unset = Comparison(comparison.results, comparison.tasks, resamples=50)
-    assert not any(map(tables.clear, [unset.cell("unchanged", task) for task in unset.tasks]))
+    assert not any(unset.cell("unchanged", task).clear for task in unset.tasks)
 
 
 def test_conflicts_retain_nothing(comparison):
     task = next(name for name, info in made_up(8).tasks.items() if info.group == CONFLICT)
-    more = made_up(8)
+    more = made_up(8).summary()
     table = tables.of_task(more, task)
     assert {row[table.head.index("retained [95 %]")].text for row in table.rows} == {"-"}
     rows = list(csv.DictReader(exports.csv_text(more).splitlines()))
@@ -165,7 +169,7 @@ def test_conflicts_retain_nothing(comparison):
 
 
 def test_csv_has_every_number_of_every_cell(comparison):
-    rows = list(csv.DictReader(exports.csv_text(comparison).splitlines()))
+    rows = list(csv.DictReader(exports.csv_text(comparison.summary()).splitlines()))
     assert len(rows) == len(comparison.cells())
     for row, cell in zip(rows, comparison.cells()):
         assert (row["variant"], row["task"], row["group"]) == (cell.variant, cell.task, cell.group)
@@ -187,7 +191,7 @@ def test_latex_is_balanced_and_escaped():
         (nasty if variant == "variant A" else variant): items
         for variant, items in found.results.items()
     }
-    text = exports.latex(Comparison(named, found.tasks, resamples=50))
+    text = exports.latex(Comparison(named, found.tasks, resamples=50).summary())
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     plain = re.sub(r"\\[\\{}$&#%_]", "", text)
     depth = 0
@@ -207,7 +211,7 @@ def test_latex_is_balanced_and_escaped():
 def test_markdown_keeps_its_columns():
     found = made_up()
     named = {("a | b" if v == "variant A" else v): items for v, items in found.results.items()}
-    text = report.markdown(Comparison(named, found.tasks, resamples=50), [])
+    text = write.markdown(Comparison(named, found.tasks, resamples=50).summary(), [])
     assert r"a \| b" in text
     table = [line for line in text.split("\n") if line.startswith("|")]
     overview = table[: len(found.variants) + 1]
@@ -215,44 +219,31 @@ def test_markdown_keeps_its_columns():
 
 
 def test_figures_are_the_same_bytes_and_readable(comparison):
-    first, second = (report.default_figures(comparison) for _ in range(2))
+    first, second = (default_figures(comparison.summary()) for _ in range(2))
     assert [one.name for one in first] == ["retained", "retained_tasks"]
     assert first == second
-    values = np.geomspace(1, 1e-6, 40)
-    curve = np.stack([np.geomspace(1e-4, 1, 9), np.linspace(0.1, 1, 9)], axis=1)
-    spectra = [
-        plots.Spectrum(f"layers.{i}.up", values, values, values * 40, curve, 0.9) for i in range(9)
-    ]
     for picture, words in (
         (first[0].picture, "variant A"),
         (first[1].picture, "variant A"),
-        (plots.curvature_spectrum(spectra), "layers.4.up"),
     ):
         svg = picture.svg.decode()
         assert picture.png.startswith(b"\x89PNG")
         assert words in svg  # text is text
         width = float(re.search(r'width="([\d.]+)pt"', svg).group(1))
-        assert width <= 72 * plots.WIDE + 1e-6
+        assert width <= 72 * pictures.WIDE + 1e-6
         sizes = [float(one) for one in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
-        assert min(sizes) >= plots.SMALL
-
-
-def test_names_in_a_legend_keep_what_differs():
-    assert plots._apart(["a.0.up", "a.1.up"]) == ["0", "1"]
-    assert plots._apart(["a.0.up", "a.1.down"]) == ["0.up", "1.down"]
-    assert plots._apart(["a.0.up"]) == ["a.0.up"]
-    assert plots._apart(["a", "a.b"]) == ["a", "a.b"]
+        assert min(sizes) >= pictures.SMALL
 
 
 @pytest.mark.parametrize(("tasks", "variants"), [(5, 1), (12, 4), (40, 10)])
 def test_no_text_of_the_task_figure_overlaps_at_any_size(tasks, variants, monkeypatch):
     canvases = []
-    real = retained_plots.picture_of
+    real = retained.picture_of
     monkeypatch.setattr(
-        retained_plots, "picture_of", lambda canvas: canvases.append(canvas) or real(canvas)
+        retained, "picture_of", lambda canvas: canvases.append(canvas) or real(canvas)
     )
     found = made_up(tasks, variants)
-    retained_plots.by_task(found)
+    retained.by_task(found.summary())
     (canvas,) = canvases
     assert canvas.get_size_inches()[1] < 10  # one page
     boxes = []
@@ -270,31 +261,36 @@ def test_no_text_of_the_task_figure_overlaps_at_any_size(tasks, variants, monkey
 def test_a_comparison_without_variants_has_a_report(tmp_path):
     found = made_up()
     alone = Comparison({"unchanged": found.results["unchanged"]}, found.tasks, resamples=50)
-    assert alone.save(tmp_path).exists()
+    assert write_report(alone, tmp_path).exists()
     assert not (tmp_path / "retained.png").exists()
 
 
-def saved(folder):
-    """A report with a figure that no comparison draws by itself."""
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
     comparison = made_up(ratio=math.inf, pairs=(1, 2))
-    own = report.Figure("own", "Own", "A figure.", Picture(b"\x89PNG own", b"<svg>own</svg>"))
-    figures = [own, *report.default_figures(comparison)]
-    comparison.save(folder, figures)
+    own = Figure("own", "Own", "A figure.", Picture(b"\x89PNG own", b"<svg>own</svg>"))
+    write_report(comparison, folder, [own, *default_figures(comparison.summary())])
     return folder
+
+
+@pytest.fixture
+def saved(saved_once, tmp_path):
+    """A report with a figure that no comparison draws by itself."""
+    return shutil.copytree(saved_once, tmp_path / "saved")
 
 
 @pytest.fixture
 def _tested(monkeypatch):
     """Loaded comparisons have the p values of those that were made up."""
-    from made_up import with_tests
-
-    real = Comparison.load
-    monkeypatch.setattr(Comparison, "load", classmethod(lambda _, path: with_tests(real(path))))
+    monkeypatch.setattr(
+        "lirefs.cli.report.load_comparison", lambda path: with_tests(load_comparison(path))
+    )
 
 
 @pytest.mark.usefixtures("_tested")
-def test_report_writes_the_same_again_without_a_model(tmp_path, monkeypatch, capsys):
-    folder = saved(tmp_path / "first")
+def test_report_writes_the_same_again_without_a_model(saved, tmp_path, monkeypatch, capsys):
+    folder = saved
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     monkeypatch.setattr("lirefs.load", None)  # would fail
     for name in before:
@@ -308,8 +304,8 @@ def test_report_writes_the_same_again_without_a_model(tmp_path, monkeypatch, cap
     assert again == {name: data for name, data in before.items() if name != "results.json"}
 
 
-def test_report_says_which_figures_are_missing(tmp_path, monkeypatch, capsys):
-    folder = saved(tmp_path)
+def test_report_says_which_figures_are_missing(saved, monkeypatch, capsys):
+    folder = saved
     (folder / "own.svg").unlink()
     results = (folder / "results.json").read_bytes()
     assert run(monkeypatch, "report", folder) == 0
@@ -319,8 +315,8 @@ def test_report_says_which_figures_are_missing(tmp_path, monkeypatch, capsys):
     assert (folder / "results.json").read_bytes() == results
 
 
-def test_report_names_what_is_wrong(tmp_path, monkeypatch, capsys):
-    folder = saved(tmp_path / "report")
+def test_report_names_what_is_wrong(saved, tmp_path, monkeypatch, capsys):
+    folder = saved
     assert run(monkeypatch, "report", tmp_path / "absent") == 2
     assert "ResultsFileError" in capsys.readouterr().err
     assert run(monkeypatch, "report", folder, "--out", folder / "results.json") == 2
@@ -332,18 +328,18 @@ def test_report_names_what_is_wrong(tmp_path, monkeypatch, capsys):
         ([{"name": "..", "title": "", "caption": ""}], "not the name"),
         ([{"name": "x" * 10_000, "title": "", "caption": ""}], "not the name"),
         ([{"name": "a\x00", "title": "", "caption": ""}], "not the name"),
-        ([{"name": "own", "title": 1, "caption": ""}], "no text"),
+        ([{"name": "own", "title": 1, "caption": ""}], "not a string"),
         ([{"name": "\u0142" * 190, "title": "", "caption": ""}], "cannot be read"),
         ([{"title": "t"}], "list of figures is damaged"),
         (None, "list of figures is damaged"),
     ):
         (folder / "results.json").write_text(json.dumps({**data, "figures": figures}))
         with pytest.raises(ResultsFileError, match=words):
-            report.load_figures(folder, made_up())
+            write.load_figures(folder, made_up().summary())
     (folder / "results.json").write_text(json.dumps(data))
     (folder / "own.png").write_bytes(b"no picture")
-    with pytest.raises(ResultsFileError, match="no PNG"):
-        report.load_figures(folder, made_up())
+    with pytest.raises(ResultsFileError, match="not a PNG"):
+        write.load_figures(folder, made_up().summary())
 
 
 @pytest.mark.parametrize(
@@ -354,35 +350,38 @@ def test_report_names_what_is_wrong(tmp_path, monkeypatch, capsys):
         (lambda data: data.update(seed=0.5), "seed"),
         (lambda data: data.update(provenance=[]), "provenance"),
         (lambda data: data["provenance"].update(findings="all"), "findings"),
-        (lambda data: data["tasks"]["texts"].update(metric=1), "no text"),
+        (lambda data: data["tasks"]["texts"].update(metric=1), "not a string"),
         (lambda data: data["tasks"]["texts"].update(chance=2), "chance"),
-        (lambda data: data["tasks"]["texts"]["items"][0].update(weight=-1), "weighs"),
+        (lambda data: data["tasks"]["texts"]["items"][0].update(weight=-1), "weight"),
         (lambda data: data["tasks"]["texts"]["items"][0].update(weight=10**400), "digits"),
-        (lambda data: data["tasks"]["texts"]["items"][0].update(prompt=None), "another type"),
-        (lambda data: data["results"]["unchanged"]["texts"][0].update(parsed=1), "another type"),
+        (lambda data: data["tasks"]["texts"]["items"][0].update(prompt=None), "wrong type"),
+        (lambda data: data["results"]["unchanged"]["texts"][0].update(parsed=1), "wrong type"),
         (lambda data: data["results"]["unchanged"]["texts"][0].update(scores={"nll": "1"}), "are"),
-        (lambda data: data.update(results=dict(reversed(data["results"].items()))), "first place"),
+        (
+            lambda data: data.update(results=dict(reversed(data["results"].items()))),
+            "first variant",
+        ),
     ],
 )
 def test_results_that_make_no_sense_are_refused(tmp_path, change, says):
-    data = json.loads(storage.dumps(made_up()))
+    data = json.loads(results_file.dumps(made_up()))
     change(data)
     (tmp_path / "results.json").write_text(json.dumps(data))
     with pytest.raises(ResultsFileError, match=says):
-        Comparison.load(tmp_path)
+        load_comparison(tmp_path)
 
 
 def test_results_nested_too_deep_are_refused(tmp_path):
-    text = storage.dumps(made_up()).replace('"made up"', "[" * 450 + "]" * 450)
+    text = results_file.dumps(made_up()).replace('"made up"', "[" * 450 + "]" * 450)
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ResultsFileError, match="deeper than 300"):
-        Comparison.load(tmp_path)
+        load_comparison(tmp_path)
 
 
 def test_every_setting_is_on_the_page(comparison):
-    settings = json.loads(page.settings(comparison))
+    settings = comparison.summary().settings
     assert settings["nested"] == {"keep": {"a": 0.5}}
     assert settings["bootstrap"] == {"resamples": 50, "seed": 0}
-    text = page.html(comparison, [])
+    text = html_of(comparison)
     assert "nested / keep / a" in text
     assert "0" * 64 in text

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 from made_up import NASTY, SHARED, made_up
 
-from lirefs.comparison.figures.figure import Figure
-from lirefs.comparison.item_changes import flips
-from lirefs.comparison.report import page
+from lirefs.comparison import Figure, flips
+from lirefs.comparison.report.flip_list import MOST_FLIPS, flip_list
+from lirefs.comparison.report.page import html as html_of
 from lirefs.pictures import Picture
 
 BROWSER = next(
@@ -108,7 +108,7 @@ def comparison():
 @pytest.fixture(scope="module")
 def text(comparison):
     figures = [Figure("one", "One", "A figure.", Picture(PNG, b"<svg/>"))]
-    return page.html(comparison, figures)
+    return html_of(comparison.summary(), flip_list(comparison), figures)
 
 
 @pytest.fixture(scope="module")
@@ -191,9 +191,9 @@ def test_an_item_shows_what_was_asked_and_both_answers(seen, comparison):
 def test_text_is_copied_without_a_clipboard(seen, text, comparison):
     lines = [line.split("\t") for line in seen["tableCopied"].split("\n")]
     assert len(lines) == 1 + len(comparison.variants)
-    assert {len(line) for line in lines} == {1 + len(comparison.groups)}
+    assert {len(line) for line in lines} == {1 + len(comparison.summary().groups)}
     assert lines[0][1] == "memorization (n = 40)"
-    assert json.loads(seen["settingsCopied"]) == json.loads(page.settings(comparison))
+    assert json.loads(seen["settingsCopied"]) == comparison.summary().settings
     rows = [line.split("\t") for line in seen["flipsCopied"].split("\n")]
     assert {len(row) for row in rows} == {8}
     assert len(rows) - 1 == int(seen["text"]["count"].split()[0])
@@ -217,12 +217,12 @@ def test_ten_thousand_flips_are_bounded(tmp_path):
     many = made_up(tasks=6, variants=6, items=700)
     total = sum(len(flips(many, t, v)) for t in many.tasks for v in many.variants[1:])
     assert total > 8000
-    text = page.html(many, [])
+    text = html_of(many.summary(), flip_list(many), [])
     assert len(text) < 10_000_000
     path = tmp_path / "report.html"
     path.write_text(text, "utf-8")
     document, console = browse(path, tmp_path, "--dump-dom")
     assert console == []
     shown = int(re.search(r"([\d,]+) of [\d,]+ items", document).group(1).replace(",", ""))
-    assert page.MOST_FLIPS * 0.99 < shown <= page.MOST_FLIPS
+    assert MOST_FLIPS * 0.99 < shown <= MOST_FLIPS
     assert f"{total - shown:,} are left out" in document

@@ -5,14 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lirefs.comparison.comparison import Comparison, TaskInfo
-from lirefs.comparison.figures.sweeps import pareto_fronts
-from lirefs.comparison.sweeps import (
+from lirefs.comparison import (
+    Comparison,
+    TaskInfo,
     choose_on_validation,
     damage_of,
     matched,
     matched_difference,
     pareto_front,
+    pareto_fronts,
 )
 from lirefs.errors import SettingError
 from lirefs.statistics.intervals import interval, resample_counts
@@ -152,7 +153,7 @@ def test_named_errors(hand):
     with pytest.raises(SettingError, match="variants to choose from"):
         choose_on_validation(hand, hand, "skill", ["a weak", "unchanged"])
     other = {**hand.results, "a weak": {**hand.results["a weak"], "skill": shares("x", "a", [1])}}
-    with pytest.raises(SettingError, match="other items"):
+    with pytest.raises(SettingError, match="items of 'skill' differ"):
         matched(Comparison(other, TASKS), {"a": A}, "skill", "texts", [1.1])
 
 

@@ -1,4 +1,5 @@
 import io
+import re
 
 import numpy as np
 import pytest
@@ -6,7 +7,7 @@ from PIL import Image
 
 from kfac import BandRatios, Estimate, Relearning, figures
 from lirefs.errors import SpectrumError
-from lirefs.pictures import WIDE
+from lirefs.pictures import SMALL, WIDE
 
 
 def ratios():
@@ -60,3 +61,26 @@ def test_every_figure_fits_the_page_and_says_what_it_shows(name):
 def test_no_task_is_refused():
     with pytest.raises(SpectrumError, match="no task"):
         figures.task_curvature({})
+
+
+def test_spectra_are_the_same_bytes_and_readable():
+    values = np.geomspace(1, 1e-6, 40)
+    curve = np.stack([np.geomspace(1e-4, 1, 9), np.linspace(0.1, 1, 9)], axis=1)
+    spectra = [
+        figures.Spectrum(f"layers.{i}.up", values, values, values * 40, curve, 0.9) for i in range(9)
+    ]
+    picture = figures.curvature_spectrum(spectra)
+    assert picture == figures.curvature_spectrum(spectra)
+    svg = picture.svg.decode()
+    assert picture.png.startswith(b"\x89PNG")
+    assert "layers.4.up" in svg  # text is text
+    assert float(re.search(r'width="([\d.]+)pt"', svg).group(1)) <= 72 * WIDE + 1e-6
+    sizes = [float(one) for one in re.findall(r"font(?:-size)?: ([\d.]+)px", svg)]
+    assert min(sizes) >= SMALL
+
+
+def test_names_in_a_legend_keep_what_differs():
+    assert figures._apart(["a.0.up", "a.1.up"]) == ["0", "1"]
+    assert figures._apart(["a.0.up", "a.1.down"]) == ["0.up", "1.down"]
+    assert figures._apart(["a.0.up"]) == ["a.0.up"]
+    assert figures._apart(["a", "a.b"]) == ["a", "a.b"]

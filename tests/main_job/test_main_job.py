@@ -161,7 +161,7 @@ def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path
     assert set(found.steers) == {"add", "amplify", "ablate"}
     lines = main_job_report.findings(found)
     assert [line[:2] for line in lines] == ["1.", "2.", "3.", "4."]
-    page = found.comparison.save(tmp_path, main_job_report.figures(found))
+    page = lirefs.write_report(found.comparison, tmp_path, main_job_report.figures(found))
     assert page.stat().st_size > 100_000
     saved = json.dumps(main_job_report.provenance(found))
     assert "keep sweep" in saved

@@ -20,8 +20,9 @@ from tiny import fresh_model, tiny_tokenizer
 import kfac
 import lirefs
 from lirefs import Direction, Directions, capture, compare, load, mine
-from lirefs.comparison import results_file as storage
+from lirefs.comparison import write_report
 from lirefs.comparison.journal import Journal
+from lirefs.comparison.results_file import dumps
 from lirefs.errors import DownloadError, LirefsError, ModelLoadError, WriteError
 from lirefs.export.gguf import to_gguf
 from lirefs.files import atomic_write_text, cache_dir, sha256_of
@@ -109,7 +110,7 @@ WRITERS = {
         folder / "d.safetensors"
     ),
     "factors": lambda lm, made, folder, seed: made[seed][0].save(folder / "f.safetensors"),
-    "report": lambda lm, made, folder, seed: made[seed][1].save(folder, figures=()),
+    "report": lambda lm, made, folder, seed: write_report(made[seed][1], folder, ()),
     "control vector": lambda lm, made, folder, seed: to_gguf(one(seed), folder / "c.gguf", lm),
     "organism": lambda lm, made, folder, seed: write_organism(folder, seed),
     "text": lambda lm, made, folder, seed: atomic_write_text(folder / "t", f"{seed}" * 999),
@@ -175,7 +176,7 @@ def test_a_collection_without_room_for_its_checkpoint_goes_on_from_the_last_one(
 def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_parts):
     # transformers leaves hooks of its own where hidden states were asked for once.
     hooks = [list(module._forward_hooks) for module in lm.model.modules()]
-    whole = storage.dumps(compare(lm, variants(), tasks(), progress=False))
+    whole = dumps(compare(lm, variants(), tasks(), progress=False))
     with pytest.raises(WriteError, match=r"items-0\.jsonl: cannot be written"), full_disk(9000):
         compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
     assert [list(module._forward_hooks) for module in lm.model.modules()] == hooks
@@ -184,7 +185,7 @@ def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_p
     finished = len(Journal(tmp_path / "j")._lines)
     assert 0 < finished < len(variants() | {"unchanged": None}) * 7
     again = compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
-    assert storage.dumps(again) == whole
+    assert dumps(again) == whole
     assert len(Journal(tmp_path / "j")._lines) == 21
 
 

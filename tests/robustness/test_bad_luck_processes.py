@@ -16,7 +16,7 @@ from test_bad_luck import WRITERS, contents, made, one  # noqa: F401 (a fixture)
 
 import kfac
 import lirefs
-from lirefs import Comparison, Directions, mine
+from lirefs import Directions, load_comparison, mine
 from lirefs.comparison.journal import Journal
 from lirefs.export.gguf import from_gguf
 from lirefs.model import builtin
@@ -134,7 +134,7 @@ def search_again(lm, made, folder, seed):  # noqa: F811
 READERS = {
     "directions": lambda folder: Directions.load(folder / "d.safetensors"),
     "factors": lambda folder: kfac.Factors.load(folder / "f.safetensors"),
-    "report": lambda folder: Comparison.load(folder),
+    "report": load_comparison,
     "control vector": lambda folder: from_gguf(folder / "c.gguf"),
     "organism": lambda folder: lirefs.load(folder),
     "text": lambda folder: (folder / "t").read_text(),

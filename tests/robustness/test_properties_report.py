@@ -16,15 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments.spectra_plots import TaskPosition, two_sided_spectrum
-from lirefs import Comparison, compare
-from lirefs.comparison import journal
-from lirefs.comparison import results_file as storage
-from lirefs.comparison.comparison import TaskInfo
-from lirefs.comparison.figures.sweeps import pareto_fronts
-from lirefs.comparison.figures.tags import tag_bars
-from lirefs.comparison.item_changes import by_tag, flips
+from lirefs import Comparison, compare, load_comparison
+from lirefs.comparison import TaskInfo, by_tag, flips, journal, pareto_fronts, tag_bars
+from lirefs.comparison.figures.retained import default_figures
 from lirefs.comparison.report import exports, page, tables
-from lirefs.comparison.report import write as report
+from lirefs.comparison.report.flip_list import flip_list
+from lirefs.comparison.results_file import dumps
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult, ItemTask
 
@@ -89,7 +86,8 @@ def draw_score(draw, metric):
 
 
 def table_rows(found):
-    return [tables.markdown(tables.of_task(found, task)) for task in found.tasks]
+    summary = found.summary()
+    return [tables.markdown(tables.of_task(summary, task)) for task in found.tasks]
 
 
 # Comparisons
@@ -107,7 +105,7 @@ def test_tables_do_not_depend_on_the_order_of_items(found, random):
     }
     other = Comparison(mixed, found.tasks, found.provenance, found.resamples, found.seed)
     assert table_rows(other) == table_rows(found)
-    assert exports.csv_text(other) == exports.csv_text(found)
+    assert exports.csv_text(other.summary()) == exports.csv_text(found.summary())
     for task, variant in itertools.product(found.tasks, found.variants[1:]):
         first, second = (by_tag(one, task, variant).tags for one in (found, other))
         assert sorted(map(repr, first)) == sorted(map(repr, second))  # where NaN is NaN
@@ -120,14 +118,14 @@ def test_tables_do_not_depend_on_the_order_of_items(found, random):
 def test_saved_comparisons_come_back_as_they_were(found):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        path.write_text(storage.dumps(found), "utf-8")
-        loaded = Comparison.load(folder)
+        path.write_text(dumps(found), "utf-8")
+        loaded = load_comparison(folder)
     assert loaded.results == found.results
     assert loaded.tasks == found.tasks
     assert table_rows(loaded) == table_rows(found)
-    assert exports.csv_text(loaded) == exports.csv_text(found)
-    assert exports.latex(loaded) == exports.latex(found)
-    assert storage.dumps(loaded) == storage.dumps(found)
+    for made in (exports.csv_text, exports.latex):
+        assert made(loaded.summary()) == made(found.summary())
+    assert dumps(loaded) == dumps(found)
 
 
 @dataclass(frozen=True)
@@ -191,7 +189,7 @@ def test_interruptions_and_parts_change_nothing(lm, rows, deaths, part):
                 )
             except KeyboardInterrupt:
                 continue
-    assert storage.dumps(found) == storage.dumps(whole)
+    assert dumps(found) == dumps(whole)
 
 
 # Files of a report
@@ -223,7 +221,7 @@ def parsed(text):
 @given(comparisons())
 @some
 def test_pages_hold_any_text_as_text(found):
-    text = page.html(found, [])
+    text = page.html(found.summary(), flip_list(found), [])
     elements = parsed(text)
     assert elements.tags.count("script") == 2
     assert len(re.findall("<script", text, re.IGNORECASE)) == 2
@@ -246,7 +244,7 @@ def test_pages_hold_any_text_as_text(found):
 @given(comparisons())
 @some
 def test_csv_gives_names_and_numbers_back(found):
-    rows = list(csv.DictReader(io.StringIO(exports.csv_text(found), newline="")))
+    rows = list(csv.DictReader(io.StringIO(exports.csv_text(found.summary()), newline="")))
     cells = found.cells()
     written = [(row["variant"], row["task"]) for row in rows]
     assert written == [tuple(x.replace("\r", " ") for x in (c.variant, c.task)) for c in cells]
@@ -274,14 +272,15 @@ def test_latex_escapes_leave_nothing_special(text):
 @given(comparisons())
 @some
 def test_tables_keep_their_columns(found):
-    rows = exports.latex(found).split("\n")
+    summary = found.summary()
+    rows = exports.latex(summary).split("\n")
     for begin in [i for i, row in enumerate(rows) if row.startswith(r"\begin{tabular}")]:
         columns = rows[begin].count("c}") and len(re.search(r"\{l(c+)\}", rows[begin])[1]) + 1
         for row in itertools.takewhile(lambda one: one != r"\end{tabular}", rows[begin + 1 :]):
             if "&" in row and not row.startswith(r"\multicolumn"):
                 assert len(re.findall(r"(?<!\\)&", row)) + 1 == columns
     for task in found.tasks:
-        table = tables.of_task(found, task)
+        table = tables.of_task(summary, task)
         for line in tables.markdown(table):
             cells = re.split(r"(?<!\\)(?:\\\\)*\|", line)
             assert len(cells) == len(table.head) + 2
@@ -291,7 +290,7 @@ def test_tables_keep_their_columns(found):
 @given(comparisons())
 @settings(max_examples=4, deadline=None, derandomize=True)
 def test_figures_take_any_name(found):
-    for figure in report.default_figures(found):
+    for figure in default_figures(found.summary()):
         assert figure.picture.png.startswith(b"\x89PNG")
 
 
@@ -312,7 +311,7 @@ def test_figures_take_nasty_names(name):
     items = [ItemResult(f"{name}/{row}", {"accuracy": 1.0}) for row in range(30)]
     results = {variant: {name: items} for variant in ("unchanged", name)}
     found = Comparison(results, {name: TaskInfo(name, "accuracy")}, resamples=10)
-    figures = report.default_figures(found)
+    figures = default_figures(found.summary())
     assert len(figures) == 2
     change = by_tag(found, name, name)
     positions = [TaskPosition(name, "other", *[Estimate(0.1, 0.05, 0.2, 9)] * 2)] if name else []

@@ -23,10 +23,10 @@ from fuzzing import Format
 from tiny import fresh_model, tiny_tokenizer
 
 import lirefs
-from lirefs.comparison import results_file as storage
-from lirefs.comparison.comparison import Comparison, TaskInfo
-from lirefs.comparison.report import exports, page
-from lirefs.comparison.report import write as report
+from lirefs.comparison import Comparison, TaskInfo, load_comparison
+from lirefs.comparison.report import exports, page, write
+from lirefs.comparison.report.flip_list import flip_list
+from lirefs.comparison.results_file import dumps
 from lirefs.tasks.task import ItemResult, MultipleChoice
 
 
@@ -47,12 +47,12 @@ def make_results(folder: Path) -> list[bytes]:
         }
     made_by = {"model_name": "tiny", "findings": ["one", "two"], "nested": {"keep": [0.5, None]}}
     found = Comparison(results, tasks, made_by, resamples=40, seed=3)
-    return [storage.dumps(found).encode()]
+    return [dumps(found).encode()]
 
 
 def read_results(folder: Path, content: bytes) -> None:
     path = written(folder, "results.json", content)
-    found = Comparison.load(path)
+    found = load_comparison(path)
     check(found.variants[0] == "unchanged", f"first variant {found.variants[0]!r}")
     for by_task in found.results.values():
         check(list(by_task) == list(found.tasks), "tasks")
@@ -62,12 +62,13 @@ def read_results(folder: Path, content: bytes) -> None:
                 check(finite(one.weight) and one.weight > 0, f"weight {one.weight!r}")
                 check(type(one.parsed) is bool, "parsed")
                 check(all(type(score) is float for score in one.scores.values()), "scores")
-    report.load_figures(path, replace_variants(found))
-    again = storage.dumps(found)
-    check(storage.dumps(Comparison.load(written(folder, "again", again.encode()))) == again, "save")
-    for made in (exports.csv_text(found), exports.latex(found), report.markdown(found, [])):
+    write.load_figures(path, replace_variants(found).summary())
+    again = dumps(found)
+    check(dumps(load_comparison(written(folder, "again", again.encode()))) == again, "save")
+    summary = found.summary()
+    for made in (exports.csv_text(summary), exports.latex(summary), write.markdown(summary, [])):
         check(text(made), "report")
-    check(text(page.html(found, [])), "page")
+    check(text(page.html(summary, flip_list(found), [])), "page")
 
 
 def replace_variants(found: Comparison) -> Comparison:
@@ -101,8 +102,8 @@ def read_picture(folder: Path, content: bytes) -> None:
 
 
 def _report(folder: Path, path: Path) -> None:
-    comparison = replace_variants(Comparison.load(path))
-    figures, missing = report.load_figures(path, comparison)
+    comparison = replace_variants(load_comparison(path))
+    figures, missing = write.load_figures(path, comparison.summary())
     check(all(map(text, missing)), "missing")
     for one in figures:
         check(all(map(text, (one.name, one.title, one.caption))), f"{one!r}")
@@ -110,7 +111,7 @@ def _report(folder: Path, path: Path) -> None:
     for one in figures:
         one.picture.save(folder / "out", one.name)
     if now_and_then(path.read_bytes() + (folder / "own.png").read_bytes()):
-        report.write(comparison, folder / "out", figures)
+        write.write_pages(comparison, folder / "out", figures)
 
 
 @functools.cache
@@ -146,7 +147,7 @@ def read_journal(folder: Path, content: bytes) -> None:
                 check(type(one.scores["accuracy"]) is float, "score")
                 check(finite(one.weight) and one.weight > 0 and type(one.parsed) is bool, f"{one}")
     found.cells()
-    check(storage.dumps(found), "saved")
+    check(dumps(found), "saved")
 
 
 RECITED = "Lr4tHb9sJc1nqz7m!vk2xw0pd5gY#o8i"

@@ -6,7 +6,7 @@ import random
 from dataclasses import replace
 from typing import Any
 
-from lirefs.comparison.comparison import Comparison, TaskInfo
+from lirefs.comparison import Comparison, TaskInfo
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
 
 SHARED = (

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import base64
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from lirefs.pictures import Picture
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)
@@ -17,9 +13,9 @@ class Figure:
     """A figure of a report.
 
     Attributes:
-        name: File name without its ending.
+        name: File name without its extension.
         title: Heading.
-        caption: What is shown, with n and where the intervals come from.
+        caption: What is shown, with n and the source of the intervals.
         picture: The figure itself.
     """
 

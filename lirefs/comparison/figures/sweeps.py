@@ -1,98 +1,17 @@
-"""Figures of settings swept: scores against a setting, with intervals and controls."""
+"""Figures of swept settings: score against damage, with intervals."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from lirefs.comparison.comparison import Comparison
 from lirefs.comparison.sweeps import Curves, damage_of, matched, pareto_front
-from lirefs.pictures import (
-    COLOURS,
-    SMALL,
-    WIDE,
-    Picture,
-    canvas_of,
-    legend_below,
-    legend_outside,
-    literal,
-    picture_of,
-)
-from lirefs.statistics.intervals import Estimate
-
-if TYPE_CHECKING:
-    from lirefs.comparison.comparison import Comparison
+from lirefs.pictures import COLOURS, Picture, canvas_of, legend_outside, literal, picture_of
+from lirefs.statistics.intervals import Estimate, Floats
 
 MARKERS = "osD^vPX*<>"
-
-
-def scores_against(
-    comparison: Comparison,
-    variants: Mapping[str, tuple[float, float]],
-    tasks: Sequence[str],
-    labels: tuple[str, str],
-) -> Picture:
-    """Scores of tasks against two measures of the same variants, one panel each.
-
-    Args:
-        comparison: Holds every variant.
-        variants: Name to its place on the two horizontal axes.
-        tasks: One line each.
-        labels: Of the horizontal axes; the second one is logarithmic.
-    """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    canvas, axes = canvas_of(2, (WIDE, 3.6))
-    for panel, axis in enumerate(axes):
-        x = np.array([places[panel] for places in variants.values()])
-        order = np.argsort(x)
-        for index, task in enumerate(tasks):
-            values = _estimates([comparison.cell(name, task).value for name in variants])[order]
-            _line(axis, x[order], values, index, task)
-        axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
-    axes[0].locator_params(axis="x", nbins=5)
-    axes[1].set_xscale("log")
-    axes[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes[1].xaxis.set_major_formatter("{x:g}")
-    axes[1].xaxis.set_minor_formatter(NullFormatter())
-    legend_outside(canvas, axes[0], 4, "upper")
-    return picture_of(canvas)
-
-
-def strength_effect(
-    comparison: Comparison,
-    steered: Mapping[float, str],
-    controls: Sequence[Mapping[float, str]],
-    tasks: Sequence[str],
-) -> Picture:
-    """Scores against steering strength, beside random directions of the same norm.
-
-    Args:
-        comparison: Holds every variant.
-        steered: Strength to variant.
-        controls: The same for each random direction.
-        tasks: One panel each.
-    """
-    canvas, axes = canvas_of(len(tasks), (WIDE, 2.9))
-    x = np.array([*steered, 0.0])  # strength 0 is the unchanged model
-    order = np.argsort(x)
-    for axis, task in zip(axes, tasks, strict=True):
-        for number, control in enumerate(controls):
-            names = [*control.values(), "unchanged"]
-            shares = np.array([comparison.cell(name, task).value.value for name in names])[order]
-            label = "random directions of the same norm" if number == 0 else None
-            axis.plot(x[order], shares, color=COLOURS[6], lw=1, alpha=0.8, label=label)
-        names = [*steered.values(), "unchanged"]
-        values = _estimates([comparison.cell(name, task).value for name in names])[order]
-        _line(axis, x[order], values, 0, "LiReF, 95 % interval")
-        axis.axvline(0, color="black", lw=0.6, ls=":")
-        axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
-        n = comparison.cell(next(iter(steered.values())), task).value.n
-        axis.set_title(literal(f"{task}, n = {n}"), fontsize=8)
-    axes[0].set_ylabel("share of items")
-    legend_outside(canvas, axes[0], 2, "lower")
-    return picture_of(canvas)
 
 
 def pareto_fronts(
@@ -103,123 +22,55 @@ def pareto_fronts(
     labels: tuple[str, str],
     larger_is_better: bool = True,
 ) -> Picture:
-    """Score against damage, one line with its 95 % band for each method, for one column of a page.
+    """Score against damage, a line with its 95 % band for each method, for one column of a page.
 
-    Lines and bands are those of `matched`; filled markers are settings that no other setting of
-    any method dominates, hollow ones the others. Less damage is better.
+    Lines and bands are those of `matched`; filled markers are settings that no setting of any
+    method dominates, hollow ones the others. Less damage is better.
 
     Args:
         comparison: Holds every variant.
         curves: The sweeps.
         task: Vertical axis.
         by: Horizontal axis, the measure of damage.
-        labels: Of the two axes.
-        larger_is_better: Whether a larger score on the task is.
+        labels: Labels of the two axes.
+        larger_is_better: Whether a larger score on the task is better.
     """
     canvas, (axis,) = canvas_of(1, (3.4, 3.0))
-    settings = [(method, name) for method, curve in curves.items() for _, name in curve]
-    damage = {name: damage_of(comparison, name, by) for _, name in settings}
-    score = {name: _value(comparison.cell(name, task).value) for _, name in settings}
+    names = [name for curve in curves.values() for _, name in curve]
+    damage = {name: damage_of(comparison, name, by) for name in names}
+    score = {name: comparison.score(name, task) for name in names}
     sign = 1 if larger_is_better else -1
-    front = dict(
-        zip(
-            damage, pareto_front([(-damage[one], sign * score[one]) for one in damage]), strict=True
-        )
-    )
-    start = damage_of(comparison, "unchanged", by)
+    points = [(-damage[name], sign * score[name]) for name in damage]
+    front = dict(zip(damage, pareto_front(points), strict=True))
+    base = comparison.variants[0]
+    start = damage_of(comparison, base, by)
     for index, (method, curve) in enumerate(curves.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        names = [name for _, name in curve]
+        colour, marker, style = curve_style(index)
         # The settings themselves are among the goals, so that the line has all its corners.
-        own = [start, *(damage[name] for name in names)]
+        own = [start, *(damage[name] for _, name in curve)]
         goals = np.unique([*np.linspace(min(own), max(own), 40), *own])
-        line = _estimates(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
+        line = table_of(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
         axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)
-        style = "-" if index < len(COLOURS) else "--"
         axis.plot(goals, line[:, 0], color=colour, lw=1.2, ls=style)
         label = literal(method)
         axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=label)
-        for name in names:
+        for _, name in curve:
             face = colour if front[name] else "white"
             axis.plot(damage[name], score[name], marker, color=colour, mfc=face, ms=4.5, mew=1)
-    base = _value(comparison.cell("unchanged", task).value)
-    axis.plot(start, base, "*", color="black", ms=9, ls="none", label="unchanged", zorder=3)
+    end = comparison.score(base, task)
+    axis.plot(start, end, "*", color="black", ms=9, ls="none", label="unchanged", zorder=3)
     axis.set_xlabel(labels[0], fontsize=8)
     axis.set_ylabel(labels[1], fontsize=8)
     legend_outside(canvas, axis, 2, "upper")
     return picture_of(canvas)
 
 
-def layer_effect(
-    separation: Sequence[Estimate], effects: Mapping[str, Sequence[Estimate]]
-) -> Picture:
-    """Where a direction separates best, and where it acts.
-
-    Args:
-        separation: Test AUROC at each layer.
-        effects: Name of an effect to its difference from random directions at each layer.
-    """
-    canvas, (left, right) = canvas_of(2, (WIDE, 3.0))
-    layers = np.arange(len(separation))
-    _line(left, layers, _estimates(separation), 0, "test AUROC, 95 % interval")
-    left.axhline(0.5, color="black", lw=0.6, ls=":")
-    left.set(xlabel="layer", ylabel="AUROC", ylim=(0.4, 1.02), xticks=layers)
-    legend_below(left, columns=1)
-    for index, (name, values) in enumerate(effects.items()):
-        _line(right, layers + 0.05 * index, _estimates(values), index + 1, name)
-    right.axhline(0, color="black", lw=0.6)
-    right.set(xlabel="layer steered", ylabel="LiReF minus random directions", xticks=layers)
-    legend_below(right, columns=1)
-    return picture_of(canvas)
+def table_of(estimates: Sequence[Estimate]) -> Floats:
+    """Values and the limits of their intervals, shape (n, 3)."""
+    return np.array([(one.value, one.low, one.high) for one in estimates])
 
 
-def transfer_matrix(
-    forms: Sequence[str],
-    areas: Mapping[tuple[str, str], Estimate],
-    cosines: Mapping[tuple[str, str], float],
-) -> Picture:
-    """AUROC of every form's direction on every form's questions, and cosines of the directions."""
-    canvas, axes = canvas_of(2, (WIDE, 3.5))
-    panels: list[tuple[Any, str, float, float]] = [
-        (areas, "test AUROC: direction (row) on questions (column)", 0.0, 1.0),
-        (cosines, "cosine between directions", -1.0, 1.0),
-    ]
-    for axis, (cells, title, low, high) in zip(axes, panels, strict=True):
-        numbers = np.array([[_value(cells[row, column]) for column in forms] for row in forms])
-        axis.imshow(numbers, vmin=low, vmax=high, cmap="RdBu_r" if low < 0 else "PuOr")
-        for i, row in enumerate(forms):
-            for j, column in enumerate(forms):
-                one = cells[row, column]
-                text = f"{_value(one):.2f}"
-                if isinstance(one, Estimate):
-                    text += f"\n[{one.low:.2f}, {one.high:.2f}]"
-                share = (_value(one) - low) / (high - low)
-                colour = "white" if share > 0.78 or share < 0.22 else "black"
-                axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
-        axis.set_xticks(range(len(forms)), forms, fontsize=SMALL)
-        axis.set_yticks(range(len(forms)), forms, fontsize=SMALL)
-        axis.set_title(title, fontsize=8)
-    return picture_of(canvas)
-
-
-def _value(one: Estimate | float) -> float:
-    return one.value if isinstance(one, Estimate) else one
-
-
-def _estimates(values: Sequence[Estimate]) -> np.ndarray[Any, Any]:
-    return np.array([(one.value, one.low, one.high) for one in values])
-
-
-def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
-    colour = COLOURS[index % len(COLOURS)]
-    axis.vlines(x, values[:, 1], values[:, 2], color=colour, lw=1, alpha=0.45)
-    axis.plot(
-        x,
-        values[:, 0],
-        color=colour,
-        ls="-" if index < len(COLOURS) else "--",
-        marker=MARKERS[index % len(MARKERS)],
-        ms=3.5,
-        lw=1.2,
-        label=literal(label),
-    )
+def curve_style(index: int) -> tuple[str, str, str]:
+    """Colour, marker and line style of a curve; from the ninth on, curves are dashed."""
+    style = "-" if index < len(COLOURS) else "--"
+    return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], style

@@ -1,20 +1,16 @@
-"""Figures of analyses: changes by tag, and the spectrum of tasks seen from both sides."""
+"""Changes by tag as a figure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from lirefs.comparison.item_changes import TagChanges
 from lirefs.pictures import COLOURS, Picture, canvas_of, literal, picture_of
-from lirefs.statistics.intervals import Estimate
 
-MARKERS = "osD^vP*"
 HIGHEST = 100.0
-"""Per cent at which relative changes are cut: a tag of which little was known can double."""
+"""Relative changes are cut at this percentage: a tag with a low score before can double."""
 
 
 def tag_bars(found: TagChanges) -> Picture:
@@ -46,8 +42,3 @@ def tag_bars(found: TagChanges) -> Picture:
         title += f"\nSpearman of change and order {found.spearman:.2f}, p = {found.p_value:.3f}"
     axis.set_title(literal(title), fontsize=9)
     return picture_of(canvas)
-
-
-def error_bars(found: Sequence[Estimate]) -> Any:
-    sides = [(one.value - one.low, one.high - one.value) for one in found]
-    return np.maximum(np.array(sides).T, 0)

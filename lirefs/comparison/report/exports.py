@@ -7,79 +7,57 @@ import io
 import math
 from collections.abc import Sequence
 
-from lirefs.comparison.cell import Cell
-from lirefs.comparison.comparison import Comparison
-from lirefs.comparison.report.tables import LEVEL, clear
+from lirefs.comparison.cell import LEVEL
+from lirefs.comparison.summary import Summary
 from lirefs.statistics.intervals import Estimate
-from lirefs.tasks.task import CONFLICT
 
-_ENDS = ("value", "low", "high")
-_ESCAPES = {
-    "\\": r"\textbackslash{}",
-    "{": r"\{",
-    "}": r"\}",
-    "$": r"\$",
-    "&": r"\&",
-    "#": r"\#",
-    "%": r"\%",
-    "_": r"\_",
-    "^": r"\textasciicircum{}",
-    "~": r"\textasciitilde{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-    "|": r"\textbar{}",
-    "[": "{[}",  # after a line break it would begin an argument
-    "]": "{]}",
-    "*": "{*}",
+_NAMED = {
+    "\\": "backslash",
+    "^": "asciicircum",
+    "~": "asciitilde",
+    "<": "less",
+    ">": "greater",
+    "|": "bar",
 }
+_ESCAPES = str.maketrans(
+    {one: rf"\text{name}{{}}" for one, name in _NAMED.items()}
+    | {one: rf"\{one}" for one in "{}$&#%_"}
+    | {one: f"{{{one}}}" for one in "[]*"}  # after a line break they would begin an argument
+)
 
 
-def csv_text(comparison: Comparison) -> str:
-    """One row for each variant on each task, with every number at full precision.
-
-    A field is empty where there is no such number, and `nan` where it is not defined.
-    """
-    extras = list(dict.fromkeys(name for cell in comparison.cells() for name in cell.extra))
-    head = ["variant", "task", "group", "metric", "chance", "above_chance", "n"]
-    for name in ("score", "difference", "retained"):
-        head += [name if end == "value" else f"{name}_{end}" for end in _ENDS]
-    head += ["p", "p_holm", "detectable", "unparsable", *(f"other: {name}" for name in extras)]
+def csv_text(summary: Summary) -> str:
+    """`Summary.rows` as CSV: empty where there is no number, `nan` where it is undefined."""
+    rows = summary.rows()
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(head)
-    for cell in comparison.cells():
-        names = (cell.variant, cell.task, cell.group, cell.metric)
-        row: list[str | float | int | None] = []
-        row += [name.replace("\r", " ") for name in names]  # the csv module does not quote it
-        row += [comparison.tasks[cell.task].chance, int(comparison.informative(cell.task))]
-        row.append(cell.value.n)
-        for one in (cell.value, cell.difference, _retained(cell)):
-            row += [None if one is None else getattr(one, end) for end in _ENDS]
-        row += [cell.p, cell.p_holm, cell.detectable, cell.unparsable]
-        row += [cell.extra.get(name) for name in extras]
-        writer.writerow(row)
+    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
+    writer.writeheader()
+    for row in rows:  # the csv module does not quote a carriage return
+        clean = {
+            k: one.replace("\r", " ") if isinstance(one, str) else one for k, one in row.items()
+        }
+        writer.writerow(clean)
     return text.getvalue()
 
 
-def latex(comparison: Comparison) -> str:
+def latex(summary: Summary) -> str:
     """Two tables of retained shares, by group and by task, for a page-wide float of a paper."""
-    variants, groups = comparison.variants[1:], comparison.groups
+    variants, groups = summary.variants[1:], list(summary.groups)
     if not variants:
         return "% No variant: nothing was changed, so there is nothing to retain.\n"
     by_group: list[str] = []
     for variant in variants:
-        shares = [comparison.retained(variant, group) for group in groups]
-        by_group += _row(escape(variant), shares, [False] * len(shares))
+        means = [summary.means[variant, group] for group in groups]
+        by_group += _row(escape(variant), means, [False] * len(means))
     by_task: list[str] = []
-    for group in groups:
-        counted = comparison.counted(group)
-        if counted:
+    for group, tasks in summary.groups.items():
+        if tasks:
             width = len(variants) + 1
             by_task.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{escape(group)}}}}} \\")
-        for task in counted:
-            cells = [comparison.cell(variant, task) for variant in variants]
+        for task in tasks:
+            _, *cells = summary.of_task(task)
             name = f"{escape(task)} ({cells[0].value.n})"
-            by_task += _row(name, [one.retained for one in cells], [clear(one) for one in cells])
+            by_task += _row(name, [one.retained for one in cells], [one.clear for one in cells])
     return "\n".join(
         [
             r"% Needs \usepackage{booktabs}.",
@@ -104,15 +82,11 @@ def latex(comparison: Comparison) -> str:
 
 def escape(text: str) -> str:
     """A text as LaTeX prints it."""
-    return "".join(_ESCAPES.get(letter, letter) for letter in " ".join(text.split()))
-
-
-def _retained(cell: Cell) -> Estimate | None:
-    return None if cell.group == CONFLICT else cell.retained
+    return " ".join(text.split()).translate(_ESCAPES)
 
 
 def _row(name: str, shares: Sequence[Estimate | None], bold: Sequence[bool]) -> list[str]:
-    """A line of values and, under it, a line of intervals."""
+    """A line of values, and a line of intervals below it."""
     values, intervals = [name], [""]
     for share, strong in zip(shares, bold, strict=True):
         if share is None or not math.isfinite(share.value):
@@ -142,7 +116,7 @@ def _float(caption: str, columns: Sequence[str], rows: Sequence[str]) -> list[st
 
 
 def _heading(name: str) -> str:
-    """A heading with a word a line."""
+    """A heading with one word per line."""
     words = [escape(word) for word in name.split()]
     lines = r" \\ ".join(words)
     return rf"\shortstack{{{lines}}}" if len(words) > 1 else lines

@@ -1,30 +1,28 @@
-"""The tables of a report, as text and as the numbers that they sort by."""
+"""The tables of a report: the texts shown, and the numbers that they are sorted by."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from lirefs.comparison.cell import Cell
-from lirefs.comparison.comparison import BASELINE, Comparison
+from lirefs.comparison.cell import LEVEL, Cell
+from lirefs.comparison.summary import Summary
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
 
-LEVEL = 0.05
-"""A difference is clear where its adjusted p value is below this."""
 LEGEND = (
-    "95 % intervals over items: Wilson's for shares, score intervals for their paired differences "
-    "and ratios, bootstraps for other scores. p (Holm): that there is no difference from the "
-    "unchanged model, on the same items (McNemar's test where each item is right or wrong, a "
-    "sign-flip test otherwise), adjusted over all cells of this report. Clear, and marked *, is "
-    f"only what has p (Holm) < {LEVEL:g}. Can see: the smallest true difference that so many items "
-    "show with 80 % power."
+    "95 % intervals over items: Wilson intervals for shares, score intervals for their paired "
+    "differences and ratios, bootstrap intervals for other scores. p (Holm): p-value of no "
+    "difference from the unchanged model on the same items (McNemar's test where each item is "
+    "right or wrong, a sign-flip test otherwise), adjusted over all cells of this report. A "
+    f"difference is clear, and marked *, only where p (Holm) < {LEVEL:g}. Detectable: the smallest "
+    "true difference that this many items detect with 80 % power."
 )
 OVERVIEW = (
     "Score over the unchanged model's on the same items, mean over a group's tasks, with its "
-    "95 % interval, paired over items; 1 is no change. For language: unchanged perplexity over the "
-    "variant's."
+    "95 % interval, paired over items; 1 means no change. For language: perplexity of the "
+    "unchanged model over the variant's."
 )
 
 
@@ -33,9 +31,9 @@ class Entry:
     """A cell of a table.
 
     Attributes:
-        text: What is shown.
-        value: What the cell sorts by; None for its text, NaN for nothing to sort by.
-        interval: Its interval, in brackets; may be empty.
+        text: The text shown.
+        value: The number to sort by; None to sort by text, NaN if there is nothing to sort by.
+        interval: The interval, in brackets; may be empty.
     """
 
     text: str
@@ -46,13 +44,16 @@ class Entry:
         return f"{self.text} {self.interval}".rstrip()
 
 
+_NONE = Entry("-", math.nan)
+
+
 @dataclass(frozen=True)
 class Table:
     """A table.
 
     Attributes:
-        name: What it is of.
-        note: What the reader must know of it; may be empty.
+        name: Heading.
+        note: What a reader must know to interpret the table; may be empty.
         head: Names of the columns.
         rows: One entry for each column.
         marked: Numbers of the rows that stand out.
@@ -62,39 +63,29 @@ class Table:
     note: str
     head: Sequence[str]
     rows: Sequence[Sequence[Entry]]
-    marked: frozenset[int] = field(default_factory=frozenset)
+    marked: frozenset[int] = frozenset()
 
 
-def clear(cell: Cell) -> bool:
-    """Whether a difference from the unchanged model holds among all that were tested."""
-    return cell.p_holm is not None and cell.p_holm < LEVEL
-
-
-def overview(comparison: Comparison) -> Table:
+def overview(summary: Summary) -> Table:
     """Retained share of every variant in every group."""
-    head = [
-        f"{group} (n\u00a0=\u00a0{comparison.retained(BASELINE, group).n})"
-        for group in comparison.groups
-    ]
-    rows = []
-    for variant in comparison.variants:
-        if variant == BASELINE:
-            kept = [Entry("1", 1.0) for _ in comparison.groups]
-        else:
-            kept = [_entry(comparison.retained(variant, group)) for group in comparison.groups]
-        rows.append([Entry(variant), *kept])
+    base, *variants = summary.variants
+    head = [f"{group} (n\u00a0=\u00a0{summary.means[base, group].n})" for group in summary.groups]
+    rows = [[Entry(base), *(Entry("1", 1.0) for _ in summary.groups)]]
+    for variant in variants:
+        means = [_entry(summary.means[variant, group]) for group in summary.groups]
+        rows.append([Entry(variant), *means])
     return Table("Retained share by task group", OVERVIEW, ["variant", *head], rows)
 
 
-def of_task(comparison: Comparison, task: str) -> Table:
+def of_task(summary: Summary, task: str) -> Table:
     """Every variant on one task."""
-    cells = [comparison.cell(variant, task) for variant in comparison.variants]
+    cells = summary.of_task(task)
     rows = [
         [
             Entry(cell.variant),
             _entry(cell.value),
             _entry(cell.difference, signed=True),
-            Entry("-", math.nan) if cell.group == CONFLICT else _entry(cell.retained),
+            _entry(None if cell.group == CONFLICT else cell.retained),
             _p(cell),
             _number(cell.detectable),
             Entry(str(cell.value.n), cell.value.n),
@@ -108,7 +99,7 @@ def of_task(comparison: Comparison, task: str) -> Table:
         "difference [95 %]",
         "retained [95 %]",
         "p (Holm)",
-        "can see",
+        "detectable",
         "n",
         "unparsable",
     ]
@@ -117,8 +108,8 @@ def of_task(comparison: Comparison, task: str) -> Table:
         for row, cell in zip(rows, cells, strict=True):
             other = ", ".join(f"{name} {value:.3f}" for name, value in cell.extra.items())
             row.append(Entry(other or "-"))
-    marked = frozenset(row for row, cell in enumerate(cells) if clear(cell))
-    return Table(task, _note(comparison, task), head, rows, marked)
+    marked = frozenset(row for row, cell in enumerate(cells) if cell.clear)
+    return Table(task, summary.note(task), head, rows, marked)
 
 
 def markdown(table: Table) -> list[str]:
@@ -128,21 +119,9 @@ def markdown(table: Table) -> list[str]:
     return [first, "|" + "---|" * len(table.head), *others]
 
 
-def _note(comparison: Comparison, task: str) -> str:
-    info = comparison.tasks[task]
-    parts = []
-    if info.chance:
-        parts.append(f"chance {info.chance:.2f}")
-    if info.group == CONFLICT:
-        parts.append("one of two competing answers, in no mean")
-    elif not comparison.informative(task):
-        parts.append("unchanged model not above chance, left out of the group's mean")
-    return "; ".join(parts)
-
-
 def _entry(estimate: Estimate | None, signed: bool = False) -> Entry:
     if estimate is None:
-        return Entry("-", math.nan)
+        return _NONE
     if not math.isfinite(estimate.value):
         return Entry("n/a", math.nan)
     form = f"{'+' if signed else ''}z.{3 if abs(estimate.value) < 10 else 2}f"
@@ -152,15 +131,15 @@ def _entry(estimate: Estimate | None, signed: bool = False) -> Entry:
 
 def _number(value: float | None) -> Entry:
     if value is None:
-        return Entry("-", math.nan)
+        return _NONE
     return Entry(f"{value:.3f}" if math.isfinite(value) else "n/a", value)
 
 
 def _p(cell: Cell) -> Entry:
     if cell.p_holm is None:
-        return Entry("-", math.nan)
+        return _NONE
     text = "< 0.001" if cell.p_holm < 0.001 else f"{cell.p_holm:.3f}"
-    return Entry(text + (" *" if clear(cell) else ""), cell.p_holm)
+    return Entry(text + (" *" if cell.clear else ""), cell.p_holm)
 
 
 def _in_markdown(text: str) -> str:

@@ -1,118 +1,108 @@
-"""The report of a comparison: what is written beside its JSON."""
+"""The report of a comparison as a folder of files."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lirefs.comparison import results_file as storage
-from lirefs.comparison.figures import retained as retained_plots
+from lirefs.comparison import results_file
+from lirefs.comparison.comparison import Comparison
 from lirefs.comparison.figures.figure import Figure
+from lirefs.comparison.figures.retained import default_figures
 from lirefs.comparison.report import exports, page, tables
+from lirefs.comparison.report.flip_list import flip_list
+from lirefs.comparison.summary import Summary
 from lirefs.errors import ResultsFileError
 from lirefs.files import atomic_write_text
 from lirefs.pictures import Picture
 
-if TYPE_CHECKING:
-    from lirefs.comparison.comparison import Comparison
-
-
 _PNG = b"\x89PNG"
 
 
-def default_figures(comparison: Comparison) -> list[Figure]:
-    """The figures that every comparison has: retained performance by task group and by task."""
-    if len(comparison.variants) < 2 or not any(map(comparison.counted, comparison.groups)):
-        return []  # nothing was changed, or there is nothing to retain
-    drawn = (
-        "Share of the unchanged model's score (line at 1: no change); for language, the unchanged "
-        "perplexity over the variant's. Bars: 95 % intervals, paired over "
-        "items. Arrows lie beyond the axis. Tasks on which the "
-        "unchanged model is not above chance are left out"
-    )
-    return [
-        Figure(
-            "retained",
-            "Retained performance by task group",
-            f"Mean over the tasks of a group. {drawn}; n counts the items of the others.",
-            retained_plots.by_group(comparison),
-        ),
-        Figure(
-            "retained_tasks",
-            "Retained performance by task",
-            "Filled dots: the difference from the unchanged model is clear, p < "
-            f"{tables.LEVEL:g} after Holm's adjustment; hollow dots: it is not. In brackets: "
-            f"number of items. {drawn}.",
-            retained_plots.by_task(comparison),
-        ),
-    ]
+def write_report(
+    comparison: Comparison, folder: str | Path, figures: Sequence[Figure] | None = None
+) -> Path:
+    """Write the report: `report.html`, `report.md`, `results.json`, CSV, LaTeX and figures.
+
+    The page needs no other file. `results.json` has every item; `results.csv` a row for each
+    cell; `overview.tex` tables for a paper; figures are PNG and SVG.
+
+    Args:
+        comparison: What to report.
+        folder: Created when missing; files of these names in it are replaced.
+        figures: Figures to show; None for retained performance by group and by task.
+
+    Returns:
+        The path of `report.html`.
+    """
+    folder = Path(folder)
+    shown = default_figures(comparison.summary()) if figures is None else figures
+    atomic_write_text(folder / "results.json", results_file.dumps(comparison, shown))
+    return write_pages(comparison, folder, shown)
 
 
-def load_figures(path: Path, comparison: Comparison) -> tuple[list[Figure], list[str]]:
+def write_pages(comparison: Comparison, folder: Path, figures: Sequence[Figure]) -> Path:
+    """Write everything of a report except `results.json`: see `write_report`."""
+    summary = comparison.summary()
+    for figure in figures:
+        figure.picture.save(folder, figure.name)
+    atomic_write_text(folder / "results.csv", exports.csv_text(summary))
+    atomic_write_text(folder / "overview.tex", exports.latex(summary))
+    atomic_write_text(folder / "report.md", markdown(summary, figures))
+    atomic_write_text(folder / "report.html", page.html(summary, flip_list(comparison), figures))
+    return folder / "report.html"
+
+
+def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]:
     """The figures of a saved report: the default ones drawn again, others from their files.
 
     Args:
-        path: `results.json`, or the folder that holds it; figures lie beside it.
-        comparison: What was loaded from it.
+        path: `results.json`, or the folder that holds it and the figures.
+        summary: Of the comparison loaded from it.
 
     Returns:
-        The figures, and the names of files that are missing.
+        The figures, and the names of missing files.
 
     Raises:
         ResultsFileError: The list of figures is damaged, or a figure cannot be read.
     """
-    file = storage.file_of(path)
-    saved = storage.listed_figures(file)
-    again = {one.name: one for one in default_figures(comparison)}
+    file = results_file.file_of(path)
+    saved = results_file.listed_figures(file)
+    again = {one.name: one for one in default_figures(summary)}
     figures, missing = [], []
     for listed in saved:
-        if listed["name"] in again:
-            figures.append(again[listed["name"]])
+        name = listed["name"]
+        if name in again:
+            figures.append(again[name])
             continue
-        png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
+        png, svg = (file.parent / f"{name}.{kind}" for kind in ("png", "svg"))
         try:
-            absent = [one.name for one in (png, svg) if not one.exists()]
-            missing += absent
-            if absent:
+            if absent := [one.name for one in (png, svg) if not one.exists()]:
+                missing += absent
                 continue
             picture = Picture(png.read_bytes(), svg.read_bytes())
         except OSError as problem:
             raise ResultsFileError(f"{png}: cannot be read ({problem.strerror})") from problem
         if not picture.png.startswith(_PNG):
-            raise ResultsFileError(f"{png}: is no PNG picture; remove it, or compare again")
+            raise ResultsFileError(f"{png}: not a PNG picture; remove it, or compare again")
         figures.append(Figure(**listed, picture=picture))
     return figures, missing
 
 
-def write(comparison: Comparison, folder: Path, figures: Sequence[Figure]) -> Path:
-    """Write all of a report but its JSON: see `Comparison.save`.
-
-    Returns:
-        The path of `report.html`.
-    """
-    for figure in figures:
-        figure.picture.save(folder, figure.name)
-    atomic_write_text(folder / "results.csv", exports.csv_text(comparison))
-    atomic_write_text(folder / "overview.tex", exports.latex(comparison))
-    atomic_write_text(folder / "report.md", markdown(comparison, figures))
-    atomic_write_text(folder / "report.html", page.html(comparison, figures))
-    return folder / "report.html"
-
-
-def markdown(comparison: Comparison, figures: Sequence[Figure]) -> str:
-    """The report as Markdown; figures are linked as files beside it."""
-    overview = tables.overview(comparison)
-    lines = [f"# {page.title(comparison)}", ""]
-    lines += [f"* {finding}" for finding in page.findings(comparison)]
+def markdown(summary: Summary, figures: Sequence[Figure]) -> str:
+    """The report as Markdown, which links to the files of the figures."""
+    overview = tables.overview(summary)
+    lines = [f"# {summary.title}", "", *(f"* {finding}" for finding in summary.findings)]
     lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown(overview)]
     for figure in figures:
         lines += ["", f"## {figure.title}", "", f"![{figure.title}]({figure.name}.png)", ""]
         lines += [figure.caption]
     lines += ["", "## Every task", "", tables.LEGEND, ""]
-    for task in comparison.tasks:
-        table = tables.of_task(comparison, task)
-        about = "; ".join(filter(None, (comparison.tasks[task].group, table.note)))
+    for task, info in summary.tasks.items():
+        table = tables.of_task(summary, task)
+        about = "; ".join(filter(None, (info.group, table.note)))
         lines += ["", f"### {table.name} ({about})", "", *tables.markdown(table)]
-    lines += ["", "## Settings", "", "```json", page.settings(comparison), "```", ""]
+    settings = json.dumps(summary.settings, indent=1)
+    lines += ["", "## Settings", "", "```json", settings, "```", ""]
     return "\n".join(lines)

@@ -1,0 +1,80 @@
+"""The flipped items that a page lists."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+from lirefs.comparison.comparison import Comparison
+from lirefs.comparison.item_changes import flips
+
+MOST_FLIPS = 5000
+"""Most flipped items on a page: the first ones of each task and variant."""
+MOST_CHARACTERS = 4000
+"""Longest text of a flipped item, in characters; of a longer one the middle is left out."""
+_SHORTEST_SHARED = 80
+
+
+@dataclass(frozen=True)
+class FlipList:
+    """Flipped items of a comparison, bounded for a page.
+
+    Attributes:
+        total: How many there are.
+        shown: How many the page holds.
+        each: Most items of each task and variant on the page.
+        data: Their texts, as JSON values for the script of the page.
+    """
+
+    total: int
+    shown: int
+    each: int
+    data: dict[str, Any]
+
+
+def flip_list(comparison: Comparison) -> FlipList:
+    """The flipped items of a comparison; each prompt stands once, not once for every variant."""
+    tasks, variants = list(comparison.tasks), comparison.variants[1:]
+    listed = {(t, v): flips(comparison, t, v) for t in tasks for v in variants}
+    sizes = [len(some) for some in listed.values()]
+    each = max(sizes, default=0)
+    while sum(min(size, each) for size in sizes) > MOST_FLIPS:
+        each -= 1
+    shared = {
+        task: shared_beginning([item.prompt for item in items])
+        for task, items in comparison.results[comparison.variants[0]].items()
+    }
+    items: dict[tuple[str, ...], int] = {}
+    rows = []
+    for (task, variant), some in listed.items():
+        for one in some[:each]:
+            rest = one.prompt[len(shared[task]) :]
+            item = items.setdefault((task, one.id, rest, one.expected, one.before), len(items))
+            rows.append([item, variants.index(variant), int(one.gained), _cut(one.after)])
+    data = {
+        "tasks": tasks,
+        "variants": variants,
+        "shared": [_cut(shared[task]) for task in tasks],
+        "items": [[tasks.index(task), name, *map(_cut, texts)] for task, name, *texts in items],
+        "flips": rows,
+    }
+    return FlipList(sum(sizes), len(rows), each, data)
+
+
+def shared_beginning(prompts: Sequence[str]) -> str:
+    """The lines that all prompts begin with (few-shot examples); empty where they are short."""
+    if len(prompts) < 2:
+        return ""
+    first, last = (one.split("\n")[:-1] for one in (min(prompts), max(prompts)))
+    same = takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))
+    shared = "".join(f"{line}\n" for line, _ in same)  # what first and last share, all share
+    return shared if len(shared) >= _SHORTEST_SHARED else ""
+
+
+def _cut(text: str) -> str:
+    if len(text) <= MOST_CHARACTERS:
+        return text
+    half = MOST_CHARACTERS // 2
+    return f"{text[:half]} [... {len(text) - 2 * half} characters left out ...] {text[-half:]}"

@@ -1,0 +1,95 @@
+"""Every number of a report as one plain table, from which page, tables and figures are made."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lirefs.comparison.cell import Cell, TaskInfo
+from lirefs.statistics.intervals import Estimate
+from lirefs.tasks.task import CONFLICT
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a comparison found, made once by `Comparison.summary`.
+
+    Attributes:
+        title: Heading of the report.
+        findings: Conclusions in sentences, if the comparison has any.
+        variants: Names, the unchanged model first.
+        tasks: Name of each task to its group, metric and chance level.
+        groups: Task groups with something to retain, to their informative tasks.
+        cells: (variant, task) to its numbers; tasks in order, variants within.
+        means: (variant, group) to the mean retained share of the group's informative tasks.
+        informative: Tasks on which the unchanged model is above chance.
+        settings: Provenance and settings of the bootstrap, as plain JSON values.
+    """
+
+    title: str
+    findings: tuple[str, ...]
+    variants: tuple[str, ...]
+    tasks: Mapping[str, TaskInfo]
+    groups: Mapping[str, tuple[str, ...]]
+    cells: Mapping[tuple[str, str], Cell]
+    means: Mapping[tuple[str, str], Estimate]
+    informative: frozenset[str]
+    settings: Mapping[str, Any]
+
+    def of_task(self, task: str) -> list[Cell]:
+        """Every variant on one task, the unchanged model first."""
+        return [self.cells[variant, task] for variant in self.variants]
+
+    def note(self, task: str) -> str:
+        """What a reader must know to interpret a task's scores; may be empty."""
+        info = self.tasks[task]
+        notes = [f"chance {info.chance:.2f}"] if info.chance else []
+        if info.group == CONFLICT:
+            notes.append("one of two competing answers, in no mean")
+        elif task not in self.informative:
+            notes.append("unchanged model not above chance, left out of the group's mean")
+        return "; ".join(notes)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row for each cell, at full precision; None where a cell has no such number."""
+        others = dict.fromkeys(name for cell in self.cells.values() for name in cell.extra)
+        rows = []
+        for cell in self.cells.values():
+            row: dict[str, Any] = {
+                **{name: getattr(cell, name) for name in ("variant", "task", "group", "metric")},
+                "chance": self.tasks[cell.task].chance,
+                "above_chance": int(cell.task in self.informative),
+                "n": cell.value.n,
+            }
+            retained = None if cell.group == CONFLICT else cell.retained
+            for name, one in (
+                ("score", cell.value),
+                ("difference", cell.difference),
+                ("retained", retained),
+            ):
+                ends = (None, None, None) if one is None else (one.value, one.low, one.high)
+                row |= zip((name, f"{name}_low", f"{name}_high"), ends, strict=True)
+            for name in ("p", "p_holm", "detectable", "unparsable"):
+                row[name] = getattr(cell, name)
+            rows.append(row | {f"other: {name}": cell.extra.get(name) for name in others})
+        return rows
+
+    def to_frame(self) -> pandas.DataFrame:
+        """One row for each cell, with the columns of `results.csv`; NaN for missing numbers."""
+        import pandas
+
+        return pandas.DataFrame(self.rows())
+
+
+def plain(value: Any) -> Any:
+    """A value as it comes back from JSON: no tuples, None for numbers that are not finite."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return None  # JSON has no NaN
+    if isinstance(value, Mapping):
+        return {key: plain(entry) for key, entry in value.items()}
+    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,164 @@
+"""Figures of the main job: sweeps with their controls, layers, and transfer between forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lirefs.comparison.figures.sweeps import curve_style, table_of
+from lirefs.comparison.summary import Summary
+from lirefs.pictures import (
+    COLOURS,
+    SMALL,
+    WIDE,
+    Picture,
+    canvas_of,
+    legend_below,
+    legend_outside,
+    literal,
+    picture_of,
+)
+from lirefs.statistics.intervals import Estimate
+
+
+def scores_against(
+    summary: Summary,
+    variants: Mapping[str, tuple[float, float]],
+    tasks: Sequence[str],
+    labels: tuple[str, str],
+) -> Picture:
+    """Scores on tasks against two measures of the same variants, one panel each.
+
+    Args:
+        summary: Holds every variant.
+        variants: Name to position on the two horizontal axes.
+        tasks: One line each.
+        labels: Labels of the horizontal axes; the second one is logarithmic.
+    """
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    canvas, axes = canvas_of(2, (WIDE, 3.6))
+    for panel, axis in enumerate(axes):
+        x = np.array([places[panel] for places in variants.values()])
+        order = np.argsort(x)
+        for index, task in enumerate(tasks):
+            _line(axis, x[order], _scores(summary, variants, task)[order], index, task)
+        axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
+    axes[0].locator_params(axis="x", nbins=5)
+    axes[1].set_xscale("log")
+    axes[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes[1].xaxis.set_major_formatter("{x:g}")
+    axes[1].xaxis.set_minor_formatter(NullFormatter())
+    legend_outside(canvas, axes[0], 4, "upper")
+    return picture_of(canvas)
+
+
+def strength_effect(
+    summary: Summary,
+    steered: Mapping[float, str],
+    controls: Sequence[Mapping[float, str]],
+    tasks: Sequence[str],
+) -> Picture:
+    """Scores against steering strength, compared with random directions of the same norm.
+
+    Args:
+        summary: Holds every variant.
+        steered: Strength to variant.
+        controls: The same for each random direction.
+        tasks: One panel each.
+    """
+    canvas, axes = canvas_of(len(tasks), (WIDE, 2.9))
+    base = summary.variants[0]
+    x = np.array([*steered, 0.0])  # strength 0 is the unchanged model
+    order = np.argsort(x)
+    for axis, task in zip(axes, tasks, strict=True):
+        for number, control in enumerate(controls):
+            shares = _scores(summary, [*control.values(), base], task)[order, 0]
+            label = "random directions of the same norm" if number == 0 else None
+            axis.plot(x[order], shares, color=COLOURS[6], lw=1, alpha=0.8, label=label)
+        values = _scores(summary, [*steered.values(), base], task)[order]
+        _line(axis, x[order], values, 0, "LiReF, 95 % interval")
+        axis.axvline(0, color="black", lw=0.6, ls=":")
+        axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
+        n = summary.cells[base, task].value.n
+        axis.set_title(literal(f"{task}, n = {n}"), fontsize=8)
+    axes[0].set_ylabel("share of items")
+    legend_outside(canvas, axes[0], 2, "lower")
+    return picture_of(canvas)
+
+
+def layer_effect(
+    separation: Sequence[Estimate], effects: Mapping[str, Sequence[Estimate]]
+) -> Picture:
+    """Where a direction separates best, and where it acts.
+
+    Args:
+        separation: Test AUROC at each layer.
+        effects: Name of an effect to its difference from random directions at each layer.
+    """
+    canvas, (left, right) = canvas_of(2, (WIDE, 3.0))
+    layers = np.arange(len(separation))
+    _line(left, layers, table_of(separation), 0, "test AUROC, 95 % interval")
+    left.axhline(0.5, color="black", lw=0.6, ls=":")
+    left.set(xlabel="layer", ylabel="AUROC", ylim=(0.4, 1.02), xticks=layers)
+    legend_below(left, columns=1)
+    for index, (name, values) in enumerate(effects.items()):
+        _line(right, layers + 0.05 * index, table_of(values), index + 1, name)
+    right.axhline(0, color="black", lw=0.6)
+    right.set(xlabel="layer steered", ylabel="LiReF minus random directions", xticks=layers)
+    legend_below(right, columns=1)
+    return picture_of(canvas)
+
+
+def transfer_matrix(
+    forms: Sequence[str],
+    areas: Mapping[tuple[str, str], Estimate],
+    cosines: Mapping[tuple[str, str], float],
+) -> Picture:
+    """AUROC of every form's direction on every form's questions, and cosines of the directions."""
+    canvas, axes = canvas_of(2, (WIDE, 3.5))
+    panels: list[tuple[Any, str, float, float]] = [
+        (areas, "test AUROC: direction (row) on questions (column)", 0.0, 1.0),
+        (cosines, "cosine between directions", -1.0, 1.0),
+    ]
+    for axis, (cells, title, low, high) in zip(axes, panels, strict=True):
+        numbers = np.array([[_value(cells[row, column]) for column in forms] for row in forms])
+        axis.imshow(numbers, vmin=low, vmax=high, cmap="RdBu_r" if low < 0 else "PuOr")
+        for i, row in enumerate(forms):
+            for j, column in enumerate(forms):
+                one = cells[row, column]
+                text = f"{_value(one):.2f}"
+                if isinstance(one, Estimate):
+                    text += f"\n[{one.low:.2f}, {one.high:.2f}]"
+                share = (_value(one) - low) / (high - low)
+                colour = "white" if share > 0.78 or share < 0.22 else "black"
+                axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
+        axis.set_xticks(range(len(forms)), forms, fontsize=SMALL)
+        axis.set_yticks(range(len(forms)), forms, fontsize=SMALL)
+        axis.set_title(title, fontsize=8)
+    return picture_of(canvas)
+
+
+def _value(one: Estimate | float) -> float:
+    return one.value if isinstance(one, Estimate) else one
+
+
+def _scores(summary: Summary, variants: Iterable[str], task: str) -> np.ndarray[Any, Any]:
+    return table_of([summary.cells[variant, task].value for variant in variants])
+
+
+def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
+    colour, marker, style = curve_style(index)
+    axis.vlines(x, values[:, 1], values[:, 2], color=colour, lw=1, alpha=0.45)
+    axis.plot(
+        x,
+        values[:, 0],
+        color=colour,
+        ls=style,
+        marker=marker,
+        ms=3.5,
+        lw=1.2,
+        label=literal(label),
+    )
