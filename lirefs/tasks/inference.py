@@ -1,4 +1,4 @@
-"""Batched greedy decoding and log-likelihoods; what prompts share is computed once."""
+"""Batched greedy decoding and log-likelihoods; a prefix that prompts share is computed once."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from lirefs.model.prompts import Prompt, prompt_known
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
-# With fewer tokens a forward pass takes hardly less time, so padding costs nothing.
+# A forward pass of fewer tokens takes hardly less time, so padding up to here is free.
 ENOUGH = 256
-# A batch drops its finished rows once no more than this share of its rows goes on. Copying the
-# cache of those is cheap beside a step on a CPU, less so on an accelerator.
-GOING_ON = 0.9
+# A batch drops its finished rows once at most this share of its rows is unfinished. Copying the
+# cache of those is cheap compared with a step on a CPU, less so on an accelerator.
+UNFINISHED = 0.9
 
 Advance = Callable[[int], Any]
+"""Called with the number of items that were finished since the last call."""
 
 
 def greedy(
@@ -43,7 +44,7 @@ def greedy(
         lm: The model, under whatever intervention is active.
         prompts: Token ids of each prompt, at least one token each.
         max_new_tokens: Length of each continuation, unless it is stopped.
-        stop: Token ids after which a row ends; that token is kept. None: never.
+        stop: Whether a row ends after a token id; that token is kept. None: never.
         until: Texts after which a row ends; the tokens that hold them are kept.
         batch_tokens: Tokens per batch, padding and continuation included.
         advance: Called with the number of prompts finished.
@@ -76,19 +77,18 @@ def option_log_likelihoods(
 
     Args:
         lm: The model, under whatever intervention is active.
-        items: For each item, the token ids of prompt + option for every option. What the
-            options of an item share at their beginning counts as the prompt and runs once.
+        items: For each item, the token ids of prompt + option for every option. The beginning
+            that all options of an item share counts as the prompt and runs once.
         batch_tokens: Tokens per batch, padding included.
         advance: Called with the number of items finished.
 
     Returns:
         Sum of the log-probabilities of the tokens after the shared beginning, per option.
     """
-    starts = [_common_prefix(options) for options in items]
-    split = [
-        (options[0][:start], [option[start:] for option in options])
-        for options, start in zip(items, starts, strict=True)
-    ]
+    split = []
+    for options in items:
+        start = _shared_tokens(options)
+        split.append((options[0][:start], [option[start:] for option in options]))
     scored = score_continuations(lm, split, batch_tokens=batch_tokens, advance=advance)
     return [[value for value, _ in values] for values in scored]
 
@@ -172,7 +172,7 @@ class _Batch:
         unfinished: bool = False,
     ) -> None:
         self.model = lm.model
-        # A prefix that prompts share has no last prompt token: the prompt goes on after it.
+        # A prefix that prompts share has no last prompt token: the prompt continues after it.
         self.prompt = Prompt(torch.tensor([shared + len(rest) + unfinished for rest in rests]))
         inputs = lm.pad(rests, side="left")
         self.mask = inputs["attention_mask"]
@@ -205,7 +205,7 @@ class _Batch:
         return logits
 
     def select(self, picked: list[int]) -> None:
-        """Make a batch of these rows of it; one may be picked several times."""
+        """Keep these rows of the batch, in this order; a row may be picked several times."""
         rows = torch.tensor(picked, device=self.mask.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
@@ -213,7 +213,7 @@ class _Batch:
         self.next_position = self.next_position[rows]
 
     def copy_of(self, picked: list[int]) -> _Batch:
-        """The same, as a batch of its own."""
+        """The same as `select`, on a copy."""
         batch = copy.copy(self)
         batch.cache = copy.deepcopy(self.cache)
         batch.select(picked)
@@ -225,7 +225,7 @@ def _decode(
 ) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in range(len(batch.mask))]
     done = [False] * len(rows)
-    held = list(range(len(rows)))  # which of them the batch still holds
+    held = list(range(len(rows)))  # those that the batch still holds
     logits = batch.last_logits
     for step in range(max_new_tokens):
         tokens = logits.argmax(-1)
@@ -236,7 +236,7 @@ def _decode(
         going = [index for index, row in enumerate(held) if not done[row]]
         if not going or step == max_new_tokens - 1:
             break
-        if len(going) <= GOING_ON * len(held):
+        if len(going) <= UNFINISHED * len(held):
             batch.select(going)
             tokens = tokens[going]
             held = [held[index] for index in going]
@@ -249,17 +249,17 @@ def _decode(
 def _ends(
     lm: LanguageModel, stop: Callable[[int], bool] | None, until: Sequence[str]
 ) -> Callable[[list[int]], bool]:
-    """Whether a row ends with the tokens it has: tried after each token."""
+    """A test for whether a row ends after its last token."""
     texts = [text for text in until if text]
-    # A token has a byte at least, so these hold any text that the last of them completes; two
-    # more, because the beginning of what is decoded may be half a character or lose a space.
+    # A token has at least one byte, so this many tokens hold any text that the last one completes;
+    # two more, because decoding may begin inside a character or drop a space.
     reach = max((len(text.encode()) for text in texts), default=0) + 2
 
     def ends(row: list[int]) -> bool:
         if stop is not None and stop(row[-1]):
             return True
-        said = lm.tokenizer.decode(row[-reach:]) if texts else ""
-        return any(text in said for text in texts)
+        tail = lm.tokenizer.decode(row[-reach:]) if texts else ""
+        return any(text in tail for text in texts)
 
     return ends
 
@@ -282,7 +282,7 @@ def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tup
 
 
 def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], list[bool]]:
-    """Negative log-likelihood of all but the first token, and whether each is the likeliest."""
+    """Negative log-likelihood of all tokens but the first, and whether each is the likeliest."""
     device = batch.mask.device
     longest = max(len(option) for option in options)
     ids = torch.zeros(len(options), longest - 1, dtype=torch.long)
@@ -291,9 +291,9 @@ def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], 
         ids[row, : len(option) - 1] = torch.tensor(option[:-1])
         targets[row, : len(option) - 1] = torch.tensor(option[1:])
         valid[row, : len(option) - 1] = 1
-    # Padding on the right: masked, and no later token of the row could see it anyway.
+    # Padding is on the right: it is masked, and no real token of the row comes after it.
     batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
-    # At position 0, because a longer row's padding may reach past the model's last position.
+    # Its position is 0, because padding may reach past the model's last position.
     positions = batch.next_position + torch.arange(longest - 1, device=device)
     positions = positions * valid.to(device)
     logits = batch.forward(ids.to(device), positions, last_only=False)
@@ -303,7 +303,7 @@ def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], 
 
 
 def _of_similar_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of positive lengths, in groups of which none is over twice another: less padding."""
+    """Indices of positive lengths, grouped within a factor of two: less padding."""
     groups: dict[int, list[int]] = {}
     for index, length in enumerate(lengths):
         if length > 0:
@@ -312,7 +312,7 @@ def _of_similar_length(lengths: list[int]) -> list[list[int]]:
 
 
 def _tokens_held(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:
-    """Tokens of an item in the cache at the most: each option of several has a copy of its own."""
+    """Most tokens of an item in the cache, where each option has its own copy of the prompt."""
     longer = sum(len(option) > 1 for option in options)
     return max(1, longer) * (len(prompt) + max(len(option) for option in options))
 
@@ -323,20 +323,23 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     ).view(targets.shape)
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the common beginning, at least one token of each sequence left over."""
-    limit = min(len(sequence) for sequence in sequences) - 1
-    for index in range(limit):
-        if any(sequence[index] != sequences[0][index] for sequence in sequences):
-            return index
-    return limit
+def common_prefix(*sequences: Sequence[Any]) -> int:
+    """Number of leading elements that sequences have in common."""
+    columns = enumerate(zip(*sequences, strict=False))
+    differing = (index for index, column in columns if len(set(column)) > 1)
+    return next(differing, min(len(sequence) for sequence in sequences))
+
+
+def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the common beginning that leaves at least one token of each sequence."""
+    return min(common_prefix(*sequences), min(len(sequence) for sequence in sequences) - 1)
 
 
 def _shared_prefix(
     lm: LanguageModel, prompts: Sequence[Sequence[int]]
 ) -> tuple[int, DynamicCache | None]:
-    """Prefill what all prompts begin with, when the model's cache can be copied row by row."""
-    shared = _common_prefix(prompts) if len(prompts) > 1 else 0
+    """Prefill the beginning of all prompts, if the model's cache can be copied row by row."""
+    shared = _shared_tokens(prompts) if len(prompts) > 1 else 0
     if shared < SHORTEST_SHARED:
         return 0, None
     batch = _Batch(lm, [list(prompts[0][:shared])], unfinished=True)

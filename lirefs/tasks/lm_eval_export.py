@@ -1,4 +1,4 @@
-"""Recitation as a task folder of lm-evaluation-harness."""
+"""Write recitation items as a task folder of lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from lirefs.files import atomic_write_text
 from lirefs.tasks.recitation import levenshtein
 
 _YAML = """\
-# Recitation: greedy continuation of a prefix, compared token by token with what training showed.
+# Recitation: greedy continuation of a prefix, compared token by token with its suffix in training.
 task: {name}
 custom_dataset: !function {name}_utils.load
 test_split: test
@@ -73,22 +73,22 @@ def write_lm_eval_task(
     """Write recitation items as a task that lm-eval runs, with the scores of `Recitation`.
 
     The folder then holds `NAME.yaml`, `NAME.jsonl`, `NAME_utils.py` and `NAME_tokenizer/`, and
-    `lm_eval --include_path FOLDER --tasks NAME` needs nothing else. lm-eval hands out text, not
-    tokens, so an item is written only if the tokenizer gives its text the same tokens again. (An
-    output that is tokenized otherwise than the model wrote it may differ in distance for the
-    same reason; one that recites its suffix cannot.)
+    `lm_eval --include_path FOLDER --tasks NAME` needs nothing else. lm-eval passes on text, not
+    tokens, so an item is written only if the tokenizer turns its text into the same tokens again.
+    (For the same reason, the distance of an output whose text has other tokens than the model
+    generated may differ; an output that recites its suffix always counts.)
 
     Args:
-        folder: Made when missing; files of these names in it are replaced.
-        name: Of the task: letters, digits and underscores.
+        folder: Created if missing; files of these names in it are replaced.
+        name: Name of the task: letters, digits and underscores.
         items: (id, prefix ids, suffix ids), as in `Recitation`.
         tokenizer: The tokenizer of these ids.
 
     Returns:
-        How many items were left out because their text gives other tokens.
+        How many items were left out because their text has other tokens.
 
     Raises:
-        TaskError: The name is none, or no item is left.
+        TaskError: The name has other characters, or no item is left.
     """
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise TaskError(f"{name!r} cannot name a task: use letters, digits and underscores")

@@ -1,4 +1,4 @@
-"""Items made from a seed: as many as asked for, the same ones for the same seed."""
+"""Items generated from a seed, in any number; the same seed gives the same items."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ AnswerItem = tuple[str, str, list[str]]
 
 
 def addition_items(n: int, seed: int = 0) -> list[AnswerItem]:
-    """Sums of two two-digit numbers, five answered examples before each."""
+    """Sums of two two-digit numbers, with five answered examples before each."""
     chosen = _two_digit_problems("+", n + 5, f"addition {seed}")
     shots = "".join(f"What is {text}? Answer: {value}\n" for text, value in chosen[:5])
     return [(text, f"{shots}What is {text}? Answer:", [str(value)]) for text, value in chosen[5:]]
@@ -19,8 +19,8 @@ def addition_items(n: int, seed: int = 0) -> list[AnswerItem]:
 def simple_math_items(n: int, seed: int = 0) -> list[AnswerItem]:
     """SimpleMath: two-digit addition and subtraction, five answered examples, no other text.
 
-    Source: Merullo et al. 2025, section 5 (the paper's own seed and number of items are not
-    given). Differences may be negative.
+    Differences may be negative. Source: Merullo et al. 2025, section 5, which gives neither seed
+    nor number of items.
     """
     chosen = _two_digit_problems("+-", n + 5, f"simple math {seed}")
     shots = "".join(f"{text} = {value}\n" for text, value in chosen[:5])
@@ -42,13 +42,13 @@ BOAR_RULE = (
     'to the end of the word, and write "eb" after them. A word that begins with a vowel only gets '
     'the "eb".\n\n'
 )
-_KINDS = (
+_ADJECTIVES = (
     "amber black blue brown clean cold dark deep dull empty fresh glad great green grim hard "
     "hot kind large late light loud low mild narrow new odd old open pale plain proud red rich "
     "round sad sharp short slow small soft strange strong sweet tall thick thin warm white wide "
     "wild wise young"
 )
-_THINGS = (
+_NOUNS = (
     "apple band basket bell bird boat book bread bridge brush button candle chair child church "
     "clock cloud coat corner cup desk door dream dress drum engine farm field flag floor forest "
     "garden glass glove grape hammer hat hill horse house island jacket kettle lamp leaf letter "
@@ -65,12 +65,12 @@ def boar_etruscan(word: str) -> str:
 
 
 def boar_items(n: int, seed: int = 0) -> list[AnswerItem]:
-    """Phrases of two words to be put into Boar Etruscan; the rule and five examples come first.
+    """Phrases of two words to translate into Boar Etruscan, after the rule and five examples.
 
     Source: the encoding of McCoy et al. 2023, used by Merullo et al. 2025, section 5; rule text,
     words and examples are this project's.
     """
-    phrases = [f"{kind} {thing}" for kind in _KINDS.split() for thing in _THINGS.split()]
+    phrases = [f"{one} {thing}" for one in _ADJECTIVES.split() for thing in _NOUNS.split()]
     chosen = random.Random(f"boar {seed}").sample(phrases, n + 5)
     pairs = [(one, " ".join(boar_etruscan(word) for word in one.split())) for one in chosen]
     shots = "".join(f"English: {one}\nBoar Etruscan: {other}\n\n" for one, other in pairs[:5])
@@ -81,7 +81,7 @@ def boar_items(n: int, seed: int = 0) -> list[AnswerItem]:
 
 
 def boolean_items(n: int, seed: int = 0) -> list[ChoiceItem]:
-    """Boolean expressions of depth two or three, four answered examples before each."""
+    """Boolean expressions of depth two or three, with four answered examples before each."""
     generator = random.Random(f"boolean {seed}")
 
     def expression(depth: int) -> tuple[str, bool]:
@@ -120,7 +120,7 @@ _COLOURS = ("red", "blue", "green", "yellow")
 
 
 def tracking_items(n: int, seed: int = 0) -> list[ChoiceItem]:
-    """Who holds an object after three hand-overs, four answered examples before each."""
+    """Who holds an object after three hand-overs, with four answered examples before each."""
     generator = random.Random(f"tracking {seed}")
 
     def draw() -> tuple[str, list[str], str]:
@@ -133,7 +133,7 @@ def tracking_items(n: int, seed: int = 0) -> list[ChoiceItem]:
 
 
 def elimination_items(n: int, seed: int = 0) -> list[ChoiceItem]:
-    """The one colour that is left for the third person, four answered examples before each."""
+    """The one colour left for the third person, with four answered examples before each."""
     generator = random.Random(f"elimination {seed}")
 
     def draw() -> tuple[str, list[str], str]:
@@ -152,20 +152,16 @@ def _few_shot_choices(
     draw: Callable[[], tuple[str, list[str], str]],
     shots: int = 4,
 ) -> list[ChoiceItem]:
-    """Distinct drawn items (text, options, answer) after the same answered examples."""
+    """Items from distinct draws of (text, options, answer), with answered examples before each."""
     drawn: dict[str, tuple[list[str], str]] = {}
     while len(drawn) < n + shots:
         text, options, answer = draw()
-        generator.shuffle(options)  # the place of an option must not tell the answer
+        generator.shuffle(options)  # the position of an option must not give the answer away
         drawn.setdefault(text, (options, answer))
     rows = list(drawn.items())
     examples = "".join(f"{text} {answer}\n" for text, (_, answer) in rows[:shots])
-    return [
-        (
-            f"{name}-{index}",
-            examples + text,
-            [f" {one}" for one in options],
-            options.index(answer),
-        )
-        for index, (text, (options, answer)) in enumerate(rows[shots:])
-    ]
+    items = []
+    for index, (text, (options, answer)) in enumerate(rows[shots:]):
+        shown = [f" {one}" for one in options]
+        items.append((f"{name}-{index}", examples + text, shown, options.index(answer)))
+    return items

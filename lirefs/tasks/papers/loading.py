@@ -1,10 +1,10 @@
-"""Rows of evaluation data: JSON Lines of the user's own first, else a set of the hub."""
+"""Rows of evaluation data: from a folder of JSON Lines files, else from a dataset of the hub."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,57 +13,57 @@ from lirefs.errors import DataFileError, NoDataError, TaskError
 from lirefs.files import read_jsonl
 
 Row = dict[str, Any]
-Numbered = list[tuple[int, Row]]
+NumberedRows = list[tuple[int, Row]]
+"""Rows, each with its line in the file or its number in the dataset, from 1."""
 PASSAGE_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
-class Hub:
-    """A set on the hub.
+class HubDataset:
+    """A dataset of the Hugging Face hub.
 
     Attributes:
         id: Its id.
-        split: The rows that are tested.
-        configs: Its configurations; the rows of several are put together.
-        shots_split: The rows that answered examples are taken from; empty: the tested split.
-        adapt: A row of the hub with the fields that a local file has.
-        config_field: Field that gets the name of the configuration; empty: none.
+        split: The split that is tested.
+        configs: Its configurations; the rows of several are joined.
+        shots_split: The split that answered examples are taken from; empty: the tested one.
+        adapt: Turns a row of the dataset into one with the fields of a local file.
+        config_field: Field to which the name of the configuration is written; empty: none.
     """
 
     id: str
     split: str = "test"
-    configs: tuple[str | None, ...] = (None,)
+    configs: Sequence[str | None] = (None,)
     shots_split: str = ""
     adapt: Callable[[Row], Row] = dict
     config_field: str = ""
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows of one source, each with its line or number from 1.
+class SkillData:
+    """The rows of one skill.
 
     Attributes:
-        source: Where they are from, for messages.
+        source: Where they come from, for messages.
         tested: Rows to ask about.
-        shots: Rows for answered examples; empty: some of the tested ones have to serve.
-        error: What to raise for a malformed row: a file can be mended, a set of the hub cannot
-            be had in the form that is needed.
+        shots: Rows for answered examples; empty: they are taken from the tested ones.
+        error: What to raise for a malformed row: the user can fix a file, but not a dataset.
     """
 
     source: str
-    tested: Numbered
-    shots: Numbered = field(default_factory=list)
+    tested: NumberedRows
+    shots: NumberedRows = field(default_factory=list)
     error: type[TaskError] = TaskError
 
 
-class Sources:
-    """Where rows come from: a folder, then the hub.
+class SkillDataLoader:
+    """Finds rows in a folder, else on the hub; stops asking the hub once it cannot be reached.
 
-    Attributes:
+    Args:
         folder: Folder of JSON Lines files, None for none.
 
     Raises:
-        DataFileError: If the folder does not exist.
+        DataFileError: The folder does not exist.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -73,10 +73,10 @@ class Sources:
             raise DataFileError(f"{self.folder}: no such folder of evaluation data")
 
     def files(self, pattern: str) -> list[Path]:
-        """Files of the folder whose name fits `pattern`, sorted.
+        """Files of the folder whose names match `pattern`, sorted.
 
         Raises:
-            NoDataError: If there is none.
+            NoDataError: There is none.
         """
         found = sorted(self.folder.glob(pattern)) if self.folder else []
         if not found:
@@ -84,74 +84,64 @@ class Sources:
             raise NoDataError(f"no {pattern} {where}")
         return found
 
-    def rows(self, file: str, hub: Hub | None) -> Rows:
+    def load(self, file: str, hub: HubDataset | None) -> SkillData:
         """Rows of `<folder>/<file>.jsonl`, else of `hub`.
 
         Raises:
-            NoDataError: If neither can be had; says why.
-            DataFileError: If the file is there and cannot be read.
+            NoDataError: Neither is available; the message says why.
+            DataFileError: The file exists and cannot be read.
         """
         try:
             path = self.files(f"{file}.jsonl")[0]
         except NoDataError as problem:
             if hub is None:
-                raise NoDataError(f"{problem}; no set of the hub serves") from None
+                raise NoDataError(f"{problem}; no dataset on the hub replaces it") from None
             try:
-                return self._hub_rows(hub)
+                tested = self._download(hub, hub.split)
+                shots = self._download(hub, hub.shots_split) if hub.shots_split else []
             except NoDataError as other:
                 raise NoDataError(f"{problem}; {other}") from None
-        return Rows(str(path), read_jsonl(path))
+            return SkillData(f"{hub.id} on the hub", tested, shots, NoDataError)
+        return SkillData(str(path), read_jsonl(path))
 
-    def _hub_rows(self, hub: Hub) -> Rows:
-        tested, shots = [], []
-        for config in hub.configs:
-            tested += self._download(hub, config, hub.split)
-            if hub.shots_split:
-                shots += self._download(hub, config, hub.shots_split)
-        return Rows(
-            f"{hub.id} of the hub",
-            list(enumerate(tested, start=1)),
-            list(enumerate(shots, start=1)),
-            NoDataError,
-        )
-
-    def _download(self, hub: Hub, config: str | None, split: str) -> list[Row]:
+    def _download(self, hub: HubDataset, split: str) -> NumberedRows:
         if self._unreachable:
             raise NoDataError(
-                f"{hub.id}: the hub cannot be reached (HF_HUB_OFFLINE=1 uses only what was "
+                f"{hub.id}: the hub cannot be reached (set HF_HUB_OFFLINE=1 to use only what was "
                 "downloaded before)"
             )
         import datasets  # takes a second to load
         from huggingface_hub import constants
 
-        extra = {hub.config_field: config} if hub.config_field else {}
+        rows: list[Row] = []
         try:
-            data = datasets.load_dataset(hub.id, config, split=split)
-            return [hub.adapt(dict(row)) | extra for row in data]
-        # Hub, network, parquet and adapted fields fail each in their own classes, some of them
-        # bare exceptions of the libraries below; whatever it is, this set cannot be had.
+            for config in hub.configs:
+                extra = {hub.config_field: config} if hub.config_field else {}
+                data = datasets.load_dataset(hub.id, config, split=split)
+                rows += [hub.adapt(dict(row)) | extra for row in data]
+        # The hub, the network, parquet and missing fields each raise their own classes, some of
+        # them bare Exception; in every case this dataset cannot be used.
         except Exception as problem:
             lost = isinstance(problem, ConnectionError) or "LocalEntryNotFound" in str(problem)
-            # A second set would wait for as long. When offline by choice nothing waits, and the
-            # next set may be in the cache.
+            # Another dataset would wait just as long. Offline by choice, nothing waits, and the
+            # next dataset may be in the cache.
             self._unreachable = lost and not constants.HF_HUB_OFFLINE
             message = (str(problem) or "no message").splitlines()[0][:200]
             raise NoDataError(f"{hub.id}: {type(problem).__name__}: {message}") from problem
+        return list(enumerate(rows, start=1))
 
 
-def passage_around(page: str, answers: list[str], length: int = PASSAGE_CHARACTERS) -> str:
+def passage_around(page: str, answers: Sequence[str], length: int = PASSAGE_CHARACTERS) -> str:
     """About `length` characters of a page around the first answer in it, cut between words.
 
     Returns:
         The passage, empty if no answer occurs in the page.
     """
-    names = [re.escape(answer) for answer in answers if answer.strip()]
-    found = (
-        re.search(rf"(?<!\w)(?:{'|'.join(names)})(?!\w)", page, re.IGNORECASE) if names else None
-    )
+    names = "|".join(re.escape(answer) for answer in answers if answer.strip())
+    found = re.search(rf"(?<!\w)(?:{names})(?!\w)", page, re.IGNORECASE) if names else None
     if found is None:
         return ""
-    # Two thirds before the answer, so that its sentence is likely whole.
+    # Two thirds stand before the answer, so that its sentence is probably whole.
     start = max(0, min(found.start() - 2 * length // 3, len(page) - length))
     passage = page[start : max(start + length, found.end())]
     if start:
@@ -162,7 +152,7 @@ def passage_around(page: str, answers: list[str], length: int = PASSAGE_CHARACTE
 
 
 def popqa_row(row: Row) -> Row:
-    """A row of akariasai/PopQA; its answers are a JSON list in a text."""
+    """A row of akariasai/PopQA, whose answers are a JSON list in a string."""
     return {
         "question": row["question"],
         "answers": json.loads(row["possible_answers"]),
