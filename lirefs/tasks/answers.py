@@ -49,8 +49,7 @@ def first_number(text: str) -> float | None:
 def final_number(text: str) -> float | None:
     """The number N of the last `the answer is N` in a text, None if there is none."""
     found = [number_at(text[match.end() :]) for match in _STATED.finditer(text)]
-    readable = [value for value in found if value is not None]
-    return readable[-1] if readable else None
+    return next((value for value in reversed(found) if value is not None), None)
 
 
 def judge(text: str, answers: Sequence[str], kind: AnswerKind) -> tuple[bool, bool]:
@@ -71,9 +70,9 @@ def judge(text: str, answers: Sequence[str], kind: AnswerKind) -> tuple[bool, bo
         return True, any(stated == number_at(answer) for answer in answers)
     if kind == "words":
         words = _words(text)
-        return bool(words), any(words == _words(one) for one in answers if _words(one))
+        return bool(words), bool(words) and words in map(_words, answers)
     words = normalise(text)
-    aliases = [alias for alias in map(normalise, answers) if alias]
+    aliases = filter(None, map(normalise, answers))
     return bool(words), any(words[: len(alias)] == alias for alias in aliases)
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from lirefs.model.batching import batches_by_tokens
@@ -52,7 +54,7 @@ def greedy(
     Returns:
         The new token ids of each prompt, in the order of the prompts.
     """
-    results: list[list[int]] = [[] for _ in prompts]
+    results: dict[int, list[int]] = {}
     ends = _ends(lm, stop, until)
     with evaluating(lm.model):
         shared, prefix = _shared_prefix(lm, prompts)
@@ -60,17 +62,15 @@ def greedy(
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         for rows in batches_by_tokens(lengths, batch_tokens):
             batch = _Batch(lm, [rests[row] for row in rows], prefix, shared)
-            for row, tokens in zip(rows, _decode(batch, max_new_tokens, ends), strict=True):
-                results[row] = tokens
+            results |= zip(rows, _decode(batch, max_new_tokens, ends), strict=True)
             advance(len(rows))
-    return results
+    return [results[row] for row in range(len(prompts))]
 
 
 def option_log_likelihoods(
     lm: LanguageModel,
     items: Sequence[Sequence[Sequence[int]]],
     *,
-    batch_tokens: int = BATCH_TOKENS,
     advance: Advance = lambda n: None,
 ) -> list[list[float]]:
     """Log-likelihood of each option of each item, in nats.
@@ -79,7 +79,6 @@ def option_log_likelihoods(
         lm: The model, under whatever intervention is active.
         items: For each item, the token ids of prompt + option for every option. The beginning
             that all options of an item share counts as the prompt and runs once.
-        batch_tokens: Tokens per batch, padding included.
         advance: Called with the number of items finished.
 
     Returns:
@@ -89,7 +88,7 @@ def option_log_likelihoods(
     for options in items:
         start = _shared_tokens(options)
         split.append((options[0][:start], [option[start:] for option in options]))
-    scored = score_continuations(lm, split, batch_tokens=batch_tokens, advance=advance)
+    scored = score_continuations(lm, split, advance=advance)
     return [[value for value, _ in values] for values in scored]
 
 
@@ -112,25 +111,20 @@ def score_continuations(
         For each continuation its log-likelihood in nats, and whether each of its tokens is the
         most likely one after those before it.
     """
-    results: list[list[tuple[float, bool]]] = [[] for _ in items]
+    results: dict[int, list[tuple[float, bool]]] = {}
     with evaluating(lm.model):
         shared, prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
         lengths = [_tokens_held(prompt, options) for prompt, options in items]
         for rows in batches_by_tokens(lengths, batch_tokens, enough=ENOUGH):
             batch = _Batch(lm, [list(items[row][0][shared:]) for row in rows], prefix, shared)
             tails = [[list(option) for option in items[row][1]] for row in rows]
-            for row, values in zip(rows, _score_options(batch, tails), strict=True):
-                results[row] = values
+            results |= zip(rows, _score_options(batch, tails), strict=True)
             advance(len(rows))
-    return results
+    return [results[row] for row in range(len(items))]
 
 
 def token_nlls(
-    lm: LanguageModel,
-    texts: Sequence[Sequence[int]],
-    *,
-    batch_tokens: int = BATCH_TOKENS // 4,
-    advance: Advance = lambda n: None,
+    lm: LanguageModel, texts: Sequence[Sequence[int]], *, advance: Advance = lambda n: None
 ) -> list[Tensor]:
     """Negative log-likelihood of every token but the first of each text.
 
@@ -139,15 +133,15 @@ def token_nlls(
     Args:
         lm: The model, under whatever intervention is active.
         texts: Token ids of each text, at least two tokens each.
-        batch_tokens: Tokens per batch, padding included; the logits of a whole batch are held.
         advance: Called with the number of texts finished.
 
     Returns:
         For each text a float32 tensor on the CPU, shape (tokens - 1,), in nats.
     """
-    results: list[Tensor] = [torch.empty(0) for _ in texts]
+    results: dict[int, Tensor] = {}
+    # Batches are smaller than elsewhere, because the logits of a whole one are held.
     with evaluating(lm.model):
-        for rows in batches_by_tokens([len(text) for text in texts], batch_tokens):
+        for rows in batches_by_tokens([len(text) for text in texts], BATCH_TOKENS // 4):
             inputs = lm.pad([texts[row] for row in rows], side="right")
             halves = Prompt(torch.tensor([max(1, len(texts[row]) // 2) for row in rows]))
             with prompt_known(halves):
@@ -157,7 +151,7 @@ def token_nlls(
             for index, row in enumerate(rows):
                 results[row] = nll[index, : len(texts[row]) - 1].clone()
             advance(len(rows))
-    return results
+    return [results[row] for row in range(len(texts))]
 
 
 class _Batch:
@@ -193,16 +187,10 @@ class _Batch:
         if last_only and accepts(self.model, "logits_to_keep"):
             extra["logits_to_keep"] = 1
         with prompt_known(self.prompt):
-            out = self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                **extra,
-            )
+            cached = {"past_key_values": self.cache, "use_cache": True}
+            out = self.model(input_ids=ids, attention_mask=self.mask, **cached, **extra)
         self.cache = out.past_key_values
-        logits: Tensor = out.logits
-        return logits
+        return cast(Tensor, out.logits)
 
     def select(self, picked: list[int]) -> None:
         """Keep these rows of the batch, in this order; a row may be picked several times."""
@@ -269,8 +257,9 @@ def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tup
     owner = [index for index, options in enumerate(tails) for _ in options]
     first = torch.log_softmax(batch.last_logits.float(), dim=-1).cpu()
     best = first.argmax(-1).tolist()
-    values = [float(first[i, option[0]]) for i, option in zip(owner, flat, strict=True)]
-    greedily = [best[i] == option[0] for i, option in zip(owner, flat, strict=True)]
+    pairs = list(zip(owner, flat, strict=True))
+    values = [float(first[row, option[0]]) for row, option in pairs]
+    greedily = [best[row] == option[0] for row, option in pairs]
     for chunk in _of_similar_length([len(option) - 1 for option in flat]):
         part = batch.copy_of([owner[index] for index in chunk])
         tails_nll, follows = _score_tails(part, [flat[index] for index in chunk])
@@ -284,17 +273,14 @@ def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tup
 def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], list[bool]]:
     """Negative log-likelihood of all tokens but the first, and whether each is the likeliest."""
     device = batch.mask.device
-    longest = max(len(option) for option in options)
-    ids = torch.zeros(len(options), longest - 1, dtype=torch.long)
-    targets, valid = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, option in enumerate(options):
-        ids[row, : len(option) - 1] = torch.tensor(option[:-1])
-        targets[row, : len(option) - 1] = torch.tensor(option[1:])
-        valid[row, : len(option) - 1] = 1
+    tokens = [torch.tensor(option) for option in options]
+    ids = pad_sequence([row[:-1] for row in tokens], batch_first=True)
+    targets = pad_sequence([row[1:] for row in tokens], batch_first=True)
+    valid = pad_sequence([torch.ones_like(row[1:]) for row in tokens], batch_first=True)
     # Padding is on the right: it is masked, and no real token of the row comes after it.
     batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
     # Its position is 0, because padding may reach past the model's last position.
-    positions = batch.next_position + torch.arange(longest - 1, device=device)
+    positions = batch.next_position + torch.arange(ids.shape[1], device=device)
     positions = positions * valid.to(device)
     logits = batch.forward(ids.to(device), positions, last_only=False)
     nll = _nll(logits, targets.to(logits.device)).cpu() * valid
@@ -304,10 +290,10 @@ def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], 
 
 def _of_similar_length(lengths: list[int]) -> list[list[int]]:
     """Indices of positive lengths, grouped within a factor of two: less padding."""
-    groups: dict[int, list[int]] = {}
+    groups: dict[int, list[int]] = defaultdict(list)
     for index, length in enumerate(lengths):
         if length > 0:
-            groups.setdefault((length - 1).bit_length(), []).append(index)
+            groups[(length - 1).bit_length()].append(index)
     return list(groups.values())
 
 

@@ -16,7 +16,7 @@ from lirefs.errors import TaskError
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import BATCH_TOKENS, Advance
-from lirefs.tasks.task import ItemResult
+from lirefs.tasks.task import ItemResult, ItemTask
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -65,7 +65,7 @@ def lm_eval_tasks(
     """Tasks of lm-eval, for `lirefs.compare`.
 
     Args:
-        names: Tasks, groups or tags of lm-eval; groups and tags stand for all their tasks.
+        names: Tasks, groups or tags of lm-eval.
         include_path: A folder with more tasks as YAML files.
         limit: Only the first this many documents of each task.
         group: Group of the tasks in a comparison.
@@ -101,7 +101,7 @@ def lm_eval_tasks(
 
 
 @dataclass(frozen=True)
-class LMEvalTask:
+class LMEvalTask(ItemTask):
     """A task of lm-eval, made by `lm_eval_tasks`.
 
     Attributes:
@@ -112,9 +112,8 @@ class LMEvalTask:
         metric: lm-eval's name of the score.
     """
 
-    name: str
-    source: Any
     items: Sequence[Sequence[Any]]
+    source: Any
     metric: str
     group: str = "lm-eval"
 
@@ -125,13 +124,6 @@ class LMEvalTask:
             return 0.0
         options = [len(self.source.doc_to_choice(item[0].doc)) for item in self.items]
         return sum(1 / count for count in options) / len(options)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def subset(self, rows: Sequence[int]) -> LMEvalTask:
-        """The same task on some of its items."""
-        return replace(self, items=[self.items[row] for row in rows])
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item as `lm_eval.simple_evaluate` does."""
@@ -154,8 +146,8 @@ class LMEvalTask:
 
     def _result(self, item: list[Any]) -> ItemResult:
         scores: dict[str, float] = {}
-        first, *others = item[0].filtered_resps
-        for key in (first, *others):
+        first = next(iter(item[0].filtered_resps))
+        for key in item[0].filtered_resps:
             found = self.source.process_results(item[0].doc, [r.filtered_resps[key] for r in item])
             for name, value in found.items():
                 if isinstance(value, numbers.Real):  # else it is for the whole corpus
@@ -195,7 +187,7 @@ def _task(name: str, source: Any, limit: int | None, group: str) -> LMEvalTask:
     for one in source.instances:
         documents[one.doc_id].append(one)
     items = [sorted(document, key=lambda one: one.idx) for document in documents.values()]
-    return LMEvalTask(name, source, items, metrics[0], group)
+    return LMEvalTask(name, items, source, metrics[0], group)
 
 
 def _require() -> None:

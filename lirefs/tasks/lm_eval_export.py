@@ -12,56 +12,9 @@ from typing import Any
 from lirefs.errors import TaskError
 from lirefs.files import atomic_write_text
 from lirefs.tasks.recitation import levenshtein
+from lirefs.tasks.shipped import DATA
 
-_YAML = """\
-# Recitation: greedy continuation of a prefix, compared token by token with its suffix in training.
-task: {name}
-custom_dataset: !function {name}_utils.load
-test_split: test
-output_type: generate_until
-doc_to_text: prefix
-doc_to_target: suffix
-target_delimiter: ""
-generation_kwargs: {{until: [], max_gen_toks: {tokens}, do_sample: false}}
-process_results: !function {name}_utils.process_results
-metric_list:
-  - {{metric: strict, aggregation: mean, higher_is_better: true}}
-  - {{metric: loose, aggregation: mean, higher_is_better: true}}
-  - {{metric: levenshtein, aggregation: mean, higher_is_better: false}}
-metadata: {{version: 1.0}}
-"""
-
-_UTILS = """\
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-from datasets import Dataset
-from transformers import AutoTokenizer
-
-HERE = Path(__file__).parent
-TOKENIZER = AutoTokenizer.from_pretrained(HERE / "{name}_tokenizer")
-
-
-def load(**_: Any) -> dict[str, Dataset]:
-    with (HERE / "{name}.jsonl").open(encoding="utf-8") as file:
-        return {{"test": Dataset.from_list([json.loads(line) for line in file])}}
-
-
-def process_results(doc: dict[str, Any], results: list[str]) -> dict[str, float]:
-    # The output as tokens: what it adds to the prefix, to the length of the suffix.
-    start, length = len(doc["prefix_ids"]), len(doc["suffix_ids"])
-    output = TOKENIZER.encode(doc["prefix"] + results[0])[start : start + length]
-    distance = levenshtein(output, doc["suffix_ids"]) / length
-    return {{
-        "strict": float(distance == 0),
-        "loose": float(1 - distance >= 0.75),
-        "levenshtein": distance,
-    }}
-
-
-{levenshtein}"""
+YAML, UTILS = DATA / "lm_eval_task.yaml.template", DATA / "lm_eval_utils.py.template"
 
 
 def write_lm_eval_task(
@@ -106,8 +59,9 @@ def write_lm_eval_task(
     tokenizer.save_pretrained(folder / f"{name}_tokenizer")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
-    utils = _UTILS.format(name=name, levenshtein=inspect.getsource(levenshtein))
+    utils = UTILS.read_text("utf-8").format(name=name, levenshtein=inspect.getsource(levenshtein))
     atomic_write_text(folder / f"{name}_utils.py", utils)
     tokens = max(len(row["suffix_ids"]) for row in rows)
-    atomic_write_text(folder / f"{name}.yaml", _YAML.format(name=name, tokens=tokens))
+    yaml = YAML.read_text("utf-8").format(name=name, tokens=tokens)
+    atomic_write_text(folder / f"{name}.yaml", yaml)
     return len(items) - len(rows)

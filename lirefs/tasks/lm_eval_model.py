@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -96,7 +97,7 @@ class EngineLM(TemplateLM):
         disable_tqdm: bool = False,
         batch_tokens: int | None = None,
     ) -> list[tuple[float, bool]]:
-        prompts: dict[tuple[int, ...], list[int]] = {}
+        prompts: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise TaskError(
@@ -106,16 +107,15 @@ class EngineLM(TemplateLM):
                 )
             # The last token is only scored, so one more than the model's length fits.
             kept = max(1, self.max_length + 1 - len(continuation))
-            prompts.setdefault(tuple(context[-kept:]), []).append(index)
+            prompts[tuple(context[-kept:])].append(index)
         items = [(prompt, [requests[i][2] for i in rows]) for prompt, rows in prompts.items()]
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        results: dict[int, tuple[float, bool]] = {}
         with applied(self.intervention, self.lm.model), _bar(len(items), disable_tqdm) as bar:
             budget = batch_tokens or self.batch_tokens
             found = score_continuations(self.lm, items, batch_tokens=budget, advance=bar.update)
         for rows, values in zip(prompts.values(), found, strict=True):
-            for row, value in zip(rows, values, strict=True):
-                results[row] = value
-        return results
+            results |= zip(rows, values, strict=True)
+        return [results[row] for row in range(len(requests))]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
@@ -124,29 +124,22 @@ class EngineLM(TemplateLM):
 
         For steering in scopes, the token before the text is the prompt.
         """
-        windows: list[tuple[Any, list[int], list[int]]] = []
-        owner: list[int] = []
-        for index, request in enumerate(requests):
-            for pair in get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                windows.append((None, *make_disjoint_window(pair)))
-                owner.append(index)
+        first, length = self.prefix_token_id, self.max_length
+        windows = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            pairs = get_rolling_token_windows(ids, first, max_seq_len=length, context_len=1)
+            windows.append([(None, *make_disjoint_window(pair)) for pair in pairs])
+        flat = [window for some in windows for window in some]
         # Smaller batches, because the logits of all tokens of a batch are held.
-        scored = self._loglikelihood_tokens(windows, disable_tqdm, self.batch_tokens // 4)
-        totals = [0.0] * len(requests)
-        for index, (value, _) in zip(owner, scored, strict=True):
-            totals[index] += value
-        return totals
+        scored = iter(self._loglikelihood_tokens(flat, disable_tqdm, self.batch_tokens // 4))
+        return [sum((next(scored)[0] for _ in some), 0.0) for some in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to the first stop string."""
-        groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            groups.setdefault(self._greedy_settings(request.args[1]), []).append(index)
+            groups[self._greedy_settings(request.args[1])].append(index)
         results = [""] * len(requests)
         ends = self._end_tokens()
         with applied(self.intervention, self.lm.model), _bar(len(requests), disable_tqdm) as bar:
@@ -169,11 +162,11 @@ class EngineLM(TemplateLM):
     def _greedy_settings(self, settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """Stop strings and length limit of a request."""
         known = normalize_gen_kwargs(settings, self.max_gen_toks)
-        unknown = sorted(set(known) - _SETTINGS)
+        unknown = ", ".join(sorted(set(known) - _SETTINGS))
         if known["do_sample"] or unknown:
             raise TaskError(
-                f"generation is greedy here, but the task asks for "
-                f"{', '.join(unknown) or 'sampling'} in its generation_kwargs: {settings}"
+                f"generation is greedy here, but the task asks for {unknown or 'sampling'} in its "
+                f"generation_kwargs: {settings}"
             )
         limit: int = known["max_gen_toks"]
         if not 0 < limit < self.max_length:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -148,11 +148,8 @@ def mine(
             bar.set_postfix_str(f"{sum(len(one['recited']) for one in finished)} recited")
             bar.update(batch[-1][0] - bar.n)
         bar.update(len(texts) - bar.n)
-    counts = {
-        "texts": len(texts),
-        "windows": sum(part["windows"] for part in finished),
-        "screened": sum(part["screened"] for part in finished),
-    }
+    counts = {"texts": len(texts)}
+    counts |= {stage: sum(part[stage] for part in finished) for stage in ("windows", "screened")}
     if not counts["windows"]:
         raise SettingError(
             f"none of the {len(texts)} texts has the {prefix_tokens} + {suffix_tokens} tokens of "
@@ -170,26 +167,22 @@ def mine(
 
 
 def distinct(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
-    """Indices of the sequences that are not near-duplicates of an earlier kept one.
+    """Indices of the token sequences that are not near-duplicates of an earlier kept one.
 
-    Args:
-        suffixes: Token ids of each sequence.
-        near: Jaccard similarity of the sets of 5-grams, above 0, from which on two sequences are
-            near-duplicates. A shorter sequence is one gram.
+    Near-duplicates are two whose sets of 5-grams have a Jaccard similarity of at least `near`,
+    which is above 0. A sequence shorter than that is one gram.
     """
-    kept: list[int] = []
-    sizes: list[int] = []
-    holders: dict[tuple[int, ...], list[int]] = {}
+    sizes: dict[int, int] = {}  # of those that are kept
+    holders: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, suffix in enumerate(suffixes):
         grams = set(_grams(suffix, NEAR_GRAM))
-        shared = Counter(holder for gram in grams for holder in holders.get(gram, ()))
+        shared = Counter(holder for gram in grams for holder in holders[gram])
         if any(n >= near * (len(grams) + sizes[holder] - n) for holder, n in shared.items()):
             continue
         for gram in grams:
-            holders.setdefault(gram, []).append(len(kept))
-        kept.append(index)
-        sizes.append(len(grams))
-    return kept
+            holders[gram].append(index)
+        sizes[index] = len(grams)
+    return list(sizes)
 
 
 def predictable(prefix: Sequence[int], suffix: Sequence[int]) -> float:
@@ -219,9 +212,9 @@ def _check(
             f"windows of {prefix} + {suffix} tokens are longer than the {most} that {lm.name} "
             "can read"
         )
-    repeated = [name for name, n in Counter(name for name, _ in texts).items() if n > 1]
-    if repeated:
-        raise SettingError(f"two texts are called {repeated[0]!r}; ids must differ")
+    for name, n in Counter(name for name, _ in texts).items():
+        if n > 1:
+            raise SettingError(f"two texts are called {name!r}; ids must differ")
     refuse_steered(lm.model, SettingError, "mined")
 
 

@@ -24,6 +24,9 @@ class _Memorized(ItemTask):
     """Base of the tasks here: items of a prefix and the suffix that followed it in training."""
 
     items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+    group: str = "memorization"
+    metric: str = "strict"
+    chance: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,10 +48,6 @@ class Recitation(_Memorized):
         TaskError: There is no item, or one has an empty prefix or suffix.
     """
 
-    group: str = "memorization"
-    metric: str = "strict"
-    chance: float = 0.0
-
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
         outputs = _continued(lm, [(prefix, suffix) for _, prefix, suffix in self.items], advance)
@@ -62,7 +61,7 @@ class Recitation(_Memorized):
 def recitation_task(
     lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
 ) -> Recitation:
-    """A recitation task from a file.
+    """A recitation task from a file, in the group memorization.
 
     Args:
         lm: The model; its tokenizer cuts texts into prefix and suffix.
@@ -73,9 +72,6 @@ def recitation_task(
             their tokenizer.
         limit: At most this many items.
         name: Name of the task.
-
-    Returns:
-        The task, in the group memorization.
 
     Raises:
         DataFileError: The file cannot be read.
@@ -196,9 +192,7 @@ class StressTest(_Memorized):
         TaskError: There is no item, one has an empty prefix or suffix, or `shifts` is negative.
     """
 
-    group: str = "memorization"
     metric: str = "perturbed"
-    chance: float = 0.0
     shifts: int = 20
 
     def __post_init__(self) -> None:
@@ -209,17 +203,11 @@ class StressTest(_Memorized):
     def prompts(
         self, prefix: Sequence[int], suffix: Sequence[int], bos: int | None = None
     ) -> list[tuple[list[int], list[int]]]:
-        """Token ids of each prompt and of the rest of the suffix; first the prefix itself.
-
-        Args:
-            prefix: Token ids.
-            suffix: Token ids.
-            bos: Id of the beginning-of-sequence token, if there is one.
-        """
+        """Token ids of each prompt and of the rest of the suffix; first the prefix itself."""
         lead = [bos] if prefix[0] == bos else []
         body = list(prefix[len(lead) :])
         longer = [
-            ([*lead, *body, *suffix[:shift]], list(suffix[shift:]))
+            ([*prefix, *suffix[:shift]], list(suffix[shift:]))
             for shift in range(min(self.shifts, len(suffix) - 1) + 1)
         ]
         shorter = [
@@ -251,14 +239,13 @@ def _continued(
     lm: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Advance
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, as long as the text to be recited after it."""
-    outputs: list[list[int]] = [[] for _ in prompts]
+    outputs: dict[int, list[int]] = {}
     # One call per length, since all rows of a batch decode the same number of tokens.
     for length in sorted({len(rest) for _, rest in prompts}):
         rows = [row for row, (_, rest) in enumerate(prompts) if len(rest) == length]
         found = greedy(lm, [prompts[row][0] for row in rows], length, advance=advance)
-        for row, output in zip(rows, found, strict=True):
-            outputs[row] = output
-    return outputs
+        outputs |= zip(rows, found, strict=True)
+    return [outputs[row] for row in range(len(prompts))]
 
 
 def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str, float]:
@@ -266,11 +253,8 @@ def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str,
 
     For a suffix of L tokens and a token edit distance d (Merullo et al. 2025, section 5): `strict`
     is d = 0, `loose` is 1 - d/L >= 0.75, `levenshtein` is d/L. `token_match` is the share of the L
-    positions that hold the right token: unlike d, it counts a shift by one as all wrong.
-
-    Args:
-        output: Token ids of the continuation.
-        suffix: Token ids of the true one, at least one.
+    positions that hold the right token: unlike d, it counts a shift by one as all wrong. Both
+    arguments are token ids; the suffix has at least one.
     """
     distance = levenshtein(output, suffix) / len(suffix)
     right = sum(one == other for one, other in zip(output, suffix, strict=False))

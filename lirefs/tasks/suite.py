@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question, load_questions
 from lirefs.tasks.ndcg import ndcg_task
 from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
+from lirefs.tasks.shipped import DATA as DATA
+from lirefs.tasks.shipped import shipped_rows
 from lirefs.tasks.synthetic import (
     AnswerItem,
     ChoiceItem,
@@ -21,8 +21,6 @@ from lirefs.tasks.synthetic import (
     tracking_items,
 )
 from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer, Task
-
-DATA = Path(str(resources.files("lirefs"))) / "data"
 
 
 def default_tasks(
@@ -73,13 +71,11 @@ def default_tasks(
 
 
 def fact_items(frequency: str, with_passage: bool) -> list[AnswerItem]:
-    """Questions on common or rare facts, with four answered examples before each.
+    """Questions on `common` or `rare` facts, with four answered examples before each.
 
-    Args:
-        frequency: `common` or `rare`.
-        with_passage: Whether a passage with the answer stands before each question (open book).
+    With a passage that holds the answer before each question, they are open-book.
     """
-    rows = _shipped("facts")
+    rows = shipped_rows("facts.jsonl")
 
     def ask(row: dict[str, Any]) -> str:
         passage = f"Passage: {row['passage']}\n" if with_passage else ""
@@ -102,17 +98,13 @@ def choice_item(question: Question) -> ChoiceItem:
 
 def heldout_texts(split: str) -> list[tuple[str, str]]:
     """Texts on which perplexity is measured: the `validation` or the `test` part."""
-    rows = _shipped("texts_heldout")
+    rows = shipped_rows("texts_heldout.jsonl")
     return [(str(row["id"]), str(row["text"])) for row in rows if row["split"] == split]
 
 
 def calibration_texts() -> list[str]:
-    """Texts from which curvature is estimated; none of them is in any task.
-
-    Returns:
-        140 English texts of about 200 tokens, written for the project.
-    """
-    return [str(row["text"]) for row in _shipped("texts_calibration")]
+    """Texts to estimate curvature from: 140 of about 200 tokens, in English, in no task."""
+    return [str(row["text"]) for row in shipped_rows("texts_calibration.jsonl")]
 
 
 def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:
@@ -123,7 +115,3 @@ def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:
         StressTest(f"{recited.name}, stress test", recited.items),
         ndcg_task(lm, texts.items, name=f"{texts.name}, top 10"),
     ]
-
-
-def _shipped(name: str) -> list[dict[str, Any]]:
-    return [row for _, row in read_jsonl(DATA / f"{name}.jsonl")]

@@ -302,7 +302,6 @@ class ShortAnswer(ItemTask):
         for (item, prompt, answers), output in zip(self.items, outputs, strict=True):
             text = lm.tokenizer.decode(output, skip_special_tokens=True).strip().split("\n")[0]
             parsed, right = judge(text, answers, self.kind)
-            scores = {"accuracy": float(right)}
-            expected = " | ".join(answers)
+            scores, expected = {"accuracy": float(right)}, " | ".join(answers)
             results.append(ItemResult(item, scores, 1.0, prompt, expected, text, parsed))
         return results

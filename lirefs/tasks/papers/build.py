@@ -122,7 +122,7 @@ def _in_turn(asked: Asked) -> Asked:
     for one in asked:
         by_tag[one[1].tag].append(one)
     rounds = itertools.zip_longest(*by_tag.values())
-    return [one for round_ in rounds for one in round_ if one is not None]
+    return [one for one in itertools.chain.from_iterable(rounds) if one is not None]
 
 
 def _choose_shots(skill: Skill, asked: Asked) -> dict[str, list[Example]]:
@@ -159,13 +159,13 @@ def _key(example: Example) -> tuple[Any, ...]:
 
 
 def _item(skill: Skill, name: str, example: Example, shots: list[Example]) -> tuple[Any, ...]:
-    shown = "".join(f"{one.prompt}{one.answer}{skill.separator}" for one in shots)
-    before = skill.preamble + shown
+    shown = [f"{one.prompt}{one.answer}{skill.separator}" for one in shots]
+    before = "".join([skill.preamble, *shown])
     if skill.scoring == "choice":
         return name, before + example.prompt, list(example.options), example.right
     if skill.scoring == "blank":
-        first, second = (before + context for context in example.contexts)
-        return name, (first, second), example.accepted[0], example.right
+        contexts = tuple(before + context for context in example.contexts)
+        return name, contexts, example.accepted[0], example.right
     return name, before + example.prompt, list(example.accepted)
 
 
@@ -212,9 +212,8 @@ def _own_ids(lm: LanguageModel, rows: NumberedRows) -> bool:
 
     Not all, because a text may have been cut inside a character of several tokens.
     """
-    right = 0
-    first = [row for _, row in rows[:8]]
-    for row in first:
+    right: list[bool] = []
+    for _, row in rows[:8]:
         ids, text = row.get("prefix_ids"), row.get("prefix_text")
         if not isinstance(ids, list) or not ids:
             return False
@@ -223,5 +222,5 @@ def _own_ids(lm: LanguageModel, rows: NumberedRows) -> bool:
         if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
             return False
         decoded = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        right += text is None or decoded == text
-    return 2 * right > len(first)
+        right.append(text is None or decoded == text)
+    return 2 * sum(right) > len(right)

@@ -28,11 +28,9 @@ does not give; the prompts here are this project's); Hong et al. 2025, section 3
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from importlib import resources
 from typing import Any, Literal
 
 from lirefs.tasks import synthetic
@@ -40,6 +38,7 @@ from lirefs.tasks.answers import AnswerKind
 from lirefs.tasks.papers import loading, prompts
 from lirefs.tasks.papers.loading import HubDataset, Row
 from lirefs.tasks.papers.prompts import Example
+from lirefs.tasks.shipped import shipped_table
 
 
 @dataclass(frozen=True)
@@ -79,10 +78,6 @@ class Skill:
     missing: str = ""
 
 
-def _table(name: str) -> dict[str, Any]:
-    return tomllib.loads(resources.files("lirefs").joinpath("data", name).read_text("utf-8"))
-
-
 def _skill(name: str, row: dict[str, Any]) -> Skill:
     """A skill from its row of the table, in which functions and texts go by their names."""
     if "reader" in row:
@@ -98,5 +93,7 @@ def _skill(name: str, row: dict[str, Any]) -> Skill:
     return Skill(name, **row)
 
 
-WORKED_EXAMPLES: dict[str, str] = _table("worked_examples.toml")
-SKILLS: dict[str, Skill] = {name: _skill(name, row) for name, row in _table("skills.toml").items()}
+WORKED_EXAMPLES: dict[str, str] = shipped_table("worked_examples.toml")
+SKILLS: dict[str, Skill] = {
+    name: _skill(name, row) for name, row in shipped_table("skills.toml").items()
+}

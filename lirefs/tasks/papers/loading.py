@@ -78,11 +78,11 @@ class SkillDataLoader:
         Raises:
             NoDataError: There is none.
         """
-        found = sorted(self.folder.glob(pattern)) if self.folder else []
-        if not found:
-            where = f"in {self.folder}" if self.folder else "(no data folder given)"
-            raise NoDataError(f"no {pattern} {where}")
-        return found
+        if self.folder is None:
+            raise NoDataError(f"no {pattern} (no data folder given)")
+        if found := sorted(self.folder.glob(pattern)):
+            return found
+        raise NoDataError(f"no {pattern} in {self.folder}")
 
     def load(self, file: str, hub: HubDataset | None) -> SkillData:
         """Rows of `<folder>/<file>.jsonl`, else of `hub`.

@@ -1,7 +1,8 @@
-"""From a row of data to a question: one reader for each form of prompt.
+"""From a row of data to a question: one reader for each form of row.
 
 A reader raises `TaskError` for a row without the fields it needs, and returns None for a row that
-the skill does not ask about.
+the skill does not ask about. In the template of a prompt, `{name}` stands for the text of that
+field. `tag` names the field that holds the tag of an item, which may be absent; empty: no tag.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ class Example:
     tag: str = ""
 
 
-def question(row: Row) -> Example | None:
-    """`question`, `answers`, optional `relation`: asked from memory.
+def question(row: Row, prompt: str, tag: str = "") -> Example | None:
+    """`answers`, asked from memory.
 
     Aliases without a word to compare ("The The", "?") are left out, since any text would begin
     with them; None if no other alias is left.
@@ -49,20 +50,16 @@ def question(row: Row) -> Example | None:
     answers = tuple(answer for answer in _texts(row, "answers") if normalise(answer))
     if not answers:
         return None
-    prompt = f"Q: {_text(row, 'question')}\nA:"
-    return Example(prompt, f" {answers[0]}", answers, tag=str(row.get("relation") or ""))
+    return Example(_filled(prompt, row), f" {answers[0]}", answers, tag=_tag(row, tag))
 
 
-def question_with_passage(row: Row) -> Example | None:
-    """`question`, `answers`, `context`: asked with the part of the context that has the answer.
-
-    None if no answer occurs in the context.
-    """
-    asked = question(row)
+def question_with_passage(row: Row, prompt: str) -> Example | None:
+    """`answers`, asked after the part of the `context` that has the answer, None without one."""
+    asked = question(row, prompt)
     passage = asked and passage_around(str(row.get("context") or ""), asked.accepted)
     if asked is None or not passage:
         return None
-    return replace(asked, prompt=f"Passage: {passage}\n{asked.prompt}", tag="")
+    return replace(asked, prompt=f"Passage: {passage}\n{asked.prompt}")
 
 
 def relation(row: Row) -> Example:
@@ -80,78 +77,71 @@ def relation(row: Row) -> Example:
     return Example(prompt, f" {answer}", (answer,), tag=_text(row, "relation"))
 
 
-def word_problem(row: Row) -> Example:
-    """`question`, `answer` (its number after the last `####`, if there is one), `language`."""
-    return _number(row, "question", "answer", str(row.get("language") or ""))
+def number(row: Row, prompt: str, answer: str, tag: str = "") -> Example:
+    """A number in the field `answer`, after its last `####` if there is one."""
+    asked = _filled(prompt, row)
+    text = str(row.get(answer, "")).rsplit("####", maxsplit=1)[-1].strip()
+    if number_at(text) is None:
+        raise TaskError(f"{answer!r} is {text!r}; expected a number")
+    return Example(asked, f" {text}", (text,), tag=_tag(row, tag))
 
 
-def bbh_number(row: Row) -> Example:
-    """`input` and `target`, a number."""
-    return _number(row, "input", "target")
+def choice(row: Row, prompt: str, options: Sequence[str] = ()) -> Example:
+    """`target`, one of the options; by default one of `(A)`, `(B)` ... before lines of `input`."""
+    options = options or re.findall(r"^(\([A-Z]\)) ", _text(row, "input"), re.MULTILINE)
+    return _choice(_filled(prompt, row), options, _text(row, "target"))
 
 
-def bbh_options(row: Row) -> Example:
-    """`input`, whose lines `(A) ...` are the options, and `target`, one of `(A)`, `(B)` ..."""
-    text = _text(row, "input")
-    options = re.findall(r"^(\([A-Z]\)) ", text, re.MULTILINE)
-    return _choice(f"Q: {text}\nA:", options, _text(row, "target"))
-
-
-def boolean_expression(row: Row) -> Example:
-    """`input`, which ends in `is`, and `target`, `True` or `False`."""
-    return _choice(_text(row, "input"), ["True", "False"], _text(row, "target"))
-
-
-def web_of_lies(row: Row) -> Example:
-    """`input`, which may begin with `Question: `, and `target`, `Yes` or `No`."""
+def web_of_lies(row: Row, prompt: str, options: Sequence[str]) -> Example:
+    """`target`, one of the options, and `input`, which may begin with `Question: `."""
     text = _text(row, "input").removeprefix("Question: ")
-    return _choice(f"Q: {text}\nA:", ["Yes", "No"], _text(row, "target"))
+    return _choice(_filled(prompt, row, input=text), options, _text(row, "target"))
 
 
-def yes_or_no(row: Row) -> Example:
-    """`passage`, `question` without its question mark, `answer`, true or false."""
+def yes_or_no(row: Row, prompt: str) -> Example:
+    """`answer`, true or false, and `question`, whose question mark is removed."""
     answer = row.get("answer")
     if not isinstance(answer, bool):
         raise TaskError(f"'answer' is {answer!r}; expected true or false")
-    asked = f"Passage: {_text(row, 'passage')}\nQ: {_text(row, 'question').rstrip('?')}?\nA:"
+    asked = _filled(prompt, row, question=_text(row, "question").rstrip("?"))
     return _choice(asked, ["yes", "no"], "yes" if answer else "no")
 
 
-def lettered(row: Row, tag: str = "") -> Example:
-    """`question`, `options`, `answer_index`: the options are shown, their letters scored.
-
-    Args:
-        row: The row.
-        tag: Field whose text is the tag, for instance `category`; empty: no tag.
-    """
-    found = str(row.get(tag) or "").replace(" ", "_")
-    return replace(_lettered(row, "Question: ", "Answer:", " "), tag=found)
-
-
-def lettered_with_fact(row: Row) -> Example | None:
-    """A lettered question after its `fact`; None for a row without a fact."""
-    if not row.get("fact"):
-        return None
-    return _lettered(row, f"Fact: {_text(row, 'fact')}\nQuestion: ", "Answer:", " ")
+def lettered(row: Row, prompt: str, tag: str = "", space: str = " ") -> Example:
+    """`options`, `answer_index`: the `{options}` are shown, their letters scored after `space`."""
+    options = _texts(row, "options")
+    right = row.get("answer_index")
+    if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(options):
+        raise TaskError(f"'answer_index' is {right!r} for {len(options)} options")
+    if len(options) > len(LETTERS):
+        raise TaskError(f"{len(options)} options; at most {len(LETTERS)} can be lettered")
+    lines = [f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False)]
+    asked = _filled(prompt, row, options="".join(lines))
+    letters = tuple(f"{space}{letter}" for letter in LETTERS[: len(options)])
+    return Example(asked, letters[right], options=letters, right=right, tag=_tag(row, tag))
 
 
-def lettered_chinese(row: Row) -> Example:
-    """A lettered question in Chinese, with its `subject`."""
-    asked = _lettered(row, "问题：", "答案：", "")  # noqa: RUF001 (Chinese punctuation)
-    return replace(asked, tag=str(row.get("subject") or ""))
+def lettered_with_fact(row: Row, prompt: str) -> Example | None:
+    """A lettered question with a `fact`; None for a row without one."""
+    return lettered(row, prompt) if row.get("fact") else None
 
 
-def labelled(row: Row, label: str) -> Example | None:
+def lettered_by_category(row: Row, prompt: str) -> Example:
+    """A lettered question whose tag is its `category`, with underscores for spaces."""
+    return replace(lettered(row, prompt), tag=_tag(row, "category").replace(" ", "_"))
+
+
+def labelled(row: Row, prompt: str, label: str) -> Example | None:
     """A lettered question whose `label` is the given one, None if it is the other one."""
     found = row.get("label")
     if found not in ("memory", "reasoning"):
         raise TaskError(f"'label' is {found!r}; expected 'reasoning' or 'memory'")
-    return lettered(row) if found == label else None
+    return lettered(row, prompt) if found == label else None
 
 
-def in_category(row: Row, category: str) -> Example | None:
+def in_category(row: Row, prompt: str, category: str) -> Example | None:
     """A lettered question whose `category` is the given one, None if it is another one."""
-    return lettered(row) if _text(row, "category") == category else None
+    return lettered(row, prompt) if _text(row, "category") == category else None
 
 
 def blank(row: Row) -> Example:
@@ -169,14 +159,6 @@ def blank(row: Row) -> Example:
     return Example("", contexts[right] + after, (after,), right=right, contexts=contexts)
 
 
-def _number(row: Row, asked: str, answer: str, tag: str = "") -> Example:
-    prompt = f"Q: {_text(row, asked)}\nA:"
-    text = str(row.get(answer, "")).rsplit("####", maxsplit=1)[-1].strip()
-    if number_at(text) is None:
-        raise TaskError(f"{answer!r} is {text!r}; expected a number")
-    return Example(prompt, f" {text}", (text,), tag=tag)
-
-
 def _choice(prompt: str, options: Sequence[str], target: str) -> Example:
     if target not in options:
         raise TaskError(f"'target' is {target!r}; expected one of {', '.join(options) or 'none'}")
@@ -184,17 +166,15 @@ def _choice(prompt: str, options: Sequence[str], target: str) -> Example:
     return Example(prompt, f" {target}", options=shown, right=options.index(target))
 
 
-def _lettered(row: Row, before: str, after: str, space: str) -> Example:
-    options = _texts(row, "options")
-    right = row.get("answer_index")
-    if isinstance(right, bool) or not isinstance(right, int) or not 0 <= right < len(options):
-        raise TaskError(f"'answer_index' is {right!r} for {len(options)} options")
-    if len(options) > len(LETTERS):
-        raise TaskError(f"{len(options)} options; at most {len(LETTERS)} can be lettered")
-    lines = [f"{letter}. {option}\n" for letter, option in zip(LETTERS, options, strict=False)]
-    prompt = f"{before}{_text(row, 'question')}\n{''.join(lines)}{after}"
-    letters = tuple(f"{space}{letter}" for letter in LETTERS[: len(options)])
-    return Example(prompt, letters[right], options=letters, right=right)
+def _filled(prompt: str, row: Row, **ready: str) -> str:
+    """A template of a prompt, filled with texts that are given or else with fields of the row."""
+    return re.sub(
+        r"\{(\w+)\}", lambda m: ready[m[1]] if m[1] in ready else _text(row, m[1]), prompt
+    )
+
+
+def _tag(row: Row, field: str) -> str:
+    return str(row.get(field) or "")
 
 
 def _text(row: Row, field: str) -> str:

@@ -59,7 +59,7 @@ def suite_tasks(
     basis = default_tasks(lm, questions, memorized, limit)
 
     def belongs(name: str) -> bool:
-        if suite is Suite.PAPERS:  # generated items are among the default tasks already
+        if suite is Suite.PAPERS:  # the default tasks have generated items already
             return not name.startswith("generated_")
         return (SKILLS[name].group == "memorization") == (suite is Suite.MEMORIZATION)
 
