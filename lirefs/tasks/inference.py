@@ -200,13 +200,6 @@ class _Batch:
         self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
 
-    def copy_of(self, picked: list[int]) -> _Batch:
-        """The same as `select`, on a copy."""
-        batch = copy.copy(self)
-        batch.cache = copy.deepcopy(self.cache)
-        batch.select(picked)
-        return batch
-
 
 def _decode(
     batch: _Batch, max_new_tokens: int, ends: Callable[[list[int]], bool]
@@ -260,8 +253,14 @@ def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tup
     pairs = list(zip(owner, flat, strict=True))
     values = [float(first[row, option[0]]) for row, option in pairs]
     greedily = [best[row] == option[0] for row, option in pairs]
-    for chunk in _of_similar_length([len(option) - 1 for option in flat]):
-        part = batch.copy_of([owner[index] for index in chunk])
+    chunks: dict[int, list[int]] = defaultdict(list)
+    for index, option in enumerate(flat):
+        if len(option) > 1:  # rests of similar length together, within a factor of two
+            chunks[(len(option) - 2).bit_length()].append(index)
+    for chunk in chunks.values():
+        part = copy.copy(batch)
+        part.cache = copy.deepcopy(batch.cache)
+        part.select([owner[index] for index in chunk])
         tails_nll, follows = _score_tails(part, [flat[index] for index in chunk])
         for index, lost, right in zip(chunk, tails_nll, follows, strict=True):
             values[index] -= lost
@@ -286,15 +285,6 @@ def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], 
     nll = _nll(logits, targets.to(logits.device)).cpu() * valid
     right = (logits.argmax(-1).cpu() == targets) | (valid == 0)
     return nll.sum(-1).tolist(), right.all(-1).tolist()
-
-
-def _of_similar_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of positive lengths, grouped within a factor of two: less padding."""
-    groups: dict[int, list[int]] = defaultdict(list)
-    for index, length in enumerate(lengths):
-        if length > 0:
-            groups[(length - 1).bit_length()].append(index)
-    return list(groups.values())
 
 
 def _tokens_held(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:

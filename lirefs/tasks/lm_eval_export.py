@@ -51,8 +51,8 @@ def write_lm_eval_task(
         text = tokenizer.decode(list(prefix), skip_special_tokens=True)
         same = tokenizer.encode(text) == list(prefix) and whole.startswith(text)
         if same and tokenizer.encode(whole) == [*prefix, *suffix]:
-            row = {"id": item, "prefix": text, "suffix": whole[len(text) :]}
-            rows.append({**row, "prefix_ids": list(prefix), "suffix_ids": list(suffix)})
+            ids = {"prefix_ids": list(prefix), "suffix_ids": list(suffix)}
+            rows.append({"id": item, "prefix": text, "suffix": whole[len(text) :], **ids})
     if not rows:
         raise TaskError(f"{name}: none of {len(items)} items has a text with the same tokens")
     folder = Path(folder)

@@ -89,11 +89,11 @@ def ndcg_task(
             "(leave the `with` block, or call `remove` on the handle)"
         )
     items = []
-    ids = [row[:max_tokens] for row in lm.encode([text for _, text in texts])]
-    for (item, _), row in zip(texts, ids, strict=True):
-        if not row:
+    for item, text in texts:
+        ids = lm.encode([text])[0][:max_tokens]
+        if not ids:
             raise TaskError(f"nDCG: text {item!r} is empty")
-        items.append((item, row, likeliest(lm, row, k).tolist()))
+        items.append((item, ids, likeliest(lm, ids, k).tolist()))
     return RankAgreement(name or f"nDCG@{k}", items)
 
 

@@ -95,10 +95,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class ItemTask:
-    """Base of the tasks here: a name and items.
-
-    Subclasses add `group`, one of `GROUPS`; `metric`, the score that is reported; `chance`, the
-    score of guessing; and `run`, see `Task`.
+    """Base of the tasks here: a name and items; subclasses add the rest of `Task`.
 
     Attributes:
         name: Name of the task, unique in a comparison.

@@ -134,8 +134,7 @@ class SkillDataLoader:
 def passage_around(page: str, answers: Sequence[str], length: int = PASSAGE_CHARACTERS) -> str:
     """About `length` characters of a page around the first answer in it, cut between words.
 
-    Returns:
-        The passage, empty if no answer occurs in the page.
+    Empty if no answer occurs in the page.
     """
     names = "|".join(re.escape(answer) for answer in answers if answer.strip())
     found = re.search(rf"(?<!\w)(?:{names})(?!\w)", page, re.IGNORECASE) if names else None
@@ -153,23 +152,17 @@ def passage_around(page: str, answers: Sequence[str], length: int = PASSAGE_CHAR
 
 def popqa_row(row: Row) -> Row:
     """A row of akariasai/PopQA, whose answers are a JSON list in a string."""
-    return {
-        "question": row["question"],
-        "answers": json.loads(row["possible_answers"]),
-        "relation": row["prop"].replace(" ", "_"),
-    }
+    answers = json.loads(row["possible_answers"])
+    return {**row, "answers": answers, "relation": row["prop"].replace(" ", "_")}
 
 
 def triviaqa_row(row: Row) -> Row:
     """A row of mandarjoshi/trivia_qa; `context` is empty without pages."""
     answers = [row["answer"]["value"], *row["answer"]["aliases"]]
     pages = (row.get("entity_pages") or {}).get("wiki_context") or []
-    passages = [passage_around(page, answers) for page in pages]
-    return {
-        "question": row["question"],
-        "answers": list(dict.fromkeys(answers)),
-        "context": next(filter(None, passages), ""),
-    }
+    context = next(filter(None, (passage_around(page, answers) for page in pages)), "")
+    distinct = list(dict.fromkeys(answers))
+    return {"question": row["question"], "answers": distinct, "context": context}
 
 
 def openbookqa_row(row: Row) -> Row:
@@ -184,13 +177,10 @@ def openbookqa_row(row: Row) -> Row:
 
 def mgsm_row(row: Row) -> Row:
     """A row of juletxara/mgsm."""
-    return {"question": row["question"], "answer": str(row["answer_number"])}
+    return {**row, "answer": str(row["answer_number"])}
 
 
 def ceval_row(row: Row) -> Row:
     """A row of ceval/ceval-exam; only its `dev` and `val` splits have answers."""
-    return {
-        "question": row["question"],
-        "options": [row[letter] for letter in "ABCD"],
-        "answer_index": "ABCD".index(row["answer"]),
-    }
+    options = [row[letter] for letter in "ABCD"]
+    return {**row, "options": options, "answer_index": "ABCD".index(row["answer"])}

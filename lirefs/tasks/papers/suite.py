@@ -56,20 +56,14 @@ def suite_tasks(
         ValueError: There is no such suite.
     """
     suite = Suite(suite)
-    basis = default_tasks(lm, questions, memorized, limit)
-
-    def belongs(name: str) -> bool:
-        if suite is Suite.PAPERS:  # the default tasks have generated items already
-            return not name.startswith("generated_")
-        return (SKILLS[name].group == "memorization") == (suite is Suite.MEMORIZATION)
-
-    wanted = [name for name in SKILLS if belongs(name)]
+    tasks = default_tasks(lm, questions, memorized, limit)
+    if suite is Suite.PAPERS:  # the default tasks have the generated items already
+        wanted = [name for name in SKILLS if not name.startswith("generated_")]
+    else:
+        tasks = [task for task in tasks if task.group in ("memorization", "language")]
+        recited = suite is Suite.MEMORIZATION
+        wanted = [name for name in SKILLS if (SKILLS[name].group == "memorization") == recited]
     skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
-    tasks = [
-        task
-        for task in basis
-        if suite is Suite.PAPERS or task.group in ("memorization", "language")
-    ]
     for task in skills:
         rows = _unasked(task, fitted_on)
         if not rows:
