@@ -1,4 +1,4 @@
-"""Reading an answer from generated text, or finding that none can be read."""
+"""Read an answer from generated text, or find that none can be read."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import re
 from collections.abc import Sequence
 from typing import Literal
 
-Kind = Literal["text", "words", "number", "worked"]
+AnswerKind = Literal["text", "words", "number", "worked"]
 
-# What may stand between "answer is" and its number: marks of emphasis, quotes, a colon.
+# Between "answer is" and its number: marks of emphasis, quotes, a colon.
 _STATED = re.compile(r"\banswer is[\s:*_\"'\u201c\u2018(\[\\]*", re.IGNORECASE)
 _NUMBER = re.compile(
     r"([-\u2212\u2013+]?)\s?([$£€¥₹]?)\s?([-\u2212\u2013]?)(\d+(?:,\d+)*(?:\.\d+)?)"
 )
 _FIRST = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
-# A number followed by one of these is the beginning of an expression, a list, a date or a time.
-_GOES_ON = re.compile(r"\s*[-\u2212\u2013+*/=\u00d7\u00f7^:,x]\s*\\?[$£€¥₹]?\d|[.e]\d|\s+\d")
+# A number followed by one of these begins an expression, a list, a date or a time.
+_CONTINUES = re.compile(r"\s*[-\u2212\u2013+*/=\u00d7\u00f7^:,x]\s*\\?[$£€¥₹]?\d|[.e]\d|\s+\d")
 _MINUS = "-\u2212\u2013"
 
 
 def number_at(text: str) -> float | None:
-    """The number with which a text begins.
+    """The number with which a text begins, None if it does not begin with one.
 
-    A sign, a currency sign and commas between groups of three digits are understood. What is
-    only the beginning of an expression (`3 + 5`), a list, a range, a fraction, a date or a time
-    is no number, nor is one with commas elsewhere (`3,50`).
+    A sign, a currency sign and commas between groups of three digits are accepted. The beginning
+    of an expression (`3 + 5`), a list, a range, a fraction, a date or a time does not count as a
+    number, nor does one with commas elsewhere (`3,50`).
     """
     found = _NUMBER.match(text)
-    if found is None or _GOES_ON.match(text, found.end()):
+    if found is None or _CONTINUES.match(text, found.end()):
         return None
     first, _, second, digits = found.groups()
     whole = digits.split(".")[0]
@@ -41,28 +41,27 @@ def number_at(text: str) -> float | None:
 
 
 def first_number(text: str) -> float | None:
-    """The first number in a text, None where there is none; the first of `3 + 5` is 3."""
+    """The first number in a text, None if there is none; the first of `3 + 5` is 3."""
     found = _FIRST.search(text.replace("\u2212", "-"))
     return None if found is None else _value(found.group())
 
 
 def final_number(text: str) -> float | None:
-    """The number N of the last `the answer is N` in a text, None where there is none."""
+    """The number N of the last `the answer is N` in a text, None if there is none."""
     found = [number_at(text[match.end() :]) for match in _STATED.finditer(text)]
-    readable = [value for value in found if value is not None]
-    return readable[-1] if readable else None
+    return next((value for value in reversed(found) if value is not None), None)
 
 
-def judge(text: str, answers: Sequence[str], kind: Kind) -> tuple[bool, bool]:
+def judge(text: str, answers: Sequence[str], kind: AnswerKind) -> tuple[bool, bool]:
     """Whether an answer can be read from a text, and whether it is right.
 
     Args:
         text: One line.
         answers: Accepted answers.
-        kind: `text`: the text begins with the words of an answer (no case, punctuation or
-            articles); `words`: it has exactly the words of an answer; `number`: its first number
-            is that of an answer; `worked`: it reasons, and the number of its last `the answer is
-            N` counts.
+        kind: How an answer is read. `text`: the text begins with the words of an answer, without
+            case, punctuation and articles; `words`: its words are exactly those of an answer;
+            `number`: its first number is that of an answer; `worked`: the number of its last
+            `the answer is N` is that of an answer.
     """
     if kind in ("number", "worked"):
         stated = first_number(text) if kind == "number" else final_number(text)
@@ -71,14 +70,14 @@ def judge(text: str, answers: Sequence[str], kind: Kind) -> tuple[bool, bool]:
         return True, any(stated == number_at(answer) for answer in answers)
     if kind == "words":
         words = _words(text)
-        return bool(words), any(words == _words(one) for one in answers if _words(one))
+        return bool(words), bool(words) and words in map(_words, answers)
     words = normalise(text)
-    aliases = [alias for alias in map(normalise, answers) if alias]
+    aliases = filter(None, map(normalise, answers))
     return bool(words), any(words[: len(alias)] == alias for alias in aliases)
 
 
 def normalise(text: str) -> list[str]:
-    """Words of a text without case, punctuation and articles."""
+    """The words of a text without case, punctuation and articles."""
     return [word for word in _words(text) if word not in ("a", "an", "the")]
 
 
@@ -87,6 +86,6 @@ def _words(text: str) -> list[str]:
 
 
 def _value(digits: str) -> float | None:
-    """A number from its digits, None where it is too large for a float: nobody means that."""
+    """A number from its digits, None if it is too large for a float."""
     value = float(digits.replace(",", ""))
     return value if math.isfinite(value) else None

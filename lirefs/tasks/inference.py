@@ -1,13 +1,15 @@
-"""Batched greedy decoding and log-likelihoods; what prompts share is computed once."""
+"""Batched greedy decoding and log-likelihoods; a prefix that prompts share is computed once."""
 
 from __future__ import annotations
 
 import copy
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from lirefs.model.batching import batches_by_tokens
@@ -18,13 +20,14 @@ from lirefs.model.prompts import Prompt, prompt_known
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
-# With fewer tokens a forward pass takes hardly less time, so padding costs nothing.
+# A forward pass of fewer tokens takes hardly less time, so padding up to here is free.
 ENOUGH = 256
-# A batch drops its finished rows once no more than this share of its rows goes on. Copying the
-# cache of those is cheap beside a step on a CPU, less so on an accelerator.
-GOING_ON = 0.9
+# A batch drops its finished rows once at most this share of its rows is unfinished. Copying the
+# cache of those is cheap compared with a step on a CPU, less so on an accelerator.
+UNFINISHED = 0.9
 
 Advance = Callable[[int], Any]
+"""Called with the number of items that were finished since the last call."""
 
 
 def greedy(
@@ -43,7 +46,7 @@ def greedy(
         lm: The model, under whatever intervention is active.
         prompts: Token ids of each prompt, at least one token each.
         max_new_tokens: Length of each continuation, unless it is stopped.
-        stop: Token ids after which a row ends; that token is kept. None: never.
+        stop: Whether a row ends after a token id; that token is kept. None: never.
         until: Texts after which a row ends; the tokens that hold them are kept.
         batch_tokens: Tokens per batch, padding and continuation included.
         advance: Called with the number of prompts finished.
@@ -51,7 +54,7 @@ def greedy(
     Returns:
         The new token ids of each prompt, in the order of the prompts.
     """
-    results: list[list[int]] = [[] for _ in prompts]
+    results: dict[int, list[int]] = {}
     ends = _ends(lm, stop, until)
     with evaluating(lm.model):
         shared, prefix = _shared_prefix(lm, prompts)
@@ -59,37 +62,33 @@ def greedy(
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         for rows in batches_by_tokens(lengths, batch_tokens):
             batch = _Batch(lm, [rests[row] for row in rows], prefix, shared)
-            for row, tokens in zip(rows, _decode(batch, max_new_tokens, ends), strict=True):
-                results[row] = tokens
+            results |= zip(rows, _decode(batch, max_new_tokens, ends), strict=True)
             advance(len(rows))
-    return results
+    return [results[row] for row in range(len(prompts))]
 
 
 def option_log_likelihoods(
     lm: LanguageModel,
     items: Sequence[Sequence[Sequence[int]]],
     *,
-    batch_tokens: int = BATCH_TOKENS,
     advance: Advance = lambda n: None,
 ) -> list[list[float]]:
     """Log-likelihood of each option of each item, in nats.
 
     Args:
         lm: The model, under whatever intervention is active.
-        items: For each item, the token ids of prompt + option for every option. What the
-            options of an item share at their beginning counts as the prompt and runs once.
-        batch_tokens: Tokens per batch, padding included.
+        items: For each item, the token ids of prompt + option for every option. The beginning
+            that all options of an item share counts as the prompt and runs once.
         advance: Called with the number of items finished.
 
     Returns:
         Sum of the log-probabilities of the tokens after the shared beginning, per option.
     """
-    starts = [_common_prefix(options) for options in items]
-    split = [
-        (options[0][:start], [option[start:] for option in options])
-        for options, start in zip(items, starts, strict=True)
-    ]
-    scored = score_continuations(lm, split, batch_tokens=batch_tokens, advance=advance)
+    split = []
+    for options in items:
+        start = _shared_tokens(options)
+        split.append((options[0][:start], [option[start:] for option in options]))
+    scored = score_continuations(lm, split, advance=advance)
     return [[value for value, _ in values] for values in scored]
 
 
@@ -112,25 +111,20 @@ def score_continuations(
         For each continuation its log-likelihood in nats, and whether each of its tokens is the
         most likely one after those before it.
     """
-    results: list[list[tuple[float, bool]]] = [[] for _ in items]
+    results: dict[int, list[tuple[float, bool]]] = {}
     with evaluating(lm.model):
         shared, prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
         lengths = [_tokens_held(prompt, options) for prompt, options in items]
         for rows in batches_by_tokens(lengths, batch_tokens, enough=ENOUGH):
             batch = _Batch(lm, [list(items[row][0][shared:]) for row in rows], prefix, shared)
             tails = [[list(option) for option in items[row][1]] for row in rows]
-            for row, values in zip(rows, _score_options(batch, tails), strict=True):
-                results[row] = values
+            results |= zip(rows, _score_options(batch, tails), strict=True)
             advance(len(rows))
-    return results
+    return [results[row] for row in range(len(items))]
 
 
 def token_nlls(
-    lm: LanguageModel,
-    texts: Sequence[Sequence[int]],
-    *,
-    batch_tokens: int = BATCH_TOKENS // 4,
-    advance: Advance = lambda n: None,
+    lm: LanguageModel, texts: Sequence[Sequence[int]], *, advance: Advance = lambda n: None
 ) -> list[Tensor]:
     """Negative log-likelihood of every token but the first of each text.
 
@@ -139,15 +133,15 @@ def token_nlls(
     Args:
         lm: The model, under whatever intervention is active.
         texts: Token ids of each text, at least two tokens each.
-        batch_tokens: Tokens per batch, padding included; the logits of a whole batch are held.
         advance: Called with the number of texts finished.
 
     Returns:
         For each text a float32 tensor on the CPU, shape (tokens - 1,), in nats.
     """
-    results: list[Tensor] = [torch.empty(0) for _ in texts]
+    results: dict[int, Tensor] = {}
+    # Batches are smaller than elsewhere, because the logits of a whole one are held.
     with evaluating(lm.model):
-        for rows in batches_by_tokens([len(text) for text in texts], batch_tokens):
+        for rows in batches_by_tokens([len(text) for text in texts], BATCH_TOKENS // 4):
             inputs = lm.pad([texts[row] for row in rows], side="right")
             halves = Prompt(torch.tensor([max(1, len(texts[row]) // 2) for row in rows]))
             with prompt_known(halves):
@@ -157,7 +151,7 @@ def token_nlls(
             for index, row in enumerate(rows):
                 results[row] = nll[index, : len(texts[row]) - 1].clone()
             advance(len(rows))
-    return results
+    return [results[row] for row in range(len(texts))]
 
 
 class _Batch:
@@ -172,7 +166,7 @@ class _Batch:
         unfinished: bool = False,
     ) -> None:
         self.model = lm.model
-        # A prefix that prompts share has no last prompt token: the prompt goes on after it.
+        # A prefix that prompts share has no last prompt token: the prompt continues after it.
         self.prompt = Prompt(torch.tensor([shared + len(rest) + unfinished for rest in rests]))
         inputs = lm.pad(rests, side="left")
         self.mask = inputs["attention_mask"]
@@ -193,31 +187,18 @@ class _Batch:
         if last_only and accepts(self.model, "logits_to_keep"):
             extra["logits_to_keep"] = 1
         with prompt_known(self.prompt):
-            out = self.model(
-                input_ids=ids,
-                attention_mask=self.mask,
-                past_key_values=self.cache,
-                use_cache=True,
-                **extra,
-            )
+            cached = {"past_key_values": self.cache, "use_cache": True}
+            out = self.model(input_ids=ids, attention_mask=self.mask, **cached, **extra)
         self.cache = out.past_key_values
-        logits: Tensor = out.logits
-        return logits
+        return cast(Tensor, out.logits)
 
     def select(self, picked: list[int]) -> None:
-        """Make a batch of these rows of it; one may be picked several times."""
+        """Keep these rows of the batch, in this order; a row may be picked several times."""
         rows = torch.tensor(picked, device=self.mask.device)
         self.cache.batch_select_indices(rows)
         self.mask = self.mask[rows]
         self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
-
-    def copy_of(self, picked: list[int]) -> _Batch:
-        """The same, as a batch of its own."""
-        batch = copy.copy(self)
-        batch.cache = copy.deepcopy(self.cache)
-        batch.select(picked)
-        return batch
 
 
 def _decode(
@@ -225,7 +206,7 @@ def _decode(
 ) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in range(len(batch.mask))]
     done = [False] * len(rows)
-    held = list(range(len(rows)))  # which of them the batch still holds
+    held = list(range(len(rows)))  # those that the batch still holds
     logits = batch.last_logits
     for step in range(max_new_tokens):
         tokens = logits.argmax(-1)
@@ -236,7 +217,7 @@ def _decode(
         going = [index for index, row in enumerate(held) if not done[row]]
         if not going or step == max_new_tokens - 1:
             break
-        if len(going) <= GOING_ON * len(held):
+        if len(going) <= UNFINISHED * len(held):
             batch.select(going)
             tokens = tokens[going]
             held = [held[index] for index in going]
@@ -249,17 +230,17 @@ def _decode(
 def _ends(
     lm: LanguageModel, stop: Callable[[int], bool] | None, until: Sequence[str]
 ) -> Callable[[list[int]], bool]:
-    """Whether a row ends with the tokens it has: tried after each token."""
+    """A test for whether a row ends after its last token."""
     texts = [text for text in until if text]
-    # A token has a byte at least, so these hold any text that the last of them completes; two
-    # more, because the beginning of what is decoded may be half a character or lose a space.
+    # A token has at least one byte, so this many tokens hold any text that the last one completes;
+    # two more, because decoding may begin inside a character or drop a space.
     reach = max((len(text.encode()) for text in texts), default=0) + 2
 
     def ends(row: list[int]) -> bool:
         if stop is not None and stop(row[-1]):
             return True
-        said = lm.tokenizer.decode(row[-reach:]) if texts else ""
-        return any(text in said for text in texts)
+        tail = lm.tokenizer.decode(row[-reach:]) if texts else ""
+        return any(text in tail for text in texts)
 
     return ends
 
@@ -269,10 +250,17 @@ def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tup
     owner = [index for index, options in enumerate(tails) for _ in options]
     first = torch.log_softmax(batch.last_logits.float(), dim=-1).cpu()
     best = first.argmax(-1).tolist()
-    values = [float(first[i, option[0]]) for i, option in zip(owner, flat, strict=True)]
-    greedily = [best[i] == option[0] for i, option in zip(owner, flat, strict=True)]
-    for chunk in _of_similar_length([len(option) - 1 for option in flat]):
-        part = batch.copy_of([owner[index] for index in chunk])
+    pairs = list(zip(owner, flat, strict=True))
+    values = [float(first[row, option[0]]) for row, option in pairs]
+    greedily = [best[row] == option[0] for row, option in pairs]
+    chunks: dict[int, list[int]] = defaultdict(list)
+    for index, option in enumerate(flat):
+        if len(option) > 1:  # rests of similar length together, within a factor of two
+            chunks[(len(option) - 2).bit_length()].append(index)
+    for chunk in chunks.values():
+        part = copy.copy(batch)
+        part.cache = copy.deepcopy(batch.cache)
+        part.select([owner[index] for index in chunk])
         tails_nll, follows = _score_tails(part, [flat[index] for index in chunk])
         for index, lost, right in zip(chunk, tails_nll, follows, strict=True):
             values[index] -= lost
@@ -282,19 +270,16 @@ def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tup
 
 
 def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], list[bool]]:
-    """Negative log-likelihood of all but the first token, and whether each is the likeliest."""
+    """Negative log-likelihood of all tokens but the first, and whether each is the likeliest."""
     device = batch.mask.device
-    longest = max(len(option) for option in options)
-    ids = torch.zeros(len(options), longest - 1, dtype=torch.long)
-    targets, valid = torch.zeros_like(ids), torch.zeros_like(ids)
-    for row, option in enumerate(options):
-        ids[row, : len(option) - 1] = torch.tensor(option[:-1])
-        targets[row, : len(option) - 1] = torch.tensor(option[1:])
-        valid[row, : len(option) - 1] = 1
-    # Padding on the right: masked, and no later token of the row could see it anyway.
+    tokens = [torch.tensor(option) for option in options]
+    ids = pad_sequence([row[:-1] for row in tokens], batch_first=True)
+    targets = pad_sequence([row[1:] for row in tokens], batch_first=True)
+    valid = pad_sequence([torch.ones_like(row[1:]) for row in tokens], batch_first=True)
+    # Padding is on the right: it is masked, and no real token of the row comes after it.
     batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
-    # At position 0, because a longer row's padding may reach past the model's last position.
-    positions = batch.next_position + torch.arange(longest - 1, device=device)
+    # Its position is 0, because padding may reach past the model's last position.
+    positions = batch.next_position + torch.arange(ids.shape[1], device=device)
     positions = positions * valid.to(device)
     logits = batch.forward(ids.to(device), positions, last_only=False)
     nll = _nll(logits, targets.to(logits.device)).cpu() * valid
@@ -302,17 +287,8 @@ def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], 
     return nll.sum(-1).tolist(), right.all(-1).tolist()
 
 
-def _of_similar_length(lengths: list[int]) -> list[list[int]]:
-    """Indices of positive lengths, in groups of which none is over twice another: less padding."""
-    groups: dict[int, list[int]] = {}
-    for index, length in enumerate(lengths):
-        if length > 0:
-            groups.setdefault((length - 1).bit_length(), []).append(index)
-    return list(groups.values())
-
-
 def _tokens_held(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:
-    """Tokens of an item in the cache at the most: each option of several has a copy of its own."""
+    """Most tokens of an item in the cache, where each option has its own copy of the prompt."""
     longer = sum(len(option) > 1 for option in options)
     return max(1, longer) * (len(prompt) + max(len(option) for option in options))
 
@@ -323,20 +299,23 @@ def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     ).view(targets.shape)
 
 
-def _common_prefix(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the common beginning, at least one token of each sequence left over."""
-    limit = min(len(sequence) for sequence in sequences) - 1
-    for index in range(limit):
-        if any(sequence[index] != sequences[0][index] for sequence in sequences):
-            return index
-    return limit
+def common_prefix(*sequences: Sequence[Any]) -> int:
+    """Number of leading elements that sequences have in common."""
+    columns = enumerate(zip(*sequences, strict=False))
+    differing = (index for index, column in columns if len(set(column)) > 1)
+    return next(differing, min(len(sequence) for sequence in sequences))
+
+
+def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the common beginning that leaves at least one token of each sequence."""
+    return min(common_prefix(*sequences), min(len(sequence) for sequence in sequences) - 1)
 
 
 def _shared_prefix(
     lm: LanguageModel, prompts: Sequence[Sequence[int]]
 ) -> tuple[int, DynamicCache | None]:
-    """Prefill what all prompts begin with, when the model's cache can be copied row by row."""
-    shared = _common_prefix(prompts) if len(prompts) > 1 else 0
+    """Prefill the beginning of all prompts, if the model's cache can be copied row by row."""
+    shared = _shared_tokens(prompts) if len(prompts) > 1 else 0
     if shared < SHORTEST_SHARED:
         return 0, None
     batch = _Batch(lm, [list(prompts[0][:shared])], unfinished=True)

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness in both directions: our models in it, its tasks in our comparisons.
+"""Run our models in lm-evaluation-harness, and its tasks in our comparisons.
 
 lm-evaluation-harness (`pip install lm-eval`, Gao et al.) is imported when a function is called.
 """
@@ -16,14 +16,15 @@ from lirefs.errors import TaskError
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import BATCH_TOKENS, Advance
-from lirefs.tasks.task import ItemResult
+from lirefs.tasks.task import ItemResult, ItemTask
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
-# The metric that is compared: the first of these that a task has, else its first to maximise.
+# The metric that is compared: the first of these that a task has, else the first that is higher
+# for better.
 METRICS = ("acc", "exact_match", "acc_norm")
-# The seed from which `lm_eval.simple_evaluate` draws few-shot examples unless it is told another.
+# The default seed with which `lm_eval.simple_evaluate` draws few-shot examples.
 FEWSHOT_SEED = 1234
 
 
@@ -35,19 +36,19 @@ def lm_eval_model(
     """The model, under an intervention, for `lm_eval.simple_evaluate(model=...)`.
 
     Requests run on this package's engine, with the tokens that lm-eval's `HFLM` would give to the
-    model. The intervention is attached during each call alone. What a request gives as context is
-    the prompt of scopes; what is scored or generated after it is generated text.
+    model. The intervention is attached only during each call. For steering in scopes, the context
+    of a request is the prompt, and what is scored or generated after it is generated text.
 
     Args:
         lm: The model.
-        intervention: What to evaluate it under; None for the model as it is.
+        intervention: Applied during each request; None for the model as it is.
         batch_tokens: Tokens per batch, padding included.
 
     Returns:
-        An `lm_eval.api.model.TemplateLM`.
+        The model; it raises `TaskError` for a request that samples.
 
     Raises:
-        TaskError: lm-eval is not installed; later, from a request that samples.
+        TaskError: lm-eval is not installed.
     """
     _require()
     from lirefs.tasks.lm_eval_model import EngineLM
@@ -64,17 +65,17 @@ def lm_eval_tasks(
     """Tasks of lm-eval, for `lirefs.compare`.
 
     Args:
-        names: Tasks, groups or tags that lm-eval knows; groups and tags give all their tasks.
+        names: Tasks, groups or tags of lm-eval.
         include_path: A folder with more tasks as YAML files.
-        limit: At most this many documents of each task, from its beginning.
+        limit: Only the first this many documents of each task.
         group: Group of the tasks in a comparison.
 
     Returns:
-        Tasks for `lirefs.compare`, groups and tags taken apart.
+        Single tasks, also for groups and tags.
 
     Raises:
-        TaskError: lm-eval is not installed or has no such task, its data cannot be read, or it
-            has no score for each document that is higher for better.
+        TaskError: lm-eval is not installed or has no such task, the data of a task cannot be read,
+            or it has no score per document that is higher for better.
     """
     _require()
     from lm_eval.tasks import TaskManager
@@ -87,7 +88,7 @@ def lm_eval_tasks(
     unknown = sorted(set(names) - set(manager.all_tasks))
     if unknown:
         raise TaskError(
-            f"lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists what it has"
+            f"lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists its tasks"
         )
     tasks = []
     for name in names:
@@ -100,20 +101,19 @@ def lm_eval_tasks(
 
 
 @dataclass(frozen=True)
-class LMEvalTask:
+class LMEvalTask(ItemTask):
     """A task of lm-eval, made by `lm_eval_tasks`.
 
     Attributes:
-        source: The task as lm-eval holds it, an `lm_eval.api.task.Task`.
+        source: The `lm_eval.api.task.Task`.
         items: The requests (`lm_eval.api.instance.Instance`) of each document. They are built
-            once, because few-shot examples are drawn document by document: a part of the items
-            then keeps the examples that it has in the whole.
+            once, because few-shot examples are drawn document by document: a subset then has the
+            same examples as the whole.
         metric: lm-eval's name of the score.
     """
 
-    name: str
-    source: Any
     items: Sequence[Sequence[Any]]
+    source: Any
     metric: str
     group: str = "lm-eval"
 
@@ -125,54 +125,42 @@ class LMEvalTask:
         options = [len(self.source.doc_to_choice(item[0].doc)) for item in self.items]
         return sum(1 / count for count in options) / len(options)
 
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def subset(self, rows: Sequence[int]) -> LMEvalTask:
-        """The same task on some of its items."""
-        return replace(self, items=[self.items[row] for row in rows])
-
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item as `lm_eval.simple_evaluate` does."""
         model: Any = lm_eval_model(lm)
-        # Requests carry their responses, and these are shared by all runs.
+        # Requests carry their responses, and self.items is shared by all runs.
         items = [[replace(one, resps=[], filtered_resps={}) for one in item] for item in self.items]
-        kinds: dict[str, list[Any]] = defaultdict(list)
-        for item in items:
-            for one in item:
-                kinds[one.request_type].append(one)
-        for kind, requests in kinds.items():
-            responses = getattr(model, kind)(requests, disable_tqdm=True)
+        flat = [one for item in items for one in item]
+        by_type: dict[str, list[Any]] = defaultdict(list)
+        for one in flat:
+            by_type[one.request_type].append(one)
+        for method, requests in by_type.items():
+            responses = getattr(model, method)(requests, disable_tqdm=True)
             for one, response in zip(requests, responses, strict=True):
-                one.resps = [response] * (one.repeats or 1)  # greedy: a repeat says the same
+                one.resps = [response] * (one.repeats or 1)  # greedy: repeats are equal
         for filters in self.source._filters:
-            filters.apply([one for item in items for one in item])
+            filters.apply(flat)
         results = [self._result(item) for item in items]
         advance(len(items))
         return results
 
     def _result(self, item: list[Any]) -> ItemResult:
         scores: dict[str, float] = {}
-        first, *others = item[0].filtered_resps
-        for key in (first, *others):
+        first = next(iter(item[0].filtered_resps))
+        for key in item[0].filtered_resps:
             found = self.source.process_results(item[0].doc, [r.filtered_resps[key] for r in item])
             for name, value in found.items():
-                if isinstance(value, numbers.Real):  # else it is one for the whole corpus
+                if isinstance(value, numbers.Real):  # else it is for the whole corpus
                     scores[name if key == first else f"{name},{key}"] = float(value)
         if self.metric not in scores:
             raise TaskError(f"{self.name}: lm-eval gives no {self.metric} for a single document")
         expected, output = self._texts(item, item[0].filtered_resps[first])
-        return ItemResult(
-            id=str(item[0].doc_id),
-            scores=scores,
-            prompt=str(item[0].args[0]),
-            expected=expected,
-            output=output,
-            parsed=output != "[invalid]",  # what lm-eval's filters say where they find no answer
-        )
+        parsed = output != "[invalid]"  # lm-eval's filters return this if they find no answer
+        name, prompt = str(item[0].doc_id), str(item[0].args[0])
+        return ItemResult(name, scores, 1.0, prompt, expected, output, parsed)
 
     def _texts(self, item: list[Any], response: Any) -> tuple[str, str]:
-        """What was expected, and what the model gave."""
+        """The expected answer and the model's."""
         target = self.source.doc_to_target(item[0].doc)
         if self.source.OUTPUT_TYPE != "multiple_choice":
             return str(target), str(response)
@@ -199,7 +187,7 @@ def _task(name: str, source: Any, limit: int | None, group: str) -> LMEvalTask:
     for one in source.instances:
         documents[one.doc_id].append(one)
     items = [sorted(document, key=lambda one: one.idx) for document in documents.values()]
-    return LMEvalTask(name, source, items, metrics[0], group)
+    return LMEvalTask(name, items, source, metrics[0], group)
 
 
 def _require() -> None:

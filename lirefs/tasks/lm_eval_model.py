@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from jinja2 import TemplateError
 from lm_eval.api.model import TemplateLM
@@ -21,7 +23,7 @@ from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import greedy, score_continuations
 
-# What a request may say of how to decode; the last two change nothing without sampling.
+# Decoding settings that a request may have; the last two change nothing without sampling.
 _SETTINGS = {"do_sample", "temperature", "until", "max_gen_toks", "top_p", "top_k"}
 
 
@@ -37,18 +39,17 @@ class EngineLM(TemplateLM):
         self.batch_tokens = batch_tokens
         self.tokenizer = lm.tokenizer
         self.max_length = resolve_max_length(lm.model.config, lm.tokenizer)
-        self.max_gen_toks = 256  # what requests that say nothing get from HFLM
+        self.max_gen_toks = 256  # HFLM's default
 
     @property
     def eot_token_id(self) -> int | None:
-        """End of text."""
-        token: int | None = self.tokenizer.eos_token_id
-        return token
+        """Id of the end-of-text token."""
+        return cast(int | None, self.tokenizer.eos_token_id)
 
     @property
     def prefix_token_id(self) -> int | None:
-        """What stands before a text that has no context."""
-        token: int | None = self.tokenizer.bos_token_id
+        """Id of the token before a text that has no context."""
+        token = cast(int | None, self.tokenizer.bos_token_id)
         return self.eot_token_id if token is None else token
 
     @property
@@ -57,7 +58,7 @@ class EngineLM(TemplateLM):
         return str(self.tokenizer.name_or_path).replace("/", "__")
 
     def get_model_info(self) -> dict[str, Any]:
-        """What lm-eval saves of the model with its results."""
+        """Description of the model that lm-eval saves with its results."""
         return {
             "model": self.lm.name,
             "model_sha256": self.lm.fingerprint,
@@ -67,33 +68,28 @@ class EngineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer adds unless they stand there."""
-        begins = self.prefix_token_id
-        if add_special_tokens is None and begins is not None:
+        """Token ids, with the tokenizer's special tokens unless the text begins with one."""
+        first = self.prefix_token_id
+        if add_special_tokens is None and first is not None:
             # A chat template writes the first token itself.
-            add_special_tokens = not string.startswith(self.tokenizer.decode([begins]))
+            add_special_tokens = not string.startswith(self.tokenizer.decode([first]))
         flag = {} if add_special_tokens is not False else {"add_special_tokens": False}
-        ids: list[int] = self.tokenizer.encode(string, **flag)
-        return ids
+        return cast(list[int], self.tokenizer.encode(string, **flag))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
     ) -> str:
-        """A conversation as the text that the tokenizer's template makes of it."""
-
-        def templated(messages: list[dict[str, str]]) -> str:
-            text: str = self.tokenizer.apply_chat_template(
-                messages,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=not add_generation_prompt,
-            )
-            return text
-
+        """A conversation as text, written with the tokenizer's template."""
+        template = functools.partial(
+            self.tokenizer.apply_chat_template,
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=not add_generation_prompt,
+        )
         try:
-            return templated(chat_history)
+            return cast(str, template(chat_history))
         except TemplateError:  # some templates refuse a system prompt; HFLM leaves it out as well
-            return templated([one for one in chat_history if one["role"] != "system"])
+            return cast(str, template([one for one in chat_history if one["role"] != "system"]))
 
     def _loglikelihood_tokens(
         self,
@@ -101,57 +97,49 @@ class EngineLM(TemplateLM):
         disable_tqdm: bool = False,
         batch_tokens: int | None = None,
     ) -> list[tuple[float, bool]]:
-        prompts: dict[tuple[int, ...], list[int]] = {}
+        prompts: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
             if not context or not 0 < len(continuation) <= self.max_length:
                 raise TaskError(
                     f"log-likelihood request {index} has {len(context)} tokens of context and "
-                    f"{len(continuation)} to score; needs one at least of both, and at most "
+                    f"{len(continuation)} to score; it needs at least 1 of each, and at most "
                     f"{self.max_length} to score"
                 )
             # The last token is only scored, so one more than the model's length fits.
             kept = max(1, self.max_length + 1 - len(continuation))
-            prompts.setdefault(tuple(context[-kept:]), []).append(index)
+            prompts[tuple(context[-kept:])].append(index)
         items = [(prompt, [requests[i][2] for i in rows]) for prompt, rows in prompts.items()]
-        results: list[tuple[float, bool]] = [(0.0, False)] * len(requests)
+        results: dict[int, tuple[float, bool]] = {}
         with applied(self.intervention, self.lm.model), _bar(len(items), disable_tqdm) as bar:
             budget = batch_tokens or self.batch_tokens
             found = score_continuations(self.lm, items, batch_tokens=budget, advance=bar.update)
         for rows, values in zip(prompts.values(), found, strict=True):
-            for row, value in zip(rows, values, strict=True):
-                results[row] = value
-        return results
+            results |= zip(rows, values, strict=True)
+        return [results[row] for row in range(len(requests))]
 
     def loglikelihood_rolling(
         self, requests: Sequence[Any], disable_tqdm: bool = False
     ) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's length where they are longer.
+        """Log-likelihood of whole texts; longer ones are scored in windows of the model's length.
 
         For steering in scopes, the token before the text is the prompt.
         """
-        windows: list[tuple[Any, list[int], list[int]]] = []
-        owner: list[int] = []
-        for index, request in enumerate(requests):
-            for pair in get_rolling_token_windows(
-                token_list=self.tok_encode(request.args[0]),
-                prefix_token=self.prefix_token_id,
-                max_seq_len=self.max_length,
-                context_len=1,
-            ):
-                windows.append((None, *make_disjoint_window(pair)))
-                owner.append(index)
-        # Logits of all tokens of a batch are held.
-        scored = self._loglikelihood_tokens(windows, disable_tqdm, self.batch_tokens // 4)
-        totals = [0.0] * len(requests)
-        for index, (value, _) in zip(owner, scored, strict=True):
-            totals[index] += value
-        return totals
+        first, length = self.prefix_token_id, self.max_length
+        windows = []
+        for request in requests:
+            ids = self.tok_encode(request.args[0])
+            pairs = get_rolling_token_windows(ids, first, max_seq_len=length, context_len=1)
+            windows.append([(None, *make_disjoint_window(pair)) for pair in pairs])
+        flat = [window for some in windows for window in some]
+        # Smaller batches, because the logits of all tokens of a batch are held.
+        scored = iter(self._loglikelihood_tokens(flat, disable_tqdm, self.batch_tokens // 4))
+        return [sum((next(scored)[0] for _ in some), 0.0) for some in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Greedy continuations up to the first stop string."""
-        groups: dict[tuple[tuple[str, ...], int], list[int]] = {}
+        groups: dict[tuple[tuple[str, ...], int], list[int]] = defaultdict(list)
         for index, request in enumerate(requests):
-            groups.setdefault(self._greedy_settings(request.args[1]), []).append(index)
+            groups[self._greedy_settings(request.args[1])].append(index)
         results = [""] * len(requests)
         ends = self._end_tokens()
         with applied(self.intervention, self.lm.model), _bar(len(requests), disable_tqdm) as bar:
@@ -174,11 +162,11 @@ class EngineLM(TemplateLM):
     def _greedy_settings(self, settings: dict[str, Any]) -> tuple[tuple[str, ...], int]:
         """Stop strings and length limit of a request."""
         known = normalize_gen_kwargs(settings, self.max_gen_toks)
-        unknown = sorted(set(known) - _SETTINGS)
+        unknown = ", ".join(sorted(set(known) - _SETTINGS))
         if known["do_sample"] or unknown:
             raise TaskError(
-                f"generation is greedy here; the task asks for {', '.join(unknown) or 'sampling'} "
-                f"in its generation_kwargs: {settings}"
+                f"generation is greedy here, but the task asks for {unknown or 'sampling'} in its "
+                f"generation_kwargs: {settings}"
             )
         limit: int = known["max_gen_toks"]
         if not 0 < limit < self.max_length:
@@ -191,7 +179,7 @@ class EngineLM(TemplateLM):
         return tuple(handle_stop_sequences(known["until"], eos=eos)), limit
 
     def _end_tokens(self) -> set[int]:
-        """Tokens after which `generate` would stop as well."""
+        """Tokens after which `model.generate` would stop as well."""
         settings = getattr(self.lm.model, "generation_config", None)
         ends = getattr(settings, "eos_token_id", None)
         listed = ends if isinstance(ends, list) else [ends]

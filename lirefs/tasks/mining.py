@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -23,18 +24,21 @@ from lirefs.version import __version__
 
 NEAR_GRAM, COPIED_GRAM = 5, 4
 
+CutWindow = tuple[int, str, list[int], list[int]]
+"""Index of the text, id, prefix ids and suffix ids of a window."""
+
 
 @dataclass(frozen=True)
 class Window:
-    """A stretch of a text that the model recites.
+    """A window of a text that the model recites.
 
     Attributes:
-        id: Name of the text, a slash, and the index of the first token in the text.
+        id: Name of the text, a slash, and the index of the window's first token in the text.
         prefix_ids: Token ids of the prompt.
-        suffix_ids: Token ids of what is recited.
+        suffix_ids: Token ids that are recited.
         prefix_text: The prompt.
-        suffix_text: What is recited.
-        predictable: Share of the suffix's 4-grams of tokens that occur in the prefix: where it is
+        suffix_text: The recited text.
+        predictable: Share of the suffix's 4-grams of tokens that occur in the prefix: if it is
             large, the model may have copied rather than remembered.
     """
 
@@ -48,13 +52,13 @@ class Window:
 
 @dataclass(frozen=True)
 class Mined:
-    """What `mine` found.
+    """The result of `mine`.
 
     Attributes:
         windows: The distinct recited windows, in the order of the texts.
-        counts: How many `texts` and `windows` were read, how many windows were `screened` (every
-            suffix token is the model's first choice after the true tokens), `confirmed` by greedy
-            decoding, and `distinct` from every earlier one.
+        counts: How many `texts` and `windows` were read, and how many windows were `screened`
+            (every suffix token is the model's first choice after the true tokens), `confirmed` by
+            greedy decoding, and `distinct` from every earlier one.
         provenance: Settings, and fingerprints of model, tokenizer and texts.
     """
 
@@ -66,7 +70,7 @@ class Mined:
         """Write the windows as JSON Lines, and counts and provenance to `path` + `.json`.
 
         Args:
-            path: The file for `recitation_task`. An existing one is replaced.
+            path: The file for `recitation_task`; it is replaced if it exists.
         """
         tokenizer = self.provenance["tokenizer"]
         rows = [json.dumps({**asdict(one), "tokenizer": tokenizer}) for one in self.windows]
@@ -87,28 +91,28 @@ def mine(
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Mined:
-    """Find the windows of texts whose second part a model recites after the first.
+    """Find the windows of texts whose suffix a model recites after the prefix.
 
     The criterion of Merullo et al. 2025, appendix B: every token of the suffix is the model's
-    first choice after the true tokens before it. Greedy decoding confirms it. Of windows whose
-    suffixes nearly agree, the first is kept.
+    first choice after the true tokens before it. Greedy decoding confirms it. Of windows with
+    nearly equal suffixes, the first is kept.
 
     Args:
-        lm: The model. Where its tokenizer begins texts with a special token, so does each prefix,
+        lm: The model. If its tokenizer begins texts with a special token, so does each prefix,
             which is then one token longer.
         texts: (id, text), ids all different.
         prefix_tokens: Length of the prompts.
         suffix_tokens: Length of what must be recited.
         stride: Tokens from one window of a text to the next; None: windows do not overlap.
-        near: Windows are near-duplicates from this Jaccard similarity of the 5-grams of suffix
-            tokens on, in (0, 1].
+        near: Jaccard similarity of the 5-grams of suffix tokens, in (0, 1], from which on windows
+            are near-duplicates.
         batch_tokens: Tokens per batch.
-        journal: File to which the result of each finished batch is appended, and with which the
-            same call goes on. None: an interrupted call begins anew.
+        journal: File to which the result of each finished batch is appended, and from which the
+            same call continues. None: an interrupted call starts again.
         progress: Show a progress bar.
 
     Returns:
-        The windows that are recited, and how many were looked at.
+        The recited windows, and how many windows passed each stage.
 
     Raises:
         SettingError: A setting is out of range, two texts share an id, no text is as long as a
@@ -118,7 +122,8 @@ def mine(
         WriteError: The journal cannot be written.
     """
     stride = prefix_tokens + suffix_tokens if stride is None else stride
-    _check(lm, texts, prefix_tokens, suffix_tokens, stride, near)
+    lengths = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "stride": stride}
+    _check(lm, texts, lengths, near)
     provenance = {
         "format": "lirefs-mined-1",
         "lirefs": __version__,
@@ -126,16 +131,12 @@ def mine(
         "model_name": lm.name,
         "tokenizer": lm.tokenizer_fingerprint,
         "texts": sha256_of(json.dumps([list(one) for one in texts]).encode()),
-        "prefix_tokens": prefix_tokens,
-        "suffix_tokens": suffix_tokens,
-        "stride": stride,
+        **lengths,
         "near": near,
         "batch_tokens": batch_tokens,
     }
-    finished = _begun(Path(journal), provenance) if journal is not None else []
     stream = _cut(lm, texts, prefix_tokens, suffix_tokens, stride)
-    for part in finished:
-        _check_part(part, stream, journal)
+    finished = [] if journal is None else _finished_parts(Path(journal), provenance, stream)
     size = max(1, batch_tokens // (prefix_tokens + suffix_tokens))
     with tqdm(total=len(texts), unit="text", desc="mine", disable=not progress) as bar:
         while batch := list(islice(stream, size)):
@@ -147,11 +148,8 @@ def mine(
             bar.set_postfix_str(f"{sum(len(one['recited']) for one in finished)} recited")
             bar.update(batch[-1][0] - bar.n)
         bar.update(len(texts) - bar.n)
-    counts = {
-        "texts": len(texts),
-        "windows": sum(part["windows"] for part in finished),
-        "screened": sum(part["screened"] for part in finished),
-    }
+    counts = {"texts": len(texts)}
+    counts |= {stage: sum(part[stage] for part in finished) for stage in ("windows", "screened")}
     if not counts["windows"]:
         raise SettingError(
             f"none of the {len(texts)} texts has the {prefix_tokens} + {suffix_tokens} tokens of "
@@ -160,30 +158,31 @@ def mine(
     recited = [window for part in finished for window in part["recited"]]
     kept = distinct([suffix for _, _, suffix in recited], near)
     counts |= {"confirmed": len(recited), "distinct": len(kept)}
-    return Mined([_window(lm, *recited[row]) for row in kept], counts, provenance)
+    decode = functools.partial(lm.tokenizer.decode, skip_special_tokens=True)
+    windows = [
+        Window(name, prefix, suffix, decode(prefix), decode(suffix), predictable(prefix, suffix))
+        for name, prefix, suffix in (recited[row] for row in kept)
+    ]
+    return Mined(windows, counts, provenance)
 
 
 def distinct(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
-    """Indices of sequences that no earlier one that is kept nearly agrees with.
+    """Indices of the token sequences that are not near-duplicates of an earlier kept one.
 
-    Args:
-        suffixes: Token ids of each sequence.
-        near: Jaccard similarity of the sets of 5-grams from which on two sequences are
-            near-duplicates, above 0. A shorter sequence is one gram.
+    Near-duplicates are two whose sets of 5-grams have a Jaccard similarity of at least `near`,
+    which is above 0. A sequence shorter than that is one gram.
     """
-    kept: list[int] = []
-    sizes: list[int] = []
-    holders: dict[tuple[int, ...], list[int]] = {}
+    sizes: dict[int, int] = {}  # of those that are kept
+    holders: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, suffix in enumerate(suffixes):
         grams = set(_grams(suffix, NEAR_GRAM))
-        shared = Counter(holder for gram in grams for holder in holders.get(gram, ()))
+        shared = Counter(holder for gram in grams for holder in holders[gram])
         if any(n >= near * (len(grams) + sizes[holder] - n) for holder, n in shared.items()):
             continue
         for gram in grams:
-            holders.setdefault(gram, []).append(len(kept))
-        kept.append(index)
-        sizes.append(len(grams))
-    return kept
+            holders[gram].append(index)
+        sizes[index] = len(grams)
+    return list(sizes)
 
 
 def predictable(prefix: Sequence[int], suffix: Sequence[int]) -> float:
@@ -199,44 +198,36 @@ def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 
 
 def _check(
-    lm: LanguageModel,
-    texts: Sequence[tuple[str, str]],
-    prefix_tokens: int,
-    suffix_tokens: int,
-    stride: int,
-    near: float,
+    lm: LanguageModel, texts: Sequence[tuple[str, str]], lengths: dict[str, int], near: float
 ) -> None:
-    for name, value in (
-        ("prefix_tokens", prefix_tokens),
-        ("suffix_tokens", suffix_tokens),
-        ("stride", stride),
-    ):
+    for name, value in lengths.items():
         if value < 1:
-            raise SettingError(f"{name} is {value}, expected 1 or more")
+            raise SettingError(f"{name} is {value}; expected 1 or more")
     if not 0 < near <= 1:
-        raise SettingError(f"near is {near}, expected a similarity in (0, 1]")
+        raise SettingError(f"near is {near}; expected a similarity in (0, 1]")
     most = getattr(text_config(lm.model), "max_position_embeddings", None)
-    if most is not None and prefix_tokens + suffix_tokens + len(_lead(lm)) > most:
+    prefix, suffix = lengths["prefix_tokens"], lengths["suffix_tokens"]
+    if most is not None and prefix + suffix + len(_lead(lm)) > most:
         raise SettingError(
-            f"windows of {prefix_tokens} + {suffix_tokens} tokens are longer than the {most} that "
-            f"{lm.name} reads"
+            f"windows of {prefix} + {suffix} tokens are longer than the {most} that {lm.name} "
+            "can read"
         )
-    repeated = [name for name, n in Counter(name for name, _ in texts).items() if n > 1]
-    if repeated:
-        raise SettingError(f"two texts are called {repeated[0]!r}; ids must differ")
+    for name, n in Counter(name for name, _ in texts).items():
+        if n > 1:
+            raise SettingError(f"two texts are called {name!r}; ids must differ")
     refuse_steered(lm.model, SettingError, "mined")
 
 
 def _lead(lm: LanguageModel) -> list[int]:
-    """The special token with which the tokenizer begins a text, if it does."""
+    """The special token with which the tokenizer begins a text, if there is one."""
     bos = lm.tokenizer.bos_token_id
     return [bos] if bos is not None and lm.encode(["a"])[0][:1] == [bos] else []
 
 
 def _cut(
     lm: LanguageModel, texts: Sequence[tuple[str, str]], prefix: int, suffix: int, stride: int
-) -> Iterator[tuple[int, str, list[int], list[int]]]:
-    """Index of the text, id, prefix ids and suffix ids of every window."""
+) -> Iterator[CutWindow]:
+    """Every window of the texts, in order."""
     lead = _lead(lm)
     for index, (name, text) in enumerate(texts):
         ids = lm.encode([text], add_special_tokens=False)[0]
@@ -248,7 +239,7 @@ def _cut(
 def _search(
     lm: LanguageModel, windows: list[tuple[str, list[int], list[int]]], suffix_tokens: int
 ) -> dict[str, Any]:
-    """Screen one batch of windows, all equally long, and confirm what passes."""
+    """Screen one batch of windows of equal length, and confirm those that pass."""
     inputs = lm.pad([prefix + suffix[:-1] for _, prefix, suffix in windows])
     keep = {"logits_to_keep": suffix_tokens} if accepts(lm.model, "logits_to_keep") else {}
     with evaluating(lm.model):
@@ -261,56 +252,46 @@ def _search(
     return {"windows": len(windows), "screened": len(screened), "recited": recited}
 
 
-def _window(lm: LanguageModel, name: str, prefix: list[int], suffix: list[int]) -> Window:
-    return Window(
-        name,
-        prefix,
-        suffix,
-        lm.tokenizer.decode(prefix, skip_special_tokens=True),
-        lm.tokenizer.decode(suffix, skip_special_tokens=True),
-        predictable(prefix, suffix),
-    )
+def _finished_parts(
+    journal: Path, provenance: dict[str, Any], stream: Iterator[CutWindow]
+) -> list[dict[str, Any]]:
+    """The parts that a journal holds; their windows are taken off the stream.
 
+    An unfinished last line is removed from the journal.
 
-def _begun(journal: Path, provenance: dict[str, Any]) -> list[dict[str, Any]]:
-    """What a journal holds already; a half-written last line is taken off."""
+    Raises:
+        DataFileError: The journal cannot be read, or a part is not of these windows.
+        SettingError: The journal is of another call.
+    """
     if not journal.exists():
         return []
     try:
         raw = journal.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
         rows = [parse_json(line.decode()) for line in whole.splitlines()]
+        if rows and rows[0] != provenance:
+            raise SettingError(
+                f"{journal}: belongs to another model, other texts or other settings; remove it, "
+                "or write elsewhere"
+            )
+        for part in rows[1:]:
+            _check_part(part, stream)
     except OSError as problem:
         raise DataFileError(f"{journal}: cannot be read ({problem.strerror})") from problem
-    except ValueError:
-        raise DataFileError(f"{journal}: damaged; remove it to begin anew") from None
-    if rows and rows[0] != provenance:
-        raise SettingError(
-            f"{journal}: was begun with another model, other texts or settings; remove it, or "
-            "write elsewhere"
-        )
-    # A first line without a second is written again with the second.
+    except (ValueError, TypeError, KeyError):
+        raise DataFileError(f"{journal}: damaged; remove it to start again") from None
+    # A first line without a second one is written again together with the second.
     atomic_write_bytes(journal, whole if len(rows) > 1 else b"")
     return rows[1:]
 
 
-def _check_part(
-    part: Any,
-    stream: Iterator[tuple[int, str, list[int], list[int]]],
-    journal: str | Path | None,
-) -> None:
-    """Take the windows of a finished part off the stream; what it found must be among them.
-
-    Raises:
-        DataFileError: It is not of these windows.
-    """
-    try:
-        read, screened, recited = (part[key] for key in ("windows", "screened", "recited"))
-        whole = all(type(one) is int and one >= 0 for one in (read, screened))
-        cut = [list(one[1:]) for one in islice(stream, read)] if whole else []
-        known = [window for window in cut if window in recited]
-        if not whole or len(cut) != read or known != recited or not len(known) <= screened <= read:
-            raise ValueError
-    except (ValueError, TypeError, KeyError):
-        raise DataFileError(f"{journal}: damaged; remove it to begin anew") from None
+def _check_part(part: Any, stream: Iterator[CutWindow]) -> None:
+    """Raise ValueError, TypeError or KeyError unless a part found windows of the stream."""
+    read, screened, recited = (part[key] for key in ("windows", "screened", "recited"))
+    if not all(type(one) is int and one >= 0 for one in (read, screened)):
+        raise ValueError
+    cut = [list(one[1:]) for one in islice(stream, read)]
+    known = [window for window in cut if window in recited]
+    if len(cut) != read or known != recited or not len(known) <= screened <= read:
+        raise ValueError
     part["recited"] = known

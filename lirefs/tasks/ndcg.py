@@ -1,9 +1,10 @@
-"""nDCG@10: whether an edited model still ranks the next tokens as the unchanged model does."""
+"""nDCG@10: whether an edited model ranks the next tokens as the unchanged model does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,10 +21,10 @@ from lirefs.tasks.task import ItemResult, ItemTask
 
 @dataclass(frozen=True)
 class RankAgreement(ItemTask):
-    """nDCG of the k likeliest next tokens against a frozen list of them. Made by `ndcg_task`.
+    """nDCG of the k likeliest next tokens against a frozen ranking. Made by `ndcg_task`.
 
-    Scores of an item, means over its positions, are those of `ndcg`; its weight is the number of
-    positions, every token of the text included.
+    The scores of an item are those of `ndcg`, averaged over its positions; its weight is the
+    number of positions, one for each token of the text.
 
     Attributes:
         items: (id, token ids of the text, and for each of its positions the ids of the k likeliest
@@ -46,15 +47,10 @@ class RankAgreement(ItemTask):
         results = []
         for item, ids, frozen in self.items:
             baseline = torch.tensor([list(row) for row in frozen])
-            scores = ndcg(baseline, likeliest(lm, ids, baseline.shape[1]))
-            results.append(
-                ItemResult(
-                    id=item,
-                    scores={name: float(values.mean()) for name, values in scores.items()},
-                    weight=len(ids),
-                    prompt=lm.tokenizer.decode(ids)[:200],
-                )
-            )
+            found = ndcg(baseline, likeliest(lm, ids, baseline.shape[1]))
+            scores = {name: float(values.mean()) for name, values in found.items()}
+            prompt = lm.tokenizer.decode(ids)[:200]
+            results.append(ItemResult(item, scores, len(ids), prompt))
             advance(1)
         return results
 
@@ -66,23 +62,22 @@ def ndcg_task(
     max_tokens: int = 512,
     name: str | None = None,
 ) -> RankAgreement:
-    """Rank the next tokens with the model as it is now, and freeze what it says.
+    """Rank the next tokens with the model as it is now, and freeze the ranking.
 
-    The task scores nDCG@k of another model's ranking against it (Merullo et al. 2025, table 1).
-
-    A list that an edited model made would agree with that model: steering and removable weight
-    edits are refused. A change that was written into the weights for good cannot be seen.
+    The task scores nDCG@k of a changed model's ranking against it (Merullo et al. 2025, table 1).
+    Steering and removable weight edits are refused, since the frozen ranking would be that of the
+    changed model. A change that was written into the weights for good cannot be noticed.
 
     Args:
         lm: The unchanged model.
         texts: (id, text).
         k: Number of likeliest tokens that count.
-        max_tokens: Longer texts are cut there. The logits of one text are held at a time:
-            `max_tokens` times the vocabulary.
+        max_tokens: Longer texts are cut to this length. The logits of one text are held at a
+            time: `max_tokens` times the vocabulary.
         name: Name of the task; `nDCG@k` by default.
 
     Returns:
-        The task; the model's lists are part of its items.
+        The task; the model's ranking is part of its items.
 
     Raises:
         TaskError: The model is steered or edited, a text is empty, or its logits are not finite.
@@ -90,15 +85,15 @@ def ndcg_task(
     refuse_steered(lm.model, TaskError, "the baseline of nDCG")
     if is_edited(lm.model):
         raise TaskError(
-            "a model under a weight edit cannot be the baseline of nDCG: take the edit off first "
-            "(leave the `with`, or call the handle's remove)"
+            "a model under a weight edit cannot be the baseline of nDCG: remove the edit first "
+            "(leave the `with` block, or call `remove` on the handle)"
         )
     items = []
-    ids = [row[:max_tokens] for row in lm.encode([text for _, text in texts])]
-    for (item, _), row in zip(texts, ids, strict=True):
-        if not row:
+    for item, text in texts:
+        ids = lm.encode([text])[0][:max_tokens]
+        if not ids:
             raise TaskError(f"nDCG: text {item!r} is empty")
-        items.append((item, row, likeliest(lm, row, k).tolist()))
+        items.append((item, ids, likeliest(lm, ids, k).tolist()))
     return RankAgreement(name or f"nDCG@{k}", items)
 
 
@@ -107,19 +102,13 @@ def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
 
     For steering in scopes, the first half of a text counts as its prompt.
 
-    Args:
-        lm: The model, under whatever intervention is active.
-        ids: Token ids of the text.
-        k: How many.
-
     Returns:
         Token ids on the CPU, shape (tokens, k), int64.
 
     Raises:
-        TaskError: The vocabulary is smaller than k, or a logit among the k largest is not
-            finite.
+        TaskError: The vocabulary is smaller than k, or a logit among the k largest is not finite.
     """
-    # One text a batch: beside others, rounding would differ and near-ties change places.
+    # One text per batch: in a larger batch, rounding would differ and near-ties be reordered.
     inputs = lm.pad([ids], side="right")
     with evaluating(lm.model), prompt_known(Prompt(torch.tensor([max(1, len(ids) // 2)]))):
         logits = lm.model(**inputs, use_cache=False).logits[0]
@@ -128,17 +117,16 @@ def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
     best = logits.topk(k, dim=-1)
     if not bool(best.values.isfinite().all()):
         raise TaskError(f"{lm.name}: the logits hold NaN or infinity")
-    found: Tensor = best.indices.cpu()
-    return found
+    return cast(Tensor, best.indices.cpu())
 
 
 def ndcg(baseline: Tensor, edited: Tensor) -> dict[str, Tensor]:
     """Two definitions of nDCG at each position.
 
-    With ranks from 1, both divide sum over the edited model's ranks r of gain / log2(r + 1) by
-    its value for the baseline's own list. `ndcg`, the usual one: a token gains k - b + 1 by its
-    rank b in the baseline's list, nothing outside it, so that order counts. `ndcg_paper`, the
-    formula of Merullo et al. 2025: it gains k - r + 1 wherever it is in the baseline's list, so
+    With ranks from 1, both sum gain / log2(r + 1) over the edited model's ranks r, and divide by
+    the sum for the baseline's own list. `ndcg`, the usual one: a token of rank b in the baseline's
+    list gains k - b + 1, a token outside it nothing, so that order counts. `ndcg_paper`, the
+    formula of Merullo et al. 2025: a token anywhere in the baseline's list gains k - r + 1, so
     that only the set counts. A list of ten in reverse gives 0.668 and 1.
 
     Args:

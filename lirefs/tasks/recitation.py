@@ -1,10 +1,10 @@
-"""Recitation: files of memorized texts, the tasks that ask for them, and their scores."""
+"""Recitation: files of memorized texts, the tasks that prompt for them, and their scores."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from lirefs.errors import TaskError
 from lirefs.files import read_jsonl
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.inference import Advance, greedy
+from lirefs.tasks.inference import Advance, common_prefix, greedy
 from lirefs.tasks.task import ItemResult, ItemTask, in_items
 
 SUFFIX_TOKENS = 12
@@ -21,9 +21,12 @@ LOOSE = 0.75
 
 @dataclass(frozen=True)
 class _Memorized(ItemTask):
-    """Base of the tasks here: items of a prefix and what training showed after it."""
+    """Base of the tasks here: items of a prefix and the suffix that followed it in training."""
 
     items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+    group: str = "memorization"
+    metric: str = "strict"
+    chance: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -34,63 +37,45 @@ class _Memorized(ItemTask):
 
 @dataclass(frozen=True)
 class Recitation(_Memorized):
-    """Greedy continuation of a prefix, compared with the text that training showed.
+    """Greedy continuation of a prefix, compared with its suffix in training.
 
-    Scores of an item: those of `recitation_scores`.
+    The scores of an item are those of `recitation_scores`.
 
     Attributes:
         items: (id, prefix ids, suffix ids).
+
+    Raises:
+        TaskError: There is no item, or one has an empty prefix or suffix.
     """
 
-    group: str = "memorization"
-    metric: str = "strict"
-    chance: float = 0.0
-
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item.
-
-        Args:
-            lm: The model, under whatever intervention is attached.
-            advance: Called with the number of items finished.
-
-        Returns:
-            One result an item, in the order of the items.
-        """
+        """Score every item."""
         outputs = _continued(lm, [(prefix, suffix) for _, prefix, suffix in self.items], advance)
-        return [
-            ItemResult(
-                id=item,
-                scores=recitation_scores(output, suffix),
-                prompt=lm.tokenizer.decode(prefix),
-                expected=lm.tokenizer.decode(suffix),
-                output=lm.tokenizer.decode(output),
-            )
-            for (item, prefix, suffix), output in zip(self.items, outputs, strict=True)
-        ]
+        results = []
+        for (item, prefix, suffix), output in zip(self.items, outputs, strict=True):
+            texts = map(lm.tokenizer.decode, (prefix, suffix, output))
+            results.append(ItemResult(item, recitation_scores(output, suffix), 1.0, *texts))
+        return results
 
 
 def recitation_task(
     lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
 ) -> Recitation:
-    """A recitation task from a file.
+    """A recitation task from a file, in the group memorization.
 
     Args:
         lm: The model; its tokenizer cuts texts into prefix and suffix.
         path: JSON Lines, each row with `prefix_ids` and `suffix_ids`, or `prefix` and `suffix`
-            texts, or one `text`. Texts are cut between two tokens of the whole text: as
-            `suffix_start` says, or, where a row has `suffix_tokens` (12 by default for a `text`),
-            that many tokens before the end. Ids may be accompanied by `tokenizer`, the
-            fingerprint of the tokenizer that they are of.
+            texts, or one `text`. Texts are cut between two tokens of the whole text: where
+            `suffix_start` says, or, if a row has `suffix_tokens` (12 by default for a `text`),
+            that many tokens before the end. With ids, `tokenizer` may give the fingerprint of
+            their tokenizer.
         limit: At most this many items.
         name: Name of the task.
 
-    Returns:
-        The task, in the group memorization.
-
     Raises:
-        DataFileError: If the file cannot be read.
-        TaskError: If a row has none of these fields, is too short, or has ids of another
-            tokenizer.
+        DataFileError: The file cannot be read.
+        TaskError: A row has none of these fields, is too short, or has ids of another tokenizer.
     """
     return recitation_of_rows(lm, read_jsonl(path)[:limit], path, name)
 
@@ -112,38 +97,34 @@ def recitation_of_rows(
 def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
     """Token ids of a text, and the index of the first token that begins at or after a cut.
 
-    The tokens are those of the whole text, as training showed it: tokens of the two halves would
-    differ from them, above all where the cut is inside a word. A token begins at its first
-    character that is not a space, so that " word" begins a suffix whether its space stands before
-    the cut or after it; a token that the cut divides belongs to the prefix.
+    The tokens are those of the whole text, as in training: tokens of the two halves may differ,
+    above all if the cut is inside a word. A token begins at its first character that is not a
+    space, so that " word" begins a suffix whether its space is before the cut or after it; a
+    token that the cut divides belongs to the prefix.
 
     Args:
-        tokenizer: A tokenizer of `transformers`, fast or not.
+        tokenizer: A tokenizer of `transformers`, fast or slow.
         text: The whole text.
         cut: Number of characters before the cut.
 
     Raises:
-        TaskError: The tokenizer is not a fast one and does not give the text back, so that
-            nothing tells where its tokens begin.
+        TaskError: The tokenizer is slow and does not decode to the text, so that the beginnings
+            of its tokens are unknown.
     """
     if tokenizer.is_fast:
         encoded = tokenizer(text, return_offsets_mapping=True)
         ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
         ends = [0, *(end for _, end in spans)]
-        # Byte-level tokenizers leave spaces out of their spans, which may be empty then.
+        # Byte-level tokenizers leave spaces out of their spans, which may then be empty.
         begins = [min(start, end) for (start, _), end in zip(spans, ends[:-1], strict=True)]
     else:
         ids = list(tokenizer(text)["input_ids"])
-        # A character of several tokens shows as U+FFFD until its last one is there.
-        heads = [
-            tokenizer.decode(
-                ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
-            )
-            for end in range(len(ids) + 1)
-        ]
+        # A character of several tokens is decoded as U+FFFD until its last one is there.
+        exact = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        heads = [tokenizer.decode(ids[:end], **exact) for end in range(len(ids) + 1)]
         if heads[-1] != text:
             raise TaskError(
-                "the tokenizer does not give a text back as it was, so that it cannot be cut; give "
+                "the tokenizer does not decode a text to itself, so the text cannot be cut; give "
                 "`prefix_ids` and `suffix_ids`, or `suffix_tokens`"
             )
         ends = [len(head.rstrip("\ufffd")) for head in heads]
@@ -159,13 +140,13 @@ def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
 def _cut(lm: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
     if "prefix_ids" in row and "suffix_ids" in row:
         if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
-            raise TaskError(f"{where}: its ids are of another tokenizer than that of {lm.name}")
+            raise TaskError(f"{where}: its ids belong to another tokenizer than that of {lm.name}")
         return _ids(lm, row["prefix_ids"], where), _ids(lm, row["suffix_ids"], where)
     parts = [row[key] for key in ("prefix", "suffix") if key in row]
     if len(parts) < 2:
         parts = [row.get("text")]
     if not all(isinstance(part, str) for part in parts):
-        raise TaskError(f"{where}: needs 'text', 'prefix' and 'suffix', or their ids")
+        raise TaskError(f"{where}: needs 'text', or 'prefix' and 'suffix', or their ids")
     whole = "".join(parts)
     length = row.get("suffix_tokens", SUFFIX_TOKENS if len(parts) == 1 else None)
     if length is None:
@@ -175,7 +156,7 @@ def _cut(lm: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[int],
             raise TaskError(f"{where}: {error}") from None
         return ids[:start], ids[start:]
     if type(length) is not int or length < 1:
-        raise TaskError(f"{where}: 'suffix_tokens' is {length!r}, expected a positive number")
+        raise TaskError(f"{where}: 'suffix_tokens' is {length!r}; expected a positive integer")
     ids = lm.encode([whole])[0]
     return ids[:-length], ids[-length:]
 
@@ -186,61 +167,47 @@ def _ids(lm: LanguageModel, ids: Any, where: str) -> list[int]:
         raise TaskError(f"{where}: 'prefix_ids' and 'suffix_ids' must be lists of token ids")
     if known is not None and any(one >= known for one in ids):
         raise TaskError(
-            f"{where}: token id {max(ids)} is none of the {known} of {lm.name}; ids belong to the "
-            "model that they were mined on"
+            f"{where}: token id {max(ids)} is outside the {known} tokens of {lm.name}; use the "
+            "model that the ids were mined with"
         )
     return ids
 
 
 @dataclass(frozen=True)
 class StressTest(_Memorized):
-    """Position stress test: how much of a suffix can still be drawn out at other positions.
+    """Position stress test: how much of a suffix is still recited from shifted prompts.
 
-    Greedy continuations of longer prompts, which hold up to `shifts` tokens of the suffix, and of
-    shorter ones, which lack up to `shifts` tokens at their beginning (Huang et al. 2024; Merullo
-    et al. 2025, table 6). The score of a prompt is the number of leading tokens of its
-    continuation that agree with what is left of the suffix. Scores of an item, in tokens:
-    `original`, that of the prefix itself, and `perturbed`, the highest over all prompts.
+    Greedy continuations of longer prompts, which include up to `shifts` tokens of the suffix, and
+    of shorter ones, which lack up to `shifts` tokens at their beginning (Huang et al. 2024;
+    Merullo et al. 2025, table 6). The score of a prompt is the number of leading tokens of its
+    continuation that agree with the rest of the suffix. Scores of an item, in tokens: `original`,
+    that of the prefix itself, and `perturbed`, the highest over all prompts.
 
     Attributes:
-        items: (id, prefix ids, suffix ids). A leading beginning-of-sequence token stays where it
-            is in every prompt and does not count.
+        items: (id, prefix ids, suffix ids). A leading beginning-of-sequence token stays in place
+            in every prompt and does not count.
         shifts: The paper's t. Shorter prompts keep more than this many tokens.
-        group: Group of the task in a comparison, see `GROUPS`.
-        metric: The score that is reported.
-        chance: Score of guessing.
 
     Raises:
         TaskError: There is no item, one has an empty prefix or suffix, or `shifts` is negative.
     """
 
-    group: str = "memorization"
     metric: str = "perturbed"
-    chance: float = 0.0
     shifts: int = 20
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.shifts < 0:
-            raise TaskError(f"{self.name}: shifts is {self.shifts}, expected 0 or more")
+            raise TaskError(f"{self.name}: shifts is {self.shifts}; expected 0 or more")
 
     def prompts(
         self, prefix: Sequence[int], suffix: Sequence[int], bos: int | None = None
     ) -> list[tuple[list[int], list[int]]]:
-        """Prompts of an item, each with the rest of the suffix; first the prefix itself.
-
-        Args:
-            prefix: Token ids.
-            suffix: Token ids.
-            bos: Id of the beginning-of-sequence token, if there is one.
-
-        Returns:
-            Token ids of each prompt, and of what should follow it.
-        """
+        """Token ids of each prompt and of the rest of the suffix; first the prefix itself."""
         lead = [bos] if prefix[0] == bos else []
         body = list(prefix[len(lead) :])
         longer = [
-            ([*lead, *body, *suffix[:shift]], list(suffix[shift:]))
+            ([*prefix, *suffix[:shift]], list(suffix[shift:]))
             for shift in range(min(self.shifts, len(suffix) - 1) + 1)
         ]
         shorter = [
@@ -251,64 +218,43 @@ class StressTest(_Memorized):
         return longer + shorter
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item.
-
-        Args:
-            lm: The model, under whatever intervention is attached.
-            advance: Called with the number of items finished.
-
-        Returns:
-            One result an item, in the order of the items.
-        """
-        bos = lm.tokenizer.bos_token_id
+        """Score every item."""
+        decode, bos = lm.tokenizer.decode, lm.tokenizer.bos_token_id
         asked = [self.prompts(prefix, suffix, bos) for _, prefix, suffix in self.items]
-        starts = [0]
-        for prompts in asked:
-            starts.append(starts[-1] + len(prompts))
         flat = [prompt for prompts in asked for prompt in prompts]
-        outputs = _continued(lm, flat, in_items(advance, len(self.items), len(flat)))
-        scores = [
-            matching_tokens(output, rest) for output, (_, rest) in zip(outputs, flat, strict=True)
-        ]
+        outputs = iter(_continued(lm, flat, in_items(advance, len(self.items), len(flat))))
         results = []
-        for (item, _, _), (first, after) in zip(self.items, pairwise(starts), strict=True):
-            best = max(range(first, after), key=scores.__getitem__)
-            results.append(
-                ItemResult(
-                    id=item,
-                    scores={"original": float(scores[first]), "perturbed": float(scores[best])},
-                    prompt=lm.tokenizer.decode(flat[best][0]),
-                    expected=lm.tokenizer.decode(flat[best][1]),
-                    output=lm.tokenizer.decode(outputs[best]),
-                )
-            )
+        for (item, _, _), prompts in zip(self.items, asked, strict=True):
+            said = list(islice(outputs, len(prompts)))
+            pairs = zip(said, prompts, strict=True)
+            agreed = [common_prefix(output, rest) for output, (_, rest) in pairs]
+            best = agreed.index(max(agreed))
+            scores = {"original": float(agreed[0]), "perturbed": float(agreed[best])}
+            texts = map(decode, (*prompts[best], said[best]))
+            results.append(ItemResult(item, scores, 1.0, *texts))
         return results
 
 
 def _continued(
     lm: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Advance
 ) -> list[list[int]]:
-    """Greedy continuation of each prompt, as long as what is to be recited after it."""
-    outputs: list[list[int]] = [[] for _ in prompts]
-    # One call per length: every row of a batch decodes for equally long.
+    """Greedy continuation of each prompt, as long as the text to be recited after it."""
+    outputs: dict[int, list[int]] = {}
+    # One call per length, since all rows of a batch decode the same number of tokens.
     for length in sorted({len(rest) for _, rest in prompts}):
         rows = [row for row, (_, rest) in enumerate(prompts) if len(rest) == length]
         found = greedy(lm, [prompts[row][0] for row in rows], length, advance=advance)
-        for row, output in zip(rows, found, strict=True):
-            outputs[row] = output
-    return outputs
+        outputs |= zip(rows, found, strict=True)
+    return [outputs[row] for row in range(len(prompts))]
 
 
 def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str, float]:
     """Scores of one continuation against the true one.
 
     For a suffix of L tokens and a token edit distance d (Merullo et al. 2025, section 5): `strict`
-    d = 0, `loose` 1 - d/L >= 0.75, `levenshtein` d/L. `token_match` is the share of the L positions
-    that hold the right token: unlike d, it does not forgive a shift by one.
-
-    Args:
-        output: Token ids of the continuation.
-        suffix: Token ids of the true one, at least one.
+    is d = 0, `loose` is 1 - d/L >= 0.75, `levenshtein` is d/L. `token_match` is the share of the L
+    positions that hold the right token: unlike d, it counts a shift by one as all wrong. Both
+    arguments are token ids; the suffix has at least one.
     """
     distance = levenshtein(output, suffix) / len(suffix)
     right = sum(one == other for one, other in zip(output, suffix, strict=False))
@@ -318,14 +264,6 @@ def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str,
         "levenshtein": distance,
         "token_match": right / len(suffix),
     }
-
-
-def matching_tokens(output: Sequence[int], suffix: Sequence[int]) -> int:
-    """Length of the beginning that two sequences share."""
-    for index, (one, other) in enumerate(zip(output, suffix, strict=False)):
-        if one != other:
-            return index
-    return min(len(output), len(suffix))
 
 
 def levenshtein(first: Sequence[Any], second: Sequence[Any]) -> int:

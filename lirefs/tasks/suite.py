@@ -1,21 +1,26 @@
-"""Suites of tasks: the default ones, which the project ships, and what the papers measure."""
+"""The default tasks, on items that the project ships."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question, load_questions
 from lirefs.tasks.ndcg import ndcg_task
 from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
-from lirefs.tasks.synthetic import addition_items, boolean_items, elimination_items, tracking_items
+from lirefs.tasks.shipped import DATA as DATA
+from lirefs.tasks.shipped import shipped_rows
+from lirefs.tasks.synthetic import (
+    AnswerItem,
+    ChoiceItem,
+    addition_items,
+    boolean_items,
+    elimination_items,
+    tracking_items,
+)
 from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer, Task
-
-DATA = Path(str(resources.files("lirefs"))) / "data"
 
 
 def default_tasks(
@@ -28,29 +33,24 @@ def default_tasks(
 
     Args:
         lm: The model; its tokenizer cuts the memorized texts.
-        questions: Labelled questions with options, for the two multiple-choice tasks; give the
-            test side of a split. None for that side of the project's own set.
+        questions: Labelled questions with options, for the two multiple-choice tasks: the test
+            side of a split. None for that side of the project's own set.
         memorized: JSON Lines of memorized texts, see `recitation_task`; None for the project's
             own passages.
         limit: At most this many items per task, and half as many texts.
 
     Returns:
-        Twelve tasks, or fewer where the questions have no options.
+        Twelve tasks, or fewer if the questions have no options.
 
     Raises:
-        TaskError: If a file lacks a field.
-        DataFileError: If a file cannot be read.
+        TaskError: A row lacks a field.
+        DataFileError: A file cannot be read.
     """
     chosen = list(load_questions().split().test if questions is None else questions)
     with_options = [one for one in chosen if one.options and one.answer_index is not None]
     tasks: list[Task] = [
         recitation_task(lm, DATA / "passages.jsonl" if memorized is None else memorized, limit),
-        ShortAnswer(
-            "two-digit addition",
-            addition_items(80)[:limit],
-            group="arithmetic",
-            kind="number",
-        ),
+        ShortAnswer("two-digit addition", addition_items(80)[:limit], "arithmetic", kind="number"),
     ]
     for frequency in ("common", "rare"):
         for book in ("closed", "open"):
@@ -61,21 +61,21 @@ def default_tasks(
         choices = [choice_item(one) for one in with_options if one.label == label][:limit]
         if choices:
             tasks.append(MultipleChoice(f"{label} questions", choices, group=group))
-    tasks.append(MultipleChoice("boolean expressions", boolean_items(80)[:limit]))
-    tasks.append(MultipleChoice("object tracking", tracking_items(80)[:limit]))
-    tasks.append(MultipleChoice("elimination", elimination_items(80)[:limit]))
-    tasks.append(Perplexity("held-out texts", heldout_texts("test")[: limit and limit // 2]))
-    return tasks
+    return [
+        *tasks,
+        MultipleChoice("boolean expressions", boolean_items(80)[:limit]),
+        MultipleChoice("object tracking", tracking_items(80)[:limit]),
+        MultipleChoice("elimination", elimination_items(80)[:limit]),
+        Perplexity("held-out texts", heldout_texts("test")[: limit and limit // 2]),
+    ]
 
 
-def fact_items(frequency: str, with_passage: bool) -> list[tuple[str, str, list[str]]]:
-    """Questions on common or rare facts, four answered examples before each.
+def fact_items(frequency: str, with_passage: bool) -> list[AnswerItem]:
+    """Questions on `common` or `rare` facts, with four answered examples before each.
 
-    Args:
-        frequency: `common` or `rare`.
-        with_passage: Put a passage that holds the answer before each question (open book).
+    With a passage that holds the answer before each question, they are open-book.
     """
-    rows = [row for _, row in read_jsonl(DATA / "facts.jsonl")]
+    rows = shipped_rows("facts.jsonl")
 
     def ask(row: dict[str, Any]) -> str:
         passage = f"Passage: {row['passage']}\n" if with_passage else ""
@@ -90,7 +90,7 @@ def fact_items(frequency: str, with_passage: bool) -> list[tuple[str, str, list[
     ]
 
 
-def choice_item(question: Question) -> tuple[str, str, list[str], int]:
+def choice_item(question: Question) -> ChoiceItem:
     """A labelled question as a multiple-choice item; the options are not shown."""
     options = [f" {option}" for option in question.options]
     return question.id, f"Q: {question.text}\nA:", options, question.answer_index or 0
@@ -98,21 +98,17 @@ def choice_item(question: Question) -> tuple[str, str, list[str], int]:
 
 def heldout_texts(split: str) -> list[tuple[str, str]]:
     """Texts on which perplexity is measured: the `validation` or the `test` part."""
-    rows = [row for _, row in read_jsonl(DATA / "texts_heldout.jsonl")]
+    rows = shipped_rows("texts_heldout.jsonl")
     return [(str(row["id"]), str(row["text"])) for row in rows if row["split"] == split]
 
 
 def calibration_texts() -> list[str]:
-    """Texts from which curvature is estimated; none of them is in any task.
-
-    Returns:
-        140 English texts of about 200 tokens, written for the project.
-    """
-    return [str(row["text"]) for _, row in read_jsonl(DATA / "texts_calibration.jsonl")]
+    """Texts to estimate curvature from: 140 of about 200 tokens, in English, in no task."""
+    return [str(row["text"]) for row in shipped_rows("texts_calibration.jsonl")]
 
 
 def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:
-    """The stress test on the items of the first recitation task, nDCG on the perplexity's texts."""
+    """The stress test on the first recitation task's items, and nDCG on the perplexity's texts."""
     recited = next(task for task in tasks if isinstance(task, Recitation))
     texts = next(task for task in tasks if isinstance(task, Perplexity))
     return [

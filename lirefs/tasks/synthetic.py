@@ -1,61 +1,39 @@
-"""Items made from a seed: as many as asked for, the same ones for the same seed."""
+"""Items generated from a seed, in any number; the same seed gives the same items."""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable
 
+from lirefs.tasks.shipped import shipped_table
+
 ChoiceItem = tuple[str, str, list[str], int]
 AnswerItem = tuple[str, str, list[str]]
+Choice = tuple[str, list[str], str]
+"""Text, options and the right one of them."""
 
 
 def addition_items(n: int, seed: int = 0) -> list[AnswerItem]:
-    """Sums of two two-digit numbers, five answered examples before each."""
-    chosen = _two_digit_problems("+", n + 5, f"addition {seed}")
-    shots = "".join(f"What is {text}? Answer: {value}\n" for text, value in chosen[:5])
-    return [(text, f"{shots}What is {text}? Answer:", [str(value)]) for text, value in chosen[5:]]
+    """Sums of two two-digit numbers, with five answered examples before each."""
+    return _answers(_problems("+", n + 5, f"addition {seed}"), "What is {}? Answer:")
 
 
 def simple_math_items(n: int, seed: int = 0) -> list[AnswerItem]:
     """SimpleMath: two-digit addition and subtraction, five answered examples, no other text.
 
-    Source: Merullo et al. 2025, section 5 (the paper's own seed and number of items are not
-    given). Differences may be negative.
+    Differences may be negative. Source: Merullo et al. 2025, section 5, which gives neither seed
+    nor number of items.
     """
-    chosen = _two_digit_problems("+-", n + 5, f"simple math {seed}")
-    shots = "".join(f"{text} = {value}\n" for text, value in chosen[:5])
-    return [(text, f"{shots}{text} =", [str(value)]) for text, value in chosen[5:]]
+    return _answers(_problems("+-", n + 5, f"simple math {seed}"), "{} =")
 
 
-def _two_digit_problems(signs: str, n: int, seed: str) -> list[tuple[str, int]]:
-    """Distinct problems such as `12 + 34`, each with its value."""
+def _problems(signs: str, n: int, seed: str) -> list[tuple[str, str]]:
+    """Distinct two-digit problems such as `12 + 34`, each with its value."""
     problems = [(a, sign, b) for sign in signs for a in range(10, 100) for b in range(10, 100)]
     return [
-        (f"{a} {sign} {b}", a + b if sign == "+" else a - b)
+        (f"{a} {sign} {b}", str(a + b if sign == "+" else a - b))
         for a, sign, b in random.Random(seed).sample(problems, n)
     ]
-
-
-BOAR_RULE = (
-    "Boar Etruscan is a made-up language. To put an English phrase into Boar Etruscan, change "
-    "each of its words: take all the consonants before the first vowel (a, e, i, o, u), move them "
-    'to the end of the word, and write "eb" after them. A word that begins with a vowel only gets '
-    'the "eb".\n\n'
-)
-_KINDS = (
-    "amber black blue brown clean cold dark deep dull empty fresh glad great green grim hard "
-    "hot kind large late light loud low mild narrow new odd old open pale plain proud red rich "
-    "round sad sharp short slow small soft strange strong sweet tall thick thin warm white wide "
-    "wild wise young"
-)
-_THINGS = (
-    "apple band basket bell bird boat book bread bridge brush button candle chair child church "
-    "clock cloud coat corner cup desk door dream dress drum engine farm field flag floor forest "
-    "garden glass glove grape hammer hat hill horse house island jacket kettle lamp leaf letter "
-    "map market mirror moon mountain needle ocean orange pencil plant plate pond prince river "
-    "road rope school shadow sheep ship shirt shop spoon star stone storm street summer table "
-    "thread tiger tower train tree valley village wall window winter"
-)
 
 
 def boar_etruscan(word: str) -> str:
@@ -65,23 +43,30 @@ def boar_etruscan(word: str) -> str:
 
 
 def boar_items(n: int, seed: int = 0) -> list[AnswerItem]:
-    """Phrases of two words to be put into Boar Etruscan; the rule and five examples come first.
+    """Phrases of two words to translate into Boar Etruscan, after the rule and five examples.
 
     Source: the encoding of McCoy et al. 2023, used by Merullo et al. 2025, section 5; rule text,
     words and examples are this project's.
     """
-    phrases = [f"{kind} {thing}" for kind in _KINDS.split() for thing in _THINGS.split()]
+    boar = shipped_table("boar_etruscan.toml")
+    adjectives, nouns = boar["adjectives"].split(), boar["nouns"].split()
+    phrases = [f"{adjective} {noun}" for adjective in adjectives for noun in nouns]
     chosen = random.Random(f"boar {seed}").sample(phrases, n + 5)
     pairs = [(one, " ".join(boar_etruscan(word) for word in one.split())) for one in chosen]
-    shots = "".join(f"English: {one}\nBoar Etruscan: {other}\n\n" for one, other in pairs[:5])
-    return [
-        (one, f"{BOAR_RULE}{shots}English: {one}\nBoar Etruscan:", [other])
-        for one, other in pairs[5:]
-    ]
+    return _answers(pairs, "English: {}\nBoar Etruscan:", "\n\n", boar["rule"])
+
+
+def _answers(
+    pairs: list[tuple[str, str]], prompt: str, separator: str = "\n", preamble: str = ""
+) -> list[AnswerItem]:
+    """Items from pairs of a text and its answer, of which the first five are answered examples."""
+    shots = "".join(f"{prompt.format(text)} {answer}{separator}" for text, answer in pairs[:5])
+    before = preamble + shots
+    return [(text, before + prompt.format(text), [answer]) for text, answer in pairs[5:]]
 
 
 def boolean_items(n: int, seed: int = 0) -> list[ChoiceItem]:
-    """Boolean expressions of depth two or three, four answered examples before each."""
+    """Boolean expressions of depth two or three, with four answered examples before each."""
     generator = random.Random(f"boolean {seed}")
 
     def expression(depth: int) -> tuple[str, bool]:
@@ -100,18 +85,12 @@ def boolean_items(n: int, seed: int = 0) -> list[ChoiceItem]:
         return text.replace("( True )", "True").replace("( False )", "False") + " is", value
 
     wanted = [True, False, False, True] + [bool(i % 2) for i in range(n)]
-    drawn: list[tuple[str, bool]] = []
-    seen: set[str] = set()
+    drawn: dict[str, bool] = {}
     while len(drawn) < len(wanted):
         text, value = draw()
-        if text not in seen and value == wanted[len(drawn)]:  # as many true as false ones
-            seen.add(text)
-            drawn.append((text, value))
-    shots = "".join(f"{text} {value}\n" for text, value in drawn[:4])
-    return [
-        (f"boolean-{index}", shots + text, [" True", " False"], 0 if value else 1)
-        for index, (text, value) in enumerate(drawn[4:])
-    ]
+        if text not in drawn and value == wanted[len(drawn)]:  # as many true as false ones
+            drawn[text] = value
+    return _choices("boolean", [(text, ["True", "False"], str(drawn[text])) for text in drawn])
 
 
 _NAMES = ("Tom", "Ann", "Bob", "Eve", "Max", "Sue", "Dan", "Kim", "Leo", "Mia")
@@ -120,52 +99,45 @@ _COLOURS = ("red", "blue", "green", "yellow")
 
 
 def tracking_items(n: int, seed: int = 0) -> list[ChoiceItem]:
-    """Who holds an object after three hand-overs, four answered examples before each."""
+    """Who holds an object after three hand-overs, with four answered examples before each."""
     generator = random.Random(f"tracking {seed}")
 
-    def draw() -> tuple[str, list[str], str]:
+    def draw() -> Choice:
         a, b, c, d = generator.sample(_NAMES, 4)
         thing = generator.choice(_OBJECTS)
         steps = " ".join(f"{x} gives the {thing} to {y}." for x, y in ((a, b), (b, c), (c, d)))
         return f"{steps} The {thing} is now with", [a, b, c, d], d
 
-    return _few_shot_choices("tracking", n, generator, draw)
+    return _choices("tracking", _distinct(n + 4, generator, draw))
 
 
 def elimination_items(n: int, seed: int = 0) -> list[ChoiceItem]:
-    """The one colour that is left for the third person, four answered examples before each."""
+    """The one colour left for the third person, with four answered examples before each."""
     generator = random.Random(f"elimination {seed}")
 
-    def draw() -> tuple[str, list[str], str]:
+    def draw() -> Choice:
         a, b, c = generator.sample(_NAMES, 3)
         x, y, z = generator.sample(_COLOURS, 3)
         text = f"{a}, {b} and {c} have a {x}, a {y} and a {z} hat."
         return f"{text} {a} has the {x} hat. {b} has the {y} hat. {c} has the", [x, y, z], z
 
-    return _few_shot_choices("elimination", n, generator, draw)
+    return _choices("elimination", _distinct(n + 4, generator, draw))
 
 
-def _few_shot_choices(
-    name: str,
-    n: int,
-    generator: random.Random,
-    draw: Callable[[], tuple[str, list[str], str]],
-    shots: int = 4,
-) -> list[ChoiceItem]:
-    """Distinct drawn items (text, options, answer) after the same answered examples."""
-    drawn: dict[str, tuple[list[str], str]] = {}
-    while len(drawn) < n + shots:
+def _distinct(n: int, generator: random.Random, draw: Callable[[], Choice]) -> list[Choice]:
+    """Draws with different texts, their options shuffled."""
+    drawn: dict[str, Choice] = {}
+    while len(drawn) < n:
         text, options, answer = draw()
-        generator.shuffle(options)  # the place of an option must not tell the answer
-        drawn.setdefault(text, (options, answer))
-    rows = list(drawn.items())
-    examples = "".join(f"{text} {answer}\n" for text, (_, answer) in rows[:shots])
+        generator.shuffle(options)  # the position of an option must not give the answer away
+        drawn.setdefault(text, (text, options, answer))
+    return list(drawn.values())
+
+
+def _choices(name: str, rows: list[Choice]) -> list[ChoiceItem]:
+    """Multiple-choice items from rows of which the first four are answered examples."""
+    shots = "".join(f"{text} {answer}\n" for text, _, answer in rows[:4])
     return [
-        (
-            f"{name}-{index}",
-            examples + text,
-            [f" {one}" for one in options],
-            options.index(answer),
-        )
-        for index, (text, (options, answer)) in enumerate(rows[shots:])
+        (f"{name}-{index}", shots + text, [f" {one}" for one in options], options.index(answer))
+        for index, (text, options, answer) in enumerate(rows[4:])
     ]

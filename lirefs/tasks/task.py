@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, Self
 
 from lirefs.errors import TaskError
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.answers import Kind, judge, number_at
+from lirefs.tasks.answers import AnswerKind, judge, number_at
 from lirefs.tasks.inference import (
     Advance,
+    common_prefix,
     greedy,
     option_log_likelihoods,
     score_continuations,
@@ -19,21 +21,21 @@ from lirefs.tasks.inference import (
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
 CONFLICT = "conflict"
-"""Group of tasks on items where two answers compete: neither is a score to be retained."""
+"""Group of tasks whose items have two competing answers: neither score is one to retain."""
 
 
 @dataclass(frozen=True)
 class ItemResult:
-    """What one item gave.
+    """The result of one item.
 
     Attributes:
         id: Name of the item, the same under every variant. In `tag/rest` the tag is a class of
-            items, a relation say, that analyses tell apart.
+            items that analyses distinguish, for instance a relation.
         scores: Metric name to value; perplexity has `nll` (nats, summed) instead.
-        weight: What the item counts for in a mean: its number of tokens where tokens are scored.
+        weight: Weight of the item in a mean: its number of tokens where tokens are scored.
         prompt: What was asked.
         expected: What counts as right.
-        output: What the model gave.
+        output: What the model answered.
         parsed: False when no answer could be read from the output.
     """
 
@@ -49,55 +51,58 @@ class ItemResult:
 class Task(Protocol):
     """A task: anything with a name, a group, a metric, items, `subset` and `run`.
 
-    An item is scored from itself alone, whatever else is in its batch: comparisons run tasks in
-    parts, go on where they were killed, and split parts over processes.
+    The score of an item must not depend on the other items of its batch: comparisons run tasks in
+    parts, continue where they were killed, and split parts over processes.
     """
 
     @property
     def name(self) -> str:
         """Name of the task, unique in a comparison."""
-        ...
 
     @property
     def group(self) -> str:
         """One of `GROUPS`, or `CONFLICT`."""
-        ...
 
     @property
     def metric(self) -> str:
         """The score that is reported, or `perplexity`."""
-        ...
 
     @property
     def chance(self) -> float:
-        """Score of guessing; a share that does not exceed it says nothing."""
-        ...
+        """Score of guessing; a score that does not exceed it carries no information."""
 
     @property
     def items(self) -> Sequence[Any]:
-        """What is asked; the `repr` of an item tells it apart from any other."""
-        ...
+        """What is asked; different items must have different `repr`."""
 
     def __len__(self) -> int:
         """Number of items."""
-        ...
 
     def subset(self, rows: Sequence[int]) -> Task:
         """The same task on some of its items."""
-        ...
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item on the model as it is now."""
-        ...
+        """Score every item.
+
+        Args:
+            lm: The model, under whatever intervention is attached.
+            advance: Called with the number of items finished since the last call.
+
+        Returns:
+            One result per item, in the order of the items.
+        """
 
 
 @dataclass(frozen=True)
 class ItemTask:
-    """Base of the tasks here: a name and items.
+    """Base of the tasks here: a name and items; subclasses add the rest of `Task`.
 
     Attributes:
         name: Name of the task, unique in a comparison.
         items: What is asked; at least one.
+
+    Raises:
+        TaskError: There is no item.
     """
 
     name: str
@@ -116,7 +121,7 @@ class ItemTask:
 
 
 def in_items(advance: Advance, items: int, prompts: int) -> Advance:
-    """Progress in items, for calls that tell how many of their prompts are finished."""
+    """Progress in items, for calls that report how many of their prompts are finished."""
     done = 0
 
     def step(n: int) -> None:
@@ -131,15 +136,13 @@ def in_items(advance: Advance, items: int, prompts: int) -> Advance:
 class Perplexity(ItemTask):
     """Token-weighted perplexity of texts: exp(sum of nll / number of tokens).
 
+    The result of a text holds its summed `nll` in nats, weighted by the number of tokens
+    predicted. `run` raises `TaskError` for a text of fewer than two tokens.
+
     Attributes:
         items: (id, text).
-        max_tokens: Longer texts are cut there.
-        group: Group of the task in a comparison, see `GROUPS`.
-        metric: `perplexity`.
+        max_tokens: Longer texts are cut to this length.
         chance: Not used: perplexity is always informative.
-
-    Raises:
-        TaskError: There is no item.
     """
 
     items: Sequence[tuple[str, str]]
@@ -149,30 +152,14 @@ class Perplexity(ItemTask):
     chance: float = 0.0
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every text.
-
-        Args:
-            lm: The model, under whatever intervention is attached.
-            advance: Called with the number of items finished.
-
-        Returns:
-            One result a text: summed nats (`nll`), weighted by the number of tokens predicted.
-
-        Raises:
-            TaskError: A text has fewer than two tokens.
-        """
+        """Score every text."""
         ids = [row[: self.max_tokens] for row in lm.encode([text for _, text in self.items])]
         for (item, _), row in zip(self.items, ids, strict=True):
             if len(row) < 2:
                 raise TaskError(f"{self.name}: text {item!r} has fewer than two tokens")
         nlls = token_nlls(lm, ids, advance=advance)
         return [
-            ItemResult(
-                id=item,
-                scores={"nll": float(nll.double().sum())},
-                weight=len(nll),
-                prompt=text[:200],
-            )
+            ItemResult(item, {"nll": float(nll.double().sum())}, len(nll), prompt=text[:200])
             for (item, text), nll in zip(self.items, nlls, strict=True)
         ]
 
@@ -184,11 +171,9 @@ class MultipleChoice(ItemTask):
     Attributes:
         items: (id, prompt, options, index of the right option). Options carry their own
             leading space.
-        group: Group of the task in a comparison, see `GROUPS`.
-        metric: The score that is reported.
 
     Raises:
-        TaskError: There is no item, or the index of one is no index of its options.
+        TaskError: There is no item, or the index of one is out of range.
     """
 
     items: Sequence[tuple[str, str, Sequence[str], int]]
@@ -207,45 +192,28 @@ class MultipleChoice(ItemTask):
         return sum(1 / len(options) for _, _, options, _ in self.items) / len(self.items)
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item.
-
-        Args:
-            lm: The model, under whatever intervention is attached.
-            advance: Called with the number of items finished.
-
-        Returns:
-            One result an item, in the order of the items.
-        """
+        """Score every item."""
         encoded = [
             lm.encode([prompt + option for option in options])
             for _, prompt, options, _ in self.items
         ]
         likelihoods = option_log_likelihoods(lm, encoded, advance=advance)
-        results = []
-        for (item, prompt, options, answer), values in zip(self.items, likelihoods, strict=True):
-            chosen = values.index(max(values))
-            results.append(
-                ItemResult(
-                    id=item,
-                    scores={"accuracy": float(chosen == answer)},
-                    prompt=prompt,
-                    expected=options[answer].strip(),
-                    output=options[chosen].strip(),
-                )
-            )
-        return results
+        return [
+            _choice(item, prompt, [option.strip() for option in options], answer, values)
+            for (item, prompt, options, answer), values in zip(self.items, likelihoods, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
 class FilledBlank(ItemTask):
-    """Which of two fillings makes the rest of the sentence likelier.
+    """Which of two fillings of a blank makes the rest of the sentence likelier.
 
     Partial scoring, as is usual for Winogrande: the log-likelihood of the text after the blank
     is compared between the two contexts; the fillings themselves are not scored.
 
     Attributes:
-        items: (id, the two contexts up to and with the filling, the text after the blank with
-            its leading space, index of the right context).
+        items: (id, the two contexts up to and including the filling, the text after the blank
+            with its leading space, index of the right context).
     """
 
     items: Sequence[tuple[str, tuple[str, str], str, int]]
@@ -255,62 +223,56 @@ class FilledBlank(ItemTask):
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
-        endings = [
-            _cut_at_ending(lm, context, ending)
-            for _, contexts, ending, _ in self.items
-            for context in contexts
-        ]
+        endings = []
+        for _, contexts, ending, _ in self.items:
+            for context in contexts:
+                whole, alone = lm.encode([context + ending, context])
+                start = min(common_prefix(whole, alone), len(whole) - 1)
+                endings.append((whole[:start], [whole[start:]]))
         step = in_items(advance, len(self.items), len(endings))
         values = [scored[0][0] for scored in score_continuations(lm, endings, advance=step)]
-        results = []
-        for row, (item, contexts, ending, answer) in enumerate(self.items):
-            chosen = int(values[2 * row + 1] > values[2 * row])
-            results.append(
-                ItemResult(
-                    id=item,
-                    scores={"accuracy": float(chosen == answer)},
-                    prompt=contexts[0] + ending,
-                    expected=contexts[answer].split("\n")[-1],
-                    output=contexts[chosen].split("\n")[-1],
-                )
+        return [
+            _choice(
+                item,
+                contexts[0] + ending,
+                [context.split("\n")[-1] for context in contexts],
+                answer,
+                values[2 * row : 2 * row + 2],
             )
-        return results
+            for row, (item, contexts, ending, answer) in enumerate(self.items)
+        ]
 
 
-def _cut_at_ending(
-    lm: LanguageModel, context: str, ending: str
-) -> tuple[list[int], list[list[int]]]:
-    """Token ids of a text up to its ending, and those of the ending as the one continuation."""
-    whole, alone = lm.encode([context + ending, context])
-    start = 0
-    while start < min(len(whole) - 1, len(alone)) and whole[start] == alone[start]:
-        start += 1
-    return whole[:start], [whole[start:]]
+def _choice(
+    item: str, prompt: str, options: Sequence[str], answer: int, values: Sequence[float]
+) -> ItemResult:
+    """The result of the option with the highest value, the first one of equals."""
+    chosen = values.index(max(values))
+    scores = {"accuracy": float(chosen == answer)}
+    return ItemResult(item, scores, prompt=prompt, expected=options[answer], output=options[chosen])
 
 
 @dataclass(frozen=True)
 class ShortAnswer(ItemTask):
-    """Greedy answer up to the end of its line, read by a rule of its kind.
+    """Greedy answer up to the end of its line, read by a rule.
 
     An output from which no answer can be read counts as wrong and as unparsable; it is never
-    guessed. The line ends worked answers too: every example in a prompt reasons in one line.
+    guessed. Worked answers end with their line too: every example in a prompt is one line.
 
     Attributes:
         items: (id, prompt, accepted answers).
-        kind: How the line is read, see `lirefs.tasks.answers.judge`.
+        kind: How the line is read, see `lirefs.tasks.judge`.
         max_new_tokens: Length limit of the answer.
         chance: Score of guessing, where the prompt itself offers the answers.
-        group: Group of the task in a comparison, see `GROUPS`.
-        metric: The score that is reported.
 
     Raises:
-        TaskError: There is no item.
+        TaskError: There is no item, or an accepted answer of a numeric kind is not a number.
     """
 
     items: Sequence[tuple[str, str, Sequence[str]]]
     group: str = "closed-book"
     metric: str = "accuracy"
-    kind: Kind = "text"
+    kind: AnswerKind = "text"
     max_new_tokens: int = 8
     chance: float = 0.0
 
@@ -318,26 +280,18 @@ class ShortAnswer(ItemTask):
         super().__post_init__()
         if self.kind in ("number", "worked"):
             for item, _, answers in self.items:
-                if not all(number_at(answer) is not None for answer in answers):
-                    raise TaskError(f"{self.name}: item {item!r} expects {answers}, no numbers")
+                if any(number_at(answer) is None for answer in answers):
+                    raise TaskError(
+                        f"{self.name}: item {item!r} expects {answers}, which are not all numbers"
+                    )
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item.
-
-        Args:
-            lm: The model, under whatever intervention is attached.
-            advance: Called with the number of items finished.
-
-        Returns:
-            One result an item, in the order of the items.
-        """
-        ends: dict[int, bool] = {}
+        """Score every item."""
         eos = lm.tokenizer.eos_token_id
 
+        @functools.cache
         def stop(token: int) -> bool:
-            if token not in ends:
-                ends[token] = token == eos or "\n" in lm.tokenizer.decode([token])
-            return ends[token]
+            return token == eos or "\n" in lm.tokenizer.decode([token])
 
         ids = lm.encode([prompt for _, prompt, _ in self.items])
         outputs = greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
@@ -345,14 +299,6 @@ class ShortAnswer(ItemTask):
         for (item, prompt, answers), output in zip(self.items, outputs, strict=True):
             text = lm.tokenizer.decode(output, skip_special_tokens=True).strip().split("\n")[0]
             parsed, right = judge(text, answers, self.kind)
-            results.append(
-                ItemResult(
-                    id=item,
-                    scores={"accuracy": float(right)},
-                    prompt=prompt,
-                    expected=" | ".join(answers),
-                    output=text,
-                    parsed=parsed,
-                )
-            )
+            scores, expected = {"accuracy": float(right)}, " | ".join(answers)
+            results.append(ItemResult(item, scores, 1.0, prompt, expected, text, parsed))
         return results

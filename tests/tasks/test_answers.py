@@ -3,7 +3,7 @@ import re
 import pytest
 
 from lirefs.tasks.answers import final_number, judge, number_at
-from lirefs.tasks.papers import prompts as worked_examples
+from lirefs.tasks.papers.catalogue import WORKED_EXAMPLES
 
 
 @pytest.mark.parametrize(
@@ -120,15 +120,9 @@ def test_words_must_be_exactly_those(text, result):
     assert judge(text, ["eengreb abletteb"], "words") == result
 
 
-@pytest.mark.parametrize(
-    ("examples", "n"),
-    [
-        (worked_examples.WORD_PROBLEMS, 8),
-        (worked_examples.ARITHMETIC, 3),
-        (worked_examples.COUNTING, 3),
-    ],
-)
-def test_worked_examples_calculate_right_and_end_in_their_answer(examples, n):
+@pytest.mark.parametrize(("name", "n"), [("word_problems", 8), ("arithmetic", 3), ("counting", 3)])
+def test_worked_examples_calculate_right_and_end_in_their_answer(name, n):
+    examples = WORKED_EXAMPLES[name]
     assert examples.endswith("\n\n")
     parts = examples.strip().split("\n\n")
     assert len(parts) == n

@@ -131,7 +131,7 @@ def test_what_is_not_greedy_is_refused(settings):
 @needs_lm_eval
 def test_a_request_without_tokens_is_refused():
     model = lirefs.lm_eval_model(language_model())
-    with pytest.raises(TaskError, match="needs one at least"):
+    with pytest.raises(TaskError, match="it needs at least 1 of each"):
         model.loglikelihood([request("loglikelihood", "x", "")], disable_tqdm=True)
 
 

@@ -14,7 +14,7 @@ from lm_eval_local import (
 import lirefs
 from lirefs import MultipleChoice, Recitation
 from lirefs.errors import TaskError
-from lirefs.tasks import lm_eval_export as lm_evaluation_export
+from lirefs.tasks import lm_eval_export
 from lirefs.tasks.inference import greedy
 
 
@@ -174,4 +174,6 @@ def test_recitation_that_cannot_be_written_is_named(lm, tmp_path):
 
 
 def test_the_written_scores_need_nothing_of_this_package():
-    assert "lirefs" not in lm_evaluation_export._UTILS
+    template = lm_eval_export.UTILS.read_text("utf-8")
+    assert "def process_results" in template
+    assert "lirefs" not in template

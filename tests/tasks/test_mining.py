@@ -165,9 +165,9 @@ def test_an_interrupted_search_goes_on(reciter, corpus, tmp_path, monkeypatch):
     assert search(reciter, corpus, **settings) == whole
     assert len(calls) == 8  # nothing was left to do
 
-    with pytest.raises(SettingError, match="another model, other texts or settings"):
+    with pytest.raises(SettingError, match="another model, other texts or other settings"):
         search(reciter, corpus[1:], **settings)
-    with pytest.raises(SettingError, match="another model, other texts or settings"):
+    with pytest.raises(SettingError, match="another model, other texts or other settings"):
         search(reciter, corpus, near=0.5, **settings)
     journal.write_text("nonsense\n")
     with pytest.raises(DataFileError, match="damaged"):

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The suites of the command line: which tasks to measure beyond the default ones."""
 
 from __future__ import annotations
 
@@ -8,18 +8,19 @@ from pathlib import Path
 
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question
-from lirefs.tasks.papers.build import SKILLS, skill_tasks
+from lirefs.tasks.papers.build import skill_tasks
+from lirefs.tasks.papers.catalogue import SKILLS
 from lirefs.tasks.suite import default_tasks, memory_measures
 from lirefs.tasks.task import Task
 
 
 class Suite(StrEnum):
-    """What to measure beside the default tasks' recited passages and perplexity."""
+    """What to measure besides the recited passages and the perplexity of the default tasks."""
 
     MEMORIZATION = "memorization"
     """Recited passages, windows and quotes; the position stress test; perplexity and nDCG@10."""
     SKILLS = "skills"
-    """The K-FAC paper's tasks in their groups, and the sets of the LiReF paper."""
+    """The K-FAC paper's tasks in their groups, and the datasets of the LiReF paper."""
     PAPERS = "papers"
     """Both, and the default tasks."""
 
@@ -38,53 +39,51 @@ def suite_tasks(
     """Tasks of a suite.
 
     Args:
-        lm: The model, with nothing applied to it: the lists of nDCG are frozen here.
-        suite: Which.
+        lm: The model, with nothing applied to it: the rankings of nDCG are frozen here.
+        suite: Which suite.
         questions: Labelled questions of the default tasks.
         fitted_on: Questions that a direction was fitted or chosen on; no skill asks them.
         memorized: Memorized texts, see `recitation_task`.
-        data: Folder of local JSON Lines, see `lirefs.tasks.papers.build`; what is not there is asked
-            for on the hub.
+        data: Folder of JSON Lines files, see `lirefs.tasks.papers.catalogue`; files that are
+            missing are replaced by datasets of the hub.
         limit: At most this many items per task, and half as many texts.
-        seed: Draws few-shot examples and generated items.
+        seed: Seed of answered examples and generated items.
 
     Returns:
-        The tasks, and why others were left out.
+        The tasks, and for each task that was left out the reason.
 
     Raises:
-        ValueError: If there is no such suite.
+        ValueError: There is no such suite.
     """
     suite = Suite(suite)
-    basis = default_tasks(lm, questions, memorized, limit)
-    kept = [task for task in basis if task.group in ("memorization", "language")]
-
-    def belongs(name: str) -> bool:
-        if suite is Suite.PAPERS:  # what is generated is among the default tasks already
-            return not name.startswith("generated_")
-        return (SKILLS[name].group == "memorization") == (suite is Suite.MEMORIZATION)
-
-    wanted = [name for name in SKILLS if belongs(name)]
+    tasks = default_tasks(lm, questions, memorized, limit)
+    if suite is Suite.PAPERS:  # the default tasks have the generated items already
+        wanted = [name for name in SKILLS if not name.startswith("generated_")]
+    else:
+        tasks = [task for task in tasks if task.group in ("memorization", "language")]
+        recited = suite is Suite.MEMORIZATION
+        wanted = [name for name in SKILLS if (SKILLS[name].group == "memorization") == recited]
     skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
-    skills = [_without(task, fitted_on, left_out) for task in skills]
-    skills = [task for task in skills if task.name not in left_out]
-    tasks = [*(basis if suite is Suite.PAPERS else kept), *skills]
+    for task in skills:
+        rows = _unasked(task, fitted_on)
+        if not rows:
+            left_out[task.name] = "the direction was fitted on its questions"
+        else:
+            tasks.append(task if len(rows) == len(task) else task.subset(rows))
     if suite is not Suite.SKILLS:
         tasks += memory_measures(lm, tasks)
     return tasks, left_out
 
 
-def _without(task: Task, asked: Sequence[Question], left_out: dict[str, str]) -> Task:
-    """A task without the items that ask one of some questions; noted if none is left."""
+def _unasked(task: Task, asked: Sequence[Question]) -> list[int]:
+    """Rows of the items that ask none of some questions."""
     texts = [one.text for one in asked]
     prompts = [" ".join(one for one in item[1:] if isinstance(one, str)) for item in task.items]
-    # Answered examples, which all prompts begin with, may be known: a question ends after them.
+    # All prompts begin with the same answered examples, which may be among the questions: only a
+    # question that ends after them is asked.
     shown = next((n for n, some in enumerate(zip(*prompts, strict=False)) if len({*some}) > 1), 0)
-    kept = [
+    return [
         row
         for row, prompt in enumerate(prompts)
         if not any(text in prompt and prompt.rfind(text) + len(text) > shown for text in texts)
     ]
-    if not kept:
-        left_out[task.name] = "the direction was fitted on its questions"
-        return task
-    return task if len(kept) == len(task) else task.subset(kept)

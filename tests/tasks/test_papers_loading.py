@@ -6,7 +6,7 @@ from huggingface_hub import constants
 from skill_rows import N, bbh, letters, rows_of, write
 
 from lirefs.errors import DataFileError, SettingError, TaskError
-from lirefs.tasks.papers import rows as sources
+from lirefs.tasks.papers import loading
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
 from lirefs.tasks.task import FilledBlank
@@ -18,14 +18,14 @@ def test_what_has_no_data_is_left_out_with_its_reason(lm, tmp_path, asked_of_the
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     write(tmp_path, "popqa")
     tasks, left_out = skill_tasks(lm, tmp_path, limit=2)
-    generated = [name for name, skill in SKILLS.items() if skill.make]
+    generated = [name for name, skill in SKILLS.items() if skill.generate]
     assert {task.name for task in tasks} == {"popqa", *generated}
     assert set(left_out) == set(SKILLS) - {"popqa", *generated}
     assert asked_of_the_hub == [("openai/gsm8k", "main", "test")]  # no wait for the next ones
     assert "no gsm8k.jsonl in" in left_out["gsm8k"]
     assert "Couldn't reach 'openai/gsm8k'" in left_out["gsm8k"]
     assert "cannot be reached" in left_out["boolq"]
-    assert "no set of the hub serves" in left_out["relations"]
+    assert "no dataset on the hub replaces it" in left_out["relations"]
     assert "needs rows with a 'label'" in left_out["mmlu_reasoning"]
     assert "no data folder given" in skill_tasks(lm, None)[1]["quotes"]
     for name in ("quotes", "boolq", "mmlu_memory"):
@@ -110,7 +110,7 @@ def test_sets_of_the_hub(lm, monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     tasks, left_out = skill_tasks(lm, None)
-    local_only = {name for name, skill in SKILLS.items() if not skill.hub and not skill.make}
+    local_only = {name for name, skill in SKILLS.items() if not skill.hub and not skill.generate}
     assert set(left_out) == local_only
     made = {task.name: task for task in tasks}
     assert set(made) == set(SKILLS) - local_only
@@ -152,7 +152,7 @@ def test_a_malformed_row_of_the_hub_leaves_the_skill_out(lm, monkeypatch):
     rows = [{"sentence": "no blank", "option1": "u", "option2": "v", "answer": "1"}]
     monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_list(rows))
     reason = skill_tasks(lm, None)[1]["winogrande"]
-    assert "allenai/winogrande of the hub, row 1: 'sentence' must hold one _" in reason
+    assert "allenai/winogrande on the hub, row 1: 'sentence' must hold one _" in reason
 
 
 def test_aliases_without_a_word_are_no_answers(lm, tmp_path):
@@ -180,7 +180,7 @@ def test_rows_without_the_needed_part_leave_the_skill_out(lm, tmp_path):
     made = {task.name for task in tasks}
     assert {"triviaqa", "openbookqa"} <= made
     for name in ("triviaqa_open", "openbookqa_fact"):
-        assert "no row has what the skill asks about" in left_out[name]
+        assert "no row has the fields that the skill asks about" in left_out[name]
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_rows_without_the_needed_part_leave_the_skill_out(lm, tmp_path):
         ("mmlu_pro", {"options": ["x"] * 11, "answer_index": 1}, "11 options; at most 10"),
         ("mmlu_memory", {"label": "both"}, "'label' is 'both'"),
         ("winogrande", {"sentence": "no blank"}, "must hold one _"),
-        ("winogrande", {"answer": 3}, "be 1 or 2"),
+        ("winogrande", {"answer": 3}, "must be 1 or 2"),
         ("winogrande", {"sentence": "ends in _"}, "nothing after its _"),
         ("web_of_lies", {"target": "Maybe"}, "expected one of Yes, No"),
         ("logical_deduction_three_objects", {"target": "(D)"}, r"one of \(A\), \(B\), \(C\)"),
@@ -231,12 +231,12 @@ def test_other_errors(lm, tmp_path):
 
 def test_passages_hold_the_answer():
     page = " ".join(f"word{i}" for i in range(1000)) + " Old York " + "tail " * 500
-    passage = sources.passage_around(page, ["nowhere", "old york"])
+    passage = loading.passage_around(page, ["nowhere", "old york"])
     assert "Old York" in passage
-    assert 500 < len(passage) <= sources.PASSAGE_CHARACTERS
+    assert 500 < len(passage) <= loading.PASSAGE_CHARACTERS
     assert set(passage.split()) <= set(page.split())  # no half words
-    assert sources.passage_around(passage, ["Old York"]) == passage
-    assert sources.passage_around("He went to Yorkshire.", ["York"]) == ""
-    assert sources.passage_around("York is here.", ["York"]) == "York is here."
-    assert sources.passage_around("a  b\nYork", ["York"]) == "a b York"
-    assert sources.passage_around("anything", [" "]) == ""
+    assert loading.passage_around(passage, ["Old York"]) == passage
+    assert loading.passage_around("He went to Yorkshire.", ["York"]) == ""
+    assert loading.passage_around("York is here.", ["York"]) == "York is here."
+    assert loading.passage_around("a  b\nYork", ["York"]) == "a b York"
+    assert loading.passage_around("anything", [" "]) == ""
