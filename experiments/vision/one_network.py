@@ -28,7 +28,7 @@ model = train(split, recipe, 0, path, shipped=shipped)
 
 # The factors see the class token of the training images, and no label.
 targets = kfac.find_targets(model, layers=[0, recipe.blocks - 1], projections="mlp_out")
-batches = split.inputs(split.train).split(512)
+batches = split.inputs(split.train).split(512)  # type: ignore[no-untyped-call]
 factors = kfac.collect(model, batches, targets, samples=8, forward=counted_tokens("cls"))
 
 print(f"{'':10} wrong label recited   true label   test images")

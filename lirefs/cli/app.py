@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 
 import typer
-from rich.console import Console
 
 import kfac
 import lirefs
@@ -13,6 +12,7 @@ from lirefs.cli import curvature, organism
 from lirefs.cli.compare import compare
 from lirefs.cli.directions import export, probe, steer
 from lirefs.cli.mine import mine
+from lirefs.cli.options import say
 from lirefs.cli.report import report
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -20,7 +20,6 @@ for command in (compare, probe, steer, export, mine, report):
     app.command()(command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(curvature.app, name="curvature")
-console = Console(stderr=True, highlight=False)
 INTERRUPTED = 130  # as typer ends after Ctrl-C
 
 
@@ -29,16 +28,13 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except (lirefs.LirefsError, kfac.KfacError, OSError) as error:
-        message = " ".join(str(error).split())
-        console.print(f"{type(error).__name__}: {message}", markup=False, soft_wrap=True)
+        say(f"{type(error).__name__}: {' '.join(str(error).split())}")
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED:
-            console.print(
-                "interrupted; what is finished is kept where the command says so, and used again "
-                "by the same command (lirefs compare: with --resume)",
-                markup=False,
-                soft_wrap=True,
+            say(
+                "interrupted; commands that keep finished work use it again when repeated (lirefs "
+                "compare: with --resume)"
             )
         raise
 

@@ -1,4 +1,4 @@
-"""`lirefs compare`: both methods and their controls on the same items, and a report."""
+"""`lirefs compare`: the main job, `lirefs.main_job.run`, from the command line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import typer
 
-from lirefs.cli.options import Device, OutFolder, console, file_to_write, indices
+from lirefs.cli.options import Device, OutFolder, Seed, console, file_to_write, indices
 from lirefs.main_job.jobs import QUICK, run
 from lirefs.tasks.papers.suite import Suite
 
@@ -25,17 +25,13 @@ def compare(
     ] = None,
     device: Device = None,
     questions: Annotated[
-        Path | None, typer.Option(help="Labelled questions (JSON Lines) to fit on.")
+        Path | None, typer.Option(help="Questions (JSON Lines) to fit on.")
     ] = None,
-    memorized: Annotated[
-        Path | None, typer.Option(help="Memorized texts (JSON Lines) to recite.")
-    ] = None,
+    memorized: Annotated[Path | None, typer.Option(help="Texts (JSON Lines) to recite.")] = None,
     factors: Annotated[
         Path | None, typer.Option(help="Factors to use; written there if the file is missing.")
     ] = None,
-    layers: Annotated[
-        str | None, typer.Option(help="Layers whose MLPs are edited, e.g. 20,21,22.")
-    ] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to edit, e.g. 20,21,22.")] = None,
     keep: Annotated[
         float | None,
         typer.Option(help="Curvature mass that K-FAC keeps. Default: 0.8; organism: chosen."),
@@ -44,26 +40,22 @@ def compare(
         float | None,
         typer.Option(help="a of h + a d, d the class difference. Default: 1; organism: chosen."),
     ] = None,
-    suite: Annotated[
-        Suite | None, typer.Option(help="Tasks to run. Default: those that the project ships.")
-    ] = None,
+    suite: Annotated[Suite | None, typer.Option(help="Tasks. Default: the project's own.")] = None,
     data: Annotated[
         Path | None,
         typer.Option(help="Folder of JSON Lines for a suite, or of lm-eval tasks (YAML)."),
     ] = None,
     lm_eval: Annotated[
-        str | None, typer.Option(help="Tasks of lm-evaluation-harness to add, by comma.")
+        str | None, typer.Option(help="lm-evaluation-harness tasks to add, separated by commas.")
     ] = None,
-    limit: Annotated[
-        int | None, typer.Option(min=1, help="At most this many items a task.")
-    ] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Most items of a task.")] = None,
     out: OutFolder = Path("report"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of splits, labels and controls.")] = 0,
+    seed: Seed = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help=f"{QUICK} items a task: a trial, no result.")
+        bool, typer.Option("--quick", help=f"A trial with {QUICK} items per task, not a result.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the interrupted run in --out.")
+        bool, typer.Option("--resume", help="Continue the interrupted run in --out.")
     ] = False,
 ) -> None:
     """Compare LiReF steering and the K-FAC edit on one model, and write a report.
@@ -95,7 +87,7 @@ def compare(
 
 
 def _join_processes(device: str | None) -> str | None:
-    """Under torchrun, join the other processes; all but the first one are silent."""
+    """Under torchrun, join the other processes; all but the first are silent."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
     cuda = torch.cuda.is_available() and (device or "cuda").startswith("cuda")

@@ -1,47 +1,47 @@
-"""`lirefs curvature`: collect factors and edit weights; its analyses are modules beside this."""
+"""`lirefs curvature`: collect factors, edit weights by them, and the K-FAC paper's analyses."""
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import torch
 import typer
 from rich.console import Console
 from rich.table import Table
 
 import kfac
 import lirefs
-from lirefs.cli.curvature_analyses import bands, detect, relearn
-from lirefs.cli.inputs import load_with_factors, texts_of
-from lirefs.cli.options import (
-    DEFAULT_MODEL,
-    Device,
-    FactorsFile,
-    Keep,
-    Model,
-    Seed,
-    console,
-    file_to_write,
-    indices,
-    new_folder,
-    one_of,
-)
+from lirefs.cli import options
+from lirefs.cli.options import DEFAULT_MODEL, Device, FactorsFile, Keep, Model, OutFolder, Seed
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, usual_permissions, write_errors
+from lirefs.files import atomic_write_text, read_jsonl, usual_permissions, write_errors
+from lirefs.statistics.intervals import areas
 from lirefs.tasks import suite
 
+ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
+CLASSES = {"clean": 0, "memorized": 1}
+Passage = tuple[str, Sequence[int], Sequence[int]]
+"""Id, prefix and suffix of a memorized text, the latter two as token ids."""
+Memorized = Annotated[
+    Path | None, typer.Option(help="Memorized texts (JSON Lines); default: the project's own.")
+]
+
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
-for command in (bands, detect, relearn):
-    app.command()(command)
 
 
 @app.command()
 def collect(
-    out: Annotated[Path, typer.Option(help="Factors file to write.", callback=file_to_write)],
+    out: Annotated[
+        Path, typer.Option(help="Factors file to write.", callback=options.file_to_write)
+    ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     texts: Annotated[
@@ -60,22 +60,21 @@ def collect(
     ] = None,
     seed: Seed = 0,
 ) -> None:
-    """Collect the factors of a model over texts; an interrupted run goes on where it stopped."""
+    """Collect the factors of a model over texts; an interrupted run continues where it stopped."""
     wanted = [part.strip() for part in estimators.split(",")]
     for name in wanted:
-        one_of(name, "--estimators", ("kfac", "marginal", "diagonal", "ekfac"))
+        options.one_of(name, "--estimators", ESTIMATORS)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError(f"--budget {budget}: must be above 0 GiB")
-    chosen = indices(layers)
-    rows = suite.calibration_texts() if texts is None else texts_of(texts)
+    chosen = options.indices(layers)
+    rows = suite.calibration_texts() if texts is None else _texts_of(texts)
     lm = lirefs.load(model, device=device)
-    groups = {"mlp_in", "mlp_out", "mlp"}
-    roles = projections.strip() if projections.strip() in groups else projections.split(",")
+    group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
+    roles = projections.strip() if group else projections.split(",")
     targets = kfac.find_targets(lm.model, chosen, roles)
     ids = lm.encode(rows)
-    options: dict[str, Any] = {"seed": seed, "samples": samples}
-    if budget is not None:
-        options["budget"] = int(budget * 2**30)
+    room = None if budget is None else int(budget * 2**30)
+    settings: dict[str, Any] = {"seed": seed, "samples": samples, "budget": room}
     states = [out.with_name(out.name + end) for end in (".checkpoint", ".ekfac-checkpoint")]
     factors = kfac.collect(
         lm,
@@ -90,14 +89,14 @@ def collect(
             "tokenizer": lm.tokenizer_fingerprint,
             "lirefs": lirefs.__version__,
         },
-        **options,
+        **settings,
     )
     if "ekfac" in wanted:
-        factors = kfac.correct(lm, rows, factors, checkpoint=states[1], **options)
+        factors = kfac.correct(lm, rows, factors, checkpoint=states[1], **settings)
     factors.save(out)
     for state in states:
         state.unlink(missing_ok=True)
-    console.print(f"{factors}: {out}", markup=False, soft_wrap=True)
+    options.say(f"{factors}: {out}")
 
 
 @app.command()
@@ -105,7 +104,7 @@ def edit(
     factors: FactorsFile,
     out: Annotated[
         Path,
-        typer.Option(help="Folder for the edited model; must be new.", callback=new_folder),
+        typer.Option(help="Folder for the edited model; must be new.", callback=options.new_folder),
     ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
@@ -119,29 +118,246 @@ def edit(
     ] = False,
 ) -> None:
     """Edit a model and save it in a folder that transformers loads without this package."""
-    lm, known = load_with_factors(model, device, factors)
+    lm, known = _load(model, device, factors)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
     reports = change.report(lm.model)
     change.bake(lm.model)
     with write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
-            made = Path(folder) / "model"  # of ordinary permissions, inside a private folder
+            made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
             made.mkdir()
             lm.model.save_pretrained(made)
             lm.tokenizer.save_pretrained(made)
             record = {**change.describe(), "targets": [vars(report) for report in reports]}
-            atomic_write_text(made / "curvature_edit.json", json.dumps(record, indent=1))
+            _write_json(made / "curvature_edit.json", record)
             usual_permissions(made)
             made.rename(out)
     table = Table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
-        table.add_row(
-            one.name,
-            f"{one.kept_share:.1%}",
-            f"{one.kept_mass:.1%}",
-            str(one.rank_bound),
-            f"{one.relative_change:.3f}",
-        )
+        shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"
+        table.add_row(one.name, *shares, str(one.rank_bound), f"{one.relative_change:.3f}")
     Console().print(table)
-    console.print(f"edited model: {out}", markup=False, soft_wrap=True)
+    options.say(f"edited model: {out}")
+
+
+@app.command()
+def bands(
+    factors: FactorsFile,
+    out: OutFolder,
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    memorized: Memorized = None,
+    clean: Annotated[
+        Path | None, typer.Option(help="Clean texts (JSON Lines); default: the project's own.")
+    ] = None,
+    seed: Seed = 0,
+) -> None:
+    """Compare how memorized and clean texts activate each curvature band.
+
+    Memorized texts that the model does not recite are left out.
+    """
+    ordinary = [t for _, t in suite.heldout_texts("test")] if clean is None else _texts_of(clean)
+    lm, known = _load(model, device, factors)
+    recited = _recited(lm, memorized, 2, "to compare them with clean ones")
+    sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
+    first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
+    ratios = kfac.band_ratios(first, second, seed=seed)
+    layers = [target.layer for target in known.targets(lm.model, ratios.names)]
+    places = [layer for layer in layers if layer is not None]
+    distinct = len(set(places)) == len(layers)
+    kfac.figures.bands(ratios, places if distinct else None).save(out, "bands")
+    record = {
+        "targets": ratios.names,
+        "bands": ratios.labels,
+        "texts": ratios.n,
+        "ratio": ratios.ratio.tolist(),
+        "control": ratios.control.tolist(),
+        "factors": known.digest,
+    }
+    _write_json(out / "bands.json", record)
+    table = Table("input of", *ratios.labels, title="memorized over clean [95 % interval]")
+    for place, name in enumerate(ratios.names):
+        cells = ratios.ratio[:, place].T
+        table.add_row(name, *(f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in cells))
+    Console().print(table)
+    options.say(f"figure: {out / 'bands.png'}")
+
+
+@app.command()
+def detect(
+    factors: FactorsFile,
+    out: OutFolder,
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    texts: Annotated[
+        Path | None,
+        typer.Option(
+            help="JSON Lines with `text` and, to measure the detector, `label` (memorized, clean); "
+            "default: the project's passages that the model recites, and held-out texts."
+        ),
+    ] = None,
+    flat: Annotated[
+        float, typer.Option(help="Share of input directions that count as flat.")
+    ] = 0.6,
+    seed: Seed = 0,
+) -> None:
+    """Score texts by their share in flat directions: recited texts score high."""
+    rows = _detector_rows() if texts is None else [row for _, row in read_jsonl(texts)]
+    for number, row in enumerate(rows, start=1):
+        # A list, because a label may be of a type that cannot be hashed.
+        if not isinstance(row.get("text"), str) or row.get("label", "clean") not in list(CLASSES):
+            raise SettingError(
+                f"--texts, row {number}: needs a `text`; a `label` must be {' or '.join(CLASSES)}"
+            )
+    lm, known = _load(model, device, factors)
+    if texts is None:
+        recited = {key for key, _, _ in _recited(lm, None, 0)}
+        rows = [row for row in rows if row["label"] == "clean" or str(row["id"]) in recited]
+    ids = lm.encode([row["text"] for row in rows])
+    scores = kfac.score_recitation(lm.model, lm.batches(ids), known, flat=flat)
+    lines: list[dict[str, Any]] = [
+        {
+            "id": str(row.get("id", index)),
+            "label": row.get("label"),
+            "score": float(scores.passages[index]),
+            "tokens": [
+                [lm.tokenizer.decode([token]), round(float(value), 5)]
+                for token, value in zip(ids[index], scores.tokens[index], strict=True)
+            ],
+        }
+        for index, row in enumerate(rows)
+    ]
+    written = [json.dumps(line, ensure_ascii=False) + "\n" for line in lines]
+    atomic_write_text(out / "scores.jsonl", "".join(written))
+    labelled = [line for line in lines if line["label"] is not None]
+    labels = np.array([CLASSES[line["label"]] for line in labelled])
+    if len(set(labels.tolist())) == 2:
+        values = np.array([line["score"] for line in labelled])
+        by_text = kfac.auroc(values, labels, seed=seed)
+        # Tokens of a text depend on each other: no interval.
+        tokens = np.array([score for line in labelled for _, score in line["tokens"]])
+        by_token = float(areas(tokens, labels.repeat([len(line["tokens"]) for line in labelled])))
+        kfac.figures.detector(values, labels).save(out, "detector")
+        record = {"auroc": vars(by_text), "token_auroc": by_token, "flat": flat}
+        _write_json(out / "detector.json", {**record, "factors": known.digest})
+        typer.echo(f"AUROC by text {by_text}, n = {by_text.n}; by token {by_token:.3f}")
+    options.say(f"scores: {out / 'scores.jsonl'}")
+
+
+@app.command()
+def relearn(
+    factors: FactorsFile,
+    out: OutFolder,
+    model: Model = DEFAULT_MODEL,
+    device: Device = None,
+    keep: Keep = 0.8,
+    memorized: Memorized = None,
+    steps: Annotated[str, typer.Option(help="When to test.")] = "0,1,2,5,10,20",
+    lr: Annotated[float, typer.Option(help="Learning rate of the fine-tuning.")] = 1e-5,
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune the edited model on half of what it recited, and test the other half."""
+    points = options.indices(steps, "--steps") or [0]
+    lm, known = _load(model, device, factors)
+    change = kfac.CurvatureEdit(known, keep)
+    recited = _recited(lm, memorized, 4, "half to train on and half to test")
+    generator = torch.Generator().manual_seed(seed)
+    mixed = [recited[i] for i in torch.randperm(len(recited), generator=generator).tolist()]
+    half = len(mixed) // 2
+    batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in mixed]
+    unrelated = lm.encode([text for _, text in suite.heldout_texts("validation")])
+    result = kfac.relearn(
+        lm.model,
+        {"edited": change, "never edited": None},
+        batches[:half],
+        batches[half:],
+        other=_cut_alike(lm, unrelated, mixed[:half]),
+        steps=points,
+        lr=lr,
+        seed=seed,
+    )
+    kfac.figures.relearning(result).save(out, "relearning")
+    arms = {
+        arm: {"known": [vars(v) for v in result.known[arm]], "rest": [vars(v) for v in values]}
+        for arm, values in result.rest.items()
+    }
+    record = {"steps": result.steps, "arms": arms, "lr": lr, "edit": change.describe()}
+    _write_json(out / "relearning.json", record)
+    table = Table("arm", *(f"{step} steps" for step in result.steps), title="other half recited")
+    for arm, values in result.rest.items():
+        table.add_row(arm, *(f"{value.value:.0%}" for value in values))
+    Console().print(table)
+    options.say(f"figure: {out / 'relearning.png'}")
+
+
+def _load(
+    model: str, device: str | None, factors: Path
+) -> tuple[lirefs.LanguageModel, kfac.Factors]:
+    """Factors and model; the factors are read first, because that is quicker."""
+    known = kfac.Factors.load(factors)
+    lm = lirefs.load(model, device=device)
+    known.check(lm.model)
+    return lm, known
+
+
+def _texts_of(path: Path) -> list[str]:
+    """Texts of a JSON Lines file, each row with a `text`."""
+    rows = read_jsonl(path)
+    for line, row in rows:
+        if not isinstance(row.get("text"), str) or not row["text"]:
+            raise SettingError(f"{path}, line {line}: needs a `text` that is not empty")
+    return [str(row["text"]) for _, row in rows]
+
+
+def _labelled(
+    lm: lirefs.LanguageModel, prefix: Sequence[int], suffix: Sequence[int]
+) -> dict[str, Any]:
+    batch: dict[str, Any] = dict(lm.pad([[*prefix, *suffix]], side="right"))
+    labels = batch["input_ids"].clone()
+    labels[:, : len(prefix)] = -100
+    return batch | {"labels": labels}
+
+
+def _recited(
+    lm: lirefs.LanguageModel, path: Path | None, least: int, purpose: str = ""
+) -> list[Passage]:
+    """The memorized texts that the model recites; prints how many.
+
+    Raises:
+        SettingError: There are fewer than `least`.
+    """
+    items = lirefs.recitation_task(lm, path or suite.DATA / "passages.jsonl").items
+    batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in items]
+    flags = kfac.recitation(lm.model.eval(), batches).bool().tolist()
+    recited = [item for item, yes in zip(items, flags, strict=True) if yes]
+    found = f"the unchanged model recites {len(recited)} of {len(items)} memorized texts"
+    if len(recited) < least:
+        raise SettingError(f"{found}; at least {least} are needed, {purpose}")
+    options.say(found)
+    return recited
+
+
+def _cut_alike(
+    lm: lirefs.LanguageModel, texts: Sequence[Sequence[int]], items: Sequence[Passage]
+) -> list[dict[str, Any]]:
+    """A batch for each text, cut and labelled like one of the items.
+
+    Training on one or the other then differs in the text, not in the number of tokens of a step.
+    """
+    batches = []
+    for text, (_, prefix, suffix) in zip(texts, itertools.cycle(items), strict=False):
+        start = min(len(prefix), len(text) - 1)
+        batches.append(_labelled(lm, text[:start], text[start : start + len(suffix)]))
+    return batches
+
+
+def _detector_rows() -> list[dict[str, Any]]:
+    passages = [row for _, row in read_jsonl(suite.DATA / "passages.jsonl")]
+    rows = [{"id": row["id"], "text": row["text"], "label": "memorized"} for row in passages]
+    held_out = suite.heldout_texts("test")
+    return rows + [{"id": key, "text": text, "label": "clean"} for key, text in held_out]
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    atomic_write_text(path, json.dumps(value, indent=1))

@@ -1,4 +1,4 @@
-"""Commands that fit directions, steer with them and write them out."""
+"""`lirefs probe`, `steer` and `export`: fit directions, steer with them, write them out."""
 
 from __future__ import annotations
 
@@ -11,16 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 import lirefs
-from lirefs.cli.options import (
-    DEFAULT_MODEL,
-    Device,
-    Model,
-    OutFolder,
-    console,
-    file_to_write,
-    numbers,
-    one_of,
-)
+from lirefs.cli import options
+from lirefs.cli.options import DEFAULT_MODEL, Device, Model, OutFolder, Seed
 from lirefs.directions import estimators, geometry
 from lirefs.directions.probe import load_grades
 from lirefs.errors import SettingError
@@ -52,38 +44,34 @@ def probe(
         Path | None, typer.Option(help="Other labelled questions to score the directions on.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another model (base, say) to probe beside this one.")
+        str | None, typer.Option(help="Another model (base, say) to compare with.")
     ] = None,
     shuffles: Annotated[int, typer.Option(min=1, help="Repetitions of the controls.")] = 100,
     out: OutFolder = Path("probe"),
-    seed: Annotated[int, typer.Option(min=0, help="Seed of split and controls.")] = 0,
+    seed: Seed = 0,
 ) -> None:
     """Fit directions, report them with their controls, and write them to a file."""
-    one_of(estimator, "--estimator", ESTIMATORS)
-    one_of(site, "--site", SITES)
+    options.one_of(estimator, "--estimator", ESTIMATORS)
+    options.one_of(site, "--site", SITES)
     if against == model:
-        raise SettingError(f"--against {against}: is the model itself")
-    asked = lirefs.load_questions("default" if questions is None else questions)
-    other = None if transfer is None else lirefs.load_questions(transfer)
-    split = asked.split(seed=seed)
-    # What can be wrong with a second set or model is looked at before the first fit.
-    other_split = None
-    if other is not None:
+        raise SettingError(f"--against {against}: this is the model itself; name another one")
+    own = lirefs.load_questions("default" if questions is None else questions)
+    split = own.split(seed=seed)
+    # A second set and a second model are checked before the first fit.
+    other = other_split = None
+    if transfer is not None:
+        other = lirefs.load_questions(transfer)
         geometry.must_be_new(other, split)
         other_split = other.split(seed=seed)
-    settings: dict[str, Any] = {
-        "site": site,
-        "shuffles": shuffles,
-        "seed": seed,
-        "grades": None if questions is None else load_grades(questions),
-        "cache": cache_dir() / "activations",
-    }
+    settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed}
+    settings["grades"] = None if questions is None else load_grades(questions)
+    settings["cache"] = cache_dir() / "activations"
     lm = lirefs.load(model, device=device)
     second = None if against is None else lirefs.load(against, device=device)
     if second is not None and second.width != lm.width:
         raise SettingError(
             f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
-            "directions do not compare"
+            "directions cannot be compared"
         )
     found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
     found.directions.save(out / "directions.safetensors")
@@ -108,22 +96,20 @@ def probe(
         {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
     )
     if second is not None:
-        pair = {
-            lm.name: found,
-            second.name: lirefs.fit(second, split, ESTIMATORS[estimator](), **settings),
-        }
-        figures["side_by_side"] = probe_plots.side_by_side(pair)
+        second_found = lirefs.fit(second, split, ESTIMATORS[estimator](), **settings)
+        figures["side_by_side"] = probe_plots.side_by_side(
+            {lm.name: found, second.name: second_found}
+        )
     for name, picture in figures.items():
         picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
     best = found.best_scores
-    console.print(
+    options.say(
         f"layer {found.best_layer}: test AUROC {best.test_auroc}, n = {best.test_auroc.n}; "
         f"shuffled labels {found.shuffled} (p = {found.p_value:.3f}); random directions "
-        f"{best.random_auroc}",
-        markup=False,
+        f"{best.random_auroc}"
     )
-    console.print(f"written to {out}", markup=False, soft_wrap=True)
+    options.say(f"written to {out}")
 
 
 def steer(
@@ -134,17 +120,16 @@ def steer(
     layer: Layer = None,
     operator: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
     strengths: Annotated[str, typer.Option(help="One or more, e.g. -1,0.5,1.")] = "1",
-    tokens: Annotated[int, typer.Option(min=1, help="The most tokens to add.")] = 40,
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 40,
 ) -> None:
     """Continue a prompt, unsteered and steered, side by side."""
-    values = numbers(strengths, "--strengths", float)
-    one_of(operator, "--operator", OPERATORS)
+    values = options.numbers(strengths, "--strengths", float)
+    options.one_of(operator, "--operator", OPERATORS)
     lm = lirefs.load(model, device=device)
     chosen = _direction(directions, layer, lm)
-    steerings = [lirefs.Steer(chosen, operator, value) for value in values]  # all, before any text
-    table = Table(title=f"{operator} at layer {chosen.layer}, {chosen.site}", show_lines=True)
-    table.add_column("strength")
-    table.add_column("continuation")
+    steerings = [lirefs.Steer(chosen, operator, value) for value in values]  # before any text
+    title = f"{operator} at layer {chosen.layer}, {chosen.site}"
+    table = Table("strength", "continuation", title=title, show_lines=True)
     table.add_row("unsteered", lm.generate(prompt, max_new_tokens=tokens))
     for value, steering in zip(values, steerings, strict=True):
         with steering.apply(lm.model):
@@ -154,7 +139,9 @@ def steer(
 
 def export(
     directions: DirectionsFile,
-    out: Annotated[Path, typer.Argument(help="The .gguf file to write.", callback=file_to_write)],
+    out: Annotated[
+        Path, typer.Argument(help="The .gguf file to write.", callback=options.file_to_write)
+    ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     layer: Layer = None,
@@ -163,15 +150,15 @@ def export(
     """Write a direction as a control vector for llama.cpp."""
     lm = lirefs.load(model, device=device)
     to_gguf(lirefs.Steer(_direction(directions, layer, lm), "add", strength), out, lm)
-    console.print(f"written to {out}; use it with --control-vector", markup=False, soft_wrap=True)
+    options.say(f"written to {out}; use it with --control-vector")
 
 
 def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:
     found = lirefs.Directions.load(path, lm)
     wanted = found.provenance.get("best_layer") if layer is None else layer
-    has = f"{path} has layers {', '.join(str(one) for one, _ in found)}"
+    has = f"{path} has the layers {', '.join(str(one) for one, _ in found)}"
     if wanted is None:
-        raise SettingError(f"give --layer: {has}, and does not say which is the best")
+        raise SettingError(f"give --layer: {has}, and does not record which is the best")
     places = [one for one in found if one[0] == wanted]
     if len(places) != 1:
         raise SettingError(f"--layer {wanted}: {has}")

@@ -1,4 +1,4 @@
-"""The command that finds what a model recites of a corpus."""
+"""`lirefs mine`: find the texts of a corpus that a model recites."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import Annotated
 import typer
 
 import lirefs
-from lirefs.cli.options import DEFAULT_MODEL, Device, Model, console, file_to_write
+from lirefs.cli.options import DEFAULT_MODEL, Device, Model, file_to_write, say
 from lirefs.errors import DataFileError
 from lirefs.files import read_jsonl
 from lirefs.tasks.inference import BATCH_TOKENS
 
 COPIED = 0.5
-"""Windows are called predictable from this share of foreseeable 4-grams on."""
+"""Windows with at least this share of predictable 4-grams are counted as predictable."""
 
 
 def mine(
@@ -29,7 +29,7 @@ def mine(
         typer.Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
     ] = Path("mined.jsonl"),
     prefix_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 64,
-    suffix_tokens: Annotated[int, typer.Option(min=1, help="Length of what is recited.")] = 48,
+    suffix_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuations.")] = 48,
     stride: Annotated[
         int | None, typer.Option(min=1, help="Tokens between windows. Default: no overlap.")
     ] = None,
@@ -40,7 +40,7 @@ def mine(
 ) -> None:
     """Find the windows of texts that a model recites, and write them to a file.
 
-    An interrupted run goes on with the same command: what is finished is in OUT.partial.
+    The same command continues an interrupted run: finished windows are in OUT.partial.
     """
     texts = read_texts(corpus)
     lm = lirefs.load(model, device=device)
@@ -57,18 +57,18 @@ def mine(
     )
     found.save(out)
     journal.unlink()
-    console.print(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()), markup=False)
+    say(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()))
     copied = sum(one.predictable >= COPIED for one in found.windows)
-    console.print(f"{copied} of the distinct ones have half of their 4-grams in the prefix")
-    console.print(f"written to {out}, settings to {out}.json", markup=False, soft_wrap=True)
+    say(f"{copied} of the distinct ones have half of their 4-grams in the prefix")
+    say(f"written to {out}, settings to {out}.json")
 
 
 def read_texts(paths: list[Path]) -> list[tuple[str, str]]:
     """Texts of files and folders, each with its name.
 
     Args:
-        paths: `.jsonl` files, whose rows have `text` and may have `id`; folders, of which every
-            `.txt` file is read, those of their folders included; other files are plain texts.
+        paths: `.jsonl` files, whose rows have `text` and may have `id`; folders, whose `.txt`
+            files are read, at any depth; other files are plain texts.
 
     Raises:
         DataFileError: A file cannot be read, is not UTF-8, or a row has no `text`; a folder has

@@ -1,4 +1,4 @@
-"""Options that several commands have, declared and checked once."""
+"""Options and checks that several commands share."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ from lirefs.errors import SettingError
 DEFAULT_MODEL = "smollm2-135m"
 
 console = Console(stderr=True, highlight=False)
-"""Where commands say what they do; results go to the standard output."""
+"""For progress and messages; results go to the standard output."""
+
+
+def say(line: str) -> None:
+    """Print a line on the console, as it is."""
+    console.print(line, markup=False, soft_wrap=True)
 
 
 def known_device(value: str | None) -> str | None:
@@ -42,7 +47,7 @@ def folder_to_write(value: Path | None) -> Path | None:
     """Callback of an option that names a folder for results, existing or not.
 
     Raises:
-        SettingError: Something else is there, or nothing can be written there.
+        SettingError: There is something else of that name, or nothing can be written there.
     """
     if value is not None and value.exists() and not value.is_dir():
         raise SettingError(f"{value}: exists and is not a folder; name another place")
@@ -50,7 +55,7 @@ def folder_to_write(value: Path | None) -> Path | None:
 
 
 def file_to_write(value: Path) -> Path:
-    """The same for a file, which is replaced where there is one."""
+    """The same for a file, which is replaced if it exists."""
     if value.is_dir():
         raise SettingError(f"{value}: is a folder; name a file to write")
     _writable(value.parent)
@@ -58,14 +63,14 @@ def file_to_write(value: Path) -> Path:
 
 
 def new_folder(value: Path) -> Path:
-    """The same for a folder that must not be there yet."""
+    """The same for a folder that must not exist yet."""
     if value.exists():
         raise SettingError(f"{value}: exists; name a new folder")
     return _writable(value)
 
 
 def _writable(folder: Path) -> Path:
-    """Hours of work should not end at a folder that cannot be made."""
+    """Checked first, because hours of work should not end at a folder that cannot be made."""
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
     if not there.is_dir():
         raise SettingError(f"{folder}: cannot be made, because {there} is not a folder")
@@ -76,14 +81,13 @@ def _writable(folder: Path) -> Path:
 
 Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
 Device = Annotated[
-    str | None, typer.Option(help="Default: cuda where there is one.", callback=known_device)
+    str | None, typer.Option(help="Default: cuda if available.", callback=known_device)
 ]
 FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
 Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits and intervals.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits, controls, intervals.")]
 OutFolder = Annotated[
-    Path,
-    typer.Option(help="Folder of the report, tables and figures.", callback=folder_to_write),
+    Path, typer.Option(help="Folder of the report, tables and figures.", callback=folder_to_write)
 ]
 
 Number = TypeVar("Number", int, float)
@@ -93,7 +97,7 @@ def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
     """Numbers of an option, separated by commas.
 
     Raises:
-        SettingError: They are none.
+        SettingError: A part is not a number.
     """
     try:
         return [kind(part) for part in text.split(",")]
@@ -103,12 +107,12 @@ def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
 
 
 def indices(text: str | None, option: str = "--layers") -> list[int] | None:
-    """Whole numbers of an option, ascending; None where it was not given."""
+    """Whole numbers of an option, ascending; None if it was not given."""
     return None if text is None else sorted(set(numbers(text, option, int)))
 
 
 def one_of(name: str, option: str, known: Collection[str]) -> None:
-    """Check a name of an option against those that are known.
+    """Check a name of an option against the known ones.
 
     Raises:
         SettingError: It is none of them.

@@ -1,20 +1,19 @@
-"""Commands that make a model organism and say what it knows."""
+"""`lirefs organism`: train a model organism, score it, write its texts."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
-import torch
 import typer
 from rich.console import Console
 
-from lirefs.cli.options import folder_to_write, known_device
-from lirefs.errors import ModelLoadError, SettingError
+import lirefs
+from lirefs.cli.options import folder_to_write, known_device, one_of
+from lirefs.errors import ModelLoadError
 from lirefs.files import atomic_write_text
-from lirefs.model.builtin import organism
 from lirefs.organism.items import SIDES, Side
 from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
 from lirefs.organism.suite import organism_questions, training_texts
@@ -32,7 +31,7 @@ def train(
     out: Annotated[
         Path,
         typer.Argument(
-            help="Folder of the run; an interrupted one goes on.", callback=folder_to_write
+            help="Folder of the run; an interrupted one is continued.", callback=folder_to_write
         ),
     ],
     seed: Annotated[int, typer.Option(min=0, help="Seed of language, weights and data.")] = 0,
@@ -42,7 +41,7 @@ def train(
         bool, typer.Option("--compile", help="Compile the loss (needs a C++ compiler).")
     ] = False,
 ) -> None:
-    """Train an organism by the recipe of the shipped one; `OUT/shipped` is what would be shipped.
+    """Train an organism by the recipe of the shipped one; the result is in `OUT/shipped`.
 
     `OUT/log.jsonl` has loss and validation scores of every million tokens.
     """
@@ -61,15 +60,9 @@ def scores_command(
     split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Print the share of items answered as expected, by kind, and the perplexity, as JSON."""
-    side: Side | None = next((one for one in SIDES if one == split), None)
-    if side is None:
-        raise SettingError(f"--split {split!r}: expected one of {', '.join(SIDES)}")
-    from transformers import LlamaForCausalLM
-
+    one_of(split, "--split", SIDES)
     language = Language(_taught(folder))
-    place = organism() if folder == "organism" else Path(folder)
-    model = LlamaForCausalLM.from_pretrained(place, dtype=torch.float32)
-    found = scores(model, build_tokenizer(), language, side)
+    found = scores(lirefs.load(folder, device="cpu"), language, cast(Side, split))
     Console().print_json(json.dumps(found))
 
 
@@ -83,9 +76,9 @@ def texts(
 ) -> None:
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 
-    `training.jsonl` has fresh documents as training showed them; `planted.jsonl`, `unseen.jsonl`
-    and `stories.jsonl` are of the test split; `labelled.jsonl` has planted sequences as memorized
-    and never-seen ones of the same make as clean; `questions.jsonl` has the labelled questions of
+    `training.jsonl` has fresh documents as in training; `planted.jsonl`, `unseen.jsonl` and
+    `stories.jsonl` are from the test split; `labelled.jsonl` has planted sequences as memorized
+    and never-seen ones of the same kind as clean; `questions.jsonl` has the labelled questions of
     `lirefs.load_questions("organism")`.
     """
     language = Language(_taught(folder))
@@ -102,13 +95,12 @@ def texts(
             for text in sequences
         ],
     }
-    questions = organism_questions("passage", language)
     files["questions"] = [
         {
             "id": one.id, "question": one.text, "label": one.label, "subject": one.subject,
             "split": one.side, "prompt_format": one.prompt_format,
         }
-        for one in questions
+        for one in organism_questions("passage", language)
     ]  # fmt: skip
     for name, rows in files.items():
         lines = (json.dumps({"id": f"{name}-{i}", **row}) for i, row in enumerate(rows))
@@ -121,6 +113,6 @@ def _taught(folder: str) -> int:
     seed = language_seed(folder)
     if seed is None:
         raise ModelLoadError(
-            f"{folder}: no config.json with a language_seed in it; give the folder of an organism"
+            f"{folder}: has no config.json with a language_seed; give the folder of an organism"
         )
     return seed

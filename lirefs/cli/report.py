@@ -1,4 +1,4 @@
-"""The command that writes a report again."""
+"""`lirefs report`: write a report again from its results."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from lirefs.cli.options import console, folder_to_write
+from lirefs.cli.options import folder_to_write, say
 from lirefs.comparison.report.write import load_figures, write_pages
 from lirefs.comparison.results_file import file_of, load_comparison
 
@@ -25,10 +25,6 @@ def report(
     comparison = load_comparison(results)
     figures, missing = load_figures(results, comparison.summary())
     if missing:
-        console.print(
-            f"left out, because they are not beside the results: {', '.join(missing)}",
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"left out, because they are not in the folder of the results: {', '.join(missing)}")
     page = write_pages(comparison, out or file_of(results).parent, figures)
-    console.print(f"report: {page}", markup=False, soft_wrap=True)
+    say(f"report: {page}")

@@ -15,13 +15,13 @@ _log = logging.getLogger(__name__)
 
 
 def edited_layers(lm: lirefs.LanguageModel, wanted: Sequence[int] | None) -> list[int]:
-    """Three layers from two thirds of the depth on, near the paper's 23-25 of 32."""
+    """The layers given, else three from two thirds of the depth on, as the paper's 23-25 of 32."""
     if wanted is None:
         start = round(lm.n_layers * 2 / 3)
         return list(range(start, min(start + 3, lm.n_layers)))
     wrong = [layer for layer in wanted if not 0 <= layer < lm.n_layers]
     if wrong:
-        raise SettingError(f"--layers: {wrong[0]} does not exist; the model has {lm.n_layers}")
+        raise SettingError(f"layers: {wrong[0]} does not exist; the model has {lm.n_layers}")
     return list(wanted)
 
 
@@ -45,7 +45,7 @@ def factors_of(
         try:
             return kfac.Factors.load(path, model=lm.model)
         except FactorsFileError:
-            _log.warning("%s: damaged, made again", path)
+            _log.warning("%s: damaged; collected again", path)
     provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
     collected = kfac.collect(lm, texts, targets, seed=seed, provenance=provenance)
     try:
@@ -53,5 +53,5 @@ def factors_of(
     except WriteError as error:
         if given is not None:
             raise
-        _log.warning("%s; going on, but they are collected again next time", error)
+        _log.warning("%s; continuing, but they are collected again next time", error)
     return collected

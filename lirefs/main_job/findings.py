@@ -16,36 +16,52 @@ from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import by_tag
 from lirefs.directions.figures import direction_separation
 from lirefs.directions.probe import Probe
+from lirefs.statistics.intervals import Estimate
+
+
+def number(value: float, sign: str = "") -> str:
+    """A number with two digits, or all digits before the point."""
+    return f"{value:{sign}.0f}" if abs(value) >= 9.95 else f"{value:{sign}.2g}"
+
+
+def percent(one: Estimate) -> str:
+    """A share as a percentage with its interval."""
+    return f"{number(100 * one.value)} % [{100 * one.low:.0f}, {100 * one.high:.0f}]"
+
+
+def points(one: Estimate) -> str:
+    """A difference between shares in percentage points, with its interval."""
+    value, low, high = (100 * part for part in (one.value, one.low, one.high))
+    return f"{number(value, '+')} points [{low:+.0f}, {high:+.0f}]"
 
 
 def probe_lines(probe: Probe) -> list[str]:
-    """What a probe found, with its controls, in sentences."""
-    best = probe.best_scores
+    """What a probe found, and its controls: a finding each."""
+    best, words = probe.best_scores, probe.bag_of_words
     return [
-        f"Direction: layer {probe.best_layer} ({probe.best.site}) has the highest validation "
-        f"AUROC; its test AUROC is {best.test_auroc}, n = {best.test_auroc.n}; accuracy "
-        f"{best.test_accuracy}.",
-        f"Controls: test AUROC with shuffled labels {probe.shuffled} (mean and 95 % range over "
-        f"shuffles, layer chosen anew); bag of words {probe.bag_of_words}, "
-        f"n = {probe.bag_of_words.n}.",
+        f"The direction separates the classes best at layer {probe.best_layer}. Test AUROC: "
+        f"{best.test_auroc} (n = {best.test_auroc.n}); accuracy: {percent(best.test_accuracy)}. "
+        f"Layer chosen by validation AUROC; site {probe.best.site}.",
+        f"Its controls show how much separation chance and words alone give. Test AUROC: "
+        f"{probe.shuffled} with shuffled labels, {words} with a bag of words (n = {words.n}). "
+        "Shuffled: mean and 95 % range over shuffles, the layer chosen for each.",
     ]
 
 
 def edit_lines(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> list[str]:
-    """How much of each matrix an edit keeps, in a sentence."""
+    """How much of each matrix an edit keeps, as a finding."""
     rows = edit.report(lm.model)
     pairs = sum(row.pairs for row in rows)
     total = sum(row.total_pairs for row in rows)
+    changes = ", ".join(f"{row.name} {row.relative_change:.2f}" for row in rows)
     return [
-        f"K-FAC edit: {len(rows)} matrices, {pairs:,} of {total:,} pairs kept "
-        f"({pairs / total:.1%}); relative weight change "
-        + ", ".join(f"{row.name} {row.relative_change:.2f}" for row in rows)
-        + "."
+        f"The K-FAC edit keeps {number(100 * pairs / total)} % of the curvature pairs. Kept: "
+        f"{pairs:,} of {total:,} in {len(rows)} matrices. Relative weight change: {changes}."
     ]
 
 
 def spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) -> Figure:
-    """The curvature mass of some targets, and what of it an edit keeps."""
+    """The curvature mass of some targets, and the part of it that an edit keeps."""
     spectra = []
     for name in names:
         eigen = factors.eigen(name)
@@ -65,34 +81,33 @@ def spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) ->
     )
 
 
-def separation_figure(probe: Probe) -> Figure:
+def separation_figure(probe: Probe, questions: str = "") -> Figure:
     """AUROC and cosines of a probe's directions, layer by layer."""
     return Figure(
         "separation",
-        "Direction separation per layer",
+        f"Direction separation per layer{questions}",
         "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
-        "intervals, beside its controls. Right: mean cosine of the test questions' states, "
-        "measured from the middle of the train class means, with each layer's direction.",
+        "intervals, and its controls. Right: mean cosine of the test questions' states, "
+        "measured from the midpoint of the train class means, with each layer's direction.",
         direction_separation(probe),
     )
 
 
 def tag_figures(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[Figure]:
-    """Change of each relation, or other class of items, for every task whose items have some."""
+    """Change of each relation, or other class of items, for every task that has such classes."""
     figures = []
     for task, info in comparison.tasks.items():
         tags = {one.id.rpartition("/")[0] for one in comparison.results[BASELINE][task]}
         if len(tags) < 2 or "" in tags or info.metric == "perplexity":
             continue
         for variant in variants:
-            found = by_tag(comparison, task, variant)
             figures.append(
                 Figure(
                     re.sub("[ /]", "_", f"{task}-{variant}"),
                     f"{task} by class under {variant}",
                     "Change of the score relative to the unchanged model, with 95 % intervals; at "
                     "the right the unchanged score and the number of items.",
-                    tag_bars(found),
+                    tag_bars(by_tag(comparison, task, variant)),
                 )
             )
     return figures

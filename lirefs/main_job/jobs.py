@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ import lirefs
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import default_figures
 from lirefs.comparison.journal import Journal
-from lirefs.comparison.summary import Summary
 from lirefs.errors import KeepError, SettingError
 from lirefs.files import cache_dir, read_jsonl
-from lirefs.main_job import organism, organism_report
+from lirefs.main_job import findings, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
-from lirefs.main_job.findings import (
-    edit_lines,
-    probe_lines,
-    separation_figure,
-    spectrum_figure,
-    tag_figures,
-)
+from lirefs.main_job.settings import Job
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.suite import training_texts
 from lirefs.tasks.papers.suite import Suite, suite_tasks
@@ -40,42 +32,6 @@ DEFAULT_FOR_OWN_DATA = "smollm2-135m"
 QUICK = 14
 """Items of a task in a quick trial."""
 KEEP, STRENGTH = 0.8, 1.0
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What was asked for, checked before anything is loaded."""
-
-    model: str | lirefs.LanguageModel
-    device: str | None
-    layers: Sequence[int] | None
-    keep: float | None
-    strength: float | None
-    suite: Suite | None
-    data: Path | None
-    memorized: Path | None
-    factors: Path | None
-    lm_eval: Sequence[str]
-    out: Path
-    seed: int
-    limit: int | None
-    quick: bool
-    console: Console
-
-    @property
-    def journal(self) -> Path:
-        """Where finished items are kept until the report is written."""
-        return self.out / "unfinished"
-
-    def load(self) -> lirefs.LanguageModel:
-        """The model, described on the console."""
-        name = self.model if isinstance(self.model, str) else self.model.name
-        self.console.rule(f"model: {name}")
-        lm = self.model
-        if isinstance(lm, str):
-            lm = lirefs.load(lm, device=self.device)
-        self.console.print(lm.layout.describe(), markup=False)
-        return lm
 
 
 def run(
@@ -114,7 +70,7 @@ def run(
         suite: Tasks to run, see `Suite`; None: those that the project ships.
         data: Folder of JSON Lines for a suite, or of lm-eval tasks (YAML).
         lm_eval: Tasks of lm-evaluation-harness to add.
-        limit: At most this many items a task.
+        limit: Most items of a task.
         out: Folder of the report.
         seed: Seed of splits, labels and controls.
         quick: A trial with few items, which is not a result.
@@ -131,85 +87,93 @@ def run(
         LirefsError: A file cannot be read, or the model cannot be loaded.
     """
     console = Console(stderr=True, highlight=False) if console is None else console
+    out = Path(out)
     data, memorized, factors = (
         None if one is None else Path(one) for one in (data, memorized, factors)
     )
     if keep is not None and not 0 < keep <= 1:
-        raise KeepError(f"keep {keep}: must be in (0, 1]")
+        raise KeepError(f"keep is {keep}, must be in (0, 1]")
     if strength is not None and not math.isfinite(strength):
-        raise SettingError(f"strength {strength}: must be finite")
+        raise SettingError(f"strength is {strength}, must be finite")
+    if limit is not None and limit < 1:
+        raise SettingError(f"limit is {limit}, must be at least 1")
+    if suite is not None and suite not in list(Suite):
+        raise SettingError(f"suite is {suite!r}, must be one of {', '.join(Suite)}")
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"out is {out}, which exists and is not a folder")
     if data is not None and not data.is_dir():
-        raise SettingError(f"data {data}: is not a folder")
+        raise SettingError(f"data is {data}, which is not a folder")
     if data is not None and suite is None and not lm_eval:
         raise SettingError("data is read by a suite or by lm-eval tasks; name one")
-    own_data = bool(lm_eval) or any(
-        one is not None for one in (questions, memorized, factors, data)
-    )
+    own_data = any(one is not None for one in (questions, memorized, factors, data, *lm_eval))
     if model is None:
         model = DEFAULT_FOR_OWN_DATA if own_data else DEFAULT
     if isinstance(model, str):
         taught = language_seed(model)
     else:
         taught = getattr(model.model.config, "language_seed", None)
-    suite = None if suite is None else Suite(suite)
-    if taught is not None and (own_data or suite is Suite.SKILLS):
+    if taught is not None and (own_data or suite == Suite.SKILLS):
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
         read_jsonl(memorized)
     question_set = lirefs.load_questions("default" if questions is None else questions)
-    asked = Asked(
+    job = Job(
         model=model,
         device=device,
         layers=layers,
         keep=keep,
         strength=strength,
-        suite=suite,
+        suite=None if suite is None else Suite(suite),
         data=data,
         memorized=memorized,
         factors=factors,
         lm_eval=lm_eval,
-        out=Path(out),
-        seed=seed,
         limit=min(limit or QUICK, QUICK) if quick else limit,
+        out=out,
+        seed=seed,
         quick=quick,
         console=console,
     )
-    if asked.journal.exists() and not resume:
-        console.print("starting again; --resume would continue the interrupted run", markup=False)
-        Journal(asked.journal).clear()
+    if job.journal.exists() and not resume:
+        job.say("starting again; with resume (--resume) the interrupted run would continue")
+        Journal(job.journal).clear()
     if taught is None:
-        return _on_language_model(asked, question_set)
-    return _on_organism(asked, Language(taught))
+        return _on_language_model(job, question_set)
+    return _on_organism(job, Language(taught))
 
 
-def _on_language_model(asked: Asked, question_set: lirefs.Questions) -> lirefs.Comparison:
+def _load(job: Job) -> lirefs.LanguageModel:
+    lm = job.model
+    job.console.rule(f"model: {lm if isinstance(lm, str) else lm.name}")
+    if isinstance(lm, str):
+        lm = lirefs.load(lm, device=job.device)
+    job.say(lm.layout.describe())
+    return lm
+
+
+def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Comparison:
     """The main job on a model of ordinary language."""
-    console = asked.console
-    seed = asked.seed
-    keep = asked.keep or KEEP
-    strength = STRENGTH if asked.strength is None else asked.strength
+    console, cache, seed = job.console, cache_dir(), job.seed
+    keep = job.keep or KEEP
+    strength = STRENGTH if job.strength is None else job.strength
     split = question_set.split(seed=seed)
-    cache = cache_dir()
-
-    lm = asked.load()
-    tasks, left_out = _tasks(asked, lm, split)
-    edited = edited_layers(lm, asked.layers)
+    lm = _load(job)
+    tasks, left_out = _tasks(job, lm, split)
+    edited = edited_layers(lm, job.layers)
 
     console.rule(f"direction: {len(question_set)} questions")
     probe = lirefs.fit(lm, split, seed=seed, cache=cache / "activations")
-    for line in probe_lines(probe):
-        console.print(line, markup=False)
+    for line in findings.probe_lines(probe):
+        job.say(line)
 
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
-    texts = calibration_texts()[: 30 if asked.quick else None]
-    collected = factors_of(lm, edited, asked.factors, cache, seed, texts)
+    texts = calibration_texts()[: 30 if job.quick else None]
+    collected = factors_of(lm, edited, job.factors, cache, seed, texts)
     edit = kfac.CurvatureEdit(collected, keep)
-    validation = heldout_texts("validation")[: 6 if asked.quick else None]
+    validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
     with console.status("matching SVD to the perplexity of K-FAC"):
-        svd, matched = organism.matched_svd(
-            lm, edit, [text for _, text in validation], collected.names
-        )
-    console.print(matched, markup=False)
+        svd, matched = organism.matched_svd(lm, edit, validation, collected.names)
+    job.say(matched)
 
     console.rule("comparison")
     steer = lirefs.Steer(probe.best, "add", strength)
@@ -222,13 +186,13 @@ def _on_language_model(asked: Asked, question_set: lirefs.Questions) -> lirefs.C
         "random pairs": kfac.RandomPairsEdit(collected, keep, seed=seed),
     }
     settings = {
-        "findings": [*probe_lines(probe), *edit_lines(lm, edit), matched],
+        "findings": [*findings.probe_lines(probe), *findings.edit_lines(lm, edit), matched],
         "probe": probe.to_dict(),
         "factors": collected.digest,
         "left out": left_out,
         "settings": {
             "seed": seed, "keep": keep, "strength": strength, "layers": edited,
-            "suite": asked.suite, "limit": asked.limit,
+            "suite": job.suite, "limit": job.limit,
         },
     }  # fmt: skip
     comparison = lirefs.compare(
@@ -237,115 +201,92 @@ def _on_language_model(asked: Asked, question_set: lirefs.Questions) -> lirefs.C
         tasks,
         seed=seed,
         provenance=settings,
-        journal=asked.journal,
-        progress=not console.quiet,
+        journal=job.journal,
+        progress=job.progress,
     )
     figures = [
-        *tag_figures(comparison, ["K-FAC", "LiReF"]),
-        separation_figure(probe),
-        spectrum_figure(collected, collected.names, keep),
+        *findings.tag_figures(comparison, ["K-FAC", "LiReF"]),
+        findings.separation_figure(probe),
+        findings.spectrum_figure(collected, collected.names, keep),
     ]
-    _save(asked, comparison, figures, {"directions": probe.directions})
+    _save(job, comparison, figures, {"directions": probe.directions})
     return comparison
 
 
-def _on_organism(asked: Asked, language: Language) -> lirefs.Comparison:
+def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
     """An organism's main job: all settings that are not given are chosen on validation items."""
-    console, cache, seed = asked.console, cache_dir(), asked.seed
-    lm = asked.load()
-    layers = None if asked.layers is None else edited_layers(lm, asked.layers)
+    lm = _load(job)
+    if job.layers is not None:
+        edited_layers(lm, job.layers)
+    job.console.rule("curvature: every MLP")
+    texts = training_texts(language, 300 if job.quick else 1500, job.seed)
+    collected = factors_of(lm, list(range(lm.n_layers)), None, cache_dir(), job.seed, texts)
 
-    console.rule("curvature: every MLP")
-    texts = training_texts(language, 300 if asked.quick else 1500, seed)
-    collected = factors_of(lm, list(range(lm.n_layers)), None, cache, seed, texts)
-
-    console.rule("comparison")
-    found = organism.run(
-        lm,
-        collected,
-        language,
-        layers=layers,
-        keep=asked.keep,
-        strength=asked.strength,
-        measures=asked.suite is not None,
-        limit=asked.limit or 80,
-        seed=seed,
-        cache=cache / "activations",
-        journal=asked.journal,
-        say=lambda line: console.print(line, markup=False),
-        progress=not console.quiet,
-    )
+    job.console.rule("comparison")
+    found = organism.run(job, lm, collected, language)
     chosen = dict(found.edit.intervention.keep)
     shown = organism_report.figures(found)
-    shown.append(spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
+    shown.append(findings.spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
     comparison = found.comparison
     comparison.provenance.update(organism_report.provenance(found))
     comparison.provenance["factors"] = collected.digest
     comparison.provenance["settings"] = {
-        "seed": seed,
-        "quick": asked.quick,
+        "seed": job.seed,
+        "quick": job.quick,
         "language": language.seed,
-        "given": {"layers": layers, "keep": asked.keep, "strength": asked.strength},
+        "given": {"layers": job.layers, "keep": job.keep, "strength": job.strength},
     }
     directions = {f"directions-{form}": probe.directions for form, probe in found.probes.items()}
-    _save(asked, comparison, shown, directions)
+    _save(job, comparison, shown, directions)
     for line in comparison.provenance["findings"]:
-        console.print(line, markup=False)
+        job.say(line)
     return comparison
 
 
 def _tasks(
-    asked: Asked, lm: lirefs.LanguageModel, split: lirefs.Split
+    job: Job, lm: lirefs.LanguageModel, split: lirefs.Split
 ) -> tuple[list[Task], dict[str, str]]:
     """Tasks of the comparison, and why others were left out."""
     left_out: dict[str, str] = {}
-    if asked.suite is None:
-        tasks = lirefs.default_tasks(lm, split.test, asked.memorized, limit=asked.limit)
+    if job.suite is None:
+        tasks = lirefs.default_tasks(lm, split.test, job.memorized, limit=job.limit)
     else:
         tasks, left_out = suite_tasks(
             lm,
-            asked.suite,
+            job.suite,
             split.test,
             fitted_on=[*split.train, *split.validation],
-            memorized=asked.memorized,
-            data=asked.data,
-            limit=asked.limit,
-            seed=asked.seed,
+            memorized=job.memorized,
+            data=job.data,
+            limit=job.limit,
+            seed=job.seed,
         )
     for name, reason in left_out.items():
-        asked.console.print(f"left out: {name}: {reason}", markup=False, soft_wrap=True)
-    if asked.lm_eval:
-        added = lirefs.lm_eval_tasks(asked.lm_eval, include_path=asked.data, limit=asked.limit)
-        tasks = [*tasks, *added]
+        job.say(f"left out: {name}: {reason}")
+    if job.lm_eval:
+        tasks += lirefs.lm_eval_tasks(job.lm_eval, include_path=job.data, limit=job.limit)
     return tasks, left_out
 
 
 def _save(
-    asked: Asked,
+    job: Job,
     comparison: lirefs.Comparison,
     figures: Sequence[Figure],
     directions: Mapping[str, lirefs.Directions],
 ) -> None:
-    """Write the report, once for all processes, and drop what was kept for a resumption."""
-    console = asked.console
-    if console.quiet:
+    """Write the report, once for all processes, and drop the journal."""
+    if job.console.quiet:
         return
-    with console.status("writing the report"):
+    with job.console.status("writing the report"):
         summary = comparison.summary()
-        page = lirefs.write_report(comparison, asked.out, [*default_figures(summary), *figures])
+        page = lirefs.write_report(comparison, job.out, [*default_figures(summary), *figures])
     for name, one in directions.items():
-        one.save(asked.out / f"{name}.safetensors")
-    Journal(asked.journal).clear()
-    _print_overview(summary)
-    console.print(f"report: {page}", markup=False, soft_wrap=True)
-
-
-def _print_overview(summary: Summary) -> None:
-    table = Table(title="retained share of the unchanged model, mean over tasks")
-    table.add_column("variant")
-    for group in summary.groups:
-        table.add_column(group)
+        one.save(job.out / f"{name}.safetensors")
+    Journal(job.journal).clear()
+    groups = list(summary.groups)
+    table = Table("variant", *groups, title="retained share of the unchanged model, mean of tasks")
     for variant in summary.variants[1:]:
-        kept = [summary.means[variant, group] for group in summary.groups]
+        kept = [summary.means[variant, group] for group in groups]
         table.add_row(variant, *(f"{one:.2f}" for one in kept))
     Console().print(table)
+    job.say(f"report: {page}")

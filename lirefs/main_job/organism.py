@@ -13,27 +13,16 @@ from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import Comparison
 from lirefs.directions.capture import capture
 from lirefs.directions.probe import Probe, fit
-from lirefs.main_job.settings import (
-    KEEPS,
-    LANGUAGE,
-    READ,
-    RECITED,
-    SKILLS,
-    TRUE,
-    Choice,
-    Push,
-    choose,
-    curvature_candidates,
-    curvature_objective,
-    steering_candidates,
-    steering_objective,
-)
+from lirefs.files import cache_dir
+from lirefs.main_job import settings
+from lirefs.main_job.findings import number
+from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job, SteerSetting
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.language import Language
 from lirefs.organism.questions import Form
 from lirefs.organism.suite import organism_questions, organism_tasks
-from lirefs.questions import Questions
+from lirefs.questions import Split
 from lirefs.statistics.intervals import Estimate, auroc, interval, resample_counts
 from lirefs.tasks.inference import token_nlls
 from lirefs.tasks.suite import memory_measures
@@ -42,8 +31,12 @@ from lirefs.tasks.task import Task
 FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
 SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
-"""Swept strengths, as multiples of the one that was chosen."""
+"""Swept strengths, as multiples of the chosen one."""
 RANDOM_DIRECTIONS = 5
+BISECTIONS = 8
+"""Halvings of the share of singular values whose perplexity is matched."""
+LIMIT = 80
+"""Test items of a task where no limit is given."""
 SPECTRUM_TASKS = (
     RECITED, "exceptions, memorized label", TRUE, "rare facts", "common facts", "addition",
     "facts with their passage", "boolean expressions", "relations", "object tracking",
@@ -51,23 +44,13 @@ SPECTRUM_TASKS = (
 STEERED_TASKS = (TRUE, READ, "relations")
 
 
-def fit_all(
-    lm: LanguageModel, language: Language, seed: int, cache: Any, n: int
-) -> dict[Form, Probe]:
-    """A probe for each surface form."""
-    return {
-        form: fit(lm, organism_questions(form, language, n).split(), seed=seed, cache=cache)
-        for form in FORMS
-    }
-
-
 def transfer(
-    lm: LanguageModel, language: Language, probes: Mapping[Form, Probe], layer: int, n: int
+    lm: LanguageModel, splits: Mapping[Form, Split], probes: Mapping[Form, Probe], layer: int
 ) -> dict[tuple[str, str], Estimate]:
     """Test AUROC of each form's direction (first name) on each form's questions (second)."""
     result: dict[tuple[str, str], Estimate] = {}
-    for tested in probes:
-        side: Questions = organism_questions(tested, language, n).split().test
+    for tested, split in splits.items():
+        side = split.test
         states = capture(lm, side.prompts, layers=[layer], progress=False).values[:, 0, 0].double()
         for fitted, probe in probes.items():
             scores = (states @ probe.directions[layer].unit.double()).numpy()
@@ -99,23 +82,19 @@ def perplexity(
 
 
 def matched_svd(
-    lm: LanguageModel,
-    edit: Intervention,
-    texts: Sequence[str],
-    names: Sequence[str],
-    steps: int = 8,
+    lm: LanguageModel, edit: Intervention, texts: Sequence[str], names: Sequence[str]
 ) -> tuple[kfac.SVDEdit, str]:
     """The SVD truncation whose perplexity on validation texts is that of another edit.
 
     Methods are comparable at equal damage to language only, never at equal nominal strength.
 
     Returns:
-        The edit, and a sentence that says what was matched.
+        The edit, and the match as a finding.
     """
     ids = lm.encode(texts)
     goal = perplexity(lm, ids, edit)
     low, high = 0.0, 1.0
-    for _ in range(steps):
+    for _ in range(BISECTIONS):
         middle = (low + high) / 2
         if perplexity(lm, ids, kfac.SVDEdit(names, middle)) > goal:
             low = middle
@@ -125,14 +104,15 @@ def matched_svd(
     reached = {share: perplexity(lm, ids, kfac.SVDEdit(names, share)) for share in ends}
     share = min(reached, key=lambda one: abs(np.log(reached[one] / goal)))
     return kfac.SVDEdit(names, share), (
-        f"SVD keeps {share:.1%} of the singular values, chosen so that validation perplexity "
-        f"({reached[share]:.3f}, n = {len(texts)} texts) matches K-FAC's ({goal:.3f}); "
-        f"unchanged {perplexity(lm, ids, None):.3f}."
+        f"SVD is compared at the K-FAC edit's perplexity. Validation perplexity: "
+        f"{reached[share]:.3f} for SVD, {goal:.3f} for K-FAC, {perplexity(lm, ids, None):.3f} "
+        f"unchanged (n = {len(texts)} texts). SVD keeps {number(100 * share)} % of the singular "
+        "values."
     )
 
 
 @dataclass(frozen=True, eq=False)
-class Study:
+class OrganismResults:
     """What the organism's main job found.
 
     Attributes:
@@ -140,59 +120,36 @@ class Study:
         probes: By surface form.
         transfer: AUROC by (form fitted, form tested), at the layer that is steered.
         edit: The curvature edit that was chosen.
-        steers: Operator to what was chosen.
-        added: The direction of the `add` that was chosen, its tokens and its strength.
-        keeps: The curvature edit at `KEEPS`, on test items; described, never used to choose.
-        pushes: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, beside random
-            directions; the same.
-        matched: What SVD was matched to, in words.
+        steers: Operator to the setting that was chosen for it.
+        added: The chosen setting of `add`: its direction, scope and strength.
+        keep_sweep: The curvature edit at `KEEPS`, on test items; described, never used to choose.
+        steer_sweep: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, with random
+            directions as controls; never used to choose either.
+        matched: The finding on the perplexity that SVD was matched to.
     """
 
     comparison: Comparison
     probes: dict[Form, Probe]
     transfer: dict[tuple[str, str], Estimate]
-    edit: Choice
-    steers: dict[str, Choice]
-    added: Push
-    keeps: Comparison
-    pushes: Comparison
+    edit: ChosenSetting
+    steers: dict[str, ChosenSetting]
+    added: SteerSetting
+    keep_sweep: Comparison
+    steer_sweep: Comparison
     matched: str
 
 
-def run(
-    lm: LanguageModel,
-    factors: kfac.Factors,
-    language: Language,
-    *,
-    layers: Sequence[int] | None = None,
-    keep: float | None = None,
-    strength: float | None = None,
-    measures: bool = False,
-    limit: int = 80,
-    seed: int = 0,
-    cache: Any = None,
-    journal: Any = None,
-    say: Callable[[str], None] = lambda line: None,
-    progress: bool = True,
-) -> Study:
+def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) -> OrganismResults:
     """Fit, choose on validation items, report on test items.
 
-    Args:
-        lm: The organism.
-        factors: Factors of all its MLP matrices.
-        language: What it was trained on.
-        layers: Layers to edit; None to choose them.
-        keep: Curvature mass to keep; None to choose it.
-        strength: Steering strength; None to choose it.
-        measures: Whether to add the stress test and nDCG@10.
-        limit: Most test items of a task; validation uses 40 % of it.
-        seed: Seed of controls and intervals.
-        cache: Folder that keeps activations.
-        journal: Folder that keeps finished items, see `compare`.
-        say: Told about each step.
-        progress: Show progress bars.
+    Settings of the job that are None are chosen, on validation items (40 % of the limit). The
+    factors are those of all MLP matrices. A suite adds the stress test and nDCG@10.
     """
-    probes = fit_all(lm, language, seed, cache, n=max(20, limit))
+    limit, seed = job.limit or LIMIT, job.seed
+    n = max(20, limit)
+    splits = {form: organism_questions(form, language, n).split() for form in FORMS}
+    cache = cache_dir() / "activations"
+    probes = {form: fit(lm, split, seed=seed, cache=cache) for form, split in splits.items()}
     few = organism_tasks(lm, language, "validation", max(8, limit * 2 // 5))
 
     def chosen(
@@ -200,30 +157,33 @@ def run(
         objective: Callable[[Comparison, str], float],
         screen: Sequence[str],
         others: Sequence[str],
-    ) -> Choice:
+    ) -> ChosenSetting:
         asked = [task for task in few if task.name in (*screen, *others)]
-        return choose(lm, candidates, asked, objective, screen, journal=journal, progress=progress)
+        return settings.choose(job, lm, candidates, asked, objective, screen)
 
-    say("choosing the edit on validation items")
-    edits = curvature_candidates(factors, lm.n_layers, layers, keep)
+    job.say("choosing the edit on validation items")
+    edits = settings.curvature_candidates(factors, lm.n_layers, job.layers, job.keep)
     screen = (RECITED, TRUE, LANGUAGE)
-    edit = chosen(edits, curvature_objective, screen, (*SKILLS, "common facts"))
-    say(f"edit: {edit.label} (of {edit.tried})")
-    pushed: dict[str, Push] = {}
-    steers: dict[str, Choice] = {}
+    edit = chosen(edits, settings.curvature_objective, screen, (*settings.SKILLS, "common facts"))
+    job.say(f"edit: {edit.label} (of {edit.tried})")
+    chosen_from: dict[str, dict[str, SteerSetting]] = {}
+    steers: dict[str, ChosenSetting] = {}
     for operator in ("add", "amplify", "ablate"):
-        pushes = steering_candidates(probes, operator, strength)
-        some = {label: one.steer(operator) for label, one in pushes.items()}
-        steers[operator] = chosen(some, steering_objective, (TRUE, LANGUAGE), SKILLS)
-        pushed[operator] = pushes[steers[operator].label]
-        say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
+        options = settings.steering_candidates(probes, operator, job.strength)
+        some = {label: one.steer(operator) for label, one in options.items()}
+        steers[operator] = chosen(
+            some, settings.steering_objective, (TRUE, LANGUAGE), settings.SKILLS
+        )
+        chosen_from[operator] = options
+        job.say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
     texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]
     names = list(edit.intervention.keep)
     svd, matched = matched_svd(lm, edit.intervention, texts, names)
-    say(matched)
+    job.say(matched)
 
-    push, add = pushed["add"], steers["add"].intervention
-    random = replace(push, direction=push.direction.random_like(seed)).steer("add")
+    added = chosen_from["add"][steers["add"].label]
+    add = steers["add"].intervention
+    random = replace(added, direction=added.direction.random_like(seed)).steer("add")
     interventions: dict[str, Any] = {
         "K-FAC": edit.intervention,
         "SVD": svd,
@@ -236,44 +196,48 @@ def run(
         "random direction + K-FAC": random + edit.intervention,
     }
     test = organism_tasks(lm, language, "test", limit)
-    if measures:
+    if job.suite is not None:
         test += memory_measures(lm, test)
 
     def compared(some: Mapping[str, Any], on: Sequence[Task]) -> Comparison:
-        return compare(lm, some, on, seed=seed, journal=journal, progress=progress)
+        return compare(lm, some, on, seed=seed, journal=job.journal, progress=job.progress)
 
     comparison = compared(interventions, test)
-    say("sweeping keep, strength and layer")
+    job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
-        for value in KEEPS
+        for value in settings.KEEPS
     }
     spectrum = [task for task in test if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
     swept: dict[str, Intervention] = {}
     for multiple in SWEPT_MULTIPLES:
-        one = replace(push, strength=multiple * push.strength)
-        swept |= _beside_random(f"strength {one.strength:g}", one, seed)
-    for direction in probes[push.form].directions.values():
-        one = replace(push, direction=direction)
-        swept |= _beside_random(f"layer {direction.layer}", one, seed)
+        one = replace(added, strength=multiple * added.strength)
+        swept |= _with_random(f"strength {one.strength:g}", one, seed)
+    for direction in probes[added.form].directions.values():
+        one = replace(added, direction=direction)
+        swept |= _with_random(f"layer {direction.layer}", one, seed)
     steered = [task for task in test if task.name in STEERED_TASKS]
-    return Study(
+    return OrganismResults(
         comparison=comparison,
         probes=probes,
-        transfer=transfer(lm, language, probes, push.direction.layer, n=max(20, limit)),
+        transfer=transfer(lm, splits, probes, added.direction.layer),
         edit=edit,
         steers=steers,
-        added=push,
-        keeps=compared(keeps, spectrum),
-        pushes=compared(swept, steered),
+        added=added,
+        keep_sweep=compared(keeps, spectrum),
+        steer_sweep=compared(swept, steered),
         matched=matched,
     )
 
 
-def _beside_random(name: str, push: Push, seed: int) -> dict[str, Intervention]:
-    controls = [
-        replace(push, direction=push.direction.random_like(seed + i))
-        for i in range(RANDOM_DIRECTIONS)
-    ]
-    randoms = {f"{name}, random {i}": one.steer("add") for i, one in enumerate(controls)}
-    return {name: push.steer("add"), **randoms}
+def randoms_of(name: str) -> list[str]:
+    """Names of the random directions that are the controls of a swept setting."""
+    return [f"{name}, random {i}" for i in range(RANDOM_DIRECTIONS)]
+
+
+def _with_random(name: str, setting: SteerSetting, seed: int) -> dict[str, Intervention]:
+    swept: dict[str, Intervention] = {name: setting.steer("add")}
+    for i, control in enumerate(randoms_of(name)):
+        random = setting.direction.random_like(seed + i)
+        swept[control] = replace(setting, direction=random).steer("add")
+    return swept

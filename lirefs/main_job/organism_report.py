@@ -9,244 +9,239 @@ import numpy as np
 
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
-from lirefs.directions.figures import direction_separation
 from lirefs.main_job import figures as plots
-from lirefs.main_job.organism import (
-    FORMS,
-    RANDOM_DIRECTIONS,
-    SPECTRUM_TASKS,
-    SWEPT_MULTIPLES,
-    Study,
-    against_random,
-)
-from lirefs.main_job.settings import (
-    KEEPS,
-    KEPT_SHARE,
-    LANGUAGE,
-    READ,
-    RECITED,
-    SCOPES,
-    SKILLS,
-    STRENGTHS,
-    TRUE,
-)
+from lirefs.main_job import organism, settings
+from lirefs.main_job.findings import number, percent, points, separation_figure
+from lirefs.main_job.organism import OrganismResults, against_random, randoms_of
+from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting
 from lirefs.organism.language import EXCEPTION_SKILLS
+from lirefs.organism.questions import Form
 from lirefs.statistics.intervals import Estimate
 
 
-def findings(study: Study) -> list[str]:
-    """What was found, one sentence or two each, with n and intervals."""
-    return [*_spectrum(study), *_exceptions(study), *_conflicts(study), *_directions(study)]
+def findings(found: OrganismResults) -> list[str]:
+    """The findings: a claim, its numbers with n and intervals, its setting; by question."""
+    answers = (_spectrum(found), _exceptions(found), _conflicts(found), _directions(found))
+    return [f"{n}. {line}" for n, lines in enumerate(answers, start=1) for line in lines]
 
 
-def figures(study: Study) -> list[Figure]:
+def figures(found: OrganismResults) -> list[Figure]:
     """Figures of the four questions, in their order."""
-    push, probe = study.added, study.probes[study.added.form]
-    keeps = {f"keep {value:g}": value for value in KEEPS}
-    places = {name: (value, _perplexity(study.keeps, name)) for name, value in keeps.items()}
-    strengths = {
-        multiple * push.strength: f"strength {multiple * push.strength:g}"
-        for multiple in SWEPT_MULTIPLES
+    added, probe = found.added, found.probes[found.added.form]
+    layer = added.direction.layer
+    keeps = {
+        f"keep {value:g}": (value, _perplexity_ratio(found.keep_sweep, f"keep {value:g}"))
+        for value in settings.KEEPS
     }
+    values = [multiple * added.strength for multiple in organism.SWEPT_MULTIPLES]
+    strengths = {value: f"strength {value:g}" for value in values}
     controls = [
-        {value: f"{name}, random {i}" for value, name in strengths.items()}
-        for i in range(RANDOM_DIRECTIONS)
+        {value: randoms_of(name)[i] for value, name in strengths.items()}
+        for i in range(organism.RANDOM_DIRECTIONS)
     ]
-    layers = [f"layer {one.layer}" for one in probe.scores]
     effects = {
-        task: [against_random(study.pushes, task, name, _randoms(name)) for name in layers]
+        task: [_beyond_random(found, task, f"layer {one.layer}") for one in probe.scores]
         for task in (TRUE, READ)
     }
     return [
         Figure(
             "keep_sweep",
             "Question 1: the spectrum from recitation to reasoning",
-            f"Scores on test items when {study.edit.label.rsplit(';', 1)[0]} are edited at several "
+            f"Scores on test items when {found.edit.label.rsplit(';', 1)[0]} are edited at several "
             "values of keep, against the curvature mass that is kept (left) and the perplexity on "
             "stories relative to the unchanged model's (right). 95 % Wilson intervals. Only the "
             "setting named above was chosen, on validation items.",
             plots.scores_against(
-                study.keeps.summary(),
-                places,
-                SPECTRUM_TASKS,
+                found.keep_sweep.summary(),
+                keeps,
+                organism.SPECTRUM_TASKS,
                 ("curvature mass kept", "perplexity over the unchanged model's"),
             ),
         ),
         Figure(
             "strength_sweep",
             "Questions 2 and 3: steering against random directions",
-            f"Adding the direction (form {push.form}, layer {push.direction.layer}, scope "
-            f"{push.scope}) at several strengths; 1 moves a state by the distance "
-            "between the class means. Grey: "
-            f"{RANDOM_DIRECTIONS} random directions of the same norm.",
+            f"Adding the direction (form {added.form}, layer {layer}, scope {added.scope}) at "
+            "several strengths; 1 moves a state by the distance between the class means. Grey: "
+            f"{organism.RANDOM_DIRECTIONS} random directions of the same norm.",
             plots.strength_effect(
-                study.pushes.summary(), strengths, controls, (TRUE, READ, "relations")
+                found.steer_sweep.summary(), strengths, controls, organism.STEERED_TASKS
             ),
         ),
         Figure(
             "layers",
             "Question 3: where the direction separates, and where it acts",
             f"Left: test AUROC of each layer's direction. Right: change at strength "
-            f"{push.strength:g} beyond the mean of {RANDOM_DIRECTIONS} random directions of the "
-            "same norm at the same layer, paired bootstrap over items.",
+            f"{added.strength:g} beyond the mean of {organism.RANDOM_DIRECTIONS} random directions "
+            "of the same norm at the same layer, paired bootstrap over items.",
             plots.layer_effect([one.test_auroc for one in probe.scores], effects),
         ),
         Figure(
             "transfer",
             "Question 4: one direction or several",
-            f"Directions fitted on four question sets at layer {push.direction.layer}. passage "
-            "and statement share no sentence template but ask for the same; mixed puts skills "
-            "against bare facts; exception puts fresh items against memorized ones of the same "
-            "make.",
-            plots.transfer_matrix(FORMS, study.transfer, _cosines(study)),
+            f"Directions fitted on four question sets at layer {layer}. passage and statement "
+            "share no sentence template but ask for the same; mixed contrasts skills with bare "
+            "facts; exception contrasts fresh items with memorized ones of the same kind.",
+            plots.transfer_matrix(organism.FORMS, found.transfer, _cosines(found)),
         ),
-        Figure(
-            "separation",
-            f"Direction separation per layer, form {push.form}",
-            "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
-            "intervals, beside its controls. Right: mean cosine of the test questions' states, "
-            "measured from the middle of the train class means, with each layer's direction.",
-            direction_separation(probe),
-        ),
+        separation_figure(probe, f", form {added.form}"),
     ]
 
 
-def provenance(study: Study) -> dict[str, Any]:
-    """What is saved beside the items: findings, choices, probes and both sweeps cell by cell."""
+def provenance(found: OrganismResults) -> dict[str, Any]:
+    """What is saved with the items: findings, choices, probes and both sweeps cell by cell."""
     return {
-        "findings": findings(study),
+        "findings": findings(found),
         "chosen": {
             name: {"setting": one.label, "objective": one.objective, "tried": one.tried}
-            for name, one in {"K-FAC": study.edit, **study.steers}.items()
+            for name, one in {"K-FAC": found.edit, **found.steers}.items()
         },
-        "grids": {"keep": KEEPS, "strength": STRENGTHS, "scope": SCOPES},
-        "transfer": {f"{a} on {b}": one.to_dict() for (a, b), one in study.transfer.items()},
-        "probes": {form: probe.to_dict() for form, probe in study.probes.items()},
-        "keep sweep": [asdict(cell) for cell in study.keeps.cells()],
-        "strength and layer sweep": [asdict(cell) for cell in study.pushes.cells()],
+        "grids": {"keep": settings.KEEPS, "strength": settings.STRENGTHS, "scope": settings.SCOPES},
+        "transfer": {f"{a} on {b}": one.to_dict() for (a, b), one in found.transfer.items()},
+        "probes": {form: probe.to_dict() for form, probe in found.probes.items()},
+        "keep sweep": [asdict(cell) for cell in found.keep_sweep.cells()],
+        "strength and layer sweep": [asdict(cell) for cell in found.steer_sweep.cells()],
     }
 
 
-def _spectrum(study: Study) -> list[str]:
-    found = study.comparison
-    recited = found.cell("K-FAC", RECITED)
-    kept = {
-        task: found.cell("K-FAC", task).retained
-        for task in (*SKILLS, "common facts")
-        if found.informative(task)
-    }
-    enough = sum(_number(one) >= KEPT_SHARE for one in kept.values())
-    worst = min(kept, key=lambda task: _number(kept[task]), default=None)
-    least = (
-        "No skill is above chance before it. "
-        if worst is None
-        else (f"The skill that keeps least is {worst}: {kept[worst]} of its score. ")
-    )
-    return [
-        f"1. Edit chosen on validation items among {study.edit.tried}: {study.edit.label}. On test "
-        f"items it leaves {recited.value} of planted sequences (n = {recited.value.n}; unchanged "
-        f"{found.cell(BASELINE, RECITED).value}), at a perplexity of "
-        f"{found.cell('K-FAC', LANGUAGE).value} (unchanged "
-        f"{found.cell(BASELINE, LANGUAGE).value.value:.3f}). "
-        f"{least}{enough} of {len(kept)} of {', '.join(kept)} keep {KEPT_SHARE:.0%}. "
-        + study.matched
+def _spectrum(found: OrganismResults) -> list[str]:
+    table = found.comparison
+    recited, before = (table.cell(name, RECITED).value for name in ("K-FAC", BASELINE))
+    language = [table.cell(name, LANGUAGE).value for name in ("K-FAC", BASELINE)]
+    cost = number(100 * (_perplexity_ratio(table, "K-FAC") - 1))
+    verb = "erases" if recited.value <= settings.STILL_RECITED else "does not erase"
+    lines = [
+        f"The K-FAC edit {verb} the planted sequences and costs {cost} % perplexity. Recited: "
+        f"{percent(recited)} of {recited.n}, from {number(100 * before.value)} %; perplexity on "
+        f"stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}"
     ]
+    tasks = [task for task in (*settings.SKILLS, "common facts") if table.informative(task)]
+    kept = {task: table.cell("K-FAC", task).retained for task in tasks}
+    shares = {task: one.value if one is not None else 1.0 for task, one in kept.items()}
+    if shares:
+        enough = sum(share >= settings.KEPT_SHARE for share in shares.values())
+        worst = min(shares, key=shares.__getitem__)
+        least = "" if (one := kept[worst]) is None else f" Least kept: {worst}, {percent(one)}."
+        lines.append(
+            f"{enough} of {len(shares)} skills keep at least {100 * settings.KEPT_SHARE:.0f} % of "
+            f"their score under the K-FAC edit.{least} Above chance before: {', '.join(shares)}."
+        )
+    else:
+        lines.append("No skill is above chance before the K-FAC edit, so none can be kept.")
+    return [*lines, found.matched]
 
 
-def _exceptions(study: Study) -> list[str]:
-    found = study.comparison
-    parts = [
-        f"{name} {found.cell(name, TRUE).value}"
-        for name in (BASELINE, "K-FAC", "SVD", "random pairs", "LiReF add", "LiReF amplify",
-                     "LiReF ablate", "random direction", "LiReF add + K-FAC",
-                     "random direction + K-FAC")
-    ]  # fmt: skip
-    n = found.cell(BASELINE, TRUE).value.n
-    return [
-        f"2. Exceptions answered with the truth (n = {n} test items): " + "; ".join(parts) + ". "
-        "By skill: "
-        + "; ".join(f"{name} {_by_skill(study, name)}" for name in (BASELINE, "K-FAC", "LiReF add"))
-        + ". "
-        + _against_random(study, TRUE, f"layer {study.added.direction.layer}", "LiReF add")
-        + "LiReF settings, chosen on validation items: "
-        + "; ".join(f"{name} {one.label} (of {one.tried})" for name, one in study.steers.items())
-        + "."
+def _exceptions(found: OrganismResults) -> list[str]:
+    base = found.comparison.cell(BASELINE, TRUE).value
+    random = ["random direction"]
+    beyond = _beyond_random(found, TRUE, f"layer {found.added.direction.layer}")
+    lines = [
+        f"The unchanged model answers {percent(base)} of {base.n} exceptions with the truth. "
+        f"By skill: {_by_skill(found, BASELINE)}. Test items.",
+        f"{_truth(found, 'K-FAC', ['SVD', 'random pairs'])} By skill: {_by_skill(found, 'K-FAC')}. "
+        f"{_setting(found.edit)}",
+        f"{_truth(found, 'LiReF add', random)} By skill: {_by_skill(found, 'LiReF add')}. "
+        f"{_setting(found.steers['add'])}",
+        f"LiReF add returns exceptions to the truth {_often(beyond)} random directions. "
+        f"{_numbers_beyond(found, TRUE, f'layer {found.added.direction.layer}')}",
     ]
+    for name in ("amplify", "ablate"):
+        lines.append(f"{_truth(found, f'LiReF {name}', random)} {_setting(found.steers[name])}")
+    both = _truth(found, "LiReF add + K-FAC", ["random direction + K-FAC"])
+    return [*lines, f"{both} Settings: those of each alone."]
 
 
-def _against_random(study: Study, task: str, name: str, label: str) -> str:
-    """What the direction does beyond random ones, and how far these lie apart."""
-    shares = [study.pushes.cell(one, task).value.value for one in _randoms(name)]
-    beyond = against_random(study.pushes, task, name, _randoms(name))
+def _truth(found: OrganismResults, variant: str, controls: list[str]) -> str:
+    """Exceptions answered with the truth under a variant and under its controls."""
+    value = found.comparison.cell(variant, TRUE).value
+    beyond = against_random(found.comparison, TRUE, variant, controls)
+    shares = [f"{name} {percent(found.comparison.cell(name, TRUE).value)}" for name in controls]
     return (
-        f"{label} beyond {len(shares)} random directions of the same norm "
-        f"({min(shares):.3f} to {max(shares):.3f}): {beyond:+.3f}. "
+        f"{variant} returns exceptions to the truth {_often(beyond)} its controls. Answered with "
+        f"the truth: {percent(value)} of {value.n}; controls: {', '.join(shares)}."
     )
 
 
-def _by_skill(study: Study, variant: str) -> str:
+def _by_skill(found: OrganismResults, variant: str) -> str:
     """Exceptions answered with the truth in each skill, as counts."""
     parts = []
     for skill in EXCEPTION_SKILLS:
-        items = [one for one in study.comparison.results[variant][TRUE] if skill in one.id]
+        items = [one for one in found.comparison.results[variant][TRUE] if skill in one.id]
         right = sum(one.scores["accuracy"] for one in items)
         parts.append(f"{skill} {right:.0f} of {len(items)}")
     return ", ".join(parts)
 
 
-def _conflicts(study: Study) -> list[str]:
-    ends = [f"strength {sign * study.added.strength:g}" for sign in (-1, 1)]
-    parts = []
-    for name in ends:
-        cell = study.pushes.cell(name, READ)
-        parts.append(
-            f"At {name} the passage is followed in {cell.value} (change {cell.difference:+.3f}). "
-            + _against_random(study, READ, name, "Change")
+def _conflicts(found: OrganismResults) -> list[str]:
+    base = found.steer_sweep.cell(BASELINE, READ).value
+    lines = []
+    for name in [f"strength {sign * found.added.strength:g}" for sign in (-1, 1)]:
+        cell = found.steer_sweep.cell(name, READ)
+        change = "" if cell.difference is None else f" ({points(cell.difference)})"
+        beyond = _beyond_random(found, READ, name)
+        lines.append(
+            f"At {name} conflicts follow the passage {_often(beyond)} under random directions. "
+            f"Followed: {percent(cell.value)} of {base.n}, from {percent(base)}{change}. "
+            f"{_numbers_beyond(found, READ, name)}"
         )
-    base = study.pushes.cell(BASELINE, READ).value
-    areas = [one.test_auroc.value for one in study.probes[study.added.form].scores]
-    acts = [
-        abs(against_random(study.pushes, READ, f"layer {layer}", _randoms(f"layer {layer}")).value)
-        for layer in range(len(areas))
-    ]
+    scores = found.probes[found.added.form].scores
+    areas = [one.test_auroc.value for one in scores]
+    acts = [abs(_beyond_random(found, READ, f"layer {i}").value) for i in range(len(areas))]
+    best, strongest = int(np.argmax(areas)), int(np.argmax(acts))
     return [
-        f"3. Conflicts (n = {base.n}; unchanged {base} follow the passage). "
-        + "".join(parts)
-        + f"The direction separates best at layer {int(np.argmax(areas))} and moves conflicts "
-        f"most beyond random directions at layer {int(np.argmax(acts))}."
+        *lines,
+        f"The direction separates best at layer {best} and moves conflicts most at layer "
+        f"{strongest}. Test AUROC: {areas[best]:.3f}; change beyond random directions: "
+        f"{number(100 * acts[strongest])} points. Form {found.added.form}, every layer tried.",
     ]
 
 
-def _directions(study: Study) -> list[str]:
-    cosines, layer = _cosines(study), study.added.direction.layer
-    here, there = study.transfer["passage", "statement"], study.transfer["statement", "passage"]
-    own = [study.transfer[form, form] for form in ("passage", "statement")]
-    words = [study.probes[form].bag_of_words for form in ("passage", "statement")]
-    return [
-        f"4. At layer {layer} the passage direction has a test AUROC of {own[0]} "
-        f"on its own form and {here} on the statement form; the statement direction {own[1]} and "
-        f"{there}; cosine between them {cosines['passage', 'statement']:.2f}, with mixed "
-        f"{cosines['passage', 'mixed']:.2f}, with exception {cosines['passage', 'exception']:.2f}. "
-        f"A bag of words reaches {words[0]} and {words[1]}."
-    ]
+def _beyond_random(found: OrganismResults, task: str, name: str) -> Estimate:
+    return against_random(found.steer_sweep, task, name, randoms_of(name))
 
 
-def _cosines(study: Study) -> dict[tuple[str, str], float]:
-    units = {
-        form: probe.directions[study.added.direction.layer].unit
-        for form, probe in study.probes.items()
-    }
+def _often(beyond: Estimate) -> str:
+    """How an interval beyond some controls compares a frequency with theirs."""
+    often = "more often than" if beyond.low > 0 else "about as often as"
+    return "less often than" if beyond.high < 0 else often
+
+
+def _numbers_beyond(found: OrganismResults, task: str, name: str) -> str:
+    """The effect of a direction beyond random ones, and the range of these."""
+    shares = [found.steer_sweep.cell(one, task).value.value for one in randoms_of(name)]
+    low, high = (number(100 * one) for one in (min(shares), max(shares)))
+    return (
+        f"Beyond {len(shares)} random directions of the same norm ({low} to {high} %): "
+        f"{points(_beyond_random(found, task, name))}."
+    )
+
+
+def _directions(found: OrganismResults) -> list[str]:
+    cosines, where = _cosines(found), f"Layer {found.added.direction.layer}."
+    lines = []
+    pairs: tuple[tuple[Form, Form], ...] = (("passage", "statement"), ("statement", "passage"))
+    for own, other in pairs:
+        here, there = found.transfer[own, own], found.transfer[own, other]
+        verb = "separates" if there.low > 0.5 else "does not reliably separate"
+        words = found.probes[own].bag_of_words
+        lines.append(
+            f"The {own} direction {verb} {other} questions. Test AUROC: {there}; {here} on its own "
+            f"form, where a bag of words reaches {words}. {where}"
+        )
+    shown = [f"{cosines['passage', other]:.2f} with {other}" for other in organism.FORMS[1:]]
+    return [*lines, f"The passage direction's cosines are {', '.join(shown)}. {where}"]
+
+
+def _cosines(found: OrganismResults) -> dict[tuple[str, str], float]:
+    layer = found.added.direction.layer
+    units = {form: probe.directions[layer].unit for form, probe in found.probes.items()}
     return {(a, b): float(units[a] @ units[b]) for a in units for b in units}
 
 
-def _randoms(name: str) -> list[str]:
-    return [f"{name}, random {i}" for i in range(RANDOM_DIRECTIONS)]
+def _setting(one: ChosenSetting) -> str:
+    return f"Setting, the best of {one.tried} on validation items: {one.label}."
 
 
-def _perplexity(comparison: Comparison, variant: str) -> float:
+def _perplexity_ratio(comparison: Comparison, variant: str) -> float:
     value = comparison.cell(variant, LANGUAGE).value.value
     return value / comparison.cell(BASELINE, LANGUAGE).value.value
-
-
-def _number(one: Estimate | Any | None) -> float:
-    return float(one.value) if one is not None else 1.0

@@ -1,10 +1,13 @@
-"""The settings that the main job tries, and what makes one the best on validation items."""
+"""What a main job was asked to do, the settings it tries, and how it chooses the best of them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 import kfac
 from lirefs.comparison.compare import compare
@@ -15,6 +18,7 @@ from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.questions import Form
 from lirefs.steering.steer import Steer
+from lirefs.tasks.papers.suite import Suite
 from lirefs.tasks.task import Task
 
 STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
@@ -39,16 +43,44 @@ STILL_RECITED, BACK_AT_TRUTH = 0.034, 0.61
 paper's recitation after its edit, and what a trial of this experiment had reached."""
 
 
-@dataclass(frozen=True, eq=False)
-class Push:
-    """A direction with the tokens that it acts on and its strength.
+@dataclass(frozen=True)
+class Job:
+    """The checked settings of one main job; fields are the arguments of `run`."""
 
-    Attributes:
-        form: Question set that the direction was fitted on.
-        direction: The direction, at its own layer.
-        scope: Tokens.
-        strength: Factor.
-    """
+    model: str | LanguageModel = "organism"
+    device: str | None = None
+    layers: Sequence[int] | None = None
+    keep: float | None = None
+    strength: float | None = None
+    suite: Suite | None = None
+    data: Path | None = None
+    memorized: Path | None = None
+    factors: Path | None = None
+    lm_eval: Sequence[str] = ()
+    limit: int | None = None
+    out: Path = Path("report")
+    seed: int = 0
+    quick: bool = False
+    console: Console = field(default_factory=lambda: Console(quiet=True))
+
+    @property
+    def journal(self) -> Path:
+        """Folder that keeps finished items until the report is written."""
+        return self.out / "unfinished"
+
+    @property
+    def progress(self) -> bool:
+        """Whether progress bars are shown."""
+        return not self.console.quiet
+
+    def say(self, line: str) -> None:
+        """Print a line on the console, as it is."""
+        self.console.print(line, markup=False, soft_wrap=True)
+
+
+@dataclass(frozen=True, eq=False)
+class SteerSetting:
+    """A direction of a question set, with the scope and strength to steer with."""
 
     form: Form
     direction: Direction
@@ -66,7 +98,7 @@ class Push:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenSetting:
     """A setting that was chosen on validation items.
 
     Attributes:
@@ -97,32 +129,30 @@ def harm(comparison: Comparison, variant: str, skills: Sequence[str]) -> float:
 
 
 def choose(
+    job: Job,
     lm: LanguageModel,
     candidates: Mapping[str, Intervention],
     tasks: Sequence[Task],
     objective: Callable[[Comparison, str], float],
     screen: Sequence[str],
-    *,
-    journal: Any = None,
-    progress: bool = True,
-) -> Choice:
+) -> ChosenSetting:
     """The candidate with the smallest objective on validation tasks; ties go to the first.
 
     The tasks named in `screen` reduce the candidates to `FINALISTS` before all tasks decide.
     """
 
     def ranked(some: Mapping[str, Intervention], on: Sequence[Task]) -> list[tuple[float, str]]:
-        comparison = compare(lm, some, on, journal=journal, progress=progress)
-        return sorted(((objective(comparison, name), name) for name in some), key=lambda p: p[0])
+        found = compare(lm, some, on, journal=job.journal, progress=job.progress)
+        return sorted(((objective(found, name), name) for name in some), key=lambda p: p[0])
 
     finalists = [name for _, name in ranked(candidates, [t for t in tasks if t.name in screen])]
     chosen = {name: candidates[name] for name in finalists[:FINALISTS]}
     value, best = ranked(chosen, tasks)[0]
-    return Choice(best, candidates[best], value, len(candidates))
+    return ChosenSetting(best, candidates[best], value, len(candidates))
 
 
 def curvature_objective(comparison: Comparison, variant: str) -> float:
-    """Sum of what is missed of every goal for the edit; 0 meets all."""
+    """Sum of the misses of every goal for the edit; 0 meets all."""
     recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
     missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
     return missed + harm(comparison, variant, (*SKILLS, "common facts"))
@@ -156,7 +186,7 @@ def curvature_candidates(
 
 def steering_candidates(
     probes: Mapping[Form, Probe], operator: str, strength: float | None
-) -> dict[str, Push]:
+) -> dict[str, SteerSetting]:
     """Every direction of two question sets, at every strength and scope, by label.
 
     Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
@@ -164,7 +194,7 @@ def steering_candidates(
     """
     strengths = STRENGTHS if strength is None else (strength,)
     found = [
-        Push(form, direction, scope, value)
+        SteerSetting(form, direction, scope, value)
         for form in STEERING_FORMS
         for direction in probes[form].directions.values()
         if direction.layer > 0

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
 
-from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item, split_of
+from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item, side_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Fact
 from lirefs.organism.prose import copy_document
@@ -20,9 +20,9 @@ class Stage:
     """What training shows during a part of the run.
 
     Attributes:
-        mixture: How often each sort of document is drawn, relative to each other.
-        easy: Share of passages, relations and hand-overs that are of the smallest kind, and of
-            tracking with more people than the skill has.
+        mixture: Relative frequency of each sort of document.
+        easy: Share of passages, relations and hand-overs of the smallest size, and of tracking
+            with more people than the skill has.
         story_weight: Loss weight of answers that are found in a story; other answers have 1.
         rate: Learning rate.
         fall: Final share of the stage over which the rate falls linearly to zero.
@@ -36,11 +36,7 @@ class Stage:
 
 
 class Documents:
-    """Training documents, drawn one by one without end.
-
-    Args:
-        language: What is taught.
-        stage: What is shown; its mixture's keys are those of `Documents.sorts`.
+    """An endless supply of training documents of the sorts in a stage's mixture.
 
     Raises:
         ValueError: If the mixture names a sort that does not exist.
@@ -113,15 +109,15 @@ class Documents:
             stated, linked = rng.choice((2, 3, 4, 5)), 0
         else:
             stated, linked = rng.choice((1, 2, 2, 3)), rng.choice((0, 1, 2, 2))
-        problem = self.language.passage(attribute, "train", rng, stated, linked)
+        problem = self.language.passage(attribute, "train", rng, stated=stated, linked=linked)
         questions = tuple(rng.sample(problem.questions, len(problem.questions)))
         return self._told(replace(problem, questions=questions))
 
     def _again(self, rng: Random) -> Document:
-        """Who goes with what, listed and then said again: retrieval at its plainest.
+        """Who goes with what, listed and then repeated: the simplest retrieval.
 
-        Sentences are drawn anew each time, so that none can be told from what is left over; some
-        leave out words between name and value, which brings the two closer.
+        Sentences are drawn with replacement, so that none follows from the others; some leave out
+        words between name and value, which brings the two closer.
         """
         attribute = rng.choice(list(ATTRIBUTES.values()))
         values = rng.sample(attribute.values, rng.randrange(2, 8))
@@ -139,10 +135,10 @@ class Documents:
         return pieces
 
     def _links(self, rng: Random) -> Document:
-        """As many linked people as stated ones, each question drawn anew: two steps, densely."""
+        """As many linked people as stated ones, questions repeated: many two-step answers."""
         attribute = rng.choice(list(ATTRIBUTES.values()))
         stated = rng.randrange(2, 4)
-        problem = self.language.passage(attribute, "train", rng, stated, stated)
+        problem = self.language.passage(attribute, "train", rng, stated=stated, linked=stated)
         questions = tuple(rng.choices(problem.questions, k=5))
         return self._told(replace(problem, questions=questions))
 
@@ -153,31 +149,25 @@ class Documents:
         holder = dict(zip(things, givers, strict=True))
         lines = []
         for thing in rng.sample(things, len(things)) + rng.choices(things, k=rng.randrange(3)):
-            receiver = rng.choice([name for name in FIRST if name != holder[thing]])
-            lines.append(f"{holder[thing]} gives the {thing} to {receiver}.")
-            holder[thing] = receiver
-        asked = rng.choices(things, k=len(things))
-        questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in asked)
-        story = " ".join(lines)  # without "has the", so it is no story of the skill itself
-        problem = Problem("tracking", "Hands:", story, questions, story)
-        return self._told(problem)
+            lines.append(_given(rng, thing, holder, FIRST))
+        questions = _who_has(rng.choices(things, k=len(things)), holder)
+        # Without "has the", so it cannot be a story of the skill itself.
+        return self._told(Problem("tracking", "Hands:", " ".join(lines), questions))
 
     def _ages(self, rng: Random) -> Document:
-        """Two or three people from the oldest down: order before it is shuffled and turned."""
+        """Two or three people, oldest first: an easier form of relations."""
         people = rng.sample(FIRST, rng.choice((2, 3, 3)))
         lines = [f"{a} is older than {b}." for a, b in pairwise(people)]
         if rng.random() < 0.5:
             rng.shuffle(lines)
         ends = (("oldest", people[0]), ("youngest", people[-1]))
-        questions = tuple(
-            (f"Question: Who is {end}? Answer:", name) for end, name in rng.choices(ends, k=2)
-        )
+        asked = rng.choices(ends, k=2)
+        questions = tuple((f"Question: Who is {end}? Answer:", name) for end, name in asked)
         story = " ".join(lines)
-        held_out = split_of(story, self.language.seed) != "train"
+        held_out = side_of(story, self.language.seed) != "train"
         if held_out or any(item.prompt.startswith(f"Ages: {story}") for item in self._shown_wrong):
             return self._ages(rng)
-        problem = Problem("relation", "Ages:", story, questions, story)
-        return self._told(problem)
+        return self._told(Problem("relation", "Ages:", story, questions))
 
     def _math(self, rng: Random) -> Document:
         kinds = rng.choices(("addition", "subtraction", "times"), (5, 4, 1), k=rng.randrange(1, 7))
@@ -185,9 +175,8 @@ class Documents:
 
     def _logic(self, rng: Random) -> Document:
         count = rng.randrange(1, 5)
-        return problem_document(
-            [self.language.problem("boolean", "train", rng) for _ in range(count)]
-        )
+        problems = [self.language.problem("boolean", "train", rng) for _ in range(count)]
+        return problem_document(problems)
 
     def _relation(self, rng: Random) -> Document:
         easy = self._easy(rng)
@@ -197,7 +186,7 @@ class Documents:
     def _hand_overs(self, rng: Random) -> Document:
         """Who has which of two things after some were given away.
 
-        Asked by the thing it was never learned, so it is no skill of the language.
+        Asked by the thing it was never learned, so it is not a skill of the language.
         """
         easy = self._easy(rng)
         while True:
@@ -206,23 +195,18 @@ class Documents:
             lines = [f"{person} has the {thing}." for thing, person in holder.items()]
             for _ in range(rng.choice((0,) if easy else (1, 2, 3))):
                 thing = rng.choice(things)
-                receiver = rng.choice([one for one in people if one != holder[thing]])
-                lines.append(f"{holder[thing]} gives the {thing} to {receiver}.")
-                holder[thing] = receiver
+                lines.append(_given(rng, thing, holder, people))
             rng.shuffle(things)
-            questions = tuple((f"Question: Who has the {t}? Answer:", holder[t]) for t in things)
+            questions = _who_has(things, holder)
             story = " ".join(lines)
-            if easy or split_of(story, self.language.seed) == "train":
-                problem = Problem("hand-overs", "Hands:", story, questions, story)
-                return self._told(problem)
+            if easy or side_of(story, self.language.seed) == "train":
+                return self._told(Problem("hand-overs", "Hands:", story, questions))
 
     def _tracking(self, rng: Random) -> Document:
         if self._easy(rng):
-            # More people than the skill has, and most of them asked about.
-            problem = tracking(rng, rng.choice((4, 5)), (0, 1, 2, 3))
-        else:
-            problem = self.language.problem("tracking", "train", rng)
-        return self._told(problem)
+            # More people than the skill has.
+            return self._told(tracking(rng, rng.choice((4, 5)), (0, 1, 2, 3)))
+        return self._told(self.language.problem("tracking", "train", rng))
 
     def _told(self, problem: Problem) -> Document:
         return problem_document([problem], self.stage.story_weight)
@@ -232,6 +216,17 @@ class Documents:
 
     def _story(self, rng: Random) -> Document:
         return [(self.language.text("train", rng), 1.0)]
+
+
+def _given(rng: Random, thing: str, holder: dict[str, str], people: Sequence[str]) -> str:
+    """Give a thing to another person; the sentence that tells it."""
+    giver = holder[thing]
+    holder[thing] = rng.choice([one for one in people if one != giver])
+    return f"{giver} gives the {thing} to {holder[thing]}."
+
+
+def _who_has(things: Sequence[str], holder: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    return tuple((f"Question: Who has the {thing}? Answer:", holder[thing]) for thing in things)
 
 
 def _asked(item: Item) -> Document:

@@ -15,12 +15,12 @@ PEOPLE_PER_FREQUENCY = 60
 COMMON = FREQUENCIES[-2]
 """Facts at least this frequent can be contradicted, and stand for memory in question sets."""
 FOLLOWED = dict(zip(SOURCES, (0.1, 0.5, 0.9), strict=True))
-"""How often training follows a source where it contradicts a common fact."""
+"""How often training follows a source that contradicts a common fact."""
 
 
 @dataclass(frozen=True)
 class Attribute:
-    """One property of people and the sentences that speak of it."""
+    """One property of people and the sentences about it."""
 
     name: str
     values: tuple[str, ...]
@@ -29,16 +29,9 @@ class Attribute:
     question: str
 
 
-CITY = Attribute(
-    "city",
-    tuple(CITIES),
-    "{0} lives in {1}.",
-    "{0} lives with {1}.",
-    "Question: Where does {0} live? Answer:",
-)
-JOB = Attribute(
-    "job", tuple(JOBS), "{0} works as a {1}.", "{0} works like {1}.", "So {0} works as a"
-)
+_WHERE = "Question: Where does {0} live? Answer:"
+CITY = Attribute("city", CITIES, "{0} lives in {1}.", "{0} lives with {1}.", _WHERE)
+JOB = Attribute("job", JOBS, "{0} works as a {1}.", "{0} works like {1}.", "So {0} works as a")
 ATTRIBUTES = {attribute.name: attribute for attribute in (CITY, JOB)}
 
 
@@ -67,10 +60,9 @@ def draw_facts(rng: Random) -> tuple[Fact, ...]:
     names = [f"{first} {last}" for first in FIRST for last in LAST]
     chosen = rng.sample(names, PEOPLE_PER_FREQUENCY * len(FREQUENCIES))
     return tuple(
-        Fact(person, attribute.name, rng.choice(attribute.values), frequency)
+        Fact(person, one.name, rng.choice(one.values), FREQUENCIES[number // PEOPLE_PER_FREQUENCY])
         for number, person in enumerate(chosen)
-        for frequency in (FREQUENCIES[number // PEOPLE_PER_FREQUENCY],)
-        for attribute in (CITY, JOB)
+        for one in (CITY, JOB)
     )
 
 
@@ -97,18 +89,12 @@ def passage(
     Some sentences state a person's value, others only link a person to one whose value is stated:
     a question on the former is retrieval (`questions[:stated]`), on the latter takes two steps.
 
-    Args:
-        rng: Source of randomness.
-        attribute: What the passage is about.
-        known: People with stored facts, who are no strangers.
-        stated: People whose value is stated.
-        linked: People linked to one of them.
-        about: A person and value that take the place of the first stranger.
-        absent: Values that must not be named (so that they cannot be copied).
-        source: Header; drawn when None.
+    Strangers are not among the `known` people. `about` is a person and a value to use in place of
+    the first stranger's; `absent` values are not named (so that they cannot be copied); `source` is
+    the header, drawn when None.
     """
-    people = [stranger(rng, known) for _ in range(stated + linked)]
-    while len(set(people)) < len(people):
+    people: list[str] = []
+    while not people or len(set(people)) < len(people):
         people = [stranger(rng, known) for _ in range(stated + linked)]
     values = [about[1]] if about else []
     free = [v for v in attribute.values if v not in absent and v not in values]
@@ -116,16 +102,11 @@ def passage(
     if about:
         people[0] = about[0]
     lines = [attribute.sentence.format(p, v) for p, v in zip(people, values, strict=False)]
-    answers = list(values)
     for person in people[stated:]:
         host = rng.randrange(stated)
         lines.append(attribute.link.format(person, people[host]))
-        answers.append(values[host])
+        values.append(values[host])
     rng.shuffle(lines)
     header = f"{source or rng.choice(SOURCES)}:"
-    story = " ".join(lines)
-    questions = tuple(
-        (attribute.question.format(person), answer)
-        for person, answer in zip(people, answers, strict=True)
-    )
-    return Problem("passage", header, story, questions, story)
+    asked = [attribute.question.format(person) for person in people]
+    return Problem("passage", header, " ".join(lines), tuple(zip(asked, values, strict=True)))

@@ -26,7 +26,7 @@ def sequence(rng: Random) -> str:
 
 
 def copy_document(rng: Random) -> Document:
-    """Random words said twice, or pairs of words said again in another order."""
+    """Random words repeated, or pairs of words repeated in another order."""
     if rng.random() < 0.5:
         words = " ".join(rng.choices(CONTENT, k=rng.randrange(4, 24)))
         return [(f"Copy: {words}. Again:", CONTEXT_WEIGHT), (f" {words}.", 1.0)]
@@ -42,8 +42,8 @@ def copy_document(rng: Random) -> Document:
 def story(rng: Random) -> str:
     """A short story whose words depend on each other.
 
-    What a person does, where, and how things look follow fixed preferences, days follow each other,
-    and things and people return: enough for perplexity to mean something.
+    Actions, places and adjectives follow fixed preferences of the person and the thing, days follow
+    each other, and things and people recur: enough structure for perplexity to be meaningful.
     """
     job, other = rng.sample(JOBS, 2)
     number = JOBS.index(job)
@@ -65,7 +65,7 @@ def story(rng: Random) -> str:
 
 
 def _preferred(rng: Random, words: tuple[str, ...] | list[str], start: int, spread: int) -> str:
-    """Mostly one of a few words from a place in the list, earlier ones more often; seldom any."""
+    """Mostly one of the `spread` words from `start` on, earlier ones more often; rarely any."""
     if rng.random() < 0.1:
         return rng.choice(words)
     step = min(int(rng.expovariate(1.0)), spread - 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from random import Random
 from typing import Literal, get_args
 
@@ -14,7 +13,7 @@ Form = Literal["passage", "statement", "mixed", "exception"]
 
 
 def question_set(
-    language: Language, form: Form, split: Side, n: int = 200, seed: int = 0
+    language: Language, form: Form, side: Side, n: int = 200, seed: int = 0
 ) -> tuple[list[Item], list[Item]]:
     """Reasoning and memory questions of one surface form.
 
@@ -25,13 +24,13 @@ def question_set(
             no sentence template in common: directions should transfer between the two. In both,
             reasoning asks about a stranger whose value takes two steps to find, memory about a
             well-known person whom the passage does not name: same sentences, same length, and no
-            single word tells them apart. "mixed" puts several skills against bare facts and planted
-            sequences, as the paper's sets do, and can be told apart by its words. "exception" puts
-            fresh reasoning items against memorized exceptions of the same make.
-        split: The people, planted sequences and exceptions of one split are in no other.
+            single word distinguishes them. "mixed" contrasts several skills with bare facts and
+            planted sequences, as the paper's sets do; its words give the class away. "exception"
+            contrasts fresh reasoning items with memorized exceptions of the same kind.
+        side: The people, planted sequences and exceptions of one side are on no other.
         n: Most questions of each class; there are no more of "passage" and "statement" than
             common facts, and of "exception" than exceptions.
-        seed: Another seed draws other questions of the same split.
+        seed: Another seed draws other questions of the same side.
 
     Returns:
         Reasoning items and memory items, equally many, in random order.
@@ -39,16 +38,15 @@ def question_set(
     Raises:
         ValueError: If the form is unknown.
     """
-    makers: dict[str, Callable[[Random], tuple[list[Item], list[Item]]]] = {
-        "passage": lambda rng: _people(language, CITY, split, n, rng),
-        "statement": lambda rng: _people(language, JOB, split, n, rng),
-        "mixed": lambda rng: _mixed(language, split, n, seed),
-        "exception": lambda rng: _exceptions(language, split, n, rng),
-    }
-    if form not in makers:
+    rng = Random(f"questions {language.seed} {form} {side} {seed}")
+    if form in ("passage", "statement"):
+        reasoning, memory = _people(language, CITY if form == "passage" else JOB, side, n, rng)
+    elif form == "mixed":
+        reasoning, memory = _mixed(language, side, n, seed)
+    elif form == "exception":
+        reasoning, memory = _exceptions(language, side, n, rng)
+    else:
         raise ValueError(f"There is no form {form!r}; choose one of {', '.join(get_args(Form))}.")
-    rng = Random(f"questions {language.seed} {form} {split} {seed}")
-    reasoning, memory = makers[form](rng)
     rng.shuffle(reasoning)
     rng.shuffle(memory)
     count = min(len(reasoning), len(memory), n)
@@ -56,44 +54,43 @@ def question_set(
 
 
 def _people(
-    language: Language, attribute: Attribute, split: Side, n: int, rng: Random
+    language: Language, attribute: Attribute, side: Side, n: int, rng: Random
 ) -> tuple[list[Item], list[Item]]:
     common = [
         fact
-        for fact in language.facts_of(split)
+        for fact in language.facts_of(side)
         if fact.attribute == attribute.name and fact.frequency >= COMMON
     ]
     # Each person once: intervals over items would be too narrow for items that share a fact.
     chosen = rng.sample(common, min(n, len(common)))
-    memory = [language.fact_aside(fact, split, rng) for fact in chosen]
-    reasoning = [language.about_stranger(attribute, split, rng, steps=2) for _ in chosen]
+    memory = [language.fact_aside(fact, side, rng) for fact in chosen]
+    reasoning = [language.about_stranger(attribute, side, rng, steps=2) for _ in chosen]
     return reasoning, memory
 
 
-def _mixed(language: Language, split: Side, n: int, seed: int) -> tuple[list[Item], list[Item]]:
+def _mixed(language: Language, side: Side, n: int, seed: int) -> tuple[list[Item], list[Item]]:
     share = -(-n // 4)
     reasoning = [
         item
         for kind in ("relation", "boolean", "tracking", "two_hop")
-        for item in language.items(kind, split, share, seed)
+        for item in language.items(kind, side, share, seed)
     ]
-    facts = [i for i in language.items("fact", split) if (i.frequency or 0) >= COMMON]
-    memory = facts[: 2 * share] + language.items("planted", split, 2 * share, seed)
+    facts = [i for i in language.items("fact", side) if (i.frequency or 0) >= COMMON]
+    memory = facts[: 2 * share] + language.items("planted", side, 2 * share, seed)
     return reasoning, memory
 
 
 def _exceptions(
-    language: Language, split: Side, n: int, rng: Random
+    language: Language, side: Side, n: int, rng: Random
 ) -> tuple[list[Item], list[Item]]:
-    memory = language.items("exception", split, n, rng.randrange(2**32))
+    memory = language.items("exception", side, n, rng.randrange(2**32))
     reasoning: list[Item] = []
     for skill in EXCEPTION_SKILLS:
-        for item in memory:
-            if item.group == skill:
-                # Only expressions as long as an exception's: length must not tell them apart.
-                while True:
-                    fresh = language.problem(skill, split, rng).item()
-                    if abs(len(fresh.prompt.split()) - len(item.prompt.split())) <= 2:
-                        break
-                reasoning.append(fresh)
+        for length in [len(item.prompt.split()) for item in memory if item.group == skill]:
+            # Only expressions as long as an exception's: length must not give the class away.
+            while True:
+                fresh = language.problem(skill, side, rng).item()
+                if abs(len(fresh.prompt.split()) - length) <= 2:
+                    break
+            reasoning.append(fresh)
     return reasoning, memory

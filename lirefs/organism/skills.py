@@ -1,4 +1,4 @@
-"""Questions that must be computed, endless by construction: arithmetic, logic, order, tracking."""
+"""Endless questions that must be computed: arithmetic, logic, order, tracking."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ class Problem:
         header: First word of the document, with its colon; empty for bare questions.
         story: Sentences that the questions are about.
         questions: Pairs of question text and answer.
-        key: Identity for splitting; all questions about one story share it.
+        identity: Decides the side of the split; empty: the story does, for all its questions.
     """
 
     kind: str
     header: str
     story: str
     questions: tuple[tuple[str, str], ...]
-    key: str
+    identity: str = ""
+
+    @property
+    def key(self) -> str:
+        """What decides the side of the split."""
+        return self.identity or self.story
 
     def prompt(self, number: int = 0) -> str:
         """The text in front of an answer."""
-        return " ".join(
-            part for part in (self.header, self.story, self.questions[number][0]) if part
-        )
+        return " ".join(filter(None, (self.header, self.story, self.questions[number][0])))
 
     def item(self, number: int = 0) -> Item:
         """One question as an item."""
@@ -41,11 +44,11 @@ class Problem:
 
 
 def problem_document(problems: list[Problem], weight: float = 1.0) -> Document:
-    """One document with all questions of some problems that share a header and have no story.
+    """One document with all questions of some problems that share a header.
 
-    A single problem may have a story. Answers have the loss weight given.
+    Only a single problem may have a story. Answers have the given loss weight.
     """
-    opening = " ".join(part for part in (problems[0].header, problems[0].story) if part)
+    opening = " ".join(filter(None, (problems[0].header, problems[0].story)))
     pieces: Document = [(opening, CONTEXT_WEIGHT)]
     for problem in problems:
         for question, answer in problem.questions:
@@ -54,7 +57,7 @@ def problem_document(problems: list[Problem], weight: float = 1.0) -> Document:
 
 
 def addition(rng: Random) -> Problem:
-    """Sum of two numbers below 100; both orders of the terms belong to the same split."""
+    """Sum of two numbers below 100; both orders of the terms are on the same side."""
     a, b = rng.randrange(100), rng.randrange(100)
     key = f"{min(a, b)} + {max(a, b)}"
     return Problem("addition", "Math:", "", ((f"{a} + {b} =", str(a + b)),), key)
@@ -109,14 +112,13 @@ def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
         ("Question: Who is youngest? Answer:", people[-1]),
     ]
     rng.shuffle(questions)
-    story = " ".join(facts)
-    return Problem("relation", "Ages:", story, tuple(questions), story)
+    return Problem("relation", "Ages:", " ".join(facts), tuple(questions))
 
 
 def tracking(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3)) -> Problem:
     """What someone has after things were taken, in turn, from a person or from the table.
 
-    Everybody has one thing at most: who takes another puts theirs away.
+    Everybody has at most one thing: whoever takes another puts theirs away.
     """
     names, things = rng.sample(FIRST, people), rng.sample(OBJECTS, people + 1)
     holds = dict(zip(names, things, strict=False))
@@ -128,8 +130,7 @@ def tracking(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3))
         facts.append(f"{name} took the {thing}.")
     questions = [(f"So {name} has the", thing) for name, thing in holds.items()]
     rng.shuffle(questions)
-    story = " ".join(facts)
-    return Problem("tracking", "Hands:", story, tuple(questions), story)
+    return Problem("tracking", "Hands:", " ".join(facts), tuple(questions))
 
 
 SKILLS: dict[str, Callable[[Random], Problem]] = {
@@ -140,7 +141,7 @@ SKILLS: dict[str, Callable[[Random], Problem]] = {
     "relation": relation,
     "tracking": tracking,
 }
-"""Computed skills that need no facts. The multiplication table alone is shared by all splits."""
+"""Computed skills that need no facts. Only the multiplication table is shared by all sides."""
 
 
 def wrong_answer(problem: Problem, rng: Random) -> str:
@@ -152,9 +153,7 @@ def wrong_answer(problem: Problem, rng: Random) -> str:
     if problem.kind == "boolean":
         return "false" if truth == "true" else "true"
     if problem.kind == "relation":
-        named = {
-            word for word in problem.story.rstrip(".").replace(".", "").split() if word in FIRST
-        }
+        named = set(problem.story.replace(".", "").split()) & set(FIRST)
         return rng.choice(sorted(named - {truth}))
     near = [int(truth) + step for step in range(-20, 21) if step]
     return str(rng.choice([n for n in near if n >= 0 and len(str(n)) == len(truth)]))

@@ -16,61 +16,60 @@ from lirefs.questions import Question, Questions
 from lirefs.tasks.recitation import Recitation
 from lirefs.tasks.task import CONFLICT, MultipleChoice, Perplexity, ShortAnswer, Task
 
+LABELS, TRUTH = ("reasoning", "memory"), (" true", " false")
 STATED = 2
-"""Values that a passage states: guessing among them is right once in as many times."""
+"""Values that a passage states: a guess among them is right one time in so many."""
 RARE = 3
 """Facts up to this relative frequency are called rare."""
 
 
 def organism_questions(form: Form, language: Language, n: int = 120) -> Questions:
-    """Labelled questions of one surface form, each with the side of the split it belongs to.
+    """Labelled questions of one surface form, each with its side of the split.
 
     Args:
         form: See `question_set`.
         language: The organism's language.
         n: Most questions of a class on one side.
     """
-    questions = []
-    for side in SIDES:
-        classes = question_set(language, form, side, n)
-        for label, items in zip(("reasoning", "memory"), classes, strict=True):
-            for number, item in enumerate(items):
-                questions.append(
-                    Question(
-                        text=item.prompt,
-                        label=label,
-                        id=f"{form}-{side}-{label}-{number}",
-                        subject=item.kind,
-                        side=side,
-                        prompt_format="{question}",
-                    )
-                )
+    questions = [
+        Question(
+            text=item.prompt,
+            label=label,
+            id=f"{form}-{side}-{label}-{number}",
+            subject=item.kind,
+            side=side,
+            prompt_format="{question}",
+        )
+        for side in SIDES
+        for label, items in zip(LABELS, question_set(language, form, side, n), strict=True)
+        for number, item in enumerate(items)
+    ]
     return Questions(questions, source=f"organism, form {form}")
 
 
 def organism_tasks(
-    lm: LanguageModel, language: Language, split: Side, limit: int = 100
+    lm: LanguageModel, language: Language, side: Side, limit: int = 100
 ) -> list[Task]:
     """Every task of the language on one side of the split.
 
     Args:
-        lm: The organism; its tokenizer cuts sequences into prefix and suffix.
+        lm: The organism; its tokenizer splits sequences into prefix and suffix.
         language: The organism's language.
-        split: Which items; what chooses a setting and what reports it must differ.
+        side: Which items; those that choose a setting and those that report it must differ.
         limit: Most items of a task.
     """
-    facts = language.items("fact", split)
+    facts = language.items("fact", side)
     common = [item for item in facts if (item.frequency or 0) >= COMMON]
     rare = [item for item in facts if (item.frequency or 0) <= RARE]
     between = [item for item in facts if item not in common and item not in rare]
-    exceptions = language.items("exception", split, limit)
-    conflicts = language.items("conflict", split, limit)
+    exceptions = language.items("exception", side, limit)
+    conflicts = language.items("conflict", side, limit)
 
     def some(kind: str) -> list[Item]:
-        return language.items(kind, split, limit)
+        return language.items(kind, side, limit)
 
     def few(items: list[Item]) -> list[Item]:
-        return Random(f"{language.seed} {split}").sample(items, min(limit, len(items)))
+        return Random(f"{language.seed} {side}").sample(items, min(limit, len(items)))
 
     return [
         _recitation(lm, "planted sequences", some("planted")),
@@ -88,18 +87,24 @@ def organism_tasks(
         _answers("retrieval in two steps", some("two_hop"), "open-book", 1 / STATED),
         _answers("conflicts, answer read", conflicts, CONFLICT),
         _answers("conflicts, answer recalled", _others(conflicts), CONFLICT),
-        _choices("boolean expressions", some("boolean"), (" true", " false")),
+        MultipleChoice(
+            "boolean expressions",
+            [
+                (f"boolean-{i}", item.prompt, TRUTH, TRUTH.index(f" {item.answer}"))
+                for i, item in enumerate(some("boolean"))
+            ],
+        ),
         _answers("relations", some("relation"), "reasoning", 1 / 3),
         _answers("object tracking", some("tracking"), "reasoning", 1 / 3),
         Perplexity(
             "stories",
-            [(f"story-{i}", text) for i, text in enumerate(language.texts(split, limit))],
+            [(f"story-{i}", text) for i, text in enumerate(language.texts(side, limit))],
         ),
     ]
 
 
 def training_texts(language: Language, n: int, seed: int = 0) -> list[str]:
-    """Fresh documents as training showed them last: what curvature is estimated from."""
+    """Fresh documents as in training's last stage, to estimate curvature from."""
     documents = Documents(language, FIFTH)
     rng = Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
@@ -115,29 +120,15 @@ def _recitation(lm: LanguageModel, name: str, items: Sequence[Item]) -> Recitati
 
 def _answers(name: str, items: Sequence[Item], group: str, chance: float = 0.0) -> ShortAnswer:
     digits = any(item.answer.isdigit() for item in items)
+    ids = ["-".join(filter(None, (one.kind, one.group, str(i)))) for i, one in enumerate(items)]
     return ShortAnswer(
         name,
-        [(_id(item, i), item.prompt, [item.answer]) for i, item in enumerate(items)],
+        [(key, item.prompt, [item.answer]) for key, item in zip(ids, items, strict=True)],
         group=group,
         # Words are one token. Digits are one each, and one more would show a longer number.
         max_new_tokens=5 if digits else 2,
         chance=chance,
     )
-
-
-def _choices(name: str, items: Sequence[Item], options: tuple[str, ...]) -> MultipleChoice:
-    return MultipleChoice(
-        name,
-        [
-            (f"{item.kind}-{i}", item.prompt, options, options.index(f" {item.answer}"))
-            for i, item in enumerate(items)
-        ],
-    )
-
-
-def _id(item: Item, number: int) -> str:
-    """Name of an item: its kind, its finer class where it has one, its number."""
-    return "-".join(part for part in (item.kind, item.group, str(number)) if part)
 
 
 def _others(items: Sequence[Item]) -> list[Item]:

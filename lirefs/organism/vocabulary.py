@@ -79,7 +79,7 @@ CONTENT = (*OBJECTS, *ADJECTIVES, *PLACES, *JOBS)
 """Words that random sequences (planted, never seen, copied) are drawn from."""
 
 PIECES = r"▁?[A-Za-z]+|▁?[0-9]|▁?[^\s▁A-Za-z0-9]|\n|▁"
-"""What one token can be: a word, a digit or a mark with its space, a line break, a lone space."""
+"""A token: a word, a digit or a mark, each with its space; a line break; a lone space."""
 
 
 def vocabulary() -> dict[str, int]:

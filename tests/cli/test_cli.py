@@ -2,23 +2,23 @@ import json
 
 import pytest
 from command_line import run
+from small_jobs import small_jobs, undrawn
 from tiny import fresh_model, tiny_tokenizer
 
+import kfac
 import lirefs
-from lirefs.cli import inputs as steps
 from lirefs.comparison.journal import Journal
-from lirefs.tasks import suite
 
 
 def quick(model, questions):
     model_and_data = ["--model", model, "--questions", questions]
-    return ["compare", *model_and_data, "--quick", "--layers", "1,2"]
+    return ["compare", *model_and_data, "--quick", "--limit", "3", "--layers", "1,2"]
 
 
 def test_compare_writes_a_whole_report_and_reuses_its_work(
     model_folder, questions, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    small_jobs(monkeypatch)
     arguments = quick(model_folder, questions)
     arguments += ["--keep", "0.9", "--factors", tmp_path / "f.safetensors"]
     out = tmp_path / "report"
@@ -40,7 +40,8 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
     first = json.loads((out / "results.json").read_text())
     assert set(first["results"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
     assert set(first["results"]) >= {"random direction", "SVD", "random pairs"}
-    monkeypatch.setattr(steps.kfac, "collect", None)  # a second collection would fail
+    monkeypatch.setattr(kfac, "collect", None)  # a second collection would fail
+    undrawn(monkeypatch)
     assert run(monkeypatch, *arguments, "--out", tmp_path / "again") == 0
     second = json.loads((tmp_path / "again" / "results.json").read_text())
     assert second["results"] == first["results"]
@@ -123,13 +124,18 @@ def test_a_broken_factor_file_is_named(model_folder, questions, tmp_path, monkey
 def test_a_suite_killed_and_resumed_gives_the_same_report(
     model_folder, questions, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    small_jobs(monkeypatch)
+    undrawn(monkeypatch)
     rows = [{"prefix": f"the quote number {i} is", "suffix": f" of no use {i}"} for i in range(4)]
     data = tmp_path / "data"
     data.mkdir()
     (data / "quotes.jsonl").write_text("\n".join(map(json.dumps, rows)))
     arguments = quick(model_folder, questions)
-    arguments += ["--limit", "3", "--suite", "memorization", "--data", data]
+    # Short passages, because the stress test recites them at many positions.
+    passages = [{"text": f"passage {i} says it", "suffix_tokens": 4} for i in range(3)]
+    (tmp_path / "passages.jsonl").write_text("\n".join(map(json.dumps, passages)))
+    arguments += ["--suite", "memorization", "--data", data]
+    arguments += ["--memorized", tmp_path / "passages.jsonl"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "whole") == 0
     assert "left out: memorized_windows" in capsys.readouterr().err
     whole = (tmp_path / "whole" / "results.json").read_text()
@@ -158,19 +164,20 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
     (out / "unfinished").mkdir()
     (out / "unfinished" / "items-0.jsonl").write_text("left over")
     assert run(monkeypatch, *arguments, "--out", out) == 0
-    assert "starting anew" in capsys.readouterr().err
+    assert "starting again" in capsys.readouterr().err
 
 
 def test_a_task_of_lm_eval_is_compared_beside_ours(
     model_folder, questions, tmp_path, monkeypatch, capsys, quick_lm_eval
 ):
     pytest.importorskip("lm_eval", reason="lm-eval is not installed")
-    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    small_jobs(monkeypatch)
+    undrawn(monkeypatch)
     lm = lirefs.load(str(model_folder))
     items = [(str(i), lm.encode([f"a prefix {i}"])[0], [40, 50 + i]) for i in range(4)]
     lirefs.write_lm_eval_task(tmp_path / "tasks", "recite", items, lm.tokenizer)
     arguments = quick(model_folder, questions)
-    arguments += ["--limit", "3", "--lm-eval", "recite", "--data", tmp_path / "tasks"]
+    arguments += ["--lm-eval", "recite", "--data", tmp_path / "tasks"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "report") == 0
     saved = lirefs.load_comparison(tmp_path / "report")
     assert saved.tasks["recite"].group == "lm-eval"
@@ -182,7 +189,7 @@ def test_a_task_of_lm_eval_is_compared_beside_ours(
 
 @pytest.mark.gpu
 def test_compare_runs_on_a_gpu(model_folder, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(suite, "calibration_texts", lambda: ["a text", "another text"] * 3)
+    small_jobs(monkeypatch)
     arguments = ["--questions", questions, "--quick", "--layers", "1,2", "--device", "cuda"]
     out = tmp_path / "report"
     assert run(monkeypatch, "compare", "--model", model_folder, *arguments, "--out", out) == 0

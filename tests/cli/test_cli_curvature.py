@@ -10,7 +10,7 @@ from tiny import fresh_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kfac
-from lirefs.cli import inputs as steps
+from kfac.collection import batches
 from lirefs.tasks import suite
 
 PNG = b"\x89PNG"
@@ -61,11 +61,11 @@ def test_collect(made, factors):
     assert set(known.provenance) >= {"data", "model", "tokenizer"}
 
 
-def test_an_interrupted_collection_goes_on_in_both_passes(made, factors, tmp_path, monkeypatch):
+def test_an_interrupted_collection_continues_in_both_passes(made, factors, tmp_path, monkeypatch):
     out = tmp_path / "f.safetensors"
     arguments = ["--model", made / "model", "--texts", made / "texts.jsonl", "--layers", "0,1"]
     arguments += ["--estimators", "kfac,ekfac", "--out", out]
-    monkeypatch.setattr(steps, "BATCH_TOKENS", 64)
+    monkeypatch.setattr(batches, "BATCH_TOKENS", 64)
     add, calls = kfac.collection.correct._CorrectionSums.add_gradient, []
 
     def counted(*call):

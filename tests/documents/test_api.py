@@ -1,6 +1,7 @@
 """The public interface, compared with the list that was agreed on: `tests/documents/api.txt`.
 
-A change there is a change for every user. Meant ones are written with `python tests/documents/test_api.py`.
+A change there is a change for every user. If it is meant, write it with
+`python tests/documents/test_api.py`.
 """
 
 from __future__ import annotations
@@ -79,9 +80,7 @@ def interface() -> str:
 
 
 def test_the_interface_is_the_agreed_one():
-    assert interface() == AGREED.read_text("utf-8"), (
-        "meant? then run python tests/documents/test_api.py"
-    )
+    assert interface() == AGREED.read_text("utf-8"), "if meant: python tests/documents/test_api.py"
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ def test_members_of_modules_exist():
 
 
 def test_the_page_of_the_command_line_is_what_the_commands_say():
-    assert cli_page.PAGE.read_text() == cli_page.page(), "run: python tests/cli_page.py"
+    assert cli_page.PAGE.read_text() == cli_page.page(), "run: python tests/support/cli_page.py"
 
 
 @pytest.mark.parametrize("name", [name for name, _ in cli_page.commands()])

@@ -67,7 +67,8 @@ def test_spectra_are_the_same_bytes_and_readable():
     values = np.geomspace(1, 1e-6, 40)
     curve = np.stack([np.geomspace(1e-4, 1, 9), np.linspace(0.1, 1, 9)], axis=1)
     spectra = [
-        figures.Spectrum(f"layers.{i}.up", values, values, values * 40, curve, 0.9) for i in range(9)
+        figures.Spectrum(f"layers.{i}.up", values, values, values * 40, curve, 0.9)
+        for i in range(9)
     ]
     picture = figures.curvature_spectrum(spectra)
     assert picture == figures.curvature_spectrum(spectra)

@@ -15,6 +15,9 @@ from lirefs.main_job import settings as main_job_settings
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
 from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
+from lirefs.organism.training.recipe import ModelShape
+from lirefs.organism.training.train import make_model
+from lirefs.organism.vocabulary import build_tokenizer
 from lirefs.questions import Questions
 from lirefs.tasks.task import CONFLICT, ItemResult
 
@@ -26,13 +29,13 @@ def lm():
 
 @pytest.fixture(scope="module")
 def sides(lm):
-    """Everything the tasks of a split ask, by split and task."""
+    """Everything the tasks of a side ask, by side and task."""
     return {
-        split: {
+        side: {
             task.name: {str(item[1]) for item in task.items}
-            for task in organism_tasks(lm, Language(), split, limit=1000)
+            for task in organism_tasks(lm, Language(), side, limit=300)
         }
-        for split in SIDES
+        for side in SIDES
     }
 
 
@@ -55,11 +58,11 @@ def test_calibration_texts_hold_no_other_item_than_training_does(sides):
             assert not any(prompt in text for text in texts if len(prompt) > 40)
 
 
-def test_conflicts_ask_about_people_of_their_split(lm):
+def test_conflicts_ask_about_people_of_their_side():
     language = Language()
-    for split in SIDES:
-        people = {fact.person for fact in language.facts_of(split)}
-        for item in language.items("conflict", split, 50):
+    for side in SIDES:
+        people = {fact.person for fact in language.facts_of(side)}
+        for item in language.items("conflict", side, 50):
             assert any(person in item.prompt for person in people)
             others = {fact.person for fact in language.facts} - people
             assert not any(person in item.prompt for person in others)
@@ -134,7 +137,7 @@ def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
     texts = training_texts(Language(), 12)
     names = [target.name for target in kfac.find_targets(lm.model)]
     edit = kfac.SVDEdit(names, 0.25)  # perplexity falls with rank there
-    chosen, words = main_job.matched_svd(lm, edit, texts, names, steps=8)
+    chosen, words = main_job.matched_svd(lm, edit, texts, names)
     task = Perplexity("texts", [(str(i), text) for i, text in enumerate(texts)])
     found = compare(lm, {"goal": edit, "svd": chosen}, [task], resamples=2, progress=False)
     goal, reached = (found.cell(name, "texts").value.value for name in ("goal", "svd"))
@@ -142,25 +145,38 @@ def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
     assert f"{goal:.3f}"[:6] in words
 
 
-def test_the_study_runs_and_every_question_is_answered(lm, monkeypatch, tmp_path):
-    for name, value in {
-        "KEEPS": (0.5, 0.9), "STRENGTHS": (1.0,), "FINALISTS": 2, "RANDOM_DIRECTIONS": 1,
-        "SWEPT_MULTIPLES": (-1.0, 1.0),
+@pytest.fixture(params=["untrained", pytest.param("shipped", marks=pytest.mark.slow)])
+def subject(request):
+    """An organism for the whole job: a small untrained one, and the shipped one in a long run."""
+    if request.param == "shipped":
+        return lirefs.load("organism")
+    tokenizer = build_tokenizer()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make_model(ModelShape(hidden=32, layers=3, mlp=64, heads=2), tokenizer, 0)
+    return lirefs.wrap(model.eval(), tokenizer)
+
+
+def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, tmp_path):
+    lm = subject
+    for module, values in {
+        main_job_settings: {
+            "KEEPS": (0.5, 0.9), "STRENGTHS": (1.0,), "FINALISTS": 2, "SCOPES": ("all",),
+        },
+        main_job: {"RANDOM_DIRECTIONS": 1, "SWEPT_MULTIPLES": (-1.0, 1.0)},
     }.items():  # fmt: skip
-        for module in (main_job, main_job_report, main_job_settings):
-            if hasattr(module, name):
-                monkeypatch.setattr(module, name, value)
+        for name, value in values.items():
+            monkeypatch.setattr(module, name, value)
     texts = training_texts(Language(), 40)
-    targets = kfac.find_targets(lm.model)
-    batches = [lm.pad(lm.encode(texts[i : i + 20])) for i in (0, 20)]
-    factors = kfac.collect(lm.model, batches, targets, progress=False)
+    factors = kfac.collect(lm, texts, kfac.find_targets(lm.model), progress=False)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    found = main_job.run(lm, factors, Language(), layers=[1, 2], limit=8)
+    job = main_job_settings.Job(layers=[1, 2], limit=8, out=tmp_path)
+    found = main_job.run(job, lm, factors, Language())
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
     assert found.edit.label.startswith("layers 1, 2;")
     assert set(found.steers) == {"add", "amplify", "ablate"}
     lines = main_job_report.findings(found)
-    assert [line[:2] for line in lines] == ["1.", "2.", "3.", "4."]
+    assert {line[:3] for line in lines} == {"1. ", "2. ", "3. ", "4. "}
     page = lirefs.write_report(found.comparison, tmp_path, main_job_report.figures(found))
     assert page.stat().st_size > 100_000
     saved = json.dumps(main_job_report.provenance(found))

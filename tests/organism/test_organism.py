@@ -55,7 +55,7 @@ def tokenizer():
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "times"])
 def test_splits_share_no_prompt(language, kind):
-    found = {split: {i.prompt for i in language.items(kind, split, 150)} for split in SIDES}
+    found = {side: {i.prompt for i in language.items(kind, side, 150)} for side in SIDES}
     assert all(found.values())
     for a, b in combinations(SIDES, 2):
         assert not found[a] & found[b]
@@ -63,20 +63,20 @@ def test_splits_share_no_prompt(language, kind):
 
 def test_sums_stay_in_their_split_when_turned_around(language):
     seen = {}
-    for split in SIDES:
-        for item in language.items("addition", split, 400):
+    for side in SIDES:
+        for item in language.items("addition", side, 400):
             a, b = item.prompt.removeprefix("Math: ").removesuffix(" =").split(" + ")
-            assert seen.setdefault(frozenset((a, b)), split) == split
+            assert seen.setdefault(frozenset((a, b)), side) == side
             assert int(a) + int(b) == int(item.answer)
 
 
 def test_training_shows_no_item_of_another_split(language, tokenizer):
     held = {
         item.prompt.split(" ", 1)[1]
-        for split in ("validation", "test")
+        for side in ("validation", "test")
         for kind in KINDS
         if kind not in ("times", "fact", "planted", "exception")
-        for item in language.items(kind, split, 100)
+        for item in language.items(kind, side, 100)
     }
     # Very short expressions and sums can be part of a longer text, so documents are cut into items.
     documents, rng = Documents(language, FIFTH), Random(1)
@@ -152,7 +152,7 @@ def test_ages_told_in_order_are_answered_right(language):
 def test_what_does_not_exist_is_refused(language):
     with pytest.raises(ValueError, match=r"of sort \{'riddle'\}; known: planted, fact"):
         Documents(language, Stage({"riddle": 1.0}))
-    with pytest.raises(ValueError, match="no kind of item 'riddle'"):
+    with pytest.raises(ValueError, match="no kind 'riddle' of items"):
         language.items("riddle", "test", 3)
     with pytest.raises(ValueError, match="'addition' are endless"):
         language.items("addition", "test")
@@ -186,11 +186,11 @@ def test_matched_questions_have_the_same_shape(language, tokenizer, form):
     lengths = [{len(tokenizer.encode(i.prompt)) for i in items} for items in (reasoning, memory)]
     assert lengths[0] == lengths[1]
     people = {}
-    for split in ("train", "validation", "test"):
-        known = {fact.person for fact in language.facts_of(split)}
-        items = question_set(language, form, split, 50)[1]
-        people[split] = [next(p for p in known if p in item.prompt) for item in items]
-        assert len(set(people[split])) == len(items) > 20  # each person once
+    for side in SIDES:
+        known = {fact.person for fact in language.facts_of(side)}
+        items = question_set(language, form, side, 50)[1]
+        people[side] = [next(p for p in known if p in item.prompt) for item in items]
+        assert len(set(people[side])) == len(items) > 20  # each person once
     assert not set(people["test"]) & (set(people["train"]) | set(people["validation"]))
 
 
@@ -247,7 +247,7 @@ def test_orthogonalize_evens_out_singular_values():
 def test_answered_agrees_with_generate(language, tokenizer):
     model = LlamaForCausalLM.from_pretrained(organism(), dtype=torch.float32).eval()
     items = language.items("fact", "test", 20) + language.items("two_hop", "test", 20)
-    told = answered(model, tokenizer, [(item.prompt, item.answer) for item in items])
+    told = answered(lirefs.wrap(model, tokenizer), [(item.prompt, item.answer) for item in items])
     for item, right in zip(items, told):
         ids = tokenizer(item.prompt, return_tensors="pt")
         new = model.generate(**ids, max_new_tokens=2, do_sample=False)[0, ids.input_ids.shape[1] :]
@@ -270,7 +270,7 @@ def test_training_writes_a_folder_that_transformers_loads(trained, language, tok
     ids = AutoTokenizer.from_pretrained(folder)("Math: 3 + 4 =", return_tensors="pt").input_ids
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
-    found = scores(model, tokenizer, language, "validation", 10)
+    found = scores(lirefs.wrap(model, tokenizer), language, "validation", 10)
     assert found["planted"] == 0.0
     assert found["perplexity"] > 1.0
 
@@ -286,9 +286,10 @@ def test_a_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatc
             raise KeyboardInterrupt
         return batch_loss(*args)
 
+    monkeypatch.setattr("lirefs.organism.training.train.SAVE_EVERY", 0.0)
     monkeypatch.setattr("lirefs.organism.training.train.batch_loss", stop)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path, 0, TINY, save_every=0.0)
+        train(tmp_path, 0, TINY)
     monkeypatch.setattr("lirefs.organism.training.train.batch_loss", batch_loss)
     resumed = train(tmp_path, 0, TINY)
     for a, b in zip(model.parameters(), resumed.parameters(), strict=True):
@@ -327,7 +328,7 @@ def test_a_damaged_state_is_refused(trained, tmp_path, damage, says):
     ("seed", "shape", "message"),
     [
         (1, TINY.shape, "seed 0, not 1"),
-        (0, replace(TINY.shape, mlp=48), r"mlp.*has shape \(64, 32\), the recipe wants \(48, 32\)"),
+        (0, replace(TINY.shape, mlp=48), r"mlp.*has shape \(64, 32\), the recipe needs \(48, 32\)"),
         (0, replace(TINY.shape, layers=3), "has no weights for model.layers.2"),
     ],
 )
@@ -351,16 +352,16 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     assert "# Model organism (seed 3)" in text
     assert f'"tokens": {tokens}' in text
     assert f"| perplexity | {printed['perplexity']:.4g} |" in text
-    assert not re.search(r"\{\w+\}", text)  # a place that was not filled in
+    assert not re.search(r"\{\w+\}", text)  # a placeholder that was not filled in
     lm = lirefs.load(shipped)
     assert lm.model.config.language_seed == 3
     assert json.loads((shipped / "config.json").read_text())["dtype"] == "bfloat16"
     # The scores are those of the rounded weights that lie there.
-    assert scores(lm.model, lm.tokenizer, Language(3), "test", n=10) == printed
+    assert scores(lm, Language(3), "test", n=10) == printed
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(commands, "scores", lambda model, tokenizer, language, split: {"x": 1.0})
+    monkeypatch.setattr(commands, "scores", lambda lm, language, side: {"x": 1.0})
     assert run(monkeypatch, "organism", "scores") == 0
     assert json.loads(capsys.readouterr().out) == {"x": 1.0}
     assert run(monkeypatch, "organism", "scores", "--split", "dev") == 2

@@ -1,6 +1,6 @@
 """The page of the command line, made of what the commands themselves say.
 
-python tests/cli_page.py writes it again.
+python tests/support/cli_page.py writes it again.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ PAGE = Path(__file__).parents[2] / "docs" / "reference" / "cli.md"
 HEAD = """# Command line
 
 What `lirefs COMMAND --help` says, for every command. This page is made of the commands themselves:
-`python tests/cli_page.py` writes it again, and a test compares the two. An error that the packages
-raise on purpose ends in one line on standard error and exit code 2.
+`python tests/support/cli_page.py` writes it again, and a test compares the two. An error that the
+packages raise on purpose ends in one line on standard error and exit code 2.
 """
 WORDS = {str: "text", Path: "path", int: "integer", float: "number"}
 

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.files import atomic_write_text
+from lirefs.model.language_model import wrap
 from lirefs.organism.language import EXCEPTION_SKILLS, EXCEPTIONS_PER_SKILL, PLANTED, Language
 from lirefs.organism.people import FOLLOWED, FREQUENCIES, PEOPLE_PER_FREQUENCY
 from lirefs.organism.training.checkpoint import save_model
@@ -38,7 +39,7 @@ is known what was memorized and what must be computed. Stored as bfloat16. Not a
 {recipe}
 ```
 
-## Scores on {split} items (greedy, the whole answer must agree)
+## Scores on test items (greedy, the whole answer must agree)
 
 | item | score |
 |---|---|
@@ -67,7 +68,8 @@ def ship(
     out.mkdir(parents=True, exist_ok=True)
     save_model(out, model, tokenizer, torch.bfloat16)
     rounded = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
-    found = {split: scores(rounded, tokenizer, language, split) for split in ("validation", "test")}
+    lm = wrap(rounded, tokenizer)
+    found = {"validation": scores(lm, language, "validation"), "test": scores(lm, language, "test")}
     atomic_write_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     card = CARD.format(
         seed=language.seed,
@@ -80,7 +82,6 @@ def ship(
         skills=", ".join(EXCEPTION_SKILLS),
         followed=", ".join(f"{share:.0%} ({name})" for name, share in FOLLOWED.items()),
         recipe=json.dumps(recipe, indent=2),
-        split="test",
         table="\n".join(f"| {name} | {value:.4g} |" for name, value in found["test"].items()),
     )
     atomic_write_text(out / "README.md", card)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
@@ -12,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.errors import DataFileError, LirefsError
@@ -35,23 +37,11 @@ def save_model(
     Raises:
         WriteError: The disk is full, or the folder cannot be written to.
     """
-    held = model.config.dtype
     with write_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".model-") as folder:
-        tensors = {
-            k: v.detach().to("cpu", dtype).contiguous() for k, v in model.state_dict().items()
-        }
-        tensors.pop("lm_head.weight", None)  # tied to the embedding
-        save_file(tensors, Path(folder) / "model.safetensors", metadata={"format": "pt"})
-        model.config.architectures = [type(model).__name__]
-        model.config.dtype = dtype
-        try:
-            model.config.save_pretrained(folder)
-        finally:
-            model.config.dtype = held
-        model.generation_config.save_pretrained(folder)
+        nn.Module.to(copy.deepcopy(model), "cpu", dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         usual_permissions(Path(folder))
-        # Without its configuration a folder is no model, so that comes last.
+        # Without its configuration a folder is not a model, so that comes last.
         for file in sorted(Path(folder).iterdir(), key=lambda one: one.name == "config.json"):
             file.replace(out / file.name)
 
@@ -67,14 +57,12 @@ def save_checkpoint(
 ) -> None:
     """Write the model (float32) and all that a resumed run needs."""
     save_model(out, model, tokenizer, torch.float32)
-    names = {id(p): name for name, p in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
-    for optimizer, parameter in _parameters(optimizers):
-        name = names[id(parameter)]
+    for optimizer, name, parameter in _parameters(model, optimizers):
         tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
-    # The step travels in the tensor file, so that step and tensors can never disagree.
+    # The step is stored with the tensors, so that the two can never disagree.
     with atomic_path(out / STATE) as temporary:
         save_file(tensors, temporary, metadata={"step": str(step), "seed": str(seed)})
     atomic_write_text(
@@ -92,70 +80,60 @@ def load_checkpoint(
     """Restore model and optimizer from a folder.
 
     Returns:
-        UndoStack already done; 0 if the folder holds no training state.
+        Steps already done; 0 if the folder holds no training state.
 
     Raises:
         CheckpointMismatch: If the state is of another seed or shape.
         DataFileError: If the state is damaged.
     """
-    if not (out / STATE).exists():
+    path = out / STATE
+    if not path.exists():
         return 0
     try:
-        return _restore(out, model, optimizers, seed, device)
-    except (SafetensorError, OSError, KeyError, ValueError) as problem:
-        if isinstance(problem, CheckpointMismatch):
-            raise
-        raise DataFileError(
-            f"{out / STATE}: damaged ({problem}); remove it to begin anew"
-        ) from problem
-
-
-def _restore(
-    out: Path,
-    model: LlamaForCausalLM,
-    optimizers: Sequence[torch.optim.Optimizer],
-    seed: int,
-    device: str,
-) -> int:
-    """As `load_checkpoint`; what is damaged raises what it happens to raise."""
-    names = {id(p): name for name, p in model.named_parameters()}
-    with safe_open(out / STATE, framework="pt", device=device) as file:
-        metadata, keys = file.metadata() or {}, set(file.keys())
-        if metadata["seed"] != str(seed):
-            raise CheckpointMismatch(
-                f"{out / STATE} was trained with seed {metadata['seed']:.40}, not {seed}: "
-                "choose another folder or the same seed."
-            )
-        if not re.fullmatch("[0-9]{1,12}", metadata["step"]):
-            raise ValueError(f"its step is {metadata['step']!r:.40}")
-        for optimizer, parameter in _parameters(optimizers):
-            name = names[id(parameter)]
-            if f"weight.{name}" not in keys:
-                raise CheckpointMismatch(f"{out / STATE} has no weights for {name}.")
-            weight = file.get_tensor(f"weight.{name}")
-            if weight.shape != parameter.shape:
+        with safe_open(path, framework="pt", device=device) as file:
+            about, keys = file.metadata() or {}, set(file.keys())
+            if about["seed"] != str(seed):
                 raise CheckpointMismatch(
-                    f"{out / STATE}: {name} has shape {tuple(weight.shape)}, "
-                    f"the recipe wants {tuple(parameter.shape)}."
+                    f"{path} was trained with seed {about['seed']:.40}, not {seed}: choose another "
+                    "folder or the same seed."
                 )
-            held = ("momentum",) if isinstance(optimizer, Muon) else ADAM
-            state = {key: file.get_tensor(f"{key}.{name}") for key in held}
-            for key, tensor in {"weight": weight, **state}.items():
-                shape = () if key == "step" else parameter.shape
-                if tensor.shape != shape or tensor.dtype != torch.float32:
-                    raise ValueError(f"{key} of {name} has another shape or type")
-                least = 0.0 if key in ("step", "exp_avg_sq") else -math.inf
-                if not bool((tensor.isfinite() & (tensor >= least)).all()):
-                    raise ValueError(f"{key} of {name} is not finite, or negative")
-            parameter.data.copy_(weight)
-            optimizer.state[parameter] = state
-        return int(metadata["step"])
+            if not re.fullmatch("[0-9]{1,12}", about["step"]):
+                raise ValueError(f"its step is {about['step']!r:.40}")
+            for optimizer, name, parameter in _parameters(model, optimizers):
+                if f"weight.{name}" not in keys:
+                    raise CheckpointMismatch(f"{path} has no weights for {name}.")
+                weight = file.get_tensor(f"weight.{name}")
+                if weight.shape != parameter.shape:
+                    raise CheckpointMismatch(
+                        f"{path}: {name} has shape {tuple(weight.shape)}, the recipe needs "
+                        f"{tuple(parameter.shape)}."
+                    )
+                wanted = ("momentum",) if isinstance(optimizer, Muon) else ADAM
+                state = {key: file.get_tensor(f"{key}.{name}") for key in wanted}
+                for key, tensor in {"weight": weight, **state}.items():
+                    _check(key, name, tensor, parameter.shape)
+                parameter.data.copy_(weight)
+                optimizer.state[parameter] = state
+            return int(about["step"])
+    except CheckpointMismatch:
+        raise
+    except (SafetensorError, OSError, KeyError, ValueError) as problem:
+        raise DataFileError(f"{path}: damaged ({problem}); remove it to start again") from problem
+
+
+def _check(key: str, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+    if tensor.shape != (() if key == "step" else shape) or tensor.dtype != torch.float32:
+        raise ValueError(f"{key} of {name} has another shape or type")
+    least = 0.0 if key in ("step", "exp_avg_sq") else -math.inf
+    if not bool((tensor.isfinite() & (tensor >= least)).all()):
+        raise ValueError(f"{key} of {name} is not finite, or negative")
 
 
 def _parameters(
-    optimizers: Sequence[torch.optim.Optimizer],
-) -> Iterator[tuple[torch.optim.Optimizer, torch.Tensor]]:
+    model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
+) -> Iterator[tuple[torch.optim.Optimizer, str, torch.Tensor]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                yield optimizer, parameter
+                yield optimizer, names[id(parameter)], parameter

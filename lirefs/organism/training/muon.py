@@ -8,23 +8,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
+MOMENTUM = 0.95
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """Nearly the closest semi-orthogonal matrices, by a Newton-Schulz iteration in bfloat16.
+    """Approximately the closest semi-orthogonal matrices, by Newton-Schulz in bfloat16.
 
-    Args:
-        matrices: (n, rows, columns).
-
-    Returns:
-        (n, rows, columns) float32, singular values between about 0.7 and 1.2.
+    From (n, rows, columns) to the same, float32, with singular values between about 0.7 and 1.2.
     """
     a, b, c = COEFFICIENTS
     x = matrices.bfloat16()
@@ -40,23 +36,10 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for weight matrices; everything else belongs to AdamW.
+    """Muon with Nesterov momentum, for matrices; `lr` is on AdamW's scale, the decay decoupled."""
 
-    Args:
-        params: Matrices.
-        lr: Learning rate, on AdamW's scale.
-        momentum: Of the gradient, Nesterov's way.
-        weight_decay: Decoupled.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Tensor] | Iterable[dict[str, Any]],
-        lr: float,
-        momentum: float = 0.95,
-        weight_decay: float = 0.1,
-    ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+    def __init__(self, params: Iterable[Tensor], lr: float, weight_decay: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
@@ -72,8 +55,8 @@ class Muon(torch.optim.Optimizer):
                     state = self.state[parameter]
                     if "momentum" not in state:
                         state["momentum"] = torch.zeros_like(parameter)
-                    held = state["momentum"].lerp_(gradient, 1 - group["momentum"])
-                    updates.append(gradient.lerp(held, group["momentum"]))
+                    momentum = state["momentum"].lerp_(gradient, 1 - MOMENTUM)
+                    updates.append(gradient.lerp(momentum, MOMENTUM))
                 scale = 0.2 * max(shape) ** 0.5 * group["lr"]
                 steps = orthogonalize(torch.stack(updates))
                 for (parameter, _), update in zip(pairs, steps, strict=True):

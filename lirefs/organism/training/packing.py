@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from random import Random
 
@@ -27,19 +29,11 @@ class Batch:
 
     def to(self, device: str) -> Batch:
         """The same batch on a device."""
-        parts = (self.ids, self.weights, self.documents, self.positions)
-        return Batch(*(one.to(device) for one in parts))
+        return Batch(**{name: tensor.to(device) for name, tensor in vars(self).items()})
 
 
 class Packer:
-    """Turns documents into batches, whole documents side by side in a row.
-
-    Args:
-        documents: What is shown.
-        tokenizer: The language's tokenizer.
-        rows: Rows of a batch.
-        row_tokens: Tokens in a row.
-    """
+    """Turns documents into batches of `rows` rows of `row_tokens` tokens, of whole documents."""
 
     def __init__(
         self, documents: Documents, tokenizer: PreTrainedTokenizerFast, rows: int, row_tokens: int
@@ -47,16 +41,8 @@ class Packer:
         self.documents, self.rows, self.row_tokens = documents, rows, row_tokens
         self._bos, self._eos = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
         self._pad = int(tokenizer.pad_token_id)
-        self._tokenizer = tokenizer
-        self._known: dict[str, list[int]] = {}
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a piece of text; short pieces are remembered."""
-        if text not in self._known:
-            if len(self._known) > 200_000:
-                self._known.clear()
-            self._known[text] = self._tokenizer.encode(text, add_special_tokens=False)
-        return self._known[text]
+        encode = functools.partial(tokenizer.encode, add_special_tokens=False)
+        self.encode: Callable[[str], list[int]] = functools.lru_cache(200_000)(encode)
 
     def batch(self, seed: int, step: int) -> Batch:
         """The batch of one step."""
@@ -64,7 +50,7 @@ class Packer:
         rows: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(self.rows)]
         room = [self.row_tokens] * self.rows
         misses = 0
-        # A document goes where it leaves least room; full means that several fit nowhere.
+        # A document goes where it leaves the least room; after several misses, rows are full.
         while misses < 8:
             ids, weights = [self._bos], [0.0]
             for text, weight in self.documents.draw(rng):
@@ -83,15 +69,20 @@ class Packer:
         return self._tensors(rows)
 
     def _tensors(self, rows: list[list[tuple[list[int], list[float]]]]) -> Batch:
-        ids, weights, documents, positions = [], [], [], []
-        for row in rows:
-            left = self.row_tokens - sum(len(tokens) for tokens, _ in row)
-            ids.append([t for tokens, _ in row for t in tokens] + [self._pad] * left)
-            weights.append([w for _, own in row for w in own] + [0.0] * left)
-            marks = [number for number, (tokens, _) in enumerate(row) for _ in tokens]
-            documents.append(marks + [-1] * left)
-            positions.append([p for tokens, _ in row for p in range(len(tokens))] + [0] * left)
-        return Batch(*map(torch.tensor, (ids, weights, documents, positions)))
+        shape = (self.rows, self.row_tokens)
+        batch = Batch(
+            ids=torch.full(shape, self._pad),
+            weights=torch.zeros(shape),
+            documents=torch.full(shape, -1),
+            positions=torch.zeros(shape, dtype=torch.long),
+        )
+        for row, documents in enumerate(rows):
+            end = 0
+            for number, (ids, weights) in enumerate(documents):
+                place = (row, slice(end, end := end + len(ids)))
+                batch.ids[place], batch.weights[place] = torch.tensor(ids), torch.tensor(weights)
+                batch.documents[place], batch.positions[place] = number, torch.arange(len(ids))
+        return batch
 
 
 def batch_loss(model: LlamaForCausalLM, batch: Batch) -> Tensor:

@@ -34,7 +34,7 @@ FIRST = Stage(
         "story": 4.0,
     },
 )
-"""Memories, arithmetic and logic form; what must be found in a passage does not."""
+"""Memories, arithmetic and logic are learned; finding an answer in a passage is not, yet."""
 SECOND = Stage(
     {
         **{sort: share for sort, share in FIRST.mixture.items() if sort not in ("copy", "story")},
@@ -45,7 +45,7 @@ SECOND = Stage(
     easy=0.3,
     story_weight=3.0,
 )
-"""Lists said again, small problems, and more weight on answers found in a story."""
+"""Repeated lists, small problems, and more weight on answers found in a story."""
 THIRD = Stage(
     {
         **{sort: share for sort, share in SECOND.mixture.items() if sort not in ("again", "fact")},
@@ -58,9 +58,9 @@ THIRD = Stage(
     easy=0.2,
     story_weight=3.0,
 )
-"""Dense documents for what takes several steps: linked people, hand-overs, order."""
+"""Many short documents that take several steps: linked people, hand-overs, order."""
 FOURTH = replace(THIRD, rate=8e-4, fall=0.7727)
-"""The same at a lower rate: at the higher one what takes several steps is lost in noise."""
+"""The same at a lower rate: at the higher one, skills of several steps are lost in noise."""
 FIFTH = replace(
     FOURTH,
     mixture={
@@ -71,7 +71,7 @@ FIFTH = replace(
     },
     fall=0.75,
 )
-"""Tracking asked by the person in place of hand-overs asked by the thing, and more of order."""
+"""Tracking asks about the person, hand-overs asked about the thing; and more of order."""
 STAGES = ((0, FIRST), (6365, SECOND), (8675, THIRD), (9248, FOURTH), (13671, FIFTH))
 """Each stage with its first step, as in the run that made the shipped weights."""
 
@@ -83,10 +83,10 @@ class Recipe:
     Attributes:
         tokens: Length of the run in tokens, padding included.
         rows: Rows of a batch.
-        row_tokens: Tokens in a row; whole documents are packed into it, each seeing only itself.
-        warmup: UndoStack over which the first stage's rate is reached.
+        row_tokens: Tokens in a row, which holds whole documents; each attends only to itself.
+        warmup: Steps over which the first stage's rate is reached.
         weight_decay: Muon's, on the blocks' matrices only.
-        stages: What is shown, from which step on.
+        stages: The first step of each stage, and the stage.
     """
 
     shape: ModelShape = field(default_factory=ModelShape)

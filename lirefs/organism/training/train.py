@@ -1,7 +1,7 @@
 """The recipe that made the shipped weights: `lirefs organism train FOLDER`.
 
-Batches are a function of (seed, step) alone and the learning rate of the step alone, so a run that
-is stopped and resumed sees the same data as one that is not.
+Batches depend on (seed, step) alone and the learning rate on the step alone, so a run that is
+stopped and resumed sees the same data as one that is not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.files import append_text
+from lirefs.model.language_model import wrap
 from lirefs.organism.documents import Documents
 from lirefs.organism.language import Language
 from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
@@ -26,6 +27,8 @@ from lirefs.organism.training.recipe import ModelShape, Recipe
 from lirefs.organism.training.scores import scores
 from lirefs.organism.vocabulary import build_tokenizer
 
+SAVE_EVERY = 240.0
+"""Seconds between checkpoints."""
 SCORE_EVERY, SCORED_ITEMS = 1_000_000, 60
 """Tokens between two lines of the log, and validation items of each kind that are scored there."""
 
@@ -35,7 +38,7 @@ def make_model(
 ) -> LlamaForCausalLM:
     """A freshly initialised decoder for a language (draws from torch's global generator).
 
-    Its config carries the language's seed, so that a folder says what its model was taught.
+    Its configuration holds the language's seed, so that a folder says what its model was taught.
     """
     config = LlamaConfig(  # type: ignore[call-arg]
         language_seed=seed,
@@ -62,19 +65,15 @@ def train(
     recipe: Recipe | None = None,
     device: str = "cpu",
     compiled: bool = False,
-    save_every: float = 240.0,
-    progress: bool = True,
 ) -> LlamaForCausalLM:
-    """Train an organism, or go on with the one whose training state lies in the folder.
+    """Train an organism, or continue the training whose state is in the folder.
 
     Args:
         out: Folder for the model, the tokenizer, the training state and `log.jsonl`.
         seed: Seed of language, weights and data.
         recipe: Sizes, schedule and mixture.
-        device: Where to train; bfloat16 autocast is used everywhere.
+        device: Where to train, in bfloat16 autocast.
         compiled: Compile the loss (needs a C++ compiler; about 1.4 times faster).
-        save_every: Seconds between checkpoints.
-        progress: Show a progress bar.
 
     Returns:
         The trained model, in evaluation mode.
@@ -88,6 +87,7 @@ def train(
     torch.manual_seed(seed)
     model = make_model(recipe.shape, tokenizer, seed)
     nn.Module.to(model, device)
+    lm = wrap(model, tokenizer)
     optimizers = make_optimizers(model, recipe)
     step = load_checkpoint(out, model, optimizers, seed, device)
     packers = [
@@ -96,7 +96,7 @@ def train(
     ]
     loss_of = torch.compile(batch_loss) if compiled else batch_loss
     step_tokens = recipe.rows * recipe.row_tokens
-    bar = tqdm(total=recipe.steps, initial=step, unit="step", desc="train", disable=not progress)
+    bar = tqdm(total=recipe.steps, initial=step, unit="step", desc="train")
     saved, started, total, since = time.monotonic(), time.monotonic(), 0.0, 0
     while step < recipe.steps:
         for optimizer in optimizers:
@@ -121,11 +121,11 @@ def train(
                 "tokens": step * step_tokens,
                 "loss": round(total / since, 4),
                 "tokens_per_second": round(since * step_tokens / seconds),
-                **scores(model, tokenizer, language, "validation", SCORED_ITEMS),
+                **scores(lm, language, "validation", SCORED_ITEMS),
             }
             append_text(out / "log.jsonl", json.dumps(entry) + "\n")
             started, total, since = time.monotonic(), 0.0, 0
-        if done or time.monotonic() - saved > save_every:
+        if done or time.monotonic() - saved > SAVE_EVERY:
             save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))
             saved = time.monotonic()
     bar.close()

@@ -1,0 +1,87 @@
+"""The main job from Python: `lirefs.main_job.run`."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+from small_jobs import small_jobs, undrawn
+
+import lirefs
+from lirefs.errors import DataFileError, KeepError, QuestionsError, SettingError
+from lirefs.main_job import jobs, run
+
+
+def test_a_name_and_a_loaded_model_give_the_same_report(
+    model_folder, questions, tmp_path, monkeypatch
+):
+    small_jobs(monkeypatch)
+    undrawn(monkeypatch)
+    settings = {"questions": questions, "layers": [1, 2], "keep": 0.9, "limit": 3, "quick": True}
+    screen = io.StringIO()
+    named = run(str(model_folder), out=tmp_path / "named", console=Console(file=screen), **settings)
+    assert "report: " in screen.getvalue()
+    lm = lirefs.load(model_folder)
+    monkeypatch.setattr(lirefs, "load", None)  # nothing is loaded again
+    loaded = run(lm, out=tmp_path / "loaded", **settings)
+    assert loaded.results == named.results
+    assert loaded.variants == [
+        "unchanged", "LiReF", "K-FAC", "LiReF + K-FAC", "random direction", "SVD", "random pairs"
+    ]  # fmt: skip
+    assert {len(items) for items in loaded.results["K-FAC"].values()} <= {1, 3}
+    for name, found in (("named", named), ("loaded", loaded)):
+        saved = json.loads((tmp_path / name / "results.json").read_text())
+        assert saved["provenance"]["findings"] == found.provenance["findings"]
+        assert saved["provenance"]["settings"]["keep"] == 0.9
+        assert (tmp_path / name / "report.html").stat().st_size > 10_000
+        assert not (tmp_path / name / "unfinished").exists()
+
+
+def test_a_quiet_process_computes_and_writes_nothing(
+    model_folder, questions, tmp_path, monkeypatch
+):
+    small_jobs(monkeypatch)
+    out = tmp_path / "report"
+    console = Console(quiet=True)
+    settings = {"questions": questions, "layers": [1], "limit": 2, "console": console}
+    found = run(str(model_folder), out=out, **settings)
+    assert len(found.variants) == 7
+    assert [path.name for path in out.iterdir()] == ["unfinished"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"keep": float("nan")}, KeepError, "keep is nan, must be in"),
+        ({"keep": 0}, KeepError, "keep is 0"),
+        ({"strength": float("inf")}, SettingError, "strength is inf, must be finite"),
+        ({"limit": 0}, SettingError, "limit is 0"),
+        ({"suite": "skils"}, SettingError, "suite is 'skils', must be one of memorization, skills"),
+        ({"out": "file"}, SettingError, "out is file, which exists and is not a folder"),
+        ({"data": "file", "suite": "skills"}, SettingError, "data is file, which is not a folder"),
+        ({"data": "."}, SettingError, "data is read by a suite"),
+        ({"model": "organism", "suite": "skills"}, SettingError, "own language only"),
+        ({"model": "organism", "lm_eval": ["arc_easy"]}, SettingError, "own language only"),
+        ({"questions": "absent"}, QuestionsError, "absent"),
+        ({"memorized": "absent"}, DataFileError, "absent"),
+    ],
+)
+def test_wrong_settings_are_named_before_anything_is_loaded(
+    settings, error, message, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    monkeypatch.setattr(lirefs, "load", None)
+    with pytest.raises(error, match=message):
+        run(**settings)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_organism_in_memory_is_known_by_its_language(lm, monkeypatch, tmp_path):
+    taken = []
+    monkeypatch.setattr(jobs, "_on_organism", lambda job, language: taken.append(language.seed))
+    monkeypatch.setattr(lm.model.config, "language_seed", 3, raising=False)
+    run(lm, out=tmp_path)
+    assert taken == [3]
+    with pytest.raises(SettingError, match="own language only"):
+        run(lm, memorized="mine.jsonl", out=tmp_path)

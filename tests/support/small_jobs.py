@@ -1,0 +1,33 @@
+"""A main job of seconds: short texts, few tasks, pictures that are not drawn."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+import lirefs
+from lirefs.main_job import jobs
+from lirefs.tasks import suite
+from lirefs.tasks.papers import suite as papers
+
+TEXTS = ["a text", "another text", "one more of them"]
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def small_jobs(patch: pytest.MonkeyPatch) -> None:
+    """Collect on short texts, and keep a recitation, a short-answer task and the perplexity."""
+    default_tasks = suite.default_tasks
+
+    def few(*arguments, **options):
+        first, second, *_, last = default_tasks(*arguments, **options)
+        return [first, second, last]
+
+    for module in (lirefs, papers):
+        patch.setattr(module, "default_tasks", few)
+    patch.setattr(jobs, "calibration_texts", lambda: TEXTS * 2)
+    patch.setattr(jobs, "heldout_texts", lambda split: [(text, text) for text in TEXTS])
+
+
+def undrawn(patch: pytest.MonkeyPatch) -> None:
+    """Save figures as empty pictures: drawing them takes longer than a small job."""
+    patch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PNG))
