@@ -18,7 +18,7 @@ from lirefs.directions import geometry
 from lirefs.files import atomic_write_text, cache_dir, read_jsonl
 from lirefs.questions import Question, Questions
 
-# Estimator and number of shuffles: each shuffle fits every layer anew.
+# Estimator and number of shuffles: each shuffle fits every layer again.
 ESTIMATORS = {
     "mean difference": (lirefs.MeanDifference(), 200),
     "whitened": (lirefs.WhitenedMeanDifference(), 20),

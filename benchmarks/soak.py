@@ -198,7 +198,7 @@ def growth(values: list[float]) -> float:
 def _tenths(values: list[float]) -> tuple[float, float]:
     """Medians of the second tenth and of the last."""
     tenth = max(1, len(values) // 10)
-    warm = values[tenth : 2 * tenth] or values  # of a single cycle there is no second tenth
+    warm = values[tenth : 2 * tenth] or values  # a single cycle has only one tenth
     return statistics.median(warm), statistics.median(values[-tenth:])
 
 
@@ -269,7 +269,7 @@ def captured(count: int, cached: bool, layers: list[int] | None = None) -> dict[
     tokens = sum(lengths)
     hand_back()
     with tempfile.TemporaryDirectory() as folder:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         before = resident()
         cache = Path(folder) if cached else None
         states = lirefs.capture(lm, prompts, layers=layers, cache=cache, progress=False)

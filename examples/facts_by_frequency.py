@@ -5,7 +5,7 @@
 
 Takes a minute on two cores, a third with `--limit 10`, whose intervals are wide. The facts of the
 organism come in five classes by how often training showed them. With FILE (JSON Lines with
-relation, prompt, subject, object) the classes are relations, whose frequency nobody knows.
+relation, prompt, subject, object) the classes are relations, whose frequency is not known.
 """
 
 import argparse

@@ -49,7 +49,7 @@ class Token:
     """A piece of a text.
 
     Attributes:
-        kind: `number`, a sign of `+-*/()%=`, `break` for anything that is no arithmetic, or `bad`
+        kind: `number`, a sign of `+-*/()%=`, `break` for anything that is not arithmetic, or `bad`
             for a number that cannot be read.
         text: As it is written.
         start: Place of its first character.
@@ -168,7 +168,7 @@ def _grouped(found: list[Token]) -> list[Token]:
 
 
 class _UnreadableError(Exception):
-    """The tokens are no expression, or one with two meanings."""
+    """The tokens are not an expression, or one with two meanings."""
 
 
 class _Parser:

@@ -36,7 +36,7 @@ _OPERATIONS = re.compile(
     r"\w* ?(times|plus|minus|twice|double|\^|√|!)"
     r"|(number|half|thirds?|quarters?|fourths?|fifths?) of|(multiplied|divided) by|(more|less) than"
 )
-# After these a minus is a sign, and not an operation on something that is no number.
+# After these a minus is a sign, and not an operation on something that is not a number.
 _BEGINNINGS = {"", "\n", ":", ",", ".", ";", "("}
 # `= 3 remainder 1`, and other units than those of the left side.
 _SKIPPED = SCALES | {"cents", "remainder", "r", "k"}
@@ -84,7 +84,7 @@ def steps(text: str) -> list[Step]:
     Understood are + - * / and their typographic signs, x between numbers, parentheses, decimals,
     thousands commas, currency signs, a unit behind a number, percent where it has one meaning,
     chained equalities, and GSM8K's marks `<<a=b>>`. What has two readings or an unknown in it, or
-    adds different units, is no step: this reads too few steps rather than wrong ones.
+    adds different units, is not a step: this reads too few steps rather than wrong ones.
 
     Returns:
         The steps in the order of the text.
@@ -216,7 +216,7 @@ def _step(text: str, left: list[Token], right: list[Token], following: str) -> S
         return None
     whole, head = read_expression(right), _head(right)
     # `3 * 4 = 12 + 5 = 17` goes on computing after the result, `2 * (3 + 4) = 2 * 7 = 14` writes
-    # the same thing anew: the right side is read as a whole and by its first number.
+    # the same thing again: the right side is read as a whole and by its first number.
     if whole is None or following in _SKIPPED:
         return None
     readings = [one for one in (whole, head) if one is not None and one.value is not None]

@@ -1,6 +1,6 @@
 """Edits of networks that memorized wrong labels, with settings chosen on validation images.
 
-Every number comes with those of the other seeds: weights, noise and split are drawn anew for each.
+Every number comes with those of the other seeds: weights, noise and split are drawn again for each.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ def run(
     """Train, edit and score; trained networks are kept in a folder and read from there.
 
     Args:
-        images: All images; each seed splits them anew.
+        images: All images; each seed splits them differently.
         recipe: Of the training.
         folder: For `NAME-SEED.safetensors` of every network.
         seeds: Number of networks, at least 2.
