@@ -78,7 +78,7 @@ class ArithmeticErrors:
     examples: dict[Verdict, list[Flip]]
 
 
-def steps(text: str) -> list[Step]:
+def read_steps(text: str) -> list[Step]:
     """Read the calculations `a op b ... = c` of a text, with exact evaluation.
 
     Understood are + - * / and their typographic signs, x between numbers, parentheses, decimals,
@@ -118,7 +118,7 @@ def compare_traces(before: str, after: str) -> Verdict:
         counterpart is not; `unchanged` if no step is; `different operations`; or `no steps
         readable` if one of the texts has none.
     """
-    first, second = steps(before), steps(after)
+    first, second = read_steps(before), read_steps(after)
     if not first or not second:
         return "no steps readable"
     if len(first) != len(second):
@@ -259,7 +259,7 @@ def arithmetic_lines(comparison: lirefs.Comparison, variants: Sequence[str]) -> 
     lines = []
     for task, info in comparison.tasks.items():
         outputs = [one.output for one in comparison.results[BASELINE][task]]
-        if info.group != "arithmetic" or not any(map(steps, outputs)):
+        if info.group != "arithmetic" or not any(map(read_steps, outputs)):
             continue
         for variant in variants:
             found = arithmetic_errors(comparison, task, variant)

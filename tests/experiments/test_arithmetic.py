@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.arithmetic.traces import VERDICTS, arithmetic_errors, compare_traces, steps
+from experiments.arithmetic.traces import VERDICTS, arithmetic_errors, compare_traces, read_steps
 from lirefs.comparison.comparison import Comparison, TaskInfo
 from lirefs.tasks.task import ItemResult
 
@@ -15,7 +15,7 @@ UNCHANGED, WRONG, DIFFERENT, UNREADABLE = VERDICTS
 
 def read(text):
     """(expression, stated, right) of each step."""
-    return [(one.expression, one.stated, one.right) for one in steps(text)]
+    return [(one.expression, one.stated, one.right) for one in read_steps(text)]
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def read(text):
     ],
 )
 def test_a_right_step_is_read_as_right(text, value):
-    (step,) = steps(text)
+    (step,) = read_steps(text)
     assert step.right
     assert step.stated == value
 
@@ -78,7 +78,7 @@ def test_a_right_step_is_read_as_right(text, value):
     ],
 )
 def test_a_wrong_step_is_read_as_wrong(text, stated, true):
-    (step,) = steps(text)
+    (step,) = read_steps(text)
     assert not step.right
     assert (step.stated, step.true) == (stated, true)
 
@@ -122,9 +122,9 @@ def test_a_wrong_step_is_read_as_wrong(text, stated, true):
     ],
 )
 def test_what_is_no_step_or_has_two_readings_is_left_out(text):
-    assert [one for one in steps(text) if not one.right] == []
+    assert [one for one in read_steps(text) if not one.right] == []
     if not text.startswith("(("):
-        assert steps(text) == []
+        assert read_steps(text) == []
 
 
 def test_chained_equalities_run_on_or_write_the_same_anew():
@@ -163,7 +163,7 @@ def test_random_expressions_agree_with_python():
             value = eval(exact, {"F": Fraction})
         except ZeroDivisionError:
             value = None
-        found = steps(f"{text} = 0.5")
+        found = read_steps(f"{text} = 0.5")
         if any(sign in text for sign in "+-*/"):
             (step,) = found
             assert step.true == value
@@ -244,8 +244,8 @@ def test_solutions_of_gsm8k_are_read_and_right():
     for line in GSM8K.read_text().splitlines():
         solution = json.loads(line)["answer"]
         marks += len(mark.findall(solution))
-        assert all(one.right for text in mark.findall(solution) for one in steps(f"<<{text}>>"))
-        found = steps(mark.sub("", solution))
+        assert all(one.right for text in mark.findall(solution) for one in read_steps(f"<<{text}>>"))
+        found = read_steps(mark.sub("", solution))
         read_plain += len(found)
         wrong += sum(not one.right for one in found)
     assert read_plain > 0.9 * marks
