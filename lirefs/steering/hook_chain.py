@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from lirefs.model.hidden_states import hidden_input, hidden_of, with_hidden, with_hidden_input
+from lirefs.model.layout import Side
 
 Change = Callable[[Tensor], Tensor]
-Side = Literal["input", "output"]
 
 _CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.WeakKeyDictionary()
 
