@@ -67,7 +67,8 @@ def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) ->
     head = given.get("unembedding") or next(iter(heads), None)
     watched = {name: model.get_submodule(name) for name in (*norms, head) if name is not None}
     for blocks in candidates:
-        watched |= model.get_submodule(blocks).named_modules(blocks, remove_duplicate=False)
+        parts = model.get_submodule(blocks).named_modules(prefix=blocks, remove_duplicate=False)
+        watched |= parts
     seen = observe(model, watched)
     problems = []
     for blocks in candidates:
