@@ -20,26 +20,14 @@ from safetensors import SafetensorError
 from lirefs.errors import DataFileError, LirefsError, WriteError
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
-_JSON_TYPES = {
-    type(None): "null",
-    bool: "a boolean",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "an array",
-}
 
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary path; move the file to ``path`` on success, remove it on failure.
 
-    Missing parent folders are made. The temporary file has the same name, as writers such as
-    matplotlib choose the format by suffix, and lies on the same file system, so that the move is
-    one atomic rename.
-
-    Raises:
-        WriteError: The disk is full, or the folder is not writable. An existing file stays.
+    Parent folders are made. The name is the same, as writers choose the format by suffix, and so is
+    the file system, so that the move is one atomic rename. A failure (WriteError) changes nothing.
     """
     final = Path(path)
     with write_errors(final):
@@ -69,9 +57,8 @@ def write_errors(path: str | os.PathLike[str]) -> Iterator[None]:
 def append_text(path: str | os.PathLike[str], text: str) -> None:
     """Append UTF-8 text to a file in one piece, and return when it is on disk.
 
-    The file and missing parent folders are made. Texts of two processes do not mix. If the disk is
-    full (a WriteError) or the process is killed, a part may stay: readers must leave out an
-    unfinished last line.
+    Texts of two processes do not mix. If the disk is full (WriteError) or the process is killed, a
+    part may stay: readers must leave out an unfinished last line.
     """
     data = memoryview(text.encode("utf-8"))
     with write_errors(path):
@@ -83,10 +70,7 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
 
 
 def usual_permissions(folder: Path) -> None:
-    """Give the files in a folder the permissions that the umask gives to new files.
-
-    safetensors makes its files readable by their owner alone, whatever the umask is.
-    """
+    """Give files the permissions of new ones: safetensors' are their owner's alone."""
     # Reading the umask means setting it, for all threads; a new file shows it as well.
     new = folder / ".new"
     new.touch()
@@ -124,14 +108,10 @@ def cache_dir() -> Path:
 def read_jsonl(
     path: str | os.PathLike[str], error: type[LirefsError] = DataFileError
 ) -> list[tuple[int, dict[str, Any]]]:
-    """Read a JSON Lines file of objects, in UTF-8 with or without a byte order mark.
+    """Read a JSON Lines file: number, from 1, and object of each line that is not blank.
 
-    Returns:
-        Line number, from 1, and object of each line that is not blank.
-
-    Raises:
-        LirefsError: Of class ``error``, naming the file and the line: the file is missing,
-            unreadable, not UTF-8 or empty, or a line is not JSON or not an object.
+    A file that is missing, unreadable, empty or not UTF-8 (a byte order mark is allowed), or a line
+    that is not a JSON object, raises ``error``, which names the file and the line.
     """
     file = Path(path)
     try:
@@ -152,7 +132,7 @@ def read_jsonl(
             reason = problem.msg if isinstance(problem, json.JSONDecodeError) else str(problem)
             raise error(f"{file}, line {number}: not JSON ({reason})") from problem
         if not isinstance(row, dict):
-            found = _JSON_TYPES[type(row)]
+            found = f"{json.dumps(row):.40}"
             raise error(f"{file}, line {number}: expected an object {{...}}, found {found}")
         rows.append((number, row))
     if not rows:
@@ -161,14 +141,10 @@ def read_jsonl(
 
 
 def parse_json(text: str, levels: int | None = None) -> Any:
-    """Parse JSON from an untrusted source.
+    """Parse JSON from an untrusted source; NaN and Infinity are read, as `json.dumps` writes them.
 
-    NaN and Infinity are read, as `json.dumps` writes them.
-
-    Raises:
-        ValueError: The text is not JSON (a `json.JSONDecodeError`), is nested deeper than
-            ``levels`` or Python allows, or holds half of a surrogate pair, which cannot be written
-            to a file, or a whole number that no float can hold.
+    ValueErrors are text that is not JSON or is nested deeper than ``levels`` or Python allows, half
+    of a surrogate pair, which cannot be written to a file, and a number that no float can hold.
     """
     try:
         value = json.loads(text)

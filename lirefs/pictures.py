@@ -38,10 +38,7 @@ class Picture:
 def canvas_of(
     panels: int, size: tuple[float, float], *, rows: int = 1, sharey: bool = False
 ) -> tuple[Canvas, Any]:
-    """Make a figure of `rows` times `panels` axes; `size` is its width and height in inches.
-
-    Made without pyplot: no global state, no window, no change of the user's backend.
-    """
+    """Make a figure of `rows` times `panels` axes without pyplot; `size` is in inches."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 

@@ -57,9 +57,7 @@ class Question:
 
         Signs and brackets stay, as they make another question of the same numbers.
         """
-        return "".join(
-            one for one in self.text.casefold() if not one.isspace() and one not in _MARKS
-        )
+        return "".join(one for one in "".join(self.text.casefold().split()) if one not in _MARKS)
 
 
 class Questions(Sequence[Question]):
@@ -115,9 +113,6 @@ class Questions(Sequence[Question]):
             train: Share of the items to fit on.
             validation: Share of the items to choose layer and strength on; the rest is test.
             seed: Seed of the shuffle.
-
-        Returns:
-            Three sides that share no question.
 
         Raises:
             QuestionsError: A side would lack one of the labels, a share is not positive or
@@ -180,7 +175,7 @@ class Split:
     @property
     def sides(self) -> dict[str, Questions]:
         """The three sides by name."""
-        return {"train": self.train, "validation": self.validation, "test": self.test}
+        return {side: getattr(self, side) for side in SIDES}
 
 
 def load_questions(name: str | Path = "default") -> Questions:
@@ -192,9 +187,6 @@ def load_questions(name: str | Path = "default") -> Questions:
             `label` (`"reasoning"` or `"memory"`) and may have `id`, `options`, `answer_index`,
             `subject`, `split` (`"train"`, `"validation"` or `"test"`) and `prompt_format`, which
             holds `{question}` once, where the question goes.
-
-    Returns:
-        The questions, both labels among them.
 
     Raises:
         QuestionsError: The file is missing, empty, broken (the message gives the line), lacks a

@@ -67,7 +67,7 @@ def test_read_jsonl(tmp_path):
     ("content", "says"),
     [
         (b'{"a": 1}\n{"a": \n', "line 2: not JSON"),
-        (b'{"a": 1}\n\n[1]\n', "line 3: expected an object {...}, found an array"),
+        (b'{"a": 1}\n\n[1]\n', "line 3: expected an object {...}, found [1]"),
         (b"null\n", "found null"),
         (b'{"a": "\xff"}\n', "line 1: not UTF-8"),
         (b"[" * 100_000, "line 1: not JSON"),

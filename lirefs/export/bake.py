@@ -22,10 +22,11 @@ from lirefs.export.writers import (
     projections,
     shift_of,
 )
-from lirefs.model.guest import evaluating, input_device, maybe_call
+from lirefs.model.guest import evaluating
 from lirefs.model.intervention import Intervention, applied, compose, refuse_steered
 from lirefs.model.layout import SITES, Layout
 from lirefs.model.layout_search import find_layout
+from lirefs.model.observe import sample_ids
 from lirefs.steering.operators import Operator
 from lirefs.steering.steer import Steer
 
@@ -134,15 +135,8 @@ def _absent(unit: Tensor, plan: Plan, last: int) -> bool:
 
 
 def _verify(intervention: Intervention, model: nn.Module, baked: nn.Module) -> None:
-    """Compare with the hooked model on a short input.
-
-    Raises:
-        BakeError: They disagree.
-    """
-    embedding = maybe_call(model, "get_input_embeddings")
-    vocabulary = int(getattr(embedding, "num_embeddings", 8))
-    ids = torch.arange(16, device=input_device(model)).view(2, 8)
-    ids = (ids * 7 + vocabulary // 2) % vocabulary
+    """Compare with the hooked model on a short input; BakeError if they disagree."""
+    ids = sample_ids(model, 2, 8)
     with evaluating(model), evaluating(baked):
         with applied(intervention, model):
             expected = model(input_ids=ids).logits.float()

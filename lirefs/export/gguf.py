@@ -80,9 +80,6 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
 def from_gguf(path: str | Path) -> Directions:
     """Read a control vector, written here or by another program.
 
-    Args:
-        path: The file.
-
     Returns:
         One direction at `resid_post` of each block. The file does not say which model it was made
         for, only the name of the architecture: `provenance["model_hint"]`.

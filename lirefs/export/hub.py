@@ -13,8 +13,6 @@ from lirefs.errors import DownloadError, first_line
 from lirefs.model.language_model import LanguageModel
 
 FILE = "directions.safetensors"
-
-
 _CARD = """\
 ---
 library_name: lirefs
@@ -64,22 +62,15 @@ def model_card(directions: Directions) -> str:
 
 
 def push_directions(
-    directions: Directions,
-    repository: str,
-    *,
-    private: bool = False,
-    token: str | None = None,
+    directions: Directions, repository: str, *, private: bool = False, token: str | None = None
 ) -> str:
-    """Push directions and their model card to a hub repository, which is created if need be.
+    """Push directions and their model card to a hub repository; return the commit's address.
 
     Args:
         directions: The directions.
-        repository: `owner/name`.
+        repository: `owner/name`; created if need be.
         private: Whether a new repository is private.
         token: Access token; None for the one that `hf auth login` has stored.
-
-    Returns:
-        Address of the commit.
 
     Raises:
         DownloadError: The hub refused, or could not be reached.
@@ -94,8 +85,8 @@ def push_directions(
                 repo_id=repository, folder_path=work, commit_message="Add directions"
             )
         except Exception as problem:  # the hub's client lets its HTTP library's errors through
-            message = f"{repository}: cannot be pushed: {first_line(problem)}"
-            raise DownloadError(message) from problem
+            reason = first_line(problem)
+            raise DownloadError(f"{repository}: cannot be pushed: {reason}") from problem
     return str(commit.commit_url)
 
 

@@ -52,9 +52,7 @@ def steer_here(steer: Steer, model: Any, lm: LanguageModel) -> None:
     names = {module: name for name, module in model._module.named_modules()}
     for layer, site, operator in operators(steer, lm):
         module, side = lm.layout.module(model._module, site, layer)
-        envoy = model
-        for part in names[module].split("."):
-            envoy = envoy[int(part)] if part.isdigit() else getattr(envoy, part)
+        envoy = model.get(names[module])
         if side == "input":
             envoy.input = operator(envoy.input)
         else:

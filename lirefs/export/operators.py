@@ -10,16 +10,13 @@ from lirefs.steering.steer import Steer
 
 
 def operators(steer: Steer, lm: LanguageModel) -> list[tuple[int, str, Operator]]:
-    """The operators of a steering by place, in the order of the forward pass.
+    """The operators of a steering as (layer, site, operator), in the order of the forward pass.
 
     Args:
         steer: Steers every token alike, with one strength or one for each layer: hooks of other
             runtimes get the hidden states alone, without the positions and rows that scopes,
             gates and other strengths need.
         lm: The model that the other runtime runs.
-
-    Returns:
-        (layer, site, operator), where the operator changes anything.
 
     Raises:
         BackendError: The steering has a scope, a gate, or strengths by row or by token.

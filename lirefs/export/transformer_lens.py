@@ -56,11 +56,7 @@ def boot(lm: LanguageModel) -> Any:
 
 
 def hook_name(bridge: Any, layer: int, site: str) -> str:
-    """The name of the hook point at which a site is read and changed.
-
-    Raises:
-        BackendError: The bridge has no such hook point.
-    """
+    """The name of the hook point at which a site is read and changed, else BackendError."""
     # What a post-norm model adds to the stream comes out of the norm after the module.
     names = {
         "resid_pre": ["hook_in"],
@@ -81,9 +77,6 @@ def hooks(steer: Steer, bridge: Any, lm: LanguageModel) -> list[tuple[str, Hook]
         steer: Steering of every token (see `operators`).
         bridge: The bridge.
         lm: The model that the bridge was booted from.
-
-    Returns:
-        Names and functions, in the order of the forward pass.
 
     Raises:
         BackendError: The steering or a site cannot be carried over.

@@ -29,11 +29,7 @@ def _linear(operator: Operator, states: Tensor) -> Tensor:
 
 
 def projections(model: nn.Module, layout: Layout, writers: list[tuple[int, str]]) -> list[str]:
-    """The name of the matrix whose output is what is written at each (layer, site).
-
-    Raises:
-        BakeError: There is no such matrix.
-    """
+    """The name of the matrix whose output is written at each (layer, site), else BakeError."""
     inside: dict[str, list[str]] = {}
     watched: dict[str, nn.Module] = {}
     for layer, site in writers:
@@ -73,11 +69,7 @@ def _same_output(one: Seen, other: Seen) -> bool:
 
 
 def change_embedding(model: nn.Module, layout: Layout, operators: list[Operator]) -> None:
-    """Change what layer 0 reads.
-
-    Raises:
-        BakeError: It is not the sum of embeddings.
-    """
+    """Change what layer 0 reads: the sum of the embeddings."""
     token = maybe_call(model, "get_input_embeddings")
     if not isinstance(token, nn.Embedding):
         raise BakeError("the model does not say which module is its token embedding")
@@ -123,11 +115,7 @@ def change_projection(module: nn.Module, operators: list[Operator]) -> None:
 
 
 def make_biases(model: Any, names: list[str]) -> None:
-    """Switch biases of these matrices on in the configuration, so that a plain load finds them.
-
-    Raises:
-        BakeError: No setting gives one of them a bias.
-    """
+    """Switch biases of these matrices on in the configuration, so that a plain load finds them."""
     missing = [name for name in names if model.get_submodule(name).bias is None]
     if not missing:
         return

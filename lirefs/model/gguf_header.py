@@ -15,17 +15,10 @@ _MOST_ENTRIES = 8_000_000
 
 
 def check_header(path: str | os.PathLike[str]) -> int | None:
-    """Verify that a GGUF file holds the entries and lists that its header counts.
+    """Verify a GGUF header, else a ValueError; return the number of blocks if it says so.
 
     Readers of the format loop as often as a file says: a damaged count of 2^60 keeps them busy
     until the memory is full.
-
-    Returns:
-        The number of blocks of the model according to the header; None if it does not say.
-
-    Raises:
-        ValueError: The file is not GGUF of version 2 or 3, ends within its header, counts more
-            blocks than tensors, or has lists of lists, which no program writes.
     """
     with Path(path).open("rb") as file:
         walk = _Walk(file)

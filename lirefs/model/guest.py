@@ -56,9 +56,8 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def as_guest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients of activations: parameters are frozen, then restored.
 
-    Activation checkpointing of transformers, which works in training mode only, stays on.
-    Float32 matrix products are computed in float32: TF32 has 10 bits of mantissa, which turns the
-    flat end of a spectrum into noise.
+    Activation checkpointing stays on. TF32, whose 10 bits of mantissa turn the flat end of a
+    spectrum into noise, is off.
     """
     with _evaluation_mode(model), _without_tf32(), ExitStack() as stack:
         for parameter in model.parameters():

@@ -11,10 +11,9 @@ from lirefs.errors import LayoutError
 
 
 def hidden_of(output: Any, batch: int | None = None) -> Tensor:
-    """Return the hidden states in the output of a module, ``(batch, tokens, width)``; a view.
+    """Return the hidden states in the output of a module, a view; LayoutError if there are none.
 
-    The output is a tensor, or a tuple or list that begins with one (Bloom, Falcon), else it raises
-    LayoutError. With ``batch``, a flattened ``(batch * tokens, width)`` gets its three axes back.
+    With ``batch``, a flattened ``(batch * tokens, width)`` becomes ``(batch, tokens, width)``.
     """
     hidden = output[0] if isinstance(output, tuple | list) and output else output
     if not isinstance(hidden, Tensor):
@@ -31,7 +30,7 @@ def with_hidden(output: Any, hidden: Tensor) -> Any:
 
 
 def hidden_input(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the hidden states in the arguments that a forward pre-hook gets, else LayoutError."""
+    """Return the hidden states in the arguments that a forward pre-hook gets."""
     return hidden_of(args[0] if args else kwargs.get("hidden_states"))
 
 

@@ -35,22 +35,11 @@ class Intervention(Protocol):
     """
 
     def attach(self, model: nn.Module) -> Handle:
-        """Change the model until the handle's `remove` is called.
-
-        Args:
-            model: The bare model, `lm.model`.
-
-        Returns:
-            A handle whose `remove` leaves the model as it was, bit for bit.
-        """
+        """Change the model (`lm.model`) until the handle's `remove` restores it bit for bit."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Describe the intervention as a JSON object.
-
-        Returns:
-            JSON values that tell it from any other: journals and reports use them.
-        """
+        """JSON values that tell it from any other intervention, for journals and reports."""
         ...
 
 
@@ -75,10 +64,9 @@ _LOCK = threading.Lock()
 
 
 def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> Callable[[], None]:
-    """Reserve a model for changes by this thread, which may reserve it many times.
+    """Reserve a model for changes by this thread, many times if need be; returns the release.
 
-    Returns a function that ends the reservation; a second call does nothing. Raises `error` if
-    another thread that is still running has changed the model.
+    Raises `error` if another thread that is still running has changed the model.
     """
     must_be_module(model)
     entry = (threading.current_thread(), object())
@@ -127,10 +115,7 @@ def refuse_steered(model: nn.Module, error: type[LirefsError], doing: str) -> No
 
 
 class UndoStack:
-    """The steps of an attachment, undone one by one, last first.
-
-    Leaving a `with` block undoes them only if the block raised.
-    """
+    """The steps of an attachment, undone last first; a `with` undoes them only if it raised."""
 
     def __init__(self) -> None:
         self._undo: list[Callable[[], object]] = []
@@ -140,11 +125,7 @@ class UndoStack:
         self._undo.append(undo)
 
     def remove(self) -> None:
-        """Leave the model as it was before; a second call does nothing.
-
-        A step that refuses (a weight edit under a later one) stays, with all steps before it, so
-        that another call continues from there.
-        """
+        """Undo all steps; one that refuses (a weight edit under a later one) stays for a retry."""
         while self._undo:
             self._undo[-1]()
             self._undo.pop()

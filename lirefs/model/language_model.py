@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from lirefs.errors import SettingError
 from lirefs.model.fingerprint import fingerprint, tokenizer_hash
@@ -35,7 +37,6 @@ class LanguageModel:
         self.tokenizer = tokenizer
         self.layout = layout
         self.name = name
-        self._tokenizer_fingerprint: str | None = None
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, layers={self.n_layers}, width={self.width})"
@@ -67,23 +68,17 @@ class LanguageModel:
         """
         return fingerprint(self.model)
 
-    @property
+    @functools.cached_property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the vocabulary, the rules and the special tokens, as 64 hex digits."""
-        if self._tokenizer_fingerprint is None:
-            self._tokenizer_fingerprint = tokenizer_hash(self.tokenizer)
-        return self._tokenizer_fingerprint
+        return tokenizer_hash(self.tokenizer)
 
     def encode(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each prompt, without padding.
 
         Args:
             prompts: Texts.
-            add_special_tokens: Whether the tokenizer adds its own, such as a
-                beginning-of-sequence token.
-
-        Returns:
-            One list of ids for each prompt.
+            add_special_tokens: Whether the tokenizer adds its own, such as one at the beginning.
 
         Raises:
             SettingError: ``prompts`` is one string, or holds something that is not a string.
@@ -118,16 +113,13 @@ class LanguageModel:
             raise SettingError(f"side must be 'left' or 'right', got {side!r}")
         if not ids:
             raise SettingError("nothing to pad: the list of sequences is empty")
-        longest = max(map(len, ids))
-        input_ids = torch.full((len(ids), longest), self._pad_id)
-        mask = torch.zeros_like(input_ids)
         for index, row in enumerate(ids):
             if not len(row):
                 raise SettingError(f"sequence {index} has no token: the prompt is empty")
-            span = slice(longest - len(row), None) if side == "left" else slice(len(row))
-            input_ids[index, span] = torch.as_tensor(list(row))
-            mask[index, span] = 1
-        batch = {"input_ids": input_ids, "attention_mask": mask}
+        rows = [torch.as_tensor(list(row), dtype=torch.long) for row in ids]
+        padded = functools.partial(pad_sequence, batch_first=True, padding_side=side)
+        mask = padded([torch.ones_like(row) for row in rows])
+        batch = {"input_ids": padded(rows, padding_value=self._pad_id), "attention_mask": mask}
         if accepts(self.model, "position_ids"):
             batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
@@ -143,7 +135,7 @@ class LanguageModel:
                 gets a batch of its own.
 
         Returns:
-            Batches as ``pad`` makes them; together they hold every text once.
+            Batches as ``pad`` makes them.
 
         Raises:
             SettingError: There is no text, one has no token, some are strings and others token
@@ -220,9 +212,6 @@ def wrap(
         tokenizer: Its tokenizer.
         layout: Names of parts, for a model whose parts are not found automatically.
         name: Its name in reports; the model's ``name_or_path`` or its class by default.
-
-    Returns:
-        Model, tokenizer and verified layout.
 
     Raises:
         LayoutError: The parts of the model were not found.

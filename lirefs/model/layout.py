@@ -11,6 +11,7 @@ from torch import nn
 
 from lirefs.errors import LayoutError, SettingError
 
+Side = Literal["input", "output"]
 Site = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
 SITES: tuple[Site, ...] = ("resid_pre", "attn_out", "mlp_out", "resid_post")
 """In the order in which a block computes them."""
@@ -43,14 +44,7 @@ class Layout:
     norms: tuple[str, ...] = ()
 
     def block(self, model: nn.Module, layer: int) -> nn.Module:
-        """Return a decoder block.
-
-        Args:
-            model: The model of this layout.
-            layer: Index of the block, from 0.
-
-        Returns:
-            The block.
+        """Return the decoder block of a layer, counted from 0.
 
         Raises:
             SettingError: ``layer`` is not an integer from 0 to ``n_layers - 1``.
@@ -65,10 +59,8 @@ class Layout:
             )
         return model.get_submodule(f"{self.blocks}.{index}")
 
-    def module(
-        self, model: nn.Module, site: str, layer: int
-    ) -> tuple[nn.Module, Literal["input", "output"]]:
-        """Return the module at which ``site`` of ``layer`` is read, and at which end of it.
+    def module(self, model: nn.Module, site: str, layer: int) -> tuple[nn.Module, Side]:
+        """Return the module at which ``site`` of ``layer`` is read, and at which side of it.
 
         A module may flatten its output to ``(batch * tokens, width)``, as OPT's ``fc2`` does: read
         it with ``hidden_of(output, batch)``. A model may also change the tensor in place
@@ -78,9 +70,6 @@ class Layout:
             model: The model of this layout.
             site: `resid_pre`, `resid_post`, `attn_out` or `mlp_out`.
             layer: Index of the block, from 0.
-
-        Returns:
-            The module, and whether the site is its `input` or its `output`.
 
         Raises:
             SettingError: The site or the layer does not exist.
@@ -100,11 +89,7 @@ class Layout:
         return block.get_submodule(name), "output"
 
     def describe(self) -> str:
-        """List the parts that were found.
-
-        Returns:
-            One line for each part.
-        """
+        """List the parts that were found, one on each line."""
         parts = {
             "blocks": f"{self.blocks} ({self.n_layers} layers, width {self.width})",
             "attention": self.attention or "not available",

@@ -36,15 +36,13 @@ def layout_of(model: nn.Module) -> Layout:
 def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Layout:
     """Find the parts of a decoder and verify them with one forward pass on a few tokens.
 
-    The model's hooks, training flags and random state are left as they were.
+    The model's hooks, training flags and random state are left as they were; ``layout_of``
+    remembers the result.
 
     Args:
         model: A decoder of ``transformers``, or any module called with ``input_ids``.
         overrides: Names of parts found by hand: ``blocks``, ``attention``, ``mlp``,
             ``final_norm``, ``unembedding``. ``attention`` and ``mlp`` are relative to a block.
-
-    Returns:
-        The layout, also remembered for ``layout_of``.
 
     Raises:
         SettingError: ``overrides`` has an unknown part.
@@ -64,11 +62,13 @@ def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) ->
     else:
         inside = tuple(f"{blocks}." for blocks in candidates)
         norms = [n for n, m in model.named_modules() if _is_norm(m) and not n.startswith(inside)]
-    head = given.get("unembedding") or _unembedding_name(model)
+    projection = maybe_call(model, "get_output_embeddings")
+    heads = [name for name, module in model.named_modules() if module is projection]
+    head = given.get("unembedding") or next(iter(heads), None)
     watched = {name: model.get_submodule(name) for name in (*norms, head) if name is not None}
     for blocks in candidates:
         parts = model.get_submodule(blocks).named_modules(prefix=blocks, remove_duplicate=False)
-        watched |= dict(parts)
+        watched |= parts
     seen = observe(model, watched)
     problems = []
     for blocks in candidates:
@@ -193,12 +193,6 @@ def _block_lists(model: nn.Module, named: str | None) -> list[str]:
         if fits and len({type(member) for member in module.children()}) == 1:
             names.append(name)
     return names
-
-
-def _unembedding_name(model: nn.Module) -> str | None:
-    """Return the name of the output projection, or None if the model has none."""
-    head = maybe_call(model, "get_output_embeddings")
-    return next((name for name, module in model.named_modules() if module is head), None)
 
 
 def _projections(block: nn.Module, children: list[str]) -> list[str]:

@@ -41,16 +41,13 @@ def load(
     """Load a model by built-in name, folder, ``.gguf`` file or hub id, in evaluation mode.
 
     Args:
-        name: The model. Built-in: ``organism``, which ships with the package, and
-            ``smollm2-135m``, fetched once and then kept in the cache.
+        name: The model. Built-in are ``organism``, part of the package, and ``smollm2-135m``,
+            fetched once and then kept in the cache.
         device: CUDA if available, else the CPU, by default. Not used with ``device_map``.
         dtype: float32 on the CPU and the checkpoint's own type on CUDA by default.
         device_map: Passed to ``from_pretrained``, for models on several devices.
         trust_remote_code: Whether to run code that comes with the checkpoint.
         layout: Names of parts, for a model whose parts are not found automatically.
-
-    Returns:
-        Model, tokenizer and verified layout, in evaluation mode.
 
     Raises:
         ModelNotFoundError: No model has this name, or the hub could not be reached.
@@ -122,11 +119,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
 
 
 def _check_layers(file: Path) -> None:
-    """Refuse a configuration with more layers than weights: making them may take all memory.
-
-    Raises:
-        ModelLoadError: It has more, or is not a JSON object.
-    """
+    """Refuse a configuration with more layers than weights: making them may take all memory."""
     try:
         config = parse_json(file.read_text("utf-8"))
         most = _MOST_LAYERS
@@ -165,10 +158,8 @@ def _load_error(
     reason = first_line(problem)
     from_hub = source == name and not Path(source).expanduser().is_dir()
     if from_hub and isinstance(problem, OSError):
-        if common.get("local_files_only"):
-            reason = "it is not in the local cache and the hub could not be reached"
-        else:
-            reason = f"the hub says: {reason}"
+        offline = "it is not in the local cache and the hub could not be reached"
+        reason = offline if common.get("local_files_only") else f"the hub says: {reason}"
         return ModelNotFoundError(f"{_unknown(name)}; {reason}")
     kind = "the GGUF file is damaged or of an unknown kind" if "gguf_file" in common else "failed"
     remedy = f"; {_remedy(Path(source))}" if name in BUILTIN else ""

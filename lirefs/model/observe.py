@@ -28,9 +28,9 @@ def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass
 class Seen:
-    """First input and output of a module, copied to the CPU; None where it was not a tensor.
+    """First input and output of a module on the CPU, None where it was not a tensor.
 
-    Values are cloned at once, because some models change them in place afterwards (Falcon).
+    Cloned at once: some models change them in place afterwards (Falcon).
     """
 
     input: Tensor | None = None
@@ -50,14 +50,21 @@ class Seen:
             self.output = value.detach().clone().cpu()
 
 
+def sample_ids(model: nn.Module, rows: int, tokens: int) -> Tensor:
+    """Token ids to try a model on, (rows, tokens), from the middle of its vocabulary.
+
+    The ends of a vocabulary hold padding and special tokens.
+    """
+    vocabulary = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", 0)
+    vocabulary = vocabulary or getattr(text_config(model), "vocab_size", 0) or 8
+    ids = torch.arange(rows * tokens, device=input_device(model)).view(rows, tokens)
+    return (ids * 3 + vocabulary // 2) % vocabulary
+
+
 def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, Seen]:
     """Run ``model`` once on six tokens and return what each watched module took and returned."""
     seen = {name: Seen() for name in watched}
-    device = input_device(model)
-    vocabulary = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", 0)
-    vocabulary = vocabulary or getattr(text_config(model), "vocab_size", 0) or 8
-    # From the middle of the vocabulary, away from the padding and special tokens at its ends.
-    ids = (torch.arange(6, device=device).unsqueeze(0) * 3 + vocabulary // 2) % vocabulary
+    ids = sample_ids(model, 1, 6)
     extra = {"use_cache": False} if accepts(model, "use_cache") else {}
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:

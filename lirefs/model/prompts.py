@@ -20,27 +20,22 @@ from lirefs.errors import ScopeError
 
 @dataclass(eq=False)
 class Prompt:
-    """What is known of the prompts of one batch.
+    """What is known of the prompts of one batch."""
 
-    Attributes:
-        lengths: Tokens of each prompt without padding, (items,).
-        width: For `generate`: columns of the prompt, padding included; None elsewhere. There, all
-            rows of the batch begin to generate in the same column.
-        explicit: Whether the end of the prompt was given, and not derived from an empty cache.
-        ages: For `generate` with a mask: index among the generated tokens of each column of the
-            prompt, (items, width), so -1 for the last token and -1 - length for padding.
-        decisions: The decisions of the gates for each row, by attached steering (held weakly, as
-            another steering may get its address).
-        checked: Steerings whose scopes were already compared with the lengths.
-    """
-
+    # Tokens of each prompt without padding, (items,).
     lengths: Tensor
+    # For `generate`: columns of the prompt, padding included; all rows generate from the next one.
     width: int | None = None
+    # Whether the end of the prompt was given, and not derived from an empty cache.
     explicit: bool = True
+    # For `generate` with a mask: index among the generated tokens of each column of the prompt,
+    # (items, width), so -1 for the last token and -1 - length for padding.
     ages: Tensor | None = None
+    # Decisions of the row gates by attached steering: weakly, as another may get its address.
     decisions: WeakKeyDictionary[object, Tensor] = field(
         default_factory=WeakKeyDictionary, init=False
     )
+    # Scopes that were already compared with the lengths.
     checked: WeakSet[object] = field(default_factory=WeakSet, init=False)
 
     def select(self, rows: Tensor) -> Prompt:
@@ -66,9 +61,6 @@ def prompt_lengths(lengths: int | Sequence[int] | Tensor) -> Iterator[None]:
 
     Args:
         lengths: Tokens of the prompt of each row, padding not counted; one number for all rows.
-
-    Yields:
-        Nothing.
 
     Raises:
         ScopeError: There is no row, or a length is not a positive integer.
@@ -97,8 +89,7 @@ def prompt_known(prompt: Prompt) -> Iterator[None]:
 def for_rows(values: Tensor, rows: int, prompts: int | None = None) -> Tensor:
     """Repeat ``values``, (items, ...), for the rows of a batch: a beam search has several per item.
 
-    The rows of an item are adjacent. Raises ScopeError unless there is one item or one for each of
-    the ``prompts`` (None: unknown), and the number of rows is a multiple of the number of items.
+    There must be one item, or one for each of the ``prompts`` (None: unknown).
     """
     items = values.shape[0]
     if prompts is not None and items not in (1, prompts):

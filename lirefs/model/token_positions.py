@@ -12,11 +12,9 @@ from lirefs.model.prompts import Prompt, for_rows
 
 
 class Tokens:
-    """The tokens of one forward pass .
+    """The tokens of one forward pass.
 
-    Attributes:
-        position: Index of each token in its unpadded row, (rows, tokens), -1 for padding.
-        known_prompt: What is known of the prompt, or None.
+    `position` is the index of each in its unpadded row, (rows, tokens), -1 for padding.
     """
 
     def __init__(
@@ -62,11 +60,7 @@ class Tokens:
 
     @functools.cached_property
     def prompt(self) -> Prompt:
-        """What is known of the prompt.
-
-        Raises:
-            ScopeError: Nothing is.
-        """
+        """What is known of the prompt; ScopeError if it is unknown where it ends."""
         known = self.known_prompt
         if known is None:
             raise ScopeError(

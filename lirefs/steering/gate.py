@@ -57,19 +57,12 @@ class Gate:
         return sum(self.direction.means) / 2 if self.threshold is None else self.threshold
 
     def passes(self, states: Tensor, real: Tensor) -> Tensor:
-        """Which hidden states pass.
-
-        Args:
-            states: Shape (..., width).
-            real: Which of them are not padding, boolean, shape (...).
-
-        Returns:
-            Boolean, shape (...).
+        """Which hidden states, (..., width), pass: boolean, (...); `real` are not padding, (...).
 
         Raises:
             InterventionError: A projection, other than of padding, is not finite.
         """
-        dtype = torch.float32 if states.dtype in (torch.float16, torch.bfloat16) else states.dtype
+        dtype = torch.promote_types(states.dtype, torch.float32)
         along = states.to(dtype) @ self.direction.unit.to(states.device, dtype)
         if not torch.compiler.is_compiling() and not bool((along.isfinite() | ~real).all()):
             raise InterventionError(

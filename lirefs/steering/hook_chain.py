@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
 from lirefs.model.hidden_states import hidden_input, hidden_of, with_hidden, with_hidden_input
+from lirefs.model.layout import Side
 
 Change = Callable[[Tensor], Tensor]
-Side = Literal["input", "output"]
 
 _CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.WeakKeyDictionary()
 
 
 class _Chain:
-    """The changes at one side of one module, behind a single hook.
-
-    With a hook for each, changes at an output would run in reverse: hooks are prepended there, so
-    that hooks which record the output see what is steered.
-    """
+    # With a hook for each change, those at an output would run in reverse: hooks are prepended
+    # there, so that hooks which record the output see what is steered.
 
     def __init__(self, module: nn.Module, side: Side) -> None:
         self.changes: list[Change] = []
@@ -45,11 +42,7 @@ class _Chain:
 
 
 def change_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
-    """Let `change` act on the hidden states at one side of a module, after those already there.
-
-    Returns:
-        A function that takes it off again; a second call does nothing.
-    """
+    """Let `change` act on hidden states after those already there, until the result is called."""
     chains = _CHAINS.setdefault(module, {})
     if side not in chains:
         chains[side] = _Chain(module, side)
@@ -59,9 +52,8 @@ def change_at(module: nn.Module, side: Side, change: Change) -> Callable[[], Non
     def remove() -> None:
         if change in chain.changes:
             chain.changes.remove(change)
-        if not chain.changes:
+        if not chain.changes and chains.get(side) is chain:
             chain.hook.remove()
-            if chains.get(side) is chain:
-                del chains[side]
+            del chains[side]
 
     return remove

@@ -29,15 +29,9 @@ class Operator:
         self._ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, h: Tensor, strength: Tensor | None = None) -> Tensor:
-        """The hidden states after the operator.
+        """The hidden states `h`, (..., width), after the operator: a new tensor of their dtype.
 
-        Args:
-            h: Shape (..., width).
-            strength: a for each token, in a shape that broadcasts to (..., 1); None for the
-                operator's own.
-
-        Returns:
-            A new tensor of the shape and dtype of `h`.
+        `strength` is a for each token and broadcasts to (..., 1); None for the operator's own.
         """
         # Projections of half precision are taken in float32, which keeps their last bits.
         dtype = torch.float32 if h.dtype in (torch.float16, torch.bfloat16) else h.dtype

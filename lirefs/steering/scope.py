@@ -38,11 +38,7 @@ class Scope:
     ends: Tensor | None = None
 
     def check(self, tokens: Tokens) -> None:
-        """Compare the scope with the texts of a forward pass, once for each prompt.
-
-        Raises:
-            ScopeError: It was made for another number of rows, or reaches past the end of one.
-        """
+        """Raise ScopeError if the scope does not fit the texts of a forward pass."""
         prompt = tokens.known_prompt
         # A text that continues an unknown cache has no known length.
         if self.ends is None or prompt is None or self in prompt.checked:
@@ -177,11 +173,7 @@ def spans(
 
 
 def as_scope(scope: Scope | str) -> Scope:
-    """The scope itself, or the one of this name.
-
-    Raises:
-        ScopeError: There is no such scope.
-    """
+    """The scope itself, or the one of this name."""
     if isinstance(scope, Scope):
         return scope
     if not isinstance(scope, str) or scope not in _BY_NAME:

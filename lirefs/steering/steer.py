@@ -173,13 +173,10 @@ class Steer:
         return layout
 
     def operators(self, layout: Layout) -> list[tuple[int, str, Operator]]:
-        """The operator at each place, where it changes anything.
+        """(layer, site, operator) wherever it changes anything, in the order of the forward pass.
 
         Args:
             layout: What `check` returned for the model.
-
-        Returns:
-            (layer, site, operator), in the order of the forward pass.
         """
         found = []
         for layer, site, direction in self._places(layout):
@@ -194,9 +191,8 @@ class Steer:
     def _places(self, layout: Layout) -> list[tuple[int, str, Direction]]:
         places = []
         for one in self.directions:
-            layers: Iterable[int] = [one.layer]
-            if self.layers is not None:
-                layers = self.layers if isinstance(self.layers, list) else range(layout.n_layers)
+            every = range(layout.n_layers)
+            layers = every if isinstance(self.layers, str) else self.layers or [one.layer]
             places += [(at, site, one) for at in layers for site in self.sites or (one.site,)]
         return places
 

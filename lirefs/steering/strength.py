@@ -16,21 +16,13 @@ from lirefs.model.token_positions import Tokens
 
 
 class RowStrengths:
-    """A strength for each row of the batch.
-
-    Args:
-        values: The strengths; None leaves a row as it is. A tensor has one axis.
-
-    Raises:
-        InterventionError: There is no row, or a strength is not a finite number.
-    """
+    """A strength for each row of the batch; None leaves a row as it is."""
 
     def __init__(self, values: Sequence[float | None] | Tensor) -> None:
         if isinstance(values, Tensor):
             if values.dim() != 1:
-                raise InterventionError(
-                    f"strengths by row have one axis, this tensor has shape {tuple(values.shape)}"
-                )
+                shape = tuple(values.shape)
+                raise InterventionError(f"strengths by row have one axis, got shape {shape}")
             values = values.tolist()
         if not len(values):
             raise InterventionError("strengths by row are empty; give one for each row")
@@ -97,11 +89,7 @@ Strength: TypeAlias = (
 
 
 def as_strength(strength: Strength) -> float | dict[int, float] | RowStrengths | Schedule:
-    """The strength in one of its four forms: a number, by layer, by row, by generated token.
-
-    Raises:
-        InterventionError: It is none of these, or a number is not finite.
-    """
+    """The strength in one of its four forms: a number, by layer, by row, by generated token."""
     if isinstance(strength, Schedule):
         return strength
     if isinstance(strength, Tensor) and strength.dim() == 0:

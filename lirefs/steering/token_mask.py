@@ -35,11 +35,7 @@ class TokenMask:
         self._idle = False
 
     def prepare(self, tokens: Tokens) -> None:
-        """Take in the tokens of the forward pass that begins.
-
-        Raises:
-            ScopeError: The scope does not fit them.
-        """
+        """Take in the tokens of the forward pass that begins; ScopeError if they do not fit."""
         self._tokens, self._passes = tokens, None
         self._scope.check(tokens)
         mask = None if self._scope is ALL else self._scope.touches(tokens)

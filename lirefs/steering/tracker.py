@@ -55,10 +55,9 @@ class Tracker:
         return stop
 
     def _shadow_generate(self, model: nn.Module) -> None:
-        """Let `generate` announce where the prompt ends, as long as this tracker lives.
+        """Let `generate` announce where the prompt ends: shadow it on this one object.
 
-        A forward pass alone does not show it under chunks, without a cache, or with candidate
-        tokens of an assistant. The method is shadowed on this one object and uncovered again.
+        A forward pass does not show it under chunks, without a cache, or with an assistant.
         """
         original: Any = getattr(model, "generate", None)
         self._own_generate = model.__dict__.get("generate")
@@ -135,11 +134,7 @@ def tracker_of(model: nn.Module, layout: Layout) -> Tracker:
 
 
 def _source(given: dict[str, Any], *names: str) -> Tensor | None:
-    """What a call reads, (rows, tokens, ...), by the first of these names; None if there is none.
-
-    Raises:
-        ScopeError: The batch is empty.
-    """
+    """What a call reads, (rows, tokens, ...), or None; ScopeError if the batch is empty."""
     found = (given.get(name) for name in ("inputs_embeds", "input_ids", *names))
     source = next((one for one in found if isinstance(one, Tensor)), None)
     if source is not None and not (source.shape[0] and source.shape[1]):
