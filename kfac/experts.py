@@ -32,11 +32,7 @@ def stacked(module: nn.Module) -> list[str]:
 
 
 def check_stack(name: str, module: nn.Module) -> None:
-    """Verify that a module follows the experts interface of transformers, in one process.
-
-    Raises:
-        TargetError: It does not.
-    """
+    """Raise TargetError unless a module follows the experts interface, in one process."""
     if missing := [attribute for attribute in _INTERFACE if not hasattr(module, attribute)]:
         raise TargetError(
             f"module {name!r} ({type(module).__name__}) holds stacked experts, but does not follow "
@@ -70,8 +66,7 @@ def _forward(
 ) -> Tensor:
     """Compute what the experts of transformers compute, and observe every matrix product.
 
-    `hidden` is (positions, width); `experts`, the chosen ones, and `weights`, those of the router,
-    are (positions, chosen).
+    `hidden` is (positions, width); `experts` and router `weights` are (positions, chosen).
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     gate = module._apply_gate if module.has_gate else module.act_fn

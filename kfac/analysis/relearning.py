@@ -13,7 +13,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses, recitation
-from kfac.collection.finite import ADVICE, broken, first_row, where
+from kfac.collection.finite import ADVICE, broken, first_row, row_error
 from kfac.edits.weight_edit import WeightEdit
 from lirefs.errors import BatchError, EditError, NonFiniteError
 from lirefs.model.guest import as_guest
@@ -142,10 +142,8 @@ def _train(
             advice = "lower lr" if done else ADVICE
             losses = passage_losses(model, batches[index])
             if broken([losses]):
-                raise NonFiniteError(
-                    f"{step}, {where(first_row(losses[:, None]), losses.shape)}: the loss is NaN "
-                    f"or infinite; {advice}"
-                )
+                row = first_row(losses[:, None])
+                raise row_error(step, row, losses.shape, "the loss holds", advice)
             optimizer.zero_grad()
             losses.mean().backward()  # type: ignore[no-untyped-call]
             trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]

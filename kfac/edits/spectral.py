@@ -74,22 +74,15 @@ class SpectralEdit(WeightEdit):
 
     @abc.abstractmethod
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Return the pairs of a target that are kept; the target's keep is below 1.
+        """Return the pairs of a target's (out, in) table that are kept; its keep is below 1.
 
         Args:
             name: Target name.
             coordinates: The rotated weight (out, in); None where there is no model.
-
-        Returns:
-            A set of pairs of the target's (out, in) table.
         """
 
     def with_keep(self, keep: float | Mapping[str, float]) -> Self:
-        """Return the same edit at another `keep`; it shares what has been computed already.
-
-        Raises:
-            KeepError: `keep` is out of range, empty, or names an unknown target.
-        """
+        """Return the same edit at another `keep`; it shares what has been computed already."""
         other = copy.copy(self)
         SpectralEdit.__init__(other, self.factors, keep)
         return other
@@ -108,13 +101,7 @@ class SpectralEdit(WeightEdit):
         return {"kind": self.kind, "keep": self.keep, "factors": self.factors.digest}
 
     def report(self, model: nn.Module | None = None) -> list[TargetReport]:
-        """Return what the edit keeps of each target.
-
-        Args:
-            model: If given, the relative change of its weights is computed too.
-
-        Returns:
-            One row for each target, in order.
+        """Return what the edit keeps of each target, and if a model is given, how it changes.
 
         Raises:
             FactorsMismatchError: The factors do not belong to the model.

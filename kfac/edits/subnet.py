@@ -136,8 +136,7 @@ def fit_balanced_subnet(
 class _Masked:
     """Some targets with a score for each weight, which decides what is masked.
 
-    The gradient of a mask entry is the weight's gradient times the weight, so the masked weights
-    themselves are the leaves of the graph and no module needs to be replaced.
+    The gradient of a mask entry is the weight's gradient times the weight, so no module is replaced.
     """
 
     def __init__(self, targets: Sequence[Target], ratio: float, lr: float, seed: int) -> None:
@@ -158,7 +157,7 @@ class _Masked:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Mask the weights inside a `with` block; afterwards they are as they were before."""
+        """Mask the weights inside a `with` block."""
         gradients = [target.parameter.grad for target, *_ in self.parts]
         try:
             for target, *_ in self.parts:

@@ -27,11 +27,7 @@ class WeightEdit(abc.ABC):
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Return the targets to change, each with its new weight (out, in) in any float dtype.
 
-        Args:
-            model: The model to be edited; it is not changed.
-
-        Returns:
-            One entry for each target that changes.
+        The model itself is not changed.
         """
 
     @abc.abstractmethod
@@ -110,10 +106,7 @@ class WeightEdit(abc.ABC):
 
 
 def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:
-    """Return the digest of a target's weight, after checking that it is the expected weight.
-
-    The weight may be the expected one as it is now, or as it was before the attached edits.
-    """
+    """Return the digest of a target's weight, expected as it is or was before attached edits."""
     digest = weight_digest(target.weight)
     if digest != expected:
         originals = map(target.view, originals_of(target.parameter))

@@ -36,7 +36,8 @@ class Factors:
 
     Sums and counts are stored, never means, so factors of different data can be merged. An A
     that several targets share (gate and up read the same input) is stored once. All tensors are on
-    CPU. All arguments except `bases` become attributes.
+    CPU. All arguments except `bases` become attributes. Methods raise TargetError for a name without
+    factors.
 
     Args:
         records: One `TargetRecord` for each target name, in collection order.
@@ -101,36 +102,24 @@ class Factors:
         ]
 
     def A(self, name: str) -> Tensor:
-        """Return E[a aᵀ] of a target, shape (in, in), in squared units of the activations.
-
-        Raises:
-            TargetError: There are no factors for the target.
-        """
+        """Return E[a aᵀ] of a target, shape (in, in), in squared units of the activations."""
         return self._mean("A", self._record(name).source)
 
     def G(self, name: str) -> Tensor:
         """Return E[g gᵀ] of a target, shape (out, out), where g belongs to a summed loss.
 
         Its unit is squared nats per squared unit of the output.
-
-        Raises:
-            TargetError: There are no factors for the target.
         """
         return self._mean("G", name)
 
     def count(self, name: str) -> int:
-        """Return the number of positions that a target, or one expert, has sums of.
-
-        Raises:
-            TargetError: There are no factors for the target.
-        """
+        """Return the number of positions that a target, or one expert, has sums of."""
         return self._record(name).count
 
     def eigen(self, name: str) -> Eigen:
         """Return float64 spectra and eigenvectors of a target; a shared A is decomposed only once.
 
         Raises:
-            TargetError: There are no factors for the target.
             SpectrumError: A factor is not finite.
         """
         source = self._record(name).source
@@ -153,7 +142,6 @@ class Factors:
 
         Raises:
             EstimatorError: The estimator is unknown, or its sums were not collected.
-            TargetError: There are no factors for the target.
         """
         if estimator not in ESTIMATORS:
             raise EstimatorError(f"estimator={estimator!r} is unknown: use one of {ESTIMATORS}")

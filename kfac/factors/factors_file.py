@@ -17,11 +17,8 @@ FORMAT = 1
 def factors_arguments(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of `Factors` that the header and tensors of a file hold.
 
-    Raises:
-        FactorsFileError: The file has another format.
-        KeyError: A field is missing.
-        TypeError: A field has the wrong type.
-        ValueError: A field or tensor is invalid.
+    Another format is a FactorsFileError; damage is a KeyError, TypeError, ValueError or
+    AttributeError.
     """
     if header["format"] != FORMAT:
         raise FactorsFileError(

@@ -81,9 +81,8 @@ def subtract(whole: Factors, part: Factors) -> Factors:
         Factors that equal, up to rounding of the sums, those of the other data.
 
     Raises:
-        FactorsMismatchError: The part has other targets or is not smaller than the whole; one of
-            the two was merged with weights; or sums of squares would turn negative, so the part was
-            never in the whole.
+        FactorsMismatchError: The part has other targets, is not smaller than the whole or was not
+            in it (sums of squares would turn negative), or one of the two was merged with weights.
     """
     _check_same(whole, part, "subtract")
     if whole.weighted or part.weighted:
