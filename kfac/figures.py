@@ -172,14 +172,23 @@ def _errors(table: Floats) -> Floats:
 
 @dataclass(frozen=True, eq=False)
 class Spectrum:
-    """Curvature of one target, for the spectrum figure."""
+    """Curvature of one target, for the spectrum figure.
+
+    Attributes:
+        name: Name of the target.
+        output_values: Eigenvalues of G, descending, shape (m,).
+        input_values: Eigenvalues of A, descending, shape (n,).
+        counts: Number of pairs kept in each row of the (m, n) mass, shape (m,).
+        curve: Share of pairs and share of mass kept, shape (points, 2), ascending.
+        keep: Share of the mass that was asked for.
+    """
 
     name: str
-    output_values: Floats  # (m,) eigenvalues of G, descending
-    input_values: Floats  # (n,) eigenvalues of A, descending
-    counts: Floats  # (m,) number of pairs kept in each row of the (m, n) mass
-    curve: Floats  # (points, 2) share of pairs and share of mass kept, ascending
-    keep: float  # share of the mass that was asked for
+    output_values: Floats
+    input_values: Floats
+    counts: Floats
+    curve: Floats
+    keep: float
 
 
 def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:

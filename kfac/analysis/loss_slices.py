@@ -64,9 +64,6 @@ def loss_slices(
         pairs: Ranks (i, j), 0 the sharpest; None for six pairs from the sharpest to the flattest.
         steps: Distances as fractions of the Frobenius norm of the weight.
 
-    Returns:
-        Losses and predictions for each pair and step.
-
     Raises:
         BatchError: There is no batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.

@@ -51,16 +51,13 @@ class SplitHalf:
 def split_half(
     first: Factors, second: Factors, name: str, *, cuts: Sequence[float] = CUTS
 ) -> SplitHalf:
-    """Compare the factors of two halves of the data.
+    """Compare the factors of two halves of the data, on both sides of a target.
 
     Args:
         first: Factors of one half.
         second: Factors of the other half, of the same targets and weights.
         name: Name of the target.
         cuts: Where the flat end may begin, as fractions of the directions, each in (0, 1).
-
-    Returns:
-        Agreement of the two halves on both sides of the target.
 
     Raises:
         FactorsMismatchError: The halves were collected from different targets or weights.

@@ -19,10 +19,6 @@ class World:
         self.rank = dist.get_rank() if running else 0
         self.size = dist.get_world_size() if running else 1
 
-    def owns(self, batch: int) -> bool:
-        """Return whether this process works on the batch with that number."""
-        return batch % self.size == self.rank
-
     def check_same_batches(self, digest: str) -> None:
         """Raise DistributedError unless all processes have batches with the same digest."""
         if len(set(self.gather(digest))) > 1:

@@ -54,18 +54,17 @@ class TargetTracker:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Watch every target inside the context."""
-        stacks: dict[nn.Module, dict[tuple[str, int], str]] = {}
+        stacks: dict[nn.Module, str] = {}
         with ExitStack() as stack:
             for name, target in self.targets.items():
                 if target.expert is not None:
-                    experts = stacks.setdefault(target.module, {})
-                    experts[target.attribute, target.expert] = name
+                    stacks[target.module] = name.rpartition(".")[0]
                     continue
                 hook: Callable[..., Any] = partial(self._on_forward, name)
                 handle = target.module.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-            for module, names in stacks.items():
-                stack.enter_context(observed(module, partial(self._on_expert, names)))
+            for module, owner in stacks.items():
+                stack.enter_context(observed(module, partial(self._on_expert, owner)))
             # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks hold
             # this object: a cycle through autograd, which no collector sees.
             stack.callback(self._forget)
@@ -151,16 +150,10 @@ class TargetTracker:
         return self._watch(name, first_argument(args, kwargs), output, None)
 
     def _on_expert(
-        self,
-        names: Mapping[tuple[str, int], str],
-        attribute: str,
-        expert: int,
-        rows: Tensor,
-        output: Tensor,
-        positions: Tensor,
+        self, owner: str, expert: str, rows: Tensor, output: Tensor, positions: Tensor
     ) -> Tensor:
-        name = names.get((attribute, expert))
-        return output if name is None else self._watch(name, rows, output, positions)
+        name = f"{owner}.{expert}"
+        return self._watch(name, rows, output, positions) if name in self.targets else output
 
     def _watch(self, name: str, tensor: Tensor, output: Tensor, positions: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():

@@ -55,11 +55,6 @@ class Options:
         if self.dtype not in (torch.float32, torch.float64):
             raise KfacError(f"dtype={self.dtype}: sums are float32 or float64")
 
-    def settings(self) -> dict[str, Any]:
-        """Return the fields that the sums depend on, as JSON values."""
-        own = {"seed": self.seed, "labels": self.labels, "samples": self.samples}
-        return {**own, "dtype": str(self.dtype)}
-
 
 def run_passes(
     model: nn.Module,
@@ -89,7 +84,9 @@ def run_passes(
     if path is not None and world.size > 1:
         path = f"{os.fspath(path)}.{world.rank}-of-{world.size}"
     names = [[target.name for target in targets] for targets in passes]
-    needed = {**options.settings(), **settings, "passes": names, "processes": world.size}
+    drawn = {"seed": options.seed, "labels": options.labels, "samples": options.samples}
+    split = {"passes": names, "processes": world.size}
+    needed = {**drawn, "dtype": str(options.dtype), **settings, **split}
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
     state = checkpoint.load(len(passes), partial(_shapes, passes, make_sums), options.dtype)
     trackers: list[TargetTracker] = []
@@ -182,7 +179,7 @@ class _Pass:
             data.update(batch_digest(batch, contents))
             if seen == 1 and compare:
                 world.check_same_batches(data.hexdigest())
-            if seen <= state.done or not world.owns(seen - 1):
+            if seen <= state.done or (seen - 1) % world.size != world.rank:
                 seeds.skip(contents)
                 if seen == state.done and state.data != data.hexdigest():
                     raise CheckpointError(

@@ -126,9 +126,6 @@ def select_separable(
     eigenvectors, each with all its pairs; "rectangle": the fewest of both sides, each holding the
     square root of `keep` of its own sum.
     """
-    if shape not in SHAPES:
-        raise SpectrumError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
-    keep = check_keep(keep)
     lam, mu = rows.double().cpu().numpy(), columns.double().cpu().numpy()
     row_order, column_order = (np.argsort(-one, kind="stable") for one in (lam, mu))
     lam, mu = lam[row_order], mu[column_order]

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,6 @@ from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, EstimatorError, KeepError
 from lirefs.model.guest import full_precision, widened
-
-# Copies of eigenvectors, by factors, then by side with target, device and dtype. Without them each
-# step of a sweep would copy both bases from float64 on the CPU.
-_BASES: WeakKeyDictionary[Factors, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -143,17 +138,7 @@ class SpectralEdit(WeightEdit):
         return self.factors.coordinates(name, weight, digest)
 
     def _bases(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return U_G and U_A of a target on the device and in the dtype of `like`."""
-        known = _BASES.setdefault(self.factors, {})
-        basis = self.factors.eigen(name)
-        source = self.factors.records[name].source
-        result = []
-        for side, vectors in (("G." + name, basis.u_out), ("A." + source, basis.u_in)):
-            key = (side, like.device, like.dtype)
-            if key not in known:
-                known[key] = vectors.to(like.device, like.dtype)
-            result.append(known[key])
-        return result[0], result[1]
+        return self.factors.eigenvectors(name, like)
 
     def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
         """Return U_G kept U_Aᵀ; rows and columns that hold nothing cost nothing."""

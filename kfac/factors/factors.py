@@ -36,8 +36,8 @@ class Factors:
 
     Sums and counts are stored, never means, so factors of different data can be merged. An A
     that several targets share (gate and up read the same input) is stored once. All tensors are on
-    CPU. All arguments except `bases` become attributes. Methods raise TargetError for a name without
-    factors.
+    CPU. All arguments except `bases` become attributes. A method that is given a name without
+    factors raises TargetError.
 
     Args:
         records: One `TargetRecord` for each target name, in collection order.
@@ -75,6 +75,7 @@ class Factors:
             key: (values.double(), vectors.double())
             for key, (values, vectors) in self._stored_bases.items()
         }
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}  # of eigenvectors
         self._coordinates: dict[str, tuple[str, Tensor]] = {}
         self._digest: str | None = None
 
@@ -129,6 +130,17 @@ class Factors:
             self._bases[g_key] = eigenbasis(self.G(name))
         return Eigen(*self._bases[g_key], *self._bases[a_key])
 
+    def eigenvectors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return U_G and U_A of a target on the device and in the dtype of `like`, copied once."""
+        basis, source = self.eigen(name), self._record(name).source
+        copies = []
+        for side, vectors in (("G." + name, basis.u_out), ("A." + source, basis.u_in)):
+            key = (side, like.device, like.dtype)
+            if key not in self._copies:
+                self._copies[key] = vectors.to(like.device, like.dtype)
+            copies.append(self._copies[key])
+        return copies[0], copies[1]
+
     def curvature(self, name: str, estimator: str = "kfac") -> Curvature:
         """Return the mass that an estimator gives to each coordinate of a target.
 
@@ -175,9 +187,8 @@ class Factors:
         known = self._coordinates.get(name)
         if known is not None and known[0] == digest and known[1].device == weight.device:
             return known[1]
-        basis = self.eigen(name)
         wide = widened(weight)
-        u_out, u_in = (u.to(wide.device, wide.dtype) for u in (basis.u_out, basis.u_in))
+        u_out, u_in = self.eigenvectors(name, wide)
         with full_precision(wide.device):
             result = u_out.T @ wide @ u_in
         self._coordinates[name] = (digest, result)

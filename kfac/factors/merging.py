@@ -137,9 +137,8 @@ def _combine(
     parts: Sequence[Factors], operation: Callable[[str, str], Tensor]
 ) -> dict[str, Tensor]:
     """Return operation(key, target name) for each sum that all parts have and that can be added."""
-    result = {}
-    for key in parts[0].sums:
-        kind, _, name = key.partition(".")
-        if kind != "E" and all(key in part.sums for part in parts):
-            result[key] = operation(key, name)
-    return result
+    return {
+        key: operation(key, key.partition(".")[2])
+        for key in parts[0].sums
+        if not key.startswith("E.") and all(key in part.sums for part in parts)
+    }
