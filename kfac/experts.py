@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from lirefs.errors import TargetError
 
-Observe = Callable[[str, int, Tensor, Tensor, Tensor], Tensor]
-"""Parameter name, expert, its input rows, output rows and their positions to the output to use."""
+Observe = Callable[[str, Tensor, Tensor, Tensor], Tensor]
+"""An expert, as "up_proj[3]", its input rows, output rows and positions to the output to use."""
 
 _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
@@ -32,11 +32,7 @@ def stacked(module: nn.Module) -> list[str]:
 
 
 def check_stack(name: str, module: nn.Module) -> None:
-    """Verify that a module follows the experts interface of transformers, in one process.
-
-    Raises:
-        TargetError: It does not.
-    """
+    """Raise TargetError unless a module follows the experts interface, in one process."""
     if missing := [attribute for attribute in _INTERFACE if not hasattr(module, attribute)]:
         raise TargetError(
             f"module {name!r} ({type(module).__name__}) holds stacked experts, but does not follow "
@@ -70,8 +66,7 @@ def _forward(
 ) -> Tensor:
     """Compute what the experts of transformers compute, and observe every matrix product.
 
-    `hidden` is (positions, width); `experts`, the chosen ones, and `weights`, those of the router,
-    are (positions, chosen).
+    `hidden` is (positions, width); `experts` and router `weights` are (positions, chosen).
     """
     first = "gate_up_proj" if module.has_gate else "up_proj"
     gate = module._apply_gate if module.has_gate else module.act_fn
@@ -81,9 +76,10 @@ def _forward(
         if not len(positions):
             continue
         rows = hidden[positions]
-        inner = gate(observe(first, expert, rows, _product(module, first, expert, rows), positions))
+        inner = _product(module, first, expert, rows)
+        inner = gate(observe(f"{first}[{expert}]", rows, inner, positions))
         outer = _product(module, "down_proj", expert, inner)
-        outer = observe("down_proj", expert, inner, outer, positions)
+        outer = observe(f"down_proj[{expert}]", inner, outer, positions)
         if getattr(module, "has_post_expert_norm", False):
             outer = module.post_expert_norm(outer)
         result = result.index_add(

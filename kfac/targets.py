@@ -102,9 +102,6 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
         model: Any module.
         names: Names as in `model.named_modules()`, each once.
 
-    Returns:
-        One target for each name.
-
     Raises:
         TargetError: A name is missing, repeated, or not a dense floating-point matrix.
     """
@@ -206,8 +203,7 @@ def _wanted_layers(layers: Iterable[int] | None, blocks: int) -> set[int] | None
     wanted = set(layers)
     if not blocks:
         raise TargetError("layers were given, but the model has no ModuleList of blocks; use names")
-    bad = sorted(layer for layer in wanted if not 0 <= layer < blocks)
-    if bad:
+    if bad := sorted(layer for layer in wanted if not 0 <= layer < blocks):
         raise TargetError(f"layers {bad} do not exist: the model has layers 0 to {blocks - 1}")
     if not wanted:
         raise TargetError("layers is empty; pass None for all layers")

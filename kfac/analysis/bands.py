@@ -91,9 +91,6 @@ def band_profile(
         forward: For models that are not causal language models, as in `kfac.collect`: its mask
             (B, T) says which tokens of each text (patches of each image) are measured.
 
-    Returns:
-        Norms by text, target and band.
-
     Raises:
         BatchError: There is no batch, one is malformed, or a text has no token.
         FactorsMismatchError: The factors are not of this model.
@@ -116,7 +113,7 @@ def band_profile(
 def band_ratios(
     first: BandProfile, second: BandProfile, resamples: int = RESAMPLES, seed: int = 0
 ) -> BandRatios:
-    """Divide the mean activation of one set of texts by that of another, with intervals.
+    """Divide the mean activation of one set of texts by that of another, with 95 % intervals.
 
     Every token has the same weight; whole texts are resampled, since the tokens of one text are not
     independent.
@@ -126,9 +123,6 @@ def band_ratios(
         second: Profile below it, of the same targets and bands.
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
-
-    Returns:
-        Ratios with 95 % intervals, and their control at unit norm.
 
     Raises:
         SpectrumError: The profiles have different targets or bands.

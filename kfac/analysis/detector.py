@@ -52,9 +52,6 @@ def score_recitation(
         factors: Factors of ordinary text; each distinct input of their targets is read.
         flat: Fraction of the input directions, those of smallest eigenvalue, that counts as flat.
 
-    Returns:
-        Scores of tokens and of whole texts.
-
     Raises:
         BatchError: There is no batch, one is malformed, or a text has no token.
         FactorsMismatchError: The factors are not of this model.

@@ -64,9 +64,6 @@ def loss_slices(
         pairs: Ranks (i, j), 0 the sharpest; None for six pairs from the sharpest to the flattest.
         steps: Distances as fractions of the Frobenius norm of the weight.
 
-    Returns:
-        Losses and predictions for each pair and step.
-
     Raises:
         BatchError: There is no batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.
@@ -111,7 +108,7 @@ def _gradient(model: nn.Module, batches: list[Any], target: Target) -> tuple[flo
     target.parameter.requires_grad_(True)  # as_guest restores the flag
     total, count, gradient = 0.0, 0, torch.zeros(())
     for batch in batches:
-        losses = position_losses(model, batch)
+        losses, _ = position_losses(model, batch)
         if not losses.requires_grad:
             raise SpectrumError(f"the loss does not depend on target {target.name!r}")
         gradient = gradient + torch.autograd.grad(losses.sum(), target.parameter)[0]
@@ -128,7 +125,7 @@ def _loss_at(model: nn.Module, batches: list[Any], target: Target, step: Tensor)
     moved = target.weight.double() + step.to(original.device)
     try:
         parameter.data = target.placed(moved)
-        losses = [position_losses(model, batch) for batch in batches]
+        losses = [position_losses(model, batch)[0] for batch in batches]
     finally:
         parameter.data = original
     return float(sum(one.sum(dtype=torch.float64) for one in losses) / sum(map(len, losses)))

@@ -14,9 +14,11 @@ from lirefs.errors import BatchError
 from lirefs.model.guest import widened
 
 
-def position_losses(model: nn.Module, batch: Any) -> Tensor:
-    """Return the loss of every counted position of a batch, in nats, shape (positions,)."""
-    return _counted_losses(model, batch)[0]
+def position_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
+    """Return the losses (positions,) of counted positions in nats, and their bool mask (B, T)."""
+    logits, counted, following = _predictions(model, batch)
+    chosen = widened(logits[counted])
+    return nn.functional.cross_entropy(chosen, following[counted], reduction="none"), counted
 
 
 def passage_losses(model: nn.Module, batch: Any) -> Tensor:
@@ -25,7 +27,7 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     Counted are the positions of `kfac.collect`: those that predict an attended token whose label,
     where there are labels, is not -100.
     """
-    losses, counted = _counted_losses(model, batch)
+    losses, counted = position_losses(model, batch)
     table = losses.new_zeros(counted.shape).masked_scatter(counted, losses)
     return table.sum(1) / counted.sum(1)
 
@@ -59,13 +61,6 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     if not parts:
         raise BatchError("the iterable of batches is empty")
     return torch.cat(parts)
-
-
-def _counted_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
-    """Return the losses (positions,) of the counted positions, and their bool mask (B, T)."""
-    logits, counted, following = _predictions(model, batch)
-    chosen = widened(logits[counted])
-    return nn.functional.cross_entropy(chosen, following[counted], reduction="none"), counted
 
 
 def _predictions(

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses, recitation
-from kfac.collection.finite import ADVICE, broken, first_row, where
-from kfac.edits.weight_edit import WeightEdit
+from kfac.collection.finite import ADVICE, broken, first_row, row_error
+from kfac.edits.weight_edit import WeightEdit, trained
 from lirefs.errors import BatchError, EditError, NonFiniteError
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Estimate, mean_estimate
@@ -22,7 +22,7 @@ from lirefs.statistics.intervals import Estimate, mean_estimate
 
 @dataclass(frozen=True, eq=False)
 class Relearning:
-    """Share of texts that are recited, by arm and training step.
+    """Share of texts that are recited, by arm and training step, with 95 % intervals over texts.
 
     Attributes:
         steps: Numbers of training steps after which the model was tested.
@@ -66,9 +66,6 @@ def relearn(
         seed: Seed of the order of batches.
         progress: Show a bar.
 
-    Returns:
-        Recitation by arm and step, with 95 % intervals over texts.
-
     Raises:
         BatchError: A set is empty, or one of its texts has no counted position.
         EditError: A setting is out of range, or there is no arm.
@@ -111,18 +108,12 @@ def trainable(model: nn.Module) -> Iterator[None]:
     Half-precision weights are copied to float32, since rounding would swallow a step of 1e-5. After
     the context the model holds its original tensors, gradients, flags and modes again.
     """
-    before = [(parameter, parameter.data, parameter.grad) for parameter in model.parameters()]
-    with as_guest(model):
-        try:
-            for parameter, data, _ in before:
-                half = parameter.dtype in (torch.float16, torch.bfloat16)
-                parameter.data = data.float() if half else data.clone()
-                parameter.grad = None
-                parameter.requires_grad_(True)
-            yield
-        finally:
-            for parameter, data, gradient in before:
-                parameter.data, parameter.grad = data, gradient
+    parameters = list(model.parameters())
+    with as_guest(model), trained(parameters):
+        for parameter in parameters:
+            half = parameter.dtype in (torch.float16, torch.bfloat16)
+            parameter.data = parameter.data.float() if half else parameter.data.clone()
+        yield
 
 
 def _train(
@@ -142,10 +133,8 @@ def _train(
             advice = "lower lr" if done else ADVICE
             losses = passage_losses(model, batches[index])
             if broken([losses]):
-                raise NonFiniteError(
-                    f"{step}, {where(first_row(losses[:, None]), losses.shape)}: the loss is NaN "
-                    f"or infinite; {advice}"
-                )
+                row = first_row(losses[:, None])
+                raise row_error(step, row, losses.shape, "the loss holds", advice)
             optimizer.zero_grad()
             losses.mean().backward()  # type: ignore[no-untyped-call]
             trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]

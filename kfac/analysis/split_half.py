@@ -24,23 +24,13 @@ CUTS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 @dataclass(frozen=True, eq=False)
 class SideAgreement:
-    """Agreement of two estimates of one second-moment matrix.
+    """Agreement of two estimates of one second-moment matrix (d, d)."""
 
-    Attributes:
-        own: Eigenvalues of the first half, descending, shape (d,).
-        other: Second moment of the second half along the same eigenvectors, shape (d,). Where it
-            does not follow `own`, the order of directions is noise.
-        cuts: Fractions of the directions, shape (cuts,).
-        overlap: For each cut, the share of the flat subspace of one half (all directions past
-            the cut) that lies in the flat subspace of the other, in [0, 1].
-        chance: The share expected of random subspaces of that size: 1 - cut.
-    """
-
-    own: Floats
-    other: Floats
-    cuts: Floats
-    overlap: Floats
-    chance: Floats
+    own: Floats  # (d,) eigenvalues of the first half, descending
+    other: Floats  # (d,) second moment of the second half along them; if apart, order is noise
+    cuts: Floats  # (cuts,) fractions of the directions
+    overlap: Floats  # (cuts,) share of one flat subspace (past the cut) that lies in the other
+    chance: Floats  # (cuts,) the share expected of random subspaces: 1 - cut
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,16 +51,13 @@ class SplitHalf:
 def split_half(
     first: Factors, second: Factors, name: str, *, cuts: Sequence[float] = CUTS
 ) -> SplitHalf:
-    """Compare the factors of two halves of the data.
+    """Compare the factors of two halves of the data, on both sides of a target.
 
     Args:
         first: Factors of one half.
         second: Factors of the other half, of the same targets and weights.
         name: Name of the target.
         cuts: Where the flat end may begin, as fractions of the directions, each in (0, 1).
-
-    Returns:
-        Agreement of the two halves on both sides of the target.
 
     Raises:
         FactorsMismatchError: The halves were collected from different targets or weights.

@@ -59,11 +59,7 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
 def module_and_batches(
     model: nn.Module | LanguageModel, batches: Iterable[Any]
 ) -> tuple[nn.Module, Iterable[Any]]:
-    """Return the module, and texts of an `lm` as batches of similar length, longest first.
-
-    Raises:
-        BatchError: One string alone, or texts mixed with other batches.
-    """
+    """Return the module, and texts of an `lm` as batches of similar length, longest first."""
     if isinstance(batches, str):
         raise BatchError("a list of texts is needed, got one string: use [text]")
     if not isinstance(model, LanguageModel):
@@ -90,12 +86,7 @@ def attended(batch: Any) -> Tensor | None:
 
 
 def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
-    """Verify that a batch can be given to a causal language model; `place` names it in messages.
-
-    Raises:
-        BatchError: It is not a mapping with integer input_ids (B, T), its mask or labels have
-            another shape, or an id is outside the vocabulary.
-    """
+    """Raise BatchError unless a batch can be given to a causal language model."""
     if isinstance(batch, str):
         raise BatchError(f"{place} is a text: give the lm, which has the tokenizer, as the model")
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):

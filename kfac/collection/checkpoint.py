@@ -42,18 +42,11 @@ Shapes = Mapping[str, Mapping[str, tuple[int, int]]]
 
 
 class Checkpoint:
-    """A file with the state of a collection, replaced at intervals.
+    """A file with the state of a collection, replaced every so many seconds; None: no file.
 
-    Ctrl-C waits for the end of the batch; a second Ctrl-C does not wait. Whatever else stops the
-    collection, the file is consistent, because the sums only change at the very end of a batch.
-
-    Args:
-        path: The file; None switches everything off.
-        every: Seconds between two writes.
-        settings: JSON values that the sums depend on; they must not change before a resumption.
-
-    Attributes:
-        changing: True from the first change of the sums to the end of the batch.
+    `settings` are the JSON values that the sums depend on. Ctrl-C waits for the end of the batch; a
+    second Ctrl-C does not. Whatever else stops the collection, the file is consistent, because the
+    sums only change at the very end of a batch, while `changing` is true.
     """
 
     def __init__(
@@ -68,10 +61,7 @@ class Checkpoint:
     def load(self, turns: int, shapes_in: Callable[[State], Shapes], dtype: torch.dtype) -> State:
         """Return the state to resume from; a new one when there is no file.
 
-        `turns` is the number of passes, and `shapes_in` returns the shapes of all sums in a state.
-
-        Raises:
-            CheckpointError: The file is damaged, or belongs to another collection.
+        A file that is damaged or belongs to another collection is a CheckpointError.
         """
         if self.path is None or not self.path.exists():
             return State()

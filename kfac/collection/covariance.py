@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from kfac.collection.finite import broken
 from kfac.target import TargetRecord
 from lirefs.errors import NonFiniteError
 from lirefs.model.guest import full_precision
@@ -51,10 +52,7 @@ class Sums(abc.ABC):
 
     @abc.abstractmethod
     def add_gradient(self, name: str, g: Tensor, a: InputRows, share: float) -> None:
-        """Add the output gradients (rows, out) of a target and one draw of labels.
-
-        `a` holds the inputs at the same positions; `share` is one over the number of draws.
-        """
+        """Add the output gradients (rows, out) of one draw of labels; `share` is 1 / draws."""
 
     def finish(self) -> None:
         """Mirror the upper triangles, the only part of symmetric tables that was computed."""
@@ -68,25 +66,15 @@ class Sums(abc.ABC):
 
     def check_overflow(self, place: str) -> None:
         """Raise NonFiniteError if a sum has overflowed; a diagonal of squares shows it."""
-        if not self.tables:
-            return
-        device = next(iter(self.tables.values())).device
-        # A rectangular table has no diagonal that holds all rows, so its sum is taken.
-        traces = torch.stack(
-            [
-                (table.diagonal().sum() if _is_symmetric(key) else table.sum()).to(device)
-                for key, table in self.tables.items()
-            ]
-        )
-        if bool(traces.isfinite().all()):
-            return
-        key = list(self.tables)[int((~traces.isfinite()).nonzero()[0])]
-        kind, _, name = key.partition(".")
-        what = "activation" if kind == "A" else "output gradient"
-        raise NonFiniteError(
-            f"{place}: an {what} of target {name!r} is so large that its square overflows "
-            f"{self.tables[key].dtype}; collect with dtype=torch.float64"
-        )
+        squares = {k: t.diagonal() if _is_symmetric(k) else t for k, t in self.tables.items()}
+        for index in broken(list(squares.values()))[:1]:
+            key = list(squares)[index]
+            kind, _, name = key.partition(".")
+            what = "activation" if kind == "A" else "output gradient"
+            raise NonFiniteError(
+                f"{place}: an {what} of target {name!r} is so large that its square overflows "
+                f"{squares[key].dtype}; collect with dtype=torch.float64"
+            )
 
     def table(self, key: str, left: Tensor, right: Tensor) -> Tensor:
         """Return the table for leftᵀ right; zeros at first."""
@@ -95,7 +83,7 @@ class Sums(abc.ABC):
         return self.tables[key]
 
     def add_product(self, key: str, left: Tensor, right: Tensor, share: float) -> None:
-        """Add share · leftᵀ right to a table; left and right have one row for each position."""
+        """Add share · leftᵀ right to a table; both have one row for each position."""
         with full_precision(left.device):
             self.table(key, left, right).addmm_(left.T, right, alpha=share)
 
@@ -110,12 +98,7 @@ class Sums(abc.ABC):
 
 
 class CovarianceSums(Sums):
-    """Sums for K-FAC: a aᵀ and g gᵀ.
-
-    Args:
-        marginals: Sum ‖a‖² g gᵀ and ‖g‖² a aᵀ as well.
-        diagonal: Sum the squared entries of g aᵀ as well.
-    """
+    """Sums of a aᵀ and g gᵀ; with `marginals` and `diagonal` those of their estimators as well."""
 
     def __init__(self, *, marginals: bool, diagonal: bool) -> None:
         super().__init__(["A", "G", *(["AW", "GW"] if marginals else []), *(["D"] * diagonal)])

@@ -19,19 +19,11 @@ class World:
         self.rank = dist.get_rank() if running else 0
         self.size = dist.get_world_size() if running else 1
 
-    def owns(self, batch: int) -> bool:
-        """Return whether this process works on the batch with that number."""
-        return batch % self.size == self.rank
-
-    def check_equal(self, value: str, what: str) -> None:
-        """Verify that all processes have the same value; `what` names it in the message.
-
-        Raises:
-            DistributedError: They do not.
-        """
-        if len(set(self.gather(value))) > 1:
+    def check_same_batches(self, digest: str) -> None:
+        """Raise DistributedError unless all processes have batches with the same digest."""
+        if len(set(self.gather(digest))) > 1:
             raise DistributedError(
-                f"the {self.size} processes were given different {what}: give the same to every "
+                f"the {self.size} processes were given different batches: give the same to every "
                 "process, and each of them takes its own share"
             )
 

@@ -17,13 +17,11 @@ ADVICE = (
 
 
 def broken(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the indices of the tensors that hold NaN or infinity.
-
-    Finite sums show that there are none, with one wait for the device. A sum of finite entries can
-    overflow too, so after that the entries decide.
-    """
+    """Return the indices of the tensors that hold NaN or infinity."""
     if not tensors:
         return []
+    # Finite sums show that there are none, with one wait for the device. A sum of finite entries
+    # can overflow too, so after that the entries decide.
     fine = torch.stack([one.sum().isfinite().to(tensors[0].device) for one in tensors])
     if bool(fine.all()):
         return []
@@ -35,15 +33,13 @@ def first_row(rows: Tensor) -> int:
     return int((~rows.isfinite().all(-1)).nonzero()[0])
 
 
-def where(position: int, shape: Sequence[int]) -> str:
-    """Return the row of a batch, and the position in it, of an index into flattened (B, ...)."""
+def row_error(
+    place: str, position: int, shape: Sequence[int], what: str, advice: str = ADVICE
+) -> NonFiniteError:
+    """Return the error for one index into flattened (B, ...); `what` ends with "holds"."""
     row, inside = divmod(position, math.prod(shape[1:]))
-    return f"row {row}" if len(shape) == 1 else f"row {row}, position {inside}"
-
-
-def row_error(place: str, position: int, shape: Sequence[int], what: str) -> NonFiniteError:
-    """Return the error for a row of a batch; `what` ends with "hold" or "holds"."""
-    return NonFiniteError(f"{place}, {where(position, shape)}: {what} NaN or infinity; {ADVICE}")
+    where = f"row {row}" if len(shape) == 1 else f"row {row}, position {inside}"
+    return NonFiniteError(f"{place}, {where}: {what} NaN or infinity; {advice}")
 
 
 def logits_error(logits: Tensor, counted: Tensor, place: str) -> NonFiniteError:

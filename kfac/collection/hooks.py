@@ -31,31 +31,20 @@ class _Call:
 
 
 class TargetTracker:
-    """Passes the counted rows of targets' inputs and output gradients to their sums.
+    """Passes the counted rows of targets' inputs and output gradients, in a dtype, to their sums.
 
     For each batch: `begin`, the forward pass, `read`, the backward passes, `add`. Nothing is added
-    to the sums before `add`, so a batch that fails on the way leaves them unchanged.
-
-    With all weights frozen no tensor requires a gradient, so the graph begins where this class
-    makes it begin: at the output of the first target. Nothing before it is backpropagated, and no
-    weight gradient is computed.
-
-    Args:
-        targets: At least one.
-        dtype: Dtype of the rows that are added.
-        sums: The sums that they are added to.
-
-    Attributes:
-        counts: Counted positions, by target.
-        sources: The target under which each target's input is summed.
+    to the sums before `add`, so a batch that fails on the way leaves them unchanged. With all
+    weights frozen the graph begins at the output of the first target: nothing before it is
+    backpropagated, and no weight gradient is computed.
     """
 
     def __init__(self, targets: Sequence[Target], dtype: torch.dtype, sums: Sums) -> None:
         self.targets = {target.name: target for target in targets}
         self.dtype = dtype
         self.sums = sums
-        self.counts = dict.fromkeys(self.targets, 0)
-        self.sources: dict[str, str] = {}
+        self.counts = dict.fromkeys(self.targets, 0)  # counted positions
+        self.sources: dict[str, str] = {}  # under which target each target's input is summed
         self._calls: dict[str, list[_Call]] = {}  # in the order of the forward pass
         self._gradients: list[tuple[str, _Call, Tensor]] = []  # in the order of the backward passes
         self._open = False
@@ -65,18 +54,17 @@ class TargetTracker:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         """Watch every target inside the context."""
-        stacks: dict[nn.Module, dict[tuple[str, int], str]] = {}
+        stacks: dict[nn.Module, str] = {}
         with ExitStack() as stack:
             for name, target in self.targets.items():
                 if target.expert is not None:
-                    experts = stacks.setdefault(target.module, {})
-                    experts[target.attribute, target.expert] = name
+                    stacks[target.module] = name.rpartition(".")[0]
                     continue
                 hook: Callable[..., Any] = partial(self._on_forward, name)
                 handle = target.module.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
-            for module, names in stacks.items():
-                stack.enter_context(observed(module, partial(self._on_expert, names)))
+            for module, owner in stacks.items():
+                stack.enter_context(observed(module, partial(self._on_expert, owner)))
             # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks hold
             # this object: a cycle through autograd, which no collector sees.
             stack.callback(self._forget)
@@ -88,17 +76,14 @@ class TargetTracker:
         self._open = True
 
     def read(self, mask: Tensor, place: str) -> None:
-        """Take the counted rows of all inputs seen since `begin`; they must be finite.
-
-        The entries of the bool mask are the positions of the targets' input, sequences first.
-        """
+        """Take the rows of all inputs since `begin` where the bool mask is true; all finite."""
         # From here to `begin` a forward call is the recomputation of an activation checkpoint.
         self._open = False
         self._mask = mask
         known = set(self.sources)
         read: dict[str, list[int]] = {}
         common: dict[torch.device, Tensor | None] = {}
-        for name in (name for name in self.targets if name in self._calls):
+        for name in filter(self._calls.get, self.targets):
             calls = self._calls[name]
             read[name] = [call.key for call in calls]
             source = self._source(name, known, read)
@@ -165,16 +150,10 @@ class TargetTracker:
         return self._watch(name, first_argument(args, kwargs), output, None)
 
     def _on_expert(
-        self,
-        names: Mapping[tuple[str, int], str],
-        attribute: str,
-        expert: int,
-        rows: Tensor,
-        output: Tensor,
-        positions: Tensor,
+        self, owner: str, expert: str, rows: Tensor, output: Tensor, positions: Tensor
     ) -> Tensor:
-        name = names.get((attribute, expert))
-        return output if name is None else self._watch(name, rows, output, positions)
+        name = f"{owner}.{expert}"
+        return self._watch(name, rows, output, positions) if name in self.targets else output
 
     def _watch(self, name: str, tensor: Tensor, output: Tensor, positions: Tensor | None) -> Tensor:
         if not torch.is_grad_enabled():
@@ -253,10 +232,7 @@ def _not_finite(
 
 
 class _Root(torch.autograd.Function):
-    """Make a tensor require a gradient without copying it and without making it a leaf.
-
-    The model could not change a leaf in place afterwards; this output it can.
-    """
+    """Make a tensor require a gradient, not as a leaf: the model may still change it in place."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, anchor: Tensor) -> Tensor:

@@ -55,11 +55,6 @@ class Options:
         if self.dtype not in (torch.float32, torch.float64):
             raise KfacError(f"dtype={self.dtype}: sums are float32 or float64")
 
-    def settings(self) -> dict[str, Any]:
-        """Return the fields that the sums depend on, as JSON values."""
-        own = {"seed": self.seed, "labels": self.labels, "samples": self.samples}
-        return {**own, "dtype": str(self.dtype)}
-
 
 def run_passes(
     model: nn.Module,
@@ -71,13 +66,10 @@ def run_passes(
     settings: Mapping[str, Any],
     title: str,
 ) -> tuple[dict[str, TargetRecord], dict[str, Tensor], int]:
-    """Sum over all batches, once for each pass of the plan, and over all processes.
+    """Sum over all batches, in each pass of the plan, and over all processes.
 
-    `make_sums` returns the empty sums of one pass; `digests`, of the targets' weights, are for
-    their records; `settings` are other JSON values that the sums depend on.
-
-    Returns:
-        Records of all targets, the tables on CPU, and the number of counted positions.
+    `settings` are JSON values that the sums depend on besides the options. Returned are the records
+    of all targets, the tables on CPU, and the number of counted positions.
     """
     world, passes = World(), planned.passes
     shown = options.progress and world.rank == 0
@@ -92,7 +84,9 @@ def run_passes(
     if path is not None and world.size > 1:
         path = f"{os.fspath(path)}.{world.rank}-of-{world.size}"
     names = [[target.name for target in targets] for targets in passes]
-    needed = {**options.settings(), **settings, "passes": names, "processes": world.size}
+    drawn = {"seed": options.seed, "labels": options.labels, "samples": options.samples}
+    split = {"passes": names, "processes": world.size}
+    needed = {**drawn, "dtype": str(options.dtype), **settings, **split}
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
     state = checkpoint.load(len(passes), partial(_shapes, passes, make_sums), options.dtype)
     trackers: list[TargetTracker] = []
@@ -119,7 +113,7 @@ def run_passes(
             trackers.append(tracker)
             state.tables = state.tables | tracker.sums.tables
         checkpoint.save(state)
-    world.check_equal(state.data, "batches")
+    world.check_same_batches(state.data)
     tokens = sum(world.gather(state.tokens))
     if not tokens:
         raise BatchError(f"none of the {state.done} batches has a counted position")
@@ -171,10 +165,7 @@ class _Pass:
     world: World
 
     def __call__(self, bar: Any, *, compare: bool) -> None:
-        """Sum over all batches of a bar that the state does not have yet.
-
-        `compare` compares the first batch with that of the other processes.
-        """
+        """Sum over the batches that the state lacks; `compare` the first with other processes'."""
         state, world, sums = self.state, self.world, self.tracker.sums
         seeds = RowSeeds(self.options.seed)
         data = hashlib.sha256()
@@ -187,8 +178,8 @@ class _Pass:
             contents = row_contents(batch)
             data.update(batch_digest(batch, contents))
             if seen == 1 and compare:
-                world.check_equal(data.hexdigest(), "batches")
-            if seen <= state.done or not world.owns(seen - 1):
+                world.check_same_batches(data.hexdigest())
+            if seen <= state.done or (seen - 1) % world.size != world.rank:
                 seeds.skip(contents)
                 if seen == state.done and state.data != data.hexdigest():
                     raise CheckpointError(

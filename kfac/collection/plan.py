@@ -56,7 +56,7 @@ def plan(
     diagonal: bool = False,
     correction: bool = False,
 ) -> Plan:
-    """Plan a collection before anything is computed.
+    """Plan a collection before anything is computed; `str(plan)` sums the plan up in one line.
 
     Targets that read one input, judged by their names (gate and up; q, k, v), stay in one pass.
     Targets that share an input but have other names are counted separately, so the plan never
@@ -69,9 +69,6 @@ def plan(
         marginals: As in `collect`.
         diagonal: As in `collect`.
         correction: Plan `correct` instead of `collect`.
-
-    Returns:
-        The plan; `str(plan)` sums it up in one line.
 
     Raises:
         BudgetError: The targets of one input alone need more than the budget.

@@ -21,11 +21,10 @@ _BLOCK = 256
 
 
 class RowSeeds:
-    """Uniform random numbers that depend on a sequence's content, not on its place in the data.
+    """Uniform random numbers for sequences, unaffected by batching, padding and order.
 
-    The generator of a sequence is seeded with SHA-256 of the collection's seed, the sequence's
-    content and how often the same content came before, so batching, padding and order change no
-    label.
+    A sequence's generator is seeded with SHA-256 of the collection's seed, the sequence's content
+    and how often the same content came before.
     """
 
     def __init__(self, seed: int) -> None:
@@ -33,12 +32,9 @@ class RowSeeds:
         self._seen: Counter[bytes] = Counter()
 
     def draw(self, contents: Sequence[bytes], where: Tensor, draws: int = 1) -> Tensor:
-        """Draw numbers for each true entry of `where` (B, ...), in row order.
+        """Return float64 numbers (draws, B, ...) on CPU, NaN where the mask `where` is false.
 
         `contents` are the `row_contents`. The first draws do not depend on how many follow.
-
-        Returns:
-            float64 on CPU, shape (draws, *where.shape); NaN where `where` is false.
         """
         where = where.cpu()
         result = torch.full((draws, *where.shape), float("nan"), dtype=torch.float64)
@@ -64,18 +60,9 @@ def label_gradients(
 ) -> Iterator[Tensor] | None:
     """Return the gradients of the summed negative log-likelihood of labels, one for each draw.
 
-    The gradient with respect to a row of logits is softmax minus one-hot, so no loss graph is
-    needed, and one softmax serves all draws.
-
-    Args:
-        logits: Shape (..., C), any floating dtype.
-        rows: int64 (n,), the counted rows of the flattened logits.
-        uniforms: float64 (draws, n), to sample labels with; None if they are given.
-        labels: int64 (n,), the labels if they are not sampled.
-
-    Returns:
-        Gradients of the shape and dtype of `logits`, zero outside `rows`, each valid until the
-        next. None if a counted row is not finite.
+    Labels are int64 (n,), or sampled with `uniforms`, float64 (draws, n), for the `rows`, int64
+    (n,), of the flattened logits (..., C). Gradients are softmax minus one-hot, like the logits and
+    zero outside `rows`; each is valid until the next. None if a counted row is not finite.
     """
     classes = logits.shape[-1]
     flat = logits.reshape(-1, classes)
@@ -116,12 +103,10 @@ def label_gradients(
 
 
 def sample_labels(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """Draw a class for each row by inverting its cumulative distribution.
+    """Draw an int64 class (n,) from each row of probabilities (n, C) by uniforms (n,) in [0, 1).
 
-    The sum is first taken over blocks of classes, then inside the block that holds the draw. The
-    table is read once, and the sums are more exact than one long running sum.
-
-    `probabilities` (n, C) are non-negative, `uniforms` (n,) in [0, 1); labels are int64 (n,).
+    The cumulative distribution is inverted over blocks of classes, then inside the block that holds
+    the draw: the table is read once, and sums are more exact than one long running sum.
     """
     classes = probabilities.shape[1]
     whole = classes // _BLOCK * _BLOCK
@@ -175,8 +160,7 @@ def row_contents(batch: Any) -> list[bytes]:
 def batch_digest(batch: Any, contents: Sequence[bytes]) -> bytes:
     """Return the SHA-256 of everything that the sums of a batch depend on, without padding.
 
-    `contents`, its `row_contents`, lack the labels of a token batch (a draw must not depend on
-    them) and other tensors that a custom `forward` may read, so these are added.
+    Added to `row_contents` are labels, on which a draw must not depend, and all other tensors.
     """
     sha = hashlib.sha256(str(len(contents)).encode())
     for content in contents:

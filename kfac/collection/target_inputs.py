@@ -28,18 +28,9 @@ def target_inputs(
     targets: Sequence[Target],
     forward: Forward | None = None,
 ) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-    """Run a model on batches and yield the inputs of Linear or Conv1D targets, batch by batch.
+    """Yield for each batch the finite inputs (B, T, in) by target, and the bool mask (B, T).
 
-    Batches are mappings with input_ids (B, T) and an optional attention_mask (B, T), or whatever
-    `forward` takes, whose mask then says which positions are attended.
-
-    Yields:
-        Target name to its inputs (B, T, in), and the bool mask (B, T) of attended positions.
-
-    Raises:
-        BatchError: No batch, a malformed one, or a text without an attended position.
-        NonFiniteError: An input at an attended position is NaN or infinite.
-        TargetError: A target is an expert, is never called, or its input is not (B, T, in).
+    The mask says which positions are attended; with `forward` it is the one that this returns.
     """
     if experts := [target.name for target in targets if target.expert is not None]:
         raise TargetError(f"inputs of single experts cannot be read text by text: {experts}")

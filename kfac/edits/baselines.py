@@ -107,11 +107,7 @@ class _DataFreeEdit(WeightEdit):
             raise TargetError("no target names were given")
 
     def with_keep(self, keep: float) -> Self:
-        """Return the same edit at another `keep`; it shares what has been computed already.
-
-        Raises:
-            KeepError: `keep` is out of range.
-        """
+        """Return the same edit at another `keep`; it shares what has been computed already."""
         other = copy.copy(self)
         other.keep = check_keep(keep)
         return other
@@ -155,14 +151,12 @@ class SVDEdit(_DataFreeEdit):
         weight = target.weight
         digest = weight_digest(weight)
         known = self._cache.get(target.name)
-        if known is None or known[0] != digest or known[1].device != weight.device:
-            with full_precision(weight.device):
-                left, values, right = torch.linalg.svd(widened(weight), full_matrices=False)
-            known = (digest, left, values, right)
-            self._cache[target.name] = known
-        _, left, values, right = known
-        rank = _rounded_up(self.keep, len(values))
         with full_precision(weight.device):
+            if known is None or known[0] != digest or known[1].device != weight.device:
+                known = (digest, *torch.linalg.svd(widened(weight), full_matrices=False))
+                self._cache[target.name] = known
+            _, left, values, right = known
+            rank = _rounded_up(self.keep, len(values))
             return (left[:, :rank] * values[:rank]) @ right[:rank]
 
 

@@ -15,7 +15,7 @@ from lirefs.errors import SpectrumError
 from lirefs.statistics.intervals import Floats, Ints
 
 # By dtype: the integer type whose order is that of the scores, and how many low bits to drop to get
-# the bin of a score. Only the entries of one bin are sorted.
+# the bin of a score.
 _LEADING = {torch.float32: (torch.int32, 16), torch.float64: (torch.int64, 46)}
 
 SHAPES = ("pairs", "rectangle", "output", "input")
@@ -120,19 +120,12 @@ class TableSelection:
 def select_separable(
     rows: Tensor, columns: Tensor, keep: float, shape: str = "pairs"
 ) -> OrderedSelection:
-    """Select pairs of the score rows[i] * columns[j], spectra in any order.
+    """Select pairs that hold `keep` of all scores rows[i] * columns[j]; spectra are in any order.
 
-    Args:
-        rows: Scores of output eigenvectors, shape (m,), non-negative.
-        columns: Scores of input eigenvectors, shape (n,), non-negative.
-        keep: Fraction of the total score, in (0, 1].
-        shape: "pairs": the fewest pairs. "output" or "input": the fewest output (input)
-            eigenvectors, each with all its pairs. "rectangle": the fewest of both sides, each
-            holding the square root of `keep` of its own sum.
+    The shapes are "pairs": the fewest pairs; "output" or "input": the fewest output (input)
+    eigenvectors, each with all its pairs; "rectangle": the fewest of both sides, each holding the
+    square root of `keep` of its own sum.
     """
-    if shape not in SHAPES:
-        raise SpectrumError(f"shape={shape!r} is unknown: use one of {', '.join(SHAPES)}")
-    keep = check_keep(keep)
     lam, mu = rows.double().cpu().numpy(), columns.double().cpu().numpy()
     row_order, column_order = (np.argsort(-one, kind="stable") for one in (lam, mu))
     lam, mu = lam[row_order], mu[column_order]
@@ -147,17 +140,13 @@ def select_separable(
 
 
 def select_largest(scores: Tensor, keep: float, weights: Tensor | None = None) -> TableSelection:
-    """Select the fewest entries of largest score that hold `keep` of the total.
+    """Select the fewest entries of largest score that hold `keep` of the sum of weights.
 
-    The entries are not all sorted. Non-negative floats are ordered like their bit patterns, so a
-    histogram of the leading bits, weighted by the entries, finds the bin where the goal is reached,
-    and only that bin is sorted. Among equal scores the lower row comes first, then the lower
-    column.
+    Scores (rows, columns) and weights (None: the scores) are non-negative. Among equal scores the
+    lower row comes first, then the lower column; a keep of 1 takes every entry.
 
-    Args:
-        scores: Shape (rows, columns), float32 or float64, non-negative; ranks the entries.
-        keep: Fraction in (0, 1]; 1 takes every entry.
-        weights: What is summed, same shape and non-negative; None for the scores themselves.
+    Non-negative floats are ordered like their bit patterns, so a weighted histogram of the leading
+    bits finds the bin where the goal is reached, and only that bin is sorted.
     """
     keep = check_keep(keep)
     flat = _flat(scores, "scores")

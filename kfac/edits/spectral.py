@@ -7,7 +7,6 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +18,6 @@ from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, EstimatorError, KeepError
 from lirefs.model.guest import full_precision, widened
-
-# Copies of eigenvectors, by factors, then by side with target, device and dtype. Without them each
-# step of a sweep would copy both bases from float64 on the CPU.
-_BASES: WeakKeyDictionary[Factors, dict[tuple[Any, ...], Tensor]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -74,22 +69,15 @@ class SpectralEdit(WeightEdit):
 
     @abc.abstractmethod
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
-        """Return the pairs of a target that are kept; the target's keep is below 1.
+        """Return the pairs of a target's (out, in) table that are kept; its keep is below 1.
 
         Args:
             name: Target name.
             coordinates: The rotated weight (out, in); None where there is no model.
-
-        Returns:
-            A set of pairs of the target's (out, in) table.
         """
 
     def with_keep(self, keep: float | Mapping[str, float]) -> Self:
-        """Return the same edit at another `keep`; it shares what has been computed already.
-
-        Raises:
-            KeepError: `keep` is out of range, empty, or names an unknown target.
-        """
+        """Return the same edit at another `keep`; it shares what has been computed already."""
         other = copy.copy(self)
         SpectralEdit.__init__(other, self.factors, keep)
         return other
@@ -108,13 +96,7 @@ class SpectralEdit(WeightEdit):
         return {"kind": self.kind, "keep": self.keep, "factors": self.factors.digest}
 
     def report(self, model: nn.Module | None = None) -> list[TargetReport]:
-        """Return what the edit keeps of each target.
-
-        Args:
-            model: If given, the relative change of its weights is computed too.
-
-        Returns:
-            One row for each target, in order.
+        """Return what the edit keeps of each target, and if a model is given, how it changes.
 
         Raises:
             FactorsMismatchError: The factors do not belong to the model.
@@ -156,17 +138,7 @@ class SpectralEdit(WeightEdit):
         return self.factors.coordinates(name, weight, digest)
 
     def _bases(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Return U_G and U_A of a target on the device and in the dtype of `like`."""
-        known = _BASES.setdefault(self.factors, {})
-        basis = self.factors.eigen(name)
-        source = self.factors.records[name].source
-        result = []
-        for side, vectors in (("G." + name, basis.u_out), ("A." + source, basis.u_in)):
-            key = (side, like.device, like.dtype)
-            if key not in known:
-                known[key] = vectors.to(like.device, like.dtype)
-            result.append(known[key])
-        return result[0], result[1]
+        return self.factors.eigenvectors(name, like)
 
     def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
         """Return U_G kept U_Aᵀ; rows and columns that hold nothing cost nothing."""

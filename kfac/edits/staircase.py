@@ -87,9 +87,6 @@ def staircase(lam: ArrayLike, mu: ArrayLike, keep: float) -> Staircase:
         mu: Column eigenvalues, shape (columns,), non-negative and descending.
         keep: Fraction of the total mass, in (0, 1].
 
-    Returns:
-        The kept set.
-
     Raises:
         KeepError: `keep` is outside (0, 1].
         SpectrumError: A spectrum is empty, negative, not finite or not sorted.

@@ -5,8 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses
 from kfac.edits.baselines import largest_of_smallest
-from kfac.edits.weight_edit import WeightEdit, check_weight
+from kfac.edits.weight_edit import WeightEdit, check_weight, trained
 from kfac.target import Target, weight_digest
 from kfac.targets import named_targets
 from lirefs.errors import BatchError, EditError, NonFiniteError
@@ -72,7 +71,7 @@ def fit_balanced_subnet(
     seed: int = 0,
     progress: bool = True,
 ) -> SubnetEdit:
-    """Learn which weights recite and prune them; unlike the curvature edit this needs a forget set.
+    """Learn a mask that prunes reciting weights; unlike the curvature edit this needs a forget set.
 
     Each weight has a score, drawn uniformly within 1/√in. The forward pass uses W ∘ m, where m
     zeroes in each matrix the fraction `ratio` of smallest |score|; the gradient of the mask goes
@@ -94,9 +93,6 @@ def fit_balanced_subnet(
         seed: Seed of the first scores and the order of batches.
         progress: Show a bar.
 
-    Returns:
-        The learned mask as an edit.
-
     Raises:
         BatchError: One of the sets is empty or has no position to predict.
         EditError: A setting is out of range, there is no target, or two share a parameter.
@@ -112,7 +108,8 @@ def fit_balanced_subnet(
         raise BatchError("BalancedSubnet needs clean and memorized batches; one set is empty")
     masked = _Masked(targets, ratio, lr, seed)
     order = torch.Generator().manual_seed(seed)
-    with as_guest(model), masked.in_place():
+    with as_guest(model), trained([target.parameter for target in targets]):
+        masked.mask()
         bar = tqdm(range(epochs), desc="BalancedSubnet", unit="epoch", disable=not progress)
         for _ in bar:
             turns = torch.randperm(len(kept_memorized), generator=order).tolist()
@@ -136,8 +133,7 @@ def fit_balanced_subnet(
 class _Masked:
     """Some targets with a score for each weight, which decides what is masked.
 
-    The gradient of a mask entry is the weight's gradient times the weight, so the masked weights
-    themselves are the leaves of the graph and no module needs to be replaced.
+    A mask entry's gradient is the weight's gradient times the weight, so no module is replaced.
     """
 
     def __init__(self, targets: Sequence[Target], ratio: float, lr: float, seed: int) -> None:
@@ -156,20 +152,6 @@ class _Masked:
             self.parts.append((target, original, score.to(original.device)))
         self.optimizer = torch.optim.SGD([score for *_, score in self.parts], lr, momentum=0.9)
 
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Mask the weights inside a `with` block; afterwards they are as they were before."""
-        gradients = [target.parameter.grad for target, *_ in self.parts]
-        try:
-            for target, *_ in self.parts:
-                target.parameter.grad = None
-                target.parameter.requires_grad_(True)
-            self._mask()
-            yield
-        finally:
-            for (target, original, _), gradient in zip(self.parts, gradients, strict=True):
-                target.parameter.data, target.parameter.grad = original, gradient
-
     @torch.no_grad()
     def step(self) -> None:
         """Update the scores, and mask the weights by them again."""
@@ -179,13 +161,14 @@ class _Masked:
                 by_mask = target.orient(gradient).float() * target.orient(original).float()
                 score.grad = by_mask * score.sign() + 5e-4 * score
         self.optimizer.step()
-        self._mask()
+        self.mask()
 
     def kept(self, score: Tensor) -> Tensor:
         """Return the mask of a target from its scores, bool (out, in)."""
         sizes = score.abs().flatten()
         return score.abs() > largest_of_smallest(sizes, round(self.ratio * len(sizes)))
 
-    def _mask(self) -> None:
+    def mask(self) -> None:
+        """Put the masked weights in place."""
         for target, original, score in self.parts:
             target.parameter.data = original * target.orient(self.kept(score))

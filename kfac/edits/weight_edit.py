@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -27,11 +27,7 @@ class WeightEdit(abc.ABC):
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Return the targets to change, each with its new weight (out, in) in any float dtype.
 
-        Args:
-            model: The model to be edited; it is not changed.
-
-        Returns:
-            One entry for each target that changes.
+        The model itself is not changed.
         """
 
     @abc.abstractmethod
@@ -109,11 +105,22 @@ class WeightEdit(abc.ABC):
         return list(changes.values())
 
 
-def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:
-    """Return the digest of a target's weight, after checking that it is the expected weight.
+@contextmanager
+def trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Let parameters be trained or moved inside a `with` block; then restore data and gradients."""
+    before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter, data, gradient in before:
+            parameter.data, parameter.grad = data, gradient
 
-    The weight may be the expected one as it is now, or as it was before the attached edits.
-    """
+
+def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:
+    """Return the digest of a target's weight, expected as it is or was before attached edits."""
     digest = weight_digest(target.weight)
     if digest != expected:
         originals = map(target.view, originals_of(target.parameter))

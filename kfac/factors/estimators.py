@@ -57,11 +57,7 @@ def marginal_spectra(
 
     With T_ij = E[(uᵢ·g)² (vⱼ·a)²], the row sums are uᵢᵀ E[‖a‖² g gᵀ] uᵢ and the column sums
     vⱼᵀ E[‖g‖² a aᵀ] vⱼ. The product of both over the total is the separable table nearest to T in
-    relative entropy. No second pass over the data is needed.
-
-    `weighted_a` is E[‖g‖² a aᵀ] (in, in) and `weighted_g` E[‖a‖² g gᵀ] (out, out); `u_out` and
-    `u_in` have the eigenvectors of G and A in columns. Returned are lam (out,) and mu (in,), in
-    float64 and not sorted.
+    relative entropy. lam (out,) and mu (in,) are float64 and not sorted.
     """
     rows, columns = (
         torch.einsum("ij,ij->j", u, wide @ u).clamp(min=0)

@@ -36,7 +36,8 @@ class Factors:
 
     Sums and counts are stored, never means, so factors of different data can be merged. An A
     that several targets share (gate and up read the same input) is stored once. All tensors are on
-    CPU. All arguments except `bases` become attributes.
+    CPU. All arguments except `bases` become attributes. A method that is given a name without
+    factors raises TargetError.
 
     Args:
         records: One `TargetRecord` for each target name, in collection order.
@@ -74,6 +75,7 @@ class Factors:
             key: (values.double(), vectors.double())
             for key, (values, vectors) in self._stored_bases.items()
         }
+        self._copies: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}  # of eigenvectors
         self._coordinates: dict[str, tuple[str, Tensor]] = {}
         self._digest: str | None = None
 
@@ -101,36 +103,24 @@ class Factors:
         ]
 
     def A(self, name: str) -> Tensor:
-        """Return E[a aᵀ] of a target, shape (in, in), in squared units of the activations.
-
-        Raises:
-            TargetError: There are no factors for the target.
-        """
+        """Return E[a aᵀ] of a target, shape (in, in), in squared units of the activations."""
         return self._mean("A", self._record(name).source)
 
     def G(self, name: str) -> Tensor:
         """Return E[g gᵀ] of a target, shape (out, out), where g belongs to a summed loss.
 
         Its unit is squared nats per squared unit of the output.
-
-        Raises:
-            TargetError: There are no factors for the target.
         """
         return self._mean("G", name)
 
     def count(self, name: str) -> int:
-        """Return the number of positions that a target, or one expert, has sums of.
-
-        Raises:
-            TargetError: There are no factors for the target.
-        """
+        """Return the number of positions that a target, or one expert, has sums of."""
         return self._record(name).count
 
     def eigen(self, name: str) -> Eigen:
         """Return float64 spectra and eigenvectors of a target; a shared A is decomposed only once.
 
         Raises:
-            TargetError: There are no factors for the target.
             SpectrumError: A factor is not finite.
         """
         source = self._record(name).source
@@ -139,6 +129,17 @@ class Factors:
         if (g_key := "G." + name) not in self._bases:
             self._bases[g_key] = eigenbasis(self.G(name))
         return Eigen(*self._bases[g_key], *self._bases[a_key])
+
+    def eigenvectors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Return U_G and U_A of a target on the device and in the dtype of `like`, copied once."""
+        basis, source = self.eigen(name), self._record(name).source
+        copies = []
+        for side, vectors in (("G." + name, basis.u_out), ("A." + source, basis.u_in)):
+            key = (side, like.device, like.dtype)
+            if key not in self._copies:
+                self._copies[key] = vectors.to(like.device, like.dtype)
+            copies.append(self._copies[key])
+        return copies[0], copies[1]
 
     def curvature(self, name: str, estimator: str = "kfac") -> Curvature:
         """Return the mass that an estimator gives to each coordinate of a target.
@@ -153,7 +154,6 @@ class Factors:
 
         Raises:
             EstimatorError: The estimator is unknown, or its sums were not collected.
-            TargetError: There are no factors for the target.
         """
         if estimator not in ESTIMATORS:
             raise EstimatorError(f"estimator={estimator!r} is unknown: use one of {ESTIMATORS}")
@@ -187,9 +187,8 @@ class Factors:
         known = self._coordinates.get(name)
         if known is not None and known[0] == digest and known[1].device == weight.device:
             return known[1]
-        basis = self.eigen(name)
         wide = widened(weight)
-        u_out, u_in = (u.to(wide.device, wide.dtype) for u in (basis.u_out, basis.u_in))
+        u_out, u_in = self.eigenvectors(name, wide)
         with full_precision(wide.device):
             result = u_out.T @ wide @ u_in
         self._coordinates[name] = (digest, result)

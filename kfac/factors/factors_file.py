@@ -17,11 +17,8 @@ FORMAT = 1
 def factors_arguments(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Return the arguments of `Factors` that the header and tensors of a file hold.
 
-    Raises:
-        FactorsFileError: The file has another format.
-        KeyError: A field is missing.
-        TypeError: A field has the wrong type.
-        ValueError: A field or tensor is invalid.
+    Another format is a FactorsFileError; damage is a KeyError, TypeError, ValueError or
+    AttributeError.
     """
     if header["format"] != FORMAT:
         raise FactorsFileError(
@@ -106,11 +103,10 @@ def _check_shapes(
     found = {key: tuple(tensor.shape) for key, tensor in sums.items()}
     if found != expected:
         raise ValueError(f"its tensors do not match its targets: {found}")
-    wanted = {key for key in expected if key.startswith(("A.", "G."))} if "E" in kinds else set()
-    squares = {
-        key
-        for key, (values, vectors) in bases.items()
-        if (tuple(vectors.shape), tuple(values.shape)) == (expected[key], expected[key][:1])
+    wanted = {
+        key: (shape[:1], shape)
+        for key, shape in expected.items()
+        if "E" in kinds and key.startswith(("A.", "G."))
     }
-    if set(bases) != wanted or squares != wanted:
+    if wanted != {key: tuple(tuple(one.shape) for one in both) for key, both in bases.items()}:
         raise ValueError(f"its eigenbases do not match its targets: {sorted(bases)}")

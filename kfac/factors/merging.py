@@ -81,9 +81,8 @@ def subtract(whole: Factors, part: Factors) -> Factors:
         Factors that equal, up to rounding of the sums, those of the other data.
 
     Raises:
-        FactorsMismatchError: The part has other targets or is not smaller than the whole; one of
-            the two was merged with weights; or sums of squares would turn negative, so the part was
-            never in the whole.
+        FactorsMismatchError: The part has other targets, is not smaller than the whole or was not
+            in it (sums of squares would turn negative), or one of the two was merged with weights.
     """
     _check_same(whole, part, "subtract")
     if whole.weighted or part.weighted:
@@ -138,9 +137,8 @@ def _combine(
     parts: Sequence[Factors], operation: Callable[[str, str], Tensor]
 ) -> dict[str, Tensor]:
     """Return operation(key, target name) for each sum that all parts have and that can be added."""
-    result = {}
-    for key in parts[0].sums:
-        kind, _, name = key.partition(".")
-        if kind != "E" and all(key in part.sums for part in parts):
-            result[key] = operation(key, name)
-    return result
+    return {
+        key: operation(key, key.partition(".")[2])
+        for key in parts[0].sums
+        if not key.startswith("E.") and all(key in part.sums for part in parts)
+    }

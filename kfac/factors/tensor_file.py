@@ -19,11 +19,7 @@ from lirefs.files import atomic_path
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> None:
-    """Write one file; an existing file is replaced at once, when all is on disk.
-
-    Raises:
-        WriteError: The disk is full, or the folder cannot be written to. An existing file stays.
-    """
+    """Write one file; an existing file is replaced at once, when all is on disk."""
     whole = {key: value.contiguous() for key, value in tensors.items()}
     with atomic_path(path) as temporary:
         save_file(whole, temporary, metadata=dict(header))
@@ -32,15 +28,9 @@ def write_tensors(
 def read_tensors(
     path: str | os.PathLike[str], key: str, what: str
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read a file written by `write_tensors`.
+    """Read a file of `write_tensors`, with the JSON object that its header holds under `key`.
 
-    Args:
-        path: The file.
-        key: Key of the JSON text in the header.
-        what: Name of the content, for messages.
-
-    Raises:
-        FactorsFileError: The file is missing, truncated or not one of ours.
+    Any other file is a FactorsFileError, whose message calls the content `what`.
     """
     try:
         with safe_open(str(path), framework="pt") as file:

@@ -17,7 +17,7 @@ from curvature_tools import (
 )
 
 import kfac
-from kfac.collection.finite import broken, first_row, where
+from kfac.collection.finite import broken, first_row, row_error
 from kfac.factors.tensor_file import read_tensors
 from lirefs.errors import NonFiniteError
 
@@ -204,8 +204,10 @@ def test_finding():
     assert broken([]) == broken([fine, huge]) == []
     assert broken([fine, bad, huge, bad * 0]) == [1, 3]
     assert first_row(bad) == 2
-    assert where(13, (3, 6)) == "row 2, position 1"
-    assert where(2, (3,)) == "row 2"
+    assert "first, row 2, position 1: it holds NaN" in str(
+        row_error("first", 13, (3, 6), "it holds")
+    )
+    assert "first, row 2: it holds NaN" in str(row_error("first", 2, (3,), "it holds"))
 
 
 def relearn(model, **options):

@@ -36,7 +36,7 @@ def test_slices_are_the_loss_of_the_moved_weight(model, factors):
     try:
         target.parameter.data = moved
         with torch.no_grad():
-            losses = torch.cat([position_losses(model, one) for one in batches])
+            losses = torch.cat([position_losses(model, one)[0] for one in batches])
     finally:
         target.parameter.data = weight
     assert result.loss[1, 2] == pytest.approx(float(losses.mean()), rel=1e-9)
@@ -70,7 +70,7 @@ def test_curvature_under_the_models_own_labels_is_the_mass():
         model, [{"input_ids": ids}], factors, "head", pairs=pairs, steps=[-0.5, 0.5]
     )
     with torch.no_grad():
-        start = float(position_losses(model, {"input_ids": ids}).mean())
+        start = float(position_losses(model, {"input_ids": ids})[0].mean())
     # The odd part cancels, so this is the second derivative alone, whatever the labels are.
     measured = result.loss.sum(1) - 2 * start
     predicted = result.predicted.sum(1) - 2 * start

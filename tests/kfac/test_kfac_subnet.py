@@ -7,6 +7,7 @@ from curvature_tools import assert_restored, batch, llama, snapshot
 import kfac
 from kfac import fit_balanced_subnet
 from kfac.analysis.losses import passage_losses
+from kfac.edits.weight_edit import trained
 from lirefs.errors import BatchError, EditError, FactorsMismatchError
 
 
@@ -81,7 +82,8 @@ def test_the_gradient_of_a_score_is_straight_through(model):
         model, {name: weight * mask}, kwargs={"input_ids": batch([0])["input_ids"]}
     ).logits
     by_mask = torch.autograd.grad(logits.square().sum(), mask)[0]
-    with masked.in_place():
+    with trained([target.parameter]):
+        masked.mask()
         model(input_ids=batch([0])["input_ids"]).logits.square().sum().backward()
         masked.step()
     model.zero_grad()
