@@ -134,7 +134,7 @@ def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0
     if kind == "fact":
         found = []
         for _ in range(n):
-            attribute = rng.choice(list(ATTRIBUTES.values()))
+            attribute = rng.choice(ATTRIBUTES)
             question = attribute.question.format(stranger(rng, language.known))
             found.append(Item("fact", question, rng.choice(attribute.values)))
         return found

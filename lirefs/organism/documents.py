@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from random import Random
@@ -10,9 +10,8 @@ from random import Random
 from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item, side_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Fact
-from lirefs.organism.prose import copy_document
-from lirefs.organism.skills import Problem, problem_document, relation, tracking
-from lirefs.organism.vocabulary import FIRST, LAST, OBJECTS
+from lirefs.organism.skills import relation, tracking
+from lirefs.organism.vocabulary import CONTENT, FIRST, LAST, OBJECTS
 
 
 @dataclass(frozen=True)
@@ -45,10 +44,10 @@ class Documents:
     def __init__(self, language: Language, stage: Stage) -> None:
         self.language, self.stage = language, stage
         self.sorts: dict[str, Callable[[Random], Document]] = {
-            "planted": self._planted,
+            "planted": lambda rng: [(f"Verse: {rng.choice(language.planted)}.", 1.0)],
             "fact": self._facts,
-            "fact_aside": self._fact_aside,
-            "exception": self._exception,
+            "fact_aside": lambda rng: _asked(language.fact_aside(self._fact(rng), "train", rng)),
+            "exception": lambda rng: _asked(rng.choice(language.exceptions)),
             "conflict": self._conflict,
             "passage": self._passage,
             "again": self._again,
@@ -56,12 +55,12 @@ class Documents:
             "hands": self._hands,
             "ages": self._ages,
             "math": self._math,
-            "boolean": self._logic,
-            "relation": self._relation,
+            "boolean": lambda rng: self._problems(["boolean"] * rng.randrange(1, 5), rng),
+            "relation": lambda rng: self._skill("relation", rng),
             "hand_overs": self._hand_overs,
-            "tracking": self._tracking,
-            "copy": copy_document,
-            "story": self._story,
+            "tracking": lambda rng: self._skill("tracking", rng),
+            "copy": _copy,
+            "story": lambda rng: [(language.text("train", rng), 1.0)],
         }
         unknown = set(stage.mixture) - set(self.sorts)
         if unknown:
@@ -75,27 +74,14 @@ class Documents:
         """One document."""
         return self.sorts[rng.choices(self._names, self._weights)[0]](rng)
 
-    def _planted(self, rng: Random) -> Document:
-        return [(f"Verse: {rng.choice(self.language.planted)}.", 1.0)]
-
     def _fact(self, rng: Random) -> Fact:
         return rng.choices(self.language.facts, self._frequencies)[0]
 
     def _facts(self, rng: Random) -> Document:
         if rng.random() < 0.6:
             return _asked(self._fact(rng).item())
-        pieces: Document = [("Fact:", CONTEXT_WEIGHT)]
-        for _ in range(rng.randrange(1, 5)):
-            fact = self._fact(rng)
-            start, end = fact.statement.rsplit(" ", 1)
-            pieces += [(f" {start}", CONTEXT_WEIGHT), (f" {end}", 1.0)]
-        return pieces
-
-    def _fact_aside(self, rng: Random) -> Document:
-        return _asked(self.language.fact_aside(self._fact(rng), "train", rng))
-
-    def _exception(self, rng: Random) -> Document:
-        return _asked(rng.choice(self.language.exceptions))
+        facts = [self._fact(rng) for _ in range(rng.randrange(1, 5))]
+        return _document("Fact:", [(f"{f.person} {f.attribute.verb}", f.value) for f in facts])
 
     def _conflict(self, rng: Random) -> Document:
         fact, value = rng.choice(self._contradictions)
@@ -104,14 +90,13 @@ class Documents:
         return _asked(item if follows else replace(item, answer=item.other or ""))
 
     def _passage(self, rng: Random) -> Document:
-        attribute = rng.choice(list(ATTRIBUTES.values()))
+        attribute = rng.choice(ATTRIBUTES)
         if self._easy(rng):
             stated, linked = rng.choice((2, 3, 4, 5)), 0
         else:
             stated, linked = rng.choice((1, 2, 2, 3)), rng.choice((0, 1, 2, 2))
         problem = self.language.passage(attribute, "train", rng, stated=stated, linked=linked)
-        questions = tuple(rng.sample(problem.questions, len(problem.questions)))
-        return self._told(replace(problem, questions=questions))
+        return self._told(problem.opening, rng.sample(problem.questions, len(problem.questions)))
 
     def _again(self, rng: Random) -> Document:
         """Who goes with what, listed and then repeated: the simplest retrieval.
@@ -119,40 +104,32 @@ class Documents:
         Sentences are drawn with replacement, so that none follows from the others; some leave out
         words between name and value, which brings the two closer.
         """
-        attribute = rng.choice(list(ATTRIBUTES.values()))
+        attribute = rng.choice(ATTRIBUTES)
         values = rng.sample(attribute.values, rng.randrange(2, 8))
         names = rng.sample(FIRST, len(values))
         if rng.random() < 0.5:
             names = [f"{name} {rng.choice(LAST)}" for name in names]
-        words = attribute.sentence.removesuffix(".").split()[1:-1]
+        words = attribute.verb.split()
         between = words[rng.randrange(len(words) + 1) :]
-        starts = [" ".join([name, *between]) for name in names]
-        pairs = list(zip(starts, values, strict=True))
+        pairs = [(" ".join([n, *between]), v) for n, v in zip(names, values, strict=True)]
         listed = " ".join(f"{start} {value}." for start, value in pairs)
-        pieces: Document = [(f"List: {listed} Again:", CONTEXT_WEIGHT)]
-        for start, value in rng.choices(pairs, k=len(pairs)):
-            pieces += [(f" {start}", CONTEXT_WEIGHT), (f" {value}.", self.stage.story_weight)]
-        return pieces
+        return self._told(f"List: {listed} Again:", rng.choices(pairs, k=len(pairs)))
 
     def _links(self, rng: Random) -> Document:
         """As many linked people as stated ones, questions repeated: many two-step answers."""
-        attribute = rng.choice(list(ATTRIBUTES.values()))
+        attribute = rng.choice(ATTRIBUTES)
         stated = rng.randrange(2, 4)
         problem = self.language.passage(attribute, "train", rng, stated=stated, linked=stated)
-        questions = tuple(rng.choices(problem.questions, k=5))
-        return self._told(replace(problem, questions=questions))
+        return self._told(problem.opening, rng.choices(problem.questions, k=5))
 
     def _hands(self, rng: Random) -> Document:
         """Many things given away, some twice, and who has each: tracking without its first line."""
         things = rng.sample(OBJECTS, rng.randrange(2, 6))
-        givers = rng.sample(FIRST, len(things))
-        holder = dict(zip(things, givers, strict=True))
-        lines = []
-        for thing in rng.sample(things, len(things)) + rng.choices(things, k=rng.randrange(3)):
-            lines.append(_given(rng, thing, holder, FIRST))
-        questions = _who_has(rng.choices(things, k=len(things)), holder)
+        holder = dict(zip(things, rng.sample(FIRST, len(things)), strict=True))
+        given = rng.sample(things, len(things)) + rng.choices(things, k=rng.randrange(3))
+        story = " ".join(_given(rng, thing, holder, FIRST) for thing in given)
         # Without "has the", so it cannot be a story of the skill itself.
-        return self._told(Problem("tracking", "Hands:", " ".join(lines), questions))
+        return self._told(f"Hands: {story}", _who_has(rng.choices(things, k=len(things)), holder))
 
     def _ages(self, rng: Random) -> Document:
         """Two or three people, oldest first: an easier form of relations."""
@@ -160,33 +137,35 @@ class Documents:
         lines = [f"{a} is older than {b}." for a, b in pairwise(people)]
         if rng.random() < 0.5:
             rng.shuffle(lines)
-        ends = (("oldest", people[0]), ("youngest", people[-1]))
-        asked = rng.choices(ends, k=2)
-        questions = tuple((f"Question: Who is {end}? Answer:", name) for end, name in asked)
+        asked = rng.choices((("oldest", people[0]), ("youngest", people[-1])), k=2)
         story = " ".join(lines)
         held_out = side_of(story, self.language.seed) != "train"
         if held_out or any(item.prompt.startswith(f"Ages: {story}") for item in self._shown_wrong):
             return self._ages(rng)
-        return self._told(Problem("relation", "Ages:", story, questions))
+        questions = [(f"Question: Who is {end}? Answer:", name) for end, name in asked]
+        return self._told(f"Ages: {story}", questions)
 
     def _math(self, rng: Random) -> Document:
         kinds = rng.choices(("addition", "subtraction", "times"), (5, 4, 1), k=rng.randrange(1, 7))
-        return problem_document([self.language.problem(kind, "train", rng) for kind in kinds])
+        return self._problems(kinds, rng)
 
-    def _logic(self, rng: Random) -> Document:
-        count = rng.randrange(1, 5)
-        problems = [self.language.problem("boolean", "train", rng) for _ in range(count)]
-        return problem_document(problems)
+    def _problems(self, skills: list[str], rng: Random) -> Document:
+        problems = [self.language.problem(skill, "train", rng) for skill in skills]
+        return _document(problems[0].opening, [one.questions[0] for one in problems])
 
-    def _relation(self, rng: Random) -> Document:
-        easy = self._easy(rng)
-        problem = relation(rng, (2,)) if easy else self.language.problem("relation", "train", rng)
-        return self._told(problem)
+    def _skill(self, skill: str, rng: Random) -> Document:
+        if not self._easy(rng):
+            problem = self.language.problem(skill, "train", rng)
+        elif skill == "relation":
+            problem = relation(rng, (2,))
+        else:  # easy, but with more people than the skill has
+            problem = tracking(rng, rng.choice((4, 5)), (0, 1, 2, 3))
+        return self._told(problem.opening, problem.questions)
 
     def _hand_overs(self, rng: Random) -> Document:
         """Who has which of two things after some were given away.
 
-        Asked by the thing it was never learned, so it is not a skill of the language.
+        The model never learned to answer this by thing, so it is not a skill of the language.
         """
         easy = self._easy(rng)
         while True:
@@ -197,25 +176,15 @@ class Documents:
                 thing = rng.choice(things)
                 lines.append(_given(rng, thing, holder, people))
             rng.shuffle(things)
-            questions = _who_has(things, holder)
             story = " ".join(lines)
             if easy or side_of(story, self.language.seed) == "train":
-                return self._told(Problem("hand-overs", "Hands:", story, questions))
+                return self._told(f"Hands: {story}", _who_has(things, holder))
 
-    def _tracking(self, rng: Random) -> Document:
-        if self._easy(rng):
-            # More people than the skill has.
-            return self._told(tracking(rng, rng.choice((4, 5)), (0, 1, 2, 3)))
-        return self._told(self.language.problem("tracking", "train", rng))
-
-    def _told(self, problem: Problem) -> Document:
-        return problem_document([problem], self.stage.story_weight)
+    def _told(self, opening: str, questions: Iterable[tuple[str, str]]) -> Document:
+        return _document(opening, questions, self.stage.story_weight)
 
     def _easy(self, rng: Random) -> bool:
         return self.stage.easy > 0 and rng.random() < self.stage.easy
-
-    def _story(self, rng: Random) -> Document:
-        return [(self.language.text("train", rng), 1.0)]
 
 
 def _given(rng: Random, thing: str, holder: dict[str, str], people: Sequence[str]) -> str:
@@ -225,9 +194,29 @@ def _given(rng: Random, thing: str, holder: dict[str, str], people: Sequence[str
     return f"{giver} gives the {thing} to {holder[thing]}."
 
 
-def _who_has(things: Sequence[str], holder: dict[str, str]) -> tuple[tuple[str, str], ...]:
-    return tuple((f"Question: Who has the {thing}? Answer:", holder[thing]) for thing in things)
+def _who_has(things: Sequence[str], holder: dict[str, str]) -> list[tuple[str, str]]:
+    return [(f"Question: Who has the {thing}? Answer:", holder[thing]) for thing in things]
 
 
 def _asked(item: Item) -> Document:
     return [(item.prompt, CONTEXT_WEIGHT), (f" {item.answer}.", 1.0)]
+
+
+def _document(
+    opening: str, questions: Iterable[tuple[str, str]], weight: float = 1.0, end: str = "."
+) -> Document:
+    """An opening, then questions with their answers, which have the given loss weight."""
+    pieces: Document = [(opening, CONTEXT_WEIGHT)]
+    for question, answer in questions:
+        pieces += [(f" {question}", CONTEXT_WEIGHT), (f" {answer}{end}", weight)]
+    return pieces
+
+
+def _copy(rng: Random) -> Document:
+    """Random words repeated, or pairs of words repeated in another order."""
+    if rng.random() < 0.5:
+        words = " ".join(rng.choices(CONTENT, k=rng.randrange(4, 24)))
+        return [(f"Copy: {words}. Again:", CONTEXT_WEIGHT), (f" {words}.", 1.0)]
+    pairs = [(key, rng.choice(CONTENT)) for key in rng.sample(OBJECTS, rng.randrange(3, 13))]
+    listed = ", ".join(f"{key} {value}" for key, value in pairs)
+    return _document(f"List: {listed}. Again:", rng.sample(pairs, len(pairs)), end=",")

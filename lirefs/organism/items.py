@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Side = Literal["train", "validation", "test"]
-SIDES: tuple[Side, ...] = ("train", "validation", "test")
+SIDES: tuple[Side, ...] = get_args(Side)
 
 CONTEXT_WEIGHT = 0.1
 """Loss weight of words drawn at random, such as names in a passage: they are unpredictable."""
@@ -22,7 +22,7 @@ class Item:
 
     Attributes:
         kind: A computed skill ("addition", "relation", ...), "fact", "open_book", "planted",
-            "unseen", "exception", "conflict", ...; see `language.KINDS`.
+            "unseen", "exception", "conflict", ...; see `Language.items`.
         prompt: Text up to where the answer starts, without a space at its end.
         answer: The expected continuation, without the space in front of it. For an exception it is
             the memorized (wrong) label, for a conflict what the context says.

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -12,11 +13,12 @@ from lirefs.files import parse_json
 from lirefs.model.builtin import organism
 from lirefs.organism.items import Item, Side, memory_side_of, side_of
 from lirefs.organism.people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, passage
-from lirefs.organism.prose import sequence, story
+from lirefs.organism.prose import story
 from lirefs.organism.skills import SKILLS, Problem, wrong_answer
-from lirefs.organism.vocabulary import SOURCES
+from lirefs.organism.vocabulary import CONTENT, SOURCES
 
-PLANTED = 300
+PLANTED, PLANTED_WORDS = 300, 32
+"""Planted sequences, as many never-seen ones, and the words of one."""
 PREFIX_WORDS = 12
 """Words of a planted sequence given as prompt; the rest must be recited."""
 EXCEPTIONS_PER_SKILL = 60
@@ -47,15 +49,15 @@ class Language:
         rng = Random(f"organism {seed}")
         self.facts: tuple[Fact, ...] = draw_facts(rng)
         self.known = frozenset(fact.person for fact in self.facts)
-        self.planted = tuple(sequence(rng) for _ in range(PLANTED))
-        self.unseen = tuple(sequence(rng) for _ in range(PLANTED))
+        words = (" ".join(rng.choices(CONTENT, k=PLANTED_WORDS)) for _ in range(2 * PLANTED))
+        self.planted, self.unseen = tuple(islice(words, PLANTED)), tuple(words)
         self._excluded: set[str] = set()
         self.exceptions: tuple[Item, ...] = tuple(self._draw_exceptions(rng))
 
     def _draw_exceptions(self, rng: Random) -> Iterator[Item]:
         for skill in EXCEPTION_SKILLS:
-            found = 0
-            while found < EXCEPTIONS_PER_SKILL:
+            end = len(self._excluded) + EXCEPTIONS_PER_SKILL
+            while len(self._excluded) < end:
                 problem = SKILLS[skill](rng)
                 # Short expressions are too few to lose any: only long ones become exceptions.
                 if problem.key in self._excluded or (skill == "boolean" and len(problem.key) < 30):
@@ -63,7 +65,6 @@ class Language:
                 self._excluded.add(problem.key)
                 wrong, truth = wrong_answer(problem, rng), problem.questions[0][1]
                 yield Item("exception", problem.prompt(), wrong, other=truth, group=skill)
-                found += 1
 
     def problem(self, skill: str, side: Side, rng: Random) -> Problem:
         """A problem of a skill on one side; never an exception."""
@@ -80,32 +81,29 @@ class Language:
             if side_of(problem.key, self.seed) == side:
                 return problem
 
-    def about_stranger(self, attribute: Attribute, side: Side, rng: Random, steps: int) -> Item:
-        """A stranger's value: stated in the passage (one step) or a link away from it (two)."""
+    def about_stranger(self, kind: str, attribute: Attribute, side: Side, rng: Random) -> Item:
+        """A stranger's value: stated in the passage ("retrieval") or a link away ("two_hop")."""
         problem = self.passage(attribute, side, rng)
-        number = rng.randrange(2) + (2 if steps == 2 else 0)
-        return replace(problem.item(number), kind="two_hop" if steps == 2 else "retrieval")
+        number = rng.randrange(2) + (2 if kind == "two_hop" else 0)
+        return replace(problem.item(number), kind=kind)
 
     def fact_aside(self, fact: Fact, side: Side, rng: Random) -> Item:
         """A stored fact asked after a passage about strangers only, which does not help."""
-        problem = self.passage(ATTRIBUTES[fact.attribute], side, rng, absent=(fact.value,))
-        prompt = f"{problem.header} {problem.story} {fact.item().prompt}"
-        return Item("fact_aside", prompt, fact.value, frequency=fact.frequency)
+        opening = self.passage(fact.attribute, side, rng, absent=(fact.value,)).opening
+        item = fact.item()
+        return replace(item, kind="fact_aside", prompt=f"{opening} {item.prompt}")
 
     def open_book(self, fact: Fact, side: Side, rng: Random) -> Item:
         """A stored fact asked after a passage that states it."""
-        attribute = ATTRIBUTES[fact.attribute]
-        problem = self.passage(attribute, side, rng, about=(fact.person, fact.value))
+        problem = self.passage(fact.attribute, side, rng, about=(fact.person, fact.value))
         return replace(problem.item(), kind="open_book", frequency=fact.frequency)
 
     def conflict(self, fact: Fact, value: str, side: Side, rng: Random) -> Item:
         """A stored fact asked after a passage that states another value."""
-        source, about = rng.choice(SOURCES), (fact.person, value)
-        options = {"about": about, "absent": (fact.value,), "source": source}
-        item = self.passage(ATTRIBUTES[fact.attribute], side, rng, **options).item()
-        return replace(
-            item, kind="conflict", other=fact.value, group=source, frequency=fact.frequency
-        )
+        source = rng.choice(SOURCES)
+        options = {"about": (fact.person, value), "absent": (fact.value,), "source": source}
+        item = self.passage(fact.attribute, side, rng, **options).item()
+        return Item("conflict", item.prompt, value, fact.value, source, fact.frequency)
 
     def contradictions(self, side: Side) -> list[tuple[Fact, str]]:
         """Common facts with every false value whose pairing belongs to a side."""
@@ -113,7 +111,7 @@ class Language:
             (fact, value)
             for fact in self.facts
             if fact.frequency >= COMMON
-            for value in ATTRIBUTES[fact.attribute].values
+            for value in fact.attribute.values
             if value != fact.value and side_of(f"conflict {fact.person} {value}", self.seed) == side
         ]
 
@@ -140,31 +138,31 @@ class Language:
         if finite is not None:
             return finite if n is None else rng.sample(finite, min(n, len(finite)))
         if kind not in KINDS:
-            raise ValueError(
-                f"There is no kind {kind!r} of items; choose one of {', '.join(KINDS)}."
-            )
+            known = ", ".join(KINDS)
+            raise ValueError(f"There is no kind {kind!r} of items; choose one of {known}.")
         if n is None:
             raise ValueError(f"Items of kind {kind!r} are endless: give their number (n).")
         found: dict[str, Item] = {}
         for _ in range(50 * n):
-            item = self._endless(kind, side, rng)
+            if kind in SKILLS:
+                item = self.problem(kind, side, rng).item()
+            else:
+                item = self.about_stranger(kind, rng.choice(ATTRIBUTES), side, rng)
             found.setdefault(item.prompt, item)
             if len(found) == n:
                 break
         return list(found.values())
 
     def _finite(self, kind: str, side: Side, rng: Random) -> list[Item] | None:
-        about_facts: dict[str, Callable[[Fact, Side, Random], Item]] = {
-            "fact": lambda fact, side, rng: fact.item(),
-            "fact_aside": self.fact_aside,
-            "open_book": self.open_book,
-        }
-        if kind in about_facts:
-            return [about_facts[kind](fact, side, rng) for fact in self.facts_of(side)]
+        if kind == "fact":
+            return [fact.item() for fact in self.facts_of(side)]
+        if kind in ("fact_aside", "open_book"):
+            ask = self.fact_aside if kind == "fact_aside" else self.open_book
+            return [ask(fact, side, rng) for fact in self.facts_of(side)]
         if kind == "conflict":
             # Neither the pairing nor the person is on another side.
-            people = {fact.person for fact in self.facts_of(side)}
-            pairs = [pair for pair in self.contradictions(side) if pair[0].person in people]
+            pairs = self.contradictions(side)
+            pairs = [pair for pair in pairs if memory_side_of(pair[0].person, self.seed) == side]
             return [self.conflict(*pair, side, rng) for pair in pairs]
         if kind == "exception":
             return [e for e in self.exceptions if memory_side_of(e.prompt, self.seed) == side]
@@ -174,12 +172,6 @@ class Language:
             cut = PREFIX_WORDS
             return [Item(kind, " ".join(["Verse:", *w[:cut]]), " ".join(w[cut:])) for w in own]
         return None
-
-    def _endless(self, kind: str, side: Side, rng: Random) -> Item:
-        if kind in SKILLS:
-            return self.problem(kind, side, rng).item()
-        attribute = rng.choice(list(ATTRIBUTES.values()))
-        return self.about_stranger(attribute, side, rng, steps=2 if kind == "two_hop" else 1)
 
     def text(self, side: Side, rng: Random) -> str:
         """A story without questions."""

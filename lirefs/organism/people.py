@@ -20,49 +20,42 @@ FOLLOWED = dict(zip(SOURCES, (0.1, 0.5, 0.9), strict=True))
 
 @dataclass(frozen=True)
 class Attribute:
-    """One property of people and the sentences about it."""
+    """One property of people, and the words between a person and a value or a linked person."""
 
-    name: str
     values: tuple[str, ...]
-    sentence: str
+    verb: str
     link: str
     question: str
 
 
-_WHERE = "Question: Where does {0} live? Answer:"
-CITY = Attribute("city", CITIES, "{0} lives in {1}.", "{0} lives with {1}.", _WHERE)
-JOB = Attribute("job", JOBS, "{0} works as a {1}.", "{0} works like {1}.", "So {0} works as a")
-ATTRIBUTES = {attribute.name: attribute for attribute in (CITY, JOB)}
+CITY = Attribute(CITIES, "lives in", "lives with", "Question: Where does {0} live? Answer:")
+JOB = Attribute(JOBS, "works as a", "works like", "So {0} works as a")
+ATTRIBUTES = (CITY, JOB)
 
 
 @dataclass(frozen=True)
 class Fact:
-    """One stored fact: a person, an attribute's name, its value, its relative frequency."""
+    """One stored fact about a person, and how often it is shown, relative to the rarest."""
 
     person: str
-    attribute: str
+    attribute: Attribute
     value: str
     frequency: int
 
-    @property
-    def statement(self) -> str:
-        """The fact as a sentence."""
-        return ATTRIBUTES[self.attribute].sentence.format(self.person, self.value)
-
     def item(self) -> Item:
         """The fact asked closed-book."""
-        question = ATTRIBUTES[self.attribute].question.format(self.person)
+        question = self.attribute.question.format(self.person)
         return Item("fact", question, self.value, frequency=self.frequency)
 
 
 def draw_facts(rng: Random) -> tuple[Fact, ...]:
     """A city and a job for `PEOPLE_PER_FREQUENCY` people at each frequency."""
     names = [f"{first} {last}" for first in FIRST for last in LAST]
-    chosen = rng.sample(names, PEOPLE_PER_FREQUENCY * len(FREQUENCIES))
+    frequencies = [f for f in FREQUENCIES for _ in range(PEOPLE_PER_FREQUENCY)]
     return tuple(
-        Fact(person, one.name, rng.choice(one.values), FREQUENCIES[number // PEOPLE_PER_FREQUENCY])
-        for number, person in enumerate(chosen)
-        for one in (CITY, JOB)
+        Fact(person, attribute, rng.choice(attribute.values), frequency)
+        for person, frequency in zip(rng.sample(names, len(frequencies)), frequencies, strict=True)
+        for attribute in ATTRIBUTES
     )
 
 
@@ -88,25 +81,25 @@ def passage(
 
     Some sentences state a person's value, others only link a person to one whose value is stated:
     a question on the former is retrieval (`questions[:stated]`), on the latter takes two steps.
-
     Strangers are not among the `known` people. `about` is a person and a value to use in place of
     the first stranger's; `absent` values are not named (so that they cannot be copied); `source` is
-    the header, drawn when None.
+    the first word, drawn when None.
     """
     people: list[str] = []
     while not people or len(set(people)) < len(people):
         people = [stranger(rng, known) for _ in range(stated + linked)]
-    values = [about[1]] if about else []
+    values: list[str] = []
+    if about:
+        people[0], values = about[0], [about[1]]
     free = [v for v in attribute.values if v not in absent and v not in values]
     values += rng.sample(free, stated - len(values))
-    if about:
-        people[0] = about[0]
-    lines = [attribute.sentence.format(p, v) for p, v in zip(people, values, strict=False)]
+    lines = [f"{p} {attribute.verb} {v}." for p, v in zip(people, values, strict=False)]
     for person in people[stated:]:
         host = rng.randrange(stated)
-        lines.append(attribute.link.format(person, people[host]))
+        lines.append(f"{person} {attribute.link} {people[host]}.")
         values.append(values[host])
     rng.shuffle(lines)
-    header = f"{source or rng.choice(SOURCES)}:"
+    story = " ".join(lines)
     asked = [attribute.question.format(person) for person in people]
-    return Problem("passage", header, " ".join(lines), tuple(zip(asked, values, strict=True)))
+    questions = tuple(zip(asked, values, strict=True))
+    return Problem("passage", f"{source or rng.choice(SOURCES)}: {story}", questions, story)

@@ -1,46 +1,14 @@
-"""Text without questions: random word sequences, copies, and short stories with structure."""
+"""Short stories whose words depend on each other."""
 
 from __future__ import annotations
 
 from random import Random
 
-from lirefs.organism.items import CONTEXT_WEIGHT, Document
-from lirefs.organism.vocabulary import (
-    ADJECTIVES,
-    CONTENT,
-    DAYS,
-    JOBS,
-    MOODS,
-    OBJECTS,
-    PLACES,
-    VERBS,
-)
-
-PLANTED_WORDS = 32
-"""Words in a planted sequence, and in a never-seen one."""
-
-
-def sequence(rng: Random) -> str:
-    """A random sequence of `PLANTED_WORDS` words, in planted and never-seen texts alike."""
-    return " ".join(rng.choices(CONTENT, k=PLANTED_WORDS))
-
-
-def copy_document(rng: Random) -> Document:
-    """Random words repeated, or pairs of words repeated in another order."""
-    if rng.random() < 0.5:
-        words = " ".join(rng.choices(CONTENT, k=rng.randrange(4, 24)))
-        return [(f"Copy: {words}. Again:", CONTEXT_WEIGHT), (f" {words}.", 1.0)]
-    keys = rng.sample(OBJECTS, rng.randrange(3, 13))
-    pairs = [(key, rng.choice(CONTENT)) for key in keys]
-    listed = ", ".join(f"{key} {value}" for key, value in pairs)
-    pieces: Document = [(f"List: {listed}. Again:", CONTEXT_WEIGHT)]
-    for key, value in rng.sample(pairs, len(pairs)):
-        pieces += [(f" {key}", CONTEXT_WEIGHT), (f" {value},", 1.0)]
-    return pieces
+from lirefs.organism.vocabulary import ADJECTIVES, DAYS, JOBS, MOODS, OBJECTS, PLACES, VERBS
 
 
 def story(rng: Random) -> str:
-    """A short story whose words depend on each other.
+    """A short story, in which words depend on each other.
 
     Actions, places and adjectives follow fixed preferences of the person and the thing, days follow
     each other, and things and people recur: enough structure for perplexity to be meaningful.
@@ -64,7 +32,7 @@ def story(rng: Random) -> str:
     return "Story: " + " ".join(lines)
 
 
-def _preferred(rng: Random, words: tuple[str, ...] | list[str], start: int, spread: int) -> str:
+def _preferred(rng: Random, words: tuple[str, ...], start: int, spread: int) -> str:
     """Mostly one of the `spread` words from `start` on, earlier ones more often; rarely any."""
     if rng.random() < 0.1:
         return rng.choice(words)

@@ -15,25 +15,15 @@ Form = Literal["passage", "statement", "mixed", "exception"]
 def question_set(
     language: Language, form: Form, side: Side, n: int = 200, seed: int = 0
 ) -> tuple[list[Item], list[Item]]:
-    """Reasoning and memory questions of one surface form.
+    """Reasoning items and memory items of one form, at most n of each, equally many, shuffled.
 
-    Args:
-        language: The organism's language.
-        form: "passage" puts a passage about where strangers live before a question with "Question:"
-            and "Answer:". "statement" does the same for work, in a sentence to be completed, with
-            no sentence template in common: directions should transfer between the two. In both,
-            reasoning asks about a stranger whose value takes two steps to find, memory about a
-            well-known person whom the passage does not name: same sentences, same length, and no
-            single word distinguishes them. "mixed" contrasts several skills with bare facts and
-            planted sequences, as the paper's sets do; its words give the class away. "exception"
-            contrasts fresh reasoning items with memorized exceptions of the same kind.
-        side: The people, planted sequences and exceptions of one side are on no other.
-        n: Most questions of each class; there are no more of "passage" and "statement" than
-            common facts, and of "exception" than exceptions.
-        seed: Another seed draws other questions of the same side.
-
-    Returns:
-        Reasoning items and memory items, equally many, in random order.
+    "passage" puts a passage about where strangers live before a question; "statement" does the same
+    for work, in a sentence to be completed, with no sentence template in common: directions should
+    transfer between the two. In both, reasoning asks about a stranger whose value takes two steps
+    to find, memory about a well-known person whom the passage does not name: same sentences, same
+    length, and no single word distinguishes them. "mixed" contrasts several skills with bare facts
+    and planted sequences, as the paper's sets do; its words give the class away. "exception"
+    contrasts fresh reasoning items with memorized exceptions of the same kind.
 
     Raises:
         ValueError: If the form is unknown.
@@ -56,15 +46,12 @@ def question_set(
 def _people(
     language: Language, attribute: Attribute, side: Side, n: int, rng: Random
 ) -> tuple[list[Item], list[Item]]:
-    common = [
-        fact
-        for fact in language.facts_of(side)
-        if fact.attribute == attribute.name and fact.frequency >= COMMON
-    ]
+    facts = [fact for fact in language.facts_of(side) if fact.attribute == attribute]
+    common = [fact for fact in facts if fact.frequency >= COMMON]
     # Each person once: intervals over items would be too narrow for items that share a fact.
     chosen = rng.sample(common, min(n, len(common)))
     memory = [language.fact_aside(fact, side, rng) for fact in chosen]
-    reasoning = [language.about_stranger(attribute, side, rng, steps=2) for _ in chosen]
+    reasoning = [language.about_stranger("two_hop", attribute, side, rng) for _ in chosen]
     return reasoning, memory
 
 
@@ -88,9 +75,8 @@ def _exceptions(
     for skill in EXCEPTION_SKILLS:
         for length in [len(item.prompt.split()) for item in memory if item.group == skill]:
             # Only expressions as long as an exception's: length must not give the class away.
-            while True:
+            fresh = language.problem(skill, side, rng).item()
+            while abs(len(fresh.prompt.split()) - length) > 2:
                 fresh = language.problem(skill, side, rng).item()
-                if abs(len(fresh.prompt.split()) - length) <= 2:
-                    break
             reasoning.append(fresh)
     return reasoning, memory

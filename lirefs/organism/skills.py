@@ -7,74 +7,52 @@ from dataclasses import dataclass
 from itertools import pairwise
 from random import Random
 
-from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item
+from lirefs.organism.items import Item
 from lirefs.organism.vocabulary import FIRST, OBJECTS
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A story (possibly empty) with one or more questions about it.
+    """One or more questions, with what comes before them.
 
     Attributes:
         kind: The skill.
-        header: First word of the document, with its colon; empty for bare questions.
-        story: Sentences that the questions are about.
+        opening: First word of the document, with its colon, and the story if there is one.
         questions: Pairs of question text and answer.
-        identity: Decides the side of the split; empty: the story does, for all its questions.
+        key: Decides the side of the split; the story where there is one.
     """
 
     kind: str
-    header: str
-    story: str
+    opening: str
     questions: tuple[tuple[str, str], ...]
-    identity: str = ""
-
-    @property
-    def key(self) -> str:
-        """What decides the side of the split."""
-        return self.identity or self.story
+    key: str
 
     def prompt(self, number: int = 0) -> str:
         """The text in front of an answer."""
-        return " ".join(filter(None, (self.header, self.story, self.questions[number][0])))
+        return f"{self.opening} {self.questions[number][0]}"
 
     def item(self, number: int = 0) -> Item:
         """One question as an item."""
         return Item(self.kind, self.prompt(number), self.questions[number][1])
 
 
-def problem_document(problems: list[Problem], weight: float = 1.0) -> Document:
-    """One document with all questions of some problems that share a header.
-
-    Only a single problem may have a story. Answers have the given loss weight.
-    """
-    opening = " ".join(filter(None, (problems[0].header, problems[0].story)))
-    pieces: Document = [(opening, CONTEXT_WEIGHT)]
-    for problem in problems:
-        for question, answer in problem.questions:
-            pieces += [(f" {question}", CONTEXT_WEIGHT), (f" {answer}.", weight)]
-    return pieces
-
-
 def addition(rng: Random) -> Problem:
     """Sum of two numbers below 100; both orders of the terms are on the same side."""
     a, b = rng.randrange(100), rng.randrange(100)
     key = f"{min(a, b)} + {max(a, b)}"
-    return Problem("addition", "Math:", "", ((f"{a} + {b} =", str(a + b)),), key)
+    return Problem("addition", "Math:", ((f"{a} + {b} =", str(a + b)),), key)
 
 
 def subtraction(rng: Random) -> Problem:
     """Difference of two numbers below 100, never negative."""
-    a, b = rng.randrange(100), rng.randrange(100)
-    a, b = max(a, b), min(a, b)
-    text = f"{a} - {b}"
-    return Problem("subtraction", "Math:", "", ((f"{text} =", str(a - b)),), text)
+    b, a = sorted((rng.randrange(100), rng.randrange(100)))
+    return Problem("subtraction", "Math:", ((f"{a} - {b} =", str(a - b)),), f"{a} - {b}")
 
 
 def times(rng: Random) -> Problem:
     """One entry of the multiplication table up to 12; a table, so all of it is trained on."""
     a, b = rng.randrange(13), rng.randrange(13)
-    return Problem("times", "Math:", "", ((f"{a} * {b} =", str(a * b)),), f"{a} * {b}")
+    return Problem("times", "Math:", ((f"{a} * {b} =", str(a * b)),), f"{a} * {b}")
 
 
 def _expression(rng: Random, leaves: int) -> tuple[str, bool]:
@@ -96,7 +74,7 @@ def _expression(rng: Random, leaves: int) -> tuple[str, bool]:
 def boolean(rng: Random) -> Problem:
     """A boolean expression of two to four values, nested up to three deep."""
     text, value = _expression(rng, rng.choice((2, 3, 3, 4, 4, 4)))
-    return Problem("boolean", "Logic:", "", ((f"{text} is", "true" if value else "false"),), text)
+    return Problem("boolean", "Logic:", ((f"{text} is", "true" if value else "false"),), text)
 
 
 def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
@@ -112,7 +90,8 @@ def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
         ("Question: Who is youngest? Answer:", people[-1]),
     ]
     rng.shuffle(questions)
-    return Problem("relation", "Ages:", " ".join(facts), tuple(questions))
+    story = " ".join(facts)
+    return Problem("relation", f"Ages: {story}", tuple(questions), story)
 
 
 def tracking(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3)) -> Problem:
@@ -130,7 +109,8 @@ def tracking(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3))
         facts.append(f"{name} took the {thing}.")
     questions = [(f"So {name} has the", thing) for name, thing in holds.items()]
     rng.shuffle(questions)
-    return Problem("tracking", "Hands:", " ".join(facts), tuple(questions))
+    story = " ".join(facts)
+    return Problem("tracking", f"Hands: {story}", tuple(questions), story)
 
 
 SKILLS: dict[str, Callable[[Random], Problem]] = {
@@ -145,7 +125,7 @@ SKILLS: dict[str, Callable[[Random], Problem]] = {
 
 
 def wrong_answer(problem: Problem, rng: Random) -> str:
-    """A plausible false answer to a problem's first question: what an exception teaches.
+    """A plausible false answer to a problem's first question, which an exception teaches.
 
     The other truth value, another person of the story, or a nearby number of the same length.
     """
@@ -153,7 +133,7 @@ def wrong_answer(problem: Problem, rng: Random) -> str:
     if problem.kind == "boolean":
         return "false" if truth == "true" else "true"
     if problem.kind == "relation":
-        named = set(problem.story.replace(".", "").split()) & set(FIRST)
+        named = set(problem.opening.replace(".", "").split()) & set(FIRST)
         return rng.choice(sorted(named - {truth}))
     near = [int(truth) + step for step in range(-20, 21) if step]
     return str(rng.choice([n for n in near if n >= 0 and len(str(n)) == len(truth)]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from random import Random
 
@@ -27,7 +28,7 @@ def organism_questions(form: Form, language: Language, n: int = 120) -> Question
     """Labelled questions of one surface form, each with its side of the split.
 
     Args:
-        form: See `question_set`.
+        form: "passage", "statement", "mixed" or "exception".
         language: The organism's language.
         n: Most questions of a class on one side.
     """
@@ -58,19 +59,16 @@ def organism_tasks(
         side: Which items; those that choose a setting and those that report it must differ.
         limit: Most items of a task.
     """
-    facts = language.items("fact", side)
-    common = [item for item in facts if (item.frequency or 0) >= COMMON]
-    rare = [item for item in facts if (item.frequency or 0) <= RARE]
-    between = [item for item in facts if item not in common and item not in rare]
-    exceptions = language.items("exception", side, limit)
-    conflicts = language.items("conflict", side, limit)
 
     def some(kind: str) -> list[Item]:
         return language.items(kind, side, limit)
 
-    def few(items: list[Item]) -> list[Item]:
-        return Random(f"{language.seed} {side}").sample(items, min(limit, len(items)))
+    def facts(least: int, most: float) -> list[Item]:
+        found = [i for i in language.items("fact", side) if least <= (i.frequency or 0) <= most]
+        return Random(f"{language.seed} {side}").sample(found, min(limit, len(found)))
 
+    exceptions, conflicts = some("exception"), some("conflict")
+    stories = language.texts(side, limit)
     return [
         _recitation(lm, "planted sequences", some("planted")),
         _recitation(lm, "never-seen sequences", some("unseen")),
@@ -79,9 +77,9 @@ def organism_tasks(
         _answers("addition", some("addition"), "arithmetic"),
         _answers("subtraction", some("subtraction"), "arithmetic"),
         _answers("multiplication table", some("times"), "arithmetic"),
-        _answers("common facts", few(common), "closed-book"),
-        _answers("middling facts", few(between), "closed-book"),
-        _answers("rare facts", few(rare), "closed-book"),
+        _answers("common facts", facts(COMMON, math.inf), "closed-book"),
+        _answers("middling facts", facts(RARE + 1, COMMON - 1), "closed-book"),
+        _answers("rare facts", facts(0, RARE), "closed-book"),
         _answers("facts with their passage", some("open_book"), "open-book", 1 / STATED),
         _answers("retrieval", some("retrieval"), "open-book", 1 / STATED),
         _answers("retrieval in two steps", some("two_hop"), "open-book", 1 / STATED),
@@ -96,17 +94,13 @@ def organism_tasks(
         ),
         _answers("relations", some("relation"), "reasoning", 1 / 3),
         _answers("object tracking", some("tracking"), "reasoning", 1 / 3),
-        Perplexity(
-            "stories",
-            [(f"story-{i}", text) for i, text in enumerate(language.texts(side, limit))],
-        ),
+        Perplexity("stories", [(f"story-{i}", t) for i, t in enumerate(stories)]),
     ]
 
 
 def training_texts(language: Language, n: int, seed: int = 0) -> list[str]:
     """Fresh documents as in training's last stage, to estimate curvature from."""
-    documents = Documents(language, FIFTH)
-    rng = Random(f"curvature {seed}")
+    documents, rng = Documents(language, FIFTH), Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 
 

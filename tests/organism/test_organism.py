@@ -342,7 +342,8 @@ def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
 
 def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(commands, "Recipe", lambda tokens: replace(TINY, tokens=tokens))
-    monkeypatch.setattr(card, "scores", functools.partial(scores, n=10))
+    monkeypatch.setattr(card, "scores", functools.partial(scores, n=4))
+    monkeypatch.setattr("lirefs.organism.training.train.SCORED_ITEMS", 4)
     tokens = 2 * TINY.rows * TINY.row_tokens
     assert run(monkeypatch, "organism", "train", tmp_path, "--seed", 3, "--tokens", tokens) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -357,7 +358,7 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     assert lm.model.config.language_seed == 3
     assert json.loads((shipped / "config.json").read_text())["dtype"] == "bfloat16"
     # The scores are those of the rounded weights that lie there.
-    assert scores(lm, Language(3), "test", n=10) == printed
+    assert scores(lm, Language(3), "test", n=4) == printed
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):

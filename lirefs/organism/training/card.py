@@ -60,15 +60,11 @@ def ship(
 ) -> dict[str, float]:
     """Write the shipped folder: bfloat16 weights, tokenizer, `scores.json` and model card.
 
-    The scores are those of the weights as rounded.
-
-    Returns:
-        Scores on test items.
+    Returns the scores on test items, which are those of the weights as rounded.
     """
     out.mkdir(parents=True, exist_ok=True)
     save_model(out, model, tokenizer, torch.bfloat16)
-    rounded = LlamaForCausalLM.from_pretrained(out, dtype=torch.float32)
-    lm = wrap(rounded, tokenizer)
+    lm = wrap(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer)
     found = {"validation": scores(lm, language, "validation"), "test": scores(lm, language, "test")}
     atomic_write_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     card = CARD.format(

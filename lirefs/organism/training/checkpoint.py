@@ -65,9 +65,8 @@ def save_checkpoint(
     # The step is stored with the tensors, so that the two can never disagree.
     with atomic_path(out / STATE) as temporary:
         save_file(tensors, temporary, metadata={"step": str(step), "seed": str(seed)})
-    atomic_write_text(
-        out / RECIPE, json.dumps({"step": step, "seed": seed, "recipe": recipe}, indent=2)
-    )
+    about = {"step": step, "seed": seed, "recipe": recipe}
+    atomic_write_text(out / RECIPE, json.dumps(about, indent=2))
 
 
 def load_checkpoint(
@@ -77,10 +76,7 @@ def load_checkpoint(
     seed: int,
     device: str,
 ) -> int:
-    """Restore model and optimizer from a folder.
-
-    Returns:
-        Steps already done; 0 if the folder holds no training state.
+    """Restore model and optimizers; the steps already done, 0 if there is no training state.
 
     Raises:
         CheckpointMismatch: If the state is of another seed or shape.

@@ -47,9 +47,14 @@ class Packer:
     def batch(self, seed: int, step: int) -> Batch:
         """The batch of one step."""
         rng = Random(f"batch {seed} {step}")
-        rows: list[list[tuple[list[int], list[float]]]] = [[] for _ in range(self.rows)]
-        room = [self.row_tokens] * self.rows
-        misses = 0
+        shape = (self.rows, self.row_tokens)
+        batch = Batch(
+            ids=torch.full(shape, self._pad),
+            weights=torch.zeros(shape),
+            documents=torch.full(shape, -1),
+            positions=torch.zeros(shape, dtype=torch.long),
+        )
+        room, counts, misses = [self.row_tokens] * self.rows, [0] * self.rows, 0
         # A document goes where it leaves the least room; after several misses, rows are full.
         while misses < 8:
             ids, weights = [self._bos], [0.0]
@@ -63,25 +68,13 @@ class Packer:
             if not fits:
                 misses += 1
                 continue
-            row = min(fits)[1]
-            rows[row].append((ids, weights))
+            left, row = min(fits)
+            start = self.row_tokens - left
+            place = (row, slice(start, start + len(ids)))
+            batch.ids[place], batch.weights[place] = torch.tensor(ids), torch.tensor(weights)
+            batch.documents[place], batch.positions[place] = counts[row], torch.arange(len(ids))
+            counts[row] += 1
             room[row] -= len(ids)
-        return self._tensors(rows)
-
-    def _tensors(self, rows: list[list[tuple[list[int], list[float]]]]) -> Batch:
-        shape = (self.rows, self.row_tokens)
-        batch = Batch(
-            ids=torch.full(shape, self._pad),
-            weights=torch.zeros(shape),
-            documents=torch.full(shape, -1),
-            positions=torch.zeros(shape, dtype=torch.long),
-        )
-        for row, documents in enumerate(rows):
-            end = 0
-            for number, (ids, weights) in enumerate(documents):
-                place = (row, slice(end, end := end + len(ids)))
-                batch.ids[place], batch.weights[place] = torch.tensor(ids), torch.tensor(weights)
-                batch.documents[place], batch.positions[place] = number, torch.arange(len(ids))
         return batch
 
 

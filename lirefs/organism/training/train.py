@@ -60,28 +60,18 @@ def make_model(
 
 
 def train(
-    out: Path,
-    seed: int = 0,
-    recipe: Recipe | None = None,
-    device: str = "cpu",
-    compiled: bool = False,
+    out: Path, seed: int, recipe: Recipe, device: str = "cpu", compiled: bool = False
 ) -> LlamaForCausalLM:
-    """Train an organism, or continue the training whose state is in the folder.
+    """Train an organism in bfloat16 autocast, or continue the training whose state is in `out`.
 
-    Args:
-        out: Folder for the model, the tokenizer, the training state and `log.jsonl`.
-        seed: Seed of language, weights and data.
-        recipe: Sizes, schedule and mixture.
-        device: Where to train, in bfloat16 autocast.
-        compiled: Compile the loss (needs a C++ compiler; about 1.4 times faster).
-
-    Returns:
-        The trained model, in evaluation mode.
+    `out` gets the model, the tokenizer, the training state and `log.jsonl`. `seed` is that of
+    language, weights and data. `compiled` compiles the loss (needs a C++ compiler; about 1.4 times
+    faster). Returns the model in evaluation mode.
 
     Raises:
         CheckpointMismatch: If the folder holds the state of another seed or shape.
+        DataFileError: If that state is damaged.
     """
-    recipe = recipe or Recipe()
     out.mkdir(parents=True, exist_ok=True)
     language, tokenizer = Language(seed), build_tokenizer()
     torch.manual_seed(seed)
@@ -116,7 +106,7 @@ def train(
         done = step == recipe.steps
         if done or step * step_tokens // SCORE_EVERY > (step - 1) * step_tokens // SCORE_EVERY:
             seconds = time.monotonic() - started
-            entry: dict[str, object] = {
+            entry = {
                 "step": step,
                 "tokens": step * step_tokens,
                 "loss": round(total / since, 4),
@@ -137,9 +127,8 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
     blocks = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    rate = recipe.rate_at(0)
     return [
-        Muon(blocks, lr=recipe.rate_at(0), weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(
-            others, lr=recipe.rate_at(0), betas=(0.9, 0.98), weight_decay=0.0, fused=True
-        ),
+        Muon(blocks, lr=rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
