@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from kfac.target import Target, weight_digest
 from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
-from lirefs.model.intervention import reserve
+from lirefs.model.intervention import Composable, reserve
 from lirefs.model.weight_swap import EditHandle, originals_of
 
 
-class WeightEdit(abc.ABC):
+class WeightEdit(Composable, abc.ABC):
     """A reversible change of weights.
 
     Subclasses compute new weights in `prepare`; this class puts them in place and takes them out.
@@ -53,16 +53,6 @@ class WeightEdit(abc.ABC):
             stack.callback(reserve(model, EditError))
             changes = self._changes(model)
             return EditHandle(changes, stack.pop_all().close)
-
-    @contextmanager
-    def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Edit the model inside a `with` block, and yield it; see `attach`.
-
-        Raises:
-            EditOrderError: A later edit of the same weight is still attached when the block ends.
-        """
-        with self.attach(model):
-            yield model
 
     def bake(self, model: nn.Module) -> None:
         """Put the edited weights in place for good, as `attach` would, and drop the originals.

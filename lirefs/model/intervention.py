@@ -148,7 +148,24 @@ def applied(intervention: Intervention | None, model: nn.Module) -> Iterator[nn.
         yield model
 
 
-class Composition:
+class Composable:
+    """What steerings, weight edits and compositions share: `with x.apply(model):` and `a + b`."""
+
+    @contextmanager
+    def apply(self: Intervention, model: nn.Module) -> Iterator[nn.Module]:
+        """The model (`lm.model`), changed inside the `with` and restored after it; see `attach`."""
+        with ExitStack() as stack:
+            stack.callback(self.attach(model).remove)
+            yield model
+
+    def __add__(self: Intervention, other: Intervention) -> Composition:
+        return compose(self, other)
+
+    def __radd__(self: Intervention, other: Intervention) -> Composition:
+        return compose(other, self)
+
+
+class Composition(Composable):
     """Several interventions, attached in order and removed in reverse order."""
 
     def __init__(self, members: tuple[Intervention, ...]) -> None:
@@ -172,21 +189,9 @@ class Composition:
                     steps.add(member.attach(model).remove)
             return steps
 
-    @contextmanager
-    def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """Attach all members inside a `with` block, and yield the model."""
-        with applied(self, model):
-            yield model
-
     def describe(self) -> dict[str, Any]:
         """The descriptions of all members as a JSON object."""
         return {"kind": "composition", "members": [one.describe() for one in self.members]}
-
-    def __add__(self, other: Intervention) -> Composition:
-        return compose(self, other)
-
-    def __radd__(self, other: Intervention) -> Composition:
-        return compose(other, self)
 
 
 def compose(*interventions: Intervention) -> Composition:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -14,11 +13,9 @@ from lirefs.errors import InterventionError, ProvenanceError, ScopeError
 from lirefs.model.fingerprint import is_model
 from lirefs.model.guest import text_config
 from lirefs.model.intervention import (
-    Composition,
+    Composable,
     Handle,
-    Intervention,
     UndoStack,
-    applied,
     compose,
     must_be_module,
     reserve,
@@ -35,7 +32,7 @@ from lirefs.steering.token_mask import TokenMask
 from lirefs.steering.tracker import refuse_empty, tracker_of
 
 
-class Steer:
+class Steer(Composable):
     """Change hidden states along a direction while the model runs; weights stay as they are.
 
         with lirefs.Steer(probe.best, "add", 1.0).apply(lm.model):
@@ -223,12 +220,6 @@ class Steer:
                 steps.add(change_at(*layout.module(model, site, layer), change))
             return steps
 
-    @contextmanager
-    def apply(self, model: nn.Module) -> Iterator[nn.Module]:
-        """The model (`lm.model`), steered inside the `with` and restored after it."""
-        with applied(self, model):
-            yield model
-
     def describe(self) -> dict[str, Any]:
         """What it does, as JSON values: among them place, norm and digest of each direction."""
         strength: Any = self.strength
@@ -253,9 +244,3 @@ class Steer:
     def __str__(self) -> str:
         layers = self.layers or sorted({one.layer for one in self.directions})
         return f"{self.operator} at layers {layers}, scope {self.scope.name!r}"
-
-    def __add__(self, other: Intervention) -> Composition:
-        return compose(self, other)
-
-    def __radd__(self, other: Intervention) -> Composition:
-        return compose(other, self)

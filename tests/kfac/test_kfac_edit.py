@@ -10,7 +10,14 @@ from torch import nn
 
 import kfac
 from kfac import CurvatureEdit, RandomPairsEdit, SVDEdit
-from lirefs.errors import EditError, EditOrderError, FactorsMismatchError, KeepError, TargetError
+from lirefs.errors import (
+    EditError,
+    EditOrderError,
+    FactorsMismatchError,
+    InterventionError,
+    KeepError,
+    TargetError,
+)
 
 
 @pytest.fixture
@@ -193,14 +200,6 @@ def test_describe_is_json(factors):
     assert CurvatureEdit(factors, 0.6).describe()["factors"] == factors.digest
 
 
-def test_addition_is_left_to_the_other_operand(factors):
-    class Other:
-        def __radd__(self, left):
-            return "composed"
-
-    assert CurvatureEdit(factors, 0.6) + Other() == "composed"
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_dtypes(dtype):
     model = llama(dtype)
@@ -302,3 +301,19 @@ def test_svd_sweep_and_errors(model):
         SVDEdit([], 0.5)
     with pytest.raises(TargetError, match="nothing"):
         SVDEdit(["nothing"], 0.5).attach(model)
+
+
+def test_edits_add_up_like_other_interventions(model):
+    names = ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
+    before = snapshot(model)
+    one, two = (SVDEdit([name], 0.3) for name in names)
+    with (one + two).apply(model):
+        both = [target.weight.clone() for target in kfac.named_targets(model, names)]
+    assert_restored(model, before)
+    for edit, name, weight in zip((one, two), names, both, strict=True):
+        with edit.apply(model):
+            assert torch.equal(kfac.named_targets(model, [name])[0].weight, weight)
+    with pytest.raises(InterventionError, match="not an intervention"):
+        one + 1
+    with pytest.raises(InterventionError, match="not an intervention"):
+        "no" + one
