@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -21,11 +22,7 @@ COMPONENT_ITEMS = 512
 
 
 def cosines(one: Directions, other: Directions | None = None) -> Floats:
-    """Cosine of every direction with every other one, shape (places, places of the other).
-
-    Args:
-        one: Directions; the rows, in their order.
-        other: The columns; None for the same directions.
+    """Cosine of each direction with each of `other` (None for the same), shape (places, places).
 
     Raises:
         DirectionError: If widths differ.
@@ -69,7 +66,7 @@ def transfer(
         directions: One per layer.
         questions: The other set; all of it is used.
         fitted_on: The questions that the directions were fitted and chosen on.
-        controls: Number of random directions.
+        controls: Number of random directions, drawn with `seed`.
         seed: Seed of the random directions.
         progress: Show a progress bar.
 
@@ -85,8 +82,8 @@ def transfer(
     labels = np.array(questions.labels)
     projections = np.empty((len(questions), len(layers)))
     random = np.empty((len(questions), len(layers), controls), np.float32)
-    batches = stream(lm, questions.prompts, layers=layers, sites=sites, progress=progress)
-    for rows, states in batches:
+    settings: Any = {"layers": layers, "sites": sites, "progress": progress}
+    for rows, states in stream(lm, questions.prompts, **settings):
         values = states.double().numpy()
         projections[rows] = np.einsum("npw,pw->np", values, units)
         random[rows] = values @ noise
@@ -118,10 +115,10 @@ class Components:
         direction: The direction.
         explained: Share of the variance of train states by component, shape (components,).
         cosines: Absolute cosine of each component with the direction, shape (components,).
-        random: 97.5th percentile of that cosine for random directions.
+        random: 97.5th percentile of the first component's absolute cosine with random directions.
         points: Test states on the first two components, shape (n, 2).
-        axis: The direction's unit vector on the first two components, shape (2,).
-        middle: The midpoint of the class means on them, shape (2,).
+        axis: The direction's unit vector on them, shape (2,).
+        middle: The midpoint of the train class means on them, shape (2,).
         labels: Label of each point, shape (n,).
     """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from sklearn.base import is_regressor
 
@@ -15,24 +13,12 @@ CONTROL_ITEMS = 2000
 
 
 class HeldOut:
-    """Scores of held-out items, filled batch by batch.
+    """Scores of n held-out items at every place, filled batch by batch; `sides` divide the items.
 
-    Args:
-        learner: A learner that has finished.
-        labels: Labels of the held-out items, shape (n,).
-        sides: Positions of validation and of test items among them.
-        controls: Number of random directions.
-        seed: Seed of the random directions.
-
-    Attributes:
-        scores: Decision value of each item at each place, shape (n, places).
-        predicted: Label given to each item, shape (n, places).
-        projections: Component along the unit direction, shape (n, places).
-        cosines: Cosine with the direction, measured from the middle of the train class means,
-            shape (n, places).
-        shuffled: Scores of the shuffled directions for `control_rows`, (rows, places, shuffles).
-        random: Scores of the random directions for `control_rows`, (rows, places, controls).
-        control_rows: Items on which the controls are scored, for validation and test.
+    A finished learner gives decision values (`scores`), labels (`predicted`), `projections` on the
+    unit direction and `cosines` with it, measured from the middle of the train class means, shape
+    (n, places). Controls are scored on `control_rows` of each side: `shuffled`, (rows, places,
+    shuffles), and `random` directions, (rows, places, controls).
     """
 
     def __init__(
@@ -49,13 +35,11 @@ class HeldOut:
         # A random direction gets the better of its two signs on train items, like a fitted one.
         sign = np.sign((learner.means[:, 1] - learner.means[:, 0]) @ noise)
         self._random = noise[None] * np.where(sign == 0, 1.0, sign)[:, None]
-        self.scores = np.empty((n, places))
+        self.scores, self.projections, self.cosines = np.empty((3, n, places))
         self.predicted = np.empty((n, places), np.int64)
-        self.projections = np.empty((n, places))
-        self.cosines = np.empty((n, places))
         self.control_rows = [spread_out(side.start, side.stop, CONTROL_ITEMS) for side in sides]
         chosen = np.concatenate(self.control_rows)
-        self._slot = np.full(n, -1)
+        self._slot = np.full(n, -1)  # row of each item among those of the controls
         self._slot[chosen] = np.arange(len(chosen))
         self.shuffled = np.empty((len(chosen), places, learner.null.shape[2]), np.float32)
         self.random = np.empty((len(chosen), places, controls), np.float32)
@@ -64,8 +48,12 @@ class HeldOut:
         """Score states of held-out items `rows`, shape (rows, places, width)."""
         index = np.asarray(rows)
         for place, one in enumerate(self._learner.fitted):
-            scores, predicted = _decide(one, states[:, place])
-            self.scores[index, place], self.predicted[index, place] = scores, predicted
+            if is_regressor(one):
+                self.scores[index, place] = one.predict(states[:, place])
+                self.predicted[index, place] = self.scores[index, place] > 0.5
+            else:
+                self.scores[index, place] = one.decision_function(states[:, place])
+                self.predicted[index, place] = one.predict(states[:, place])
         self.projections[index] = np.einsum("npw,pw->np", states, self._units)
         centred = states - self._middles
         lengths = np.maximum(np.linalg.norm(centred, axis=2), 1e-300)
@@ -81,11 +69,3 @@ class HeldOut:
 def spread_out(begin: int, end: int, most: int) -> Ints:
     """At most `most` indices, evenly over a range, so that both classes of items are there."""
     return np.linspace(begin, end - 1, min(end - begin, most)).round().astype(np.int64)
-
-
-def _decide(estimator: Any, states: Floats) -> tuple[Floats, Ints]:
-    """Scores of states and the labels they are given, shape (n,) each."""
-    if is_regressor(estimator):
-        scores = np.asarray(estimator.predict(states), np.float64)
-        return scores, (scores > 0.5).astype(np.int64)
-    return np.asarray(estimator.decision_function(states), np.float64), estimator.predict(states)

@@ -27,7 +27,7 @@ def paired_difference(
 
     Args:
         scores: One per item, shape (n,).
-        base: The same for the baseline.
+        base: The baseline's, shape (n,).
         draws: How often each item is drawn in each resample, shape (resamples, n).
         weights: Weight of each item, shape (n,); None for equal weights.
     """
@@ -126,16 +126,14 @@ def difference_of_shares(gained: int, lost: int, n: int) -> Estimate:
 def ratio_of_shares(both: int, gained: int, lost: int, n: int) -> Estimate:
     """Ratio of two shares of the same items, with the score interval of Tang and others (2003).
 
-    It contains 1 exactly where `difference_of_shares` contains 0.
+    It contains 1 exactly where `difference_of_shares` contains 0. The value is NaN where the
+    baseline is 0, and the upper limit infinite where it is nearly so.
 
     Args:
         both: Items right under the baseline and now.
         gained: Items wrong under the baseline and right now.
         lost: Items right under the baseline and wrong now.
         n: Number of items.
-
-    Returns:
-        NaN where the baseline is 0; an infinite upper limit where it is nearly so.
     """
     now, before, any_right = both + gained, both + lost, both + gained + lost
     if before == 0:
@@ -159,8 +157,7 @@ def ratio_of_shares(both: int, gained: int, lost: int, n: int) -> Estimate:
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of independent estimates, on different items, its interval combined from theirs.
 
-    The square-and-add rule (Zou and Donner 2008, MOVER). Unlike a bootstrap it keeps what their
-    own intervals know.
+    By the square-and-add rule (Zou and Donner 2008, MOVER).
     """
     if not estimates:
         return Estimate(nan, nan, nan, 0)

@@ -96,7 +96,7 @@ def paired_p_value(
 ) -> float:
     """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` with `seed` for all others.
 
-    Scores, those of the unchanged model and weights have shape (n,); None for equal weights.
+    Scores, those of the unchanged model and weights (None: equal) have shape (n,).
     """
     if binary(scores, base, weights):
         return mcnemar(int((scores > base).sum()), int((scores < base).sum()))
@@ -132,10 +132,7 @@ def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | 
     """p-values of a family of tests, adjusted by Holm's step-down procedure (1979).
 
     Rejecting those up to alpha keeps the chance of any false rejection in the family at alpha or
-    below, however the tests depend on each other.
-
-    Args:
-        p_values: One per test; NaN stands for no test, is not counted and stays NaN.
+    below, however the tests depend on each other. NaN is not counted as a test and stays NaN.
     """
     if isinstance(p_values, Mapping):
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
@@ -167,8 +164,7 @@ class BestOf:
     Attributes:
         observed: Largest mean difference.
         luck: Mean largest difference if no setting has an effect, with its 95 % range.
-        p_value: How often luck alone reaches `observed`: one-sided, already corrected for the
-            number of settings.
+        p_value: How often luck reaches `observed`: one-sided, corrected for the number of settings.
         k: Number of settings.
     """
 
@@ -211,7 +207,8 @@ def detectable_difference(
 ) -> float:
     """Smallest true difference of two paired shares that `mcnemar` finds with a given power.
 
-    The power is exact, summed over the numbers of items that change and that are gained.
+    The power is exact, summed over the numbers of items that change and that are gained. The
+    result is NaN where even a change of every item is not detectable (n < 5 at 0.05).
 
     Args:
         n: Number of items.
@@ -219,9 +216,6 @@ def detectable_difference(
             within it is detectable, all changes are taken to be gains and their share grows.
         power: Probability of p <= alpha.
         alpha: Level of the test.
-
-    Returns:
-        The difference; NaN where even a change of every item is not detectable (n < 5 at 0.05).
     """
 
     def excess(difference: float) -> float:
@@ -266,10 +260,9 @@ def _power(n: int, discordant: float, difference: float, alpha: float) -> float:
     changed, likely = changed[likely > 1e-12], likely[likely > 1e-12]
     # The largest smaller side that is significant: a step from the quantile to either side.
     limit = binom.ppf(alpha / 2, changed, 0.5).astype(np.int64) + 1
-    while True:
+    high = np.ones(len(limit), bool)
+    while high.any():
         high = (limit >= 0) & ((2 * limit > changed) | (_mid_p(limit, changed) > alpha))
-        if not high.any():
-            break
         limit = limit - high
     gain = 0.5 * (1 + difference / discordant) if discordant > 0 else 0.5
     found = binom.cdf(limit, changed, gain) + binom.cdf(limit, changed, 1 - gain)
