@@ -136,13 +136,13 @@ def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
     vector = file.get_tensor(f"{layer}.{site}")
     if vector.dtype != torch.float32 or vector.ndim != 1 or not len(vector):
         raise ValueError(f"{where}: not a vector of float32")
+    if not bool(vector.isfinite().all()):
+        raise ValueError(f"{where}: the vector is not finite")
     numbers = [one for pair in pairs for one in pair]
     finite = all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
     if not finite or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{where}: means, spread and counts must be two numbers each")
     if any(type(one) is not int or one < 0 for one in pairs[2]):
         raise ValueError(f"{where}: counts are {pairs[2]}")
-    if not bool(vector.isfinite().all()):
-        raise ValueError(f"{where}: the vector is not finite")
     means, spread, counts = map(tuple, pairs)
     return Direction(vector, layer, site, means, spread, counts)

@@ -22,11 +22,10 @@ from lirefs.statistics.intervals import Floats, Ints
 
 
 class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """What the two-class estimators share: a linear decision, and a direction with a length.
+    """A linear decision between two classes, by `coef_` and `intercept_`, and a `direction_`.
 
-    `coef_` and `intercept_` decide; `direction_` is what steering adds. It lies along `coef_` and
-    is as long as the gap between the class means along it, so that with every estimator, adding
-    it once moves the mean of the first class to the level of the second.
+    It is as long as the gap between the class means along `coef_`, so that with every estimator,
+    adding it once moves the mean of the first class to the level of the second.
     """
 
     def decision_function(self, X: npt.ArrayLike) -> Floats:
@@ -103,12 +102,10 @@ class MeanDifference(_BinaryDirection):
     def partial_fit(
         self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None
     ) -> Self:
-        """Add samples X, (n_samples, n_features), and labels y; prediction needs both classes.
+        """Add samples X, (n_samples, n_features), with their labels y, (n_samples,).
 
-        Args:
-            X: Samples.
-            y: Labels, shape (n_samples,).
-            classes: The two labels; needed at the first call, because a batch may lack one.
+        The two `classes` are needed at the first call, because a batch may lack one; prediction
+        needs samples of both.
 
         Raises:
             ValueError: If there are not two classes, or y holds another one.

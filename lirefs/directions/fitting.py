@@ -185,6 +185,6 @@ def direction_of(
             f"{layer}, {site}; give it more questions or a stronger penalty"
         )
     means = (learner.means[index] @ unit_of(learner.vectors[index])).tolist()
-    spread = [float(projections[labels == label].std()) for label in (0, 1)]
+    spread = np.array([projections[labels == label].std() for label in (0, 1)]).tolist()
     counts = np.bincount(learner.labels, minlength=2).tolist()
     return Direction(vector, layer, site, tuple(means), tuple(spread), tuple(counts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from sklearn.decomposition import PCA
@@ -66,7 +65,7 @@ def transfer(
         directions: One per layer.
         questions: The other set; all of it is used.
         fitted_on: The questions that the directions were fitted and chosen on.
-        controls: Number of random directions, drawn with `seed`.
+        controls: Number of random directions.
         seed: Seed of the random directions.
         progress: Show a progress bar.
 
@@ -82,8 +81,8 @@ def transfer(
     labels = np.array(questions.labels)
     projections = np.empty((len(questions), len(layers)))
     random = np.empty((len(questions), len(layers), controls), np.float32)
-    settings: Any = {"layers": layers, "sites": sites, "progress": progress}
-    for rows, states in stream(lm, questions.prompts, **settings):
+    batches = stream(lm, questions.prompts, layers=layers, sites=sites, progress=progress)
+    for rows, states in batches:
         values = states.double().numpy()
         projections[rows] = np.einsum("npw,pw->np", values, units)
         random[rows] = values @ noise

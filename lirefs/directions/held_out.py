@@ -13,21 +13,19 @@ CONTROL_ITEMS = 2000
 
 
 class HeldOut:
-    """Scores of n held-out items at every place, filled batch by batch; `sides` divide the items.
+    """Scores of n held-out items, validation items first, at every place, filled batch by batch.
 
     A finished learner gives decision values (`scores`), labels (`predicted`), `projections` on the
     unit direction and `cosines` with it, measured from the middle of the train class means, shape
-    (n, places). Controls are scored on `control_rows` of each side: `shuffled`, (rows, places,
-    shuffles), and `random` directions, (rows, places, controls).
+    (n, places). Shuffled directions and as many random ones score the `control_rows` of both
+    `sides`: `shuffled` and `random`, (rows, places, shuffles).
     """
 
-    def __init__(
-        self, learner: Learner, labels: Ints, sides: list[slice], controls: int, seed: int
-    ) -> None:
+    def __init__(self, learner: Learner, labels: Ints, validation: int, seed: int) -> None:
         self.labels = labels
-        self.sides = sides
+        self.sides = slice(0, validation), slice(validation, len(labels))
         self._learner = learner
-        n, (places, _, width) = len(labels), learner.means.shape
+        n, (places, width, controls) = len(labels), learner.null.shape
         norms = np.linalg.norm(learner.vectors, axis=1, keepdims=True)
         self._units = learner.vectors / np.where(norms > 0, norms, 1.0)
         self._middles = learner.means.mean(axis=1)
@@ -37,12 +35,11 @@ class HeldOut:
         self._random = noise[None] * np.where(sign == 0, 1.0, sign)[:, None]
         self.scores, self.projections, self.cosines = np.empty((3, n, places))
         self.predicted = np.empty((n, places), np.int64)
-        self.control_rows = [spread_out(side.start, side.stop, CONTROL_ITEMS) for side in sides]
+        self.control_rows = [spread_out(one.start, one.stop, CONTROL_ITEMS) for one in self.sides]
         chosen = np.concatenate(self.control_rows)
         self._slot = np.full(n, -1)  # row of each item among those of the controls
         self._slot[chosen] = np.arange(len(chosen))
-        self.shuffled = np.empty((len(chosen), places, learner.null.shape[2]), np.float32)
-        self.random = np.empty((len(chosen), places, controls), np.float32)
+        self.shuffled, self.random = np.empty((2, len(chosen), places, controls), np.float32)
 
     def add(self, rows: list[int], states: Floats) -> None:
         """Score states of held-out items `rows`, shape (rows, places, width)."""

@@ -27,7 +27,6 @@ from lirefs.questions import LABELS, Question, Questions, Split
 from lirefs.statistics.intervals import (
     Estimate,
     Floats,
-    Ints,
     areas,
     auroc,
     correlation,
@@ -170,8 +169,8 @@ def fit(
     estimator = MeanDifference() if estimator is None else estimator
     items = [item for side in split.sides.values() for item in side]
     labels = np.array([label for side in split.sides.values() for label in side.labels])
-    targets = _grades(items, grades, labels)
-    first, second = len(split.train), len(split.train) + len(split.validation)
+    targets = labels.astype(np.float64) if grades is None else _grades(items, grades)
+    first = len(split.train)
     prompts = [item.prompt for item in items]
     settings: dict[str, Any] = {"layers": layers, "sites": [site], "progress": progress}
     states = None
@@ -197,12 +196,11 @@ def fit(
     for rows, values in batches(0, first):
         learner.add(rows, values)
     learner.finish()
-    sides = [slice(0, second - first), slice(second - first, len(items) - first)]
-    held_out = HeldOut(learner, labels[first:], sides, shuffles, seed)
+    held_out = HeldOut(learner, labels[first:], len(split.validation), seed)
     for rows, values in batches(first, len(items)):
         held_out.add(rows, values)
 
-    validation = sides[0]
+    validation, _ = held_out.sides
     directions = {}
     for i, layer in enumerate(layers):
         # The spread within a class is measured on validation items: on train items, of which
@@ -225,14 +223,9 @@ def fit(
         "position": -1,
         "best_layer": best.layer,
     }
-    return Probe(
-        directions=Directions(directions, provenance),
-        scores=scores,
-        best_layer=best.layer,
-        shuffled=_range(null, best.shuffled_auroc.n),
-        bag_of_words=bag_of_words(split),
-        null=tuple(map(float, null)),
-    )
+    found = Directions(directions, provenance)
+    shuffled, words = _range(null, best.shuffled_auroc.n), bag_of_words(split)
+    return Probe(found, scores, best.layer, shuffled, words, null=tuple(map(float, null)))
 
 
 def load_grades(path: str | Path) -> dict[str, float] | None:
@@ -259,9 +252,7 @@ def bag_of_words(split: Split) -> Estimate:
     return auroc(scores, np.array(split.test.labels))
 
 
-def _grades(items: list[Question], grades: Mapping[str, float] | None, labels: Ints) -> Floats:
-    if grades is None:
-        return labels.astype(np.float64)
+def _grades(items: list[Question], grades: Mapping[str, float]) -> Floats:
     missing = [item.id for item in items if item.id not in grades]
     if missing:
         raise QuestionsError(f"{len(missing)} question(s) have no grade, first {missing[0]!r}")

@@ -43,10 +43,7 @@ class Estimate:
 
 
 def wilson(successes: int, n: int) -> Estimate:
-    """Share of successes in n >= 1 trials, with the Wilson score interval.
-
-    Unlike Wald's interval it is right at 0 and 100 %.
-    """
+    """Share of successes in n >= 1 trials; the Wilson score interval holds at 0 and 100 % too."""
     share = successes / n
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * np.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))

@@ -14,7 +14,7 @@ from scipy.stats import binom, nct
 from scipy.stats import t as student
 
 from lirefs.errors import SettingError
-from lirefs.statistics.intervals import CHUNK, Estimate, Floats
+from lirefs.statistics.intervals import CHUNK, Estimate, Floats, interval
 
 Key = TypeVar("Key")
 
@@ -145,13 +145,10 @@ def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | 
 
 
 def expected_best(share: float, n: int, k: int) -> float:
-    """Mean excess of the best of k independent shares over the true one.
+    """Mean excess of the best of k settings' shares over the true share, which is the same for all.
 
-    Args:
-        share: True share of items solved, the same under every setting.
-        n: Number of items.
-        k: Number of settings, each tried on its own items; on common ones the gain is smaller,
-            see `best_of_null`.
+    Each setting is tried on n items of its own; on common ones the gain is smaller, see
+    `best_of_null`.
     """
     below = binom.cdf(np.arange(n), n, share) ** k
     return float((1 - below).sum() / n - share)
@@ -196,9 +193,8 @@ def best_of_null(differences: npt.ArrayLike, permutations: int = 10000, seed: in
     k, n = table.shape
     observed = float(table.mean(axis=1).max())
     best = _flipped(table, permutations, seed).max(axis=1) / n
-    low, high = np.percentile(best, [2.5, 97.5])
     reached = (best >= observed - 1e-9 * np.abs(table).max()).sum()
-    luck = Estimate(float(best.mean()), float(low), float(high), n)
+    luck = Estimate(float(best.mean()), *interval(best), n)
     return BestOf(observed, luck, float((1 + reached) / (1 + permutations)), k)
 
 
@@ -229,22 +225,17 @@ def detectable_difference(
 def detectable_mean(n: int, deviation: float, power: float = 0.8, alpha: float = 0.05) -> float:
     """Smallest true mean difference that a paired t-test finds with a given power.
 
-    For scores that are not 0 or 1; `sign_flip` has nearly the same power.
-
-    Args:
-        n: Number of items; below 2 the result is NaN.
-        deviation: Standard deviation of the items' differences; the result has its unit.
-        power: Probability of p <= alpha.
-        alpha: Level of the test.
+    For scores that are not 0 or 1; `sign_flip` has nearly the same power. The result has the unit
+    of `deviation`, the standard deviation of the n items' differences, and is NaN for n below 2;
+    `power` is the probability of p <= `alpha`, the level of the test.
     """
     if n < 2:
         return nan
     limit = student.ppf(1 - alpha / 2, n - 1)
 
-    def excess(shift: float) -> float:  # the other tail adds nothing at any useful power
-        return float(nct.sf(limit, n - 1, shift)) - power
-
-    return float(brentq(excess, 0.0, 5 * limit) * deviation / np.sqrt(n))
+    # The other tail adds nothing at any useful power.
+    shift = brentq(lambda shift: float(nct.sf(limit, n - 1, shift)) - power, 0.0, 5 * limit)
+    return float(shift * deviation / np.sqrt(n))
 
 
 def _mid_p(fewer: npt.NDArray[np.int64], changed: npt.NDArray[np.int64]) -> Floats:
