@@ -32,7 +32,7 @@ _log = logging.getLogger(__name__)
 
 BATCH_TOKENS = 2048
 _ROWS = 1024
-"""Prompts tokenized or checked at a time, so that the memory for this does not grow with them."""
+"""Prompts tokenized or checked at a time, so that memory does not grow with them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def capture(
     cache: Path | None = None,
     progress: bool = True,
 ) -> Activations:
-    """Read activations from a model.
+    """Read activations from a model, as float32 on the CPU, in the order of the prompts.
 
     One forward pass per batch serves all layers. Hooks copy only the wanted positions, and the
     pass ends after the last block that is needed, so the unembedding never runs.
@@ -84,13 +84,9 @@ def capture(
             is the last prompt token (Hong et al. 2025, section 3).
         batch_tokens: Tokens per batch, padding included.
         padding_side: `left` or `right`; it does not change the values.
-        cache: Folder that keeps the values under a key of model, tokens and settings. Leave it
-            out while a hook of your own changes the model. If it cannot be written, a warning
-            says so.
+        cache: Folder that keeps the values, by model, tokens and settings. Leave it out while a
+            hook of your own changes the model. A warning says if it cannot be written.
         progress: Show a progress bar.
-
-    Returns:
-        float32 states on the CPU, in the order of the prompts.
 
     Raises:
         CaptureError: If there are no prompts, a prompt is too short for a position, or a layer
@@ -128,13 +124,9 @@ def stream(
     batch_tokens: int = BATCH_TOKENS,
     progress: bool = True,
 ) -> Iterator[tuple[list[int], Tensor]]:
-    """Read the last prompt token as `capture` does, in batches, for sets too large for memory.
+    """Read the last prompt token as `capture` does, batch by batch, for sets too large for memory.
 
-    Arguments and errors are those of `capture`.
-
-    Yields:
-        Indices of the prompts of a batch, and their float32 states on the CPU, shape (rows,
-        places, width).
+    Yields prompt indices, and float32 states on the CPU, shape (rows, places, width).
     """
     request = _request(lm, prompts, layers, sites, (-1,))
     for rows, states in request.batches(batch_tokens, "left", progress):
@@ -151,12 +143,8 @@ def check_finite(
 ) -> None:
     """Raise NonFiniteStateError, saying where, if a state is not finite.
 
-    Args:
-        values: Shape (prompts, places, positions, width).
-        places: As in `Activations`.
-        positions: As in `Activations`.
-        prompts: Indices of the prompts of the first axis.
-        origin: Describes, for the message, where in a prompt the problem begins.
+    Values, places and positions are as in `Activations`; `prompts` are the indices of the prompts,
+    and `origin` tells, for the message, where in a prompt the problem begins.
     """
     parts = torch.split(values, _ROWS)
     bad = torch.cat([~torch.isfinite(part).all(dim=-1) for part in parts])
@@ -206,35 +194,31 @@ class _Request:
         """States of one batch, shape (rows, places, positions, width)."""
         inputs = self.lm.pad(ids, side=side)
         width = inputs["input_ids"].shape[1]
-        starts = [width - len(row) if side == "left" else 0 for row in ids]
-        columns = torch.tensor(
-            [
-                [start + offset + (len(row) if offset < 0 else 0) for offset in self.offsets]
-                for start, row in zip(starts, ids, strict=True)
-            ]
-        )
+        spans = [
+            range(width - len(row), width) if side == "left" else range(len(row)) for row in ids
+        ]
+        columns = torch.tensor([[span[offset] for offset in self.offsets] for span in spans])
         rows = torch.arange(len(ids))[:, None]
         found: dict[int, Tensor] = {}
 
-        def keep(place: int, h: Tensor) -> None:
+        def keep(
+            place: int, part: str, module: nn.Module, args: Any, kwargs_or_output: Any
+        ) -> None:
+            if part == "input":
+                h = hidden_input(args, kwargs_or_output)
+            else:
+                h = hidden_of(kwargs_or_output, len(ids))  # some modules flatten the batch
             found[place] = h[rows.to(h.device), columns.to(h.device)]
             if len(found) == len(self.places):
                 raise _Enough
 
-        def on_input(place: int, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-            keep(place, hidden_input(args, kwargs))
-
-        def on_output(place: int, module: nn.Module, args: Any, output: Any) -> None:
-            keep(place, hidden_of(output, len(ids)))  # some modules flatten the batch
-
         with ExitStack() as stack:
             for place, (layer, site) in enumerate(self.places):
                 module, part = self.lm.layout.module(self.lm.model, site, layer)
+                hook = in_this_thread(partial(keep, place, part))
                 if part == "input":
-                    hook = in_this_thread(partial(on_input, place))
                     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
                 else:
-                    hook = in_this_thread(partial(on_output, place))
                     handle = module.register_forward_hook(hook)
                 stack.callback(handle.remove)
             with suppress(_Enough):
@@ -264,37 +248,28 @@ def _request(
     sites: Sequence[str],
     offsets: tuple[int, ...],
 ) -> _Request:
-    """The checked request: every layer exists, every prompt is long enough."""
+    """The request, checked: every layer exists, every prompt is long enough."""
     chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
     places = tuple((layer, site) for layer in chosen for site in sites)
     if not len(prompts):
         raise CaptureError("no prompts to capture activations of")
     if not places or not offsets:
         raise CaptureError("nothing to capture: layers, sites or positions are empty")
-    last = lm.n_layers - 1
-    for layer in chosen:
-        if not 0 <= layer <= last:
-            raise CaptureError(f"layer {layer} does not exist; the model has 0 to {last}")
-    ids = _token_ids(lm, prompts)
+    if absent := [layer for layer in chosen if not 0 <= layer < lm.n_layers]:
+        last = lm.n_layers - 1
+        raise CaptureError(f"layer {absent[0]} does not exist; the model has 0 to {last}")
+    if all(isinstance(prompt, str) for prompt in prompts):
+        # Arrays take 4 bytes a token; lists would take up to tenfold.
+        parts = (prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS))
+        ids = [array("i", row) for part in parts for row in lm.encode([str(one) for one in part])]
+    else:
+        ids = [array("i", map(int, prompt)) for prompt in prompts]
     for index, row in enumerate(ids):
         n = len(row)
         for offset in offsets:
             if not -n <= offset < n:
                 raise CaptureError(f"prompt {index} has {n} token(s), none at position {offset}")
     return _Request(lm, ids, places, offsets)
-
-
-def _token_ids(
-    lm: LanguageModel, prompts: Sequence[str] | Sequence[Sequence[int]]
-) -> list[array[int]]:
-    """Token ids of each prompt, at 4 bytes a token; lists would take up to tenfold."""
-    if not all(isinstance(prompt, str) for prompt in prompts):
-        return [array("i", map(int, prompt)) for prompt in prompts]
-    return [
-        array("i", row)
-        for start in range(0, len(prompts), _ROWS)
-        for row in lm.encode([str(prompt) for prompt in prompts[start : start + _ROWS]])
-    ]
 
 
 def _stored(file: Path, shape: tuple[int, ...]) -> Tensor | None:

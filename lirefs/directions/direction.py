@@ -51,13 +51,9 @@ class Direction:
         return sha256_of(self.vector.detach().float().cpu().numpy().tobytes())[:16]
 
     def project(self, states: Tensor) -> Tensor:
-        """Component of hidden states along the unit vector.
+        """Component of hidden states, shape (..., width), along the unit vector, shape (...).
 
-        Args:
-            states: Hidden states at its place, shape (..., width), any floating dtype.
-
-        Returns:
-            Shape (...), in the dtype of the vector.
+        States may have any floating dtype; the result has that of the vector.
         """
         return states.to(self.vector.dtype) @ self.unit.to(states.device)
 

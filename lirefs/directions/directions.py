@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,9 +16,7 @@ from safetensors.torch import save_file
 from lirefs.directions.direction import Direction
 from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
 from lirefs.files import atomic_path, parse_json
-
-if TYPE_CHECKING:
-    from lirefs.model.language_model import LanguageModel
+from lirefs.model.language_model import LanguageModel
 
 FORMAT = "lirefs-directions-1"
 _FIELDS = ("layer", "site", "means", "spread", "counts")
@@ -68,10 +66,9 @@ class Directions(Mapping[tuple[int, str], Direction]):
         return len(self.items_by_place)
 
     def save(self, path: str | Path) -> None:
-        """Write one safetensors file; the header holds places, statistics and provenance.
+        """Write one safetensors file, whole or not at all, replacing an existing one.
 
-        Args:
-            path: The file, written whole or not at all; an existing one is replaced.
+        The header holds places, statistics and provenance.
         """
         places = [{name: getattr(one, name) for name in _FIELDS} for one in self.values()]
         metadata = {
@@ -88,14 +85,11 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
     @classmethod
     def load(cls, path: str | Path, lm: LanguageModel | None = None) -> Directions:
-        """Read a file written by `save`.
+        """Read a file written by `save`, as float32 on the CPU.
 
         Args:
             path: The file.
             lm: If given, the file must come from exactly this model.
-
-        Returns:
-            The directions, float32 on the CPU.
 
         Raises:
             DirectionsFileError: If the file is missing, damaged or of another format.
@@ -142,13 +136,13 @@ def _read_direction(file: Any, place: dict[str, Any]) -> Direction:
     vector = file.get_tensor(f"{layer}.{site}")
     if vector.dtype != torch.float32 or vector.ndim != 1 or not len(vector):
         raise ValueError(f"{where}: not a vector of float32")
+    if not bool(vector.isfinite().all()):
+        raise ValueError(f"{where}: the vector is not finite")
     numbers = [one for pair in pairs for one in pair]
     finite = all(type(one) in (int, float) and math.isfinite(one) for one in numbers)
     if not finite or any(len(pair) != 2 for pair in pairs):
         raise ValueError(f"{where}: means, spread and counts must be two numbers each")
     if any(type(one) is not int or one < 0 for one in pairs[2]):
         raise ValueError(f"{where}: counts are {pairs[2]}")
-    if not bool(vector.isfinite().all()):
-        raise ValueError(f"{where}: the vector is not finite")
     means, spread, counts = map(tuple, pairs)
     return Direction(vector, layer, site, means, spread, counts)

@@ -22,25 +22,22 @@ from lirefs.statistics.intervals import Floats, Ints
 
 
 class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
-    """What the two-class estimators share: a linear decision, and a direction with a length.
+    """A linear decision between two classes, by `coef_` and `intercept_`, and a `direction_`.
 
-    `coef_` and `intercept_` decide; `direction_` is what steering adds. It lies along `coef_` and
-    is as long as the gap between the class means along it, so that with every estimator, adding
-    it once moves the mean of the first class to the level of the second.
+    It is as long as the gap between the class means along `coef_`, so that with every estimator,
+    adding it once moves the mean of the first class to the level of the second.
     """
 
     def decision_function(self, X: npt.ArrayLike) -> Floats:
         """Linear score of each sample, larger for the second class, shape (n_samples,)."""
         check_is_fitted(self, "coef_")
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        values: Floats = X @ self.coef_[0] + self.intercept_[0]
-        return values
+        return np.asarray(X @ self.coef_[0] + self.intercept_[0])
 
     def predict(self, X: npt.ArrayLike) -> npt.NDArray[Any]:
         """The class on whose side of the boundary each sample lies, shape (n_samples,)."""
         side = (self.decision_function(X) > 0).astype(int)
-        labels: npt.NDArray[Any] = self.classes_[side]
-        return labels
+        return np.asarray(self.classes_[side])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
@@ -48,11 +45,7 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         return tags
 
     def fit(self, X: npt.ArrayLike, y: npt.ArrayLike) -> Self:
-        """Fit the direction, forgetting samples seen before.
-
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Labels, shape (n_samples,), two values.
+        """Fit to samples X, (n_samples, n_features), and their labels y, (n_samples,).
 
         Raises:
             ValueError: If y does not hold exactly two classes, or a setting cannot be used.
@@ -103,19 +96,16 @@ class MeanDifference(_BinaryDirection):
     """
 
     def _learn(self, samples: Floats, index: Ints) -> None:
-        self.counts_ = np.bincount(index, minlength=2)
-        self.sums_ = np.stack([samples[index == k].sum(axis=0) for k in (0, 1)])
-        self._finish()
+        self.counts_, self.sums_ = np.zeros(2, np.int64), np.zeros((2, samples.shape[1]))
+        self._add(samples, index)
 
     def partial_fit(
         self, X: npt.ArrayLike, y: npt.ArrayLike, classes: npt.ArrayLike | None = None
     ) -> Self:
-        """Add samples to the sums; prediction needs some of both classes.
+        """Add samples X, (n_samples, n_features), with their labels y, (n_samples,).
 
-        Args:
-            X: Samples, shape (n_samples, n_features).
-            y: Labels, shape (n_samples,).
-            classes: The two labels; needed at the first call, because a batch may lack one.
+        The two `classes` are needed at the first call, because a batch may lack one; prediction
+        needs samples of both.
 
         Raises:
             ValueError: If there are not two classes, or y holds another one.
@@ -125,19 +115,18 @@ class MeanDifference(_BinaryDirection):
         if len(self.classes_) != 2:
             raise ValueError(f"MeanDifference takes two classes, got {len(self.classes_)}.")
         if first:
-            self.counts_ = np.zeros(2, np.int64)
-            self.sums_ = np.zeros((2, samples.shape[1]))
+            self.counts_, self.sums_ = np.zeros(2, np.int64), np.zeros((2, samples.shape[1]))
         unknown = np.setdiff1d(y, self.classes_)
         if unknown.size:
             raise ValueError(f"y holds {unknown[0]!r}, which is not one of {self.classes_}.")
-        for k in (0, 1):
-            chosen = samples[y == self.classes_[k]]
-            self.counts_[k] += len(chosen)
-            self.sums_[k] += chosen.sum(axis=0)
-        self._finish()
+        self._add(samples, np.searchsorted(self.classes_, y))
         return self
 
-    def _finish(self) -> None:
+    def _add(self, samples: Floats, index: Ints) -> None:
+        for k in (0, 1):
+            chosen = samples[index == k]
+            self.counts_[k] += len(chosen)
+            self.sums_[k] += chosen.sum(axis=0)
         if self.counts_.all():
             self.means_ = self.sums_ / self.counts_[:, None]
             self._decide_halfway(self.means_[1] - self.means_[0])
@@ -261,15 +250,13 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         """The predicted score of each sample, float64, shape (n_samples,)."""
         check_is_fitted(self)
         X = validate_data(self, X, dtype=np.float64, reset=False)
-        values: Floats = X @ self.coef_ + self.intercept_
-        return values
+        return np.asarray(X @ self.coef_ + self.intercept_)
 
 
 def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
-    """Scale a vector to the change along it from score 0 to score 1.
+    """The vector, scaled to the change of samples along it from score 0 to score 1.
 
-    That is the unit vector, (n_features,), times the slope of the projections of samples,
-    (n_samples, n_features), on scores, (n_samples,); zero where the scores are all equal. For
+    That is the slope of their projections on the scores; zero where all scores are equal. For
     labels 0 and 1 it spans the class means.
     """
     unit = unit_of(vector)

@@ -66,10 +66,8 @@ def best_layer(probes: Mapping[str, Probe]) -> Picture:
     axis.axvline(0.5, color="black", lw=0.6)
     axis.set_yticks(range(len(probes)), list(probes))
     axis.set(xlim=(0, 1.2), xlabel="test AUROC of the layer chosen on validation items")
-    axis.set_title(
-        "dot: fitted, 95 %; grey: shuffled labels, layer chosen anew; blue bar: random directions",
-        fontsize=8,
-    )
+    key = "dot: fitted, 95 %; grey: shuffled labels, layer chosen again; blue: random directions"
+    axis.set_title(key, fontsize=8)
     return picture_of(canvas)
 
 

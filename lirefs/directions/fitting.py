@@ -51,14 +51,12 @@ def fit_directions(
             "labels must hold 0 (memory) and 1 (reasoning), both of them and nothing else; "
             f"wrong or missing: {sorted(found)}"
         )
-    check_finite(values, states.places, states.positions, range(len(values)))
-    index = np.asarray(labels, np.int64)
-    no_shuffles = np.empty((0, len(index)), np.int64)
-    targets = index.astype(np.float64)
+    check_finite(values, states.places, states.positions, range(n))
+    index, no_shuffles = np.asarray(labels, np.int64), np.empty((0, n), np.int64)
     estimator = MeanDifference() if estimator is None else estimator
-    learner = learner_for(estimator, index, targets, no_shuffles)
+    learner = learner_for(estimator, index, index.astype(np.float64), no_shuffles)
     samples = values[:, :, 0].double().numpy()
-    learner.add(list(range(len(samples))), samples)
+    learner.add(list(range(n)), samples)
     learner.finish()
     directions = {}
     for i, place in enumerate(states.places):
@@ -70,21 +68,14 @@ def fit_directions(
 class SumLearner:
     """Mean differences from sums: memory does not grow with the number of items.
 
-    Attributes are complete after `finish`.
-
-    Attributes:
-        counts: Train items of each class, shape (2,).
-        fitted: One estimator per place.
-        vectors: Direction at each place, shape (places, width).
-        means: Class means, shape (places, 2, width).
-        null: Vector of each shuffle at each place, shape (places, width, shuffles).
+    `finish` sets, at each place, `vectors`, shape (places, width), the class `means`, (places, 2,
+    width), and the vector of each shuffle, `null`, (places, width, shuffles).
     """
 
     def __init__(self, estimator: MeanDifference, labels: Ints, orders: Ints) -> None:
-        self.counts = np.bincount(labels, minlength=2)
+        self.labels = labels
         self.fitted: list[Any] = []
         self._estimator = estimator
-        self._labels = labels
         self._shuffled = labels[orders].T.astype(np.float64)
         self._sums: Floats | float = 0.0
 
@@ -93,7 +84,7 @@ class SumLearner:
         if not self.fitted:
             self.fitted = [clone(self._estimator) for _ in range(states.shape[1])]
         for place, one in enumerate(self.fitted):
-            one.partial_fit(states[:, place], self._labels[rows], classes=[0, 1])
+            one.partial_fit(states[:, place], self.labels[rows], classes=[0, 1])
         self._sums = self._sums + states.transpose(1, 2, 0) @ self._shuffled[rows]
 
     def finish(self) -> None:
@@ -126,7 +117,6 @@ class StateLearner:
         """Fit at every place, on the true targets and on the shuffled ones."""
         assert self._states is not None
         states = self._states.transpose(1, 0, 2).astype(np.float64)
-        self.counts = np.bincount(self.labels, minlength=2)
         self.fitted = [clone(self.estimator).fit(one, self.targets) for one in states]
         pairs = zip(self.fitted, states, strict=True)
         self.vectors = np.stack([_vector_of(fitted, one, self.targets) for fitted, one in pairs])
@@ -171,12 +161,8 @@ def learner_for(
 ) -> Learner:
     """The learner for an estimator: from sums where they are enough, else from all train states.
 
-    Args:
-        estimator: A linear model with `coef_` after `fit`, or a search with `best_estimator_`.
-        labels: Labels of the train items, 0 or 1, shape (n,).
-        targets: Scores that a regressor is fitted on instead, shape (n,).
-        orders: Permutations of the items that shuffle the labels, shape (shuffles, n).
-        progress: Show a progress bar.
+    Labels of the n train items are 0 or 1; a regressor is fitted on the targets, shape (n,),
+    instead. Each row of orders, (shuffles, n), shuffles them.
     """
     if isinstance(estimator, MeanDifference):
         return SumLearner(estimator, labels, orders)
@@ -187,17 +173,9 @@ def learner_for(
 def direction_of(
     learner: Learner, index: int, place: tuple[int, str], projections: Floats, labels: Ints
 ) -> Direction:
-    """The direction that a finished learner found at a place.
+    """The direction that a finished learner found at its place number `index`, if it is finite.
 
-    Args:
-        learner: Gives the vector and the class means of train items.
-        index: Index of the place in the learner.
-        place: Its (layer, site).
-        projections: Of the items that give the spread, on the unit vector, shape (n,).
-        labels: Their labels, shape (n,).
-
-    Raises:
-        SettingError: If the estimator gave a vector that is not finite.
+    Projections on the unit vector, shape (n,), of items with these labels give the spread.
     """
     layer, site = place
     vector = torch.from_numpy(learner.vectors[index]).float()
@@ -206,13 +184,7 @@ def direction_of(
             f"{type(learner.fitted[index]).__name__} gave a direction that is not finite at layer "
             f"{layer}, {site}; give it more questions or a stronger penalty"
         )
-    memory, reasoning = learner.means[index] @ unit_of(learner.vectors[index])
-    spread = [float(projections[labels == label].std()) for label in (0, 1)]
-    return Direction(
-        vector=vector,
-        layer=layer,
-        site=site,
-        means=(float(memory), float(reasoning)),
-        spread=(spread[0], spread[1]),
-        counts=(int(learner.counts[0]), int(learner.counts[1])),
-    )
+    means = (learner.means[index] @ unit_of(learner.vectors[index])).tolist()
+    spread = np.array([projections[labels == label].std() for label in (0, 1)]).tolist()
+    counts = np.bincount(learner.labels, minlength=2).tolist()
+    return Direction(vector, layer, site, tuple(means), tuple(spread), tuple(counts))

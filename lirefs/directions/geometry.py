@@ -21,11 +21,7 @@ COMPONENT_ITEMS = 512
 
 
 def cosines(one: Directions, other: Directions | None = None) -> Floats:
-    """Cosine of every direction with every other one, shape (places, places of the other).
-
-    Args:
-        one: Directions; the rows, in their order.
-        other: The columns; None for the same directions.
+    """Cosine of each direction with each of `other` (None for the same), shape (places, places).
 
     Raises:
         DirectionError: If widths differ.
@@ -118,10 +114,10 @@ class Components:
         direction: The direction.
         explained: Share of the variance of train states by component, shape (components,).
         cosines: Absolute cosine of each component with the direction, shape (components,).
-        random: 97.5th percentile of that cosine for random directions.
+        random: 97.5th percentile of the first component's absolute cosine with random directions.
         points: Test states on the first two components, shape (n, 2).
-        axis: The direction's unit vector on the first two components, shape (2,).
-        middle: The midpoint of the class means on them, shape (2,).
+        axis: The direction's unit vector on them, shape (2,).
+        middle: The midpoint of the train class means on them, shape (2,).
         labels: Label of each point, shape (n,).
     """
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 from sklearn.base import is_regressor
 
@@ -15,33 +13,19 @@ CONTROL_ITEMS = 2000
 
 
 class HeldOut:
-    """Scores of held-out items, filled batch by batch.
+    """Scores of n held-out items, validation items first, at every place, filled batch by batch.
 
-    Args:
-        learner: A learner that has finished.
-        labels: Labels of the held-out items, shape (n,).
-        sides: Positions of validation and of test items among them.
-        controls: Number of random directions.
-        seed: Seed of the random directions.
-
-    Attributes:
-        scores: Decision value of each item at each place, shape (n, places).
-        predicted: Label given to each item, shape (n, places).
-        projections: Component along the unit direction, shape (n, places).
-        cosines: Cosine with the direction, measured from the middle of the train class means,
-            shape (n, places).
-        shuffled: Scores of the shuffled directions for `control_rows`, (rows, places, shuffles).
-        random: Scores of the random directions for `control_rows`, (rows, places, controls).
-        control_rows: Items on which the controls are scored, for validation and test.
+    A finished learner gives decision values (`scores`), labels (`predicted`), `projections` on the
+    unit direction and `cosines` with it, measured from the middle of the train class means, shape
+    (n, places). Shuffled directions and as many random ones score the `control_rows` of both
+    `sides`: `shuffled` and `random`, (rows, places, shuffles).
     """
 
-    def __init__(
-        self, learner: Learner, labels: Ints, sides: list[slice], controls: int, seed: int
-    ) -> None:
+    def __init__(self, learner: Learner, labels: Ints, validation: int, seed: int) -> None:
         self.labels = labels
-        self.sides = sides
+        self.sides = slice(0, validation), slice(validation, len(labels))
         self._learner = learner
-        n, (places, _, width) = len(labels), learner.means.shape
+        n, (places, width, controls) = len(labels), learner.null.shape
         norms = np.linalg.norm(learner.vectors, axis=1, keepdims=True)
         self._units = learner.vectors / np.where(norms > 0, norms, 1.0)
         self._middles = learner.means.mean(axis=1)
@@ -49,23 +33,24 @@ class HeldOut:
         # A random direction gets the better of its two signs on train items, like a fitted one.
         sign = np.sign((learner.means[:, 1] - learner.means[:, 0]) @ noise)
         self._random = noise[None] * np.where(sign == 0, 1.0, sign)[:, None]
-        self.scores = np.empty((n, places))
+        self.scores, self.projections, self.cosines = np.empty((3, n, places))
         self.predicted = np.empty((n, places), np.int64)
-        self.projections = np.empty((n, places))
-        self.cosines = np.empty((n, places))
-        self.control_rows = [spread_out(side.start, side.stop, CONTROL_ITEMS) for side in sides]
+        self.control_rows = [spread_out(one.start, one.stop, CONTROL_ITEMS) for one in self.sides]
         chosen = np.concatenate(self.control_rows)
-        self._slot = np.full(n, -1)
+        self._slot = np.full(n, -1)  # row of each item among those of the controls
         self._slot[chosen] = np.arange(len(chosen))
-        self.shuffled = np.empty((len(chosen), places, learner.null.shape[2]), np.float32)
-        self.random = np.empty((len(chosen), places, controls), np.float32)
+        self.shuffled, self.random = np.empty((2, len(chosen), places, controls), np.float32)
 
     def add(self, rows: list[int], states: Floats) -> None:
         """Score states of held-out items `rows`, shape (rows, places, width)."""
         index = np.asarray(rows)
         for place, one in enumerate(self._learner.fitted):
-            scores, predicted = _decide(one, states[:, place])
-            self.scores[index, place], self.predicted[index, place] = scores, predicted
+            if is_regressor(one):
+                self.scores[index, place] = one.predict(states[:, place])
+                self.predicted[index, place] = self.scores[index, place] > 0.5
+            else:
+                self.scores[index, place] = one.decision_function(states[:, place])
+                self.predicted[index, place] = one.predict(states[:, place])
         self.projections[index] = np.einsum("npw,pw->np", states, self._units)
         centred = states - self._middles
         lengths = np.maximum(np.linalg.norm(centred, axis=2), 1e-300)
@@ -81,11 +66,3 @@ class HeldOut:
 def spread_out(begin: int, end: int, most: int) -> Ints:
     """At most `most` indices, evenly over a range, so that both classes of items are there."""
     return np.linspace(begin, end - 1, min(end - begin, most)).round().astype(np.int64)
-
-
-def _decide(estimator: Any, states: Floats) -> tuple[Floats, Ints]:
-    """Scores of states and the labels they are given, shape (n,) each."""
-    if is_regressor(estimator):
-        scores = np.asarray(estimator.predict(states), np.float64)
-        return scores, (scores > 0.5).astype(np.int64)
-    return np.asarray(estimator.decision_function(states), np.float64), estimator.predict(states)

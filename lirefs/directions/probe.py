@@ -27,7 +27,6 @@ from lirefs.questions import LABELS, Question, Questions, Split
 from lirefs.statistics.intervals import (
     Estimate,
     Floats,
-    Ints,
     areas,
     auroc,
     correlation,
@@ -46,8 +45,8 @@ class LayerScores:
         validation_auroc: On the items that choose the layer.
         test_auroc: On items that chose nothing.
         test_accuracy: Share of test items on the right side of the midpoint.
-        cosines: Mean cosine of the test states, measured from the middle of the train class
-            means, with the direction: memory items, reasoning items.
+        cosines: Mean cosine with the direction of memory and of reasoning test states, measured
+            from the middle of the train class means.
         spearman: Rank correlation of test scores with the grades (the labels, without grades).
         pearson: Their linear correlation.
         shuffled_auroc: Test AUROC of this layer with shuffled labels: mean and 95 % range.
@@ -106,8 +105,12 @@ class Probe:
         """As a JSON object; an interval is an object of value, low, high and n."""
         layers = []
         for one in self.scores:
-            row = asdict(one)
-            row["cosine_memory"], row["cosine_reasoning"] = row.pop("cosines")
+            row: dict[str, Any] = {}
+            for name, value in asdict(one).items():
+                if name == "cosines":
+                    row["cosine_memory"], row["cosine_reasoning"] = value
+                else:
+                    row[name] = value
             layers.append({**row, "norm": self.directions[one.layer].norm})
         return {
             "best_layer": self.best_layer,
@@ -166,8 +169,8 @@ def fit(
     estimator = MeanDifference() if estimator is None else estimator
     items = [item for side in split.sides.values() for item in side]
     labels = np.array([label for side in split.sides.values() for label in side.labels])
-    targets = _grades(items, grades, labels)
-    first, second = len(split.train), len(split.train) + len(split.validation)
+    targets = labels.astype(np.float64) if grades is None else _grades(items, grades)
+    first = len(split.train)
     prompts = [item.prompt for item in items]
     settings: dict[str, Any] = {"layers": layers, "sites": [site], "progress": progress}
     states = None
@@ -193,12 +196,11 @@ def fit(
     for rows, values in batches(0, first):
         learner.add(rows, values)
     learner.finish()
-    sides = [slice(0, second - first), slice(second - first, len(items) - first)]
-    held_out = HeldOut(learner, labels[first:], sides, shuffles, seed)
+    held_out = HeldOut(learner, labels[first:], len(split.validation), seed)
     for rows, values in batches(first, len(items)):
         held_out.add(rows, values)
 
-    validation = sides[0]
+    validation, _ = held_out.sides
     directions = {}
     for i, layer in enumerate(layers):
         # The spread within a class is measured on validation items: on train items, of which
@@ -221,14 +223,9 @@ def fit(
         "position": -1,
         "best_layer": best.layer,
     }
-    return Probe(
-        directions=Directions(directions, provenance),
-        scores=scores,
-        best_layer=best.layer,
-        shuffled=_range(null, best.shuffled_auroc.n),
-        bag_of_words=bag_of_words(split),
-        null=tuple(map(float, null)),
-    )
+    found = Directions(directions, provenance)
+    shuffled, words = _range(null, best.shuffled_auroc.n), bag_of_words(split)
+    return Probe(found, scores, best.layer, shuffled, words, null=tuple(map(float, null)))
 
 
 def load_grades(path: str | Path) -> dict[str, float] | None:
@@ -249,15 +246,13 @@ def load_grades(path: str | Path) -> dict[str, float] | None:
 
 def bag_of_words(split: Split) -> Estimate:
     """Test AUROC of a classifier that sees only words: what the vocabulary alone gives away."""
-    model = make_pipeline(TfidfVectorizer(min_df=1), LogisticRegression(max_iter=1000))
+    model = make_pipeline(TfidfVectorizer(), LogisticRegression(max_iter=1000))
     model.fit([item.text for item in split.train], split.train.labels)
     scores = model.decision_function([item.text for item in split.test])
     return auroc(scores, np.array(split.test.labels))
 
 
-def _grades(items: list[Question], grades: Mapping[str, float] | None, labels: Ints) -> Floats:
-    if grades is None:
-        return labels.astype(np.float64)
+def _grades(items: list[Question], grades: Mapping[str, float]) -> Floats:
     missing = [item.id for item in items if item.id not in grades]
     if missing:
         raise QuestionsError(f"{len(missing)} question(s) have no grade, first {missing[0]!r}")
@@ -274,8 +269,13 @@ def _scores(
     """Scores of every layer, and the test AUROC of each shuffle at the layer that it chooses."""
     labels, (validation, test) = held_out.labels, held_out.sides
     rows = held_out.control_rows[1]
-    on_validation, on_test = _shuffled_areas(held_out, generator)
     random = areas(held_out.random[-len(rows) :], labels[rows])
+    null = []  # AUROC on validation and on test items, their labels shuffled too
+    sides = np.split(held_out.shuffled, [len(held_out.control_rows[0])])
+    for chosen, scores in zip(held_out.control_rows, sides, strict=True):
+        orders = [generator.permutation(labels[chosen]) for _ in range(scores.shape[2])]
+        null.append(areas(scores, np.stack(orders, axis=1)[:, None]))
+    on_validation, on_test = null  # (places, shuffles) each
     found = []
     for i, layer in enumerate(layers):
         scores, truth, cosines = held_out.scores[:, i], labels[test], held_out.cosines[test, i]
@@ -295,19 +295,6 @@ def _scores(
         )
     # Each shuffle chooses its own layer, as the fit did: the selection effect is in the null.
     return tuple(found), on_test[on_validation.argmax(axis=0), np.arange(on_test.shape[1])]
-
-
-def _shuffled_areas(held_out: HeldOut, generator: np.random.Generator) -> list[Floats]:
-    """AUROC of each shuffle on validation and on test items, (places, shuffles) each.
-
-    The held-out labels are shuffled as well.
-    """
-    shuffled = np.split(held_out.shuffled, [len(held_out.control_rows[0])])
-    found = []
-    for rows, scores in zip(held_out.control_rows, shuffled, strict=True):
-        orders = [generator.permutation(held_out.labels[rows]) for _ in range(scores.shape[2])]
-        found.append(areas(scores, np.stack(orders, axis=1)[:, None]))
-    return found
 
 
 def _range(values: Floats, n: int) -> Estimate:

@@ -43,10 +43,7 @@ class Estimate:
 
 
 def wilson(successes: int, n: int) -> Estimate:
-    """Share of successes in n >= 1 trials, with the Wilson score interval.
-
-    Unlike Wald's interval it is right at 0 and 100 %.
-    """
+    """Share of successes in n >= 1 trials; the Wilson score interval holds at 0 and 100 % too."""
     share = successes / n
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z / (1 + Z * Z / n) * np.sqrt(share * (1 - share) / n + Z * Z / (4 * n * n))
@@ -62,16 +59,13 @@ def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> 
 
 
 def interval(values: Floats, n: int | None = None) -> tuple[float, float]:
-    """The 2.5 and 97.5 percentiles of the finite values.
+    """The 2.5 and 97.5 percentiles of the finite values; NaN if no value is finite.
 
     Args:
         values: Resampled values, shape (resamples,).
         n: Number of items that were resampled. If given, the percentiles are widened as much as a
             t interval with the unbiased variance is wider than a normal one with the bootstrap's
             (Hesterberg 2015, section 5.1), which matters below about 40 items.
-
-    Returns:
-        Lower and upper limit; NaN if no value is finite.
     """
     finite = values[np.isfinite(values)]
     if finite.size == 0:
@@ -124,29 +118,22 @@ def auroc(
 
 
 def areas(scores: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
-    """Areas under many ROC curves at once, without intervals.
+    """Areas, shape (...), under the ROC curves of scores, shape (n, ...); larger means class 1.
 
-    Args:
-        scores: Shape (n, ...), which gives areas of shape (...); larger means class 1.
-        labels: 0 or 1, both present, shape (n,) or one that broadcasts to the shape of scores.
+    Labels are 0 and 1, both present, of shape (n,) or one that broadcasts to that of the scores.
     """
     ranks = rankdata(scores, axis=0)
     positive = labels.reshape(labels.shape + (1,) * (scores.ndim - labels.ndim))
     ones = positive.sum(axis=0)
     zeros = len(scores) - ones
-    area: Floats = ((ranks * positive).sum(axis=0) - ones * (ones + 1) / 2) / (ones * zeros)
-    return area
+    return np.asarray(((ranks * positive).sum(axis=0) - ones * (ones + 1) / 2) / (ones * zeros))
 
 
 def correlation(one: Floats, other: Floats, ranks: bool = False) -> Estimate:
     """Pearson correlation, or Spearman's of the ranks, with an interval by Fisher's z.
 
-    The variance of Spearman's z follows Bonett and Wright (2000).
-
-    Args:
-        one: Shape (n,); for n < 4 the interval is [-1, 1].
-        other: Shape (n,); the value is NaN where one of the two is constant.
-        ranks: Whether to correlate ranks.
+    Both arrays have shape (n,). The value is NaN where one is constant; for n < 4 the interval is
+    [-1, 1]. The variance of Spearman's z follows Bonett and Wright (2000).
     """
     n = len(one)
     if ranks:
@@ -164,13 +151,8 @@ def correlation(one: Floats, other: Floats, ranks: bool = False) -> Estimate:
 def permutation_p(one: Floats, other: Floats, shuffles: int = 9999, seed: int = 0) -> float:
     """Two-sided p-value of Spearman's correlation: the share of random orders that reach it.
 
-    Unlike the interval of `correlation`, it holds for a handful of values.
-
-    Args:
-        one: Shape (n,).
-        other: Shape (n,); the result is NaN where one of the two is constant.
-        shuffles: Random orders of `other`; the observed order counts as one more.
-        seed: Seed of the orders.
+    Unlike the interval of `correlation`, it holds for a handful of values. Both arrays have shape
+    (n,); the result is NaN where one is constant. The observed order counts as one more.
     """
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     if not (first.any() and second.any()):

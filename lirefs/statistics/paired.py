@@ -27,7 +27,7 @@ def paired_difference(
 
     Args:
         scores: One per item, shape (n,).
-        base: The same for the baseline.
+        base: The baseline's, shape (n,).
         draws: How often each item is drawn in each resample, shape (resamples, n).
         weights: Weight of each item, shape (n,); None for equal weights.
     """
@@ -64,12 +64,8 @@ def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
 
     For log perplexities and their differences, per token and weighted by tokens. Where a few of
     20 texts are much longer or change much more than the others, percentiles cover 86 %, this
-    interval 93 %. Items should seldom tie: for mostly equal scores it is far too wide.
-
-    Args:
-        scores: One per item, shape (n,).
-        weights: Positive, shape (n,).
-        draws: How often each item is drawn, shape (resamples, n).
+    interval 93 %. Items should seldom tie: for mostly equal scores it is far too wide. Arguments
+    are as in `paired_difference`; weights are positive.
     """
     n = len(scores)
     value = float(scores @ weights / weights.sum())
@@ -126,16 +122,9 @@ def difference_of_shares(gained: int, lost: int, n: int) -> Estimate:
 def ratio_of_shares(both: int, gained: int, lost: int, n: int) -> Estimate:
     """Ratio of two shares of the same items, with the score interval of Tang and others (2003).
 
-    It contains 1 exactly where `difference_of_shares` contains 0.
-
-    Args:
-        both: Items right under the baseline and now.
-        gained: Items wrong under the baseline and right now.
-        lost: Items right under the baseline and wrong now.
-        n: Number of items.
-
-    Returns:
-        NaN where the baseline is 0; an infinite upper limit where it is nearly so.
+    `both` items are right under the baseline and now; the other arguments are as in
+    `difference_of_shares`, which contains 0 exactly where this interval contains 1. The ratio is
+    NaN where the baseline is 0; its upper limit is infinite where the baseline is nearly 0.
     """
     now, before, any_right = both + gained, both + lost, both + gained + lost
     if before == 0:
@@ -159,8 +148,7 @@ def ratio_of_shares(both: int, gained: int, lost: int, n: int) -> Estimate:
 def mean_of(estimates: Sequence[Estimate]) -> Estimate:
     """Mean of independent estimates, on different items, its interval combined from theirs.
 
-    The square-and-add rule (Zou and Donner 2008, MOVER). Unlike a bootstrap it keeps what their
-    own intervals know.
+    By the square-and-add rule (Zou and Donner 2008, MOVER).
     """
     if not estimates:
         return Estimate(nan, nan, nan, 0)
@@ -180,8 +168,5 @@ def _limit(score: Callable[[float], float], end: float, value: float, z: float) 
     """Where a falling score that is 0 at `value` reaches z, or the end where it does not."""
     if value == end or abs(score(end)) < abs(z):
         return end
-
-    def excess(x: float) -> float:
-        return float(np.clip(score(x) - z, -1e9, 1e9))
-
-    return float(brentq(excess, min(end, value), max(end, value), xtol=1e-12))
+    ends = sorted((end, value))  # and scores clipped, because brentq takes no infinite ones
+    return float(brentq(lambda x: float(np.clip(score(x) - z, -1e9, 1e9)), *ends, xtol=1e-12))

@@ -14,7 +14,7 @@ from scipy.stats import binom, nct
 from scipy.stats import t as student
 
 from lirefs.errors import SettingError
-from lirefs.statistics.intervals import CHUNK, Estimate, Floats
+from lirefs.statistics.intervals import CHUNK, Estimate, Floats, interval
 
 Key = TypeVar("Key")
 
@@ -96,7 +96,7 @@ def paired_p_value(
 ) -> float:
     """`mcnemar` for scores of 0 and 1 of equal weight, `sign_flip` with `seed` for all others.
 
-    Scores, those of the unchanged model and weights have shape (n,); None for equal weights.
+    Scores, those of the unchanged model and weights (None: equal) have shape (n,).
     """
     if binary(scores, base, weights):
         return mcnemar(int((scores > base).sum()), int((scores < base).sum()))
@@ -132,10 +132,7 @@ def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | 
     """p-values of a family of tests, adjusted by Holm's step-down procedure (1979).
 
     Rejecting those up to alpha keeps the chance of any false rejection in the family at alpha or
-    below, however the tests depend on each other.
-
-    Args:
-        p_values: One per test; NaN stands for no test, is not counted and stays NaN.
+    below, however the tests depend on each other. NaN is not counted as a test and stays NaN.
     """
     if isinstance(p_values, Mapping):
         return dict(zip(p_values, holm(list(p_values.values())), strict=True))
@@ -148,13 +145,10 @@ def holm(p_values: Mapping[Key, float] | Sequence[float]) -> dict[Key, float] | 
 
 
 def expected_best(share: float, n: int, k: int) -> float:
-    """Mean excess of the best of k independent shares over the true one.
+    """Mean excess of the best of k settings' shares over the true share, which is the same for all.
 
-    Args:
-        share: True share of items solved, the same under every setting.
-        n: Number of items.
-        k: Number of settings, each tried on its own items; on common ones the gain is smaller,
-            see `best_of_null`.
+    Each setting is tried on n items of its own; on common ones the gain is smaller, see
+    `best_of_null`.
     """
     below = binom.cdf(np.arange(n), n, share) ** k
     return float((1 - below).sum() / n - share)
@@ -167,8 +161,7 @@ class BestOf:
     Attributes:
         observed: Largest mean difference.
         luck: Mean largest difference if no setting has an effect, with its 95 % range.
-        p_value: How often luck alone reaches `observed`: one-sided, already corrected for the
-            number of settings.
+        p_value: How often luck reaches `observed`: one-sided, corrected for the number of settings.
         k: Number of settings.
     """
 
@@ -200,9 +193,8 @@ def best_of_null(differences: npt.ArrayLike, permutations: int = 10000, seed: in
     k, n = table.shape
     observed = float(table.mean(axis=1).max())
     best = _flipped(table, permutations, seed).max(axis=1) / n
-    low, high = np.percentile(best, [2.5, 97.5])
     reached = (best >= observed - 1e-9 * np.abs(table).max()).sum()
-    luck = Estimate(float(best.mean()), float(low), float(high), n)
+    luck = Estimate(float(best.mean()), *interval(best), n)
     return BestOf(observed, luck, float((1 + reached) / (1 + permutations)), k)
 
 
@@ -211,7 +203,8 @@ def detectable_difference(
 ) -> float:
     """Smallest true difference of two paired shares that `mcnemar` finds with a given power.
 
-    The power is exact, summed over the numbers of items that change and that are gained.
+    The power is exact, summed over the numbers of items that change and that are gained. The
+    result is NaN where even a change of every item is not detectable (n < 5 at 0.05).
 
     Args:
         n: Number of items.
@@ -219,9 +212,6 @@ def detectable_difference(
             within it is detectable, all changes are taken to be gains and their share grows.
         power: Probability of p <= alpha.
         alpha: Level of the test.
-
-    Returns:
-        The difference; NaN where even a change of every item is not detectable (n < 5 at 0.05).
     """
 
     def excess(difference: float) -> float:
@@ -235,22 +225,17 @@ def detectable_difference(
 def detectable_mean(n: int, deviation: float, power: float = 0.8, alpha: float = 0.05) -> float:
     """Smallest true mean difference that a paired t-test finds with a given power.
 
-    For scores that are not 0 or 1; `sign_flip` has nearly the same power.
-
-    Args:
-        n: Number of items; below 2 the result is NaN.
-        deviation: Standard deviation of the items' differences; the result has its unit.
-        power: Probability of p <= alpha.
-        alpha: Level of the test.
+    For scores that are not 0 or 1; `sign_flip` has nearly the same power. The result has the unit
+    of `deviation`, the standard deviation of the n items' differences, and is NaN for n below 2;
+    `power` is the probability of p <= `alpha`, the level of the test.
     """
     if n < 2:
         return nan
     limit = student.ppf(1 - alpha / 2, n - 1)
 
-    def excess(shift: float) -> float:  # the other tail adds nothing at any useful power
-        return float(nct.sf(limit, n - 1, shift)) - power
-
-    return float(brentq(excess, 0.0, 5 * limit) * deviation / np.sqrt(n))
+    # The other tail adds nothing at any useful power.
+    shift = brentq(lambda shift: float(nct.sf(limit, n - 1, shift)) - power, 0.0, 5 * limit)
+    return float(shift * deviation / np.sqrt(n))
 
 
 def _mid_p(fewer: npt.NDArray[np.int64], changed: npt.NDArray[np.int64]) -> Floats:
@@ -266,10 +251,9 @@ def _power(n: int, discordant: float, difference: float, alpha: float) -> float:
     changed, likely = changed[likely > 1e-12], likely[likely > 1e-12]
     # The largest smaller side that is significant: a step from the quantile to either side.
     limit = binom.ppf(alpha / 2, changed, 0.5).astype(np.int64) + 1
-    while True:
+    high = np.ones(len(limit), bool)
+    while high.any():
         high = (limit >= 0) & ((2 * limit > changed) | (_mid_p(limit, changed) > alpha))
-        if not high.any():
-            break
         limit = limit - high
     gain = 0.5 * (1 + difference / discordant) if discordant > 0 else 0.5
     found = binom.cdf(limit, changed, gain) + binom.cdf(limit, changed, 1 - gain)

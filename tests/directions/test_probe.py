@@ -102,7 +102,11 @@ def test_every_estimator_fits_with_its_controls(probe, estimator):
     assert best.norm == pytest.approx(best.means[1] - best.means[0], rel=1e-4)
     assert len(found.null) == 3
     assert 0 < found.p_value <= 1
-    assert {"random_auroc", "shuffled_auroc", "spearman"} <= set(found.to_dict()["layers"][0])
+    layer = found.to_dict()["layers"][0]
+    keys = "validation_auroc test_auroc test_accuracy cosine_memory cosine_reasoning spearman"
+    keys += " pearson shuffled_auroc random_auroc norm"
+    assert list(layer) == ["layer", *keys.split()]  # files keep their order
+    assert (layer["cosine_memory"], layer["cosine_reasoning"]) == found.scores[0].cosines
 
 
 def test_streamed_and_held_states_give_the_same_probe(probe, tmp_path):
