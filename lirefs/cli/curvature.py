@@ -16,6 +16,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 import kfac
 import lirefs
@@ -31,7 +32,7 @@ CLASSES = {"clean": 0, "memorized": 1}
 Passage = tuple[str, Sequence[int], Sequence[int]]
 """Id, prefix and suffix of a memorized text, the latter two as token ids."""
 Memorized = Annotated[
-    Path | None, typer.Option(help="Memorized texts (JSON Lines); default: the project's own.")
+    Path | None, Option(help="Memorized texts (JSON Lines); default: the project's own.")
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
@@ -39,24 +40,22 @@ app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edit
 
 @app.command()
 def collect(
-    out: Annotated[
-        Path, typer.Option(help="Factors file to write.", callback=options.file_to_write)
-    ],
+    out: Annotated[Path, Option(help="Factors file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     texts: Annotated[
-        Path | None, typer.Option(help="Texts (JSON Lines with `text`); default: the project's.")
+        Path | None, Option(help="Texts (JSON Lines with `text`); default: the project's.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. 20,21,22.")] = None,
+    layers: Annotated[str | None, Option(help="Layers, e.g. 20,21,22.")] = None,
     projections: Annotated[
-        str, typer.Option(help="mlp_in, mlp_out, mlp, or name endings: gate_proj,q_proj.")
+        str, Option(help="mlp_in, mlp_out, mlp, or name endings: gate_proj,q_proj.")
     ] = "mlp_in",
     estimators: Annotated[
-        str, typer.Option(help="kfac, and any of marginal, diagonal, ekfac (a second pass).")
+        str, Option(help="kfac, and any of marginal, diagonal, ekfac (a second pass).")
     ] = "kfac",
-    samples: Annotated[int, typer.Option(min=1, help="Sampled labels for each position.")] = 1,
+    samples: Annotated[int, Option(min=1, help="Sampled labels for each position.")] = 1,
     budget: Annotated[
-        float | None, typer.Option(help="Memory for sums in GiB; more passes if they do not fit.")
+        float | None, Option(help="Memory for sums in GiB; more passes if they do not fit.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -104,17 +103,17 @@ def edit(
     factors: FactorsFile,
     out: Annotated[
         Path,
-        typer.Option(help="Folder for the edited model; must be new.", callback=options.new_folder),
+        Option(help="Folder for the edited model; must be new.", callback=options.new_folder),
     ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     keep: Keep = 0.8,
     estimator: Annotated[
-        str, typer.Option(help="kfac, ekfac, marginal, input, output or diagonal.")
+        str, Option(help="kfac, ekfac, marginal, input, output or diagonal.")
     ] = "kfac",
-    shape: Annotated[str, typer.Option(help="pairs, rectangle, output or input.")] = "pairs",
+    shape: Annotated[str, Option(help="pairs, rectangle, output or input.")] = "pairs",
     saliency: Annotated[
-        bool, typer.Option("--saliency", help="Rank by mass times squared coordinate.")
+        bool, Option("--saliency", help="Rank by mass times squared coordinate.")
     ] = False,
 ) -> None:
     """Edit a model and save it in a folder that transformers loads without this package."""
@@ -149,7 +148,7 @@ def bands(
     device: Device = None,
     memorized: Memorized = None,
     clean: Annotated[
-        Path | None, typer.Option(help="Clean texts (JSON Lines); default: the project's own.")
+        Path | None, Option(help="Clean texts (JSON Lines); default: the project's own.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -192,14 +191,12 @@ def detect(
     device: Device = None,
     texts: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="JSON Lines with `text` and, to measure the detector, `label` (memorized, clean); "
             "default: the project's passages that the model recites, and held-out texts."
         ),
     ] = None,
-    flat: Annotated[
-        float, typer.Option(help="Share of input directions that count as flat.")
-    ] = 0.6,
+    flat: Annotated[float, Option(help="Share of input directions that count as flat.")] = 0.6,
     seed: Seed = 0,
 ) -> None:
     """Score texts by their share in flat directions: recited texts score high."""
@@ -253,8 +250,8 @@ def relearn(
     device: Device = None,
     keep: Keep = 0.8,
     memorized: Memorized = None,
-    steps: Annotated[str, typer.Option(help="When to test.")] = "0,1,2,5,10,20",
-    lr: Annotated[float, typer.Option(help="Learning rate of the fine-tuning.")] = 1e-5,
+    steps: Annotated[str, Option(help="When to test.")] = "0,1,2,5,10,20",
+    lr: Annotated[float, Option(help="Learning rate of the fine-tuning.")] = 1e-5,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""

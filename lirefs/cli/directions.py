@@ -6,9 +6,9 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
 import lirefs
 from lirefs.cli import options
@@ -28,25 +28,25 @@ ESTIMATORS = {
     "pca": estimators.PCADirection,
     "ridge": estimators.RidgeDirection,
 }
-DirectionsFile = Annotated[Path, typer.Argument(help="Directions, as `lirefs probe` writes them.")]
-Layer = Annotated[int | None, typer.Option(help="Layer of the direction; default: the best one.")]
+DirectionsFile = Annotated[Path, Argument(help="Directions, as `lirefs probe` writes them.")]
+Layer = Annotated[int | None, Option(help="Layer of the direction; default: the best one.")]
 
 
 def probe(
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     questions: Annotated[
-        Path | None, typer.Option(help="Labelled questions; a `score` in [0, 1] grades them.")
+        Path | None, Option(help="Labelled questions; a `score` in [0, 1] grades them.")
     ] = None,
-    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
-    site: Annotated[str, typer.Option(help="Where in the block.")] = "resid_pre",
+    estimator: Annotated[str, Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
+    site: Annotated[str, Option(help="Where in the block.")] = "resid_pre",
     transfer: Annotated[
-        Path | None, typer.Option(help="Other labelled questions to score the directions on.")
+        Path | None, Option(help="Other labelled questions to score the directions on.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another model (base, say) to compare with.")
+        str | None, Option(help="Another model (base, say) to compare with.")
     ] = None,
-    shuffles: Annotated[int, typer.Option(min=1, help="Repetitions of the controls.")] = 100,
+    shuffles: Annotated[int, Option(min=1, help="Repetitions of the controls.")] = 100,
     out: OutFolder = Path("probe"),
     seed: Seed = 0,
 ) -> None:
@@ -114,13 +114,13 @@ def probe(
 
 def steer(
     directions: DirectionsFile,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, Argument(help="The text to continue.")],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     layer: Layer = None,
-    operator: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
-    strengths: Annotated[str, typer.Option(help="One or more, e.g. -1,0.5,1.")] = "1",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 40,
+    operator: Annotated[str, Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
+    strengths: Annotated[str, Option(help="One or more, e.g. -1,0.5,1.")] = "1",
+    tokens: Annotated[int, Option(min=1, help="Most tokens to add.")] = 40,
 ) -> None:
     """Continue a prompt, unsteered and steered, side by side."""
     values = options.numbers(strengths, "--strengths", float)
@@ -139,13 +139,11 @@ def steer(
 
 def export(
     directions: DirectionsFile,
-    out: Annotated[
-        Path, typer.Argument(help="The .gguf file to write.", callback=options.file_to_write)
-    ],
+    out: Annotated[Path, Argument(help="The .gguf file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     layer: Layer = None,
-    strength: Annotated[float, typer.Option(help="a of h + a d.")] = 1.0,
+    strength: Annotated[float, Option(help="a of h + a d.")] = 1.0,
 ) -> None:
     """Write a direction as a control vector for llama.cpp."""
     lm = lirefs.load(model, device=device)

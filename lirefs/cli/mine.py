@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 import lirefs
 from lirefs.cli.options import DEFAULT_MODEL, Device, Model, file_to_write, say
@@ -20,23 +20,21 @@ COPIED = 0.5
 def mine(
     corpus: Annotated[
         list[Path],
-        typer.Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
+        Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
     ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     out: Annotated[
         Path,
-        typer.Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
+        Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
     ] = Path("mined.jsonl"),
-    prefix_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 64,
-    suffix_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuations.")] = 48,
+    prefix_tokens: Annotated[int, Option(min=1, help="Length of the prompts.")] = 64,
+    suffix_tokens: Annotated[int, Option(min=1, help="Length of the continuations.")] = 48,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between windows. Default: no overlap.")
+        int | None, Option(min=1, help="Tokens between windows. Default: no overlap.")
     ] = None,
-    near: Annotated[
-        float, typer.Option(help="Jaccard similarity of near-duplicates, in (0, 1].")
-    ] = 0.7,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per batch.")] = BATCH_TOKENS,
+    near: Annotated[float, Option(help="Jaccard similarity of near-duplicates, in (0, 1].")] = 0.7,
+    batch_tokens: Annotated[int, Option(min=1, help="Tokens per batch.")] = BATCH_TOKENS,
 ) -> None:
     """Find the windows of texts that a model recites, and write them to a file.
 

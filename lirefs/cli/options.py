@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
-import typer
 from rich.console import Console
+from typer import Option
 
 from lirefs.errors import SettingError
 
@@ -79,15 +79,13 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
-Device = Annotated[
-    str | None, typer.Option(help="Default: cuda if available.", callback=known_device)
-]
-FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
-Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits, controls, intervals.")]
+Model = Annotated[str, Option(help="Built-in name, hub id, folder or .gguf file.")]
+Device = Annotated[str | None, Option(help="Default: cuda if available.", callback=known_device)]
+FactorsFile = Annotated[Path, Option(help="File written by `lirefs curvature collect`.")]
+Keep = Annotated[float, Option(help="Share of curvature mass to keep, in (0, 1].")]
+Seed = Annotated[int, Option(min=0, help="Seed of labels, splits, controls, intervals.")]
 OutFolder = Annotated[
-    Path, typer.Option(help="Folder of the report, tables and figures.", callback=folder_to_write)
+    Path, Option(help="Folder of the report, tables and figures.", callback=folder_to_write)
 ]
 
 Number = TypeVar("Number", int, float)

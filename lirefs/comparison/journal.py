@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
@@ -26,15 +25,9 @@ PART = 64
 class Journal:
     """Results of finished parts, by a key of model, intervention, items and settings.
 
-    Each process appends to its own file; a line that was cut short when the process was killed is
-    not read. A part always consists of the same items, whatever was finished before, so batches
-    and rounding are those of a run that was never interrupted.
-
-    Args:
-        folder: Where the files are; None keeps nothing.
-
-    Raises:
-        SettingError: The folder is a file, or a file in it cannot be read.
+    Each process appends to its own file in the folder; None keeps nothing. A part always consists
+    of the same items, whatever was finished before, so batches and rounding are those of a run
+    that was never interrupted.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -78,11 +71,7 @@ class Journal:
         return items if len(names) == 1 and metric in names.pop() else None
 
     def add(self, key: str, items: list[ItemResult]) -> None:
-        """Keep the results of a part; they are on disk when this returns.
-
-        Raises:
-            WriteError: The disk is full, or the folder cannot be written to.
-        """
+        """Keep the results of a part; they are on disk when this returns."""
         self._lines[key] = self._new[key] = items
         if self._folder is not None:
             line = json.dumps({"key": key, "items": [asdict(item) for item in items]})
@@ -96,11 +85,6 @@ class Journal:
             dist.all_gather_object(found, self._new)
             for one in found:
                 self._lines |= one
-
-    def clear(self) -> None:
-        """Remove the files, once their results have been saved elsewhere."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def parts(task: Task) -> list[list[int]]:

@@ -98,12 +98,7 @@ def _items(asked: Sequence[Any], given: Sequence[Any]) -> list[ItemResult]:
 
 
 def item_of(row: Mapping[str, Any]) -> ItemResult:
-    """An item from a row of a results file or of a journal.
-
-    Raises:
-        KeyError: It has no scores.
-        TypeError: A field is missing, unknown or of the wrong type.
-    """
+    """An item from a row of a results file or of a journal; KeyError or TypeError if damaged."""
     scores = {name: math.nan if one is None else one for name, one in row["scores"].items()}
     if not all(map(_is_number, scores.values())):
         raise TypeError(f"scores are {scores!r:.80}")
@@ -140,11 +135,7 @@ def _check_settings(data: Mapping[str, Any]) -> None:
 
 
 def listed_figures(file: Path) -> list[dict[str, str]]:
-    """Name, title and caption of each figure that was saved with a comparison.
-
-    Raises:
-        ResultsFileError: The list is damaged, or the file cannot be read.
-    """
+    """Name, title and caption of each figure that was saved with a comparison."""
     try:
         figures = _read(file)["figures"]
         found = [{key: one[key] for key in ("name", "title", "caption")} for one in figures]

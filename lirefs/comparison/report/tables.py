@@ -28,12 +28,9 @@ OVERVIEW = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table.
+    """A cell of a table: its text, and an interval in brackets, which may be empty.
 
-    Attributes:
-        text: The text shown.
-        value: The number to sort by; None to sort by text, NaN if there is nothing to sort by.
-        interval: The interval, in brackets; may be empty.
+    `value` is the number to sort by; None to sort by text, NaN if there is nothing to sort by.
     """
 
     text: str
@@ -49,15 +46,7 @@ _NONE = Entry("-", math.nan)
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        name: Heading.
-        note: What a reader must know to interpret the table; may be empty.
-        head: Names of the columns.
-        rows: One entry for each column.
-        marked: Numbers of the rows that stand out.
-    """
+    """A table; `note` is what a reader must know, `marked` has the rows that stand out."""
 
     name: str
     note: str
@@ -71,9 +60,7 @@ def overview(summary: Summary) -> Table:
     base, *variants = summary.variants
     head = [f"{group} (n\u00a0=\u00a0{summary.means[base, group].n})" for group in summary.groups]
     rows = [[Entry(base), *(Entry("1", 1.0) for _ in summary.groups)]]
-    for variant in variants:
-        means = [_entry(summary.means[variant, group]) for group in summary.groups]
-        rows.append([Entry(variant), *means])
+    rows += [[Entry(v), *(_entry(summary.means[v, g]) for g in summary.groups)] for v in variants]
     return Table("Retained share by task group", OVERVIEW, ["variant", *head], rows)
 
 
