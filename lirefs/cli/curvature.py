@@ -71,9 +71,14 @@ def collect(
     group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
     roles = projections.strip() if group else projections.split(",")
     targets = kfac.find_targets(lm.model, chosen, roles)
-    ids = lm.encode(rows)
     room = None if budget is None else int(budget * 2**30)
     settings: dict[str, Any] = {"seed": seed, "samples": samples, "budget": room}
+    provenance = {
+        "data": hashlib.sha256(repr(lm.encode(rows)).encode()).hexdigest(),
+        "model": lm.fingerprint,
+        "tokenizer": lm.tokenizer_fingerprint,
+        "lirefs": lirefs.__version__,
+    }
     states = [out.with_name(out.name + end) for end in (".checkpoint", ".ekfac-checkpoint")]
     factors = kfac.collect(
         lm,
@@ -82,12 +87,7 @@ def collect(
         marginals="marginal" in wanted,
         diagonal="diagonal" in wanted,
         checkpoint=states[0],
-        provenance={
-            "data": hashlib.sha256(repr(ids).encode()).hexdigest(),
-            "model": lm.fingerprint,
-            "tokenizer": lm.tokenizer_fingerprint,
-            "lirefs": lirefs.__version__,
-        },
+        provenance=provenance,
         **settings,
     )
     if "ekfac" in wanted:
@@ -163,9 +163,8 @@ def bands(
     first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
     ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
-    places = [layer for layer in layers if layer is not None]
-    distinct = len(set(places)) == len(layers)
-    kfac.figures.bands(ratios, places if distinct else None).save(out, "bands")
+    places = list(dict.fromkeys(layer for layer in layers if layer is not None))
+    kfac.figures.bands(ratios, places if places == layers else None).save(out, "bands")
     record = {
         "targets": ratios.names,
         "bands": ratios.labels,
@@ -200,7 +199,10 @@ def detect(
     seed: Seed = 0,
 ) -> None:
     """Score texts by their share in flat directions: recited texts score high."""
-    rows = _detector_rows() if texts is None else [row for _, row in read_jsonl(texts)]
+    rows = [row for _, row in read_jsonl(texts or suite.DATA / "passages.jsonl")]
+    if texts is None:
+        rows = [{**row, "label": "memorized"} for row in rows]
+        rows += [{"id": i, "text": t, "label": "clean"} for i, t in suite.heldout_texts("test")]
     for number, row in enumerate(rows, start=1):
         # A list, because a label may be of a type that cannot be hashed.
         if not isinstance(row.get("text"), str) or row.get("label", "clean") not in list(CLASSES):
@@ -304,7 +306,7 @@ def _texts_of(path: Path) -> list[str]:
     for line, row in rows:
         if not isinstance(row.get("text"), str) or not row["text"]:
             raise SettingError(f"{path}, line {line}: needs a `text` that is not empty")
-    return [str(row["text"]) for _, row in rows]
+    return [row["text"] for _, row in rows]
 
 
 def _labelled(
@@ -319,11 +321,7 @@ def _labelled(
 def _recited(
     lm: lirefs.LanguageModel, path: Path | None, least: int, purpose: str = ""
 ) -> list[Passage]:
-    """The memorized texts that the model recites; prints how many.
-
-    Raises:
-        SettingError: There are fewer than `least`.
-    """
+    """The memorized texts that the model recites; prints how many, refuses fewer than `least`."""
     items = lirefs.recitation_task(lm, path or suite.DATA / "passages.jsonl").items
     batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in items]
     flags = kfac.recitation(lm.model.eval(), batches).bool().tolist()
@@ -347,13 +345,6 @@ def _cut_alike(
         start = min(len(prefix), len(text) - 1)
         batches.append(_labelled(lm, text[:start], text[start : start + len(suffix)]))
     return batches
-
-
-def _detector_rows() -> list[dict[str, Any]]:
-    passages = [row for _, row in read_jsonl(suite.DATA / "passages.jsonl")]
-    rows = [{"id": row["id"], "text": row["text"], "label": "memorized"} for row in passages]
-    held_out = suite.heldout_texts("test")
-    return rows + [{"id": key, "text": text, "label": "clean"} for key, text in held_out]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

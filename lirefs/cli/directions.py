@@ -14,6 +14,7 @@ import lirefs
 from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Device, Model, OutFolder, Seed
 from lirefs.directions import estimators, geometry
+from lirefs.directions import figures as probe_plots
 from lirefs.directions.probe import load_grades
 from lirefs.errors import SettingError
 from lirefs.export.gguf import to_gguf
@@ -63,9 +64,9 @@ def probe(
         other = lirefs.load_questions(transfer)
         geometry.must_be_new(other, split)
         other_split = other.split(seed=seed)
-    settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed}
-    settings["grades"] = None if questions is None else load_grades(questions)
-    settings["cache"] = cache_dir() / "activations"
+    cache = cache_dir() / "activations"
+    settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed, "cache": cache}
+    grades = None if questions is None else load_grades(questions)
     lm = lirefs.load(model, device=device)
     second = None if against is None else lirefs.load(against, device=device)
     if second is not None and second.width != lm.width:
@@ -73,10 +74,8 @@ def probe(
             f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
             "directions cannot be compared"
         )
-    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
+    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), grades=grades, **settings)
     found.directions.save(out / "directions.safetensors")
-    from lirefs.directions import figures as probe_plots
-
     figures = {
         "layers": probe_plots.per_layer(found),
         "best_layer": probe_plots.best_layer({estimator: found}),
@@ -90,16 +89,14 @@ def probe(
         figures["transfer"] = probe_plots.transfers(found, {other.source: scored})
         results["transfer"] = [one.to_dict() for one in scored.auroc]
         maps[f"with directions of {Path(other.source).name}"] = lirefs.fit(
-            lm, other_split, ESTIMATORS[estimator](), **{**settings, "grades": None}
+            lm, other_split, ESTIMATORS[estimator](), **settings
         ).directions
     figures["cosines"] = probe_plots.cosine_maps(
         {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
     )
     if second is not None:
-        second_found = lirefs.fit(second, split, ESTIMATORS[estimator](), **settings)
-        figures["side_by_side"] = probe_plots.side_by_side(
-            {lm.name: found, second.name: second_found}
-        )
+        twin = lirefs.fit(second, split, ESTIMATORS[estimator](), grades=grades, **settings)
+        figures["side_by_side"] = probe_plots.side_by_side({lm.name: found, second.name: twin})
     for name, picture in figures.items():
         picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))

@@ -43,16 +43,8 @@ def mine(
     texts = read_texts(corpus)
     lm = lirefs.load(model, device=device)
     journal = Path(f"{out}.partial")
-    found = lirefs.mine(
-        lm,
-        texts,
-        prefix_tokens,
-        suffix_tokens,
-        stride,
-        near,
-        batch_tokens=batch_tokens,
-        journal=journal,
-    )
+    sizes = (prefix_tokens, suffix_tokens, stride, near)
+    found = lirefs.mine(lm, texts, *sizes, batch_tokens=batch_tokens, journal=journal)
     found.save(out)
     journal.unlink()
     say(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()))
@@ -62,16 +54,7 @@ def mine(
 
 
 def read_texts(paths: list[Path]) -> list[tuple[str, str]]:
-    """Texts of files and folders, each with its name.
-
-    Args:
-        paths: `.jsonl` files, whose rows have `text` and may have `id`; folders, whose `.txt`
-            files are read, at any depth; other files are plain texts.
-
-    Raises:
-        DataFileError: A file cannot be read, is not UTF-8, or a row has no `text`; a folder has
-            no `.txt` file.
-    """
+    """Id and text of each row of a `.jsonl` file, `.txt` file of a folder, or plain text file."""
     texts = []
     for path in paths:
         if path.suffix == ".jsonl":

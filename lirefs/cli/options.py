@@ -25,17 +25,12 @@ def say(line: str) -> None:
 
 
 def known_device(value: str | None) -> str | None:
-    """Callback of an option that names a device.
-
-    Raises:
-        SettingError: There is no such device.
-    """
+    """Callback of an option that names a device; SettingError if there is no such device."""
     try:
-        kind = torch.device(value or "cpu")
+        kind, count = torch.device(value or "cpu"), torch.cuda.device_count()
         if kind.type != "cuda":
             torch.zeros(1, device=kind)
-        elif not (kind.index or 0) < torch.cuda.device_count():
-            count = torch.cuda.device_count()
+        elif (kind.index or 0) >= count:
             raise SettingError(f"--device {value}: there are {count} CUDA devices here")
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
@@ -44,11 +39,7 @@ def known_device(value: str | None) -> str | None:
 
 
 def folder_to_write(value: Path | None) -> Path | None:
-    """Callback of an option that names a folder for results, existing or not.
-
-    Raises:
-        SettingError: There is something else of that name, or nothing can be written there.
-    """
+    """Callback of an option that names a folder for results, existing or not."""
     if value is not None and value.exists() and not value.is_dir():
         raise SettingError(f"{value}: exists and is not a folder; name another place")
     return value if value is None else _writable(value)
@@ -92,11 +83,7 @@ Number = TypeVar("Number", int, float)
 
 
 def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
-    """Numbers of an option, separated by commas.
-
-    Raises:
-        SettingError: A part is not a number.
-    """
+    """Numbers of an option, separated by commas."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
@@ -110,10 +97,6 @@ def indices(text: str | None, option: str = "--layers") -> list[int] | None:
 
 
 def one_of(name: str, option: str, known: Collection[str]) -> None:
-    """Check a name of an option against the known ones.
-
-    Raises:
-        SettingError: It is none of them.
-    """
+    """Check a name of an option against the known ones."""
     if name not in known:
         raise SettingError(f"{option} {name!r}: expected one of {', '.join(known)}")

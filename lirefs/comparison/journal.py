@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -114,15 +114,3 @@ def key_of(digest: str, variant: str, described: Mapping[str, Any] | None) -> st
     """SHA-256 of everything that decides a result: a part of a task, and an intervention."""
     content = json.dumps([digest, variant, described], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def in_order(
-    rows: Sequence[Sequence[int]], results: Sequence[list[ItemResult]]
-) -> list[ItemResult]:
-    """Results of parts as one list in the order of the items."""
-    placed = {
-        row: item
-        for part, items in zip(rows, results, strict=True)
-        for row, item in zip(part, items, strict=True)
-    }
-    return [placed[row] for row in range(len(placed))]

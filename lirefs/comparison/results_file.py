@@ -61,13 +61,7 @@ def _fields(items: Sequence[ItemResult], names: Sequence[str]) -> list[dict[str,
 
 
 def load_comparison(path: str | Path) -> Comparison:
-    """Read a comparison that `write_report` saved.
-
-    Args:
-        path: `results.json`, or the folder that holds it.
-
-    Returns:
-        The comparison with all its items.
+    """Read a comparison, with all its items, from its `results.json` or the folder of that.
 
     Raises:
         ResultsFileError: The file is missing, damaged, or of another version.

@@ -194,15 +194,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
             "suite": job.suite, "limit": job.limit,
         },
     }  # fmt: skip
-    comparison = lirefs.compare(
-        lm,
-        interventions,
-        tasks,
-        seed=seed,
-        provenance=settings,
-        journal=job.journal,
-        progress=job.progress,
-    )
+    comparison = job.compare(lm, interventions, tasks, seed=seed, provenance=settings)
     figures = [
         *findings.tag_figures(comparison, ["K-FAC", "LiReF"]),
         findings.separation_figure(probe),

@@ -9,7 +9,6 @@ from typing import Any, get_args
 import numpy as np
 
 import kfac
-from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import Comparison
 from lirefs.directions.capture import capture
 from lirefs.directions.direction import Direction
@@ -28,7 +27,6 @@ from lirefs.statistics.intervals import Estimate, auroc, interval, resample_coun
 from lirefs.steering.steer import Steer
 from lirefs.tasks.inference import token_nlls
 from lirefs.tasks.suite import memory_measures
-from lirefs.tasks.task import Task
 
 FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
@@ -192,11 +190,7 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
     test = organism_tasks(lm, language, "test", limit)
     if job.suite is not None:
         test += memory_measures(lm, test)
-
-    def compared(some: Mapping[str, Any], on: Sequence[Task]) -> Comparison:
-        return compare(lm, some, on, seed=seed, journal=job.journal, progress=job.progress)
-
-    comparison = compared(interventions, test)
+    comparison = job.compare(lm, interventions, test, seed=seed)
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
@@ -224,8 +218,8 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
         form=form,
         layer=direction.layer,
         strength=strength,
-        keep_sweep=compared(keeps, spectrum),
-        steer_sweep=compared(swept, steered),
+        keep_sweep=job.compare(lm, keeps, spectrum, seed=seed),
+        steer_sweep=job.compare(lm, swept, steered, seed=seed),
         matched=matched,
     )
 

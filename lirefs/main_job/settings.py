@@ -67,10 +67,17 @@ class Job:
         """Folder that keeps finished items until the report is written."""
         return self.out / "unfinished"
 
-    @property
-    def progress(self) -> bool:
-        """Whether progress bars are shown."""
-        return not self.console.quiet
+    def compare(
+        self,
+        lm: LanguageModel,
+        interventions: Mapping[str, Intervention],
+        tasks: Sequence[Task],
+        **options: Any,
+    ) -> Comparison:
+        """`lirefs.compare` with the journal of the job, silent where its console is quiet."""
+        quiet = self.console.quiet
+        own = {"journal": self.journal, "progress": not quiet}
+        return compare(lm, interventions, tasks, **own, **options)
 
     def say(self, line: str) -> None:
         """Print a line on the console, as it is."""
@@ -142,7 +149,7 @@ def _choose(
 
     def ranked(some: Mapping[str, Intervention], names: Sequence[str]) -> list[tuple[float, str]]:
         on = [task for task in tasks if task.name in names]
-        found = compare(lm, some, on, journal=job.journal, progress=job.progress)
+        found = job.compare(lm, some, on)
         return sorted(((objective(found, name), name) for name in some), key=lambda p: p[0])
 
     finalists = {name: candidates[name] for _, name in ranked(candidates, screen)[:FINALISTS]}

@@ -11,16 +11,9 @@ from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.summary import Summary
 from lirefs.statistics.intervals import Estimate
 
-_NAMED = {
-    "\\": "backslash",
-    "^": "asciicircum",
-    "~": "asciitilde",
-    "<": "less",
-    ">": "greater",
-    "|": "bar",
-}
+_NAMES = ("backslash", "asciicircum", "asciitilde", "less", "greater", "bar")
 _ESCAPES = str.maketrans(
-    {one: rf"\text{name}{{}}" for one, name in _NAMED.items()}
+    {one: rf"\text{name}{{}}" for one, name in zip("\\^~<>|", _NAMES, strict=True)}
     | {one: rf"\{one}" for one in "{}$&#%_"}
     | {one: f"{{{one}}}" for one in "[]*"}  # after a line break they would begin an argument
 )

@@ -64,8 +64,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
         for key, entry in value.items():
             yield from _leaves(entry, f"{name} / {key}")
     elif isinstance(value, list) and any(isinstance(one, Mapping | list) for one in value):
-        for number, entry in enumerate(value):
-            yield from _leaves(entry, f"{name} / {number}")
+        yield from _leaves(dict(enumerate(value)), name)
     elif isinstance(value, list):
         yield name, ", ".join(map(_word, value)) or "none"
     else:

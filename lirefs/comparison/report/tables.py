@@ -68,35 +68,25 @@ def of_task(summary: Summary, task: str) -> Table:
     """Every variant on one task."""
     cells = summary.of_task(task)
     rows = [
-        [
-            Entry(cell.variant),
-            _entry(cell.value),
-            _entry(cell.difference, signed=True),
-            _entry(None if cell.group == CONFLICT else cell.retained),
-            _p(cell),
-            _number(cell.detectable),
-            Entry(str(cell.value.n), cell.value.n),
-            Entry(str(cell.unparsable), cell.unparsable),
-        ]
+        {
+            "variant": Entry(cell.variant),
+            f"{cell.metric} [95 %]": _entry(cell.value),
+            "difference [95 %]": _entry(cell.difference, signed=True),
+            "retained [95 %]": _entry(None if cell.group == CONFLICT else cell.retained),
+            "p (Holm)": _p(cell),
+            "detectable": _number(cell.detectable),
+            "n": Entry(str(cell.value.n), cell.value.n),
+            "unparsable": Entry(str(cell.unparsable), cell.unparsable),
+        }
         for cell in cells
     ]
-    head = [
-        "variant",
-        f"{cells[0].metric} [95 %]",
-        "difference [95 %]",
-        "retained [95 %]",
-        "p (Holm)",
-        "detectable",
-        "n",
-        "unparsable",
-    ]
     if any(cell.extra for cell in cells):
-        head.append("other metrics")
         for row, cell in zip(rows, cells, strict=True):
             other = ", ".join(f"{name} {value:.3f}" for name, value in cell.extra.items())
-            row.append(Entry(other or "-"))
+            row["other metrics"] = Entry(other or "-")
     marked = frozenset(row for row, cell in enumerate(cells) if cell.clear)
-    return Table(task, summary.note(task), head, rows, marked)
+    entries = [list(row.values()) for row in rows]
+    return Table(task, summary.note(task), list(rows[0]), entries, marked)
 
 
 def markdown(table: Table) -> list[str]:
