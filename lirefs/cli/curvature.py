@@ -266,15 +266,10 @@ def relearn(
     half = len(mixed) // 2
     batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in mixed]
     unrelated = lm.encode([text for _, text in suite.heldout_texts("validation")])
+    compared = {"edited": change, "never edited": None}
+    learned, rest, other = batches[:half], batches[half:], _cut_alike(lm, unrelated, mixed[:half])
     result = kfac.relearn(
-        lm.model,
-        {"edited": change, "never edited": None},
-        batches[:half],
-        batches[half:],
-        other=_cut_alike(lm, unrelated, mixed[:half]),
-        steps=points,
-        lr=lr,
-        seed=seed,
+        lm.model, compared, learned, rest, other=other, steps=points, lr=lr, seed=seed
     )
     kfac.figures.relearning(result).save(out, "relearning")
     arms = {

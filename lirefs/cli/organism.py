@@ -91,18 +91,17 @@ def texts(
         "unseen": [{"text": text, **suffix} for text in unseen],
         "stories": [{"text": text} for text in language.texts("test", 100)],
         "labelled": [
-            {"text": text, "label": label}
-            for label, sequences in (("memorized", planted), ("clean", unseen))
-            for text in sequences
+            *({"text": text, "label": "memorized"} for text in planted),
+            *({"text": text, "label": "clean"} for text in unseen),
         ],
-    }
-    files["questions"] = [
-        {
-            "id": one.id, "question": one.text, "label": one.label, "subject": one.subject,
-            "split": one.side, "prompt_format": one.prompt_format,
-        }
-        for one in organism_questions("passage", language)
-    ]  # fmt: skip
+        "questions": [
+            {
+                "id": one.id, "question": one.text, "label": one.label, "subject": one.subject,
+                "split": one.side, "prompt_format": one.prompt_format,
+            }
+            for one in organism_questions("passage", language)
+        ],
+    }  # fmt: skip
     for name, rows in files.items():
         lines = (json.dumps({"id": f"{name}-{i}", **row}) for i, row in enumerate(rows))
         atomic_write_text(out / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))

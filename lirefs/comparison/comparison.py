@@ -127,10 +127,9 @@ class Comparison:
         return mean_of([one for task in tasks if (one := self.cell(variant, task).retained)])
 
     def draws(self, task: str) -> Floats:
-        """How often each item of a task is drawn in each bootstrap resample.
+        """How often each resample draws each item of a task: float64, shape (resamples, items).
 
-        Returns:
-            float64 counts, shape (resamples, items); the same for every variant, which pairs them.
+        The same for every variant, which pairs them.
         """
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])

@@ -43,8 +43,8 @@ def matched(
 
     Returns:
         For each method an estimate at each goal. Its interval resamples the items of both tasks,
-        the same for all variants (and the same in both tasks where their items have the same ids).
-        NaN where the sweep does not reach the goal; NaN limits where fewer than `REACHED` of the
+        the same for all variants (and for both tasks where their items have the same ids). NaN
+        where the sweep does not reach the goal; NaN limits where fewer than `REACHED` of the
         resampled sweeps do.
 
     Raises:

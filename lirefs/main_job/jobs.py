@@ -26,9 +26,6 @@ from lirefs.tasks.papers.suite import Suite, suite_tasks
 from lirefs.tasks.suite import calibration_texts, heldout_texts
 from lirefs.tasks.task import Task
 
-DEFAULT = "organism"
-DEFAULT_FOR_OWN_DATA = "smollm2-135m"
-"""The organism reads its own language only."""
 QUICK = 14
 """Items of a task in a quick trial."""
 KEEP, STRENGTH = 0.8, 1.0
@@ -107,7 +104,7 @@ def run(
         raise SettingError("data is read by a suite or by lm-eval tasks; name one")
     own_data = any(one is not None for one in (questions, memorized, factors, data, *lm_eval))
     if model is None:
-        model = DEFAULT_FOR_OWN_DATA if own_data else DEFAULT
+        model = "smollm2-135m" if own_data else "organism"
     if isinstance(model, str):
         taught = language_seed(model)
     else:

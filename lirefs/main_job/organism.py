@@ -119,9 +119,7 @@ class OrganismResults:
         transfer: AUROC by (form fitted, form tested), at the layer that is steered.
         edit: The curvature edit that was chosen.
         steers: Operator to the setting that was chosen for it.
-        form: The question set of the direction that was chosen for `add`.
-        layer: Its layer.
-        strength: Its strength.
+        form: Question set of the direction that was chosen for `add`, with `layer` and `strength`.
         keep_sweep: The curvature edit at `KEEPS`, on test items; described, never used to choose.
         steer_sweep: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, with random
             directions as controls; never used to choose either.

@@ -75,9 +75,8 @@ class Job:
         **options: Any,
     ) -> Comparison:
         """`lirefs.compare` with the journal of the job, silent where its console is quiet."""
-        quiet = self.console.quiet
-        own = {"journal": self.journal, "progress": not quiet}
-        return compare(lm, interventions, tasks, **own, **options)
+        shown = not self.console.quiet
+        return compare(lm, interventions, tasks, journal=self.journal, progress=shown, **options)
 
     def say(self, line: str) -> None:
         """Print a line on the console, as it is."""

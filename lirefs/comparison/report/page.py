@@ -53,9 +53,8 @@ def _setting_lines(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for key, value in settings.items():
         leaves = list(_leaves(value, key))
-        if len(leaves) > _MOST_SETTINGS:
-            leaves = [(key, f"{len(leaves):,} values, in the JSON below")]
-        lines += leaves
+        many = len(leaves) > _MOST_SETTINGS
+        lines += [(key, f"{len(leaves):,} values, in the JSON below")] if many else leaves
     return lines
 
 

@@ -65,13 +65,12 @@ def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]
     again = {one.name: one for one in default_figures(summary)}
     figures, missing = [], []
     for listed in saved:
-        name = listed["name"]
-        if name in again:
-            figures.append(again[name])
+        if one := again.get(listed["name"]):
+            figures.append(one)
             continue
-        png, svg = (file.parent / f"{name}.{kind}" for kind in ("png", "svg"))
+        png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
         try:
-            if absent := [one.name for one in (png, svg) if not one.exists()]:
+            if absent := [path.name for path in (png, svg) if not path.exists()]:
                 missing += absent
                 continue
             picture = Picture(png.read_bytes(), svg.read_bytes())
