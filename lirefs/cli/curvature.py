@@ -331,10 +331,7 @@ def _recited(
 def _cut_alike(
     lm: lirefs.LanguageModel, texts: Sequence[Sequence[int]], items: Sequence[Passage]
 ) -> list[dict[str, Any]]:
-    """A batch for each text, cut and labelled like one of the items.
-
-    Training on one or the other then differs in the text, not in the number of tokens of a step.
-    """
+    """A batch for each text, cut and labelled like one of the items: steps of as many tokens."""
     batches = []
     for text, (_, prefix, suffix) in zip(texts, itertools.cycle(items), strict=False):
         start = min(len(prefix), len(text) - 1)

@@ -85,10 +85,7 @@ class Scores:
         return cls(values / weights if perplexity else values, weights, perplexity)
 
     def value(self, draws: Floats | None = None) -> Floats:
-        """The task's value, then that of each resample, shape (1 + resamples,).
-
-        `draws` says how often each item is drawn, shape (resamples, n).
-        """
+        """The task's value, then that of each row of `draws` (resamples, n): (1 + resamples,)."""
         counts = np.ones((1, len(self.values)))
         counts = counts if draws is None else np.concatenate([counts, draws])
         mean = (counts @ (self.weights * self.values)) / (counts @ self.weights)

@@ -62,8 +62,7 @@ def compare(
     """
     if not 1 <= resamples <= MOST_RESAMPLES:
         raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
-    if tasks is None:
-        tasks = default_tasks(lm)
+    tasks = default_tasks(lm) if tasks is None else tasks
     if not tasks:
         raise TaskError("no tasks to compare on")
     names = [task.name for task in tasks]

@@ -103,9 +103,8 @@ class Comparison:
         }
         settings = {key: one for key, one in self.provenance.items() if key != "findings"}
         bootstrap = {"resamples": self.resamples, "seed": self.seed}
-        name = self.provenance.get("model_name", "a model")
         return Summary(
-            title=f"Reasoning against recitation in {name}",
+            title=f"Reasoning against recitation in {self.provenance.get('model_name', 'a model')}",
             findings=tuple(map(str, self.provenance.get("findings", []))),
             variants=tuple(self.variants),
             tasks=dict(self.tasks),

@@ -58,8 +58,7 @@ class TagChange:
     Attributes:
         tag: The part of their ids before the last slash.
         before: Mean score of the unchanged model.
-        change: Mean score under the variant minus `before`, paired over items
-            (`lirefs.statistics.paired`).
+        change: Mean score under the variant minus `before`, paired over items.
         relative: `change` over `before`, as in figure 5 of the K-FAC paper; not finite where
             `before` is 0.
     """

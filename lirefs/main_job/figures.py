@@ -111,30 +111,26 @@ def transfer_matrix(
 ) -> Picture:
     """AUROC of every form's direction on every form's questions, and cosines of the directions."""
     canvas, axes = canvas_of(2, (WIDE, 3.5))
-    panels: list[tuple[Any, str, float, float]] = [
-        (areas, "test AUROC: direction (row) on questions (column)", 0.0, 1.0),
-        (cosines, "cosine between directions", -1.0, 1.0),
+    values = {pair: one.value for pair, one in areas.items()}
+    panels = [
+        (values, areas, "test AUROC: direction (row) on questions (column)", 0.0),
+        (cosines, {}, "cosine between directions", -1.0),
     ]
-    for axis, (cells, title, low, high) in zip(axes, panels, strict=True):
-        numbers = np.array([[_value(cells[row, column]) for column in forms] for row in forms])
-        axis.imshow(numbers, vmin=low, vmax=high, cmap="RdBu_r" if low < 0 else "PuOr")
+    for axis, (cells, intervals, title, low) in zip(axes, panels, strict=True):
+        numbers = np.array([[cells[row, column] for column in forms] for row in forms])
+        axis.imshow(numbers, vmin=low, vmax=1.0, cmap="RdBu_r" if low < 0 else "PuOr")
         for i, row in enumerate(forms):
             for j, column in enumerate(forms):
-                one = cells[row, column]
-                text = f"{_value(one):.2f}"
-                if isinstance(one, Estimate):
+                text = f"{numbers[i, j]:.2f}"
+                if one := intervals.get((row, column)):
                     text += f"\n[{one.low:.2f}, {one.high:.2f}]"
-                share = (_value(one) - low) / (high - low)
+                share = (numbers[i, j] - low) / (1.0 - low)
                 colour = "white" if share > 0.78 or share < 0.22 else "black"
                 axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
         axis.set_xticks(range(len(forms)), forms, fontsize=SMALL)
         axis.set_yticks(range(len(forms)), forms, fontsize=SMALL)
         axis.set_title(title, fontsize=8)
     return picture_of(canvas)
-
-
-def _value(one: Estimate | float) -> float:
-    return one.value if isinstance(one, Estimate) else one
 
 
 def _scores(summary: Summary, variants: Iterable[str], task: str) -> np.ndarray[Any, Any]:

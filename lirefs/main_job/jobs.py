@@ -269,7 +269,6 @@ def _save(
     groups = list(summary.groups)
     table = Table("variant", *groups, title="retained share of the unchanged model, mean of tasks")
     for variant in summary.variants[1:]:
-        kept = [summary.means[variant, group] for group in groups]
-        table.add_row(variant, *(f"{one:.2f}" for one in kept))
+        table.add_row(variant, *(f"{summary.means[variant, group]:.2f}" for group in groups))
     Console().print(table)
     job.say(f"report: {page}")

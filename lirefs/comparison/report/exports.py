@@ -37,8 +37,7 @@ def latex(summary: Summary) -> str:
         return "% No variant: nothing was changed, so there is nothing to retain.\n"
     by_group: list[str] = []
     for variant in variants:
-        means = [(summary.means[variant, group], False) for group in groups]
-        by_group += _row(escape(variant), means)
+        by_group += _row(escape(variant), [(summary.means[variant, one], False) for one in groups])
     by_task: list[str] = []
     for group, tasks in summary.groups.items():
         if tasks:

@@ -77,9 +77,7 @@ def _word(value: Any) -> str:
 def _in_script(value: Any) -> Markup:
     """JSON for a script element, with nothing that could end it or begin a comment."""
     text = json.dumps(value, separators=(",", ":"))  # pure ASCII
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    return Markup(text.translate({ord(one): f"\\u{ord(one):04x}" for one in "<>&"}))
 
 
 def _source(name: str) -> Markup:
