@@ -171,7 +171,7 @@ def _scores(comparison: Comparison, variant: str, task: str) -> Scores:
         raise SettingError(f"no variant {variant!r}; there are: {', '.join(comparison.results)}")
     items = comparison.results[variant][task]
     if [one.id for one in items] != _ids(comparison, task):
-        raise SettingError(f"{variant!r} and the unchanged model have different items of {task!r}")
+        raise SettingError(f"items of {task!r} differ between {variant!r} and the unchanged model")
     return Scores.of(items, comparison.tasks[task].metric)
 
 

@@ -79,7 +79,8 @@ def figures(found: OrganismResults) -> list[Figure]:
             "Question 4: one direction or several",
             f"Directions fitted on four question sets at layer {found.layer}. passage and "
             "statement share no sentence template but ask for the same; mixed contrasts skills "
-            "with bare facts; exception contrasts fresh items with memorized ones of that kind.",
+            "with bare facts; exception contrasts fresh items with memorized ones of the same "
+            "kind.",
             plots.transfer_matrix(organism.FORMS, found.transfer, _cosines(found)),
         ),
         separation_figure(probe, f", form {found.form}"),
