@@ -8,7 +8,7 @@ from typing import Annotated
 
 import torch
 import torch.distributed as dist
-import typer
+from typer import Option
 
 from lirefs.cli.options import Device, OutFolder, Seed, console, file_to_write, indices
 from lirefs.main_job.jobs import QUICK, run
@@ -18,44 +18,42 @@ from lirefs.tasks.papers.suite import Suite
 def compare(
     model: Annotated[
         str | None,
-        typer.Option(
+        Option(
             help="Built-in name, hub id, folder or .gguf file. Default: organism; with data of "
             "your own or lm-eval tasks, smollm2-135m."
         ),
     ] = None,
     device: Device = None,
-    questions: Annotated[
-        Path | None, typer.Option(help="Questions (JSON Lines) to fit on.")
-    ] = None,
-    memorized: Annotated[Path | None, typer.Option(help="Texts (JSON Lines) to recite.")] = None,
+    questions: Annotated[Path | None, Option(help="Questions (JSON Lines) to fit on.")] = None,
+    memorized: Annotated[Path | None, Option(help="Texts (JSON Lines) to recite.")] = None,
     factors: Annotated[
-        Path | None, typer.Option(help="Factors to use; written there if the file is missing.")
+        Path | None, Option(help="Factors to use; written there if the file is missing.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to edit, e.g. 20,21,22.")] = None,
+    layers: Annotated[str | None, Option(help="Layers to edit, e.g. 20,21,22.")] = None,
     keep: Annotated[
         float | None,
-        typer.Option(help="Curvature mass that K-FAC keeps. Default: 0.8; organism: chosen."),
+        Option(help="Curvature mass that K-FAC keeps. Default: 0.8; organism: chosen."),
     ] = None,
     strength: Annotated[
         float | None,
-        typer.Option(help="a of h + a d, d the class difference. Default: 1; organism: chosen."),
+        Option(help="a of h + a d, d the class difference. Default: 1; organism: chosen."),
     ] = None,
-    suite: Annotated[Suite | None, typer.Option(help="Tasks. Default: the project's own.")] = None,
+    suite: Annotated[Suite | None, Option(help="Tasks. Default: the project's own.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Folder of JSON Lines for a suite, or of lm-eval tasks (YAML)."),
+        Option(help="Folder of JSON Lines for a suite, or of lm-eval tasks (YAML)."),
     ] = None,
     lm_eval: Annotated[
-        str | None, typer.Option(help="lm-evaluation-harness tasks to add, separated by commas.")
+        str | None, Option(help="lm-evaluation-harness tasks to add, separated by commas.")
     ] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Most items of a task.")] = None,
+    limit: Annotated[int | None, Option(min=1, help="Most items of a task.")] = None,
     out: OutFolder = Path("report"),
     seed: Seed = 0,
     quick: Annotated[
-        bool, typer.Option("--quick", help=f"A trial with {QUICK} items per task, not a result.")
+        bool, Option("--quick", help=f"A trial with {QUICK} items per task, not a result.")
     ] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Continue the interrupted run in --out.")
+        bool, Option("--resume", help="Continue the interrupted run in --out.")
     ] = False,
 ) -> None:
     """Compare LiReF steering and the K-FAC edit on one model, and write a report.

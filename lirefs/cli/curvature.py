@@ -16,6 +16,7 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Option
 
 import kfac
 import lirefs
@@ -31,7 +32,7 @@ CLASSES = {"clean": 0, "memorized": 1}
 Passage = tuple[str, Sequence[int], Sequence[int]]
 """Id, prefix and suffix of a memorized text, the latter two as token ids."""
 Memorized = Annotated[
-    Path | None, typer.Option(help="Memorized texts (JSON Lines); default: the project's own.")
+    Path | None, Option(help="Memorized texts (JSON Lines); default: the project's own.")
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
@@ -39,24 +40,22 @@ app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edit
 
 @app.command()
 def collect(
-    out: Annotated[
-        Path, typer.Option(help="Factors file to write.", callback=options.file_to_write)
-    ],
+    out: Annotated[Path, Option(help="Factors file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     texts: Annotated[
-        Path | None, typer.Option(help="Texts (JSON Lines with `text`); default: the project's.")
+        Path | None, Option(help="Texts (JSON Lines with `text`); default: the project's.")
     ] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers, e.g. 20,21,22.")] = None,
+    layers: Annotated[str | None, Option(help="Layers, e.g. 20,21,22.")] = None,
     projections: Annotated[
-        str, typer.Option(help="mlp_in, mlp_out, mlp, or name endings: gate_proj,q_proj.")
+        str, Option(help="mlp_in, mlp_out, mlp, or name endings: gate_proj,q_proj.")
     ] = "mlp_in",
     estimators: Annotated[
-        str, typer.Option(help="kfac, and any of marginal, diagonal, ekfac (a second pass).")
+        str, Option(help="kfac, and any of marginal, diagonal, ekfac (a second pass).")
     ] = "kfac",
-    samples: Annotated[int, typer.Option(min=1, help="Sampled labels for each position.")] = 1,
+    samples: Annotated[int, Option(min=1, help="Sampled labels for each position.")] = 1,
     budget: Annotated[
-        float | None, typer.Option(help="Memory for sums in GiB; more passes if they do not fit.")
+        float | None, Option(help="Memory for sums in GiB; more passes if they do not fit.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -72,9 +71,14 @@ def collect(
     group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
     roles = projections.strip() if group else projections.split(",")
     targets = kfac.find_targets(lm.model, chosen, roles)
-    ids = lm.encode(rows)
     room = None if budget is None else int(budget * 2**30)
     settings: dict[str, Any] = {"seed": seed, "samples": samples, "budget": room}
+    provenance = {
+        "data": hashlib.sha256(repr(lm.encode(rows)).encode()).hexdigest(),
+        "model": lm.fingerprint,
+        "tokenizer": lm.tokenizer_fingerprint,
+        "lirefs": lirefs.__version__,
+    }
     states = [out.with_name(out.name + end) for end in (".checkpoint", ".ekfac-checkpoint")]
     factors = kfac.collect(
         lm,
@@ -83,12 +87,7 @@ def collect(
         marginals="marginal" in wanted,
         diagonal="diagonal" in wanted,
         checkpoint=states[0],
-        provenance={
-            "data": hashlib.sha256(repr(ids).encode()).hexdigest(),
-            "model": lm.fingerprint,
-            "tokenizer": lm.tokenizer_fingerprint,
-            "lirefs": lirefs.__version__,
-        },
+        provenance=provenance,
         **settings,
     )
     if "ekfac" in wanted:
@@ -104,17 +103,17 @@ def edit(
     factors: FactorsFile,
     out: Annotated[
         Path,
-        typer.Option(help="Folder for the edited model; must be new.", callback=options.new_folder),
+        Option(help="Folder for the edited model; must be new.", callback=options.new_folder),
     ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     keep: Keep = 0.8,
     estimator: Annotated[
-        str, typer.Option(help="kfac, ekfac, marginal, input, output or diagonal.")
+        str, Option(help="kfac, ekfac, marginal, input, output or diagonal.")
     ] = "kfac",
-    shape: Annotated[str, typer.Option(help="pairs, rectangle, output or input.")] = "pairs",
+    shape: Annotated[str, Option(help="pairs, rectangle, output or input.")] = "pairs",
     saliency: Annotated[
-        bool, typer.Option("--saliency", help="Rank by mass times squared coordinate.")
+        bool, Option("--saliency", help="Rank by mass times squared coordinate.")
     ] = False,
 ) -> None:
     """Edit a model and save it in a folder that transformers loads without this package."""
@@ -149,7 +148,7 @@ def bands(
     device: Device = None,
     memorized: Memorized = None,
     clean: Annotated[
-        Path | None, typer.Option(help="Clean texts (JSON Lines); default: the project's own.")
+        Path | None, Option(help="Clean texts (JSON Lines); default: the project's own.")
     ] = None,
     seed: Seed = 0,
 ) -> None:
@@ -164,9 +163,8 @@ def bands(
     first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
     ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
-    places = [layer for layer in layers if layer is not None]
-    distinct = len(set(places)) == len(layers)
-    kfac.figures.bands(ratios, places if distinct else None).save(out, "bands")
+    places = list(dict.fromkeys(layer for layer in layers if layer is not None))
+    kfac.figures.bands(ratios, places if places == layers else None).save(out, "bands")
     record = {
         "targets": ratios.names,
         "bands": ratios.labels,
@@ -192,18 +190,19 @@ def detect(
     device: Device = None,
     texts: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="JSON Lines with `text` and, to measure the detector, `label` (memorized, clean); "
             "default: the project's passages that the model recites, and held-out texts."
         ),
     ] = None,
-    flat: Annotated[
-        float, typer.Option(help="Share of input directions that count as flat.")
-    ] = 0.6,
+    flat: Annotated[float, Option(help="Share of input directions that count as flat.")] = 0.6,
     seed: Seed = 0,
 ) -> None:
     """Score texts by their share in flat directions: recited texts score high."""
-    rows = _detector_rows() if texts is None else [row for _, row in read_jsonl(texts)]
+    rows = [row for _, row in read_jsonl(texts or suite.DATA / "passages.jsonl")]
+    if texts is None:
+        rows = [{**row, "label": "memorized"} for row in rows]
+        rows += [{"id": i, "text": t, "label": "clean"} for i, t in suite.heldout_texts("test")]
     for number, row in enumerate(rows, start=1):
         # A list, because a label may be of a type that cannot be hashed.
         if not isinstance(row.get("text"), str) or row.get("label", "clean") not in list(CLASSES):
@@ -253,8 +252,8 @@ def relearn(
     device: Device = None,
     keep: Keep = 0.8,
     memorized: Memorized = None,
-    steps: Annotated[str, typer.Option(help="When to test.")] = "0,1,2,5,10,20",
-    lr: Annotated[float, typer.Option(help="Learning rate of the fine-tuning.")] = 1e-5,
+    steps: Annotated[str, Option(help="When to test.")] = "0,1,2,5,10,20",
+    lr: Annotated[float, Option(help="Learning rate of the fine-tuning.")] = 1e-5,
     seed: Seed = 0,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""
@@ -267,15 +266,10 @@ def relearn(
     half = len(mixed) // 2
     batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in mixed]
     unrelated = lm.encode([text for _, text in suite.heldout_texts("validation")])
+    compared = {"edited": change, "never edited": None}
+    learned, rest, other = batches[:half], batches[half:], _cut_alike(lm, unrelated, mixed[:half])
     result = kfac.relearn(
-        lm.model,
-        {"edited": change, "never edited": None},
-        batches[:half],
-        batches[half:],
-        other=_cut_alike(lm, unrelated, mixed[:half]),
-        steps=points,
-        lr=lr,
-        seed=seed,
+        lm.model, compared, learned, rest, other=other, steps=points, lr=lr, seed=seed
     )
     kfac.figures.relearning(result).save(out, "relearning")
     arms = {
@@ -307,7 +301,7 @@ def _texts_of(path: Path) -> list[str]:
     for line, row in rows:
         if not isinstance(row.get("text"), str) or not row["text"]:
             raise SettingError(f"{path}, line {line}: needs a `text` that is not empty")
-    return [str(row["text"]) for _, row in rows]
+    return [row["text"] for _, row in rows]
 
 
 def _labelled(
@@ -322,11 +316,7 @@ def _labelled(
 def _recited(
     lm: lirefs.LanguageModel, path: Path | None, least: int, purpose: str = ""
 ) -> list[Passage]:
-    """The memorized texts that the model recites; prints how many.
-
-    Raises:
-        SettingError: There are fewer than `least`.
-    """
+    """The memorized texts that the model recites; prints how many, refuses fewer than `least`."""
     items = lirefs.recitation_task(lm, path or suite.DATA / "passages.jsonl").items
     batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in items]
     flags = kfac.recitation(lm.model.eval(), batches).bool().tolist()
@@ -341,22 +331,12 @@ def _recited(
 def _cut_alike(
     lm: lirefs.LanguageModel, texts: Sequence[Sequence[int]], items: Sequence[Passage]
 ) -> list[dict[str, Any]]:
-    """A batch for each text, cut and labelled like one of the items.
-
-    Training on one or the other then differs in the text, not in the number of tokens of a step.
-    """
+    """A batch for each text, cut and labelled like one of the items: steps of as many tokens."""
     batches = []
     for text, (_, prefix, suffix) in zip(texts, itertools.cycle(items), strict=False):
         start = min(len(prefix), len(text) - 1)
         batches.append(_labelled(lm, text[:start], text[start : start + len(suffix)]))
     return batches
-
-
-def _detector_rows() -> list[dict[str, Any]]:
-    passages = [row for _, row in read_jsonl(suite.DATA / "passages.jsonl")]
-    rows = [{"id": row["id"], "text": row["text"], "label": "memorized"} for row in passages]
-    held_out = suite.heldout_texts("test")
-    return rows + [{"id": key, "text": text, "label": "clean"} for key, text in held_out]
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,14 +6,15 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.table import Table
+from typer import Argument, Option
 
 import lirefs
 from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Device, Model, OutFolder, Seed
 from lirefs.directions import estimators, geometry
+from lirefs.directions import figures as probe_plots
 from lirefs.directions.probe import load_grades
 from lirefs.errors import SettingError
 from lirefs.export.gguf import to_gguf
@@ -28,25 +29,25 @@ ESTIMATORS = {
     "pca": estimators.PCADirection,
     "ridge": estimators.RidgeDirection,
 }
-DirectionsFile = Annotated[Path, typer.Argument(help="Directions, as `lirefs probe` writes them.")]
-Layer = Annotated[int | None, typer.Option(help="Layer of the direction; default: the best one.")]
+DirectionsFile = Annotated[Path, Argument(help="Directions, as `lirefs probe` writes them.")]
+Layer = Annotated[int | None, Option(help="Layer of the direction; default: the best one.")]
 
 
 def probe(
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     questions: Annotated[
-        Path | None, typer.Option(help="Labelled questions; a `score` in [0, 1] grades them.")
+        Path | None, Option(help="Labelled questions; a `score` in [0, 1] grades them.")
     ] = None,
-    estimator: Annotated[str, typer.Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
-    site: Annotated[str, typer.Option(help="Where in the block.")] = "resid_pre",
+    estimator: Annotated[str, Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
+    site: Annotated[str, Option(help="Where in the block.")] = "resid_pre",
     transfer: Annotated[
-        Path | None, typer.Option(help="Other labelled questions to score the directions on.")
+        Path | None, Option(help="Other labelled questions to score the directions on.")
     ] = None,
     against: Annotated[
-        str | None, typer.Option(help="Another model (base, say) to compare with.")
+        str | None, Option(help="Another model (base, say) to compare with.")
     ] = None,
-    shuffles: Annotated[int, typer.Option(min=1, help="Repetitions of the controls.")] = 100,
+    shuffles: Annotated[int, Option(min=1, help="Repetitions of the controls.")] = 100,
     out: OutFolder = Path("probe"),
     seed: Seed = 0,
 ) -> None:
@@ -63,9 +64,9 @@ def probe(
         other = lirefs.load_questions(transfer)
         geometry.must_be_new(other, split)
         other_split = other.split(seed=seed)
-    settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed}
-    settings["grades"] = None if questions is None else load_grades(questions)
-    settings["cache"] = cache_dir() / "activations"
+    cache = cache_dir() / "activations"
+    settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed, "cache": cache}
+    grades = None if questions is None else load_grades(questions)
     lm = lirefs.load(model, device=device)
     second = None if against is None else lirefs.load(against, device=device)
     if second is not None and second.width != lm.width:
@@ -73,10 +74,8 @@ def probe(
             f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
             "directions cannot be compared"
         )
-    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
+    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), grades=grades, **settings)
     found.directions.save(out / "directions.safetensors")
-    from lirefs.directions import figures as probe_plots
-
     figures = {
         "layers": probe_plots.per_layer(found),
         "best_layer": probe_plots.best_layer({estimator: found}),
@@ -90,16 +89,14 @@ def probe(
         figures["transfer"] = probe_plots.transfers(found, {other.source: scored})
         results["transfer"] = [one.to_dict() for one in scored.auroc]
         maps[f"with directions of {Path(other.source).name}"] = lirefs.fit(
-            lm, other_split, ESTIMATORS[estimator](), **{**settings, "grades": None}
+            lm, other_split, ESTIMATORS[estimator](), **settings
         ).directions
     figures["cosines"] = probe_plots.cosine_maps(
         {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
     )
     if second is not None:
-        second_found = lirefs.fit(second, split, ESTIMATORS[estimator](), **settings)
-        figures["side_by_side"] = probe_plots.side_by_side(
-            {lm.name: found, second.name: second_found}
-        )
+        twin = lirefs.fit(second, split, ESTIMATORS[estimator](), grades=grades, **settings)
+        figures["side_by_side"] = probe_plots.side_by_side({lm.name: found, second.name: twin})
     for name, picture in figures.items():
         picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
@@ -114,13 +111,13 @@ def probe(
 
 def steer(
     directions: DirectionsFile,
-    prompt: Annotated[str, typer.Argument(help="The text to continue.")],
+    prompt: Annotated[str, Argument(help="The text to continue.")],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     layer: Layer = None,
-    operator: Annotated[str, typer.Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
-    strengths: Annotated[str, typer.Option(help="One or more, e.g. -1,0.5,1.")] = "1",
-    tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 40,
+    operator: Annotated[str, Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
+    strengths: Annotated[str, Option(help="One or more, e.g. -1,0.5,1.")] = "1",
+    tokens: Annotated[int, Option(min=1, help="Most tokens to add.")] = 40,
 ) -> None:
     """Continue a prompt, unsteered and steered, side by side."""
     values = options.numbers(strengths, "--strengths", float)
@@ -139,13 +136,11 @@ def steer(
 
 def export(
     directions: DirectionsFile,
-    out: Annotated[
-        Path, typer.Argument(help="The .gguf file to write.", callback=options.file_to_write)
-    ],
+    out: Annotated[Path, Argument(help="The .gguf file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     layer: Layer = None,
-    strength: Annotated[float, typer.Option(help="a of h + a d.")] = 1.0,
+    strength: Annotated[float, Option(help="a of h + a d.")] = 1.0,
 ) -> None:
     """Write a direction as a control vector for llama.cpp."""
     lm = lirefs.load(model, device=device)

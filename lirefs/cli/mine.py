@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 import lirefs
 from lirefs.cli.options import DEFAULT_MODEL, Device, Model, file_to_write, say
@@ -20,23 +20,21 @@ COPIED = 0.5
 def mine(
     corpus: Annotated[
         list[Path],
-        typer.Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
+        Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
     ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     out: Annotated[
         Path,
-        typer.Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
+        Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
     ] = Path("mined.jsonl"),
-    prefix_tokens: Annotated[int, typer.Option(min=1, help="Length of the prompts.")] = 64,
-    suffix_tokens: Annotated[int, typer.Option(min=1, help="Length of the continuations.")] = 48,
+    prefix_tokens: Annotated[int, Option(min=1, help="Length of the prompts.")] = 64,
+    suffix_tokens: Annotated[int, Option(min=1, help="Length of the continuations.")] = 48,
     stride: Annotated[
-        int | None, typer.Option(min=1, help="Tokens between windows. Default: no overlap.")
+        int | None, Option(min=1, help="Tokens between windows. Default: no overlap.")
     ] = None,
-    near: Annotated[
-        float, typer.Option(help="Jaccard similarity of near-duplicates, in (0, 1].")
-    ] = 0.7,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens per batch.")] = BATCH_TOKENS,
+    near: Annotated[float, Option(help="Jaccard similarity of near-duplicates, in (0, 1].")] = 0.7,
+    batch_tokens: Annotated[int, Option(min=1, help="Tokens per batch.")] = BATCH_TOKENS,
 ) -> None:
     """Find the windows of texts that a model recites, and write them to a file.
 
@@ -45,16 +43,8 @@ def mine(
     texts = read_texts(corpus)
     lm = lirefs.load(model, device=device)
     journal = Path(f"{out}.partial")
-    found = lirefs.mine(
-        lm,
-        texts,
-        prefix_tokens,
-        suffix_tokens,
-        stride,
-        near,
-        batch_tokens=batch_tokens,
-        journal=journal,
-    )
+    sizes = (prefix_tokens, suffix_tokens, stride, near)
+    found = lirefs.mine(lm, texts, *sizes, batch_tokens=batch_tokens, journal=journal)
     found.save(out)
     journal.unlink()
     say(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()))
@@ -64,16 +54,7 @@ def mine(
 
 
 def read_texts(paths: list[Path]) -> list[tuple[str, str]]:
-    """Texts of files and folders, each with its name.
-
-    Args:
-        paths: `.jsonl` files, whose rows have `text` and may have `id`; folders, whose `.txt`
-            files are read, at any depth; other files are plain texts.
-
-    Raises:
-        DataFileError: A file cannot be read, is not UTF-8, or a row has no `text`; a folder has
-            no `.txt` file.
-    """
+    """Id and text of each row of a `.jsonl` file, `.txt` file of a folder, or plain text file."""
     texts = []
     for path in paths:
         if path.suffix == ".jsonl":

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, TypeVar
 
 import torch
-import typer
 from rich.console import Console
+from typer import Option
 
 from lirefs.errors import SettingError
 
@@ -25,17 +25,12 @@ def say(line: str) -> None:
 
 
 def known_device(value: str | None) -> str | None:
-    """Callback of an option that names a device.
-
-    Raises:
-        SettingError: There is no such device.
-    """
+    """Callback of an option that names a device; SettingError if there is no such device."""
     try:
-        kind = torch.device(value or "cpu")
+        kind, count = torch.device(value or "cpu"), torch.cuda.device_count()
         if kind.type != "cuda":
             torch.zeros(1, device=kind)
-        elif not (kind.index or 0) < torch.cuda.device_count():
-            count = torch.cuda.device_count()
+        elif (kind.index or 0) >= count:
             raise SettingError(f"--device {value}: there are {count} CUDA devices here")
     except (RuntimeError, NotImplementedError, AssertionError) as problem:
         reason = str(problem).splitlines()[0]
@@ -44,11 +39,7 @@ def known_device(value: str | None) -> str | None:
 
 
 def folder_to_write(value: Path | None) -> Path | None:
-    """Callback of an option that names a folder for results, existing or not.
-
-    Raises:
-        SettingError: There is something else of that name, or nothing can be written there.
-    """
+    """Callback of an option that names a folder for results, existing or not."""
     if value is not None and value.exists() and not value.is_dir():
         raise SettingError(f"{value}: exists and is not a folder; name another place")
     return value if value is None else _writable(value)
@@ -79,26 +70,20 @@ def _writable(folder: Path) -> Path:
     return folder
 
 
-Model = Annotated[str, typer.Option(help="Built-in name, hub id, folder or .gguf file.")]
-Device = Annotated[
-    str | None, typer.Option(help="Default: cuda if available.", callback=known_device)
-]
-FactorsFile = Annotated[Path, typer.Option(help="File written by `lirefs curvature collect`.")]
-Keep = Annotated[float, typer.Option(help="Share of curvature mass to keep, in (0, 1].")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of labels, splits, controls, intervals.")]
+Model = Annotated[str, Option(help="Built-in name, hub id, folder or .gguf file.")]
+Device = Annotated[str | None, Option(help="Default: cuda if available.", callback=known_device)]
+FactorsFile = Annotated[Path, Option(help="File written by `lirefs curvature collect`.")]
+Keep = Annotated[float, Option(help="Share of curvature mass to keep, in (0, 1].")]
+Seed = Annotated[int, Option(min=0, help="Seed of labels, splits, controls, intervals.")]
 OutFolder = Annotated[
-    Path, typer.Option(help="Folder of the report, tables and figures.", callback=folder_to_write)
+    Path, Option(help="Folder of the report, tables and figures.", callback=folder_to_write)
 ]
 
 Number = TypeVar("Number", int, float)
 
 
 def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
-    """Numbers of an option, separated by commas.
-
-    Raises:
-        SettingError: A part is not a number.
-    """
+    """Numbers of an option, separated by commas."""
     try:
         return [kind(part) for part in text.split(",")]
     except ValueError:
@@ -112,10 +97,6 @@ def indices(text: str | None, option: str = "--layers") -> list[int] | None:
 
 
 def one_of(name: str, option: str, known: Collection[str]) -> None:
-    """Check a name of an option against the known ones.
-
-    Raises:
-        SettingError: It is none of them.
-    """
+    """Check a name of an option against the known ones."""
     if name not in known:
         raise SettingError(f"{option} {name!r}: expected one of {', '.join(known)}")

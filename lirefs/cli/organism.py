@@ -9,6 +9,7 @@ from typing import Annotated, Any, cast
 
 import typer
 from rich.console import Console
+from typer import Argument, Option
 
 import lirefs
 from lirefs.cli.options import folder_to_write, known_device, one_of
@@ -30,15 +31,15 @@ app = typer.Typer(no_args_is_help=True, help="The model organism: train one, sco
 def train(
     out: Annotated[
         Path,
-        typer.Argument(
+        Argument(
             help="Folder of the run; an interrupted one is continued.", callback=folder_to_write
         ),
     ],
-    seed: Annotated[int, typer.Option(min=0, help="Seed of language, weights and data.")] = 0,
-    tokens: Annotated[int, typer.Option(min=1, help="Length of the run.")] = Recipe.tokens,
-    device: Annotated[str, typer.Option(help="Where to train.", callback=known_device)] = "cpu",
+    seed: Annotated[int, Option(min=0, help="Seed of language, weights and data.")] = 0,
+    tokens: Annotated[int, Option(min=1, help="Length of the run.")] = Recipe.tokens,
+    device: Annotated[str, Option(help="Where to train.", callback=known_device)] = "cpu",
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Compile the loss (needs a C++ compiler).")
+        bool, Option("--compile", help="Compile the loss (needs a C++ compiler).")
     ] = False,
 ) -> None:
     """Train an organism by the recipe of the shipped one; the result is in `OUT/shipped`.
@@ -55,9 +56,9 @@ def train(
 @app.command("scores")
 def scores_command(
     folder: Annotated[
-        str, typer.Argument(help="Folder of an organism. Default: the shipped one.")
+        str, Argument(help="Folder of an organism. Default: the shipped one.")
     ] = "organism",
-    split: Annotated[str, typer.Option(help="train, validation or test.")] = "test",
+    split: Annotated[str, Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Print the share of items answered as expected, by kind, and the perplexity, as JSON."""
     one_of(split, "--split", SIDES)
@@ -68,11 +69,11 @@ def scores_command(
 
 @app.command()
 def texts(
-    out: Annotated[Path, typer.Argument(help="Folder for the files.", callback=folder_to_write)],
+    out: Annotated[Path, Argument(help="Folder for the files.", callback=folder_to_write)],
     folder: Annotated[
-        str, typer.Option("--model", help="Folder of an organism. Default: the shipped one.")
+        str, Option("--model", help="Folder of an organism. Default: the shipped one.")
     ] = "organism",
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the training documents.")] = 0,
+    seed: Annotated[int, Option(min=0, help="Seed of the training documents.")] = 0,
 ) -> None:
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 
@@ -90,18 +91,17 @@ def texts(
         "unseen": [{"text": text, **suffix} for text in unseen],
         "stories": [{"text": text} for text in language.texts("test", 100)],
         "labelled": [
-            {"text": text, "label": label}
-            for label, sequences in (("memorized", planted), ("clean", unseen))
-            for text in sequences
+            *({"text": text, "label": "memorized"} for text in planted),
+            *({"text": text, "label": "clean"} for text in unseen),
         ],
-    }
-    files["questions"] = [
-        {
-            "id": one.id, "question": one.text, "label": one.label, "subject": one.subject,
-            "split": one.side, "prompt_format": one.prompt_format,
-        }
-        for one in organism_questions("passage", language)
-    ]  # fmt: skip
+        "questions": [
+            {
+                "id": one.id, "question": one.text, "label": one.label, "subject": one.subject,
+                "split": one.side, "prompt_format": one.prompt_format,
+            }
+            for one in organism_questions("passage", language)
+        ],
+    }  # fmt: skip
     for name, rows in files.items():
         lines = (json.dumps({"id": f"{name}-{i}", **row}) for i, row in enumerate(rows))
         atomic_write_text(out / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))

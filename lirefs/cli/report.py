@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Argument, Option
 
 from lirefs.cli.options import folder_to_write, say
 from lirefs.comparison.report.write import load_figures, write_pages
@@ -13,10 +13,10 @@ from lirefs.comparison.results_file import file_of, load_comparison
 
 
 def report(
-    results: Annotated[Path, typer.Argument(help="results.json, or the folder that holds it.")],
+    results: Annotated[Path, Argument(help="results.json, or the folder that holds it.")],
     out: Annotated[
         Path | None,
-        typer.Option(
+        Option(
             help="Folder to write to. Default: where results.json is.", callback=folder_to_write
         ),
     ] = None,

@@ -66,12 +66,9 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class Scores:
-    """A variant's scores on a task.
+    """A variant's scores on a task, and the weights of the items: float64, shape (n,) both.
 
-    Attributes:
-        values: One score per item, shape (n,); for perplexity nats per token.
-        weights: Weight of each item, shape (n,).
-        perplexity: Whether the task's value is the exponential of the mean.
+    For perplexity the scores are nats per token, and the value is the exponential of their mean.
     """
 
     values: Floats
@@ -88,11 +85,7 @@ class Scores:
         return cls(values / weights if perplexity else values, weights, perplexity)
 
     def value(self, draws: Floats | None = None) -> Floats:
-        """The task's value, then that of each resample, shape (1 + resamples,).
-
-        Args:
-            draws: How often each item is drawn, shape (resamples, n).
-        """
+        """The task's value, then that of each row of `draws` (resamples, n): (1 + resamples,)."""
         counts = np.ones((1, len(self.values)))
         counts = counts if draws is None else np.concatenate([counts, draws])
         mean = (counts @ (self.weights * self.values)) / (counts @ self.weights)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping, Sequence
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lirefs.comparison.cell import TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.comparison.journal import Journal, digest_of, in_order, key_of, parts
+from lirefs.comparison.journal import Journal, digest_of, key_of, parts
 from lirefs.comparison.results_file import MOST_RESAMPLES
 from lirefs.errors import SettingError, TaskError
 from lirefs.model.intervention import Intervention, applied
@@ -36,8 +37,8 @@ def compare(
 ) -> Comparison:
     """Run tasks on the unchanged model and under each intervention, on the same items.
 
-    Where `torch.distributed` is running, each process takes a share of the items, and every process
-    returns the whole comparison.
+    Where `torch.distributed` is running, each process takes a share of the items and returns the
+    whole comparison.
 
     Args:
         lm: The model.
@@ -61,8 +62,7 @@ def compare(
     """
     if not 1 <= resamples <= MOST_RESAMPLES:
         raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
-    if tasks is None:
-        tasks = default_tasks(lm)
+    tasks = default_tasks(lm) if tasks is None else tasks
     if not tasks:
         raise TaskError("no tasks to compare on")
     names = [task.name for task in tasks]
@@ -77,12 +77,14 @@ def compare(
     kept = Journal(journal)
     described = {name: one.describe() for name, one in interventions.items()}
     rows = {task.name: parts(task) for task in tasks}
-    pieces = {task.name: [task.subset(part) for part in rows[task.name]] for task in tasks}
-    digests = {name: [digest_of(lm, piece) for piece in some] for name, some in pieces.items()}
+    pieces = {
+        task.name: [(digest_of(lm, piece), piece) for piece in map(task.subset, rows[task.name])]
+        for task in tasks
+    }
 
     def keyed(variant: str, name: str) -> list[tuple[str, Task]]:
-        keys = [key_of(one, variant, described.get(variant)) for one in digests[name]]
-        return list(zip(keys, pieces[name], strict=True))
+        settings = described.get(variant)
+        return [(key_of(digest, variant, settings), piece) for digest, piece in pieces[name]]
 
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
@@ -98,13 +100,12 @@ def compare(
     kept.exchange()
 
     def collected(variant: str, name: str) -> list[ItemResult]:
-        found = [kept.finished(key, piece) for key, piece in keyed(variant, name)]
-        return in_order(rows[name], [one for one in found if one is not None])
+        found = [kept.finished(key, piece) or [] for key, piece in keyed(variant, name)]
+        placed = dict(zip(chain(*rows[name]), chain(*found), strict=True))
+        return [placed[row] for row in range(len(placed))]
 
     return Comparison(
-        results={
-            variant: {name: collected(variant, name) for name in names} for variant in variants
-        },
+        results={v: {name: collected(v, name) for name in names} for v in variants},
         tasks={task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks},
         provenance={
             "lirefs": __version__,

@@ -103,9 +103,8 @@ class Comparison:
         }
         settings = {key: one for key, one in self.provenance.items() if key != "findings"}
         bootstrap = {"resamples": self.resamples, "seed": self.seed}
-        name = self.provenance.get("model_name", "a model")
         return Summary(
-            title=f"Reasoning against recitation in {name}",
+            title=f"Reasoning against recitation in {self.provenance.get('model_name', 'a model')}",
             findings=tuple(map(str, self.provenance.get("findings", []))),
             variants=tuple(self.variants),
             tasks=dict(self.tasks),
@@ -127,10 +126,9 @@ class Comparison:
         return mean_of([one for task in tasks if (one := self.cell(variant, task).retained)])
 
     def draws(self, task: str) -> Floats:
-        """How often each item of a task is drawn in each bootstrap resample.
+        """How often each resample draws each item of a task: float64, shape (resamples, items).
 
-        Returns:
-            float64 counts, shape (resamples, items); the same for every variant, which pairs them.
+        The same for every variant, which pairs them.
         """
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])

@@ -19,9 +19,6 @@ class Flip:
     """An item that either the unchanged model or the variant gets right, but not both.
 
     Attributes:
-        id: Name of the item.
-        prompt: The question.
-        expected: The right answer.
         before: Answer of the unchanged model.
         after: Answer of the variant.
         gained: Whether the variant is right.
@@ -38,10 +35,7 @@ class Flip:
 def flips(comparison: Comparison, task: str, variant: str) -> list[Flip]:
     """Items of a task that a variant makes right or wrong, in their order.
 
-    Args:
-        comparison: Holds the variant.
-        task: Name of a task. One whose metric is not 0 or 1 for each item has no flips.
-        variant: Name of a variant.
+    A task whose metric is not 0 or 1 for each item has none.
 
     Raises:
         TaskError: If the task or variant does not exist.
@@ -64,8 +58,7 @@ class TagChange:
     Attributes:
         tag: The part of their ids before the last slash.
         before: Mean score of the unchanged model.
-        change: Mean score under the variant minus `before`, paired over items
-            (`lirefs.statistics.paired`).
+        change: Mean score under the variant minus `before`, paired over items.
         relative: `change` over `before`, as in figure 5 of the K-FAC paper; not finite where
             `before` is 0.
     """
@@ -81,8 +74,6 @@ class TagChanges:
     """Changes by tag, and their rank correlation with a number given for each tag.
 
     Attributes:
-        task: The task.
-        variant: The variant.
         tags: In ascending order of the numbers given, or of the changes where none are.
         spearman: Rank correlation of the change with the number, n = tags; None without numbers.
         p_value: Share of orders of the tags with a correlation at least as far from 0; None
@@ -109,7 +100,7 @@ def by_tag(
     Args:
         comparison: Holds the variant.
         task: Any task but a perplexity.
-        variant: The variant to compare with the unchanged model.
+        variant: Name of the variant.
         numbers: A number for each tag, such as its frequency in training, or the rank of that.
 
     Raises:
@@ -160,10 +151,8 @@ def _change(
 
 def _pairs(comparison: Comparison, task: str, variant: str) -> list[tuple[ItemResult, ItemResult]]:
     """Each item under the unchanged model and under a variant."""
-    for what, name, known in (
-        ("task", task, list(comparison.tasks)),
-        ("variant", variant, comparison.variants),
-    ):
+    names = (("task", task, comparison.tasks), ("variant", variant, comparison.results))
+    for what, name, known in names:
         if name not in known:
             raise TaskError(f"the comparison has no {what} {name!r}; it has {', '.join(known)}")
     before, after = (comparison.results[name][task] for name in (BASELINE, variant))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -26,15 +25,9 @@ PART = 64
 class Journal:
     """Results of finished parts, by a key of model, intervention, items and settings.
 
-    Each process appends to its own file; a line that was cut short when the process was killed is
-    not read. A part always consists of the same items, whatever was finished before, so batches
-    and rounding are those of a run that was never interrupted.
-
-    Args:
-        folder: Where the files are; None keeps nothing.
-
-    Raises:
-        SettingError: The folder is a file, or a file in it cannot be read.
+    Each process appends to its own file in the folder; None keeps nothing. A part always consists
+    of the same items, whatever was finished before, so batches and rounding are those of a run
+    that was never interrupted.
     """
 
     def __init__(self, folder: str | Path | None) -> None:
@@ -78,11 +71,7 @@ class Journal:
         return items if len(names) == 1 and metric in names.pop() else None
 
     def add(self, key: str, items: list[ItemResult]) -> None:
-        """Keep the results of a part; they are on disk when this returns.
-
-        Raises:
-            WriteError: The disk is full, or the folder cannot be written to.
-        """
+        """Keep the results of a part; they are on disk when this returns."""
         self._lines[key] = self._new[key] = items
         if self._folder is not None:
             line = json.dumps({"key": key, "items": [asdict(item) for item in items]})
@@ -96,11 +85,6 @@ class Journal:
             dist.all_gather_object(found, self._new)
             for one in found:
                 self._lines |= one
-
-    def clear(self) -> None:
-        """Remove the files, once their results have been saved elsewhere."""
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def parts(task: Task) -> list[list[int]]:
@@ -130,15 +114,3 @@ def key_of(digest: str, variant: str, described: Mapping[str, Any] | None) -> st
     """SHA-256 of everything that decides a result: a part of a task, and an intervention."""
     content = json.dumps([digest, variant, described], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def in_order(
-    rows: Sequence[Sequence[int]], results: Sequence[list[ItemResult]]
-) -> list[ItemResult]:
-    """Results of parts as one list in the order of the items."""
-    placed = {
-        row: item
-        for part, items in zip(rows, results, strict=True)
-        for row, item in zip(part, items, strict=True)
-    }
-    return [placed[row] for row in range(len(placed))]

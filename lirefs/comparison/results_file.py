@@ -61,13 +61,7 @@ def _fields(items: Sequence[ItemResult], names: Sequence[str]) -> list[dict[str,
 
 
 def load_comparison(path: str | Path) -> Comparison:
-    """Read a comparison that `write_report` saved.
-
-    Args:
-        path: `results.json`, or the folder that holds it.
-
-    Returns:
-        The comparison with all its items.
+    """Read a comparison, with all its items, from its `results.json` or the folder of that.
 
     Raises:
         ResultsFileError: The file is missing, damaged, or of another version.
@@ -98,12 +92,7 @@ def _items(asked: Sequence[Any], given: Sequence[Any]) -> list[ItemResult]:
 
 
 def item_of(row: Mapping[str, Any]) -> ItemResult:
-    """An item from a row of a results file or of a journal.
-
-    Raises:
-        KeyError: It has no scores.
-        TypeError: A field is missing, unknown or of the wrong type.
-    """
+    """An item from a row of a results file or of a journal; KeyError or TypeError if damaged."""
     scores = {name: math.nan if one is None else one for name, one in row["scores"].items()}
     if not all(map(_is_number, scores.values())):
         raise TypeError(f"scores are {scores!r:.80}")
@@ -140,11 +129,7 @@ def _check_settings(data: Mapping[str, Any]) -> None:
 
 
 def listed_figures(file: Path) -> list[dict[str, str]]:
-    """Name, title and caption of each figure that was saved with a comparison.
-
-    Raises:
-        ResultsFileError: The list is damaged, or the file cannot be read.
-    """
+    """Name, title and caption of each figure that was saved with a comparison."""
     try:
         figures = _read(file)["figures"]
         found = [{key: one[key] for key in ("name", "title", "caption")} for one in figures]

@@ -67,11 +67,8 @@ class Summary:
                 "n": cell.value.n,
             }
             retained = None if cell.group == CONFLICT else cell.retained
-            for name, one in (
-                ("score", cell.value),
-                ("difference", cell.difference),
-                ("retained", retained),
-            ):
+            estimates = {"score": cell.value, "difference": cell.difference, "retained": retained}
+            for name, one in estimates.items():
                 ends = (None, None, None) if one is None else (one.value, one.low, one.high)
                 row |= zip((name, f"{name}_low", f"{name}_high"), ends, strict=True)
             for name in ("p", "p_holm", "detectable", "unparsable"):

@@ -38,14 +38,13 @@ def matched(
         comparison: Holds every variant and both tasks.
         curves: The sweeps.
         task: The task whose scores are compared.
-        by: The task that measures damage, by its score or by perplexity over the unchanged
-            model's.
+        by: The task that measures damage, see `damage_of`.
         goals: Values of that measure.
 
     Returns:
         For each method an estimate at each goal. Its interval resamples the items of both tasks,
-        the same for all variants (and the same in both tasks where their items have the same ids).
-        NaN where the sweep does not reach the goal; NaN limits where fewer than `REACHED` of the
+        the same for all variants (and for both tasks where their items have the same ids). NaN
+        where the sweep does not reach the goal; NaN limits where fewer than `REACHED` of the
         resampled sweeps do.
 
     Raises:
@@ -112,8 +111,7 @@ class SweepChoice:
         validation: Its score there, flattered by the choice.
         test: Its score on test items.
         difference: Its test score minus the unchanged model's, paired.
-        p_value: p-value of that difference. It needs no correction, because only one test is made
-            on test items, however many settings were tried.
+        p_value: Of that difference. It needs no correction: only one test is made on test items.
         best_of: The gain on validation items, and what the best of as many settings would gain
             there by luck; for perplexity in nats per token.
     """
@@ -173,9 +171,7 @@ def _scores(comparison: Comparison, variant: str, task: str) -> Scores:
         raise SettingError(f"no variant {variant!r}; there are: {', '.join(comparison.results)}")
     items = comparison.results[variant][task]
     if [one.id for one in items] != _ids(comparison, task):
-        raise SettingError(
-            f"the items of {task!r} differ between {variant!r} and the unchanged model"
-        )
+        raise SettingError(f"items of {task!r} differ between {variant!r} and the unchanged model")
     return Scores.of(items, comparison.tasks[task].metric)
 
 

@@ -29,13 +29,13 @@ def scores_against(
     tasks: Sequence[str],
     labels: tuple[str, str],
 ) -> Picture:
-    """Scores on tasks against two measures of the same variants, one panel each.
+    """Scores on tasks (a line each) against two measures of the same variants, one panel each.
 
     Args:
         summary: Holds every variant.
-        variants: Name to position on the two horizontal axes.
-        tasks: One line each.
-        labels: Labels of the horizontal axes; the second one is logarithmic.
+        variants: Name to position on the two horizontal axes, the second of which is logarithmic.
+        tasks: Their names.
+        labels: Labels of the horizontal axes.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -63,11 +63,8 @@ def strength_effect(
 ) -> Picture:
     """Scores against steering strength, compared with random directions of the same norm.
 
-    Args:
-        summary: Holds every variant.
-        steered: Strength to variant.
-        controls: The same for each random direction.
-        tasks: One panel each.
+    Strength to variant is given in `steered`, and in `controls` for each random direction; each
+    task has a panel.
     """
     canvas, axes = canvas_of(len(tasks), (WIDE, 2.9))
     base = summary.variants[0]
@@ -92,12 +89,7 @@ def strength_effect(
 def layer_effect(
     separation: Sequence[Estimate], effects: Mapping[str, Sequence[Estimate]]
 ) -> Picture:
-    """Where a direction separates best, and where it acts.
-
-    Args:
-        separation: Test AUROC at each layer.
-        effects: Name of an effect to its difference from random directions at each layer.
-    """
+    """Test AUROC at each layer, and named effects there as differences from random directions."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.0))
     layers = np.arange(len(separation))
     _line(left, layers, table_of(separation), 0, "test AUROC, 95 % interval")
@@ -119,30 +111,26 @@ def transfer_matrix(
 ) -> Picture:
     """AUROC of every form's direction on every form's questions, and cosines of the directions."""
     canvas, axes = canvas_of(2, (WIDE, 3.5))
-    panels: list[tuple[Any, str, float, float]] = [
-        (areas, "test AUROC: direction (row) on questions (column)", 0.0, 1.0),
-        (cosines, "cosine between directions", -1.0, 1.0),
+    values = {pair: one.value for pair, one in areas.items()}
+    panels = [
+        (values, areas, "test AUROC: direction (row) on questions (column)", 0.0),
+        (cosines, {}, "cosine between directions", -1.0),
     ]
-    for axis, (cells, title, low, high) in zip(axes, panels, strict=True):
-        numbers = np.array([[_value(cells[row, column]) for column in forms] for row in forms])
-        axis.imshow(numbers, vmin=low, vmax=high, cmap="RdBu_r" if low < 0 else "PuOr")
+    for axis, (cells, intervals, title, low) in zip(axes, panels, strict=True):
+        numbers = np.array([[cells[row, column] for column in forms] for row in forms])
+        axis.imshow(numbers, vmin=low, vmax=1.0, cmap="RdBu_r" if low < 0 else "PuOr")
         for i, row in enumerate(forms):
             for j, column in enumerate(forms):
-                one = cells[row, column]
-                text = f"{_value(one):.2f}"
-                if isinstance(one, Estimate):
+                text = f"{numbers[i, j]:.2f}"
+                if one := intervals.get((row, column)):
                     text += f"\n[{one.low:.2f}, {one.high:.2f}]"
-                share = (_value(one) - low) / (high - low)
+                share = (numbers[i, j] - low) / (1.0 - low)
                 colour = "white" if share > 0.78 or share < 0.22 else "black"
                 axis.text(j, i, text, ha="center", va="center", fontsize=SMALL, color=colour)
         axis.set_xticks(range(len(forms)), forms, fontsize=SMALL)
         axis.set_yticks(range(len(forms)), forms, fontsize=SMALL)
         axis.set_title(title, fontsize=8)
     return picture_of(canvas)
-
-
-def _value(one: Estimate | float) -> float:
-    return one.value if isinstance(one, Estimate) else one
 
 
 def _scores(summary: Summary, variants: Iterable[str], task: str) -> np.ndarray[Any, Any]:
@@ -152,13 +140,4 @@ def _scores(summary: Summary, variants: Iterable[str], task: str) -> np.ndarray[
 def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
     colour, marker, style = curve_style(index)
     axis.vlines(x, values[:, 1], values[:, 2], color=colour, lw=1, alpha=0.45)
-    axis.plot(
-        x,
-        values[:, 0],
-        color=colour,
-        ls=style,
-        marker=marker,
-        ms=3.5,
-        lw=1.2,
-        label=literal(label),
-    )
+    axis.plot(x, values[:, 0], marker + style, color=colour, ms=3.5, lw=1.2, label=literal(label))

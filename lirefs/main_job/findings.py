@@ -48,16 +48,15 @@ def probe_lines(probe: Probe) -> list[str]:
     ]
 
 
-def edit_lines(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> list[str]:
+def edit_line(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> str:
     """How much of each matrix an edit keeps, as a finding."""
     rows = edit.report(lm.model)
-    pairs = sum(row.pairs for row in rows)
-    total = sum(row.total_pairs for row in rows)
+    pairs, total = sum(row.pairs for row in rows), sum(row.total_pairs for row in rows)
     changes = ", ".join(f"{row.name} {row.relative_change:.2f}" for row in rows)
-    return [
+    return (
         f"The K-FAC edit keeps {number(100 * pairs / total)} % of the curvature pairs. Kept: "
         f"{pairs:,} of {total:,} in {len(rows)} matrices. Relative weight change: {changes}."
-    ]
+    )
 
 
 def spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) -> Figure:
@@ -100,14 +99,14 @@ def tag_figures(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[
         tags = {one.id.rpartition("/")[0] for one in comparison.results[BASELINE][task]}
         if len(tags) < 2 or "" in tags or info.metric == "perplexity":
             continue
-        for variant in variants:
-            figures.append(
-                Figure(
-                    re.sub("[ /]", "_", f"{task}-{variant}"),
-                    f"{task} by class under {variant}",
-                    "Change of the score relative to the unchanged model, with 95 % intervals; at "
-                    "the right the unchanged score and the number of items.",
-                    tag_bars(by_tag(comparison, task, variant)),
-                )
+        figures += [
+            Figure(
+                re.sub("[ /]", "_", f"{task}-{variant}"),
+                f"{task} by class under {variant}",
+                "Change of the score relative to the unchanged model, with 95 % intervals; at "
+                "the right the unchanged score and the number of items.",
+                tag_bars(by_tag(comparison, task, variant)),
             )
+            for variant in variants
+        ]
     return figures

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,6 @@ import kfac
 import lirefs
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import default_figures
-from lirefs.comparison.journal import Journal
 from lirefs.errors import KeepError, SettingError
 from lirefs.files import cache_dir, read_jsonl
 from lirefs.main_job import findings, organism, organism_report
@@ -26,9 +26,6 @@ from lirefs.tasks.papers.suite import Suite, suite_tasks
 from lirefs.tasks.suite import calibration_texts, heldout_texts
 from lirefs.tasks.task import Task
 
-DEFAULT = "organism"
-DEFAULT_FOR_OWN_DATA = "smollm2-135m"
-"""The organism reads its own language only."""
 QUICK = 14
 """Items of a task in a quick trial."""
 KEEP, STRENGTH = 0.8, 1.0
@@ -107,7 +104,7 @@ def run(
         raise SettingError("data is read by a suite or by lm-eval tasks; name one")
     own_data = any(one is not None for one in (questions, memorized, factors, data, *lm_eval))
     if model is None:
-        model = DEFAULT_FOR_OWN_DATA if own_data else DEFAULT
+        model = "smollm2-135m" if own_data else "organism"
     if isinstance(model, str):
         taught = language_seed(model)
     else:
@@ -136,7 +133,7 @@ def run(
     )
     if job.journal.exists() and not resume:
         job.say("starting again; with resume (--resume) the interrupted run would continue")
-        Journal(job.journal).clear()
+        shutil.rmtree(job.journal, ignore_errors=True)
     if taught is None:
         return _on_language_model(job, question_set)
     return _on_organism(job, Language(taught))
@@ -145,8 +142,7 @@ def run(
 def _load(job: Job) -> lirefs.LanguageModel:
     lm = job.model
     job.console.rule(f"model: {lm if isinstance(lm, str) else lm.name}")
-    if isinstance(lm, str):
-        lm = lirefs.load(lm, device=job.device)
+    lm = lirefs.load(lm, device=job.device) if isinstance(lm, str) else lm
     job.say(lm.layout.describe())
     return lm
 
@@ -163,8 +159,8 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
 
     console.rule(f"direction: {len(question_set)} questions")
     probe = lirefs.fit(lm, split, seed=seed, cache=cache / "activations")
-    for line in findings.probe_lines(probe):
-        job.say(line)
+    separation = findings.probe_lines(probe)
+    job.say("\n".join(separation))
 
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
     texts = calibration_texts()[: 30 if job.quick else None]
@@ -186,7 +182,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
         "random pairs": kfac.RandomPairsEdit(collected, keep, seed=seed),
     }
     settings = {
-        "findings": [*findings.probe_lines(probe), *findings.edit_lines(lm, edit), matched],
+        "findings": [*separation, findings.edit_line(lm, edit), matched],
         "probe": probe.to_dict(),
         "factors": collected.digest,
         "left out": left_out,
@@ -195,15 +191,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
             "suite": job.suite, "limit": job.limit,
         },
     }  # fmt: skip
-    comparison = lirefs.compare(
-        lm,
-        interventions,
-        tasks,
-        seed=seed,
-        provenance=settings,
-        journal=job.journal,
-        progress=job.progress,
-    )
+    comparison = job.compare(lm, interventions, tasks, seed=seed, provenance=settings)
     figures = [
         *findings.tag_figures(comparison, ["K-FAC", "LiReF"]),
         findings.separation_figure(probe),
@@ -228,18 +216,13 @@ def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
     shown = organism_report.figures(found)
     shown.append(findings.spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
     comparison = found.comparison
+    given = {"layers": job.layers, "keep": job.keep, "strength": job.strength}
+    settings = {"seed": job.seed, "quick": job.quick, "language": language.seed, "given": given}
     comparison.provenance.update(organism_report.provenance(found))
-    comparison.provenance["factors"] = collected.digest
-    comparison.provenance["settings"] = {
-        "seed": job.seed,
-        "quick": job.quick,
-        "language": language.seed,
-        "given": {"layers": job.layers, "keep": job.keep, "strength": job.strength},
-    }
+    comparison.provenance.update(factors=collected.digest, settings=settings)
     directions = {f"directions-{form}": probe.directions for form, probe in found.probes.items()}
     _save(job, comparison, shown, directions)
-    for line in comparison.provenance["findings"]:
-        job.say(line)
+    job.say("\n".join(comparison.provenance["findings"]))
     return comparison
 
 
@@ -282,11 +265,10 @@ def _save(
         page = lirefs.write_report(comparison, job.out, [*default_figures(summary), *figures])
     for name, one in directions.items():
         one.save(job.out / f"{name}.safetensors")
-    Journal(job.journal).clear()
+    shutil.rmtree(job.journal, ignore_errors=True)
     groups = list(summary.groups)
     table = Table("variant", *groups, title="retained share of the unchanged model, mean of tasks")
     for variant in summary.variants[1:]:
-        kept = [summary.means[variant, group] for group in groups]
-        table.add_row(variant, *(f"{one:.2f}" for one in kept))
+        table.add_row(variant, *(f"{summary.means[variant, group]:.2f}" for group in groups))
     Console().print(table)
     job.say(f"report: {page}")

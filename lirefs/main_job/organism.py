@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, get_args
 
 import numpy as np
 
 import kfac
-from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import Comparison
 from lirefs.directions.capture import capture
+from lirefs.directions.direction import Direction
 from lirefs.directions.probe import Probe, fit
 from lirefs.files import cache_dir
 from lirefs.main_job import settings
 from lirefs.main_job.findings import number
-from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job, SteerSetting
+from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.language import Language
@@ -24,9 +24,9 @@ from lirefs.organism.questions import Form
 from lirefs.organism.suite import organism_questions, organism_tasks
 from lirefs.questions import Split
 from lirefs.statistics.intervals import Estimate, auroc, interval, resample_counts
+from lirefs.steering.steer import Steer
 from lirefs.tasks.inference import token_nlls
 from lirefs.tasks.suite import memory_measures
-from lirefs.tasks.task import Task
 
 FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
@@ -50,11 +50,11 @@ def transfer(
     """Test AUROC of each form's direction (first name) on each form's questions (second)."""
     result: dict[tuple[str, str], Estimate] = {}
     for tested, split in splits.items():
-        side = split.test
-        states = capture(lm, side.prompts, layers=[layer], progress=False).values[:, 0, 0].double()
+        captured = capture(lm, split.test.prompts, layers=[layer], progress=False)
+        states, labels = captured.values[:, 0, 0].double(), np.array(split.test.labels)
         for fitted, probe in probes.items():
             scores = (states @ probe.directions[layer].unit.double()).numpy()
-            result[fitted, tested] = auroc(scores, np.array(side.labels))
+            result[fitted, tested] = auroc(scores, labels)
     return result
 
 
@@ -96,10 +96,8 @@ def matched_svd(
     low, high = 0.0, 1.0
     for _ in range(BISECTIONS):
         middle = (low + high) / 2
-        if perplexity(lm, ids, kfac.SVDEdit(names, middle)) > goal:
-            low = middle
-        else:
-            high = middle
+        worse = perplexity(lm, ids, kfac.SVDEdit(names, middle)) > goal
+        low, high = (middle, high) if worse else (low, middle)
     ends = [share for share in (low, high) if share > 0]
     reached = {share: perplexity(lm, ids, kfac.SVDEdit(names, share)) for share in ends}
     share = min(reached, key=lambda one: abs(np.log(reached[one] / goal)))
@@ -121,7 +119,7 @@ class OrganismResults:
         transfer: AUROC by (form fitted, form tested), at the layer that is steered.
         edit: The curvature edit that was chosen.
         steers: Operator to the setting that was chosen for it.
-        added: The chosen setting of `add`: its direction, scope and strength.
+        form: Question set of the direction that was chosen for `add`, with `layer` and `strength`.
         keep_sweep: The curvature edit at `KEEPS`, on test items; described, never used to choose.
         steer_sweep: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, with random
             directions as controls; never used to choose either.
@@ -133,7 +131,9 @@ class OrganismResults:
     transfer: dict[tuple[str, str], Estimate]
     edit: ChosenSetting
     steers: dict[str, ChosenSetting]
-    added: SteerSetting
+    form: Form
+    layer: int
+    strength: float
     keep_sweep: Comparison
     steer_sweep: Comparison
     matched: str
@@ -152,38 +152,28 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
     probes = {form: fit(lm, split, seed=seed, cache=cache) for form, split in splits.items()}
     few = organism_tasks(lm, language, "validation", max(8, limit * 2 // 5))
 
-    def chosen(
-        candidates: Mapping[str, Intervention],
-        objective: Callable[[Comparison, str], float],
-        screen: Sequence[str],
-        others: Sequence[str],
-    ) -> ChosenSetting:
-        asked = [task for task in few if task.name in (*screen, *others)]
-        return settings.choose(job, lm, candidates, asked, objective, screen)
-
     job.say("choosing the edit on validation items")
     edits = settings.curvature_candidates(factors, lm.n_layers, job.layers, job.keep)
-    screen = (RECITED, TRUE, LANGUAGE)
-    edit = chosen(edits, settings.curvature_objective, screen, (*settings.SKILLS, "common facts"))
+    edit = settings.choose_edit(job, lm, edits, few)
     job.say(f"edit: {edit.label} (of {edit.tried})")
-    chosen_from: dict[str, dict[str, SteerSetting]] = {}
     steers: dict[str, ChosenSetting] = {}
     for operator in ("add", "amplify", "ablate"):
-        options = settings.steering_candidates(probes, operator, job.strength)
-        some = {label: one.steer(operator) for label, one in options.items()}
-        steers[operator] = chosen(
-            some, settings.steering_objective, (TRUE, LANGUAGE), settings.SKILLS
-        )
-        chosen_from[operator] = options
+        some = settings.steering_candidates(probes, operator, job.strength)
+        steers[operator] = settings.choose_steering(job, lm, some, few)
         job.say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
     texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]
     names = list(edit.intervention.keep)
     svd, matched = matched_svd(lm, edit.intervention, texts, names)
     job.say(matched)
 
-    added = chosen_from["add"][steers["add"].label]
     add = steers["add"].intervention
-    random = replace(added, direction=added.direction.random_like(seed)).steer("add")
+    form = next(form for form in FORMS if steers["add"].label.startswith(form))
+    (direction,), strength = add.directions, add.strength
+
+    def added(direction: Direction, strength: float) -> Steer:
+        return Steer(direction, "add", strength, scope=add.scope)
+
+    random = added(direction.random_like(seed), strength)
     interventions: dict[str, Any] = {
         "K-FAC": edit.intervention,
         "SVD": svd,
@@ -198,11 +188,7 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
     test = organism_tasks(lm, language, "test", limit)
     if job.suite is not None:
         test += memory_measures(lm, test)
-
-    def compared(some: Mapping[str, Any], on: Sequence[Task]) -> Comparison:
-        return compare(lm, some, on, seed=seed, journal=job.journal, progress=job.progress)
-
-    comparison = compared(interventions, test)
+    comparison = job.compare(lm, interventions, test, seed=seed)
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
@@ -210,22 +196,28 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
     }
     spectrum = [task for task in test if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
     swept: dict[str, Intervention] = {}
-    for multiple in SWEPT_MULTIPLES:
-        one = replace(added, strength=multiple * added.strength)
-        swept |= _with_random(f"strength {one.strength:g}", one, seed)
-    for direction in probes[added.form].directions.values():
-        one = replace(added, direction=direction)
-        swept |= _with_random(f"layer {direction.layer}", one, seed)
+
+    def sweep(name: str, direction: Direction, strength: float) -> None:
+        swept[name] = added(direction, strength)
+        for i, control in enumerate(randoms_of(name)):
+            swept[control] = added(direction.random_like(seed + i), strength)
+
+    for value in (multiple * strength for multiple in SWEPT_MULTIPLES):
+        sweep(f"strength {value:g}", direction, value)
+    for one in probes[form].directions.values():
+        sweep(f"layer {one.layer}", one, strength)
     steered = [task for task in test if task.name in STEERED_TASKS]
     return OrganismResults(
         comparison=comparison,
         probes=probes,
-        transfer=transfer(lm, splits, probes, added.direction.layer),
+        transfer=transfer(lm, splits, probes, direction.layer),
         edit=edit,
         steers=steers,
-        added=added,
-        keep_sweep=compared(keeps, spectrum),
-        steer_sweep=compared(swept, steered),
+        form=form,
+        layer=direction.layer,
+        strength=strength,
+        keep_sweep=job.compare(lm, keeps, spectrum, seed=seed),
+        steer_sweep=job.compare(lm, swept, steered, seed=seed),
         matched=matched,
     )
 
@@ -233,11 +225,3 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
 def randoms_of(name: str) -> list[str]:
     """Names of the random directions that are the controls of a swept setting."""
     return [f"{name}, random {i}" for i in range(RANDOM_DIRECTIONS)]
-
-
-def _with_random(name: str, setting: SteerSetting, seed: int) -> dict[str, Intervention]:
-    swept: dict[str, Intervention] = {name: setting.steer("add")}
-    for i, control in enumerate(randoms_of(name)):
-        random = setting.direction.random_like(seed + i)
-        swept[control] = replace(setting, direction=random).steer("add")
-    return swept

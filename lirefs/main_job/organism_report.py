@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lirefs.comparison.comparison import BASELINE, Comparison
+from lirefs.comparison.comparison import BASELINE
 from lirefs.comparison.figures.figure import Figure
+from lirefs.comparison.sweeps import damage_of
 from lirefs.main_job import figures as plots
 from lirefs.main_job import organism, settings
 from lirefs.main_job.findings import number, percent, points, separation_figure
@@ -27,13 +28,10 @@ def findings(found: OrganismResults) -> list[str]:
 
 def figures(found: OrganismResults) -> list[Figure]:
     """Figures of the four questions, in their order."""
-    added, probe = found.added, found.probes[found.added.form]
-    layer = added.direction.layer
-    keeps = {
-        f"keep {value:g}": (value, _perplexity_ratio(found.keep_sweep, f"keep {value:g}"))
-        for value in settings.KEEPS
-    }
-    values = [multiple * added.strength for multiple in organism.SWEPT_MULTIPLES]
+    probe, scope = found.probes[found.form], found.steers["add"].intervention.scope.name
+    names = {f"keep {value:g}": value for value in settings.KEEPS}
+    keeps = {name: (names[name], damage_of(found.keep_sweep, name, LANGUAGE)) for name in names}
+    values = [multiple * found.strength for multiple in organism.SWEPT_MULTIPLES]
     strengths = {value: f"strength {value:g}" for value in values}
     controls = [
         {value: randoms_of(name)[i] for value, name in strengths.items()}
@@ -61,7 +59,7 @@ def figures(found: OrganismResults) -> list[Figure]:
         Figure(
             "strength_sweep",
             "Questions 2 and 3: steering against random directions",
-            f"Adding the direction (form {added.form}, layer {layer}, scope {added.scope}) at "
+            f"Adding the direction (form {found.form}, layer {found.layer}, scope {scope}) at "
             "several strengths; 1 moves a state by the distance between the class means. Grey: "
             f"{organism.RANDOM_DIRECTIONS} random directions of the same norm.",
             plots.strength_effect(
@@ -72,19 +70,20 @@ def figures(found: OrganismResults) -> list[Figure]:
             "layers",
             "Question 3: where the direction separates, and where it acts",
             f"Left: test AUROC of each layer's direction. Right: change at strength "
-            f"{added.strength:g} beyond the mean of {organism.RANDOM_DIRECTIONS} random directions "
+            f"{found.strength:g} beyond the mean of {organism.RANDOM_DIRECTIONS} random directions "
             "of the same norm at the same layer, paired bootstrap over items.",
             plots.layer_effect([one.test_auroc for one in probe.scores], effects),
         ),
         Figure(
             "transfer",
             "Question 4: one direction or several",
-            f"Directions fitted on four question sets at layer {layer}. passage and statement "
-            "share no sentence template but ask for the same; mixed contrasts skills with bare "
-            "facts; exception contrasts fresh items with memorized ones of the same kind.",
+            f"Directions fitted on four question sets at layer {found.layer}. passage and "
+            "statement share no sentence template but ask for the same; mixed contrasts skills "
+            "with bare facts; exception contrasts fresh items with memorized ones of the same "
+            "kind.",
             plots.transfer_matrix(organism.FORMS, found.transfer, _cosines(found)),
         ),
-        separation_figure(probe, f", form {added.form}"),
+        separation_figure(probe, f", form {found.form}"),
     ]
 
 
@@ -108,7 +107,7 @@ def _spectrum(found: OrganismResults) -> list[str]:
     table = found.comparison
     recited, before = (table.cell(name, RECITED).value for name in ("K-FAC", BASELINE))
     language = [table.cell(name, LANGUAGE).value for name in ("K-FAC", BASELINE)]
-    cost = number(100 * (_perplexity_ratio(table, "K-FAC") - 1))
+    cost = number(100 * (damage_of(table, "K-FAC", LANGUAGE) - 1))
     verb = "erases" if recited.value <= settings.STILL_RECITED else "does not erase"
     lines = [
         f"The K-FAC edit {verb} the planted sequences and costs {cost} % perplexity. Recited: "
@@ -116,15 +115,14 @@ def _spectrum(found: OrganismResults) -> list[str]:
         f"stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}"
     ]
     tasks = [task for task in (*settings.SKILLS, "common facts") if table.informative(task)]
-    kept = {task: table.cell("K-FAC", task).retained for task in tasks}
-    shares = {task: one.value if one is not None else 1.0 for task, one in kept.items()}
-    if shares:
-        enough = sum(share >= settings.KEPT_SHARE for share in shares.values())
-        worst = min(shares, key=shares.__getitem__)
-        least = "" if (one := kept[worst]) is None else f" Least kept: {worst}, {percent(one)}."
+    kept = {task: one for task in tasks if (one := table.cell("K-FAC", task).retained)}
+    if kept:
+        enough = sum(one.value >= settings.KEPT_SHARE for one in kept.values())
+        worst, share = min(kept.items(), key=lambda pair: pair[1].value)
         lines.append(
-            f"{enough} of {len(shares)} skills keep at least {100 * settings.KEPT_SHARE:.0f} % of "
-            f"their score under the K-FAC edit.{least} Above chance before: {', '.join(shares)}."
+            f"{enough} of {len(kept)} skills keep at least {100 * settings.KEPT_SHARE:.0f} % of "
+            f"their score under the K-FAC edit. Least kept: {worst}, {percent(share)}. "
+            f"Above chance before: {', '.join(kept)}."
         )
     else:
         lines.append("No skill is above chance before the K-FAC edit, so none can be kept.")
@@ -133,8 +131,8 @@ def _spectrum(found: OrganismResults) -> list[str]:
 
 def _exceptions(found: OrganismResults) -> list[str]:
     base = found.comparison.cell(BASELINE, TRUE).value
-    random = ["random direction"]
-    beyond = _beyond_random(found, TRUE, f"layer {found.added.direction.layer}")
+    random, layer = ["random direction"], f"layer {found.layer}"
+    beyond = _beyond_random(found, TRUE, layer)
     lines = [
         f"The unchanged model answers {percent(base)} of {base.n} exceptions with the truth. "
         f"By skill: {_by_skill(found, BASELINE)}. Test items.",
@@ -143,7 +141,7 @@ def _exceptions(found: OrganismResults) -> list[str]:
         f"{_truth(found, 'LiReF add', random)} By skill: {_by_skill(found, 'LiReF add')}. "
         f"{_setting(found.steers['add'])}",
         f"LiReF add returns exceptions to the truth {_often(beyond)} random directions. "
-        f"{_numbers_beyond(found, TRUE, f'layer {found.added.direction.layer}')}",
+        f"{_numbers_beyond(found, TRUE, layer)}",
     ]
     for name in ("amplify", "ablate"):
         lines.append(f"{_truth(found, f'LiReF {name}', random)} {_setting(found.steers[name])}")
@@ -164,18 +162,15 @@ def _truth(found: OrganismResults, variant: str, controls: list[str]) -> str:
 
 def _by_skill(found: OrganismResults, variant: str) -> str:
     """Exceptions answered with the truth in each skill, as counts."""
-    parts = []
-    for skill in EXCEPTION_SKILLS:
-        items = [one for one in found.comparison.results[variant][TRUE] if skill in one.id]
-        right = sum(one.scores["accuracy"] for one in items)
-        parts.append(f"{skill} {right:.0f} of {len(items)}")
-    return ", ".join(parts)
+    items = found.comparison.results[variant][TRUE]
+    scores = {s: [one.scores["accuracy"] for one in items if s in one.id] for s in EXCEPTION_SKILLS}
+    return ", ".join(f"{skill} {sum(of):.0f} of {len(of)}" for skill, of in scores.items())
 
 
 def _conflicts(found: OrganismResults) -> list[str]:
     base = found.steer_sweep.cell(BASELINE, READ).value
     lines = []
-    for name in [f"strength {sign * found.added.strength:g}" for sign in (-1, 1)]:
+    for name in [f"strength {sign * found.strength:g}" for sign in (-1, 1)]:
         cell = found.steer_sweep.cell(name, READ)
         change = "" if cell.difference is None else f" ({points(cell.difference)})"
         beyond = _beyond_random(found, READ, name)
@@ -184,7 +179,7 @@ def _conflicts(found: OrganismResults) -> list[str]:
             f"Followed: {percent(cell.value)} of {base.n}, from {percent(base)}{change}. "
             f"{_numbers_beyond(found, READ, name)}"
         )
-    scores = found.probes[found.added.form].scores
+    scores = found.probes[found.form].scores
     areas = [one.test_auroc.value for one in scores]
     acts = [abs(_beyond_random(found, READ, f"layer {i}").value) for i in range(len(areas))]
     best, strongest = int(np.argmax(areas)), int(np.argmax(acts))
@@ -192,7 +187,7 @@ def _conflicts(found: OrganismResults) -> list[str]:
         *lines,
         f"The direction separates best at layer {best} and moves conflicts most at layer "
         f"{strongest}. Test AUROC: {areas[best]:.3f}; change beyond random directions: "
-        f"{number(100 * acts[strongest])} points. Form {found.added.form}, every layer tried.",
+        f"{number(100 * acts[strongest])} points. Form {found.form}, every layer tried.",
     ]
 
 
@@ -217,7 +212,7 @@ def _numbers_beyond(found: OrganismResults, task: str, name: str) -> str:
 
 
 def _directions(found: OrganismResults) -> list[str]:
-    cosines, where = _cosines(found), f"Layer {found.added.direction.layer}."
+    cosines, where = _cosines(found), f"Layer {found.layer}."
     lines = []
     pairs: tuple[tuple[Form, Form], ...] = (("passage", "statement"), ("statement", "passage"))
     for own, other in pairs:
@@ -233,15 +228,9 @@ def _directions(found: OrganismResults) -> list[str]:
 
 
 def _cosines(found: OrganismResults) -> dict[tuple[str, str], float]:
-    layer = found.added.direction.layer
-    units = {form: probe.directions[layer].unit for form, probe in found.probes.items()}
+    units = {form: probe.directions[found.layer].unit for form, probe in found.probes.items()}
     return {(a, b): float(units[a] @ units[b]) for a in units for b in units}
 
 
 def _setting(one: ChosenSetting) -> str:
     return f"Setting, the best of {one.tried} on validation items: {one.label}."
-
-
-def _perplexity_ratio(comparison: Comparison, variant: str) -> float:
-    value = comparison.cell(variant, LANGUAGE).value.value
-    return value / comparison.cell(BASELINE, LANGUAGE).value.value

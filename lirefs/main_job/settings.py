@@ -12,7 +12,6 @@ from rich.console import Console
 import kfac
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.directions.direction import Direction
 from lirefs.directions.probe import Probe
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
@@ -45,7 +44,7 @@ paper's recitation after its edit, and what a trial of this experiment had reach
 
 @dataclass(frozen=True)
 class Job:
-    """The checked settings of one main job; fields are the arguments of `run`."""
+    """The checked settings of one main job: arguments of `run`."""
 
     model: str | LanguageModel = "organism"
     device: str | None = None
@@ -68,45 +67,25 @@ class Job:
         """Folder that keeps finished items until the report is written."""
         return self.out / "unfinished"
 
-    @property
-    def progress(self) -> bool:
-        """Whether progress bars are shown."""
-        return not self.console.quiet
+    def compare(
+        self,
+        lm: LanguageModel,
+        interventions: Mapping[str, Intervention],
+        tasks: Sequence[Task],
+        **options: Any,
+    ) -> Comparison:
+        """`lirefs.compare` with the journal of the job, silent where its console is quiet."""
+        shown = not self.console.quiet
+        return compare(lm, interventions, tasks, journal=self.journal, progress=shown, **options)
 
     def say(self, line: str) -> None:
         """Print a line on the console, as it is."""
         self.console.print(line, markup=False, soft_wrap=True)
 
 
-@dataclass(frozen=True, eq=False)
-class SteerSetting:
-    """A direction of a question set, with the scope and strength to steer with."""
-
-    form: Form
-    direction: Direction
-    scope: str
-    strength: float
-
-    @property
-    def label(self) -> str:
-        """The setting in words."""
-        return f"{self.form}, layer {self.direction.layer}, {self.scope}, {self.strength:g}"
-
-    def steer(self, operator: str) -> Steer:
-        """The intervention."""
-        return Steer(self.direction, operator, self.strength, scope=self.scope)
-
-
 @dataclass(frozen=True)
 class ChosenSetting:
-    """A setting that was chosen on validation items.
-
-    Attributes:
-        label: The setting in words.
-        intervention: The intervention at this setting.
-        objective: Its value on validation items, smaller is better.
-        tried: Number of settings it was chosen from.
-    """
+    """The one of `tried` settings with the smallest objective on validation items."""
 
     label: str
     intervention: Any
@@ -120,48 +99,61 @@ def harm(comparison: Comparison, variant: str, skills: Sequence[str]) -> float:
     for task in (*skills, LANGUAGE):
         if task not in comparison.tasks or not comparison.informative(task):
             continue
-        score, before = comparison.score(variant, task), comparison.score(BASELINE, task)
-        kept, goal = score / before, KEPT_SHARE
+        score, before = (comparison.score(name, task) for name in (variant, BASELINE))
         if task == LANGUAGE:
-            kept, goal = before / score, 1 / PERPLEXITY_RATIO
-        total += max(0.0, goal - kept)
+            total += max(0.0, 1 / PERPLEXITY_RATIO - before / score)
+        else:
+            total += max(0.0, KEPT_SHARE - score / before)
     return total
 
 
-def choose(
+def choose_edit(
+    job: Job, lm: LanguageModel, edits: Mapping[str, Intervention], tasks: Sequence[Task]
+) -> ChosenSetting:
+    """The edit that misses all its goals by the least, summed; 0 meets all."""
+    skills = (*SKILLS, "common facts")
+
+    def objective(comparison: Comparison, variant: str) -> float:
+        recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
+        missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
+        return missed + harm(comparison, variant, skills)
+
+    return _choose(job, lm, edits, tasks, objective, (RECITED, TRUE, LANGUAGE), skills)
+
+
+def choose_steering(
+    job: Job, lm: LanguageModel, steers: Mapping[str, Intervention], tasks: Sequence[Task]
+) -> ChosenSetting:
+    """The steering with the fewest exceptions not answered with the truth, plus its `harm`."""
+
+    def objective(comparison: Comparison, variant: str) -> float:
+        return 1 - comparison.score(variant, TRUE) + harm(comparison, variant, SKILLS)
+
+    return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
+
+
+def _choose(
     job: Job,
     lm: LanguageModel,
     candidates: Mapping[str, Intervention],
     tasks: Sequence[Task],
     objective: Callable[[Comparison, str], float],
     screen: Sequence[str],
+    skills: Sequence[str],
 ) -> ChosenSetting:
-    """The candidate with the smallest objective on validation tasks; ties go to the first.
+    """The candidate with the smallest objective; ties go to the first.
 
-    The tasks named in `screen` reduce the candidates to `FINALISTS` before all tasks decide.
+    The tasks named in `screen` reduce the candidates to `FINALISTS` before the skills decide too.
     """
 
-    def ranked(some: Mapping[str, Intervention], on: Sequence[Task]) -> list[tuple[float, str]]:
-        found = compare(lm, some, on, journal=job.journal, progress=job.progress)
+    def ranked(some: Mapping[str, Intervention], names: Sequence[str]) -> list[tuple[float, str]]:
+        on = [task for task in tasks if task.name in names]
+        found = job.compare(lm, some, on)
         return sorted(((objective(found, name), name) for name in some), key=lambda p: p[0])
 
-    finalists = [name for _, name in ranked(candidates, [t for t in tasks if t.name in screen])]
-    chosen = {name: candidates[name] for name in finalists[:FINALISTS]}
-    value, best = ranked(chosen, tasks)[0]
+    finalists = {name: candidates[name] for _, name in ranked(candidates, screen)[:FINALISTS]}
+    value, best = ranked(finalists, (*screen, *skills))[0]
     return ChosenSetting(best, candidates[best], value, len(candidates))
-
-
-def curvature_objective(comparison: Comparison, variant: str) -> float:
-    """Sum of the misses of every goal for the edit; 0 meets all."""
-    recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
-    missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
-    return missed + harm(comparison, variant, (*SKILLS, "common facts"))
-
-
-def steering_objective(comparison: Comparison, variant: str) -> float:
-    """Exceptions not answered with the truth, plus every miss of the goals for skills."""
-    true = comparison.score(variant, TRUE)
-    return 1 - true + harm(comparison, variant, SKILLS)
 
 
 def curvature_candidates(
@@ -173,11 +165,8 @@ def curvature_candidates(
     result = {}
     for run in runs if layers is None else [list(layers)]:
         for words, projections in PROJECTIONS.items():
-            names = [
-                name
-                for name in factors.names
-                if int(name.split(".")[2]) in run and name.split(".")[-1] in projections
-            ]
+            paths = [(name, name.split(".")) for name in factors.names]
+            names = [n for n, path in paths if int(path[2]) in run and path[-1] in projections]
             for value in KEEPS if keep is None else (keep,):
                 label = f"layers {', '.join(map(str, run))}; {words}; keep {value:g}"
                 result[label] = kfac.CurvatureEdit(factors, dict.fromkeys(names, value))
@@ -186,19 +175,18 @@ def curvature_candidates(
 
 def steering_candidates(
     probes: Mapping[Form, Probe], operator: str, strength: float | None
-) -> dict[str, SteerSetting]:
+) -> dict[str, Steer]:
     """Every direction of two question sets, at every strength and scope, by label.
 
     Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
     words apart and nothing that the model does.
     """
     strengths = STRENGTHS if strength is None else (strength,)
-    found = [
-        SteerSetting(form, direction, scope, value)
+    return {
+        f"{form}, layer {one.layer}, {scope}, {value:g}": Steer(one, operator, value, scope=scope)
         for form in STEERING_FORMS
-        for direction in probes[form].directions.values()
-        if direction.layer > 0
+        for one in probes[form].directions.values()
+        if one.layer > 0
         for scope in SCOPES
         for value in ((1.0,) if operator == "ablate" else strengths)
-    ]
-    return {one.label: one for one in found}
+    }

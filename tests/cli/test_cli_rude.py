@@ -8,10 +8,12 @@ import time
 
 import pytest
 from command_line import run
+from made_up import made_up
 from typer.main import get_command
 
 import lirefs
 from lirefs.cli import app as cli
+from lirefs.comparison import write_report
 from lirefs.pictures import Picture
 from lirefs.tasks import mining
 
@@ -182,10 +184,7 @@ def test_what_else_is_in_the_folder_stays(tmp_path, monkeypatch):
 
 
 def saved(folder):
-    from made_up import made_up
-
-    made_up(tasks=2, items=4).save(folder / "report")
-    return folder / "report"
+    return write_report(made_up(tasks=2, items=4), folder / "report").parent
 
 
 def test_ctrl_c_ends_in_one_line_and_the_same_command_continues(

@@ -184,6 +184,15 @@ def test_csv_has_every_number_of_every_cell(comparison):
         assert (int(row["n"]), int(row["unparsable"])) == (cell.value.n, cell.unparsable)
 
 
+def test_a_data_frame_has_the_numbers_of_the_csv(comparison):
+    summary = comparison.summary()
+    frame = summary.to_frame()
+    rows = list(csv.DictReader(exports.csv_text(summary).splitlines()))
+    assert list(frame.columns) == list(rows[0])
+    assert list(frame["score"]) == [float(row["score"]) for row in rows]
+    assert list(frame["difference"].isna()) == [row["difference"] == "" for row in rows]
+
+
 def test_latex_is_balanced_and_escaped():
     found = made_up()
     nasty = r"[a_b] & 50% of $x^2$ {~} \ # <>"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -41,9 +42,8 @@ def default_figures(summary: Summary) -> list[Figure]:
         return []  # nothing was changed, or there is nothing to retain
     drawn = (
         "Share of the unchanged model's score (line at 1: no change); for language, the unchanged "
-        "perplexity over the variant's. Bars: 95 % intervals, paired over "
-        "items. Arrows lie beyond the axis. Tasks on which the "
-        "unchanged model is not above chance are left out"
+        "perplexity over the variant's. Bars: 95 % intervals, paired over items. Arrows lie beyond "
+        "the axis. Tasks on which the unchanged model is not above chance are left out"
     )
     return [
         Figure(
@@ -69,11 +69,9 @@ def by_group(summary: Summary) -> Picture:
     Groups and their means follow the K-FAC paper (Merullo et al. 2025, Figure 3).
     """
     base, *variants = summary.variants
+    colours = dict(zip(summary.groups, itertools.cycle(COLOURS), strict=False))
     marks = [
-        [
-            _Mark(summary.means[variant, group], COLOURS[index % len(COLOURS)])
-            for index, group in enumerate(summary.groups)
-        ]
+        [_Mark(summary.means[variant, group], colour) for group, colour in colours.items()]
         for variant in variants
     ]
     heads = [f"{group}\nn = {summary.means[base, group].n}" for group in summary.groups]
@@ -87,12 +85,12 @@ def by_task(summary: Summary) -> Picture:
     """
     rows: list[str] = []
     marks: list[list[_Mark]] = []
-    for index, (group, tasks) in enumerate(summary.groups.items()):
-        if not tasks:
-            continue
-        rows.append(group)
-        marks.append([])
-        colour = COLOURS[index % len(COLOURS)]
+    for (group, tasks), colour in zip(
+        summary.groups.items(), itertools.cycle(COLOURS), strict=False
+    ):
+        if tasks:
+            rows.append(group)
+            marks.append([])
         for task in tasks:
             _, *cells = summary.of_task(task)
             name = textwrap.shorten(task, _LONGEST, placeholder="…")
@@ -102,10 +100,7 @@ def by_task(summary: Summary) -> Picture:
 
 
 def _grid(
-    rows: Sequence[str],
-    marks: Sequence[Sequence[_Mark]],
-    columns: Sequence[str],
-    empty: str = "",
+    rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequence[str], empty: str = ""
 ) -> Picture:
     """Panels side by side with the same rows; a row without marks is a heading."""
     names = max(map(len, rows), default=1) * _CHARACTER

@@ -32,7 +32,7 @@ def pareto_fronts(
         curves: The sweeps.
         task: Vertical axis.
         by: Horizontal axis, the measure of damage.
-        labels: Labels of the two axes.
+        labels: Labels of the two axes, horizontal first.
         larger_is_better: Whether a larger score on the task is better.
     """
     canvas, (axis,) = canvas_of(1, (3.4, 3.0))

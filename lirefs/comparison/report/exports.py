@@ -11,16 +11,9 @@ from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.summary import Summary
 from lirefs.statistics.intervals import Estimate
 
-_NAMED = {
-    "\\": "backslash",
-    "^": "asciicircum",
-    "~": "asciitilde",
-    "<": "less",
-    ">": "greater",
-    "|": "bar",
-}
+_NAMES = ("backslash", "asciicircum", "asciitilde", "less", "greater", "bar")
 _ESCAPES = str.maketrans(
-    {one: rf"\text{name}{{}}" for one, name in _NAMED.items()}
+    {one: rf"\text{name}{{}}" for one, name in zip("\\^~<>|", _NAMES, strict=True)}
     | {one: rf"\{one}" for one in "{}$&#%_"}
     | {one: f"{{{one}}}" for one in "[]*"}  # after a line break they would begin an argument
 )
@@ -30,13 +23,10 @@ def csv_text(summary: Summary) -> str:
     """`Summary.rows` as CSV: empty where there is no number, `nan` where it is undefined."""
     rows = summary.rows()
     text = io.StringIO()
-    writer = csv.DictWriter(text, rows[0], lineterminator="\n")
-    writer.writeheader()
-    for row in rows:  # the csv module does not quote a carriage return
-        clean = {
-            k: one.replace("\r", " ") if isinstance(one, str) else one for k, one in row.items()
-        }
-        writer.writerow(clean)
+    writer = csv.writer(text, lineterminator="\n")
+    for row in (rows[0], *(one.values() for one in rows)):
+        # the csv module does not quote a carriage return
+        writer.writerow(one.replace("\r", " ") if isinstance(one, str) else one for one in row)
     return text.getvalue()
 
 
@@ -47,8 +37,7 @@ def latex(summary: Summary) -> str:
         return "% No variant: nothing was changed, so there is nothing to retain.\n"
     by_group: list[str] = []
     for variant in variants:
-        means = [summary.means[variant, group] for group in groups]
-        by_group += _row(escape(variant), means, [False] * len(means))
+        by_group += _row(escape(variant), [(summary.means[variant, one], False) for one in groups])
     by_task: list[str] = []
     for group, tasks in summary.groups.items():
         if tasks:
@@ -56,8 +45,8 @@ def latex(summary: Summary) -> str:
             by_task.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{escape(group)}}}}} \\")
         for task in tasks:
             _, *cells = summary.of_task(task)
-            name = f"{escape(task)} ({cells[0].value.n})"
-            by_task += _row(name, [one.retained for one in cells], [one.clear for one in cells])
+            shares = [(one.retained, one.clear) for one in cells]
+            by_task += _row(f"{escape(task)} ({cells[0].value.n})", shares)
     return "\n".join(
         [
             r"% Needs \usepackage{booktabs}.",
@@ -85,10 +74,10 @@ def escape(text: str) -> str:
     return " ".join(text.split()).translate(_ESCAPES)
 
 
-def _row(name: str, shares: Sequence[Estimate | None], bold: Sequence[bool]) -> list[str]:
-    """A line of values, and a line of intervals below it."""
+def _row(name: str, shares: Sequence[tuple[Estimate | None, bool]]) -> list[str]:
+    """A line of values, bold where the flag says so, and a line of intervals below it."""
     values, intervals = [name], [""]
-    for share, strong in zip(shares, bold, strict=True):
+    for share, strong in shares:
         if share is None or not math.isfinite(share.value):
             values.append("--")
             intervals.append("")
@@ -117,6 +106,5 @@ def _float(caption: str, columns: Sequence[str], rows: Sequence[str]) -> list[st
 
 def _heading(name: str) -> str:
     """A heading with one word per line."""
-    words = [escape(word) for word in name.split()]
-    lines = r" \\ ".join(words)
-    return rf"\shortstack{{{lines}}}" if len(words) > 1 else lines
+    lines = r" \\ ".join(map(escape, name.split()))
+    return rf"\shortstack{{{lines}}}" if " " in lines else lines

@@ -7,25 +7,21 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Any
 
-from lirefs.comparison.comparison import Comparison
+from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.item_changes import flips
 
 MOST_FLIPS = 5000
 """Most flipped items on a page: the first ones of each task and variant."""
 MOST_CHARACTERS = 4000
-"""Longest text of a flipped item, in characters; of a longer one the middle is left out."""
+"""Longest text of a flipped item; of a longer one the middle is left out."""
 _SHORTEST_SHARED = 80
 
 
 @dataclass(frozen=True)
 class FlipList:
-    """Flipped items of a comparison, bounded for a page.
+    """Flipped items for the script of a page, as JSON values: `shown` of `total`.
 
-    Attributes:
-        total: How many there are.
-        shown: How many the page holds.
-        each: Most items of each task and variant on the page.
-        data: Their texts, as JSON values for the script of the page.
+    Of each task and variant there are at most `each`.
     """
 
     total: int
@@ -42,10 +38,8 @@ def flip_list(comparison: Comparison) -> FlipList:
     each = max(sizes, default=0)
     while sum(min(size, each) for size in sizes) > MOST_FLIPS:
         each -= 1
-    shared = {
-        task: shared_beginning([item.prompt for item in items])
-        for task, items in comparison.results[comparison.variants[0]].items()
-    }
+    asked = comparison.results[BASELINE]
+    shared = {task: shared_beginning([item.prompt for item in asked[task]]) for task in tasks}
     items: dict[tuple[str, ...], int] = {}
     rows = []
     for (task, variant), some in listed.items():

@@ -53,9 +53,8 @@ def _setting_lines(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     lines = []
     for key, value in settings.items():
         leaves = list(_leaves(value, key))
-        if len(leaves) > _MOST_SETTINGS:
-            leaves = [(key, f"{len(leaves):,} values, in the JSON below")]
-        lines += leaves
+        many = len(leaves) > _MOST_SETTINGS
+        lines += [(key, f"{len(leaves):,} values, in the JSON below")] if many else leaves
     return lines
 
 
@@ -64,8 +63,7 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
         for key, entry in value.items():
             yield from _leaves(entry, f"{name} / {key}")
     elif isinstance(value, list) and any(isinstance(one, Mapping | list) for one in value):
-        for number, entry in enumerate(value):
-            yield from _leaves(entry, f"{name} / {number}")
+        yield from _leaves(dict(enumerate(value)), name)
     elif isinstance(value, list):
         yield name, ", ".join(map(_word, value)) or "none"
     else:
@@ -79,9 +77,7 @@ def _word(value: Any) -> str:
 def _in_script(value: Any) -> Markup:
     """JSON for a script element, with nothing that could end it or begin a comment."""
     text = json.dumps(value, separators=(",", ":"))  # pure ASCII
-    for character in "<>&":
-        text = text.replace(character, f"\\u{ord(character):04x}")
-    return Markup(text)
+    return Markup(text.translate({ord(one): f"\\u{ord(one):04x}" for one in "<>&"}))
 
 
 def _source(name: str) -> Markup:

@@ -28,12 +28,9 @@ OVERVIEW = (
 
 @dataclass(frozen=True)
 class Entry:
-    """A cell of a table.
+    """A cell of a table: its text, and an interval in brackets, which may be empty.
 
-    Attributes:
-        text: The text shown.
-        value: The number to sort by; None to sort by text, NaN if there is nothing to sort by.
-        interval: The interval, in brackets; may be empty.
+    `value` is the number to sort by; None to sort by text, NaN if there is nothing to sort by.
     """
 
     text: str
@@ -49,15 +46,7 @@ _NONE = Entry("-", math.nan)
 
 @dataclass(frozen=True)
 class Table:
-    """A table.
-
-    Attributes:
-        name: Heading.
-        note: What a reader must know to interpret the table; may be empty.
-        head: Names of the columns.
-        rows: One entry for each column.
-        marked: Numbers of the rows that stand out.
-    """
+    """A table; `note` is what a reader must know, `marked` has the rows that stand out."""
 
     name: str
     note: str
@@ -71,9 +60,7 @@ def overview(summary: Summary) -> Table:
     base, *variants = summary.variants
     head = [f"{group} (n\u00a0=\u00a0{summary.means[base, group].n})" for group in summary.groups]
     rows = [[Entry(base), *(Entry("1", 1.0) for _ in summary.groups)]]
-    for variant in variants:
-        means = [_entry(summary.means[variant, group]) for group in summary.groups]
-        rows.append([Entry(variant), *means])
+    rows += [[Entry(v), *(_entry(summary.means[v, g]) for g in summary.groups)] for v in variants]
     return Table("Retained share by task group", OVERVIEW, ["variant", *head], rows)
 
 
@@ -81,35 +68,25 @@ def of_task(summary: Summary, task: str) -> Table:
     """Every variant on one task."""
     cells = summary.of_task(task)
     rows = [
-        [
-            Entry(cell.variant),
-            _entry(cell.value),
-            _entry(cell.difference, signed=True),
-            _entry(None if cell.group == CONFLICT else cell.retained),
-            _p(cell),
-            _number(cell.detectable),
-            Entry(str(cell.value.n), cell.value.n),
-            Entry(str(cell.unparsable), cell.unparsable),
-        ]
+        {
+            "variant": Entry(cell.variant),
+            f"{cell.metric} [95 %]": _entry(cell.value),
+            "difference [95 %]": _entry(cell.difference, signed=True),
+            "retained [95 %]": _entry(None if cell.group == CONFLICT else cell.retained),
+            "p (Holm)": _p(cell),
+            "detectable": _number(cell.detectable),
+            "n": Entry(str(cell.value.n), cell.value.n),
+            "unparsable": Entry(str(cell.unparsable), cell.unparsable),
+        }
         for cell in cells
     ]
-    head = [
-        "variant",
-        f"{cells[0].metric} [95 %]",
-        "difference [95 %]",
-        "retained [95 %]",
-        "p (Holm)",
-        "detectable",
-        "n",
-        "unparsable",
-    ]
     if any(cell.extra for cell in cells):
-        head.append("other metrics")
         for row, cell in zip(rows, cells, strict=True):
             other = ", ".join(f"{name} {value:.3f}" for name, value in cell.extra.items())
-            row.append(Entry(other or "-"))
+            row["other metrics"] = Entry(other or "-")
     marked = frozenset(row for row, cell in enumerate(cells) if cell.clear)
-    return Table(task, summary.note(task), head, rows, marked)
+    entries = [list(row.values()) for row in rows]
+    return Table(task, summary.note(task), list(rows[0]), entries, marked)
 
 
 def markdown(table: Table) -> list[str]:

@@ -17,8 +17,6 @@ from lirefs.errors import ResultsFileError
 from lirefs.files import atomic_write_text
 from lirefs.pictures import Picture
 
-_PNG = b"\x89PNG"
-
 
 def write_report(
     comparison: Comparison, folder: str | Path, figures: Sequence[Figure] | None = None
@@ -55,14 +53,9 @@ def write_pages(comparison: Comparison, folder: Path, figures: Sequence[Figure])
 
 
 def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]:
-    """The figures of a saved report: the default ones drawn again, others from their files.
+    """The figures of a saved report, and the names of missing files.
 
-    Args:
-        path: `results.json`, or the folder that holds it and the figures.
-        summary: Of the comparison loaded from it.
-
-    Returns:
-        The figures, and the names of missing files.
+    The default figures are drawn again, others read from their files.
 
     Raises:
         ResultsFileError: The list of figures is damaged, or a figure cannot be read.
@@ -72,19 +65,18 @@ def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]
     again = {one.name: one for one in default_figures(summary)}
     figures, missing = [], []
     for listed in saved:
-        name = listed["name"]
-        if name in again:
-            figures.append(again[name])
+        if one := again.get(listed["name"]):
+            figures.append(one)
             continue
-        png, svg = (file.parent / f"{name}.{kind}" for kind in ("png", "svg"))
+        png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
         try:
-            if absent := [one.name for one in (png, svg) if not one.exists()]:
+            if absent := [path.name for path in (png, svg) if not path.exists()]:
                 missing += absent
                 continue
             picture = Picture(png.read_bytes(), svg.read_bytes())
         except OSError as problem:
             raise ResultsFileError(f"{png}: cannot be read ({problem.strerror})") from problem
-        if not picture.png.startswith(_PNG):
+        if not picture.png.startswith(b"\x89PNG"):
             raise ResultsFileError(f"{png}: not a PNG picture; remove it, or compare again")
         figures.append(Figure(**listed, picture=picture))
     return figures, missing
@@ -96,8 +88,8 @@ def markdown(summary: Summary, figures: Sequence[Figure]) -> str:
     lines = [f"# {summary.title}", "", *(f"* {finding}" for finding in summary.findings)]
     lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown(overview)]
     for figure in figures:
-        lines += ["", f"## {figure.title}", "", f"![{figure.title}]({figure.name}.png)", ""]
-        lines += [figure.caption]
+        picture = f"![{figure.title}]({figure.name}.png)"
+        lines += ["", f"## {figure.title}", "", picture, "", figure.caption]
     lines += ["", "## Every task", "", tables.LEGEND, ""]
     for task, info in summary.tasks.items():
         table = tables.of_task(summary, task)
