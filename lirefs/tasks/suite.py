@@ -29,22 +29,18 @@ def default_tasks(
     memorized: str | Path | None = None,
     limit: int | None = None,
 ) -> list[Task]:
-    """Tasks of all six groups.
+    """Twelve tasks, of all six groups; fewer if the questions have no options.
 
     Args:
         lm: The model; its tokenizer cuts the memorized texts.
         questions: Labelled questions with options, for the two multiple-choice tasks: the test
             side of a split. None for that side of the project's own set.
-        memorized: JSON Lines of memorized texts, see `recitation_task`; None for the project's
-            own passages.
+        memorized: A file for `recitation_task`; None for the project's own passages.
         limit: At most this many items per task, and half as many texts.
 
-    Returns:
-        Twelve tasks, or fewer if the questions have no options.
-
     Raises:
-        TaskError: A row lacks a field.
-        DataFileError: A file cannot be read.
+        TaskError: A row of `memorized` lacks a field.
+        DataFileError: `memorized` cannot be read.
     """
     chosen = list(load_questions().split().test if questions is None else questions)
     with_options = [one for one in chosen if one.options and one.answer_index is not None]
@@ -73,7 +69,7 @@ def default_tasks(
 def fact_items(frequency: str, with_passage: bool) -> list[AnswerItem]:
     """Questions on `common` or `rare` facts, with four answered examples before each.
 
-    With a passage that holds the answer before each question, they are open-book.
+    Open-book: before each question stands a passage that holds its answer.
     """
     rows = shipped_rows("facts.jsonl")
 

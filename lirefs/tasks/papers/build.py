@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,9 @@ def skill_tasks(
     """Tasks of the skills in `SKILLS`.
 
     A skill reads its file in `data`, else its dataset on the hub, which is downloaded or taken
-    from the cache; `HF_HUB_OFFLINE=1` uses the cache alone. Rows are shuffled with the seed; the
-    first ones (or rows of another split) are the answered examples and are not tested. Ids are
-    `tag/number` where rows have a tag (relation, language, subject), else the number of the row.
+    from the cache; `HF_HUB_OFFLINE=1` uses the cache alone. Rows are shuffled; the first ones (or
+    rows of another split) are the answered examples and are not tested. Ids are `tag/number` where
+    rows have a tag (relation, language, subject), else the number of the row.
 
     The MMLU skills hold the rows of a file on which directions may be fitted: test a direction
     that was fitted on some of its rows on the others, with `default_tasks`.
@@ -131,25 +131,24 @@ def _choose_shots(skill: Skill, asked: Asked) -> dict[str, list[Example]]:
     for _, example in asked:
         if len(example.prompt + example.answer) <= SHOT_CHARACTERS:
             short[_shots_key(skill, example)].setdefault(_key(example), example)
-    return {tag: _balanced(list(some.values()), skill.shots) for tag, some in short.items()}
+    return {tag: _balanced(some.values(), skill.shots) for tag, some in short.items()}
 
 
-def _balanced(examples: list[Example], n: int) -> list[Example]:
-    """The first `n` examples, preferring those that show no option more often than its share.
+def _balanced(examples: Iterable[Example], n: int) -> list[Example]:
+    """The first `n` examples, those last that would show an option more often than its share.
 
     A model may repeat the option that it saw most.
     """
     chosen: list[Example] = []
     over: list[Example] = []
     for example in examples:
-        share = math.ceil(n / len(example.options)) if example.options else n
+        share = math.ceil(n / max(1, len(example.options)))
         shown = sum(one.right == example.right for one in chosen)
         (chosen if shown < share else over).append(example)
     return (chosen + over)[:n]
 
 
 def _shots_key(skill: Skill, example: Example) -> str:
-    """Questions with the same key have the same answered examples."""
     return example.tag if skill.shots_by_tag else ""
 
 
@@ -183,10 +182,7 @@ def _scored(skill: Skill, items: Sequence[Any]) -> Task:
 def _recitation(
     skill: Skill, lm: LanguageModel, loader: SkillDataLoader, limit: int | None
 ) -> Task:
-    """Texts to recite; windows by their ids if those are of this tokenizer, else by their texts.
-
-    The name of the task says which: `memorized_windows (ids)` or `memorized_windows (texts)`.
-    """
+    """Texts to recite; windows by their ids if those are of this tokenizer, else by their texts."""
     paths = loader.files(f"{skill.file}.jsonl")
     if skill.name != "memorized_windows":
         return recitation_task(lm, paths[0], limit, skill.name)
@@ -212,15 +208,16 @@ def _own_ids(lm: LanguageModel, rows: NumberedRows) -> bool:
 
     Not all, because a text may have been cut inside a character of several tokens.
     """
-    right: list[bool] = []
-    for _, row in rows[:8]:
+    rows, right = rows[:8], 0
+    for _, row in rows:
         ids, text = row.get("prefix_ids"), row.get("prefix_text")
-        if not isinstance(ids, list) or not ids:
-            return False
-        if any(type(one) is not int or not 0 <= one < len(lm.tokenizer) for one in ids):
-            return False
-        if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
+        if (
+            not isinstance(ids, list)
+            or not ids
+            or any(type(one) is not int or not 0 <= one < len(lm.tokenizer) for one in ids)
+            or row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint
+        ):
             return False
         decoded = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        right.append(text is None or decoded == text)
-    return 2 * sum(right) > len(right)
+        right += text is None or decoded == text
+    return 2 * right > len(rows)

@@ -41,11 +41,10 @@ def suite_tasks(
     Args:
         lm: The model, with nothing applied to it: the rankings of nDCG are frozen here.
         suite: Which suite.
-        questions: Labelled questions of the default tasks.
+        questions: See `default_tasks`.
         fitted_on: Questions that a direction was fitted or chosen on; no skill asks them.
-        memorized: Memorized texts, see `recitation_task`.
-        data: Folder of JSON Lines files, see `lirefs.tasks.papers.catalogue`; files that are
-            missing are replaced by datasets of the hub.
+        memorized: See `default_tasks`.
+        data: Folder of JSON Lines files, see `skill_tasks`.
         limit: At most this many items per task, and half as many texts.
         seed: Seed of answered examples and generated items.
 
