@@ -55,13 +55,22 @@ def greedy(
     Returns:
         The new token ids of each prompt, in the order of the prompts.
     """
+    texts = list(filter(None, until))
+    # A token has at least one byte, so this many tokens hold any text that the last one completes;
+    # two more, because decoding may begin inside a character or drop a space.
+    reach = max((len(text.encode()) for text in texts), default=0) + 2
+
+    def ends(row: list[int]) -> bool:
+        tail = lm.tokenizer.decode(row[-reach:]) if texts else ""
+        stopped = stop is not None and stop(row[-1])
+        return stopped or any(text in tail for text in texts)
+
     results: dict[int, list[int]] = {}
-    ends = _ends(lm, stop, until)
     with evaluating(lm.model):
-        shared, prefix = _shared_prefix(lm, prompts)
+        prefix = _shared_prefix(lm, prompts)
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         for rows in batches_by_tokens(lengths, batch_tokens):
-            batch = _Batch(lm, [list(prompts[row][shared:]) for row in rows], prefix, shared)
+            batch = _Batch(lm, [prompts[row] for row in rows], *prefix)
             results |= zip(rows, _decode(batch, max_new_tokens, ends), strict=True)
             advance(len(rows))
     return [results[row] for row in range(len(prompts))]
@@ -113,10 +122,14 @@ def score_continuations(
     """
     results: dict[int, list[tuple[float, bool]]] = {}
     with evaluating(lm.model):
-        shared, prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
-        lengths = [_tokens_held(prompt, options) for prompt, options in items]
+        prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
+        # In the cache, each option of several tokens has its own copy of the prompt.
+        lengths = [
+            max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
+            for prompt, options in items
+        ]
         for rows in batches_by_tokens(lengths, batch_tokens, enough=ENOUGH):
-            batch = _Batch(lm, [list(items[row][0][shared:]) for row in rows], prefix, shared)
+            batch = _Batch(lm, [items[row][0] for row in rows], *prefix)
             found = _score_options(batch, [items[row][1] for row in rows])
             results |= zip(rows, found, strict=True)
             advance(len(rows))
@@ -156,23 +169,16 @@ class _Batch:
     """Left-padded prompts after their prefill: cache, mask, positions, last logits."""
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        rests: list[list[int]],
-        prefix: DynamicCache | None = None,
-        shared: int = 0,
-        unfinished: bool = False,
+        self, lm: LanguageModel, prompts: list[Sequence[int]], shared: int, prefix: Any
     ) -> None:
         self.model = lm.model
-        # A prefix that prompts share has no last prompt token: the prompt continues after it.
-        self.prompt = Prompt(torch.tensor([shared + len(rest) + unfinished for rest in rests]))
-        inputs = lm.pad(rests, side="left")
+        self.prompt = Prompt(torch.tensor(list(map(len, prompts))))
+        inputs = lm.pad([prompt[shared:] for prompt in prompts], side="left")
         self.mask = inputs["attention_mask"]
-        self.cache: Any = None
+        self.cache = copy.deepcopy(prefix)
         if prefix is not None:
-            self.cache = copy.deepcopy(prefix)
-            self.cache.batch_select_indices(self.mask.new_zeros(len(rests)))
-            self.mask = torch.cat([self.mask.new_ones(len(rests), shared), self.mask], dim=1)
+            self.cache.batch_select_indices(self.mask.new_zeros(len(prompts)))
+            self.mask = torch.cat([self.mask.new_ones(len(prompts), shared), self.mask], dim=1)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         self.next_position = positions[:, -1:] + 1
         self.last_logits = self.forward(inputs["input_ids"], positions)[:, -1]
@@ -198,47 +204,28 @@ class _Batch:
         self.next_position = self.next_position[rows]
 
 
-def _decode(
-    batch: _Batch, max_new_tokens: int, ends: Callable[[list[int]], bool]
-) -> list[list[int]]:
+def _decode(batch: _Batch, limit: int, ends: Callable[[list[int]], bool]) -> list[list[int]]:
     rows: list[list[int]] = [[] for _ in batch.mask]
     done = [False] * len(rows)
     held = list(range(len(rows)))  # those that the batch still holds
     logits = batch.last_logits
-    for step in range(max_new_tokens):
+    for step in range(limit):
         tokens = logits.argmax(-1)
         for row, token in zip(held, tokens.tolist(), strict=True):
             if not done[row]:
                 rows[row].append(token)
                 done[row] = ends(rows[row])
         going = [index for index, row in enumerate(held) if not done[row]]
-        if not going or step == max_new_tokens - 1:
+        if not going or step == limit - 1:
             break
         if len(going) <= UNFINISHED * len(held):
             batch.select(going)
             tokens = tokens[going]
             held = [held[index] for index in going]
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(held), 1)], dim=1)
-        positions = batch.next_position + step
-        logits = batch.forward(tokens[:, None].to(batch.mask.device), positions)[:, -1]
+        ids = tokens[:, None].to(batch.mask.device)
+        logits = batch.forward(ids, batch.next_position + step)[:, -1]
     return rows
-
-
-def _ends(
-    lm: LanguageModel, stop: Callable[[int], bool] | None, until: Sequence[str]
-) -> Callable[[list[int]], bool]:
-    texts = list(filter(None, until))
-    # A token has at least one byte, so this many tokens hold any text that the last one completes;
-    # two more, because decoding may begin inside a character or drop a space.
-    reach = max((len(text.encode()) for text in texts), default=0) + 2
-
-    def ends(row: list[int]) -> bool:
-        if stop is not None and stop(row[-1]):
-            return True
-        tail = lm.tokenizer.decode(row[-reach:]) if texts else ""
-        return any(text in tail for text in texts)
-
-    return ends
 
 
 def _score_options(
@@ -282,12 +269,6 @@ def _score_tails(batch: _Batch, options: list[Sequence[int]]) -> tuple[list[floa
     return nll.sum(-1).tolist(), right.all(-1).tolist()
 
 
-def _tokens_held(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:
-    """Most tokens of an item in the cache, where each option has its own copy of the prompt."""
-    longer = sum(len(option) > 1 for option in options)
-    return max(1, longer) * (len(prompt) + max(map(len, options)))
-
-
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
     flat = targets.to(logits.device).flatten()
     nll = cross_entropy(logits.float().flatten(0, 1), flat, reduction="none")
@@ -306,12 +287,13 @@ def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
     return min(common_prefix(*sequences), *(len(sequence) - 1 for sequence in sequences))
 
 
-def _shared_prefix(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]]
-) -> tuple[int, DynamicCache | None]:
-    """Prefill the beginning of all prompts, if the model's cache can be copied row by row."""
+def _shared_prefix(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
+    """Length and cache of the beginning of all prompts, if the cache can be copied row by row."""
     shared = _shared_tokens(prompts) if len(prompts) > 1 else 0
     if shared < SHORTEST_SHARED:
         return 0, None
-    batch = _Batch(lm, [list(prompts[0][:shared])], unfinished=True)
-    return (shared, batch.cache) if type(batch.cache) is DynamicCache else (0, None)
+    keep = {"logits_to_keep": 1} if accepts(lm.model, "logits_to_keep") else {}
+    with prompt_known(Prompt(torch.tensor([shared + 1]))):  # every prompt continues after it
+        out = lm.model(**lm.pad([prompts[0][:shared]]), use_cache=True, **keep)
+    cache = out.past_key_values
+    return (shared, cache) if type(cache) is DynamicCache else (0, None)

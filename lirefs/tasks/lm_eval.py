@@ -28,9 +28,7 @@ FEWSHOT_SEED = 1234
 
 
 def lm_eval_model(
-    lm: LanguageModel,
-    intervention: Intervention | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    lm: LanguageModel, intervention: Intervention | None = None, batch_tokens: int = BATCH_TOKENS
 ) -> TemplateLM:
     """The model, under an intervention, for `lm_eval.simple_evaluate(model=...)`.
 
@@ -78,8 +76,7 @@ def lm_eval_tasks(
     if limit is not None and limit < 1:
         raise TaskError(f"limit must be at least 1 document, got {limit}")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = sorted(set(names) - set(manager.all_tasks))
-    if unknown:
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise TaskError(f"lm-eval has no task {', '.join(unknown)}; see `lm_eval ls tasks`")
     tasks = []
     for name in names:

@@ -74,8 +74,8 @@ class EngineLM(TemplateLM):
         if add_special_tokens is None and first is not None:
             # A chat template writes the first token itself.
             add_special_tokens = not string.startswith(self.tokenizer.decode([first]))
-        flag = {} if add_special_tokens is not False else {"add_special_tokens": False}
-        return cast(list[int], self.tokenizer.encode(string, **flag))
+        special = add_special_tokens is not False
+        return cast(list[int], self.tokenizer.encode(string, add_special_tokens=special))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

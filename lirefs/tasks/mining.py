@@ -173,11 +173,10 @@ def distinct(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
     for index, suffix in enumerate(suffixes):
         grams = set(_grams(suffix, NEAR_GRAM))
         shared = Counter(holder for gram in grams for holder in holders[gram])
-        if any(n >= near * (len(grams) + sizes[holder] - n) for holder, n in shared.items()):
-            continue
-        for gram in grams:
-            holders[gram].append(index)
-        sizes[index] = len(grams)
+        if all(n < near * (len(grams) + sizes[holder] - n) for holder, n in shared.items()):
+            sizes[index] = len(grams)
+            for gram in grams:
+                holders[gram].append(index)
     return list(sizes)
 
 

@@ -131,9 +131,8 @@ def _cut(lm: LanguageModel, row: dict[str, Any]) -> tuple[list[int], list[int]]:
         if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
             raise TaskError(f"its ids belong to another tokenizer than that of {lm.name}")
         return _ids(lm, row["prefix_ids"]), _ids(lm, row["suffix_ids"])
-    parts = [row[key] for key in ("prefix", "suffix") if key in row]
-    if len(parts) < 2:
-        parts = [row.get("text")]
+    keys = ("prefix", "suffix") if "prefix" in row and "suffix" in row else ("text",)
+    parts: list[Any] = [row.get(key) for key in keys]
     if not all(isinstance(part, str) for part in parts):
         raise TaskError("needs 'text', or 'prefix' and 'suffix', or their ids")
     whole = "".join(parts)

@@ -9,15 +9,9 @@ from typing import Any, Protocol, Self
 
 from lirefs.errors import TaskError
 from lirefs.model.language_model import LanguageModel
+from lirefs.tasks import inference
 from lirefs.tasks.answers import AnswerKind, judge, number_at
-from lirefs.tasks.inference import (
-    Advance,
-    common_prefix,
-    greedy,
-    option_log_likelihoods,
-    score_continuations,
-    token_nlls,
-)
+from lirefs.tasks.inference import Advance
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
 CONFLICT = "conflict"
@@ -150,7 +144,7 @@ class Perplexity(ItemTask):
         for (item, _), row in zip(self.items, ids, strict=True):
             if len(row) < 2:
                 raise TaskError(f"{self.name}: text {item!r} has fewer than two tokens")
-        nlls = token_nlls(lm, ids, advance=advance)
+        nlls = inference.token_nlls(lm, ids, advance=advance)
         return [
             ItemResult(item, {"nll": float(nll.double().sum())}, len(nll), prompt=text[:200])
             for (item, text), nll in zip(self.items, nlls, strict=True)
@@ -188,7 +182,7 @@ class MultipleChoice(ItemTask):
         """Score every item."""
         texts = [[item[1] + option for option in item[2]] for item in self.items]
         encoded = list(map(lm.encode, texts))
-        likelihoods = option_log_likelihoods(lm, encoded, advance=advance)
+        likelihoods = inference.option_log_likelihoods(lm, encoded, advance=advance)
         return [
             _choice(item, prompt, [option.strip() for option in options], answer, values)
             for (item, prompt, options, answer), values in zip(self.items, likelihoods, strict=True)
@@ -217,15 +211,15 @@ class FilledBlank(ItemTask):
         for _, contexts, ending, _ in self.items:
             for context in contexts:
                 whole, alone = lm.encode([context + ending, context])
-                start = min(common_prefix(whole, alone), len(whole) - 1)
+                start = min(inference.common_prefix(whole, alone), len(whole) - 1)
                 endings.append((whole[:start], [whole[start:]]))
         step = in_items(advance, len(self.items), len(endings))
-        values = [scored[0][0] for scored in score_continuations(lm, endings, advance=step)]
+        scored = inference.score_continuations(lm, endings, advance=step)
         results = []
         for row, (item, contexts, ending, answer) in enumerate(self.items):
             shown = [context.split("\n")[-1] for context in contexts]
-            pair = values[2 * row : 2 * row + 2]
-            results.append(_choice(item, contexts[0] + ending, shown, answer, pair))
+            values = [value for ((value, _),) in scored[2 * row : 2 * row + 2]]
+            results.append(_choice(item, contexts[0] + ending, shown, answer, values))
         return results
 
 
@@ -279,7 +273,7 @@ class ShortAnswer(ItemTask):
             return token == eos or "\n" in lm.tokenizer.decode([token])
 
         ids = lm.encode([prompt for _, prompt, _ in self.items])
-        outputs = greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
+        outputs = inference.greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
         results = []
         for (item, prompt, answers), output in zip(self.items, outputs, strict=True):
             text = lm.tokenizer.decode(output, skip_special_tokens=True).strip().split("\n")[0]

@@ -23,7 +23,7 @@ GENERATED = 400
 # Answered examples are short, so that five of them leave room for the question.
 SHOT_CHARACTERS = 1000
 
-Asked = list[tuple[str, Example]]  # id and question of each row
+Asked = list[tuple[str, str, Example]]  # of each row: id, key of its answered examples, question
 
 
 def skill_tasks(
@@ -40,8 +40,7 @@ def skill_tasks(
     rows of another split) are the answered examples and are not tested. Ids are `tag/number` where
     rows have a tag (relation, language, subject), else the number of the row.
 
-    The MMLU skills hold the rows of a file on which directions may be fitted: test a direction
-    that was fitted on some of its rows on the others, with `default_tasks`.
+    A direction may have been fitted on rows of the MMLU skills: `suite_tasks` leaves those out.
 
     Args:
         lm: The model; its tokenizer cuts the texts to recite.
@@ -60,8 +59,7 @@ def skill_tasks(
     """
     if limit is not None and limit < 1:
         raise SettingError(f"limit must be at least 1, got {limit}")
-    unknown = [name for name in names or () if name not in SKILLS]
-    if unknown:
+    if unknown := [name for name in names or () if name not in SKILLS]:
         raise TaskError(f"no skill {unknown[0]!r}; there are {', '.join(SKILLS)}")
     loader = SkillDataLoader(data)
     tasks: list[Task] = []
@@ -93,8 +91,8 @@ def _task(
     chosen = _choose_shots(skill, shots or tested)
     shown = {_key(example) for examples in chosen.values() for example in examples}
     items = [
-        _item(skill, name, example, chosen.get(_shots_key(skill, example), []))
-        for name, example in tested
+        _item(skill, name, example, chosen.get(group, []))
+        for name, group, example in tested
         if _key(example) not in shown
     ][:limit]
     if not items:
@@ -112,7 +110,8 @@ def _read(skill: Skill, data: SkillData, rows: NumberedRows) -> Asked:
             raise data.error(f"{data.source}, row {number}: {problem}") from None
         if example is not None:
             tag = example.tag.replace("/", "_")
-            asked.append((f"{tag}/{number}" if tag else str(number), example))
+            group = example.tag if skill.shots_by_tag else ""
+            asked.append((f"{tag}/{number}" if tag else str(number), group, example))
     return asked
 
 
@@ -120,7 +119,7 @@ def _in_turn(asked: Asked) -> Asked:
     """Rows of each tag in turn, so that a limit keeps some of every tag."""
     by_tag: dict[str, Asked] = defaultdict(list)
     for one in asked:
-        by_tag[one[1].tag].append(one)
+        by_tag[one[2].tag].append(one)
     rounds = itertools.zip_longest(*by_tag.values())
     return [one for one in itertools.chain.from_iterable(rounds) if one is not None]
 
@@ -128,17 +127,14 @@ def _in_turn(asked: Asked) -> Asked:
 def _choose_shots(skill: Skill, asked: Asked) -> dict[str, list[Example]]:
     """The first distinct short rows, for each tag separately where the skill says so."""
     short: dict[str, dict[tuple[Any, ...], Example]] = defaultdict(dict)
-    for _, example in asked:
+    for _, group, example in asked:
         if len(example.prompt + example.answer) <= SHOT_CHARACTERS:
-            short[_shots_key(skill, example)].setdefault(_key(example), example)
-    return {tag: _balanced(some.values(), skill.shots) for tag, some in short.items()}
+            short[group].setdefault(_key(example), example)
+    return {group: _balanced(some.values(), skill.shots) for group, some in short.items()}
 
 
 def _balanced(examples: Iterable[Example], n: int) -> list[Example]:
-    """The first `n` examples, those last that would show an option more often than its share.
-
-    A model may repeat the option that it saw most.
-    """
+    """The first `n` examples; those of an option beyond its share come last: models repeat it."""
     chosen: list[Example] = []
     over: list[Example] = []
     for example in examples:
@@ -146,10 +142,6 @@ def _balanced(examples: Iterable[Example], n: int) -> list[Example]:
         shown = sum(one.right == example.right for one in chosen)
         (chosen if shown < share else over).append(example)
     return (chosen + over)[:n]
-
-
-def _shots_key(skill: Skill, example: Example) -> str:
-    return example.tag if skill.shots_by_tag else ""
 
 
 def _key(example: Example) -> tuple[Any, ...]:
@@ -204,10 +196,7 @@ def _recitation(
 
 
 def _own_ids(lm: LanguageModel, rows: NumberedRows) -> bool:
-    """Whether the ids belong to this tokenizer: most of the first ones decode to their texts.
-
-    Not all, because a text may have been cut inside a character of several tokens.
-    """
+    """Whether most of the first ids decode to their texts (a text may end inside a character)."""
     rows, right = rows[:8], 0
     for _, row in rows:
         ids, text = row.get("prefix_ids"), row.get("prefix_text")

@@ -107,10 +107,7 @@ class SkillDataLoader:
 
 
 def passage_around(page: str, answers: Sequence[str], length: int = PASSAGE_CHARACTERS) -> str:
-    """About `length` characters of a page around the first answer in it, cut between words.
-
-    Empty if no answer occurs in the page.
-    """
+    """About `length` characters around the first answer in a page, in whole words; "" if none."""
     names = "|".join(re.escape(answer) for answer in answers if answer.strip())
     found = re.search(rf"(?<!\w)(?:{names})(?!\w)", page, re.IGNORECASE) if names else None
     if found is None:

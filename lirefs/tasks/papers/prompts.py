@@ -139,7 +139,6 @@ def in_category(row: Row, prompt: str, category: str) -> Example | None:
 def blank(row: Row) -> Example:
     """`sentence` with one `_`, `option1`, `option2`, `answer` (`1` or `2`)."""
     sentence = _text(row, "sentence")
-    names = (_text(row, "option1"), _text(row, "option2"))
     answer = str(row.get("answer"))
     if sentence.count("_") != 1 or answer not in ("1", "2"):
         raise TaskError("'sentence' must hold one _, and 'answer' must be 1 or 2")
@@ -147,7 +146,7 @@ def blank(row: Row) -> Example:
     if not after.strip():
         raise TaskError("'sentence' has nothing after its _ that could be scored")
     right = int(answer) - 1
-    contexts = (before + names[0], before + names[1])
+    contexts = (before + _text(row, "option1"), before + _text(row, "option2"))
     return Example("", contexts[right] + after, (after,), right=right, contexts=contexts)
 
 

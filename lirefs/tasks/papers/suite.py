@@ -64,11 +64,10 @@ def suite_tasks(
         wanted = [name for name in SKILLS if (SKILLS[name].group == "memorization") == recited]
     skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
     for task in skills:
-        rows = _unasked(task, fitted_on)
-        if not rows:
-            left_out[task.name] = "the direction was fitted on its questions"
+        if rows := _unasked(task, fitted_on):
+            tasks.append(task.subset(rows))
         else:
-            tasks.append(task if len(rows) == len(task) else task.subset(rows))
+            left_out[task.name] = "the direction was fitted on its questions"
     if suite is not Suite.SKILLS:
         tasks += memory_measures(lm, tasks)
     return tasks, left_out
