@@ -17,15 +17,13 @@ _NUMBER = re.compile(
 _FIRST = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
 # A number followed by one of these begins an expression, a list, a date or a time.
 _CONTINUES = re.compile(r"\s*[-\u2212\u2013+*/=\u00d7\u00f7^:,x]\s*\\?[$£€¥₹]?\d|[.e]\d|\s+\d")
-_MINUS = "-\u2212\u2013"
 
 
 def number_at(text: str) -> float | None:
     """The number with which a text begins, None if it does not begin with one.
 
-    A sign, a currency sign and commas between groups of three digits are accepted. The beginning
-    of an expression (`3 + 5`), a list, a range, a fraction, a date or a time does not count as a
-    number, nor does one with commas elsewhere (`3,50`).
+    It may have a sign, a currency sign, and commas between groups of three digits, not elsewhere
+    (`3,50`). The beginning of an expression, list, range, fraction, date or time does not count.
     """
     found = _NUMBER.match(text)
     if found is None or _CONTINUES.match(text, found.end()):
@@ -37,7 +35,7 @@ def number_at(text: str) -> float | None:
     if first and second:
         return None
     value = _value(digits)
-    return -value if value and (first or second) and (first or second) in _MINUS else value
+    return -value if value and first + second not in ("", "+") else value
 
 
 def first_number(text: str) -> float | None:
@@ -65,9 +63,7 @@ def judge(text: str, answers: Sequence[str], kind: AnswerKind) -> tuple[bool, bo
     """
     if kind in ("number", "worked"):
         stated = first_number(text) if kind == "number" else final_number(text)
-        if stated is None:
-            return False, False
-        return True, any(stated == number_at(answer) for answer in answers)
+        return stated is not None, stated is not None and stated in map(number_at, answers)
     if kind == "words":
         words = _words(text)
         return bool(words), bool(words) and words in map(_words, answers)
@@ -86,6 +82,5 @@ def _words(text: str) -> list[str]:
 
 
 def _value(digits: str) -> float | None:
-    """A number from its digits, None if it is too large for a float."""
     value = float(digits.replace(",", ""))
-    return value if math.isfinite(value) else None
+    return value if math.isfinite(value) else None  # too large for a float

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
@@ -54,14 +55,22 @@ def greedy(
     Returns:
         The new token ids of each prompt, in the order of the prompts.
     """
+    texts = list(filter(None, until))
+    # A token has at least one byte, so this many tokens hold any text that the last one completes;
+    # two more, because decoding may begin inside a character or drop a space.
+    reach = max((len(text.encode()) for text in texts), default=0) + 2
+
+    def ends(row: list[int]) -> bool:
+        tail = lm.tokenizer.decode(row[-reach:]) if texts else ""
+        stopped = stop is not None and stop(row[-1])
+        return stopped or any(text in tail for text in texts)
+
     results: dict[int, list[int]] = {}
-    ends = _ends(lm, stop, until)
     with evaluating(lm.model):
-        shared, prefix = _shared_prefix(lm, prompts)
-        rests = [list(prompt[shared:]) for prompt in prompts]
+        prefix = _shared_prefix(lm, prompts)
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
         for rows in batches_by_tokens(lengths, batch_tokens):
-            batch = _Batch(lm, [rests[row] for row in rows], prefix, shared)
+            batch = _Batch(lm, [prompts[row] for row in rows], *prefix)
             results |= zip(rows, _decode(batch, max_new_tokens, ends), strict=True)
             advance(len(rows))
     return [results[row] for row in range(len(prompts))]
@@ -77,12 +86,12 @@ def option_log_likelihoods(
 
     Args:
         lm: The model, under whatever intervention is active.
-        items: For each item, the token ids of prompt + option for every option. The beginning
-            that all options of an item share counts as the prompt and runs once.
+        items: For each item, the token ids of prompt + option for every option.
         advance: Called with the number of items finished.
 
     Returns:
-        Sum of the log-probabilities of the tokens after the shared beginning, per option.
+        For each option, the log-probability of its tokens after the beginning that all options
+        of the item share, which counts as the prompt and runs once.
     """
     split = []
     for options in items:
@@ -108,17 +117,21 @@ def score_continuations(
         advance: Called with the number of items finished.
 
     Returns:
-        For each continuation its log-likelihood in nats, and whether each of its tokens is the
-        most likely one after those before it.
+        For each continuation its log-likelihood in nats, and whether all of its tokens are those
+        of greedy decoding.
     """
     results: dict[int, list[tuple[float, bool]]] = {}
     with evaluating(lm.model):
-        shared, prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
-        lengths = [_tokens_held(prompt, options) for prompt, options in items]
+        prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
+        # In the cache, each option of several tokens has its own copy of the prompt.
+        lengths = [
+            max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
+            for prompt, options in items
+        ]
         for rows in batches_by_tokens(lengths, batch_tokens, enough=ENOUGH):
-            batch = _Batch(lm, [list(items[row][0][shared:]) for row in rows], prefix, shared)
-            tails = [[list(option) for option in items[row][1]] for row in rows]
-            results |= zip(rows, _score_options(batch, tails), strict=True)
+            batch = _Batch(lm, [items[row][0] for row in rows], *prefix)
+            found = _score_options(batch, [items[row][1] for row in rows])
+            results |= zip(rows, found, strict=True)
             advance(len(rows))
     return [results[row] for row in range(len(items))]
 
@@ -139,15 +152,13 @@ def token_nlls(
         For each text a float32 tensor on the CPU, shape (tokens - 1,), in nats.
     """
     results: dict[int, Tensor] = {}
-    # Batches are smaller than elsewhere, because the logits of a whole one are held.
-    with evaluating(lm.model):
-        for rows in batches_by_tokens([len(text) for text in texts], BATCH_TOKENS // 4):
+    with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
+        for rows in batches_by_tokens(list(map(len, texts)), BATCH_TOKENS // 4):
             inputs = lm.pad([texts[row] for row in rows], side="right")
             halves = Prompt(torch.tensor([max(1, len(texts[row]) // 2) for row in rows]))
             with prompt_known(halves):
                 logits = lm.model(**inputs, use_cache=False).logits[:, :-1]
-            targets = inputs["input_ids"][:, 1:].to(logits.device)
-            nll = _nll(logits, targets).cpu()
+            nll = _nll(logits, inputs["input_ids"][:, 1:]).cpu()
             for index, row in enumerate(rows):
                 results[row] = nll[index, : len(texts[row]) - 1].clone()
             advance(len(rows))
@@ -158,37 +169,29 @@ class _Batch:
     """Left-padded prompts after their prefill: cache, mask, positions, last logits."""
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        rests: list[list[int]],
-        prefix: DynamicCache | None = None,
-        shared: int = 0,
-        unfinished: bool = False,
+        self, lm: LanguageModel, prompts: list[Sequence[int]], shared: int, prefix: Any
     ) -> None:
         self.model = lm.model
-        # A prefix that prompts share has no last prompt token: the prompt continues after it.
-        self.prompt = Prompt(torch.tensor([shared + len(rest) + unfinished for rest in rests]))
-        inputs = lm.pad(rests, side="left")
+        self.prompt = Prompt(torch.tensor(list(map(len, prompts))))
+        inputs = lm.pad([prompt[shared:] for prompt in prompts], side="left")
         self.mask = inputs["attention_mask"]
-        self.cache: Any = None
+        self.cache = copy.deepcopy(prefix)
         if prefix is not None:
-            self.cache = copy.deepcopy(prefix)
-            self.cache.batch_select_indices(self.mask.new_zeros(len(rests)))
-            self.mask = torch.cat([self.mask.new_ones(len(rests), shared), self.mask], dim=1)
+            self.cache.batch_select_indices(self.mask.new_zeros(len(prompts)))
+            self.mask = torch.cat([self.mask.new_ones(len(prompts), shared), self.mask], dim=1)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         self.next_position = positions[:, -1:] + 1
         self.last_logits = self.forward(inputs["input_ids"], positions)[:, -1]
 
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool = True) -> Tensor:
         """Logits of the tokens `ids`, whose mask is already part of `self.mask`."""
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
         if accepts(self.model, "position_ids"):
             extra["position_ids"] = positions
         if last_only and accepts(self.model, "logits_to_keep"):
             extra["logits_to_keep"] = 1
         with prompt_known(self.prompt):
-            cached = {"past_key_values": self.cache, "use_cache": True}
-            out = self.model(input_ids=ids, attention_mask=self.mask, **cached, **extra)
+            out = self.model(input_ids=ids, attention_mask=self.mask, **extra)
         self.cache = out.past_key_values
         return cast(Tensor, out.logits)
 
@@ -201,122 +204,96 @@ class _Batch:
         self.next_position = self.next_position[rows]
 
 
-def _decode(
-    batch: _Batch, max_new_tokens: int, ends: Callable[[list[int]], bool]
-) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in range(len(batch.mask))]
+def _decode(batch: _Batch, limit: int, ends: Callable[[list[int]], bool]) -> list[list[int]]:
+    rows: list[list[int]] = [[] for _ in batch.mask]
     done = [False] * len(rows)
     held = list(range(len(rows)))  # those that the batch still holds
     logits = batch.last_logits
-    for step in range(max_new_tokens):
+    for step in range(limit):
         tokens = logits.argmax(-1)
         for row, token in zip(held, tokens.tolist(), strict=True):
             if not done[row]:
                 rows[row].append(token)
                 done[row] = ends(rows[row])
         going = [index for index, row in enumerate(held) if not done[row]]
-        if not going or step == max_new_tokens - 1:
+        if not going or step == limit - 1:
             break
         if len(going) <= UNFINISHED * len(held):
             batch.select(going)
             tokens = tokens[going]
             held = [held[index] for index in going]
         batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(held), 1)], dim=1)
-        positions = batch.next_position + step
-        logits = batch.forward(tokens[:, None].to(batch.mask.device), positions)[:, -1]
+        ids = tokens[:, None].to(batch.mask.device)
+        logits = batch.forward(ids, batch.next_position + step)[:, -1]
     return rows
 
 
-def _ends(
-    lm: LanguageModel, stop: Callable[[int], bool] | None, until: Sequence[str]
-) -> Callable[[list[int]], bool]:
-    """A test for whether a row ends after its last token."""
-    texts = [text for text in until if text]
-    # A token has at least one byte, so this many tokens hold any text that the last one completes;
-    # two more, because decoding may begin inside a character or drop a space.
-    reach = max((len(text.encode()) for text in texts), default=0) + 2
-
-    def ends(row: list[int]) -> bool:
-        if stop is not None and stop(row[-1]):
-            return True
-        tail = lm.tokenizer.decode(row[-reach:]) if texts else ""
-        return any(text in tail for text in texts)
-
-    return ends
-
-
-def _score_options(batch: _Batch, tails: list[list[list[int]]]) -> list[list[tuple[float, bool]]]:
-    flat = [option for options in tails for option in options]
-    owner = [index for index, options in enumerate(tails) for _ in options]
+def _score_options(
+    batch: _Batch, options: list[Sequence[Sequence[int]]]
+) -> list[list[tuple[float, bool]]]:
+    pairs = [(row, option) for row, some in enumerate(options) for option in some]
     first = torch.log_softmax(batch.last_logits.float(), dim=-1).cpu()
     best = first.argmax(-1).tolist()
-    pairs = list(zip(owner, flat, strict=True))
-    values = [float(first[row, option[0]]) for row, option in pairs]
-    greedily = [best[row] == option[0] for row, option in pairs]
+    scored = [(float(first[row, option[0]]), best[row] == option[0]) for row, option in pairs]
     chunks: dict[int, list[int]] = defaultdict(list)
-    for index, option in enumerate(flat):
+    for index, (_, option) in enumerate(pairs):
         if len(option) > 1:  # rests of similar length together, within a factor of two
             chunks[(len(option) - 2).bit_length()].append(index)
     for chunk in chunks.values():
         part = copy.copy(batch)
         part.cache = copy.deepcopy(batch.cache)
-        part.select([owner[index] for index in chunk])
-        tails_nll, follows = _score_tails(part, [flat[index] for index in chunk])
-        for index, lost, right in zip(chunk, tails_nll, follows, strict=True):
-            values[index] -= lost
-            greedily[index] = greedily[index] and right
-    scored = iter(zip(values, greedily, strict=True))
-    return [[next(scored) for _ in options] for options in tails]
+        part.select([pairs[index][0] for index in chunk])
+        tails = _score_tails(part, [pairs[index][1] for index in chunk])
+        for index, nll, right in zip(chunk, *tails, strict=True):
+            value, greedily = scored[index]
+            scored[index] = value - nll, greedily and right
+    ordered = iter(scored)
+    return [[next(ordered) for _ in some] for some in options]
 
 
-def _score_tails(batch: _Batch, options: list[list[int]]) -> tuple[list[float], list[bool]]:
+def _score_tails(batch: _Batch, options: list[Sequence[int]]) -> tuple[list[float], list[bool]]:
     """Negative log-likelihood of all tokens but the first, and whether each is the likeliest."""
     device = batch.mask.device
-    tokens = [torch.tensor(option) for option in options]
+    tokens = [torch.tensor(list(option)) for option in options]
     ids = pad_sequence([row[:-1] for row in tokens], batch_first=True)
     targets = pad_sequence([row[1:] for row in tokens], batch_first=True)
     valid = pad_sequence([torch.ones_like(row[1:]) for row in tokens], batch_first=True)
-    # Padding is on the right: it is masked, and no real token of the row comes after it.
+    # Padding is on the right: it is masked, and no real token of the row comes after it. Its
+    # position is 0, because padding may reach past the model's last position.
     batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
-    # Its position is 0, because padding may reach past the model's last position.
     positions = batch.next_position + torch.arange(ids.shape[1], device=device)
     positions = positions * valid.to(device)
     logits = batch.forward(ids.to(device), positions, last_only=False)
-    nll = _nll(logits, targets.to(logits.device)).cpu() * valid
+    nll = _nll(logits, targets).cpu() * valid
     right = (logits.argmax(-1).cpu() == targets) | (valid == 0)
     return nll.sum(-1).tolist(), right.all(-1).tolist()
 
 
-def _tokens_held(prompt: Sequence[int], options: Sequence[Sequence[int]]) -> int:
-    """Most tokens of an item in the cache, where each option has its own copy of the prompt."""
-    longer = sum(len(option) > 1 for option in options)
-    return max(1, longer) * (len(prompt) + max(len(option) for option in options))
-
-
 def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    return torch.nn.functional.cross_entropy(
-        logits.float().flatten(0, 1), targets.flatten(), reduction="none"
-    ).view(targets.shape)
+    flat = targets.to(logits.device).flatten()
+    nll = cross_entropy(logits.float().flatten(0, 1), flat, reduction="none")
+    return nll.view(targets.shape)
 
 
 def common_prefix(*sequences: Sequence[Any]) -> int:
     """Number of leading elements that sequences have in common."""
     columns = enumerate(zip(*sequences, strict=False))
     differing = (index for index, column in columns if len(set(column)) > 1)
-    return next(differing, min(len(sequence) for sequence in sequences))
+    return next(differing, min(map(len, sequences)))
 
 
 def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the common beginning that leaves at least one token of each sequence."""
-    return min(common_prefix(*sequences), min(len(sequence) for sequence in sequences) - 1)
+    return min(common_prefix(*sequences), *(len(sequence) - 1 for sequence in sequences))
 
 
-def _shared_prefix(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]]
-) -> tuple[int, DynamicCache | None]:
-    """Prefill the beginning of all prompts, if the model's cache can be copied row by row."""
+def _shared_prefix(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
+    """Length and cache of the beginning of all prompts, if the cache can be copied row by row."""
     shared = _shared_tokens(prompts) if len(prompts) > 1 else 0
     if shared < SHORTEST_SHARED:
         return 0, None
-    batch = _Batch(lm, [list(prompts[0][:shared])], unfinished=True)
-    return (shared, batch.cache) if type(batch.cache) is DynamicCache else (0, None)
+    keep = {"logits_to_keep": 1} if accepts(lm.model, "logits_to_keep") else {}
+    with prompt_known(Prompt(torch.tensor([shared + 1]))):  # every prompt continues after it
+        out = lm.model(**lm.pad([prompts[0][:shared]]), use_cache=True, **keep)
+    cache = out.past_key_values
+    return (shared, cache) if type(cache) is DynamicCache else (0, None)

@@ -21,31 +21,25 @@ from lirefs.tasks.task import ItemResult, ItemTask
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
 
-# The metric that is compared: the first of these that a task has, else the first that is higher
-# for better.
+# The first of these that a task has is compared, else its first metric that is higher for better.
 METRICS = ("acc", "exact_match", "acc_norm")
 # The default seed with which `lm_eval.simple_evaluate` draws few-shot examples.
 FEWSHOT_SEED = 1234
 
 
 def lm_eval_model(
-    lm: LanguageModel,
-    intervention: Intervention | None = None,
-    batch_tokens: int = BATCH_TOKENS,
+    lm: LanguageModel, intervention: Intervention | None = None, batch_tokens: int = BATCH_TOKENS
 ) -> TemplateLM:
     """The model, under an intervention, for `lm_eval.simple_evaluate(model=...)`.
 
-    Requests run on this package's engine, with the tokens that lm-eval's `HFLM` would give to the
-    model. The intervention is attached only during each call. For steering in scopes, the context
-    of a request is the prompt, and what is scored or generated after it is generated text.
+    It runs requests with the tokens of lm-eval's `HFLM`, and raises `TaskError` for one that
+    samples. For steering in scopes, the context of a request is the prompt, and what is scored or
+    generated after it is generated text.
 
     Args:
         lm: The model.
-        intervention: Applied during each request; None for the model as it is.
+        intervention: Attached only during each call; None for the model as it is.
         batch_tokens: Tokens per batch, padding included.
-
-    Returns:
-        The model; it raises `TaskError` for a request that samples.
 
     Raises:
         TaskError: lm-eval is not installed.
@@ -65,13 +59,10 @@ def lm_eval_tasks(
     """Tasks of lm-eval, for `lirefs.compare`.
 
     Args:
-        names: Tasks, groups or tags of lm-eval.
+        names: Tasks, and groups or tags, which give their single tasks.
         include_path: A folder with more tasks as YAML files.
         limit: Only the first this many documents of each task.
         group: Group of the tasks in a comparison.
-
-    Returns:
-        Single tasks, also for groups and tags.
 
     Raises:
         TaskError: lm-eval is not installed or has no such task, the data of a task cannot be read,
@@ -85,11 +76,8 @@ def lm_eval_tasks(
     if limit is not None and limit < 1:
         raise TaskError(f"limit must be at least 1 document, got {limit}")
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
-    unknown = sorted(set(names) - set(manager.all_tasks))
-    if unknown:
-        raise TaskError(
-            f"lm-eval has no task {', '.join(unknown)}; `lm_eval ls tasks` lists its tasks"
-        )
+    if unknown := sorted(set(names) - set(manager.all_tasks)):
+        raise TaskError(f"lm-eval has no task {', '.join(unknown)}; see `lm_eval ls tasks`")
     tasks = []
     for name in names:
         try:
@@ -104,12 +92,8 @@ def lm_eval_tasks(
 class LMEvalTask(ItemTask):
     """A task of lm-eval, made by `lm_eval_tasks`.
 
-    Attributes:
-        source: The `lm_eval.api.task.Task`.
-        items: The requests (`lm_eval.api.instance.Instance`) of each document. They are built
-            once, because few-shot examples are drawn document by document: a subset then has the
-            same examples as the whole.
-        metric: lm-eval's name of the score.
+    An item is the list of requests (`lm_eval.api.instance.Instance`) of one document. They are
+    built once: few-shot examples are drawn document by document, and a subset keeps those.
     """
 
     items: Sequence[Sequence[Any]]
@@ -131,18 +115,15 @@ class LMEvalTask(ItemTask):
         # Requests carry their responses, and self.items is shared by all runs.
         items = [[replace(one, resps=[], filtered_resps={}) for one in item] for item in self.items]
         flat = [one for item in items for one in item]
-        by_type: dict[str, list[Any]] = defaultdict(list)
-        for one in flat:
-            by_type[one.request_type].append(one)
-        for method, requests in by_type.items():
+        for method in dict.fromkeys(one.request_type for one in flat):
+            requests = [one for one in flat if one.request_type == method]
             responses = getattr(model, method)(requests, disable_tqdm=True)
             for one, response in zip(requests, responses, strict=True):
                 one.resps = [response] * (one.repeats or 1)  # greedy: repeats are equal
         for filters in self.source._filters:
             filters.apply(flat)
-        results = [self._result(item) for item in items]
         advance(len(items))
-        return results
+        return [self._result(item) for item in items]
 
     def _result(self, item: list[Any]) -> ItemResult:
         scores: dict[str, float] = {}
@@ -155,7 +136,7 @@ class LMEvalTask(ItemTask):
         if self.metric not in scores:
             raise TaskError(f"{self.name}: lm-eval gives no {self.metric} for a single document")
         expected, output = self._texts(item, item[0].filtered_resps[first])
-        parsed = output != "[invalid]"  # lm-eval's filters return this if they find no answer
+        parsed = output != "[invalid]"  # of lm-eval's filters, if they find no answer
         name, prompt = str(item[0].doc_id), str(item[0].args[0])
         return ItemResult(name, scores, 1.0, prompt, expected, output, parsed)
 
@@ -194,6 +175,5 @@ def _require() -> None:
     try:
         import lm_eval  # noqa: F401
     except ImportError as problem:
-        raise TaskError(
-            f"this needs lm-evaluation-harness: pip install 'lm-eval>=0.4.13' ({problem})"
-        ) from problem
+        message = f"this needs lm-evaluation-harness: pip install 'lm-eval>=0.4.13' ({problem})"
+        raise TaskError(message) from problem

@@ -27,9 +27,8 @@ def write_lm_eval_task(
 
     The folder then holds `NAME.yaml`, `NAME.jsonl`, `NAME_utils.py` and `NAME_tokenizer/`, and
     `lm_eval --include_path FOLDER --tasks NAME` needs nothing else. lm-eval passes on text, not
-    tokens, so an item is written only if the tokenizer turns its text into the same tokens again.
-    (For the same reason, the distance of an output whose text has other tokens than the model
-    generated may differ; an output that recites its suffix always counts.)
+    tokens, so an item is written only if its text has the same tokens again. (The distance of an
+    output may differ for the same reason; one that recites its suffix always counts.)
 
     Args:
         folder: Created if missing; files of these names in it are replaced.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, cast
@@ -73,8 +74,8 @@ class EngineLM(TemplateLM):
         if add_special_tokens is None and first is not None:
             # A chat template writes the first token itself.
             add_special_tokens = not string.startswith(self.tokenizer.decode([first]))
-        flag = {} if add_special_tokens is not False else {"add_special_tokens": False}
-        return cast(list[int], self.tokenizer.encode(string, **flag))
+        special = add_special_tokens is not False
+        return cast(list[int], self.tokenizer.encode(string, add_special_tokens=special))
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -109,12 +110,11 @@ class EngineLM(TemplateLM):
             kept = max(1, self.max_length + 1 - len(continuation))
             prompts[tuple(context[-kept:])].append(index)
         items = [(prompt, [requests[i][2] for i in rows]) for prompt, rows in prompts.items()]
-        results: dict[int, tuple[float, bool]] = {}
+        budget = batch_tokens or self.batch_tokens
         with applied(self.intervention, self.lm.model), _bar(len(items), disable_tqdm) as bar:
-            budget = batch_tokens or self.batch_tokens
             found = score_continuations(self.lm, items, batch_tokens=budget, advance=bar.update)
-        for rows, values in zip(prompts.values(), found, strict=True):
-            results |= zip(rows, values, strict=True)
+        rows = itertools.chain.from_iterable(prompts.values())
+        results = dict(zip(rows, itertools.chain.from_iterable(found), strict=True))
         return [results[row] for row in range(len(requests))]
 
     def loglikelihood_rolling(
@@ -141,7 +141,9 @@ class EngineLM(TemplateLM):
         for index, request in enumerate(requests):
             groups[self._greedy_settings(request.args[1])].append(index)
         results = [""] * len(requests)
-        ends = self._end_tokens()
+        # `model.generate` would stop at these as well.
+        ends = getattr(getattr(self.lm.model, "generation_config", None), "eos_token_id", None)
+        ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
         with applied(self.intervention, self.lm.model), _bar(len(requests), disable_tqdm) as bar:
             for (until, limit), rows in groups.items():
                 room = self.max_length - limit
@@ -177,13 +179,6 @@ class EngineLM(TemplateLM):
         end = self.eot_token_id
         eos = None if end is None else self.tokenizer.decode([end])
         return tuple(handle_stop_sequences(known["until"], eos=eos)), limit
-
-    def _end_tokens(self) -> set[int]:
-        """Tokens after which `model.generate` would stop as well."""
-        settings = getattr(self.lm.model, "generation_config", None)
-        ends = getattr(settings, "eos_token_id", None)
-        listed = ends if isinstance(ends, list) else [ends]
-        return {token for token in [self.eot_token_id, *listed] if token is not None}
 
 
 def _bar(total: int, disable: bool) -> Any:

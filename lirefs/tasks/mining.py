@@ -67,10 +67,9 @@ class Mined:
     provenance: dict[str, Any]
 
     def save(self, path: str | Path) -> None:
-        """Write the windows as JSON Lines, and counts and provenance to `path` + `.json`.
+        """Write the windows to `path`, JSON Lines for `recitation_task`, replacing what was there.
 
-        Args:
-            path: The file for `recitation_task`; it is replaced if it exists.
+        Counts and provenance go to `path` + `.json`.
         """
         tokenizer = self.provenance["tokenizer"]
         rows = [json.dumps({**asdict(one), "tokenizer": tokenizer}) for one in self.windows]
@@ -111,9 +110,6 @@ def mine(
             same call continues. None: an interrupted call starts again.
         progress: Show a progress bar.
 
-    Returns:
-        The recited windows, and how many windows passed each stage.
-
     Raises:
         SettingError: A setting is out of range, two texts share an id, no text is as long as a
             window, a window is longer than the model's context, the model is steered, or the
@@ -148,15 +144,15 @@ def mine(
             bar.set_postfix_str(f"{sum(len(one['recited']) for one in finished)} recited")
             bar.update(batch[-1][0] - bar.n)
         bar.update(len(texts) - bar.n)
-    counts = {"texts": len(texts)}
-    counts |= {stage: sum(part[stage] for part in finished) for stage in ("windows", "screened")}
-    if not counts["windows"]:
+    read, screened = (sum(part[stage] for part in finished) for stage in ("windows", "screened"))
+    if not read:
         raise SettingError(
             f"none of the {len(texts)} texts has the {prefix_tokens} + {suffix_tokens} tokens of "
             "a window; choose shorter windows"
         )
     recited = [window for part in finished for window in part["recited"]]
     kept = distinct([suffix for _, _, suffix in recited], near)
+    counts = {"texts": len(texts), "windows": read, "screened": screened}
     counts |= {"confirmed": len(recited), "distinct": len(kept)}
     decode = functools.partial(lm.tokenizer.decode, skip_special_tokens=True)
     windows = [
@@ -169,19 +165,18 @@ def mine(
 def distinct(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
     """Indices of the token sequences that are not near-duplicates of an earlier kept one.
 
-    Near-duplicates are two whose sets of 5-grams have a Jaccard similarity of at least `near`,
-    which is above 0. A sequence shorter than that is one gram.
+    The sets of 5-grams of two near-duplicates have a Jaccard similarity of at least `near`, which
+    is above 0. A sequence shorter than that is one gram.
     """
     sizes: dict[int, int] = {}  # of those that are kept
     holders: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, suffix in enumerate(suffixes):
         grams = set(_grams(suffix, NEAR_GRAM))
         shared = Counter(holder for gram in grams for holder in holders[gram])
-        if any(n >= near * (len(grams) + sizes[holder] - n) for holder, n in shared.items()):
-            continue
-        for gram in grams:
-            holders[gram].append(index)
-        sizes[index] = len(grams)
+        if all(n < near * (len(grams) + sizes[holder] - n) for holder, n in shared.items()):
+            sizes[index] = len(grams)
+            for gram in grams:
+                holders[gram].append(index)
     return list(sizes)
 
 
@@ -255,14 +250,7 @@ def _search(
 def _finished_parts(
     journal: Path, provenance: dict[str, Any], stream: Iterator[CutWindow]
 ) -> list[dict[str, Any]]:
-    """The parts that a journal holds; their windows are taken off the stream.
-
-    An unfinished last line is removed from the journal.
-
-    Raises:
-        DataFileError: The journal cannot be read, or a part is not of these windows.
-        SettingError: The journal is of another call.
-    """
+    """The parts in a journal; their windows are taken off the stream, an unfinished line is cut."""
     if not journal.exists():
         return []
     try:
@@ -288,8 +276,8 @@ def _finished_parts(
 def _check_part(part: Any, stream: Iterator[CutWindow]) -> None:
     """Raise ValueError, TypeError or KeyError unless a part found windows of the stream."""
     read, screened, recited = (part[key] for key in ("windows", "screened", "recited"))
-    if not all(type(one) is int and one >= 0 for one in (read, screened)):
-        raise ValueError
+    if type(read) is not int or type(screened) is not int:
+        raise TypeError
     cut = [list(one[1:]) for one in islice(stream, read)]
     known = [window for window in cut if window in recited]
     if len(cut) != read or known != recited or not len(known) <= screened <= read:

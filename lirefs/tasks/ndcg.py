@@ -21,13 +21,10 @@ from lirefs.tasks.task import ItemResult, ItemTask
 
 @dataclass(frozen=True)
 class RankAgreement(ItemTask):
-    """nDCG of the k likeliest next tokens against a frozen ranking. Made by `ndcg_task`.
-
-    The scores of an item are those of `ndcg`, averaged over its positions; its weight is the
-    number of positions, one for each token of the text.
+    """Scores of `ndcg` against a frozen ranking, averaged over the tokens. Made by `ndcg_task`.
 
     Attributes:
-        items: (id, token ids of the text, and for each of its positions the ids of the k likeliest
+        items: (id, token ids of the text, and for each of its tokens the ids of the k likeliest
             next tokens under the unchanged model, likeliest first).
     """
 
@@ -49,8 +46,7 @@ class RankAgreement(ItemTask):
             baseline = torch.tensor([list(row) for row in frozen])
             found = ndcg(baseline, likeliest(lm, ids, baseline.shape[1]))
             scores = {name: float(values.mean()) for name, values in found.items()}
-            prompt = lm.tokenizer.decode(ids)[:200]
-            results.append(ItemResult(item, scores, len(ids), prompt))
+            results.append(ItemResult(item, scores, len(ids), lm.tokenizer.decode(ids)[:200]))
             advance(1)
         return results
 
@@ -65,22 +61,18 @@ def ndcg_task(
     """Rank the next tokens with the model as it is now, and freeze the ranking.
 
     The task scores nDCG@k of a changed model's ranking against it (Merullo et al. 2025, table 1).
-    Steering and removable weight edits are refused, since the frozen ranking would be that of the
-    changed model. A change that was written into the weights for good cannot be noticed.
 
     Args:
-        lm: The unchanged model.
+        lm: The unchanged model. A change that was written into the weights for good is not noticed.
         texts: (id, text).
         k: Number of likeliest tokens that count.
         max_tokens: Longer texts are cut to this length. The logits of one text are held at a
             time: `max_tokens` times the vocabulary.
         name: Name of the task; `nDCG@k` by default.
 
-    Returns:
-        The task; the model's ranking is part of its items.
-
     Raises:
-        TaskError: The model is steered or edited, a text is empty, or its logits are not finite.
+        TaskError: The model is steered or edited, k is not in 1 to the size of the vocabulary, a
+            text is empty, or its logits are not finite.
     """
     refuse_steered(lm.model, TaskError, "the baseline of nDCG")
     if is_edited(lm.model):
@@ -98,15 +90,9 @@ def ndcg_task(
 
 
 def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
-    """The k likeliest next tokens at each position of a text, likeliest first.
+    """The k likeliest next tokens at each position of a text: ids on the CPU, (tokens, k), int64.
 
     For steering in scopes, the first half of a text counts as its prompt.
-
-    Returns:
-        Token ids on the CPU, shape (tokens, k), int64.
-
-    Raises:
-        TaskError: The vocabulary is smaller than k, or a logit among the k largest is not finite.
     """
     # One text per batch: in a larger batch, rounding would differ and near-ties be reordered.
     inputs = lm.pad([ids], side="right")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +38,8 @@ class _Memorized(ItemTask):
 class Recitation(_Memorized):
     """Greedy continuation of a prefix, compared with its suffix in training.
 
-    The scores of an item are those of `recitation_scores`.
-
     Attributes:
-        items: (id, prefix ids, suffix ids).
+        items: (id, prefix ids, suffix ids), scored by `recitation_scores`.
 
     Raises:
         TaskError: There is no item, or one has an empty prefix or suffix.
@@ -50,7 +47,7 @@ class Recitation(_Memorized):
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
-        outputs = _continued(lm, [(prefix, suffix) for _, prefix, suffix in self.items], advance)
+        outputs = _continued(lm, [item[1:] for item in self.items], advance)
         results = []
         for (item, prefix, suffix), output in zip(self.items, outputs, strict=True):
             texts = map(lm.tokenizer.decode, (prefix, suffix, output))
@@ -61,14 +58,14 @@ class Recitation(_Memorized):
 def recitation_task(
     lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
 ) -> Recitation:
-    """A recitation task from a file, in the group memorization.
+    """A recitation task from a file.
 
     Args:
         lm: The model; its tokenizer cuts texts into prefix and suffix.
         path: JSON Lines, each row with `prefix_ids` and `suffix_ids`, or `prefix` and `suffix`
-            texts, or one `text`. Texts are cut between two tokens of the whole text: where
-            `suffix_start` says, or, if a row has `suffix_tokens` (12 by default for a `text`),
-            that many tokens before the end. With ids, `tokenizer` may give the fingerprint of
+            texts, or one `text`. Texts are cut between two tokens of the whole text: at the first
+            that begins in the `suffix`, or, if a row has `suffix_tokens` (12 by default for a
+            `text`), that many before the end. With ids, `tokenizer` may be the fingerprint of
             their tokenizer.
         limit: At most this many items.
         name: Name of the task.
@@ -86,30 +83,22 @@ def recitation_of_rows(
     """A recitation task from rows of a file, each with its line; see `recitation_task`."""
     items = []
     for line, row in rows:
-        where = f"{path}, line {line}"
-        prefix, suffix = _cut(lm, row, where)
-        if not prefix or not suffix:
-            raise TaskError(f"{where}: too short for a prefix and a suffix")
+        try:
+            prefix, suffix = _cut(lm, row)
+            if not prefix or not suffix:
+                raise TaskError("too short for a prefix and a suffix")
+        except TaskError as problem:
+            raise TaskError(f"{path}, line {line}: {problem}") from None
         items.append((str(row.get("id") or f"line-{line}"), prefix, suffix))
     return Recitation(name, items)
 
 
 def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
-    """Token ids of a text, and the index of the first token that begins at or after a cut.
+    """Token ids of a text, and the index of the first that begins after `cut` characters or later.
 
-    The tokens are those of the whole text, as in training: tokens of the two halves may differ,
-    above all if the cut is inside a word. A token begins at its first character that is not a
-    space, so that " word" begins a suffix whether its space is before the cut or after it; a
-    token that the cut divides belongs to the prefix.
-
-    Args:
-        tokenizer: A tokenizer of `transformers`, fast or slow.
-        text: The whole text.
-        cut: Number of characters before the cut.
-
-    Raises:
-        TaskError: The tokenizer is slow and does not decode to the text, so that the beginnings
-            of its tokens are unknown.
+    A token begins at its first character that is not a space, so that " word" begins a suffix
+    whether its space is before the cut or after it; a token that the cut divides is in the prefix.
+    TaskError: the tokenizer is slow and does not decode to the text, so the beginnings are unknown.
     """
     if tokenizer.is_fast:
         encoded = tokenizer(text, return_offsets_mapping=True)
@@ -137,38 +126,34 @@ def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
     return ids, len(ids)
 
 
-def _cut(lm: LanguageModel, row: dict[str, Any], where: str) -> tuple[list[int], list[int]]:
+def _cut(lm: LanguageModel, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     if "prefix_ids" in row and "suffix_ids" in row:
         if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
-            raise TaskError(f"{where}: its ids belong to another tokenizer than that of {lm.name}")
-        return _ids(lm, row["prefix_ids"], where), _ids(lm, row["suffix_ids"], where)
-    parts = [row[key] for key in ("prefix", "suffix") if key in row]
-    if len(parts) < 2:
-        parts = [row.get("text")]
+            raise TaskError(f"its ids belong to another tokenizer than that of {lm.name}")
+        return _ids(lm, row["prefix_ids"]), _ids(lm, row["suffix_ids"])
+    keys = ("prefix", "suffix") if "prefix" in row and "suffix" in row else ("text",)
+    parts: list[Any] = [row.get(key) for key in keys]
     if not all(isinstance(part, str) for part in parts):
-        raise TaskError(f"{where}: needs 'text', or 'prefix' and 'suffix', or their ids")
+        raise TaskError("needs 'text', or 'prefix' and 'suffix', or their ids")
     whole = "".join(parts)
     length = row.get("suffix_tokens", SUFFIX_TOKENS if len(parts) == 1 else None)
     if length is None:
-        try:
-            ids, start = suffix_start(lm.tokenizer, whole, len(parts[0]))
-        except TaskError as error:
-            raise TaskError(f"{where}: {error}") from None
+        ids, start = suffix_start(lm.tokenizer, whole, len(parts[0]))
         return ids[:start], ids[start:]
     if type(length) is not int or length < 1:
-        raise TaskError(f"{where}: 'suffix_tokens' is {length!r}; expected a positive integer")
+        raise TaskError(f"'suffix_tokens' is {length!r}; expected a positive integer")
     ids = lm.encode([whole])[0]
     return ids[:-length], ids[-length:]
 
 
-def _ids(lm: LanguageModel, ids: Any, where: str) -> list[int]:
+def _ids(lm: LanguageModel, ids: Any) -> list[int]:
     known = getattr(maybe_call(lm.model, "get_input_embeddings"), "num_embeddings", None)
     if not isinstance(ids, list) or not all(type(one) is int and one >= 0 for one in ids):
-        raise TaskError(f"{where}: 'prefix_ids' and 'suffix_ids' must be lists of token ids")
+        raise TaskError("'prefix_ids' and 'suffix_ids' must be lists of token ids")
     if known is not None and any(one >= known for one in ids):
         raise TaskError(
-            f"{where}: token id {max(ids)} is outside the {known} tokens of {lm.name}; use the "
-            "model that the ids were mined with"
+            f"token id {max(ids)} is outside the {known} tokens of {lm.name}; use the model that "
+            "the ids were mined with"
         )
     return ids
 
@@ -210,27 +195,21 @@ class StressTest(_Memorized):
             ([*prefix, *suffix[:shift]], list(suffix[shift:]))
             for shift in range(min(self.shifts, len(suffix) - 1) + 1)
         ]
-        shorter = [
-            ([*lead, *body[shift:]], list(suffix))
-            for shift in range(1, self.shifts + 1)
-            if len(body) - shift > self.shifts
-        ]
-        return longer + shorter
+        most = min(self.shifts, len(body) - self.shifts - 1)
+        return longer + [([*lead, *body[n:]], list(suffix)) for n in range(1, most + 1)]
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
-        decode, bos = lm.tokenizer.decode, lm.tokenizer.bos_token_id
+        bos = lm.tokenizer.bos_token_id
         asked = [self.prompts(prefix, suffix, bos) for _, prefix, suffix in self.items]
         flat = [prompt for prompts in asked for prompt in prompts]
         outputs = iter(_continued(lm, flat, in_items(advance, len(self.items), len(flat))))
         results = []
         for (item, _, _), prompts in zip(self.items, asked, strict=True):
-            said = list(islice(outputs, len(prompts)))
-            pairs = zip(said, prompts, strict=True)
-            agreed = [common_prefix(output, rest) for output, (_, rest) in pairs]
-            best = agreed.index(max(agreed))
-            scores = {"original": float(agreed[0]), "perturbed": float(agreed[best])}
-            texts = map(decode, (*prompts[best], said[best]))
+            said = [(*prompt, next(outputs)) for prompt in prompts]
+            agreed = [common_prefix(output, rest) for _, rest, output in said]
+            scores = {"original": float(agreed[0]), "perturbed": float(max(agreed))}
+            texts = map(lm.tokenizer.decode, said[agreed.index(max(agreed))])
             results.append(ItemResult(item, scores, 1.0, *texts))
         return results
 

@@ -6,20 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question, load_questions
+from lirefs.tasks import synthetic
 from lirefs.tasks.ndcg import ndcg_task
 from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
 from lirefs.tasks.shipped import DATA as DATA
-from lirefs.tasks.shipped import shipped_rows
-from lirefs.tasks.synthetic import (
-    AnswerItem,
-    ChoiceItem,
-    addition_items,
-    boolean_items,
-    elimination_items,
-    tracking_items,
-)
+from lirefs.tasks.synthetic import AnswerItem, ChoiceItem
 from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer, Task
 
 
@@ -29,28 +23,25 @@ def default_tasks(
     memorized: str | Path | None = None,
     limit: int | None = None,
 ) -> list[Task]:
-    """Tasks of all six groups.
+    """Twelve tasks, of all six groups; fewer if the questions have no options.
 
     Args:
         lm: The model; its tokenizer cuts the memorized texts.
         questions: Labelled questions with options, for the two multiple-choice tasks: the test
             side of a split. None for that side of the project's own set.
-        memorized: JSON Lines of memorized texts, see `recitation_task`; None for the project's
-            own passages.
+        memorized: A file for `recitation_task`; None for the project's own passages.
         limit: At most this many items per task, and half as many texts.
 
-    Returns:
-        Twelve tasks, or fewer if the questions have no options.
-
     Raises:
-        TaskError: A row lacks a field.
-        DataFileError: A file cannot be read.
+        TaskError: A row of `memorized` lacks a field.
+        DataFileError: `memorized` cannot be read.
     """
     chosen = list(load_questions().split().test if questions is None else questions)
     with_options = [one for one in chosen if one.options and one.answer_index is not None]
+    sums = synthetic.addition_items(80)[:limit]
     tasks: list[Task] = [
         recitation_task(lm, DATA / "passages.jsonl" if memorized is None else memorized, limit),
-        ShortAnswer("two-digit addition", addition_items(80)[:limit], "arithmetic", kind="number"),
+        ShortAnswer("two-digit addition", sums, "arithmetic", kind="number"),
     ]
     for frequency in ("common", "rare"):
         for book in ("closed", "open"):
@@ -63,9 +54,9 @@ def default_tasks(
             tasks.append(MultipleChoice(f"{label} questions", choices, group=group))
     return [
         *tasks,
-        MultipleChoice("boolean expressions", boolean_items(80)[:limit]),
-        MultipleChoice("object tracking", tracking_items(80)[:limit]),
-        MultipleChoice("elimination", elimination_items(80)[:limit]),
+        MultipleChoice("boolean expressions", synthetic.boolean_items(80)[:limit]),
+        MultipleChoice("object tracking", synthetic.tracking_items(80)[:limit]),
+        MultipleChoice("elimination", synthetic.elimination_items(80)[:limit]),
         Perplexity("held-out texts", heldout_texts("test")[: limit and limit // 2]),
     ]
 
@@ -73,9 +64,9 @@ def default_tasks(
 def fact_items(frequency: str, with_passage: bool) -> list[AnswerItem]:
     """Questions on `common` or `rare` facts, with four answered examples before each.
 
-    With a passage that holds the answer before each question, they are open-book.
+    Open-book: before each question stands a passage that holds its answer.
     """
-    rows = shipped_rows("facts.jsonl")
+    rows = [row for _, row in read_jsonl(DATA / "facts.jsonl")]
 
     def ask(row: dict[str, Any]) -> str:
         passage = f"Passage: {row['passage']}\n" if with_passage else ""
@@ -98,13 +89,13 @@ def choice_item(question: Question) -> ChoiceItem:
 
 def heldout_texts(split: str) -> list[tuple[str, str]]:
     """Texts on which perplexity is measured: the `validation` or the `test` part."""
-    rows = shipped_rows("texts_heldout.jsonl")
-    return [(str(row["id"]), str(row["text"])) for row in rows if row["split"] == split]
+    rows = read_jsonl(DATA / "texts_heldout.jsonl")
+    return [(str(row["id"]), str(row["text"])) for _, row in rows if row["split"] == split]
 
 
 def calibration_texts() -> list[str]:
     """Texts to estimate curvature from: 140 of about 200 tokens, in English, in no task."""
-    return [str(row["text"]) for row in shipped_rows("texts_calibration.jsonl")]
+    return [str(row["text"]) for _, row in read_jsonl(DATA / "texts_calibration.jsonl")]
 
 
 def memory_measures(lm: LanguageModel, tasks: Sequence[Task]) -> list[Task]:

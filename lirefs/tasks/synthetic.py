@@ -80,14 +80,11 @@ def boolean_items(n: int, seed: int = 0) -> list[ChoiceItem]:
         word = generator.choice(("and", "or"))
         return f"( {left} ) {word} ( {right} )", (x and y) if word == "and" else (x or y)
 
-    def draw() -> tuple[str, bool]:
-        text, value = expression(generator.choice((2, 3)))
-        return text.replace("( True )", "True").replace("( False )", "False") + " is", value
-
     wanted = [True, False, False, True] + [bool(i % 2) for i in range(n)]
     drawn: dict[str, bool] = {}
     while len(drawn) < len(wanted):
-        text, value = draw()
+        text, value = expression(generator.choice((2, 3)))
+        text = text.replace("( True )", "True").replace("( False )", "False") + " is"
         if text not in drawn and value == wanted[len(drawn)]:  # as many true as false ones
             drawn[text] = value
     return _choices("boolean", [(text, ["True", "False"], str(drawn[text])) for text in drawn])
@@ -100,38 +97,38 @@ _COLOURS = ("red", "blue", "green", "yellow")
 
 def tracking_items(n: int, seed: int = 0) -> list[ChoiceItem]:
     """Who holds an object after three hand-overs, with four answered examples before each."""
-    generator = random.Random(f"tracking {seed}")
 
-    def draw() -> Choice:
+    def draw(generator: random.Random) -> Choice:
         a, b, c, d = generator.sample(_NAMES, 4)
         thing = generator.choice(_OBJECTS)
         steps = " ".join(f"{x} gives the {thing} to {y}." for x, y in ((a, b), (b, c), (c, d)))
         return f"{steps} The {thing} is now with", [a, b, c, d], d
 
-    return _choices("tracking", _distinct(n + 4, generator, draw))
+    return _shuffled_choices("tracking", n, seed, draw)
 
 
 def elimination_items(n: int, seed: int = 0) -> list[ChoiceItem]:
     """The one colour left for the third person, with four answered examples before each."""
-    generator = random.Random(f"elimination {seed}")
 
-    def draw() -> Choice:
+    def draw(generator: random.Random) -> Choice:
         a, b, c = generator.sample(_NAMES, 3)
         x, y, z = generator.sample(_COLOURS, 3)
         text = f"{a}, {b} and {c} have a {x}, a {y} and a {z} hat."
         return f"{text} {a} has the {x} hat. {b} has the {y} hat. {c} has the", [x, y, z], z
 
-    return _choices("elimination", _distinct(n + 4, generator, draw))
+    return _shuffled_choices("elimination", n, seed, draw)
 
 
-def _distinct(n: int, generator: random.Random, draw: Callable[[], Choice]) -> list[Choice]:
-    """Draws with different texts, their options shuffled."""
+def _shuffled_choices(
+    name: str, n: int, seed: int, draw: Callable[[random.Random], Choice]
+) -> list[ChoiceItem]:
+    generator = random.Random(f"{name} {seed}")
     drawn: dict[str, Choice] = {}
-    while len(drawn) < n:
-        text, options, answer = draw()
+    while len(drawn) < n + 4:
+        text, options, answer = draw(generator)
         generator.shuffle(options)  # the position of an option must not give the answer away
         drawn.setdefault(text, (text, options, answer))
-    return list(drawn.values())
+    return _choices(name, list(drawn.values()))
 
 
 def _choices(name: str, rows: list[Choice]) -> list[ChoiceItem]:

@@ -9,15 +9,9 @@ from typing import Any, Protocol, Self
 
 from lirefs.errors import TaskError
 from lirefs.model.language_model import LanguageModel
+from lirefs.tasks import inference
 from lirefs.tasks.answers import AnswerKind, judge, number_at
-from lirefs.tasks.inference import (
-    Advance,
-    common_prefix,
-    greedy,
-    option_log_likelihoods,
-    score_continuations,
-    token_nlls,
-)
+from lirefs.tasks.inference import Advance
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
 CONFLICT = "conflict"
@@ -82,24 +76,17 @@ class Task(Protocol):
         """The same task on some of its items."""
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
-        """Score every item.
+        """Score every item: one result for each, in their order.
 
         Args:
             lm: The model, under whatever intervention is attached.
             advance: Called with the number of items finished since the last call.
-
-        Returns:
-            One result per item, in the order of the items.
         """
 
 
 @dataclass(frozen=True)
 class ItemTask:
-    """Base of the tasks here: a name and items; subclasses add the rest of `Task`.
-
-    Attributes:
-        name: Name of the task, unique in a comparison.
-        items: What is asked; at least one.
+    """Base of the tasks here: name and items; subclasses add the rest of `Task`.
 
     Raises:
         TaskError: There is no item.
@@ -136,7 +123,7 @@ def in_items(advance: Advance, items: int, prompts: int) -> Advance:
 class Perplexity(ItemTask):
     """Token-weighted perplexity of texts: exp(sum of nll / number of tokens).
 
-    The result of a text holds its summed `nll` in nats, weighted by the number of tokens
+    The result of a text holds its summed `nll` in nats; its weight is the number of tokens
     predicted. `run` raises `TaskError` for a text of fewer than two tokens.
 
     Attributes:
@@ -157,7 +144,7 @@ class Perplexity(ItemTask):
         for (item, _), row in zip(self.items, ids, strict=True):
             if len(row) < 2:
                 raise TaskError(f"{self.name}: text {item!r} has fewer than two tokens")
-        nlls = token_nlls(lm, ids, advance=advance)
+        nlls = inference.token_nlls(lm, ids, advance=advance)
         return [
             ItemResult(item, {"nll": float(nll.double().sum())}, len(nll), prompt=text[:200])
             for (item, text), nll in zip(self.items, nlls, strict=True)
@@ -193,11 +180,9 @@ class MultipleChoice(ItemTask):
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
-        encoded = [
-            lm.encode([prompt + option for option in options])
-            for _, prompt, options, _ in self.items
-        ]
-        likelihoods = option_log_likelihoods(lm, encoded, advance=advance)
+        texts = [[item[1] + option for option in item[2]] for item in self.items]
+        encoded = list(map(lm.encode, texts))
+        likelihoods = inference.option_log_likelihoods(lm, encoded, advance=advance)
         return [
             _choice(item, prompt, [option.strip() for option in options], answer, values)
             for (item, prompt, options, answer), values in zip(self.items, likelihoods, strict=True)
@@ -206,10 +191,9 @@ class MultipleChoice(ItemTask):
 
 @dataclass(frozen=True)
 class FilledBlank(ItemTask):
-    """Which of two fillings of a blank makes the rest of the sentence likelier.
+    """Which of two fillings of a blank makes the text after it likelier.
 
-    Partial scoring, as is usual for Winogrande: the log-likelihood of the text after the blank
-    is compared between the two contexts; the fillings themselves are not scored.
+    This is the usual scoring of Winogrande; the fillings themselves are not scored.
 
     Attributes:
         items: (id, the two contexts up to and including the filling, the text after the blank
@@ -227,20 +211,16 @@ class FilledBlank(ItemTask):
         for _, contexts, ending, _ in self.items:
             for context in contexts:
                 whole, alone = lm.encode([context + ending, context])
-                start = min(common_prefix(whole, alone), len(whole) - 1)
+                start = min(inference.common_prefix(whole, alone), len(whole) - 1)
                 endings.append((whole[:start], [whole[start:]]))
         step = in_items(advance, len(self.items), len(endings))
-        values = [scored[0][0] for scored in score_continuations(lm, endings, advance=step)]
-        return [
-            _choice(
-                item,
-                contexts[0] + ending,
-                [context.split("\n")[-1] for context in contexts],
-                answer,
-                values[2 * row : 2 * row + 2],
-            )
-            for row, (item, contexts, ending, answer) in enumerate(self.items)
-        ]
+        scored = inference.score_continuations(lm, endings, advance=step)
+        results = []
+        for row, (item, contexts, ending, answer) in enumerate(self.items):
+            shown = [context.split("\n")[-1] for context in contexts]
+            values = [value for ((value, _),) in scored[2 * row : 2 * row + 2]]
+            results.append(_choice(item, contexts[0] + ending, shown, answer, values))
+        return results
 
 
 def _choice(
@@ -278,12 +258,11 @@ class ShortAnswer(ItemTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind in ("number", "worked"):
-            for item, _, answers in self.items:
-                if any(number_at(answer) is None for answer in answers):
-                    raise TaskError(
-                        f"{self.name}: item {item!r} expects {answers}, which are not all numbers"
-                    )
+        for item, _, answers in self.items if self.kind in ("number", "worked") else ():
+            if None in map(number_at, answers):
+                raise TaskError(
+                    f"{self.name}: item {item!r} expects {answers}, which are not all numbers"
+                )
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
@@ -294,7 +273,7 @@ class ShortAnswer(ItemTask):
             return token == eos or "\n" in lm.tokenizer.decode([token])
 
         ids = lm.encode([prompt for _, prompt, _ in self.items])
-        outputs = greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
+        outputs = inference.greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
         results = []
         for (item, prompt, answers), output in zip(self.items, outputs, strict=True):
             text = lm.tokenizer.decode(output, skip_special_tokens=True).strip().split("\n")[0]

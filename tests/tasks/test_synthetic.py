@@ -2,7 +2,6 @@ import re
 
 import pytest
 
-from lirefs.tasks import suite
 from lirefs.tasks import synthetic as generators
 
 MAKERS = [
@@ -23,8 +22,7 @@ def test_items_are_distinct_and_come_from_the_seed(make):
     assert len({prompt for _, prompt, *_ in items}) == len({item for item, *_ in items}) == 60
 
 
-def test_addition_is_the_one_of_the_default_tasks_as_it_always_was():
-    assert suite.addition_items is generators.addition_items
+def test_addition_is_as_it_always_was():
     item, prompt, answers = generators.addition_items(3)[0]
     assert (item, answers) == ("88 + 48", ["136"])
     assert prompt.startswith("What is 39 + 72? Answer: 111\nWhat is 11 + 69? Answer: 80\n")

@@ -8,7 +8,7 @@ from skill_rows import rows_of, write
 
 from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer, recitation_task
 from lirefs.errors import TaskError
-from lirefs.tasks import suite
+from lirefs.tasks import suite, synthetic
 from lirefs.tasks.answers import judge
 from lirefs.tasks.inference import greedy, token_nlls
 from lirefs.tasks.papers.build import skill_tasks
@@ -111,10 +111,10 @@ def test_recitation_files_in_three_forms(lm, tmp_path):
 
 
 def test_generated_items_are_right_and_distinct():
-    for item, prompt, (answer,) in suite.addition_items(80):
+    for item, prompt, (answer,) in synthetic.addition_items(80):
         assert eval(item) == int(answer)
         assert prompt.count("?") == 6
-    booleans = suite.boolean_items(80)
+    booleans = synthetic.boolean_items(80)
     for _, prompt, options, answer in booleans:
         expression = prompt.splitlines()[-1].removesuffix(" is")
         assert str(eval(expression)) == options[answer].strip()
@@ -145,7 +145,7 @@ def test_chance_is_the_mean_over_items():
     assert MultipleChoice("m", items).chance == pytest.approx((1 / 2 + 1 / 4) / 2)
 
 
-@pytest.mark.parametrize("make", [suite.tracking_items, suite.elimination_items])
+@pytest.mark.parametrize("make", [synthetic.tracking_items, synthetic.elimination_items])
 def test_generated_choices_are_distinct_and_no_place_of_the_answer_is_favoured(make):
     items = make(80)
     assert items == make(80)
@@ -156,7 +156,7 @@ def test_generated_choices_are_distinct_and_no_place_of_the_answer_is_favoured(m
     for _, prompt, options, answer in items:
         last = prompt.split("\n")[-1]
         assert all(option.strip() in last for option in options)
-        if make is suite.tracking_items:
+        if make is synthetic.tracking_items:
             assert last.rsplit(" to ", 1)[1].startswith(options[answer].strip())
         else:  # the only colour that nobody has yet
             held = [o for o in options if f"has the{o} hat" in last]
@@ -197,7 +197,7 @@ def test_worked_answers_end_at_their_line_and_count_what_is_unparsable(lm, monke
         advance(len(prompts))
         return [list(range(len(prompts)))[i : i + 1] for i in range(len(prompts))]
 
-    monkeypatch.setattr("lirefs.tasks.task.greedy", greedy)
+    monkeypatch.setattr("lirefs.tasks.inference.greedy", greedy)
     monkeypatch.setattr(type(lm.tokenizer), "decode", lambda self, ids, **_: said[ids[0]])
     monkeypatch.setattr(
         type(lm), "encode", lambda self, prompts, **_: [[ord(one[0]) - 29] for one in prompts]

@@ -6,7 +6,7 @@ import itertools
 import math
 import random
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ GENERATED = 400
 # Answered examples are short, so that five of them leave room for the question.
 SHOT_CHARACTERS = 1000
 
-Asked = list[tuple[str, Example]]  # id and question of each row
+Asked = list[tuple[str, str, Example]]  # of each row: id, key of its answered examples, question
 
 
 def skill_tasks(
@@ -36,12 +36,11 @@ def skill_tasks(
     """Tasks of the skills in `SKILLS`.
 
     A skill reads its file in `data`, else its dataset on the hub, which is downloaded or taken
-    from the cache; `HF_HUB_OFFLINE=1` uses the cache alone. Rows are shuffled with the seed; the
-    first ones (or rows of another split) are the answered examples and are not tested. Ids are
-    `tag/number` where rows have a tag (relation, language, subject), else the number of the row.
+    from the cache; `HF_HUB_OFFLINE=1` uses the cache alone. Rows are shuffled; the first ones (or
+    rows of another split) are the answered examples and are not tested. Ids are `tag/number` where
+    rows have a tag (relation, language, subject), else the number of the row.
 
-    The MMLU skills hold the rows of a file on which directions may be fitted: test a direction
-    that was fitted on some of its rows on the others, with `default_tasks`.
+    A direction may have been fitted on rows of the MMLU skills: `suite_tasks` leaves those out.
 
     Args:
         lm: The model; its tokenizer cuts the texts to recite.
@@ -60,8 +59,7 @@ def skill_tasks(
     """
     if limit is not None and limit < 1:
         raise SettingError(f"limit must be at least 1, got {limit}")
-    unknown = [name for name in names or () if name not in SKILLS]
-    if unknown:
+    if unknown := [name for name in names or () if name not in SKILLS]:
         raise TaskError(f"no skill {unknown[0]!r}; there are {', '.join(SKILLS)}")
     loader = SkillDataLoader(data)
     tasks: list[Task] = []
@@ -93,8 +91,8 @@ def _task(
     chosen = _choose_shots(skill, shots or tested)
     shown = {_key(example) for examples in chosen.values() for example in examples}
     items = [
-        _item(skill, name, example, chosen.get(_shots_key(skill, example), []))
-        for name, example in tested
+        _item(skill, name, example, chosen.get(group, []))
+        for name, group, example in tested
         if _key(example) not in shown
     ][:limit]
     if not items:
@@ -112,7 +110,8 @@ def _read(skill: Skill, data: SkillData, rows: NumberedRows) -> Asked:
             raise data.error(f"{data.source}, row {number}: {problem}") from None
         if example is not None:
             tag = example.tag.replace("/", "_")
-            asked.append((f"{tag}/{number}" if tag else str(number), example))
+            group = example.tag if skill.shots_by_tag else ""
+            asked.append((f"{tag}/{number}" if tag else str(number), group, example))
     return asked
 
 
@@ -120,7 +119,7 @@ def _in_turn(asked: Asked) -> Asked:
     """Rows of each tag in turn, so that a limit keeps some of every tag."""
     by_tag: dict[str, Asked] = defaultdict(list)
     for one in asked:
-        by_tag[one[1].tag].append(one)
+        by_tag[one[2].tag].append(one)
     rounds = itertools.zip_longest(*by_tag.values())
     return [one for one in itertools.chain.from_iterable(rounds) if one is not None]
 
@@ -128,29 +127,21 @@ def _in_turn(asked: Asked) -> Asked:
 def _choose_shots(skill: Skill, asked: Asked) -> dict[str, list[Example]]:
     """The first distinct short rows, for each tag separately where the skill says so."""
     short: dict[str, dict[tuple[Any, ...], Example]] = defaultdict(dict)
-    for _, example in asked:
+    for _, group, example in asked:
         if len(example.prompt + example.answer) <= SHOT_CHARACTERS:
-            short[_shots_key(skill, example)].setdefault(_key(example), example)
-    return {tag: _balanced(list(some.values()), skill.shots) for tag, some in short.items()}
+            short[group].setdefault(_key(example), example)
+    return {group: _balanced(some.values(), skill.shots) for group, some in short.items()}
 
 
-def _balanced(examples: list[Example], n: int) -> list[Example]:
-    """The first `n` examples, preferring those that show no option more often than its share.
-
-    A model may repeat the option that it saw most.
-    """
+def _balanced(examples: Iterable[Example], n: int) -> list[Example]:
+    """The first `n` examples; those of an option beyond its share come last: models repeat it."""
     chosen: list[Example] = []
     over: list[Example] = []
     for example in examples:
-        share = math.ceil(n / len(example.options)) if example.options else n
+        share = math.ceil(n / max(1, len(example.options)))
         shown = sum(one.right == example.right for one in chosen)
         (chosen if shown < share else over).append(example)
     return (chosen + over)[:n]
-
-
-def _shots_key(skill: Skill, example: Example) -> str:
-    """Questions with the same key have the same answered examples."""
-    return example.tag if skill.shots_by_tag else ""
 
 
 def _key(example: Example) -> tuple[Any, ...]:
@@ -183,10 +174,7 @@ def _scored(skill: Skill, items: Sequence[Any]) -> Task:
 def _recitation(
     skill: Skill, lm: LanguageModel, loader: SkillDataLoader, limit: int | None
 ) -> Task:
-    """Texts to recite; windows by their ids if those are of this tokenizer, else by their texts.
-
-    The name of the task says which: `memorized_windows (ids)` or `memorized_windows (texts)`.
-    """
+    """Texts to recite; windows by their ids if those are of this tokenizer, else by their texts."""
     paths = loader.files(f"{skill.file}.jsonl")
     if skill.name != "memorized_windows":
         return recitation_task(lm, paths[0], limit, skill.name)
@@ -208,19 +196,17 @@ def _recitation(
 
 
 def _own_ids(lm: LanguageModel, rows: NumberedRows) -> bool:
-    """Whether the ids belong to this tokenizer: most of the first ones decode to their texts.
-
-    Not all, because a text may have been cut inside a character of several tokens.
-    """
-    right: list[bool] = []
-    for _, row in rows[:8]:
+    """Whether most of the first ids decode to their texts (a text may end inside a character)."""
+    rows, right = rows[:8], 0
+    for _, row in rows:
         ids, text = row.get("prefix_ids"), row.get("prefix_text")
-        if not isinstance(ids, list) or not ids:
-            return False
-        if any(type(one) is not int or not 0 <= one < len(lm.tokenizer) for one in ids):
-            return False
-        if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
+        if (
+            not isinstance(ids, list)
+            or not ids
+            or any(type(one) is not int or not 0 <= one < len(lm.tokenizer) for one in ids)
+            or row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint
+        ):
             return False
         decoded = lm.tokenizer.decode(ids, clean_up_tokenization_spaces=False)
-        right.append(text is None or decoded == text)
-    return 2 * sum(right) > len(right)
+        right += text is None or decoded == text
+    return 2 * right > len(rows)

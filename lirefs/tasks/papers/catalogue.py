@@ -1,8 +1,8 @@
 """The skills that the papers measure: the table `lirefs/data/skills.toml`, read into `SKILLS`.
 
-Each skill reads `<folder>/<file>.jsonl` (JSON Lines, one object per line) if it is there, else a
-dataset of the Hugging Face hub; generated skills need neither. `SKILLS[name].file` and
-`SKILLS[name].fields` say what a local file must be called and which fields its rows need:
+Each skill reads `<folder>/<file>.jsonl` (one object per line) if it is there, else a dataset of the
+Hugging Face hub; generated skills need neither. `SKILLS[name].file` is what a local file must be
+called without `.jsonl`, `SKILLS[name].fields` what its rows need:
 
 * An `answer` to a word problem is a number, or ends in `#### N`; `answers` are all that count as
   right; `answer` is true or false for boolq, 1 or 2 for winogrande.

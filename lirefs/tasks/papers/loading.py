@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import DataFileError, NoDataError, TaskError
+from lirefs.errors import DataFileError, NoDataError, TaskError, first_line
 from lirefs.files import read_jsonl
 
 Row = dict[str, Any]
@@ -20,15 +20,10 @@ PASSAGE_CHARACTERS = 600
 
 @dataclass(frozen=True)
 class HubDataset:
-    """A dataset of the Hugging Face hub.
+    """A dataset of the Hugging Face hub: the rows of its `configs`, joined.
 
-    Attributes:
-        id: Its id.
-        split: The split that is tested.
-        configs: Its configurations; the rows of several are joined.
-        shots_split: The split that answered examples are taken from; empty: the tested one.
-        adapt: Turns a row of the dataset into one with the fields of a local file.
-        config_field: Field to which the name of the configuration is written; empty: none.
+    `adapt` gives a row the fields of a local file; `config_field`, if not empty, is where the name
+    of the configuration goes. Answered examples are from `shots_split`; empty: the tested split.
     """
 
     id: str
@@ -41,13 +36,9 @@ class HubDataset:
 
 @dataclass(frozen=True)
 class SkillData:
-    """The rows of one skill.
+    """The rows of one skill to ask about, and those for examples; empty: the same rows.
 
-    Attributes:
-        source: Where they come from, for messages.
-        tested: Rows to ask about.
-        shots: Rows for answered examples; empty: they are taken from the tested ones.
-        error: What to raise for a malformed row: the user can fix a file, but not a dataset.
+    `error` is for a malformed row: the user can fix a file, but not a dataset.
     """
 
     source: str
@@ -57,14 +48,7 @@ class SkillData:
 
 
 class SkillDataLoader:
-    """Finds rows in a folder, else on the hub; stops asking the hub once it cannot be reached.
-
-    Args:
-        folder: Folder of JSON Lines files, None for none.
-
-    Raises:
-        DataFileError: The folder does not exist.
-    """
+    """Finds rows in a folder, else on the hub; stops asking the hub once it cannot be reached."""
 
     def __init__(self, folder: str | Path | None) -> None:
         self.folder = None if folder is None else Path(folder)
@@ -73,24 +57,15 @@ class SkillDataLoader:
             raise DataFileError(f"{self.folder}: no such folder of evaluation data")
 
     def files(self, pattern: str) -> list[Path]:
-        """Files of the folder whose names match `pattern`, sorted.
-
-        Raises:
-            NoDataError: There is none.
-        """
-        if self.folder is None:
-            raise NoDataError(f"no {pattern} (no data folder given)")
-        if found := sorted(self.folder.glob(pattern)):
-            return found
-        raise NoDataError(f"no {pattern} in {self.folder}")
+        """Files of the folder whose names match `pattern`, sorted; NoDataError if there is none."""
+        found = sorted(self.folder.glob(pattern)) if self.folder else []
+        if not found:
+            where = f"in {self.folder}" if self.folder else "(no data folder given)"
+            raise NoDataError(f"no {pattern} {where}")
+        return found
 
     def load(self, file: str, hub: HubDataset | None) -> SkillData:
-        """Rows of `<folder>/<file>.jsonl`, else of `hub`.
-
-        Raises:
-            NoDataError: Neither is available; the message says why.
-            DataFileError: The file exists and cannot be read.
-        """
+        """Rows of `<folder>/<file>.jsonl`, else of `hub`; NoDataError says why there is neither."""
         try:
             path = self.files(f"{file}.jsonl")[0]
         except NoDataError as problem:
@@ -126,16 +101,13 @@ class SkillDataLoader:
             # Another dataset would wait just as long. Offline by choice, nothing waits, and the
             # next dataset may be in the cache.
             self._unreachable = lost and not constants.HF_HUB_OFFLINE
-            message = (str(problem) or "no message").splitlines()[0][:200]
+            message = (first_line(problem) or "no message")[:200]
             raise NoDataError(f"{hub.id}: {type(problem).__name__}: {message}") from problem
         return list(enumerate(rows, start=1))
 
 
 def passage_around(page: str, answers: Sequence[str], length: int = PASSAGE_CHARACTERS) -> str:
-    """About `length` characters of a page around the first answer in it, cut between words.
-
-    Empty if no answer occurs in the page.
-    """
+    """About `length` characters around the first answer in a page, in whole words; "" if none."""
     names = "|".join(re.escape(answer) for answer in answers if answer.strip())
     found = re.search(rf"(?<!\w)(?:{names})(?!\w)", page, re.IGNORECASE) if names else None
     if found is None:
@@ -161,8 +133,7 @@ def triviaqa_row(row: Row) -> Row:
     answers = [row["answer"]["value"], *row["answer"]["aliases"]]
     pages = (row.get("entity_pages") or {}).get("wiki_context") or []
     context = next(filter(None, (passage_around(page, answers) for page in pages)), "")
-    distinct = list(dict.fromkeys(answers))
-    return {"question": row["question"], "answers": distinct, "context": context}
+    return {**row, "answers": list(dict.fromkeys(answers)), "context": context}
 
 
 def openbookqa_row(row: Row) -> Row:

@@ -20,16 +20,10 @@ LETTERS = "ABCDEFGHIJ"
 
 @dataclass(frozen=True)
 class Example:
-    """What a row asks and what is right.
+    """What a row asks, and what is right; answers and options have their leading space.
 
-    Attributes:
-        prompt: Text up to where the answer begins.
-        answer: The right answer as an answered example shows it, with its leading space.
-        accepted: Texts that count as right, for generated answers.
-        options: Texts to choose from, each with its leading space.
-        right: Index of the right option.
-        contexts: For a blank: the beginning of the sentence with either filling.
-        tag: Class of the item that analyses distinguish, for instance its relation.
+    `answer` is shown in an answered example, `accepted` count as right if generated, `right` is the
+    index of an option. The `contexts` of a blank are the sentence up to and with either filling.
     """
 
     prompt: str
@@ -44,8 +38,8 @@ class Example:
 def question(row: Row, prompt: str, tag: str = "") -> Example | None:
     """`answers`, asked from memory.
 
-    Aliases without a word to compare ("The The", "?") are left out, since any text would begin
-    with them; None if no other alias is left.
+    Those without a word to compare ("The The", "?") are left out, since any text would begin with
+    them; None if no other is left.
     """
     answers = tuple(answer for answer in _texts(row, "answers") if normalise(answer))
     if not answers:
@@ -87,14 +81,12 @@ def number(row: Row, prompt: str, answer: str, tag: str = "") -> Example:
 
 
 def choice(row: Row, prompt: str, options: Sequence[str] = ()) -> Example:
-    """`target`, one of the options; by default one of `(A)`, `(B)` ... before lines of `input`."""
-    options = options or re.findall(r"^(\([A-Z]\)) ", _text(row, "input"), re.MULTILINE)
-    return _choice(_filled(prompt, row), options, _text(row, "target"))
+    """`target`, one of the options; by default one of `(A)`, `(B)` ... before lines of `input`.
 
-
-def web_of_lies(row: Row, prompt: str, options: Sequence[str]) -> Example:
-    """`target`, one of the options, and `input`, which may begin with `Question: `."""
+    A `Question: ` at the beginning of the input is removed.
+    """
     text = _text(row, "input").removeprefix("Question: ")
+    options = options or re.findall(r"^(\([A-Z]\)) ", text, re.MULTILINE)
     return _choice(_filled(prompt, row, input=text), options, _text(row, "target"))
 
 
@@ -147,7 +139,6 @@ def in_category(row: Row, prompt: str, category: str) -> Example | None:
 def blank(row: Row) -> Example:
     """`sentence` with one `_`, `option1`, `option2`, `answer` (`1` or `2`)."""
     sentence = _text(row, "sentence")
-    names = (_text(row, "option1"), _text(row, "option2"))
     answer = str(row.get("answer"))
     if sentence.count("_") != 1 or answer not in ("1", "2"):
         raise TaskError("'sentence' must hold one _, and 'answer' must be 1 or 2")
@@ -155,7 +146,7 @@ def blank(row: Row) -> Example:
     if not after.strip():
         raise TaskError("'sentence' has nothing after its _ that could be scored")
     right = int(answer) - 1
-    contexts = (before + names[0], before + names[1])
+    contexts = (before + _text(row, "option1"), before + _text(row, "option2"))
     return Example("", contexts[right] + after, (after,), right=right, contexts=contexts)
 
 
@@ -168,9 +159,7 @@ def _choice(prompt: str, options: Sequence[str], target: str) -> Example:
 
 def _filled(prompt: str, row: Row, **ready: str) -> str:
     """A template of a prompt, filled with texts that are given or else with fields of the row."""
-    return re.sub(
-        r"\{(\w+)\}", lambda m: ready[m[1]] if m[1] in ready else _text(row, m[1]), prompt
-    )
+    return re.sub(r"\{(\w+)\}", lambda name: ready.get(name[1]) or _text(row, name[1]), prompt)
 
 
 def _tag(row: Row, field: str) -> str:

@@ -41,11 +41,10 @@ def suite_tasks(
     Args:
         lm: The model, with nothing applied to it: the rankings of nDCG are frozen here.
         suite: Which suite.
-        questions: Labelled questions of the default tasks.
+        questions: See `default_tasks`.
         fitted_on: Questions that a direction was fitted or chosen on; no skill asks them.
-        memorized: Memorized texts, see `recitation_task`.
-        data: Folder of JSON Lines files, see `lirefs.tasks.papers.catalogue`; files that are
-            missing are replaced by datasets of the hub.
+        memorized: See `default_tasks`.
+        data: Folder of JSON Lines files, see `skill_tasks`.
         limit: At most this many items per task, and half as many texts.
         seed: Seed of answered examples and generated items.
 
@@ -65,11 +64,10 @@ def suite_tasks(
         wanted = [name for name in SKILLS if (SKILLS[name].group == "memorization") == recited]
     skills, left_out = skill_tasks(lm, data, wanted, limit=limit, seed=seed)
     for task in skills:
-        rows = _unasked(task, fitted_on)
-        if not rows:
-            left_out[task.name] = "the direction was fitted on its questions"
+        if rows := _unasked(task, fitted_on):
+            tasks.append(task.subset(rows))
         else:
-            tasks.append(task if len(rows) == len(task) else task.subset(rows))
+            left_out[task.name] = "the direction was fitted on its questions"
     if suite is not Suite.SKILLS:
         tasks += memory_measures(lm, tasks)
     return tasks, left_out
