@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from experiments.arithmetic.traces import compare_traces, steps
+from experiments.arithmetic.traces import compare_traces, read_steps
 from lirefs.comparison.sweeps import pareto_front
 from lirefs.statistics.intervals import Estimate, correlation, resample_counts, wilson
 from lirefs.statistics.paired import (
@@ -312,10 +312,10 @@ def test_expressions_have_the_value_that_python_gives_them(written):
     assume("(" in text and value is not None)
     inside = text[1:-1]
     stated = str(value.numerator) if value.denominator == 1 else f"{float(value):.4f}"
-    (step,) = steps(f"So {inside} = {stated}.")
+    (step,) = read_steps(f"So {inside} = {stated}.")
     assert step.true == value
     assert step.right
-    (wrong,) = steps(f"So {inside} = {math.floor(value) + 7}.")
+    (wrong,) = read_steps(f"So {inside} = {math.floor(value) + 7}.")
     assert wrong.true == value
     assert not wrong.right
     before, after = (f"So {inside} = {one}." for one in (stated, math.floor(value) + 7))
@@ -327,7 +327,7 @@ def test_expressions_have_the_value_that_python_gives_them(written):
 @example("1=((1))")
 @many
 def test_steps_of_any_text_are_what_python_makes_of_them(text):
-    found = steps(text)
+    found = read_steps(text)
     for step in found:
         plain = step.expression.replace(",", "").replace("x", "*")
         if re.fullmatch(r"[0-9.+\-*/() ]+", plain):
