@@ -84,7 +84,7 @@ def test_fit_direction(example, model_folder):
 def test_steer_generation(example, model_folder):
     printed = example("steer_generation", "--model", model_folder, "--limit", 24)
     assert printed.count(" -> ") == 4 * 2
-    assert "prompts of recall" in printed
+    assert "recall prompts" in printed
 
 
 def test_export_llama_cpp(example, model_folder):
@@ -143,9 +143,9 @@ def test_custom_task(example, model_folder):
     assert Path("custom-task/report.html").exists()
 
 
-def test_distributed_collect_goes_on(example, model_folder, tmp_path):
+def test_distributed_collect_resumes(example, model_folder, tmp_path):
     (tmp_path / "texts").write_text("one line\n\nanother line of text\na third\n")
-    arguments = (model_folder, tmp_path / "texts", "factors", "--batch", 2, "--layers", 1)
+    arguments = (model_folder, tmp_path / "texts", "factors", "--batch", 16, "--layers", 1)
     for _ in range(2):
         assert "wrote factors: " in example("distributed_collect", *arguments)
     assert Factors.load("factors").tokens > 20

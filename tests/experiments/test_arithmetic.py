@@ -244,7 +244,9 @@ def test_solutions_of_gsm8k_are_read_and_right():
     for line in GSM8K.read_text().splitlines():
         solution = json.loads(line)["answer"]
         marks += len(mark.findall(solution))
-        assert all(one.right for text in mark.findall(solution) for one in read_steps(f"<<{text}>>"))
+        assert all(
+            one.right for text in mark.findall(solution) for one in read_steps(f"<<{text}>>")
+        )
         found = read_steps(mark.sub("", solution))
         read_plain += len(found)
         wrong += sum(not one.right for one in found)
