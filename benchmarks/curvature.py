@@ -46,7 +46,7 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
 
     import kfac
 
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if options.model == "blocks":
         # Three blocks with the shape of a 7B model and random weights.
         config = transformers.Olmo2Config(
@@ -57,7 +57,9 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
             vocab_size=100352,
         )
         with torch.device(options.device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.bfloat16
+            )
         layers = [0, 1, 2]
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -74,7 +76,7 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
 
 def batches_of(ids: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return inputs (B, T) and the tokens that follow them (B, T)."""
-    return [(part[:, :-1], part[:, 1:]) for part in ids.split(size)]
+    return [(part[:, :-1], part[:, 1:]) for part in torch.split(ids, size)]
 
 
 def run_forward(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
@@ -156,7 +158,7 @@ def work(options: argparse.Namespace) -> None:
     result: dict[str, Any] = {}
     if options.factors:
         found = run(model, names, ids[: options.batch], options.batch, "data")
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, (a, g) in found.items():
             tensors |= {"A." + name: a.contiguous().cpu(), "G." + name: g.contiguous().cpu()}
         from safetensors.torch import save_file
@@ -191,7 +193,7 @@ def _flops(model: Any, names: list[str]) -> float:
     products += sum(inner**2 for n, (_, inner) in shapes.items() if not n.endswith("up_proj"))
     first = min(int(name.split(".layers.")[1].split(".")[0]) for name in names)
     layers = model.config.num_hidden_layers
-    return 2.0 * (total + head + (total - head) * (layers - first) / layers + products)
+    return float(2 * (total + head + (total - head) * (layers - first) / layers + products))
 
 
 def spawn(options: argparse.Namespace, name: str, python: str, *extra: str) -> dict[str, Any]:
@@ -232,8 +234,7 @@ def collection(options: argparse.Namespace) -> None:
     """Time all contenders in turns."""
     contenders = dict.fromkeys(OURS, sys.executable)
     if options.peers:
-        python = environment(options.peers_folder, PACKAGES)
-        contenders |= dict.fromkeys(PEERS, str(python))
+        contenders |= dict.fromkeys(PEERS, str(environment(options.peers_folder, PACKAGES)))
     compare(options, contenders)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(options.rounds):

@@ -104,7 +104,7 @@ def story_requests(count: int, tokens: int) -> list[Instance]:
     return [request("generate_until", prompt, settings) for prompt in prompts]
 
 
-def rows_of(lm: Any, requests: Sequence[Instance], batch_tokens: int) -> int:
+def rows_of(lm: lirefs.LanguageModel, requests: Sequence[Instance], batch_tokens: int) -> int:
     """Batch size of HFLM at which a batch holds at most that many tokens."""
     lengths = []
     for one in requests:
@@ -136,7 +136,7 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def against_hflm(
-    lm: Any, workloads: dict[str, list[Instance]], batch_tokens: int, rounds: int
+    lm: lirefs.LanguageModel, workloads: dict[str, list[Instance]], batch_tokens: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
     """Times of both on each workload, and how well their results agree."""
     ours = lirefs.lm_eval_model(lm, batch_tokens=batch_tokens)
@@ -187,7 +187,9 @@ def against_hflm(
     return found
 
 
-def eight_variants(lm: Any, questions: Sequence[Question], rounds: int) -> dict[str, Any]:
+def eight_variants(
+    lm: lirefs.LanguageModel, questions: Sequence[Question], rounds: int
+) -> dict[str, Any]:
     """Time of `lirefs.compare` with eight variants, as a multiple of its time with one."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(lm.width, generator=generator)

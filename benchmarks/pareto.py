@@ -95,7 +95,9 @@ def main() -> None:
     print(f"wrote {options.out} after {time.perf_counter() - began:.0f} s")
 
 
-def material(lm: Any, options: Any) -> tuple[list[Any], list[str], list[str], list[list[int]]]:
+def material(
+    lm: lirefs.LanguageModel, options: Any
+) -> tuple[list[Any], list[str], list[str], list[list[int]]]:
     """Return tasks, texts for curvature, texts for matching perplexity, and ids for BalancedSubnet.
 
     BalancedSubnet learns what to forget, and is never tested on what it learned from. On the
@@ -124,7 +126,7 @@ def material(lm: Any, options: Any) -> tuple[list[Any], list[str], list[str], li
 
 
 def load_or_collect(
-    lm: Any, layers: list[int], calibration: list[str], options: Any
+    lm: lirefs.LanguageModel, layers: list[int], calibration: list[str], options: Any
 ) -> kfac.Factors:
     """Factors with every estimator that the methods need."""
     if options.factors is not None and options.factors.exists():
@@ -150,7 +152,7 @@ def make_methods(factors: kfac.Factors, seed: int) -> dict[str, Callable[[float]
 
 
 def subnets(
-    lm: Any,
+    lm: lirefs.LanguageModel,
     factors: kfac.Factors,
     calibration: list[str],
     forget: list[list[int]],
@@ -182,7 +184,7 @@ def subnets(
 
 
 def match(
-    lm: Any, ids: list[list[int]], make: Callable[[float], Any], goal: float
+    lm: lirefs.LanguageModel, ids: list[list[int]], make: Callable[[float], Any], goal: float
 ) -> tuple[float, float, Any]:
     """Return the strength whose perplexity is nearest to the goal, its perplexity, and its edit."""
     low, high = 0.0, 1.0

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import copy
 import ctypes
-import functools
 import gc
 import hashlib
 import io
@@ -138,7 +137,9 @@ def cycle(
     add = lirefs.Steer(directions[probe.best_layer], "add", 1.0)
     remove = lirefs.Steer(directions[probe.best_layer], "ablate", layers="all")
 
-    collect = functools.partial(kfac.collect, lm, layers=[2, 3], **quiet)
+    def collect(texts: list[str], **settings: Any) -> kfac.Factors:
+        return kfac.collect(lm, texts, layers=[2, 3], **quiet, **settings)
+
     state = folder / "state"
     collect(texts, checkpoint=state, checkpoint_every=0.0).save(folder / "factors.safetensors")
     factors = kfac.Factors.load(folder / "factors.safetensors", model=lm.model)

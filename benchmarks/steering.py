@@ -46,7 +46,7 @@ def prompts_of(count: int) -> list[str]:
     ]
 
 
-def capture_variants(lm: Any, prompts: list[str]) -> dict[str, Callable[[], Any]]:
+def capture_variants(lm: lirefs.LanguageModel, prompts: list[str]) -> dict[str, Callable[[], Any]]:
     """Last-token states at the input of every block: ours, and a bare forward pass."""
     ids = lm.encode(prompts)
 
@@ -71,7 +71,9 @@ def capture_variants(lm: Any, prompts: list[str]) -> dict[str, Callable[[], Any]
     }
 
 
-def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, Callable[[], Any]]:
+def generation_variants(
+    lm: lirefs.LanguageModel, prompts: list[str], tokens: int
+) -> dict[str, Callable[[], Any]]:
     """Greedy generation: not steered, steered in several ways, and baked."""
     generator = torch.Generator().manual_seed(1)
     vector = torch.randn(lm.width, generator=generator)
@@ -101,7 +103,9 @@ def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, C
     return variants
 
 
-def transformer_lens(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
+def transformer_lens(
+    lm: lirefs.LanguageModel, prompts: list[str], texts: list[str], tokens: int
+) -> Any:
     """Capture and generation with TransformerLens, on a copy because it changes the model."""
     from transformer_lens.model_bridge import TransformerBridge
 
@@ -142,7 +146,7 @@ def transformer_lens(lm: Any, prompts: list[str], texts: list[str], tokens: int)
     return capture, generate
 
 
-def nnsight(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
+def nnsight(lm: lirefs.LanguageModel, prompts: list[str], texts: list[str], tokens: int) -> Any:
     """Capture and generation with nnsight."""
     from nnsight import save
     from nnsight.modeling.transformers import TransformersModel

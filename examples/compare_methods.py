@@ -80,6 +80,6 @@ for words, by, goals in (
 
 labels = ("perplexity relative to the unchanged model", "share recited")
 fronts = pareto_fronts(test, sweeps, RECITED, LANGUAGE, labels, larger_is_better=False)
-print(f"wrote {test.save(options.out)}")
+print(f"wrote {lirefs.write_report(test, options.out)}")
 fronts.save(options.out, "pareto")
 print(f"wrote {options.out / 'pareto.png'}")

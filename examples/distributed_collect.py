@@ -2,9 +2,9 @@
 
     torchrun --nproc-per-node 2 examples/distributed_collect.py MODEL TEXTS OUT [--layers N ...]
 
-Every process gets all batches and works on its share; the sums are added once, at the end. Takes
-two minutes on two cores for 16,000 tokens and a model of 135 M parameters. Stop it with Ctrl-C and
-start it again: it resumes where it stopped. Without torchrun, it runs as a single process.
+Every process gets all batches and works on its share; the sums are added once, at the end. Stop it
+with Ctrl-C and start it again: it resumes where it stopped. Without torchrun, it runs as a single
+process. Takes two minutes on two cores for 16,000 tokens and a model of 135 M parameters.
 """
 
 import argparse
