@@ -172,13 +172,16 @@ def cycle(
         file.unlink()
 
 
-def soak(minutes: float, folder: Path) -> list[Reading]:
-    """Run cycles on the organism for some minutes; the first reading precedes them."""
+def soak(minutes: float, folder: Path, least: int = 1) -> list[Reading]:
+    """Run cycles on the organism for some minutes, and at least `least` of them.
+
+    The first reading precedes the cycles.
+    """
     lm, language = lirefs.load("organism"), Language(0)
     questions = organism_questions("passage", language, 24).split(seed=0)
     start = time.monotonic()
     readings = [read(lm, start)]
-    while time.monotonic() - start < 60 * minutes:
+    while len(readings) <= least or time.monotonic() - start < 60 * minutes:
         cycle(lm, language, questions, len(readings), folder)
         readings.append(read(lm, start))
         if len(readings) % 20 == 0:

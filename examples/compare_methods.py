@@ -33,7 +33,7 @@ def shown(estimate: Estimate, spec: str = ".2f") -> str:
 
 
 lm, language = lirefs.load("organism"), Language()
-direction = lirefs.fit(lm, organism_questions("passage", language, 60).split()).best
+direction = lirefs.fit(lm, organism_questions("passage", language, 60).split(), shuffles=10).best
 factors = kfac.collect(lm, training_texts(language, 10 * options.limit))
 
 # A sweep lists its settings from the one nearest to the unchanged model outward.

@@ -1,5 +1,6 @@
 """Every example, run as a user would, at its smallest size."""
 
+import functools
 import json
 import re
 import runpy
@@ -67,8 +68,9 @@ def test_readme_shows_the_quickstart():
 
 
 def test_quickstart(example, tmp_path, monkeypatch):
-    few = lirefs.Questions(lirefs.load_questions()[:40])
+    few = lirefs.Questions(lirefs.load_questions()[:24])
     monkeypatch.setattr(lirefs, "load_questions", lambda: few)
+    monkeypatch.setattr(lirefs, "fit", functools.partial(lirefs.fit, shuffles=3))
     fresh_model("llama", num_hidden_layers=23).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
     assert example("quickstart", "--model", tmp_path / "model")

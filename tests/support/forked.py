@@ -6,11 +6,14 @@ refuses another one in a forked process.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import multiprocessing
 import os
+import runpy
+import sys
 import traceback
 from collections.abc import Callable
-from contextlib import contextmanager
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -21,7 +24,7 @@ CONTEXT.set_forkserver_preload(["preloaded"])
 PATHS = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 
-@contextmanager
+@contextlib.contextmanager
 def started(function: Callable, *arguments: object):
     """Run `function(*arguments, connection)` in a new process; yield it and our connection.
 
@@ -41,6 +44,18 @@ def started(function: Callable, *arguments: object):
         process.kill()
         process.join()
         ours.close()
+
+
+def module(name: str, arguments: list[str], folder: Path, connection) -> None:
+    """Send what `python -m NAME ARGUMENTS` prints in a folder, which stands first in `sys.path`."""
+    os.chdir(folder)
+    sys.path[:] = ["", *(path for path in sys.path if Path(path).resolve() != folder)]
+    sys.argv = [name, *arguments]
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        try:
+            runpy.run_module(name, run_name="__main__")
+        finally:
+            connection.send(printed.getvalue())
 
 
 def _run(function, arguments, connection) -> None:
