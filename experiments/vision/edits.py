@@ -84,7 +84,7 @@ def answers(model: ViTForImageClassification, inputs: Tensor) -> Tensor:
 
 
 def score(model: ViTForImageClassification, split: NoisySplit, wrong: NoisySplit) -> VisionScores:
-    """Score a model as it is now.
+    """Score a model in its current state.
 
     Args:
         model: A classifier of the images.
@@ -143,7 +143,7 @@ class Trained:
         return kfac.CurvatureEdit(self.factors, keeps, estimator=estimator)
 
     def score(self, edit: kfac.WeightEdit | None = None) -> VisionScores:
-        """Score the network as it is, or under an edit."""
+        """Score the network, unedited or under an edit."""
         if edit is None:
             return score(self.model, self.split, self.split)
         with edit.apply(self.model):
