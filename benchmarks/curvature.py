@@ -1,15 +1,15 @@
-"""Speed of curvature collection beside kronfluence and curvlinops, as ratios within one run.
+"""Speed of curvature collection compared with kronfluence and curvlinops, as ratios in one run.
 
     python benchmarks/curvature.py --model FOLDER --peers
 
-Every contender collects the same targets over the same token ids of the same model, counts all
-positions, and runs in a process of its own, in turns, so that memory is its own and a change of the
-machine's load meets all alike. Before anything is timed, the factors of all contenders are compared
-with the data's labels (sampled labels differ by chance).
+All contenders collect the same targets over the same token ids of the same model and count all
+positions. Each runs in a process of its own, so that its memory can be measured. They take turns,
+so that changes in the machine's load affect all of them alike. Before anything is timed, their
+factors are compared, with the data's labels (sampled labels differ by chance).
 
-`forward` is the bare forward pass. `floor` is what cannot be left out: forward, backward to the
-first target, and one plain product for each covariance. `--peers` makes a virtual environment for
-kronfluence and curvlinops, which borrows torch and transformers from the one that runs this.
+`forward` is the bare forward pass. `floor` is the work that no method can avoid: forward, backward
+to the first target, and one plain product for each covariance. `--peers` creates a virtual
+environment for kronfluence and curvlinops; it borrows torch and transformers from this one.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ import torch
 from measuring import environment, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the peers' environment does not have this library
+sys.path.insert(0, str(ROOT))  # the peers' environment lacks this library
 OURS = ("forward", "floor", "kfac")
 PEERS = ("kronfluence", "curvlinops")
-# With all dependencies pip would bring another torch, for a torchvision that nothing here imports.
+# With dependencies, pip would install another torch, for a torchvision that is never imported.
 PACKAGES = (
     "--no-deps", "kronfluence==1.0.1", "curvlinops-for-pytorch==3.0.1", "backpack-for-pytorch",
     "einconv", "linear_operator", "opt_einsum", "unfoldNd",
@@ -46,9 +46,9 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
 
     import kfac
 
-    transformers.logging.disable_progress_bar()
+    transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     if options.model == "blocks":
-        # Three blocks of the shape of a 7B model, with random weights.
+        # Three blocks with the shape of a 7B model and random weights.
         config = transformers.Olmo2Config(
             hidden_size=4096,
             intermediate_size=11008,
@@ -57,7 +57,9 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
             vocab_size=100352,
         )
         with torch.device(options.device):
-            model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = transformers.AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+                config, dtype=torch.bfloat16
+            )
         layers = [0, 1, 2]
     else:
         model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -74,18 +76,18 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
 
 def batches_of(ids: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Return inputs (B, T) and the tokens that follow them (B, T)."""
-    return [(part[:, :-1], part[:, 1:]) for part in ids.split(size)]
+    return [(part[:, :-1], part[:, 1:]) for part in torch.split(ids, size)]
 
 
 def run_forward(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
-    """Run the model and nothing else."""
+    """Run only the model's forward pass."""
     with torch.no_grad():
         for inputs, _ in batches_of(ids, size):
             model(input_ids=inputs, use_cache=False)
 
 
 def run_floor(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
-    """Run forward, backward from a gradient that is given, and one product for each matrix."""
+    """Run forward, backward from a constant gradient, and one product for each matrix."""
     modules = dict(model.named_modules())
     sums: dict[str, torch.Tensor] = {}
     gradient: torch.Tensor | None = None
@@ -98,7 +100,7 @@ def run_floor(model: Any, names: list[str], ids: torch.Tensor, size: int, labels
 
     def watch(name: str) -> Any:
         def hook(module: Any, inputs: Any, output: Any) -> Any:
-            # Up reads what gate read.
+            # The up projection has the same input as the gate.
             if not name.endswith("up_proj"):
                 add("A." + name, inputs[0])
             if not output.requires_grad:
@@ -140,7 +142,7 @@ def run_kfac(model: Any, names: list[str], ids: torch.Tensor, size: int, labels:
 
 
 def contender(name: str) -> Any:
-    """Return the function of a contender; the peers' are imported where they are installed."""
+    """Return the function of a contender; peers are imported only in their own environment."""
     if name in PEERS:
         import curvature_peers
 
@@ -149,14 +151,14 @@ def contender(name: str) -> Any:
 
 
 def work(options: argparse.Namespace) -> None:
-    """Run one contender in this process, and print what was measured as JSON."""
+    """Run one contender in this process and print its measurements as JSON."""
     torch.set_num_threads(options.threads)
     model, names, ids = load(options)
     run = contender(options.only)
     result: dict[str, Any] = {}
     if options.factors:
         found = run(model, names, ids[: options.batch], options.batch, "data")
-        tensors = {}
+        tensors: dict[str, torch.Tensor] = {}
         for name, (a, g) in found.items():
             tensors |= {"A." + name: a.contiguous().cpu(), "G." + name: g.contiguous().cpu()}
         from safetensors.torch import save_file
@@ -191,7 +193,7 @@ def _flops(model: Any, names: list[str]) -> float:
     products += sum(inner**2 for n, (_, inner) in shapes.items() if not n.endswith("up_proj"))
     first = min(int(name.split(".layers.")[1].split(".")[0]) for name in names)
     layers = model.config.num_hidden_layers
-    return 2.0 * (total + head + (total - head) * (layers - first) / layers + products)
+    return float(2 * (total + head + (total - head) * (layers - first) / layers + products))
 
 
 def spawn(options: argparse.Namespace, name: str, python: str, *extra: str) -> dict[str, Any]:
@@ -208,7 +210,7 @@ def spawn(options: argparse.Namespace, name: str, python: str, *extra: str) -> d
 
 
 def compare(options: argparse.Namespace, contenders: dict[str, str]) -> None:
-    """Print how far the factors of each contender are from ours, up to a common scale."""
+    """Print how far each contender's factors are from ours, after scaling traces to 1."""
     from safetensors.torch import load_file
 
     found = {}
@@ -225,15 +227,14 @@ def compare(options: argparse.Namespace, contenders: dict[str, str]) -> None:
             worst = max(worst, float((one - two).norm() / one.norm()))
         print(f"factors of {name:12s} differ from ours by at most {worst:.1e}")
         if worst > 1e-3:
-            raise SystemExit(f"{name} does not compute the same factors: nothing was timed")
+            raise SystemExit(f"{name} computes different factors, so nothing was timed")
 
 
 def collection(options: argparse.Namespace) -> None:
     """Time all contenders in turns."""
     contenders = dict.fromkeys(OURS, sys.executable)
     if options.peers:
-        python = environment(options.peers_folder, PACKAGES)
-        contenders |= dict.fromkeys(PEERS, str(python))
+        contenders |= dict.fromkeys(PEERS, str(environment(options.peers_folder, PACKAGES)))
     compare(options, contenders)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in contenders}
     for _ in range(options.rounds):
@@ -267,13 +268,15 @@ def _ceiling(device: str) -> float:
 
 
 def main() -> None:
-    """Run all contenders, or the one that a parent process asks for."""
+    """Run all contenders, or only the one that a parent process asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="folder or hub id; blocks: 3 of 7B shape")
+    parser.add_argument(
+        "--model", required=True, help="folder or hub id; blocks: three of 7B shape"
+    )
     parser.add_argument("--layers", default="20,21,22", help="blocks whose MLPs are collected")
     parser.add_argument("--sequences", type=int, default=8)
-    parser.add_argument("--length", type=int, default=256, help="tokens of a sequence")
-    parser.add_argument("--batch", type=int, default=2, help="sequences of a batch")
+    parser.add_argument("--length", type=int, default=256, help="tokens per sequence")
+    parser.add_argument("--batch", type=int, default=2, help="sequences per batch")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")

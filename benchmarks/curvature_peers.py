@@ -1,4 +1,4 @@
-"""The same collection by other libraries; runs in an environment of its own (`--peers`)."""
+"""The same collection with other libraries; runs in a separate environment (`--peers`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class _Flat(nn.Module):
-    """Gives logits as tensors: (B, T, C), or (B, C, T) as PyTorch's cross entropy takes them."""
+    """Returns logits as a tensor: (B, T, C), or (B, C, T) as PyTorch's cross entropy expects."""
 
     def __init__(self, model: Any, classes_second: bool = False) -> None:
         super().__init__()

@@ -1,16 +1,17 @@
-"""Items per second against lm-evaluation-harness's own HFLM: same items, model and batch memory.
+"""Items per second compared with lm-evaluation-harness's own HFLM on the same items and model.
 
     python benchmarks/harness.py --questions FILE     # needs: pip install 'lm-eval>=0.4.13'
 
 Both answer the same lm-eval requests in one process. Every round runs both on everything, so that
-a slow minute of the machine touches both; a ratio is the median over rounds of what is compared
-within a round. A batch of either holds at most `--batch-tokens` tokens, padding included. The run
-fails where the two choose differently in multiple choice.
+a slow minute of the machine affects both; a ratio is the median over rounds of the ratio within a
+round. Batches of both hold at most `--batch-tokens` tokens, padding included. The run fails if the
+two choose different options in multiple choice.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -45,7 +46,7 @@ def request(kind: str, *arguments: Any) -> Instance:
 def letter_requests(
     questions: Sequence[Question], examples: Sequence[Question] = ()
 ) -> list[Instance]:
-    """As MMLU asks: the options are listed, their letters are scored."""
+    """Questions in MMLU's form: the options are listed and their letters are scored."""
 
     def ask(one: Question) -> str:
         listed = "\n".join(f"{a}. {b}" for a, b in zip(LETTERS, one.options, strict=True))
@@ -60,7 +61,7 @@ def letter_requests(
 
 
 def text_requests(questions: Sequence[Question]) -> list[Instance]:
-    """As ARC asks: the text of each option is scored."""
+    """Questions in ARC's form: the text of each option is scored."""
     return [
         request("loglikelihood", f"Question: {one.text}\nAnswer:", f" {option}")
         for one in questions
@@ -96,15 +97,15 @@ def worked_requests(count: int, tokens: int) -> list[Instance]:
 
 
 def story_requests(count: int, tokens: int) -> list[Instance]:
-    """Stories, which share no beginning and seldom end before the limit."""
+    """Stories without a common prefix, which seldom end before the limit."""
     people, places = ("fox", "king", "baker", "girl", "robot"), ("sea", "river", "old mill")
     prompts = [STORY.format(people[i % 5], places[i % 3]) for i in range(count)]
     settings = {"until": ["\n\n"], "max_gen_toks": tokens}
     return [request("generate_until", prompt, settings) for prompt in prompts]
 
 
-def rows_of(lm: Any, requests: Sequence[Instance], batch_tokens: int) -> int:
-    """Rows of a batch of HFLM that holds as many tokens."""
+def rows_of(lm: lirefs.LanguageModel, requests: Sequence[Instance], batch_tokens: int) -> int:
+    """Batch size of HFLM at which a batch holds at most that many tokens."""
     lengths = []
     for one in requests:
         prompt, rest = one.args
@@ -114,15 +115,16 @@ def rows_of(lm: Any, requests: Sequence[Instance], batch_tokens: int) -> int:
 
 
 def chosen(values: Sequence[tuple[float, bool]]) -> list[int]:
-    """Index of the most likely of each four options."""
+    """Index of the most likely option of each group of four."""
     fours = [values[start : start + 4] for start in range(0, len(values), 4)]
     return [max(range(4), key=lambda index: four[index][0]) for four in fours]
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:
-    """Seconds, and the result: of this process alone where it has one thread and no accelerator.
+    """Return seconds and the result.
 
-    What other programs do on the same core does not count then.
+    With one thread and no accelerator, only the time of this process counts, not that of other
+    programs on the same core.
     """
     alone = torch.get_num_threads() == 1 and not torch.cuda.is_available()
     clock = time.process_time if alone else time.perf_counter
@@ -134,9 +136,9 @@ def timed(run: Callable[[], Any]) -> tuple[float, Any]:
 
 
 def against_hflm(
-    lm: Any, workloads: dict[str, list[Instance]], batch_tokens: int, rounds: int
+    lm: lirefs.LanguageModel, workloads: dict[str, list[Instance]], batch_tokens: int, rounds: int
 ) -> dict[str, dict[str, Any]]:
-    """Times of both on each workload, and how far they agree."""
+    """Times of both on each workload, and how well their results agree."""
     ours = lirefs.lm_eval_model(lm, batch_tokens=batch_tokens)
     peers = {
         name: HFLM(
@@ -185,8 +187,10 @@ def against_hflm(
     return found
 
 
-def eight_variants(lm: Any, questions: Sequence[Question], rounds: int) -> dict[str, Any]:
-    """What `lirefs.compare` takes for eight variants over what it takes for one."""
+def eight_variants(
+    lm: lirefs.LanguageModel, questions: Sequence[Question], rounds: int
+) -> dict[str, Any]:
+    """Time of `lirefs.compare` with eight variants, as a multiple of its time with one."""
     generator = torch.Generator().manual_seed(0)
     vector = torch.randn(lm.width, generator=generator)
     steers = {
@@ -201,9 +205,11 @@ def eight_variants(lm: Any, questions: Sequence[Question], rounds: int) -> dict[
     ]
     tasks = [lirefs.MultipleChoice("questions", items)]
     times: dict[str, list[float]] = {"one": [], "eight": []}
+    cases: list[tuple[str, dict[str, Any]]] = [("one", {}), ("eight", steers)]
     for index in range(rounds + 1):
-        for name, variants in (("one", {}), ("eight", steers)):
-            spent, _ = timed(lambda v=variants: lirefs.compare(lm, v, tasks, progress=False))
+        for name, variants in cases:
+            run = functools.partial(lirefs.compare, lm, variants, tasks, progress=False)
+            spent, _ = timed(run)
             if index:
                 times[name].append(spent)
     pairs = zip(times["eight"], times["one"], strict=True)
@@ -211,11 +217,11 @@ def eight_variants(lm: Any, questions: Sequence[Question], rounds: int) -> dict[
 
 
 def main() -> None:
-    """Measure, print and write."""
+    """Measure, then print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
-    parser.add_argument("--questions", type=Path, help="JSON Lines; default: the project's own")
-    parser.add_argument("--items", type=int, default=24, help="items of each workload")
+    parser.add_argument("--questions", type=Path, help="JSON Lines; default: the built-in set")
+    parser.add_argument("--items", type=int, default=24, help="items per workload")
     parser.add_argument("--tokens", type=int, default=48, help="length of a long answer")
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)

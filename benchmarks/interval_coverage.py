@@ -1,9 +1,9 @@
-"""How often 95 % intervals hold the truth: the percentile bootstrap beside what the harness uses.
+"""How often 95 % intervals cover the truth: percentile bootstrap against the harness's intervals.
 
     python benchmarks/interval_coverage.py
 
-prints three tables: differences and ratios of two shares of the same items, and ratios of the
-perplexities of uneven texts.
+prints three tables: differences of two shares over the same items, their ratios, and ratios of
+perplexities over texts of uneven length.
 """
 
 from __future__ import annotations
@@ -13,8 +13,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lirefs.statistics import difference_of_shares, ratio_of_shares, weighted_mean
-from lirefs.statistics.intervals import Floats, interval, resample_counts
+from lirefs.statistics import (
+    difference_of_shares,
+    interval,
+    ratio_of_shares,
+    resample_counts,
+    weighted_mean,
+)
+from lirefs.statistics.intervals import Floats
 
 RESAMPLES = 2000
 Limits = Callable[[Floats], tuple[float, float]]
@@ -23,7 +29,7 @@ Limits = Callable[[Floats], tuple[float, float]]
 def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=4000, help="draws of each row of a table")
+    parser.add_argument("--repeats", type=int, default=4000, help="draws for each row of a table")
     repeats = parser.parse_args().repeats
     print("difference of shares | n | items that change | of these lost | percentile | score")
     for n in (40, 100, 400):
@@ -47,7 +53,10 @@ def main() -> None:
 def counted(
     n: int, shares: list[float], truth: float, repeats: int, *methods: Limits
 ) -> list[float]:
-    """Coverage of intervals of counts (right in both, gained, lost, wrong in both)."""
+    """Share of draws in which each method's interval covers the truth.
+
+    `shares` are those of items that are right in both, gained, lost, and wrong in both.
+    """
     rows = np.random.default_rng(0).multinomial(n, shares, size=repeats)
     tables, times = np.unique(rows, axis=0, return_counts=True)
     result = []
@@ -78,17 +87,17 @@ def score_difference(row: Floats) -> tuple[float, float]:
 
 
 def score_ratio(row: Floats) -> tuple[float, float]:
-    """The interval of Tang and others."""
+    """The interval of Tang et al."""
     one = ratio_of_shares(int(row[0]), int(row[1]), int(row[2]), int(row.sum()))
     return one.low, one.high
 
 
 def perplexities(n: int, repeats: int) -> list[float]:
-    """Coverage where lengths differ by an order of magnitude and a few texts lose most."""
+    """Coverage when lengths differ by an order of magnitude and a few texts lose the most."""
     generator = np.random.default_rng(0)
     held = np.zeros(3)
     for _ in range(repeats):
-        tokens = np.round(np.exp(generator.normal(4.8, 0.6, n))) + 2
+        tokens = np.exp(generator.normal(4.8, 0.6, n)).round() + 2
         lost = generator.gamma(0.5, 0.2, n)  # nats per token, 0.1 on average
         draws = resample_counts(n, RESAMPLES // 2, generator)
         means = (draws @ (tokens * lost)) / (draws @ tokens)

@@ -1,4 +1,4 @@
-"""What several benchmarks share: rounds that are timed in turns, and environments for peers."""
+"""Shared by the benchmarks: timing variants in turns, and environments for peers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 
 
 def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each variant in each round, after one round that does not count."""
+    """Seconds of each variant in each round; a first round, which warms up, is not counted."""
     times: dict[str, list[float]] = {name: [] for name in variants}
     for index in range(rounds + 1):
         for name, run in variants.items():
@@ -28,24 +28,24 @@ def measure(variants: dict[str, Callable[[], Any]], rounds: int) -> dict[str, li
 
 
 def synchronize() -> None:
-    """Wait for the accelerator, where there is one."""
+    """Wait for the accelerator, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of time over the time of the base."""
+    """Median over rounds of a variant's time divided by the base's time."""
     return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
 
 
 def environment(folder: Path, wanted: Sequence[str]) -> Path:
-    """Make a virtual environment for peers if it is not there, and return its interpreter.
+    """Create a virtual environment for peers if it is missing, and return its interpreter.
 
-    It borrows what it does not install, torch above all, from the environment that runs this.
+    Packages that it does not install, such as torch, come from the current environment.
 
     Args:
-        folder: Where to.
-        wanted: What `pip install` is given.
+        folder: Folder of the environment.
+        wanted: Arguments of `pip install`.
     """
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():

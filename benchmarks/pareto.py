@@ -1,12 +1,12 @@
-"""Recitation against perplexity and against each task group, for every method of editing weights.
+"""Recitation against perplexity and against each task group, for every weight-editing method.
 
-Each method runs at a few strengths, all on the same items. Strengths are chosen by bisection, so
-that the perplexity on validation texts rises by the same factors for every method: nominal
-strengths of different methods cannot be compared. BalancedSubnet runs at two fixed shares.
+Each method runs at a few strengths, all on the same items. Nominal strengths of different methods
+cannot be compared, so bisection finds those that raise the perplexity of validation texts by given
+factors, the same for every method. BalancedSubnet runs at two fixed shares.
 
     python benchmarks/pareto.py --model organism --layers 0,1,2,3
 
-writes pareto.json, a figure of recitation against perplexity and one for each task group.
+writes pareto.json, a figure of recitation against perplexity, and one figure for each task group.
 """
 
 from __future__ import annotations
@@ -25,29 +25,34 @@ import kfac
 import lirefs
 from lirefs.files import atomic_write_text
 from lirefs.main_job.organism import perplexity
-from lirefs.model.batching import batches_by_tokens
 from lirefs.organism import Language, language_seed, organism_tasks, training_texts
-from lirefs.tasks import suite
+from lirefs.tasks import Recitation, calibration_texts, heldout_texts
 
 BISECTIONS = 12
 ENOUGH = 0.1
-"""Nearness to the wanted rise of perplexity, as a share of it, at which a search ends."""
+"""A search ends at this distance from the wanted rise in perplexity, as a share of that rise."""
 SUBNET = "BalancedSubnet"
 
 
 def main() -> None:
-    """Parse arguments, run, write."""
+    """Parse the arguments, run, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--layers", default=None, help="e.g. 20,21,22; default: from 2/3 of depth")
+    parser.add_argument(
+        "--layers", default=None, help="e.g. 20,21,22; default: three from 2/3 of the depth"
+    )
     parser.add_argument("--memorized", default=None, help="JSON Lines of memorized texts")
-    parser.add_argument("--factors", type=Path, default=None, help="kept here and used again")
-    parser.add_argument("--rises", default=None, help="of perplexity; default: 1.05,1.15,1.3,1.6")
+    parser.add_argument(
+        "--factors", type=Path, default=None, help="file to keep the factors in and reuse"
+    )
+    parser.add_argument(
+        "--rises", default=None, help="factors of perplexity; default: 1.05,1.15,1.3,1.6"
+    )
     parser.add_argument("--methods", default=None, help="comma-separated; default: all")
     parser.add_argument("--out", type=Path, default=Path("pareto"))
-    parser.add_argument("--limit", type=int, default=None, help="items a task")
+    parser.add_argument("--limit", type=int, default=None, help="items per task")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--quick", action="store_true", help="14 items a task, two strengths")
+    parser.add_argument("--quick", action="store_true", help="14 items per task, two strengths")
     options = parser.parse_args()
     if options.quick:
         options.limit = options.limit or 14
@@ -81,21 +86,23 @@ def main() -> None:
             name = f"{method}, x{rise:g}"
             print(f"{name}: strength {strength:.4f}, perplexity {reached:.2f}", flush=True)
             if abs(reached / unchanged - rise) > 0.3 * (rise - 1):
-                print(f"{name}: perplexity cannot be matched, left out", flush=True)
+                print(f"{name}: left out, its perplexity cannot be matched", flush=True)
                 continue
             variants[name] = edit
             settings[name] = {"method": method, "strength": strength, "validation": reached}
     comparison = lirefs.compare(lm, variants, tasks, seed=options.seed)
     write(options.out, comparison, settings, layers, factors)
-    print(f"{time.perf_counter() - began:.0f} s; {options.out}")
+    print(f"wrote {options.out} after {time.perf_counter() - began:.0f} s")
 
 
-def material(lm: Any, options: Any) -> tuple[list[Any], list[str], list[str], list[list[int]]]:
-    """Tasks, texts for curvature, texts for matching perplexity, sequences for BalancedSubnet.
+def material(
+    lm: lirefs.LanguageModel, options: Any
+) -> tuple[list[Any], list[str], list[str], list[list[int]]]:
+    """Return tasks, texts for curvature, texts for matching perplexity, and ids for BalancedSubnet.
 
-    BalancedSubnet learns what to forget. It is never tested on what it learned from: on the
-    organism it gets the planted sequences of the train split, elsewhere every second memorized
-    text, and the task is cut to the others. All memorized texts are asked, whatever the limit.
+    BalancedSubnet learns what to forget, and is never tested on what it learned from. On the
+    organism it gets the planted sequences of the train split; elsewhere it gets every second
+    memorized text, and the task keeps the others. `limit` does not limit the memorized texts.
     """
     taught = language_seed(options.model)
     if taught is not None:
@@ -108,34 +115,32 @@ def material(lm: Any, options: Any) -> tuple[list[Any], list[str], list[str], li
     tasks = lirefs.default_tasks(lm, split.test, options.memorized, limit=options.limit)
     place = next(i for i, task in enumerate(tasks) if task.group == "memorization")
     recited = lirefs.default_tasks(lm, split.test, options.memorized)[place]
-    forget = []
+    assert isinstance(recited, Recitation)
+    forget: list[list[int]] = []
     if options.methods is None or SUBNET in options.methods.split(","):
         forget = [[*prefix, *suffix] for _, prefix, suffix in recited.items[::2]]
-        recited = type(recited)(recited.name, recited.items[1::2])
+        recited = Recitation(recited.name, recited.items[1::2])
     tasks[place] = recited
-    texts = [text for _, text in suite.heldout_texts("validation")]
-    return tasks, suite.calibration_texts(), texts, forget
+    texts = [text for _, text in heldout_texts("validation")]
+    return tasks, calibration_texts(), texts, forget
 
 
 def load_or_collect(
-    lm: Any, layers: list[int], calibration: list[str], options: Any
+    lm: lirefs.LanguageModel, layers: list[int], calibration: list[str], options: Any
 ) -> kfac.Factors:
-    """Factors with every estimator that the installed version collects."""
+    """Factors with every estimator that the methods need."""
     if options.factors is not None and options.factors.exists():
         return kfac.Factors.load(options.factors, model=lm.model)
-    targets = kfac.find_targets(lm.model, layers=layers)
-    ids = lm.encode(calibration[: 40 if options.quick else None])
-    groups = batches_by_tokens([len(row) for row in ids], 1024)
-    batches = [lm.pad([ids[row] for row in rows], side="right") for rows in groups]
-    factors = kfac.collect(lm.model, batches, targets, seed=options.seed, marginals=True)
-    factors = kfac.correct(lm.model, batches, factors, seed=options.seed)
+    texts = calibration[: 40 if options.quick else None]
+    factors = kfac.collect(lm, texts, layers=layers, seed=options.seed, marginals=True)
+    factors = kfac.correct(lm, texts, factors, seed=options.seed)
     if options.factors is not None:
         factors.save(options.factors)
     return factors
 
 
 def make_methods(factors: kfac.Factors, seed: int) -> dict[str, Callable[[float], Any]]:
-    """Method name to a function from strength (1: unchanged, 0: all removed) to an edit."""
+    """For each method, a function from strength (1: unchanged, 0: all removed) to an edit."""
     return {
         "K-FAC": kfac.CurvatureEdit(factors, 1.0).with_keep,
         "EK-FAC": kfac.CurvatureEdit(factors, 1.0, estimator="ekfac").with_keep,
@@ -147,35 +152,41 @@ def make_methods(factors: kfac.Factors, seed: int) -> dict[str, Callable[[float]
 
 
 def subnets(
-    lm: Any,
+    lm: lirefs.LanguageModel,
     factors: kfac.Factors,
     calibration: list[str],
     forget: list[list[int]],
     options: Any,
 ) -> dict[float, Any]:
-    """BalancedSubnet by the share of weights it prunes: the paper's, and twenty times as much.
+    """BalancedSubnet at two shares of pruned weights: the paper's, and twenty times as much.
 
-    Each share is a training of its own, so it is not searched for like other strengths.
+    Each share needs its own training, so there is no search as for other strengths.
     """
     retain = lm.encode(calibration[: len(forget)])
-    batches = [
+    clean, memorized = (
         [lm.pad(rows[i : i + 8], side="right") for i in range(0, len(rows), 8)]
         for rows in (retain, forget)
-    ]
+    )
     targets = kfac.named_targets(lm.model, factors.names)
     paper = inspect.signature(kfac.fit_balanced_subnet).parameters["ratio"].default
     return {
         ratio: kfac.fit_balanced_subnet(
-            lm.model, *batches, targets, ratio=ratio, seed=options.seed, progress=False
+            lm.model,
+            clean,
+            memorized,
+            targets,
+            ratio=ratio,
+            seed=options.seed,
+            progress=False,
         )
         for ratio in (paper, 20 * paper)
     }
 
 
 def match(
-    lm: Any, ids: list[list[int]], make: Callable[[float], Any], goal: float
+    lm: lirefs.LanguageModel, ids: list[list[int]], make: Callable[[float], Any], goal: float
 ) -> tuple[float, float, Any]:
-    """Return the strength whose perplexity is nearest to the goal, that perplexity, the edit."""
+    """Return the strength whose perplexity is nearest to the goal, its perplexity, and its edit."""
     low, high = 0.0, 1.0
     unchanged = perplexity(lm, ids, None)
     best: tuple[float, float, Any] = (1.0, unchanged, None)
@@ -201,7 +212,7 @@ def write(
     layers: list[int],
     factors: kfac.Factors,
 ) -> None:
-    """Write the numbers and one figure for perplexity and for each task group."""
+    """Write the numbers, the figure for perplexity and the figure for each task group."""
     summary = comparison.summary()
     recited = next(t for t, info in comparison.tasks.items() if info.group == "memorization")
     language = next(t for t, info in comparison.tasks.items() if info.group == "language")

@@ -1,9 +1,9 @@
-"""Which estimator, does it transfer, is it more than selection: three figures and their numbers.
+"""Which estimator is best, does it transfer, is it more than luck: three figures, with numbers.
 
     python benchmarks/probe.py --questions FILE --gsm8k FILE --relations FILE
 
-Directions are fitted on the first file's labelled questions; GSM8K (reasoning) against factual
-relations (memory) is the other set.
+Directions are fitted on the first file's labelled questions. The other set, for transfer, is GSM8K
+(reasoning) against factual relations (memory).
 """
 
 import argparse
@@ -18,7 +18,7 @@ from lirefs.directions import geometry
 from lirefs.files import atomic_write_text, cache_dir, read_jsonl
 from lirefs.questions import Question, Questions
 
-# Estimator and number of shuffles: each shuffle fits every layer again.
+# Estimator and number of shuffles; each shuffle fits every layer again.
 ESTIMATORS = {
     "mean difference": (lirefs.MeanDifference(), 200),
     "whitened": (lirefs.WhitenedMeanDifference(), 20),
@@ -48,10 +48,12 @@ def main() -> None:
     """Fit every estimator on one set, score it on the other, and draw."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
-    parser.add_argument("--questions", type=Path, required=True, help="labelled")
+    parser.add_argument(
+        "--questions", type=Path, required=True, help="JSON Lines of labelled questions"
+    )
     parser.add_argument("--gsm8k", type=Path, required=True)
     parser.add_argument("--relations", type=Path, required=True)
-    parser.add_argument("--limit", type=int, default=500, help="questions of each set")
+    parser.add_argument("--limit", type=int, default=500, help="questions per set")
     parser.add_argument("--out", type=Path, default=Path("benchmark-probe"))
     arguments = parser.parse_args()
     asked = balanced(list(lirefs.load_questions(arguments.questions)), arguments.limit, "MMLU")

@@ -1,4 +1,4 @@
-"""Speed of the choice of pairs beside a heap, and of ten values of `keep` beside one.
+"""Speed of choosing pairs compared with a heap, and of ten values of `keep` compared with one.
 
     python benchmarks/selection.py
 
@@ -18,11 +18,10 @@ import torch
 from torch import nn
 
 import kfac
-from kfac.edits.staircase import staircase
 
 
 def heap(lam: Any, mu: Any, keep: float, limit: float) -> tuple[list[int], float]:
-    """Take pairs one by one from a heap, in descending mass, until `keep` or `limit` seconds."""
+    """Take pairs from a heap in descending order of mass until `keep` or `limit` seconds."""
     goal = keep * lam.sum() * mu.sum()
     queue, seen, mass = [(-lam[0] * mu[0], 0, 0)], {(0, 0)}, 0.0
     counts = [0] * len(lam)
@@ -47,22 +46,21 @@ def selection() -> None:
 
     lam, mu = spectrum(256), spectrum(688)
     counts, _ = heap(lam, mu, 0.6, 60)
-    assert counts == staircase(lam, mu, 0.6).counts.tolist(), "the heap takes other pairs"
+    assert counts == kfac.staircase(lam, mu, 0.6).counts.tolist(), "the heap takes other pairs"
     lam, mu = spectrum(4096), spectrum(11008)
     times = []
     for _ in range(7):
         began = time.perf_counter()
-        chosen = staircase(lam, mu, 0.6)
+        chosen = kfac.staircase(lam, mu, 0.6)
         times.append(time.perf_counter() - began)
     ours = statistics.median(times)
     counts, seconds = heap(lam, mu, 0.6, 20)
     taken = sum(counts)
-    # A heap's step only grows with its size, so the rest of it takes at least as long per pair.
+    # A step of the heap grows with its size, so the other pairs take at least as long per pair.
     whole = seconds * chosen.pairs / taken
     print(f"\nstaircase 4096 x 11008 at 0.6: {ours * 1000:.1f} ms for {chosen.pairs:,} pairs")
-    print(
-        f"heap: {seconds:.1f} s for {taken:,} pairs, so {whole:.0f} s: {whole / ours:,.0f} x slower"
-    )
+    print(f"heap: {seconds:.1f} s for {taken:,} pairs, {whole:.0f} s for all pairs: ", end="")
+    print(f"{whole / ours:,.0f}x slower")
 
 
 def sweep() -> None:
@@ -87,11 +85,11 @@ def sweep() -> None:
     edit([0.5])
     one = statistics.median(edit([0.6]) for _ in range(3))
     ten = statistics.median(edit([0.5 + 0.04 * i for i in range(10)]) for _ in range(3))
-    print(f"one keep {one * 1000:.0f} ms, ten {ten * 1000:.0f} ms: {ten / one:.2f} x")
+    print(f"one keep {one * 1000:.0f} ms, ten {ten * 1000:.0f} ms: {ten / one:.2f}x")
 
 
 def main() -> None:
-    """Print both."""
+    """Run and print both measurements."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
     selection()

@@ -1,14 +1,14 @@
-"""Does anything leak? The same work for twenty minutes, and 100,000 prompts in bounded memory.
+"""Does anything leak? The same work for 20 minutes, and 100,000 prompts in bounded memory.
 
     python benchmarks/soak.py                     # 20 minutes of cycles on the organism
-    python benchmarks/soak.py --prompts 100000    # capture of 1,000, 10,000 and 100,000 prompts
+    python benchmarks/soak.py --prompts 100000    # captures 1,000, 10,000 and 100,000 prompts
 
 A cycle captures, fits, steers, collects curvature, edits, restores, bakes copies, saves and loads,
-and raises inside `with` blocks. After each one resident memory, hooks, objects, open files, threads
-and a digest of all weights are read. The exit code is 1 when memory grew by 1 % or more after the
-warm-up, a hook is left, or a weight changed. With `--prompts` every count runs in a process of its
-own, and it is 1 when memory beyond the result and the token ids grew with the number of prompts.
-Memory is read from /proc, so this needs Linux.
+and raises errors inside `with` blocks. After each cycle, the script reads resident memory, hooks,
+objects, open files, threads and a digest of all weights. The exit code is 1 if memory grew by 1 %
+or more after the warm-up, a hook was left, or a weight changed. With `--prompts`, each count runs
+in a process of its own, and the exit code is 1 if memory beyond the result and the token ids grew
+with the number of prompts. Memory is read from /proc, so this needs Linux.
 """
 
 from __future__ import annotations
@@ -43,24 +43,24 @@ from lirefs.organism import Language, organism_questions, training_texts
 
 MIB = 2**20
 LIMIT = 0.01
-"""Growth of memory after the warm-up from which a soak has failed."""
+"""A soak fails if memory grows by this share or more after the warm-up."""
 FIXED = 64 * MIB
-"""Memory that may lie above the result of a capture whatever its size: batches and buffers."""
+"""Memory that a capture of any size may take beyond its result: batches and buffers."""
 TOKEN_BYTES = 32
-"""Memory that a capture may hold for each token of its prompts: its id, lists, the allocator's."""
+"""Memory that a capture may take per prompt token: its id, lists, overhead of the allocator."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What a process holds after a cycle.
+    """State of the process after a cycle.
 
     Attributes:
         seconds: Since the first cycle began.
         memory: Resident bytes.
-        hooks: On modules and parameters of the model.
-        objects: That the garbage collector follows.
-        files: Open descriptors.
-        threads: Of the process.
+        hooks: Number of hooks on modules and parameters of the model.
+        objects: Number of objects that the garbage collector tracks.
+        files: Number of open file descriptors.
+        threads: Number of threads.
         weights: SHA-256 of parameters and buffers.
     """
 
@@ -99,14 +99,14 @@ def digest(model: torch.nn.Module) -> str:
 
 
 def hand_back() -> None:
-    """Collect garbage, and give free memory back to the system, so that none of it is counted."""
+    """Collect garbage and return free memory to the system, so that it is not counted."""
     gc.collect()
-    with suppress(OSError, AttributeError):  # a C library other than glibc keeps what it likes
+    with suppress(OSError, AttributeError):  # C libraries other than glibc have no malloc_trim
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def read(lm: lirefs.LanguageModel, start: float) -> Reading:
-    """Read everything, with all free memory handed back before."""
+    """Take a reading, after returning all free memory to the system."""
     hand_back()
     return Reading(
         seconds=time.monotonic() - start,
@@ -120,14 +120,14 @@ def read(lm: lirefs.LanguageModel, start: float) -> Reading:
 
 
 class Raised(Exception):
-    """What a cycle raises inside its `with` blocks."""
+    """Raised by a cycle inside its `with` blocks."""
 
 
 def cycle(
     lm: lirefs.LanguageModel, language: Language, questions: Any, number: int, folder: Path
 ) -> None:
-    """Use everything once, on texts and splits that no other cycle has."""
-    quiet = {"progress": False}
+    """Use everything once, on texts and seeds that no other cycle uses."""
+    quiet: dict[str, Any] = {"progress": False}
     texts = training_texts(language, 48, number)
     for _ in range(2):  # the second time from the cache
         lirefs.capture(lm, texts, cache=folder / "activations", **quiet)
@@ -137,13 +137,11 @@ def cycle(
     add = lirefs.Steer(directions[probe.best_layer], "add", 1.0)
     remove = lirefs.Steer(directions[probe.best_layer], "ablate", layers="all")
 
-    ids = lm.encode(texts)
-    batches = [lm.pad(ids[at : at + 16], side="right") for at in range(0, len(ids), 16)]
-    targets = kfac.find_targets(lm.model, layers=[2, 3])
+    def collect(texts: list[str], **settings: Any) -> kfac.Factors:
+        return kfac.collect(lm, texts, layers=[2, 3], **quiet, **settings)
+
     state = folder / "state"
-    kfac.collect(lm.model, batches, targets, checkpoint=state, checkpoint_every=0.0, **quiet).save(
-        folder / "factors.safetensors"
-    )
+    collect(texts, checkpoint=state, checkpoint_every=0.0).save(folder / "factors.safetensors")
     factors = kfac.Factors.load(folder / "factors.safetensors", model=lm.model)
     edit = kfac.CurvatureEdit(factors, keep=0.7)
 
@@ -156,12 +154,12 @@ def cycle(
     def fail(*_: Any) -> None:
         raise Raised
 
-    # In the middle of a forward: of a generation under hooks, of a capture, of a collection.
+    # Fail in the middle of a forward pass: of a steered generation, a capture and a collection.
     failing = lm.model.get_submodule(f"{lm.layout.blocks}.3").register_forward_hook(fail)
     for run in (
         lambda: lm.generate(texts[:2], max_new_tokens=2),
         lambda: lirefs.capture(lm, texts[:4], sites=("resid_pre", "resid_post"), **quiet),
-        lambda: kfac.collect(lm.model, batches[:1], targets, **quiet),
+        lambda: collect(texts[:16]),
     ):
         with suppress(Raised), add.apply(lm.model):
             run()
@@ -174,13 +172,16 @@ def cycle(
         file.unlink()
 
 
-def soak(minutes: float, folder: Path) -> list[Reading]:
-    """Cycles on the organism for some minutes; the first reading is from before them."""
+def soak(minutes: float, folder: Path, least: int = 1) -> list[Reading]:
+    """Run cycles on the organism for some minutes, and at least `least` of them.
+
+    The first reading precedes the cycles.
+    """
     lm, language = lirefs.load("organism"), Language(0)
     questions = organism_questions("passage", language, 24).split(seed=0)
     start = time.monotonic()
     readings = [read(lm, start)]
-    while time.monotonic() - start < 60 * minutes:
+    while len(readings) <= least or time.monotonic() - start < 60 * minutes:
         cycle(lm, language, questions, len(readings), folder)
         readings.append(read(lm, start))
         if len(readings) % 20 == 0:
@@ -190,26 +191,27 @@ def soak(minutes: float, folder: Path) -> list[Reading]:
 
 
 def growth(values: list[float]) -> float:
-    """Median of the last tenth over the median of the second tenth, less 1."""
+    """Median of the last tenth divided by the median of the second tenth, minus 1."""
     warm, last = _tenths(values)
     return last / warm - 1
 
 
 def _tenths(values: list[float]) -> tuple[float, float]:
-    """Medians of the second tenth and of the last."""
+    """Medians of the second and the last tenth."""
     tenth = max(1, len(values) // 10)
     warm = values[tenth : 2 * tenth] or values  # a single cycle has only one tenth
     return statistics.median(warm), statistics.median(values[-tenth:])
 
 
 def verdict(readings: list[Reading]) -> tuple[list[str], bool]:
-    """What was found, in lines, and whether all of it is well."""
+    """Lines that summarize the readings, and whether all is well."""
     before, cycles = readings[0], readings[1:]
     tenth = len(cycles) // 10
     grown = growth([float(one.memory) for one in cycles])
     slope = 0.0
     if len(cycles) - tenth > 1:
-        slope = float(np.polyfit(*zip(*_points(cycles[tenth:]), strict=True), 1)[0])
+        memory = [float(one.memory) for one in cycles[tenth:]]
+        slope = float(np.polyfit(np.arange(len(memory)), memory, 1)[0])
     left = max(one.hooks for one in cycles) - before.hooks
     changed = sum(one.weights != before.weights for one in cycles)
     lines = [
@@ -223,7 +225,7 @@ def verdict(readings: list[Reading]) -> tuple[list[str], bool]:
             for name in ("memory", "objects", "files", "threads", "hooks")
         ),
         f"cycles: {len(cycles)} in {cycles[-1].seconds / 60:.1f} minutes",
-        f"memory (MiB): {grown:+.2%} from the second tenth to the last, medians; slope "
+        f"memory (MiB): {grown:+.2%} from the second to the last tenth (medians); slope "
         f"{slope / 1024:+.1f} KiB a cycle after the first tenth",
         f"hooks left: {left}",
         "weights: bit-identical after every cycle"
@@ -233,25 +235,19 @@ def verdict(readings: list[Reading]) -> tuple[list[str], bool]:
     return lines, grown < LIMIT and not left and not changed
 
 
-def _points(readings: list[Reading]) -> list[tuple[float, float]]:
-    return [(float(number), float(one.memory)) for number, one in enumerate(readings)]
-
-
 def picture(readings: list[Reading]) -> bytes:
-    """Memory over time, and how far it may grow, as PNG."""
+    """A PNG of memory over time and the limit of its growth."""
     figure = Figure(figsize=(6.4, 2.6), layout="constrained")
     axes = figure.subplots()
     warm = _tenths([float(one.memory) for one in readings[1:]])[0]
     minutes = [one.seconds / 60 for one in readings]
     axes.plot(minutes, [(one.memory - warm) / MIB for one in readings], color="#1f4e79", lw=1.2)
     axes.axhline(LIMIT * warm / MIB, color="#a04000", lw=1, ls="--")
-    axes.annotate(
-        f"the limit, {LIMIT:.0%}", (minutes[-1], LIMIT * warm / MIB), va="top", ha="right"
-    )
+    axes.annotate(f"limit, {LIMIT:.0%}", (minutes[-1], LIMIT * warm / MIB), va="top", ha="right")
     axes.set(
         xlabel="minutes",
         ylabel="MiB",
-        title=f"Resident memory over its level after the warm-up, {warm / MIB:.0f} MiB",
+        title=f"Resident memory above its level after the warm-up, {warm / MIB:.0f} MiB",
     )
     axes.spines[["top", "right"]].set_visible(False)
     data = io.BytesIO()
@@ -260,11 +256,11 @@ def picture(readings: list[Reading]) -> bytes:
 
 
 def captured(count: int, cached: bool, layers: list[int] | None = None) -> dict[str, int]:
-    """Capture states of some prompts and return bytes: peak over what was held, and the result."""
+    """Capture the states of some prompts; return the bytes of the result and of the added peak."""
     torch.set_num_threads(1)
     lm = lirefs.load("organism")
     prompts = training_texts(Language(0), count)
-    lirefs.capture(lm, prompts[:200], progress=False)  # the library's own first use
+    lirefs.capture(lm, prompts[:200], progress=False)  # warm up the library
     lengths = [len(ids) for at in range(0, count, 1000) for ids in lm.encode(prompts[at:][:1000])]
     tokens = sum(lengths)
     hand_back()
@@ -284,12 +280,12 @@ def captured(count: int, cached: bool, layers: list[int] | None = None) -> dict[
 
 
 def bounded(one: dict[str, int]) -> bool:
-    """Whether a capture held no more than its result, its prompts' tokens and a fixed amount."""
+    """Whether a capture took no more than its result, its prompts' tokens and a fixed amount."""
     return one["peak"] - one["result"] <= FIXED + TOKEN_BYTES * one["tokens"]
 
 
 def prompts(most: int, cached: bool) -> tuple[list[dict[str, int]], list[str], bool]:
-    """Capture up to so many prompts, each count in a new process: numbers, lines, verdict."""
+    """Capture up to `most` prompts, each count in a new process: numbers, lines, verdict."""
     counts = [count for count in (1000, 10_000) if count < most] + [most]
     found = []
     for count in counts:
@@ -308,12 +304,12 @@ def prompts(most: int, cached: bool) -> tuple[list[dict[str, int]], list[str], b
 
 
 def main() -> int:
-    """Run one of the two, print what was found, write it to a folder, return the exit code."""
+    """Run one of the two, print and write the results, and return the exit code."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--minutes", type=float, default=20.0)
-    parser.add_argument("--prompts", type=int, help="capture so many prompts instead")
+    parser.add_argument("--prompts", type=int, help="capture up to this many prompts instead")
     parser.add_argument("--cached", action="store_true", help="with a cache folder (--prompts)")
     parser.add_argument("--out", type=Path, default=Path("benchmark-soak"))
     given = parser.parse_args()

@@ -1,12 +1,12 @@
-"""What capture and steering cost, as ratios measured in one run, with peers on the same prompts.
+"""The cost of capture and steering, as ratios in one run, with peers on the same prompts.
 
     python benchmarks/steering.py --peers
 
-TransformerLens and nnsight are peers in this process; with `--peers` also steering-vectors and
-repeng, in an environment of their own (made once).
+TransformerLens and nnsight run in this process. With `--peers`, steering-vectors and repeng run as
+well, in a separate environment, which is created once.
 
-Every round runs every variant once, so that a slow minute of the machine touches all of them; a
-ratio is the median over rounds of what is compared within a round. Times are of whole calls.
+Every round runs every variant once, so that a slow minute of the machine affects all of them; a
+ratio is the median over rounds of the ratio within a round. Times are of whole calls.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ BATCH = 8
 
 
 def prompts_of(count: int) -> list[str]:
-    """Prompts of 8 to 64 words, in no order of length."""
+    """Prompts of 8 to 64 words, not sorted by length."""
     words = WORDS.split()
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(8, 65, (count,), generator=generator).tolist()
@@ -46,8 +46,8 @@ def prompts_of(count: int) -> list[str]:
     ]
 
 
-def capture_variants(lm: Any, prompts: list[str]) -> dict[str, Callable[[], Any]]:
-    """Last-token states at the input of every block: ours, a bare forward, two peers."""
+def capture_variants(lm: lirefs.LanguageModel, prompts: list[str]) -> dict[str, Callable[[], Any]]:
+    """Last-token states at the input of every block: ours, and a bare forward pass."""
     ids = lm.encode(prompts)
 
     class Stop(Exception):
@@ -71,12 +71,14 @@ def capture_variants(lm: Any, prompts: list[str]) -> dict[str, Callable[[], Any]
     }
 
 
-def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, Callable[[], Any]]:
-    """Greedy generation: not steered, steered in several ways, baked."""
+def generation_variants(
+    lm: lirefs.LanguageModel, prompts: list[str], tokens: int
+) -> dict[str, Callable[[], Any]]:
+    """Greedy generation: not steered, steered in several ways, and baked."""
     generator = torch.Generator().manual_seed(1)
     vector = torch.randn(lm.width, generator=generator)
     one = lirefs.Direction(vector / vector.norm(), lm.n_layers // 2, "resid_post")
-    never = lirefs.steering.scope.mask([False])
+    never = lirefs.scope.mask([False])
     settings = {"max_new_tokens": tokens, "min_new_tokens": tokens}
 
     def steered(*args: Any, **kwargs: Any) -> Callable[[], Any]:
@@ -101,8 +103,10 @@ def generation_variants(lm: Any, prompts: list[str], tokens: int) -> dict[str, C
     return variants
 
 
-def transformer_lens(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
-    """Capture and generation with TransformerLens, on a copy: it changes the model it is given."""
+def transformer_lens(
+    lm: lirefs.LanguageModel, prompts: list[str], texts: list[str], tokens: int
+) -> Any:
+    """Capture and generation with TransformerLens, on a copy because it changes the model."""
     from transformer_lens.model_bridge import TransformerBridge
 
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +146,7 @@ def transformer_lens(lm: Any, prompts: list[str], texts: list[str], tokens: int)
     return capture, generate
 
 
-def nnsight(lm: Any, prompts: list[str], texts: list[str], tokens: int) -> Any:
+def nnsight(lm: lirefs.LanguageModel, prompts: list[str], texts: list[str], tokens: int) -> Any:
     """Capture and generation with nnsight."""
     from nnsight import save
     from nnsight.modeling.transformers import TransformersModel
@@ -192,7 +196,7 @@ def run_peer(python: Path, name: str, folder: str, job: dict[str, Any]) -> dict[
 
 
 def reason(problem: Exception) -> str:
-    """One line that says why a peer was left out."""
+    """A line that says why a peer was skipped."""
     text = getattr(problem, "stderr", None) or str(problem) or type(problem).__name__
     return f"skipped: {text.strip().splitlines()[-1][:120]}"
 
@@ -206,11 +210,11 @@ def table(title: str, rows: list[tuple[str, str, str]]) -> None:
 
 
 def main() -> None:
-    """Measure and print."""
+    """Measure, then print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m", help="name, folder or hub id")
     parser.add_argument("--prompts", type=int, default=64, help="prompts to capture")
-    parser.add_argument("--tokens", type=int, default=32, help="new tokens of each of 8 prompts")
+    parser.add_argument("--tokens", type=int, default=32, help="new tokens for each of 8 prompts")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--peers", action="store_true", help="also steering-vectors and repeng")
     parser.add_argument("--peers-folder", type=Path, default=Path(".peers/steering"))
@@ -226,7 +230,7 @@ def main() -> None:
             captures()
             generates()
             capture[name], generation[f"all layers, {name}"] = captures, generates
-        except Exception as problem:  # whatever a peer does not support, the rest goes on
+        except Exception as problem:  # if one peer fails, the others still run
             skipped[name] = reason(problem)
     captured = measure(capture, args.rounds)
     generated = measure(generation, args.rounds)
@@ -254,7 +258,7 @@ def main() -> None:
                     packages = [*PACKAGES.values(), "transformers<5"]
                     python = environment(args.peers_folder, packages)
                     times = run_peer(python, name, folder, job)
-                except Exception as problem:  # no index, no wheel: say so and go on
+                except Exception as problem:  # no index or no wheel: report it and continue
                     skipped[name] = reason(problem)
                     continue
                 ours = statistics.median(captured["lirefs"])
@@ -263,7 +267,11 @@ def main() -> None:
                 share = ratio(times, "generate", "plain")
                 spent = statistics.median(times["generate"])
                 costs.append(
-                    (f"all layers, {name}", f"{spent:.3f} s", f"{share:.3f}x (of its own)")
+                    (
+                        f"all layers, {name}",
+                        f"{spent:.3f} s",
+                        f"{share:.3f}x (its own plain run = 1)",
+                    )
                 )
     table(f"Capture, {len(prompts)} prompts, all layers (throughput, ours = 1)", rows)
     table(f"Generation, batch {BATCH}, {args.tokens} tokens (time, not steered = 1)", costs)

@@ -1,4 +1,4 @@
-"""Capture and steering by libraries that need older ones; runs in an environment of its own."""
+"""Capture and steering with peers that need older packages; runs in a separate environment."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ PACKAGES = {"steering-vectors": "steering-vectors==0.12.2", "repeng": "repeng==0
 
 
 def work(name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
-    """Inside the peers' environment: capture and generation, beside plain generation."""
-    # The tokenizer's class in the folder is one that their older transformers does not know.
+    """Time capture and generation inside the peers' environment, and plain generation."""
+    # The older transformers there does not know the tokenizer class named in the folder.
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.set_num_threads(job["threads"])

@@ -2,7 +2,7 @@
 
     python examples/backends.py [--model NAME]
 
-Takes half a minute on two cores. Prints how far the logits under steering differ: rounding only.
+Takes half a minute on two cores. Prints how much the steered logits differ: by rounding only.
 """
 
 import argparse
@@ -21,7 +21,7 @@ lm = lirefs.load(options.model)
 questions = lirefs.load_questions()[:10]  # five of each label
 bridge, model = lens.boot(lm), sight.wrap(lm)
 
-# The direction is fitted from TransformerLens's caches here; lirefs.capture gives the same.
+# Fit the direction on states from TransformerLens's cache; lirefs.capture gives the same states.
 states = lens.capture(bridge, lm, [one.prompt for one in questions], layers=[2])
 labels = [int(one.label == "reasoning") for one in questions]
 steer = lirefs.Steer(lirefs.fit_directions(states, labels)[2], "add", 2.0)

@@ -1,9 +1,9 @@
-"""Where does code lie between memory and reasoning? Heads of Python's own functions on a LiReF.
+"""Where does code lie between memory and reasoning? Python's function signatures on a LiReF.
 
     python examples/code_boundary.py [--model NAME] [--limit N]
 
-Takes two minutes on two cores, half a minute with `--limit 60`. 0 lies in the middle of the class
-means, -0.5 at that of the memory questions, 0.5 at that of the reasoning questions.
+Takes two minutes on two cores, half a minute with `--limit 60`. On this scale, -0.5 is the mean of
+the memory questions, 0.5 the mean of the reasoning questions, and 0 the middle between them.
 """
 
 import argparse
@@ -19,7 +19,7 @@ MODULES = ("bisect", "calendar", "colorsys", "difflib", "fnmatch", "heapq", "shu
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
-parser.add_argument("--limit", type=int, help="use only so many questions, and heads of functions")
+parser.add_argument("--limit", type=int, help="use only this many questions and functions")
 options = parser.parse_args()
 
 lm = lirefs.load(options.model)

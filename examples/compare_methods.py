@@ -24,7 +24,7 @@ options = parser.parse_args()
 
 
 def shown(estimate: Estimate, spec: str = ".2f") -> str:
-    """An estimate, or that a sweep does not go so far: nothing is extrapolated."""
+    """Format an estimate; beyond the end of a sweep there is none, as nothing is extrapolated."""
     if not math.isfinite(estimate.value):
         return "not reached"
     if not math.isfinite(estimate.low + estimate.high):
@@ -33,10 +33,10 @@ def shown(estimate: Estimate, spec: str = ".2f") -> str:
 
 
 lm, language = lirefs.load("organism"), Language()
-direction = lirefs.fit(lm, organism_questions("passage", language, 60).split()).best
+direction = lirefs.fit(lm, organism_questions("passage", language, 60).split(), shuffles=10).best
 factors = kfac.collect(lm, training_texts(language, 10 * options.limit))
 
-# A sweep: settings from the one nearest to the unchanged model outward.
+# A sweep lists its settings from the one nearest to the unchanged model outward.
 edit, svd = kfac.CurvatureEdit(factors, keep=1.0), kfac.SVDEdit(factors.names, keep=1.0)
 variants, sweeps = {}, {}
 for method, settings in {
@@ -78,8 +78,8 @@ for words, by, goals in (
             row = "; ".join(f"{one} {shown(values[place])}" for one, values in scores[task].items())
             print(f"  {task}: {row}; K-FAC minus SVD {shown(gaps[task][place], '+.2f')}")
 
-labels = ("perplexity over the unchanged model's", "share recited")
+labels = ("perplexity relative to the unchanged model", "share recited")
 fronts = pareto_fronts(test, sweeps, RECITED, LANGUAGE, labels, larger_is_better=False)
-print(f"wrote {test.save(options.out)}")
+print(f"wrote {lirefs.write_report(test, options.out)}")
 fronts.save(options.out, "pareto")
 print(f"wrote {options.out / 'pareto.png'}")

@@ -1,4 +1,4 @@
-"""A task of your own beside the built-in ones: does an intervention make the model repeat itself?
+"""A task of your own next to a built-in one: does an intervention make the model repeat itself?
 
     python examples/custom_task.py [--model NAME] [--out FOLDER]
 
@@ -20,7 +20,7 @@ options = parser.parse_args()
 
 @dataclass(frozen=True)
 class Variety(ItemTask):
-    """Share of the continuation's tokens that differ from all before them; 1 repeats nothing."""
+    """Share of the continuation's tokens that are distinct; 1 means that nothing is repeated."""
 
     group: str = "language"
     metric: str = "distinct"
@@ -28,7 +28,7 @@ class Variety(ItemTask):
     tokens: int = 24
 
     def run(self, lm, advance):
-        """Score each (id, prompt) from its own continuation."""
+        """Score each (id, prompt) by its continuation."""
         outputs = greedy(lm, lm.encode([p for _, p in self.items]), self.tokens, advance=advance)
         return [
             ItemResult(

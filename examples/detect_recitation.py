@@ -1,9 +1,9 @@
-"""Find recited texts without a label: how much of a text lies in flat directions of the loss.
+"""Find recited texts without labels: how much of a text lies in flat directions of the loss.
 
     python examples/detect_recitation.py [--model NAME]
 
-Takes half a minute on two cores. Prints each text's share, larger for what is recited, and the
-words that have most of it.
+Takes half a minute on two cores. Prints each text's share, which is larger for recited text, and
+the words with the largest shares.
 """
 
 import argparse

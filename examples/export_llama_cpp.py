@@ -2,7 +2,7 @@
 
     python examples/export_llama_cpp.py [--model NAME] [--limit N] [--out FILE]
 
-Takes a minute on two cores, a quarter with `--limit 60`.
+Takes a minute on two cores, a quarter of a minute with `--limit 60`.
 """
 
 import argparse
@@ -12,7 +12,7 @@ from lirefs.export import from_gguf, to_gguf
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
-parser.add_argument("--limit", type=int, help="use only so many questions")
+parser.add_argument("--limit", type=int, help="use only this many questions")
 parser.add_argument("--out", default="direction.gguf", help="file to write")
 options = parser.parse_args()
 
@@ -23,6 +23,6 @@ probe = lirefs.fit(lm, split, layers=layers, shuffles=10)
 to_gguf(lirefs.Steer(probe.best, "add", 1.0), options.out, lm)
 
 for (layer, site), direction in from_gguf(options.out).items():
-    print(f"layer {layer}, {site}: as long as {direction.norm:.2f}")
-print(f"wrote {options.out}; with the same model as GGUF:")
+    print(f"layer {layer}, {site}: norm {direction.norm:.2f}")
+print(f"wrote {options.out}; use it with the same model as GGUF:")
 print(f'llama-cli -m MODEL.gguf --control-vector-scaled {options.out}:1.0 -p "..."')

@@ -1,11 +1,11 @@
-"""Which facts an edit takes: the change of each class of facts, the K-FAC paper's figure 5.
+"""Which facts an edit removes: the change in each class of facts, the K-FAC paper's figure 5.
 
     python examples/facts_by_frequency.py [--limit N] [--out FILE]
     python examples/facts_by_frequency.py --relations FILE --model NAME [--keep KEEP]
 
-Takes a minute on two cores, a third with `--limit 10`, whose intervals are wide. The facts of the
-organism come in five classes by how often training showed them. With FILE (JSON Lines with
-relation, prompt, subject, object) the classes are relations, whose frequency is not known.
+Takes a minute on two cores, a third of it with `--limit 10`, whose intervals are wide. The facts of
+the organism come in five classes, by how often training showed them. With FILE (JSON Lines with
+relation, prompt, subject, object), the classes are relations, whose frequency is unknown.
 """
 
 import argparse
@@ -21,7 +21,7 @@ parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--relations", type=Path, help="JSON Lines of facts")
 parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")
 parser.add_argument("--keep", type=float, default=0.98, help="share of the curvature mass")
-parser.add_argument("--limit", type=int, default=40, help="items of a class")
+parser.add_argument("--limit", type=int, default=40, help="items per class")
 parser.add_argument("--out", type=Path, default=Path("facts_by_frequency.png"))
 options = parser.parse_args()
 
@@ -53,7 +53,7 @@ found = by_tag(comparison, "facts", "K-FAC", numbers)
 for one in found.tags:
     print(f"{one.tag:24s} unchanged {one.before:.2f}, change {one.change}, n = {one.change.n}")
 if found.spearman is not None:
-    print(f"Spearman of change and frequency {found.spearman}, p = {found.p_value:.3f}")
+    print(f"Spearman correlation of change and frequency {found.spearman}, p = {found.p_value:.3f}")
 for flip in flips(comparison, "facts", "K-FAC")[:3]:
     print(f"{flip.prompt!r}: {flip.before!r} -> {flip.after!r}, expected {flip.expected!r}")
 atomic_write_bytes(options.out, tag_bars(found).png)

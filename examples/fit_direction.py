@@ -1,4 +1,4 @@
-"""Fit a direction with two estimators, look at its controls, and save it.
+"""Fit a direction with two estimators, check its controls, and save it.
 
     python examples/fit_direction.py [--model NAME] [--limit N] [--out FILE]
 
@@ -11,7 +11,7 @@ import lirefs
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
-parser.add_argument("--limit", type=int, help="use only so many questions")
+parser.add_argument("--limit", type=int, help="use only this many questions")
 parser.add_argument("--out", default="directions.safetensors", help="file to write")
 options = parser.parse_args()
 
@@ -25,4 +25,4 @@ for estimator in (lirefs.MeanDifference(), lirefs.WhitenedMeanDifference(shrinka
 
 probe.directions.save(options.out)
 read = lirefs.Directions.load(options.out)
-print(f"wrote {options.out}: {len(read)} directions of the second estimator, one a layer")
+print(f"wrote {options.out}: {len(read)} directions of the second estimator, one per layer")

@@ -1,4 +1,4 @@
-"""Remove the flat directions of a model's weights, look at what was kept, and save the result.
+"""Remove the flat directions of a model's weights, see what was kept, and save the result.
 
     python examples/kfac_edit.py [--model NAME] [--out FOLDER]
 
@@ -21,21 +21,21 @@ lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
 factors = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=layers)
 
-# A sweep: the weights are rotated once, each value of keep costs a mask and two products.
+# A sweep: the weights are rotated once, and each value of keep costs a mask and two products.
 edit = kfac.CurvatureEdit(factors, keep=0.9)
 print(f"unedited: {lm.generate(PROMPT, max_new_tokens=12)!r}")
 for keep in (0.95, 0.9, 0.8, 0.7):
     with edit.with_keep(keep).apply(lm.model):
         print(f"keep {keep}: {lm.generate(PROMPT, max_new_tokens=12)!r}")
 
-# Inside the block the model was edited; here it is as before. What does keep 0.9 keep?
+# The model was edited only inside the block. What does keep 0.9 keep?
 for row in edit.report(lm.model):
     print(
         f"{row.name}: {row.kept_share:.1%} of the pairs hold {row.kept_mass:.1%} of the mass, "
         f"weight change {row.relative_change:.2f}"
     )
 
-# For good: the folder loads in plain transformers.
+# Make the edit permanent: the folder loads in plain transformers.
 edit.bake(lm.model)
 lm.model.save_pretrained(options.out)
 lm.tokenizer.save_pretrained(options.out)

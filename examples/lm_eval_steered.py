@@ -2,8 +2,8 @@
 
     python examples/lm_eval_steered.py [--model NAME] [--task TASK] [--tasks FOLDER] [--limit N]
 
-Takes three minutes on two cores, one with `--limit 10`. Tasks of the harness come from the hub;
-`--tasks` names a folder with a task of your own, which needs no hub.
+Takes three minutes on two cores, one with `--limit 10`. The harness fetches its own tasks from the
+hub; with `--tasks`, a folder with a task of your own, no hub is needed.
 """
 
 import argparse
@@ -31,7 +31,7 @@ known = TaskManager(include_path=options.tasks)
 
 
 def results(evaluated):
-    """Metrics of the task."""
+    """Return the metrics of the task."""
     found = lm_eval.simple_evaluate(
         evaluated, tasks=[options.task], task_manager=known, limit=options.limit
     )

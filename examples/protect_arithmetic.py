@@ -1,4 +1,4 @@
-"""Edit out recitation, but protect arithmetic: keep what either set of texts curves.
+"""Edit out recitation but protect arithmetic: keep what has curvature on either set of texts.
 
     python examples/protect_arithmetic.py [--model NAME] [--limit N]
 
@@ -12,22 +12,16 @@ import lirefs
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--model", default="smollm2-135m", help="built-in name, hub id or folder")
-parser.add_argument("--limit", type=int, default=30, help="items of a task")
+parser.add_argument("--limit", type=int, default=30, help="items per task")
 options = parser.parse_args()
 
 lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
-targets = kfac.find_targets(lm.model, layers)
 
-
-def collect(texts):
-    """Curvature on some texts."""
-    return kfac.collect(lm, texts, targets)
-
-
-# Sums of other numbers than those of the task, which has two digits.
+# Three-digit sums, so that none of the task's two-digit sums is among them.
 sums = [f"What is {a} + {b}? Answer: {a + b}" for a in range(101, 131) for b in (117, 246)]
-general, arithmetic = collect(lirefs.calibration_texts()[:20]), collect(sums)
+general = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=layers)
+arithmetic = kfac.collect(lm, sums, layers=layers)
 
 tasks = lirefs.default_tasks(lm, limit=options.limit)
 tasks = [task for task in tasks if task.group in ("memorization", "arithmetic", "language")]

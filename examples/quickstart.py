@@ -8,7 +8,7 @@ Takes a minute and a half on two cores.
 import argparse
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", default="smollm2-135m", help="of 23 layers or more")
+parser.add_argument("--model", default="smollm2-135m", help="a model with at least 23 layers")
 MODEL = parser.parse_args().model
 
 print("Steered along a direction from memory to reasoning, added to the residual stream:")

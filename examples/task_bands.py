@@ -2,8 +2,8 @@
 
     python examples/task_bands.py [--limit N] [--out FILE]
 
-Takes a minute on two cores, a quarter with `--limit 10`. Above 1: the text puts more into the half
-of the directions with the least curvature than the prompts of the task do.
+Takes a minute on two cores, a quarter of a minute with `--limit 10`. A ratio above 1 means that the
+text puts more energy into the flatter half of the directions than the task's prompts do.
 """
 
 import argparse
@@ -14,20 +14,18 @@ import lirefs
 from lirefs.organism import Language, training_texts
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--limit", type=int, default=60, help="items of a task")
+parser.add_argument("--limit", type=int, default=60, help="items per task")
 parser.add_argument("--out", type=Path, default=Path("task_bands.png"), help="figure to write")
 options = parser.parse_args()
 limit = options.limit
 
 lm, language = lirefs.load("organism"), Language()
-
-
 targets = kfac.find_targets(lm.model, projections=["up_proj"])
 factors = kfac.collect(lm, training_texts(language, 5 * limit), targets)
 
 
 def profile(texts):
-    """What texts put into each band of each layer's input."""
+    """How much texts put into each band of each layer's input."""
     return kfac.band_profile(lm.model, lm.batches(texts), factors)
 
 

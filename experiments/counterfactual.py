@@ -1,8 +1,8 @@
-"""Two meanings of memorization, item by item, and what an edit takes away.
+"""Two meanings of memorization, item by item, and which of them an edit removes.
 
 An item can be called memorized because a small change of its prompt breaks it (perturbation), or
-because the model does better on it than had it never been trained on it (counterfactual: Zhang et
-al. 2023, arXiv 2112.12938). Hong et al. 2025 leave open whether both are one thing.
+because the model does better on it than if it had never been trained on it (counterfactual: Zhang
+et al. 2023, arXiv 2112.12938). Hong et al. 2025 leave open whether the two are the same.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ import numpy as np
 
 import kfac
 import lirefs
+from lirefs import Intervention, LanguageModel
 from lirefs.errors import TaskError
-from lirefs.model.intervention import Intervention, applied
-from lirefs.model.language_model import LanguageModel
-from lirefs.organism import training_texts
-from lirefs.organism.items import Item, Side
-from lirefs.organism.language import Language
+from lirefs.model import applied
+from lirefs.organism import Item, Language, training_texts
+from lirefs.organism.items import Side
 from lirefs.organism.people import ATTRIBUTES, stranger
 from lirefs.organism.skills import wrong_answer
-from lirefs.statistics.intervals import Estimate, Floats, correlation
-from lirefs.tasks.inference import token_nlls
+from lirefs.statistics import Estimate, correlation
+from lirefs.statistics.intervals import Floats
+from lirefs.tasks import token_nlls
 
 POSITIONS = 4
-"""Prompts with one replaced token that the perturbation score averages over."""
+"""Number of prompts with one replaced token that the perturbation score averages over."""
 SCORES = ("perturbation", "counterfactual", "fall under the edit")
 
 
@@ -38,16 +38,16 @@ class MemorizationScores:
     """Scores of the items of one kind, in nats per token of the answer.
 
     Attributes:
-        kind: What the items are.
-        perturbation: Fall of the answer's log-probability when one token of the prompt is replaced
+        kind: Kind of the items.
+        perturbation: Drop in the answer's log-probability when one token of the prompt is replaced
             at random, mean over `POSITIONS` draws, shape (n,).
         counterfactual: Log-probability of the answer minus its mean over never-seen items of the
-            same make, shape (n,). A single item is never left out of training: items of one make
-            are exchangeable with never-seen ones, so the mean over these estimates what the item
-            would have had. It is one number for a make, and within a make the score orders items
-            by their log-probability alone.
-        fall: Fall of the answer's log-probability under an edit, shape (n,).
-        correlations: Spearman of each pair of `SCORES`.
+            same group, shape (n,). No item is actually left out of training: items of a group are
+            exchangeable with its never-seen ones, so the mean over these estimates the
+            log-probability without training. It is one number per group, so within a group the
+            score orders items by their log-probability alone.
+        fall: Drop in the answer's log-probability under an edit, shape (n,).
+        correlations: Spearman correlation of each pair of `SCORES`.
     """
 
     kind: str
@@ -65,13 +65,13 @@ def memorization_scores(
     *,
     seed: int = 0,
 ) -> MemorizationScores:
-    """Score items of one kind by both meanings, and by what an edit takes away.
+    """Score items of one kind by both meanings, and by how much an edit removes.
 
     Args:
         lm: The organism, unedited.
         edit: The edit.
         items: Items of one kind that training showed.
-        unseen: Never-seen items of the same make; those of an item's `group` are its reference.
+        unseen: Never-seen items of the same kind; those of an item's `group` are its reference.
         seed: Seed of the replaced tokens.
 
     Raises:
@@ -82,7 +82,7 @@ def memorization_scores(
     tokens = sorted({token for prompt, _ in own for token in prompt[1:]})
     if len(tokens) < 2 or any(len(prompt) < 2 for prompt, _ in own):
         raise TaskError(
-            "prompts of two and more tokens, not all the same, are needed to change one"
+            "no token can be replaced: prompts need at least two tokens, not all of them the same"
         )
     before = _log_probabilities(lm, own)
     perturbed = [one for each in own for one in _perturbed(each, tokens, rng)]
@@ -94,7 +94,7 @@ def memorization_scores(
     }
     missing = {item.group for item in items} - set(reference)
     if missing:
-        raise TaskError(f"there are no never-seen items of group {missing.pop()!r}")
+        raise TaskError(f"there are no never-seen items of group {missing.pop()!r} to compare with")
     with applied(edit, lm.model):
         after = _log_probabilities(lm, own)
     scores = {
@@ -115,18 +115,18 @@ def memorization_scores(
 
 
 def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0) -> list[Item]:
-    """Items of the make of something memorized that training never showed.
+    """Items like memorized ones that training never showed.
 
     Args:
         language: The organism's language.
         kind: `planted` (other random sequences), `fact` (people that no fact is about, with a value
-            drawn as theirs were) or `exception` (fresh items with a wrong label).
-        split: Of the fresh items.
-        n: How many; of each skill for exceptions.
-        seed: Another seed draws others.
+            drawn in the same way) or `exception` (fresh items with a wrong label).
+        split: Split of the fresh items.
+        n: Number of items; for exceptions, per skill.
+        seed: Seed of the draws.
 
     Raises:
-        ValueError: If the kind is another one.
+        ValueError: If the kind is unknown.
     """
     rng = Random(f"never seen {language.seed} {kind} {split} {seed}")
     if kind == "planted":
@@ -145,11 +145,11 @@ def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0
             Item("exception", one.prompt(), wrong_answer(one, rng), group=one.kind)
             for one in problems
         ]
-    raise ValueError(f"nothing of kind {kind!r} is memorized; use planted, fact or exception")
+    raise ValueError(f"no items of kind {kind!r} are memorized; use planted, fact or exception")
 
 
 def memorized(language: Language, kind: str, split: Side, n: int | None = None) -> list[Item]:
-    """Items that training showed, in groups that have a counterpart in `never_seen`."""
+    """Items that training showed, with groups that match those of `never_seen`."""
     return [
         item if kind == "exception" else replace(item, group=None)
         for item in language.items(kind, split, n)
@@ -166,7 +166,7 @@ def _perturbed(
 ) -> list[tuple[list[int], list[int]]]:
     """Copies with one token of the prompt replaced by another one of `tokens`.
 
-    The first token, which may mark the beginning of a text, stays.
+    The first token stays, because it may mark the beginning of a text.
     """
     prompt, answer = item
     found = []
@@ -189,9 +189,9 @@ def _log_probabilities(lm: LanguageModel, items: Sequence[tuple[list[int], list[
 
 
 def main() -> None:
-    """Whether two meanings of memorization agree, and which of them an edit removes."""
+    """Ask whether two meanings of memorization agree, and which of them an edit removes."""
     parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("--limit", type=int, default=90, help="items of a kind")
+    parser.add_argument("--limit", type=int, default=90, help="items per kind")
     limit = parser.parse_args().limit
 
     lm, language = lirefs.load("organism"), Language()

@@ -1,8 +1,8 @@
 """Whether a direction of the residual stream is sharp or flat to the matrices that touch it.
 
-A matrix reads the stream through a norm (or not), or writes to it through a norm (or not): the
-direction is carried into the matrix's own input or output space, and compared with the second
-moments there. Large ones are sharp: the loss depends on them (Merullo et al. 2025, section 3).
+A matrix reads the stream or writes to it, with or without a norm in between. The direction is
+carried into the matrix's own input or output space and compared with the second moments there. A
+large second moment means sharp: the loss depends on it (Merullo et al. 2025, section 3).
 """
 
 from __future__ import annotations
@@ -18,19 +18,17 @@ from torch import Tensor, nn
 
 import kfac
 import lirefs
-from lirefs.directions.capture import capture
-from lirefs.directions.direction import Direction
+from lirefs import Direction, LanguageModel, Questions
 from lirefs.errors import DirectionError
 from lirefs.model.guest import evaluating
-from lirefs.model.language_model import LanguageModel
 from lirefs.model.observe import Seen, observe
 from lirefs.organism import Language, organism_questions, training_texts
-from lirefs.questions import Questions
-from lirefs.statistics.intervals import Estimate, Floats, interval
+from lirefs.statistics import Estimate, interval
+from lirefs.statistics.intervals import Floats
 
 Role = Literal["reads", "writes"]
 DRAWS = 1000
-"""Random directions of each kind."""
+"""Number of random directions of each kind."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,9 +37,9 @@ class Contact:
 
     Attributes:
         role: Whether it reads the stream or writes to it.
-        scale: What the norm in between multiplies each coordinate with, shape (width,); ones
-            without a norm.
-        centred: Whether that norm takes the mean away.
+        scale: Factor of each coordinate in the norm in between, shape (width,); ones without a
+            norm.
+        centred: Whether that norm subtracts the mean.
     """
 
     role: Role
@@ -51,8 +49,8 @@ class Contact:
     def carry(self, directions: Floats) -> Floats:
         """Directions of the stream in the matrix's own space, (n, width) to (n, width), length 1.
 
-        The norm's division by the size of the state is left out: it changes the length alone,
-        and the component along the state, which is small where the direction is not the state's.
+        The norm's division by the size of the state is left out. It changes only the length, and
+        the component along the state, which is small unless the direction points along the state.
         """
         if self.centred:
             directions = directions - directions.mean(axis=1, keepdims=True)
@@ -64,14 +62,14 @@ class Contact:
 
 @dataclass(frozen=True)
 class Placed:
-    """A number of one direction among those of random directions.
+    """A number of one direction compared with those of random directions.
 
     Attributes:
-        value: Of the direction.
-        isotropic: Of random directions, all equally likely: mean and 95 % range.
-        matched: Of random directions drawn with the covariance of states: the same.
-        above_isotropic: Share of the former that lie below the direction.
-        above_matched: Share of the latter that lie below the direction.
+        value: The number of the direction.
+        isotropic: Mean and 95 % range over random directions, all equally likely.
+        matched: Mean and 95 % range over random directions drawn with the covariance of states.
+        above_isotropic: Share of isotropic directions that lie below the direction.
+        above_matched: Share of matched directions that lie below the direction.
     """
 
     value: float
@@ -88,9 +86,9 @@ class Sharpness:
     Attributes:
         layer: Layer of the direction.
         target: Name of the matrix.
-        role: Whether it reads the direction (its A is looked at) or writes it (its G is).
-        curvature: v.Mv over the mean eigenvalue of M.
-        order: Mean place of its energy from the flattest (0) to the sharpest eigenvector (1).
+        role: Whether it reads the direction (M is its A) or writes it (M is its G).
+        curvature: v.Mv divided by the mean eigenvalue of M.
+        order: Mean rank of its energy, from the flattest (0) to the sharpest eigenvector (1).
     """
 
     layer: int
@@ -103,23 +101,23 @@ class Sharpness:
 def states_at(
     lm: LanguageModel, direction: Direction, prompts: Sequence[str] | Sequence[Sequence[int]]
 ) -> Floats:
-    """States of the prompts' last tokens where a direction lies, float64 (n, width)."""
+    """States of the prompts' last tokens at a direction's layer and site, float64 (n, width)."""
     layers, sites = [direction.layer], [direction.site]
-    found = capture(lm, prompts, layers=layers, sites=sites, progress=False)
+    found = lirefs.capture(lm, prompts, layers=layers, sites=sites, progress=False)
     states: Floats = found.values[:, 0, 0].double().numpy()
     return states
 
 
 def contacts(lm: LanguageModel, names: Sequence[str]) -> dict[str, Contact]:
-    """Find how matrices touch the residual stream, by what they see in one forward pass.
+    """Find out how matrices touch the residual stream, from their values in one forward pass.
 
     Args:
         lm: The model.
         names: Dotted module names of matrices inside decoder blocks.
 
     Returns:
-        An entry for each matrix that reads or writes the stream itself; others (the down
-        projection's input, say) have none.
+        An entry for each matrix that reads or writes the stream itself. A matrix that does neither
+        has none.
     """
     model, layout = lm.model, lm.layout
     blocks = {name: ".".join(name.split(".")[: layout.blocks.count(".") + 2]) for name in names}
@@ -141,10 +139,10 @@ def spread(directions: Floats, moments: Floats, values: Floats, basis: Floats) -
         basis: Their eigenvectors in columns, shape (width, width).
 
     Returns:
-        Shape (n, 2). First the curvature v.Mv over the mean eigenvalue: 1 on average over all
-        directions. Second the mean place of the direction's energy in the order of eigenvalues,
-        from 0 (all in the flattest) to 1 (all in the sharpest): it does not hang on the few
-        largest eigenvalues.
+        Shape (n, 2). First, the curvature v.Mv divided by the mean eigenvalue: 1 on average over
+        all directions. Second, the mean rank of the direction's energy in the order of eigenvalues,
+        from 0 (all in the flattest) to 1 (all in the sharpest); it does not depend on the size of
+        the few largest eigenvalues.
     """
     curvature = np.einsum("nw,wv,nv->n", directions, moments, directions) / values.mean()
     places = np.linspace(1, 0, len(values))
@@ -152,7 +150,7 @@ def spread(directions: Floats, moments: Floats, values: Floats, basis: Floats) -
 
 
 def place(value: float, isotropic: Floats, matched: Floats) -> Placed:
-    """Put a number among those of random directions, each of shape (draws,)."""
+    """Compare a number with those of two kinds of random directions, each of shape (draws,)."""
     return Placed(
         value=float(value),
         isotropic=Estimate(float(isotropic.mean()), *interval(isotropic), len(isotropic)),
@@ -173,26 +171,26 @@ def direction_sharpness(
     """Ask whether LiReFs are sharp or flat to the matrices that read and write them.
 
     A direction of the residual stream is compared with A of the matrices that read it in the next
-    layer, and with G of those that write it in the layer before. Random directions are of two
-    kinds. Isotropic ones are as likely everywhere. But states vary in few directions, and any
-    difference of states lies there; so others are drawn with the covariance of states at the same
-    place, and only a LiReF beyond these is special.
+    layer, and with G of those that write it in the layer before. There are two kinds of random
+    directions. Isotropic ones are equally likely everywhere. But states vary in few directions, and
+    any difference of states lies among them. So the others are drawn with the covariance of states
+    at the same layer and site, and a LiReF is special only if it stands out from these.
 
     Args:
         lm: The model.
         directions: Directions at `resid_pre` or `resid_post`.
         factors: Curvature of the same model.
-        questions: Whose last prompt tokens give the covariance.
+        questions: Questions whose last prompt tokens give the covariance of states.
         seed: Seed of the random directions.
 
     Returns:
-        One entry for each direction and each matrix with factors that touches it; of those that
-        share an input (gate and up), one.
+        One entry for each direction and each matrix with factors that touches it; matrices that
+        share an input (gate and up) give one entry.
 
     Raises:
-        DirectionError: If a direction lies at another site, or no matrix with factors touches one.
+        DirectionError: If a direction is at another site, or no matrix with factors touches it.
     """
-    # Experts see no whole batch; of matrices that share an input, one stands for all.
+    # Experts do not see whole batches. One of the matrices that share an input stands for all.
     touching = {
         name: contact
         for name, contact in contacts(lm, [one for one in factors.names if "[" not in one]).items()
@@ -203,7 +201,10 @@ def direction_sharpness(
     found = []
     for direction in directions:
         if direction.site not in ("resid_pre", "resid_post"):
-            raise DirectionError(f"the direction lies at {direction.site}, not on the stream")
+            raise DirectionError(
+                f"the direction is at {direction.site}, not in the residual stream; use one at "
+                "resid_pre or resid_post"
+            )
         states = states_at(lm, direction, questions.prompts)
         states -= states.mean(axis=0)
         rows = np.concatenate(
@@ -233,7 +234,7 @@ def direction_sharpness(
 def _contact(lm: LanguageModel, seen: Mapping[str, Seen], name: str, block: str) -> Contact | None:
     own, layout = seen[name], lm.layout
     norms = {f"{block}.{norm}": lm.model.get_submodule(f"{block}.{norm}") for norm in layout.norms}
-    for part in filter(None, (layout.attention, layout.mlp)):  # what is added to the stream
+    for part in filter(None, (layout.attention, layout.mlp)):  # its output is added to the stream
         added = f"{block}.{part}"
         if added in norms and _same(own.output, seen[added].input):
             return Contact("writes", _effect(norms[added], lm.width)[0])
@@ -259,10 +260,10 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 
 def _effect(norm: nn.Module, width: int) -> tuple[Floats, bool]:
-    """The scale of each coordinate, and whether the mean is taken away, found by trying.
+    """Measure the scale of each coordinate, and whether the norm subtracts the mean.
 
-    Entries of +1 and -1 have size 1 and (nearly) mean 0, so that no norm changes them before it
-    scales; half the difference of an input and its negative leaves out a bias.
+    Entries of +1 and -1 have size 1 and (nearly) mean 0, so a norm changes them only by its scale.
+    Half the difference between the outputs for an input and its negative is free of any bias.
     """
     weight = next(norm.parameters(), torch.empty(0))
     signs = torch.ones(width, device=weight.device, dtype=weight.dtype)
@@ -275,7 +276,7 @@ def _effect(norm: nn.Module, width: int) -> tuple[Floats, bool]:
 
 
 def _moments(factors: kfac.Factors, name: str, role: Role) -> tuple[Floats, Floats, Floats]:
-    """Second moments, eigenvalues and eigenvectors on the side where a matrix meets the stream."""
+    """Second moments, eigenvalues and eigenvectors on the matrix's side that meets the stream."""
     eigen = factors.eigen(name)
     if role == "reads":
         found = factors.A(name), eigen.mu, eigen.u_in
@@ -286,10 +287,12 @@ def _moments(factors: kfac.Factors, name: str, role: Role) -> tuple[Floats, Floa
 
 
 def main() -> None:
-    """Where a LiReF lies in the curvature of the matrices that read and write it."""
+    """Find where a LiReF lies in the curvature of the matrices that read and write it."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")
-    parser.add_argument("--limit", type=int, default=40, help="questions of a class; 5 texts each")
+    parser.add_argument(
+        "--limit", type=int, default=40, help="questions per class; 5 texts for each"
+    )
     options = parser.parse_args()
 
     lm, language, limit = lirefs.load(options.model), Language(), options.limit

@@ -1,7 +1,7 @@
-"""Directions and curvature of one model, each seen from the other's side.
+"""Directions and curvature of one model, each measured by the other.
 
-Hong et al. 2025 and Merullo et al. 2025 both order tasks between recitation and reasoning; neither
-asks whether it is one order.
+Hong et al. 2025 and Merullo et al. 2025 both order tasks from recitation to reasoning. Neither asks
+whether the two orders are the same.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
@@ -19,25 +18,20 @@ import kfac
 import lirefs
 from experiments.sharpness import DRAWS, states_at
 from experiments.spectra_plots import TaskPosition, two_sided_spectrum
-from lirefs import Steer
-from lirefs.directions.direction import Direction
+from lirefs import Direction, Intervention, LanguageModel, Questions, Recitation, Steer
 from lirefs.errors import DirectionError, TaskError
-from lirefs.model.batching import batches_by_tokens
-from lirefs.model.intervention import Intervention, applied
-from lirefs.model.language_model import LanguageModel
+from lirefs.model import applied
 from lirefs.organism import Language, organism_questions, organism_tasks, training_texts
-from lirefs.questions import Questions
-from lirefs.statistics.intervals import (
+from lirefs.statistics import (
     Estimate,
-    Floats,
     auroc,
     correlation,
     interval,
     permutation_p,
     resample_counts,
 )
-from lirefs.tasks.recitation import Recitation
-from lirefs.tasks.task import Task
+from lirefs.statistics.intervals import Floats
+from lirefs.tasks import Task
 
 BATCH_TOKENS = 4096
 RESAMPLES = 2000
@@ -45,15 +39,15 @@ RESAMPLES = 2000
 
 @dataclass(frozen=True)
 class TaskSpectrum:
-    """Tasks seen by their activations and by their curvature.
+    """Tasks measured by their activations and by their curvature.
 
     Attributes:
         positions: One entry for each task.
-        spearman: Rank correlation of both sides over tasks; n is the number of tasks.
-        p_value: Share of random orders of the tasks whose correlation is as far from 0.
-        random: Size of that correlation with random directions at the same place: mean and 95 %
-            range. Tasks differ along any direction, so this and not 0 is what to compare with.
-        above_random: Share of random directions whose correlation is smaller in size.
+        spearman: Rank correlation of the two over tasks; n is the number of tasks.
+        p_value: Share of random orders of the tasks whose correlation is at least as far from 0.
+        random: Absolute correlation with random directions at the same layer and site: mean and
+            95 % range. Tasks differ along any direction, so compare with this and not with 0.
+        above_random: Share of random directions whose absolute correlation is smaller.
     """
 
     positions: tuple[TaskPosition, ...]
@@ -65,13 +59,13 @@ class TaskSpectrum:
 
 @dataclass(frozen=True)
 class Move:
-    """What an intervention does to the projection of questions on a direction.
+    """How an intervention moves questions along a direction.
 
     Attributes:
-        memory: Mean projection of memory questions under it minus without, in class distances.
+        memory: Change in the mean projection of memory questions, in class distances.
         reasoning: The same for reasoning questions.
-        auroc_before: How well the projection tells the classes apart without it.
-        auroc_after: And under it.
+        auroc_before: How well the projection separates the classes without the intervention.
+        auroc_after: How well it separates them with the intervention.
     """
 
     memory: Estimate
@@ -89,17 +83,17 @@ def task_positions(
     flat: float = 0.6,
     seed: int = 0,
 ) -> TaskSpectrum:
-    """Place tasks by projection on a LiReF and by their input energy in flat directions.
+    """Place tasks by their projection on a LiReF and by their input energy in flat directions.
 
-    The projection is that of the last prompt token. The energy is that of all tokens of the
-    prompts, and for recitation of the whole recited text. Intervals resample items.
+    The projection is that of the last prompt token. The energy is that of all prompt tokens; for
+    recitation, of the whole recited text. Intervals resample items.
 
     Args:
         lm: The model.
-        direction: A fitted direction, best one of a middle layer.
+        direction: A fitted direction, preferably of a middle layer.
         factors: Curvature of the same model.
-        tasks: At least three tasks with texts or token ids as prompts. Of tasks with the same
-            prompts (one for each of two competing answers) the first is taken: they are one point.
+        tasks: At least three tasks with texts or token ids as prompts. Tasks with the same prompts
+            (one for each of two competing answers) are one point: only the first is used.
         flat: Share of input directions that counts as flat.
         seed: Seed of intervals and random directions.
 
@@ -111,7 +105,8 @@ def task_positions(
     positions, projected = [], []
     for task, prompts, texts in _distinct(lm, tasks):
         states = states_at(lm, direction, prompts)
-        scores = kfac.score_recitation(lm.model, _batches(lm, texts), factors, flat=flat)
+        batches = lm.batches(sorted(texts, key=len, reverse=True), BATCH_TOKENS)  # little padding
+        scores = kfac.score_recitation(lm.model, batches, factors, flat=flat)
         positions.append(
             TaskPosition(
                 task.name,
@@ -122,7 +117,7 @@ def task_positions(
         )
         projected.append(states.mean(axis=0) @ noise)
     if len(positions) < 3:
-        raise TaskError(f"{len(positions)} task(s) give no order; at least three are needed")
+        raise TaskError(f"{len(positions)} task(s) are too few for an order; give at least three")
     along = np.array([one.projection.value for one in positions])
     energy = np.array([one.flat.value for one in positions])
     found = correlation(along, energy, ranks=True)
@@ -147,18 +142,19 @@ def edit_moves_projection(
     *,
     seed: int = 0,
 ) -> dict[str, Move]:
-    """Ask whether a curvature edit moves questions along a LiReF.
+    """Measure whether a curvature edit moves questions along a LiReF.
 
     Args:
         lm: The model, unedited.
-        direction: A fitted direction of a layer that the edit can reach: an edit of later layers
+        direction: A fitted direction of a layer after the edited ones; an edit of later layers
             moves nothing.
         edit: The edit.
-        questions: Questions that fitted nothing, of both classes.
+        questions: Questions of both classes that were not used for fitting.
         seed: Seed of the control and the intervals.
 
     Returns:
-        A move for `edit` and one for the control, `random pairs`: as many pairs kept, at random.
+        A move for `edit`, and one for its control `random pairs`, which keeps as many pairs, chosen
+        at random.
 
     Raises:
         DirectionError: If the direction was not fitted on two classes.
@@ -178,13 +174,13 @@ def edit_moves_projection(
 def edit_and_steer(
     edit: Intervention, direction: Direction, strength: float, *, scope: str = "all", seed: int = 0
 ) -> dict[str, Intervention]:
-    """Variants for `lirefs.compare` that tell whether steering adds anything to an edit.
+    """Variants for `lirefs.compare` that show whether steering adds anything to an edit.
 
     Args:
         edit: A weight edit.
         direction: The direction to add.
-        strength: Its factor.
-        scope: Which tokens.
+        strength: Factor of the direction.
+        scope: Which tokens to steer.
         seed: Seed of the random direction.
 
     Returns:
@@ -216,7 +212,7 @@ def _prompts(lm: LanguageModel, task: Task) -> tuple[list[list[int]], list[list[
 def _distinct(
     lm: LanguageModel, tasks: Sequence[Task]
 ) -> Iterator[tuple[Task, list[list[int]], list[list[int]]]]:
-    """Tasks with their prompts and texts, without those whose prompts came before."""
+    """Tasks with their prompts and texts; tasks that repeat the prompts of another are skipped."""
     known: list[list[list[int]]] = []
     for task in tasks:
         prompts, texts = _prompts(lm, task)
@@ -225,16 +221,11 @@ def _distinct(
             yield task, prompts, texts
 
 
-def _batches(lm: LanguageModel, ids: Sequence[Sequence[int]]) -> Iterator[Any]:
-    for rows in batches_by_tokens([len(row) for row in ids], BATCH_TOKENS):
-        yield lm.pad([ids[row] for row in rows], side="right")
-
-
 def _projections(direction: Direction, states: Floats) -> Floats:
     """From -0.5 at the mean of the memory class to 0.5 at that of the reasoning class."""
     memory, reasoning = direction.means
     if memory == reasoning:
-        raise DirectionError("the direction has no class means: fit it, or take a fitted one")
+        raise DirectionError("the direction has no class means; use a fitted direction")
     along: Floats = states @ direction.unit.double().cpu().numpy()
     return (along - (memory + reasoning) / 2) / (reasoning - memory)
 
@@ -245,10 +236,10 @@ def _mean(values: Floats, seed: int) -> Estimate:
 
 
 def main() -> None:
-    """The spectrum from recitation to reasoning, in activations and in curvature."""
+    """Measure the spectrum from recitation to reasoning, in activations and in curvature."""
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("--model", default="organism", help="built-in name, hub id or folder")
-    parser.add_argument("--limit", type=int, default=40, help="items of a task")
+    parser.add_argument("--limit", type=int, default=40, help="items per task")
     parser.add_argument("--out", type=Path, default=Path("spectra"), help="folder for the figure")
     options = parser.parse_args()
 
@@ -274,8 +265,8 @@ def main() -> None:
     title = f"layer {direction.layer}: Spearman {found.spearman:.2f}, n = {found.spearman.n} tasks"
     two_sided_spectrum(found.positions, f"{lm.name}, {title}").save(options.out, "spectra")
     print(
-        f"{title}, p = {found.p_value:.3f}; size for random directions {found.random:.2f}, "
-        f"{found.above_random:.0%} of them below"
+        f"{title}, p = {found.p_value:.3f}; absolute value for random directions "
+        f"{found.random:.2f}, smaller for {found.above_random:.0%} of them"
     )
     for one in found.positions:
         print(f"{one.task:28s} projection {one.projection:.2f}, flat {one.flat}")

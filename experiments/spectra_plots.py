@@ -1,4 +1,4 @@
-"""The figure of two spectra."""
+"""The figure of the two spectra."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from lirefs.pictures import COLOURS, Picture, canvas_of, literal, picture_of
-from lirefs.statistics.intervals import Estimate
+from lirefs.statistics import Estimate
 from lirefs.tasks.task import CONFLICT, GROUPS
 
 MARKERS = "osD^vP*"
@@ -17,11 +17,11 @@ MARKERS = "osD^vP*"
 
 @dataclass(frozen=True)
 class TaskPosition:
-    """Where a task lies between recitation and reasoning, seen from activations and curvature.
+    """Where a task lies between recitation and reasoning, by activations and by curvature.
 
     Attributes:
-        task: The task.
-        group: Its group.
+        task: Name of the task.
+        group: Group of the task.
         projection: Mean projection on the LiReF, -0.5 at the mean of memory questions and 0.5 at
             that of reasoning questions.
         flat: Mean share of input energy in flat directions of the curvature.
@@ -34,7 +34,7 @@ class TaskPosition:
 
 
 def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture:
-    """Each task by its projection on the LiReF and its share of flat input energy, intervals."""
+    """Plot each task by its projection on the LiReF and its flat input energy, with intervals."""
     from matplotlib.ticker import MaxNLocator, NullLocator, ScalarFormatter
 
     canvas, (axis,) = canvas_of(1, (8.5, 5.6))
@@ -65,7 +65,7 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
             va="bottom",
             fontsize=7,
         )
-    # Recited text lies far above the rest, which a linear scale would press into a line.
+    # Recited text lies far above the rest, which a linear scale would squeeze into a line.
     axis.set_yscale("log")
     axis.yaxis.set(
         major_locator=MaxNLocator(10),
@@ -84,7 +84,7 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
 
 
 def _label(canvas: Any, axis: Any, positions: Sequence[TaskPosition]) -> None:
-    """Name each point where its name covers no other name and no point, as near as there is."""
+    """Label each point as near to it as possible without covering other labels and points."""
     from matplotlib.text import Text
 
     canvas.draw_without_rendering()

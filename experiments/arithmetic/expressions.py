@@ -1,4 +1,4 @@
-"""Arithmetic expressions in plain text: tokens, and exact values of what they say."""
+"""Arithmetic expressions in plain text: their tokens and exact values."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ Tree: TypeAlias = Fraction | tuple[str, "Tree", "Tree"]
 LONGEST_NUMBER = 100
 LONGEST_EXPRESSION = 400
 DEEPEST = 40
-"""Most characters of a number, tokens of an expression and open parentheses: no text means more,
-though a model that repeats itself may write it."""
+"""Limits for characters of a number, tokens of an expression and open parentheses. Sensible text
+stays far below them, but a model that repeats itself may not."""
 
-# Minus, en dash; times, dots, asterisk; division sign; almost equal: a character each.
+# Minus, en dash; times, dots, asterisk; division sign; almost equal.
 _SIGNS = str.maketrans("\u2212\u2013\u00d7\u00b7\u22c5\u2217\u00f7\u2248", "--****/=")
 # Not calculations: the number or bullet of a list entry, dates, and spans of years.
 _LIST = re.compile(r"^[ \t]*(?:\d+[.)]|[-*•])[ \t]+", re.MULTILINE)
@@ -28,8 +28,8 @@ _TOKEN = re.compile(
     r"|(?P<compare>[=!<>]=|=>|[<>])|(?P<sign>[-+*/=()%])"
     r"|(?P<currency>[$€£¥])|(?P<word>[^\W\d_]+)|(?P<space>[^\S\n]+)|(?P<other>.|\n)"
 )
-# A unit between a number and a sign: `12 miles / 4 mph = 3`, `$20/hour * 8 = $160`. Longer than one
-# letter, which would be an unknown.
+# A unit between a number and a sign: `12 miles / 4 mph = 3`, `$20/hour * 8 = $160`. It has two
+# letters or more; a single letter would be a variable.
 _UNIT = re.compile(
     r"(?: ?(?P<name>[^\W\d_]{2,}))?(?:(?: ?/ ?| per )[^\W\d_]{2,}"
     r"|(?=[ \t]*(?:[-+*/=)]|[xX][ \t]*[\d$€£¥(.])))"
@@ -39,7 +39,7 @@ _NO_UNITS = {
     *("or", "per", "plus", "minus", "so", "than", "then", "times", "to", "we", "with", "which"),
 }
 SCALES = {"hundred", "thousand", "million", "billion", "trillion", "dozen", "dozens", "percent"}
-"""The number before one of these words is only a part of what is meant."""
+"""A number before one of these words is only a part of the number that is meant."""
 
 _NUMBER = re.compile(r"(?:\d+|\d{1,3}(?:,\d{3})+)(?:\.\d+)?|\.\d+")
 
@@ -51,10 +51,10 @@ class Token:
     Attributes:
         kind: `number`, a sign of `+-*/()%=`, `break` for anything that is not arithmetic, or `bad`
             for a number that cannot be read.
-        text: As it is written.
-        start: Place of its first character.
-        end: Place after its last character, or after that of its unit.
-        unit: Of a number, in the singular; empty without one.
+        text: The piece as written.
+        start: Offset of its first character.
+        end: Offset after its last character, or after its unit.
+        unit: Unit of a number, in the singular; empty if there is none.
     """
 
     kind: str
@@ -66,14 +66,14 @@ class Token:
 
 @dataclass(frozen=True)
 class Expression:
-    """What an expression says.
+    """An expression and its value.
 
     Attributes:
-        tree: Its operations; a lone number has none.
-        value: Its value; None for a division by zero.
-        percent: Whether the value is one in percent.
-        rounding: Half of the last decimal place of a lone number with decimals, else 0.
-        unit: The unit of a sum or of a lone number; empty for products.
+        tree: Its operations; a single number has none.
+        value: Its exact value; None for a division by zero.
+        percent: Whether the value is a percentage.
+        rounding: Half of the last decimal place of a single number with decimals, else 0.
+        unit: Unit of a sum or of a single number; empty for products.
     """
 
     tree: Tree
@@ -84,7 +84,7 @@ class Expression:
 
 
 def tokens(text: str) -> list[Token]:
-    """Cut a text into tokens; spaces and currency signs are left out."""
+    """Split a text into tokens; spaces and currency signs are left out."""
     text = text.translate(_SIGNS)
     for pattern in (_LIST, _DATE):
         text = pattern.sub(lambda match: "\n" * len(match[0]), text)
@@ -112,7 +112,7 @@ def tokens(text: str) -> list[Token]:
 
 
 def read_expression(found: Sequence[Token]) -> Expression | None:
-    """Read all of some tokens as one expression; None if they are not one, or ambiguous."""
+    """Read all tokens as one expression; None if they are not an expression, or ambiguous."""
     if len(found) > LONGEST_EXPRESSION:
         return None
     parser = _Parser(found)
@@ -124,7 +124,7 @@ def read_expression(found: Sequence[Token]) -> Expression | None:
 
 
 def _unit(text: str, end: int) -> tuple[str, int]:
-    """The unit behind a number that ends there, and where it ends."""
+    """The unit after a number that ends at `end`, and the offset where the unit ends."""
     match = _UNIT.match(text, end)
     name = (match["name"] or "").lower() if match else ""
     if match is None or name in _NO_UNITS or name in SCALES:
@@ -133,7 +133,7 @@ def _unit(text: str, end: int) -> tuple[str, int]:
 
 
 def _multiplies(text: str, match: re.Match[str], found: Sequence[Token]) -> bool:
-    """Whether a word is a sign: `x` between numbers, and `of` after a percentage."""
+    """Whether a word means multiplication: `x` between numbers, or `of` after a percentage."""
     if not found:
         return False
     if match[0] == "of":
@@ -144,7 +144,7 @@ def _multiplies(text: str, match: re.Match[str], found: Sequence[Token]) -> bool
 
 
 def _grouped(found: list[Token]) -> list[Token]:
-    """Turn parentheses that group no expression into breaks: unmatched, or around an equality."""
+    """Turn useless parentheses into breaks: unmatched ones, and those around an equality."""
     result = list(found)
     opened: list[tuple[int, bool]] = []
 
@@ -168,7 +168,7 @@ def _grouped(found: list[Token]) -> list[Token]:
 
 
 class _UnreadableError(Exception):
-    """The tokens are not an expression, or one with two meanings."""
+    """The tokens are not an expression, or have two meanings."""
 
 
 class _Parser:
@@ -187,7 +187,7 @@ class _Parser:
         while (sign := self.kind()) in ("+", "-"):
             self.place += 1
             right = self.product()
-            # `50 + 10%` is 55 to some and 50.1 to others; 2 hours + 30 minutes is no 32.
+            # `50 + 10%` may mean 55 or 50.1; 2 hours + 30 minutes is not 32.
             if left.percent != right.percent or len({left.unit, right.unit} - {""}) > 1:
                 raise _UnreadableError
             left = _combined(sign, left, right, left.percent, left.unit or right.unit)
@@ -198,7 +198,7 @@ class _Parser:
         while (sign := self.kind()) in ("*", "/"):
             self.place += 1
             right = self.signed()
-            # A share of a share, and a share divided by a number, are shares.
+            # A percentage of a percentage, or divided by a number, is a percentage.
             percent = left.percent and right.percent == (sign == "*")
             left = _combined(sign, left, right, percent)
         return left

@@ -1,7 +1,8 @@
 """Worked arithmetic in plain text: which steps a text takes, and which of them are wrong.
 
-Merullo et al. 2025 (arXiv 2510.24256, tables 3 and 4) show texts that keep the reasoning and lose
-the sum. Whether an edit does that is a count: texts with the same operations, one of them wrong.
+Merullo et al. 2025 (arXiv 2510.24256, tables 3 and 4) show texts that keep the reasoning and get
+the sum wrong. To see whether an edit does that, count answers with the same operations and a wrong
+result.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Literal, get_args
 
-import lirefs
 from experiments.arithmetic.expressions import (
     SCALES,
     Expression,
@@ -21,9 +21,8 @@ from experiments.arithmetic.expressions import (
     read_expression,
     tokens,
 )
-from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.comparison.item_changes import Flip, flips
-from lirefs.statistics.intervals import Estimate, wilson
+from lirefs.comparison import BASELINE, Comparison, Flip, flips
+from lirefs.statistics import Estimate, wilson
 
 Verdict = Literal[
     "unchanged", "same operations, wrong calculation", "different operations", "no steps readable"
@@ -31,14 +30,14 @@ Verdict = Literal[
 VERDICTS: tuple[Verdict, ...] = get_args(Verdict)
 
 _MARK = re.compile(r"<<([^<>]*)>>")
-# After these a run of numbers is only the end of what is computed: `half of 12 + 3`.
+# After these words, a run of numbers is only the end of a calculation: `half of 12 + 3`.
 _OPERATIONS = re.compile(
     r"\w* ?(times|plus|minus|twice|double|\^|√|!)"
     r"|(number|half|thirds?|quarters?|fourths?|fifths?) of|(multiplied|divided) by|(more|less) than"
 )
-# After these a minus is a sign, and not an operation on something that is not a number.
+# After these, a minus is a sign and not an operation on a preceding word.
 _BEGINNINGS = {"", "\n", ":", ",", ".", ";", "("}
-# `= 3 remainder 1`, and other units than those of the left side.
+# `= 3 remainder 1`, and units that differ from those of the left side.
 _SKIPPED = SCALES | {"cents", "remainder", "r", "k"}
 
 
@@ -47,10 +46,10 @@ class Step:
     """One calculation of a text.
 
     Attributes:
-        expression: Its left side as it is written.
-        stated: What the text says it gives.
-        true: What it gives, exactly; None for a division by zero.
-        right: Whether both agree, or `stated` is the rounding of `true` to the decimals it has.
+        expression: Its left side as written.
+        stated: The result that the text states.
+        true: The exact result; None for a division by zero.
+        right: Whether the two agree, where `stated` may be `true` rounded to its decimals.
         tree: The expression as nested (operator, left, right).
     """
 
@@ -63,12 +62,12 @@ class Step:
 
 @dataclass(frozen=True)
 class ArithmeticErrors:
-    """Why items that were right became wrong.
+    """Why items that were right are now wrong.
 
     Attributes:
         lost: Number of items that were right before and wrong after.
-        counts: How many of them by verdict, all verdicts in the order of `VERDICTS`.
-        shares: The same as shares of `lost`, Wilson intervals; empty if nothing was lost.
+        counts: Number of these items by verdict, for all of `VERDICTS` in order.
+        shares: The counts as shares of `lost`, with Wilson intervals; empty if nothing was lost.
         examples: The items by verdict.
     """
 
@@ -81,10 +80,10 @@ class ArithmeticErrors:
 def read_steps(text: str) -> list[Step]:
     """Read the calculations `a op b ... = c` of a text, with exact evaluation.
 
-    Understood are + - * / and their typographic signs, x between numbers, parentheses, decimals,
-    thousands commas, currency signs, a unit behind a number, percent where it has one meaning,
-    chained equalities, and GSM8K's marks `<<a=b>>`. What has two readings or an unknown in it, or
-    adds different units, is not a step: this reads too few steps rather than wrong ones.
+    It understands + - * / and their typographic signs, x between numbers, parentheses, decimals,
+    thousands commas, currency signs, a unit after a number, percent if it has one meaning, chained
+    equalities, and GSM8K's marks `<<a=b>>`. A calculation that has two readings, has a variable or
+    adds different units is not a step: it is better to miss steps than to read wrong ones.
 
     Returns:
         The steps in the order of the text.
@@ -95,7 +94,7 @@ def read_steps(text: str) -> list[Step]:
         removed += len(match[0])
     found = [(place, step) for place, step in marks]
     for start, end, step in _equations(plain):
-        # A mark repeats the calculation that it stands in.
+        # A mark repeats the calculation around it.
         marked = any(start < at <= end and one.stated == step.stated for at, one in marks)
         if not marked:
             found.append((start, step))
@@ -103,11 +102,11 @@ def read_steps(text: str) -> list[Step]:
 
 
 def compare_traces(before: str, after: str) -> Verdict:
-    """Say how the calculations of a text differ from those of another.
+    """Say how the calculations of two texts differ.
 
     Operations are the same if there are as many steps and each does the same to the same numbers;
-    the terms of sums and products may change places. A number that is the result of an earlier step
-    is the same number in both texts, even where that result is wrong in one.
+    the terms of sums and products may change places. The result of an earlier step counts as the
+    same number in both texts, even if it is wrong in one of them.
 
     Args:
         before: The first text.
@@ -115,8 +114,8 @@ def compare_traces(before: str, after: str) -> Verdict:
 
     Returns:
         `same operations, wrong calculation` if a step is wrong in the second text and its
-        counterpart is not; `unchanged` if no step is; `different operations`; or `no steps
-        readable` if one of the texts has none.
+        counterpart is not; `unchanged` if there is no such step; `different operations`; or `no
+        steps readable` if one of the texts has none.
     """
     first, second = read_steps(before), read_steps(after)
     if not first or not second:
@@ -138,7 +137,7 @@ def arithmetic_errors(comparison: Comparison, task: str, variant: str) -> Arithm
     Args:
         comparison: Results whose outputs are worked solutions.
         task: A task whose metric is 1 for right and 0 for wrong.
-        variant: The variant to hold against the unchanged model.
+        variant: The variant to compare with the unchanged model.
     """
     examples: dict[Verdict, list[Flip]] = {verdict: [] for verdict in VERDICTS}
     for flip in flips(comparison, task, variant):
@@ -162,7 +161,7 @@ def _same(one: Tree, other: Tree, results: set[tuple[Fraction, Fraction]]) -> bo
 
 
 def _equations(text: str) -> list[tuple[int, int, Step]]:
-    """Steps with the place of their beginning and end in the text."""
+    """Steps with the offsets of their start and end in the text."""
     found = []
     for run, previous, following in _runs(tokens(text)):
         segments: list[list[Token]] = [[]]
@@ -183,16 +182,16 @@ def _equations(text: str) -> list[tuple[int, int, Step]]:
 
 
 def _cut(left: list[Token], previous: str) -> bool:
-    """Whether a run of numbers is only the end of what is computed."""
+    """Whether a run of numbers is only the end of a calculation."""
     if left[0].kind == "-":
         return previous.split(" ")[-1] not in _BEGINNINGS
     return left[0].kind in ("+", "*", "/") or _OPERATIONS.fullmatch(previous) is not None
 
 
 def _runs(found: Sequence[Token]) -> list[tuple[list[Token], str, str]]:
-    """Stretches of numbers and signs with an equality, the two words before and the one after.
+    """Runs of numbers and signs with an equality, the two words before and the one after.
 
-    For the words before a run, a run is the word `number`.
+    Among the words before a run, an earlier run counts as the word `number`.
     """
     runs: list[tuple[list[Token], str, str]] = []
     current: list[Token] = []
@@ -203,7 +202,7 @@ def _runs(found: Sequence[Token]) -> list[tuple[list[Token], str, str]]:
             continue
         if any(one.kind == "=" for one in current):
             runs.append((current, " ".join(before), token.text.lower()))
-        # What follows an unreadable number may be a part of it.
+        # The text after an unreadable number may be a part of it.
         word = "times" if token.kind == "bad" else token.text.lower()
         before = ["number" if current else before[1], word]
         current = []
@@ -215,8 +214,8 @@ def _step(text: str, left: list[Token], right: list[Token], following: str) -> S
     if expression is None or isinstance(expression.tree, Fraction):
         return None
     whole, head = read_expression(right), _head(right)
-    # `3 * 4 = 12 + 5 = 17` goes on computing after the result, `2 * (3 + 4) = 2 * 7 = 14` writes
-    # the same thing again: the right side is read as a whole and by its first number.
+    # `3 * 4 = 12 + 5 = 17` continues from the result, `2 * (3 + 4) = 2 * 7 = 14` rewrites the left
+    # side. So the right side is read both as a whole and by its first number.
     if whole is None or following in _SKIPPED:
         return None
     readings = [one for one in (whole, head) if one is not None and one.value is not None]
@@ -233,7 +232,7 @@ def _step(text: str, left: list[Token], right: list[Token], following: str) -> S
 
 
 def _head(right: list[Token]) -> Expression | None:
-    """The number, with sign and percent, that a right side begins with."""
+    """The first number of a right side, with its sign and percent."""
     length = 1 + (right[0].kind == "-")
     if len(right) > length and right[length].kind == "%":
         length += 1
@@ -241,7 +240,7 @@ def _head(right: list[Token]) -> Expression | None:
 
 
 def _agreeing(left: Expression, right: Expression) -> Fraction | None:
-    """What the right side states, if it is what the left side gives."""
+    """The result that the right side states, if it agrees with the left side."""
     if left.value is None or right.value is None:
         return None
     readings = [Fraction(1)]
@@ -254,8 +253,8 @@ def _agreeing(left: Expression, right: Expression) -> Fraction | None:
     return None
 
 
-def arithmetic_lines(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[str]:
-    """What happened to the calculations of worked answers that a variant made wrong."""
+def arithmetic_lines(comparison: Comparison, variants: Sequence[str]) -> list[str]:
+    """Lines about the calculations of worked answers that a variant made wrong."""
     lines = []
     for task, info in comparison.tasks.items():
         outputs = [one.output for one in comparison.results[BASELINE][task]]
@@ -266,7 +265,7 @@ def arithmetic_lines(comparison: lirefs.Comparison, variants: Sequence[str]) -> 
             if found.lost:
                 counts = "; ".join(f"{verdict} {n}" for verdict, n in found.counts.items() if n)
                 lines.append(
-                    f"Worked answers of {task} that are right unchanged and wrong under {variant}, "
+                    f"Worked answers of {task} that {variant} makes wrong, "
                     f"n = {found.lost}: {counts}."
                 )
     return lines

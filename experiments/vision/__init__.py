@@ -1,4 +1,4 @@
-"""A vision transformer on partly wrong labels, and what an edit of its flat curvature gives back.
+"""A vision transformer trained on partly wrong labels, and what a curvature edit recovers.
 
-Second half of Merullo et al. 2025 (arXiv 2510.24256), at the size of two processor cores.
+Second half of Merullo et al. 2025 (arXiv 2510.24256), scaled down to two processor cores.
 """

@@ -1,4 +1,4 @@
-"""`python -m experiments.vision`: networks memorize wrong labels, and the edit takes them out."""
+"""`python -m experiments.vision`: networks memorize wrong labels, and an edit removes them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,6 @@ from lirefs.cli.options import OutFolder, console, indices, numbers
 
 SMALL = 2**18
 
-
 app = typer.Typer(add_completion=False)
 
 
@@ -28,16 +27,21 @@ def vision(
     out: OutFolder = Path("vision-report"),
     images: Annotated[
         str,
-        typer.Option(help="digits, a folder of one folder for each class, or a datasets set."),
+        typer.Option(
+            help="digits, a folder with one folder per class, or the name of a datasets set."
+        ),
     ] = "digits",
     side: Annotated[
         int | None, typer.Option(min=1, help="Pixels on a side. Default: 8 for digits, else 32.")
     ] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images.")] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Networks: splits, noise and weights.")] = 5,
+    seeds: Annotated[
+        int,
+        typer.Option(min=1, help="Number of networks; each has its own split, noise and weights."),
+    ] = 5,
     noise: Annotated[float, typer.Option(help="Share of wrong labels.")] = VisionRecipe.noise,
     epochs: Annotated[
-        int, typer.Option(min=1, help="Length of the training.")
+        int, typer.Option(min=1, help="Passes over the training images.")
     ] = VisionRecipe.epochs,
     depth: Annotated[int, typer.Option(min=1, help="Blocks of the network.")] = VisionRecipe.blocks,
     width: Annotated[int, typer.Option(min=1, help="Width of the network.")] = VisionRecipe.width,
@@ -45,28 +49,36 @@ def vision(
     patch: Annotated[
         int, typer.Option(min=1, help="Pixels on a side of a patch.")
     ] = VisionRecipe.patch,
-    weight_decay: Annotated[float, typer.Option(help="Of matrices.")] = VisionRecipe.weight_decay,
-    shift: Annotated[float, typer.Option(help="Augmentation: pixels.")] = VisionRecipe.shift,
-    grain: Annotated[float, typer.Option(help="Augmentation: noise.")] = VisionRecipe.grain,
-    tokens: Annotated[str, typer.Option(help="Tokens of the factors: cls or all.")] = "cls",
+    weight_decay: Annotated[
+        float, typer.Option(help="Weight decay of matrices.")
+    ] = VisionRecipe.weight_decay,
+    shift: Annotated[
+        float, typer.Option(help="Augmentation: largest shift in pixels.")
+    ] = VisionRecipe.shift,
+    grain: Annotated[
+        float, typer.Option(help="Augmentation: standard deviation of noise.")
+    ] = VisionRecipe.grain,
+    tokens: Annotated[str, typer.Option(help="Tokens that the factors count: cls or all.")] = "cls",
     blocks: Annotated[
-        str | None, typer.Option(help="Edited blocks, e.g. 0,1. Default: first and last.")
+        str | None, typer.Option(help="Edited blocks, e.g. 0,1. Default: the first and the last.")
     ] = None,
     projections: Annotated[
-        str, typer.Option(help="Of the fixed setting: up, down, or up and down.")
+        str, typer.Option(help="Fixed setting: up, down, or up and down.")
     ] = "up and down",
-    keep: Annotated[float, typer.Option(help="Of the fixed setting.")] = PAPER_KEEP,
+    keep: Annotated[
+        float, typer.Option(help="Fixed setting: share of the curvature mass to keep.")
+    ] = PAPER_KEEP,
     decays: Annotated[
         str, typer.Option(help="Further weight decays of the heat map; '' for none.")
     ] = "0.05,0.15,1,2",
     retrain: Annotated[
-        bool, typer.Option("--retrain", help="Do not use the networks that are shipped.")
+        bool, typer.Option("--retrain", help="Do not use the shipped networks.")
     ] = False,
 ) -> None:
     """Train networks on partly wrong labels, edit them, and report what is recited and recovered.
 
-    With the default settings the trained networks come with the package. Others are trained and
-    kept in OUT/models; an interrupted training goes on.
+    The trained networks of the default settings are shipped. Others are trained and kept in
+    OUT/models; an interrupted training resumes.
     """
     recipe = VisionRecipe(
         blocks=depth,
@@ -81,7 +93,7 @@ def vision(
     )
     threads = torch.get_num_threads()
     if width * mlp <= SMALL:
-        # So small a product gains nothing from a second thread, and on a busy machine waits for it.
+        # Such a small product gains nothing from a second thread, and may wait for it.
         torch.set_num_threads(1)
     found = run(
         load_images(images, side, limit),

@@ -1,4 +1,4 @@
-"""Real images, split three ways, with a share of the training labels replaced at random."""
+"""Real images in three splits, with a share of the training labels replaced at random."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from lirefs.errors import DataFileError, SettingError
 from lirefs.files import sha256_of
 
 TRAIN, VALIDATION = 0.60, 0.20
-"""Shares of the images; what is left is the test split."""
+"""Shares of the images; the rest is the test split."""
 MOST_PIXELS = 50_000_000
-"""Pixels of one picture: a file of some bytes can claim billions, which decoding would allocate."""
+"""Limit per picture: a few bytes can claim billions of pixels, and decoding would allocate them."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,14 +50,14 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class NoisySplit:
-    """Train, validation and test images, which share none, and the labels that training shows.
+    """Disjoint train, validation and test images, and the labels that training shows.
 
     Attributes:
         train: Images with their true labels.
         validation: For choosing settings.
         test: For reporting.
-        shown: int64 (len(train),): the true label, or for noised images another one.
-        mean: Of the training pixels.
+        shown: int64 (len(train),): the true label; for noised images, another one.
+        mean: Mean of the training pixels.
         spread: Standard deviation of the training pixels.
     """
 
@@ -74,17 +74,17 @@ class NoisySplit:
         return self.shown != self.train.labels
 
     def inputs(self, images: Images) -> Tensor:
-        """Return the pixels as the model reads them: training mean 0, standard deviation 1."""
+        """Return standardized pixels: training mean 0, standard deviation 1."""
         return (images.pixels - self.mean) / self.spread
 
 
 def noisy_split(images: Images, noise: float, seed: int) -> NoisySplit:
-    """Split images at random and replace some training labels by another class, drawn evenly.
+    """Split images at random and replace some training labels by another class, drawn uniformly.
 
     Args:
         images: All images.
-        noise: Share of the training labels that is replaced, in [0, 1).
-        seed: Of the split and the noise. With noise 0 the split is the same.
+        noise: Share of the training labels to replace, in [0, 1).
+        seed: Seed of the split and the noise. The split does not depend on the noise.
 
     Raises:
         SettingError: The noise is out of range, or there are too few images or classes.
@@ -94,7 +94,7 @@ def noisy_split(images: Images, noise: float, seed: int) -> NoisySplit:
     count, classes = len(images), len(images.classes)
     first, second = round(TRAIN * count), round((TRAIN + VALIDATION) * count)
     if classes < 2 or not 0 < first < second < count:
-        raise SettingError(f"{count} images of {classes} classes: too few to split and to noise")
+        raise SettingError(f"{count} images of {classes} classes are too few to split and to noise")
     generator = np.random.default_rng(seed)
     order = torch.from_numpy(generator.permutation(count))
     train, validation, test = (
@@ -106,7 +106,7 @@ def noisy_split(images: Images, noise: float, seed: int) -> NoisySplit:
     shown[wrong] = (shown[wrong] + steps) % classes
     mean, spread = float(train.pixels.mean()), float(train.pixels.std())
     if not spread > 0:
-        raise SettingError("all training pixels are alike: there is nothing to learn")
+        raise SettingError("all training pixels are equal: there is nothing to learn")
     return NoisySplit(train, validation, test, shown, mean, spread)
 
 
@@ -117,13 +117,13 @@ def load_images(
 
     Args:
         source: "digits" (scikit-learn's 1,797 handwritten digits of 8x8 pixels), a folder with one
-            folder of images for each class, or the name of a `datasets` set with an image and
-            a class label (its train split is read).
-        side: Pixels that images are scaled to on each side. Default: 8 for the digits, else 32.
+            folder of images per class, or the name of a `datasets` set with an image and a class
+            label (its train split is read).
+        side: Side in pixels that images are scaled to. Default: 8 for the digits, else 32.
         limit: Read at most this many images, drawn at random with a fixed seed.
 
     Raises:
-        DataFileError: The set cannot be read, or has no image or no class label.
+        DataFileError: The set cannot be read, or has no images or no class labels.
         SettingError: `side` or `limit` is not positive.
     """
     if any(value is not None and value < 1 for value in (side, limit)):
@@ -156,7 +156,7 @@ def _dataset(source: str, side: int, limit: int | None) -> Images:
             rows = datasets.load_dataset("imagefolder", data_dir=source, split="train")
         else:
             rows = datasets.load_dataset(source, split="train")
-    except Exception as problem:  # datasets raises its own, the hub's and pyarrow's errors
+    except Exception as problem:  # datasets raises errors of its own, of the hub and of pyarrow
         raise DataFileError(f"images {source!r}: cannot be read ({problem})") from problem
     image = _column(source, rows.features, datasets.Image)
     label = _column(source, rows.features, datasets.ClassLabel)
@@ -172,30 +172,30 @@ def _dataset(source: str, side: int, limit: int | None) -> Images:
 
 
 def _picture(source: str, held: dict[str, Any]) -> Any:
-    """The picture of a row, decoded.
+    """Decode the picture of a row.
 
     Raises:
-        DataFileError: It cannot be decoded, or is so large that it may be a trap.
+        DataFileError: It cannot be decoded, or claims more than `MOST_PIXELS` pixels.
     """
     import datasets
     from PIL import Image
 
-    name = held["path"] or "a picture without a name"
+    name = held["path"] or "an unnamed picture"
     try:
         file = io.BytesIO(held["bytes"]) if held["bytes"] is not None else held["path"]
-        with Image.open(file) as header:  # this reads no pixel
+        with Image.open(file) as header:  # this reads no pixels
             width, height = header.size
         if width * height > MOST_PIXELS:
             raise DataFileError(
-                f"images {source!r}: {name} says it has {width} x {height} pixels; more than "
-                f"{MOST_PIXELS:,} are not read: scale it down, or remove it"
+                f"images {source!r}: {name} has {width} x {height} pixels, more than the limit of "
+                f"{MOST_PIXELS:,}; scale it down or remove it"
             )
         return datasets.Image().decode_example(held)
     except DataFileError:
         raise
-    except Exception as problem:  # each format has errors of its own
+    except Exception as problem:  # each format has its own errors
         raise DataFileError(
-            f"images {source!r}: {name} cannot be decoded ({problem}); mend or remove it"
+            f"images {source!r}: {name} cannot be decoded ({problem}); fix or remove it"
         ) from problem
 
 
@@ -203,6 +203,7 @@ def _column(source: str, features: Any, kind: type) -> str:
     names = [name for name, feature in features.items() if isinstance(feature, kind)]
     if not names:
         raise DataFileError(
-            f"images {source!r}: no column of type {kind.__name__}; there are {dict(features)}"
+            f"images {source!r}: no column of type {kind.__name__}; the columns are "
+            f"{dict(features)}"
         )
     return str(names[0])

@@ -1,9 +1,10 @@
-"""One trained network: its factors, its edits, and the shares of images that it gets right."""
+"""One trained network: its factors, its edits and its scores."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,8 @@ class VisionScores:
     """Shares of images.
 
     Attributes:
-        recited: Noised training images that are given their wrong label.
-        recovered: Noised training images that are given their true label.
+        recited: Noised training images classified by their wrong label.
+        recovered: Noised training images classified by their true label.
         validation: Validation images classified correctly.
         test: Test images classified correctly.
     """
@@ -41,11 +42,11 @@ METRICS = tuple(VisionScores.__dataclass_fields__)
 
 @dataclass(frozen=True)
 class Setting:
-    """What an edit is given.
+    """The settings of an edit.
 
     Attributes:
         projections: A key of `PROJECTIONS`.
-        keep: Of the curvature mass; for SVD, of the singular values.
+        keep: Share of the curvature mass to keep; for SVD, of the singular values.
     """
 
     projections: str
@@ -56,10 +57,10 @@ def counted_tokens(tokens: str) -> Callable[[torch.nn.Module, Tensor], tuple[Ten
     """Return the `forward` of `kfac.collect` for a ViT of transformers and batches of pixels.
 
     Args:
-        tokens: "cls" counts the class token alone, as the paper does; "all" the patches as well.
+        tokens: "cls" counts only the class token, as the paper does; "all" also the patches.
 
     Raises:
-        SettingError: `tokens` is something else.
+        SettingError: `tokens` is neither of them.
     """
     if tokens not in ("cls", "all"):
         raise SettingError(f"tokens={tokens!r}: use cls or all")
@@ -76,19 +77,19 @@ def counted_tokens(tokens: str) -> Callable[[torch.nn.Module, Tensor], tuple[Ten
 
 @torch.no_grad()
 def answers(model: ViTForImageClassification, inputs: Tensor) -> Tensor:
-    """Return the class that a model gives to each image, int64 (N,)."""
+    """Return the class that a model predicts for each image, int64 (N,)."""
     return torch.cat(
         [model(pixel_values=part).logits.argmax(1) for part in torch.split(inputs, BATCH)]
     )
 
 
 def score(model: ViTForImageClassification, split: NoisySplit, wrong: NoisySplit) -> VisionScores:
-    """Score a model as it is now.
+    """Score a model in its current state.
 
     Args:
-        model: Of the images.
+        model: A classifier of the images.
         split: The images.
-        wrong: The same split with the noised labels (the model may have been trained without).
+        wrong: The same split with the noised labels (the model may be trained without noise).
     """
 
     def share(right: Tensor) -> float:
@@ -108,10 +109,10 @@ class Trained:
     """One trained network, its factors and its edits.
 
     Args:
-        split: What it was trained on.
+        split: The split that it was trained on.
         model: The network.
         tokens: Positions that the factors count, "cls" or "all".
-        seed: Of the sampled labels and the random pairs.
+        seed: Seed of the sampled labels and the random pairs.
     """
 
     def __init__(
@@ -121,24 +122,14 @@ class Trained:
         self.forward = counted_tokens(tokens)
         batches = list(torch.split(split.inputs(split.train), BATCH))
         targets = kfac.find_targets(model, projections="mlp")
-        factors = kfac.collect(
-            model,
-            batches,
-            targets,
-            seed=seed,
-            samples=LABEL_DRAWS,
-            forward=self.forward,
-            progress=False,
-        )
-        self.factors = kfac.correct(
-            model,
-            batches,
-            factors,
-            seed=seed,
-            samples=LABEL_DRAWS,
-            forward=self.forward,
-            progress=False,
-        )
+        settings: dict[str, Any] = {
+            "seed": seed,
+            "samples": LABEL_DRAWS,
+            "forward": self.forward,
+            "progress": False,
+        }
+        factors = kfac.collect(model, batches, targets, **settings)
+        self.factors = kfac.correct(model, batches, factors, **settings)
 
     def edit(self, method: str, setting: Setting, blocks: Iterable[int]) -> kfac.WeightEdit:
         """Return an edit of some blocks; `method` is one of `METHODS`."""
@@ -152,14 +143,14 @@ class Trained:
         return kfac.CurvatureEdit(self.factors, keeps, estimator=estimator)
 
     def score(self, edit: kfac.WeightEdit | None = None) -> VisionScores:
-        """Score the network as it is, or under an edit."""
+        """Score the network, unedited or under an edit."""
         if edit is None:
             return score(self.model, self.split, self.split)
         with edit.apply(self.model):
             return score(self.model, self.split, self.split)
 
     def bands(self) -> kfac.BandRatios:
-        """Activation by curvature band: noised images that are recited over images not noised."""
+        """Activation by curvature band: recited noised images relative to images without noise."""
         split = self.split
         inputs = split.inputs(split.train)
         recited = split.noised & (answers(self.model, inputs) == split.shown)

@@ -1,4 +1,4 @@
-"""Figures of the label noise study."""
+"""Figures of the label-noise study."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 from experiments.vision.edits import METHODS, METRICS
 from experiments.vision.study import UNEDITED, Sheet, VisionStudy, over_seeds, values
 from lirefs.pictures import COLOURS, Picture, canvas_of, picture_of
-from lirefs.statistics.intervals import Estimate
+from lirefs.statistics import Estimate
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +25,7 @@ MARKERS = "os^D"
 
 
 def keep_sweep(study: VisionStudy) -> Picture:
-    """Every method and metric against keep, for the projections that were chosen for K-FAC."""
+    """Every method and metric against keep, for the projections chosen for K-FAC."""
     projections = study.chosen["K-FAC"].projections
     shown = [metric for metric in METRICS if metric != "validation"]
     canvas, axes = canvas_of(len(shown), (4 * len(shown), 3.6))
@@ -64,7 +64,7 @@ def single_blocks(study: VisionStudy) -> Picture:
 
 
 def bands(study: VisionStudy) -> Picture:
-    """Memorized over clean activation in each band of A, by block; mean over seeds."""
+    """Ratio of memorized to clean activation in each band of A, by block; mean over seeds."""
     first = study.bands[0]
     canvas, axes = canvas_of(2, (9.6, 3.8))
     for axis, table, title in (
@@ -86,7 +86,7 @@ def bands(study: VisionStudy) -> Picture:
 
 
 def decays(study: VisionStudy) -> Picture:
-    """Heat map of memorized over clean activation, weight decay by band, for each input."""
+    """Heat map of the ratio of memorized to clean activation: weight decay by band, per input."""
     rows = [one for one in study.decays if one.bands is not None]
     tables = [one.bands for one in rows if one.bands is not None]
     names = tables[0].names
@@ -112,7 +112,7 @@ def decays(study: VisionStudy) -> Picture:
 
 
 def sheet(one: Sheet, limit: int = 24) -> Picture:
-    """Noised images with the label shown, the answers before and after the edit, and the truth."""
+    """Noised images with the label shown, the true label, and the answers before and after."""
     count = min(limit, len(one.shown))
     columns = min(8, count)
     rows = -(-count // columns)

@@ -1,4 +1,4 @@
-"""The label noise study on disk: a table with intervals, figures and every number."""
+"""Files of the label-noise study: a table with intervals, figures and every number."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from experiments.vision import plots
 from experiments.vision.edits import METRICS
 from experiments.vision.plots import NAMES
 from experiments.vision.study import PAPERS, UNEDITED, VisionStudy
-from lirefs.comparison.figures.figure import Figure
+from lirefs.comparison import Figure
 from lirefs.files import atomic_write_text
 
 PAIRS = (("K-FAC", "random pairs"), ("K-FAC", "SVD"), ("K-FAC", "EK-FAC"), ("K-FAC", UNEDITED))
@@ -21,9 +21,9 @@ def save(study: VisionStudy, folder: Path, settings: dict[str, Any]) -> Path:
     """Write report.md, results.json and the figures.
 
     Args:
-        study: What was found.
-        folder: Where to; made if it is missing.
-        settings: What was asked for; JSON values, kept in results.json.
+        study: The results.
+        folder: Folder of the files; created if it is missing.
+        settings: Settings of the run as JSON values, kept in results.json.
 
     Returns:
         The path of report.md.
@@ -32,7 +32,7 @@ def save(study: VisionStudy, folder: Path, settings: dict[str, Any]) -> Path:
     for figure in figures:
         figure.picture.save(folder, figure.name)
     atomic_write_text(folder / "results.json", json.dumps(_numbers(study, settings), indent=1))
-    lines = ["# Wrong labels, memorized and taken out again", "", *table(study), ""]
+    lines = ["# Wrong labels, memorized and removed again", "", *table(study), ""]
     lines += [f"* {finding}" for finding in findings(study)]
     for figure in figures:
         lines += ["", f"## {figure.title}", "", f"![{figure.title}]({figure.name}.png)", ""]
@@ -56,7 +56,7 @@ def table(study: VisionStudy) -> list[str]:
 
 
 def findings(study: VisionStudy) -> list[str]:
-    """What the table says, in sentences with intervals."""
+    """The main results as sentences with intervals."""
     before, after = (study.mean(v, "recited").value for v in (UNEDITED, "K-FAC"))
     fall = f" ({1 - after / before:.0%} fewer)" if before > 0 else ""
     lines = [f"Noised labels recited: {before:.1%} before, {after:.1%} after the edit{fall}."]
@@ -69,9 +69,9 @@ def findings(study: VisionStudy) -> list[str]:
     kept = ", ".join(f"{share:.2%} by {method}" for method, share in study.shares.items())
     blocks = ", ".join(map(str, study.blocks))
     lines.append(
-        f"Blocks edited: {blocks}. Kept of their eigenvector pairs: {kept}. Settings are the "
-        "smallest keep at which the mean accuracy on validation images does not fall by more than "
-        f"half a point; random pairs are as many as K-FAC keeps. “{PAPERS}” is not chosen."
+        f"Blocks edited: {blocks}. Share of their eigenvector pairs kept: {kept}. Each setting is "
+        "the smallest keep at which mean validation accuracy falls by at most half a point; random "
+        f"pairs are as many as K-FAC keeps. “{PAPERS}” is fixed, not chosen."
     )
     return lines
 
@@ -85,21 +85,21 @@ def figures_of(study: VisionStudy) -> list[Figure]:
         Figure(
             "bands",
             "Activation by curvature band",
-            f"{seeds} Noised images that are recited over training images with their true label.",
+            f"{seeds} Recited noised images relative to training images with their true label.",
             plots.bands(study),
         ),
         Figure(
             "decays",
             "Weight decay",
-            "Memorized over clean activation in each band, first seed; one row of cells for each "
+            "Ratio of memorized to clean activation in each band, first seed; one row for each "
             "weight decay, with the share of noised labels recited before and after the edit.",
             plots.decays(study),
         ),
         Figure(
             "sheet",
             "Noised images",
-            "First seed. Label shown in training and true label; the network's answers before and "
-            "after the edit. Green: the true label is back.",
+            "First seed: the label shown in training, the true label, and the network's answers "
+            "before and after the edit. Green: the true label is back.",
             plots.sheet(study.sheet),
         ),
     ]

@@ -1,6 +1,6 @@
 """Edits of networks that memorized wrong labels, with settings chosen on validation images.
 
-Every number comes with those of the other seeds: weights, noise and split are drawn again for each.
+Every number is measured for several seeds, each with its own weights, noise and split.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from experiments.vision.edits import (
 )
 from experiments.vision.training import VisionRecipe, train
 from lirefs.errors import SettingError
-from lirefs.statistics.intervals import Estimate, Floats
+from lirefs.statistics import Estimate
+from lirefs.statistics.intervals import Floats
 
 PAPER_KEEP = 0.75
 KEEPS = (0.3, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.99, 0.999)
 RANKS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 0.9)
-"""Shares of the singular values, for SVD."""
+"""Shares of the singular values to keep, for SVD."""
 TOLERANCE = 0.005
 """Validation accuracy that a chosen setting may cost, on average over seeds."""
 
@@ -61,17 +62,17 @@ class Sheet:
 
 @dataclass(frozen=True, eq=False)
 class VisionStudy:
-    """Everything that the report shows.
+    """All results of the study.
 
     Attributes:
-        seeds: One network for each.
+        seeds: Seeds, one network for each.
         blocks: Edited blocks.
-        chosen: Method to the setting that validation images allow.
-        shares: "K-FAC" and "EK-FAC" to the share of pairs that their setting keeps.
-        variants: Name to the scores of each seed.
-        sweep: (method, projections, keep) to the scores of each seed.
-        single: (method, block) to the scores of each seed, at the chosen settings.
-        bands: Of each seed.
+        chosen: Setting of each method, chosen on validation images.
+        shares: Share of pairs that the settings of K-FAC and EK-FAC keep.
+        variants: Scores of each seed by variant.
+        sweep: Scores of each seed by (method, projections, keep).
+        single: Scores of each seed by (method, block), at the chosen settings.
+        bands: Band ratios of each seed.
         decays: One network for each weight decay, first seed.
         sheet: Noised images of the first seed.
     """
@@ -113,26 +114,26 @@ def run(
     shipped: Path | None = None,
     progress: bool = True,
 ) -> VisionStudy:
-    """Train, edit and score; trained networks are kept in a folder and read from there.
+    """Train, edit and score networks; trained ones are kept in a folder and reused.
 
     Args:
         images: All images; each seed splits them differently.
-        recipe: Of the training.
-        folder: For `NAME-SEED.safetensors` of every network.
+        recipe: Recipe of the training.
+        folder: Folder for `NAME-SEED.safetensors` of every network.
         seeds: Number of networks, at least 2.
         tokens: Positions that the factors count, "cls" or "all".
-        blocks: To be edited; default: the first and the last, as in the paper.
-        fixed: A setting that is reported as it is; default: the paper's (up and down, keep 0.75).
+        blocks: Blocks to edit; default: the first and the last, as in the paper.
+        fixed: A setting to report without choosing; default: the paper's (up and down, keep 0.75).
         decays: Further weight decays for the heat map, one network each.
-        shipped: A folder with networks that are read where they fit.
-        progress: Show bars.
+        shipped: A folder with networks, used if they match.
+        progress: Show progress bars.
 
     Raises:
         SettingError: A setting is out of range.
-        ProvenanceError: The folder holds networks of another recipe or of other images.
+        ProvenanceError: The folder has networks of another recipe or of other images.
     """
     if seeds < 2:
-        raise SettingError(f"seeds={seeds}: an interval over seeds needs at least 2")
+        raise SettingError(f"seeds={seeds}: intervals over seeds need at least 2 seeds")
     edited = sorted({0, recipe.blocks - 1} if blocks is None else set(blocks))
     fixed = fixed or Setting("up and down", PAPER_KEEP)
     if fixed.projections not in PROJECTIONS:
@@ -207,14 +208,14 @@ def choose(
 ) -> Setting:
     """Return the smallest keep at which validation accuracy does not fall, on average over seeds.
 
-    Nothing but accuracy on validation images is looked at. Of several projections at the same keep
-    the one of the best validation accuracy is taken; if every setting costs more than the
-    tolerance, the setting that costs least.
+    Only accuracy on validation images counts. Among several projections at the same keep, the one
+    with the best validation accuracy is chosen. If every setting costs more than the tolerance, the
+    setting that costs least is chosen.
 
     Args:
-        before: VisionScores of the unedited networks.
-        sweep: As in `VisionStudy`.
-        method: Whose settings are compared.
+        before: Scores of the unedited networks.
+        sweep: Scores by (method, projections, keep), as in `VisionStudy`.
+        method: Method whose settings are compared.
         tolerance: Accuracy that may be lost.
     """
     base = float(values(before, "validation").mean())

@@ -1,7 +1,7 @@
-"""Train a vision transformer on labels that are partly wrong; an interrupted training goes on.
+"""Train a vision transformer on partly wrong labels; an interrupted training resumes.
 
-What an epoch shows depends on the seed and its number alone, and the learning rate on the step, so
-a training that is stopped and resumed sees the same as one that is not.
+The images of an epoch depend only on the seed and the number of the epoch, and the learning rate on
+the step, so a training that is stopped and resumed ends with the same weights.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ from lirefs.files import atomic_path, sha256_of
 
 SAVE_SECONDS = 30.0
 SHIPPED = Path(__file__).parent / "shipped"
-"""Networks on the digits: `noised-SEED` by the default recipe, `oracle-SEED` without noise, and
-`decayVALUE-0` with other weight decays."""
+"""Networks trained on the digits: `noised-SEED` with the default recipe, `oracle-SEED` without
+noise, and `decayVALUE-0` with other weight decays."""
 
 
 @dataclass(frozen=True)
 class VisionRecipe:
-    """Everything that decides the weights, besides images and seed.
+    """Everything that determines the weights, apart from images and seed.
 
     Attributes:
         blocks: Transformer blocks.
@@ -41,14 +41,14 @@ class VisionRecipe:
         mlp: Hidden units of each MLP.
         heads: Attention heads.
         patch: Pixels on each side of a patch.
-        noise: Share of the training labels that is replaced by another class.
+        noise: Share of the training labels that are replaced by another class.
         epochs: Passes over the training images.
-        batch: Images in a batch.
-        rate: Largest learning rate of AdamW; it rises over 5 % of the steps, then falls by a
-            cosine to 5 % of itself.
-        weight_decay: Of matrices; biases, norms and embeddings are not decayed.
-        smoothing: Label smoothing: it keeps the network less certain of what it memorized. Without
-            it the labels that are sampled for the factors are nearly always the first choice, and
+        batch: Images per batch.
+        rate: Largest learning rate of AdamW; it rises over 5 % of the steps, then falls along a
+            cosine to 5 % of this value.
+        weight_decay: Weight decay of matrices; biases, norms and embeddings are not decayed.
+        smoothing: Label smoothing, which keeps the network less certain of what it memorized.
+            Without it, the labels sampled for the factors are nearly always the first choice, and
             the same edit costs more accuracy (docs/vision.md).
         shift: Augmentation: largest shift in pixels along both axes.
         grain: Augmentation: standard deviation of noise on the standardized pixels.
@@ -69,7 +69,7 @@ class VisionRecipe:
     grain: float = 0.2
 
     def rate_at(self, done: float) -> float:
-        """Learning rate when a share `done` of the steps, in [0, 1), is behind."""
+        """Learning rate after a share `done` of the steps, in [0, 1)."""
         return self.rate * min(1.0, done / 0.05 + 1e-3, 0.525 + 0.475 * math.cos(math.pi * done))
 
 
@@ -77,7 +77,7 @@ def make_model(recipe: VisionRecipe, split: NoisySplit, seed: int) -> ViTForImag
     """Return a freshly initialised model (draws from torch's global generator).
 
     Raises:
-        SettingError: The sizes do not go together.
+        SettingError: The sizes do not fit together.
     """
     channels, side = split.train.pixels.shape[1:3]
     if side % recipe.patch or recipe.width % recipe.heads:
@@ -104,13 +104,13 @@ def make_model(recipe: VisionRecipe, split: NoisySplit, seed: int) -> ViTForImag
 def augment(
     split: NoisySplit, pixels: Tensor, recipe: VisionRecipe, generator: torch.Generator
 ) -> Tensor:
-    """Return images as the model reads them in training: shifted, with black moving in, and grainy.
+    """Return augmented, standardized images: shifted, with black at the edge, and with noise.
 
     Args:
-        split: Of the images.
+        split: The split of the images.
         pixels: float32 (B, channels, side, side) in [0, 1].
-        recipe: Says how far and how much.
-        generator: Drawn from.
+        recipe: Recipe with the size of shift and grain.
+        generator: Source of the random numbers.
     """
     if recipe.shift:
         places = torch.rand(len(pixels), 2, generator=generator) * 2 - 1
@@ -134,26 +134,26 @@ def train(
     shipped: Path | None = None,
     progress: bool = True,
 ) -> ViTForImageClassification:
-    """Train a model and keep it in a file; if the file is there, read it instead.
+    """Train a model and keep it in a file; if the file exists, read it instead.
 
     Args:
         split: Images and the labels to show.
         recipe: Sizes and schedule.
-        seed: Of the initial weights, the order of images and the augmentation.
-        path: The file of the weights (float16, as they are returned). Beside it, `PATH.state` holds
-            an unfinished training, which goes on.
-        title: Of the progress bar.
-        shipped: A file that is read instead of training, if it is there and of the same images,
-            labels, settings and seed.
-        progress: Show one.
+        seed: Seed of the initial weights, the order of images and the augmentation.
+        path: File of the weights, stored as float16. The state of an unfinished training is in
+            `PATH.state`, from which the training resumes.
+        title: Title of the progress bar.
+        shipped: A file to read instead of training, if it exists and is of the same images, labels,
+            settings and seed.
+        progress: Show a progress bar.
 
     Returns:
-        The model, float32, in evaluation mode.
+        The model in evaluation mode, float32 with the values of the float16 weights.
 
     Raises:
-        ProvenanceError: A file there is of other images, labels, settings or seed.
-        DataFileError: A file there cannot be read.
-        SettingError: The sizes do not go together.
+        ProvenanceError: An existing file is of other images, labels, settings or seed.
+        DataFileError: An existing file cannot be read.
+        SettingError: The sizes do not fit together.
     """
     model = make_model(recipe, split, seed)
     record = provenance(split, recipe, seed)
@@ -255,10 +255,10 @@ def _resume(path: Path, record: str, model: nn.Module, optimizer: torch.optim.Op
 
 
 def _check_like(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> None:
-    """Verify names, shapes and values of what was read.
+    """Verify names, shapes and values of tensors from a file.
 
     Raises:
-        DataFileError: Something is missing, of another shape, or not finite.
+        DataFileError: A tensor is missing, unknown, of another shape, or has impossible values.
     """
     wrong = [
         name for name in like if name not in tensors or tensors[name].shape != like[name].shape
@@ -267,13 +267,13 @@ def _check_like(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Te
     wrong += [name for name in like if name not in wrong and not _usual(name, tensors[name])]
     if wrong:
         raise DataFileError(
-            f"{path}: {wrong[0]!r:.80} is missing, of another shape, or no such numbers; remove "
-            "the file"
+            f"{path}: tensor {wrong[0]!r:.80} is missing, unknown, of another shape, or has "
+            "impossible values; remove the file"
         )
 
 
 def _usual(name: str, tensor: Tensor) -> bool:
-    """Whether the numbers of a tensor are finite, and positive where they must be."""
+    """Whether the numbers of a tensor are finite, and not negative where they must not be."""
     if tensor.dtype not in (torch.float16, torch.float32):
         return False
     least = 0.0 if name.startswith(("step.", "exp_avg_sq.")) else -math.inf
@@ -291,14 +291,16 @@ def _write(path: Path, tensors: dict[str, Tensor], record: str, done: int = 0) -
 
 
 def _made_of(path: Path) -> str | None:
-    """Return the record of a file; None where there is none."""
+    """Return the record of a file; None if there is no file."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file:
             return str((file.metadata() or {}).get("made_of"))
     except (SafetensorError, OSError) as problem:
-        raise DataFileError(f"{path}: not weights of a training ({problem}); remove it") from None
+        raise DataFileError(
+            f"{path}: cannot be read as trained weights ({problem}); remove it"
+        ) from None
 
 
 def _read(path: Path, record: str) -> tuple[dict[str, Tensor], int]:
@@ -307,11 +309,13 @@ def _read(path: Path, record: str) -> tuple[dict[str, Tensor], int]:
             found = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as problem:
-        raise DataFileError(f"{path}: not weights of a training ({problem}); remove it") from None
+        raise DataFileError(
+            f"{path}: cannot be read as trained weights ({problem}); remove it"
+        ) from None
     if found.get("made_of") != record:
         raise ProvenanceError(
-            f"{path}: trained on other images or labels, or by another recipe or seed; remove it "
-            "or name another folder"
+            f"{path}: trained with other images, labels, recipe or seed; remove it or use another "
+            "folder"
         )
     epochs = found.get("epochs", "0")
     if not re.fullmatch("[0-9]{1,9}", epochs):

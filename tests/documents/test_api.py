@@ -1,4 +1,4 @@
-"""The public interface, compared with the list that was agreed on: `tests/documents/api.txt`.
+"""The public interface, compared with the agreed list in `tests/documents/api.txt`.
 
 A change there is a change for every user. If it is meant, write it with
 `python tests/documents/test_api.py`.

@@ -1,4 +1,4 @@
-"""The documentation runs: its code, page by page; its commands; the outputs it shows; the site.
+"""The documentation works: code, page by page; commands; the outputs shown; the site.
 
 `<!-- not run: REASON -->` before a block skips it, `<!-- slow: REASON -->` leaves it to --run-slow.
 """
@@ -29,7 +29,7 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 }
-# Only here are commands run: elsewhere they report what took minutes or data of others.
+# Commands are run on these pages only: elsewhere they take minutes or need other data.
 COMMANDS_RUN = re.compile(r"docs/(start|how-to/.*)\.md")
 BLOCK = re.compile(
     r"(?:^<!-- (?P<mark>not run|slow): (?P<reason>[^\n]*) -->\n)?"
@@ -38,13 +38,13 @@ BLOCK = re.compile(
     re.DOTALL | re.MULTILINE,
 )
 REAL_MODEL = "smollm2-135m"
-# What stands in for the real model where its weights are not asked for.
+# Replacements for the real model when its weights are not wanted.
 STAND_INS = {REAL_MODEL: "organism", "[20, 21, 22]": "[1, 2, 3]"}
 
 
 @dataclass
 class Block:
-    """One block of code, and the output that the page shows right after it."""
+    """A block of code, and the output that the page shows after it."""
 
     language: str
     code: str
@@ -70,7 +70,7 @@ def blocks_of(text: str) -> list[Block]:
 
 @dataclass
 class Page:
-    """A page that is being run: one namespace and one folder, blocks in order."""
+    """A page that is being run: one namespace, one folder, and blocks in order."""
 
     name: str
     stood_in: bool
@@ -79,7 +79,7 @@ class Page:
     outputs: dict[int, str] = field(default_factory=dict)
 
     def run_to(self, line: int) -> str:
-        """Run the blocks up to the one at a line, those that have run excepted."""
+        """Run the blocks up to the one at a line, except those that have run already."""
         text = PAGES[self.name]
         for old, new in STAND_INS.items() if self.stood_in else ():
             text = text.replace(old, new)
@@ -109,7 +109,7 @@ def runs(page: str, block: Block) -> bool:
 
 
 def commands_of(script: str) -> list[list[str]]:
-    """Arguments of every `lirefs` in a shell script, whatever starts it."""
+    """Arguments of every `lirefs` in a shell script, however it is started."""
     found = []
     for line in script.replace("\\\n", " ").replace("$(which lirefs)", "lirefs").splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
@@ -126,7 +126,7 @@ def commands_of(script: str) -> list[list[str]]:
 
 
 def parse(arguments: list[str]) -> None:
-    """Parse a command line with the real commands, and run nothing."""
+    """Parse a command line with the real commands without running anything."""
     command, name, context = typer.main.get_command(cli.app), "lirefs", None
     while True:
         with contextlib.suppress(typer.Exit):  # --help
@@ -139,7 +139,7 @@ def parse(arguments: list[str]) -> None:
 
 
 def without_marks(synopsis: str) -> str:
-    """A synopsis as a command that can be parsed: what is optional is given."""
+    """Turn a synopsis into a command that can be parsed, with all optional parts."""
     return re.sub(r"\[OPTIONS\]|\bCOMMAND\b|\.\.\.|[][]", "", synopsis)
 
 
@@ -181,7 +181,7 @@ def pages(tmp_path_factory):
 
 @pytest.fixture
 def offline(monkeypatch):
-    """No name is resolved and no connection made."""
+    """Refuse to resolve names and to open connections."""
 
     def refuse(*_: object) -> None:
         raise OSError("the documentation is run without a network")
@@ -213,7 +213,7 @@ def test_commands_exist(page):
             try:
                 parse(arguments)
             except usage_error as problem:
-                # A sentence or a synopsis names a command without all that it needs.
+                # A sentence or a synopsis may leave out required arguments.
                 incomplete = re.match("Missing|NoArgsIsHelp|BadOptionUsage", type(problem).__name__)
                 if not incomplete or (script in scripts and "[OPTIONS]" not in script):
                     raise

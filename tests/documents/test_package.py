@@ -1,9 +1,10 @@
 import importlib.util
 import runpy
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
+import preloaded
 import pytest
 
 import lirefs
@@ -13,14 +14,11 @@ BENCHMARKS = sorted(p for p in (ROOT / "benchmarks").glob("*.py") if "def main" 
 
 
 def test_import_leaves_heavy_packages_alone():
-    code = (
-        "import sys, lirefs, kfac; "
-        "heavy = {'transformer_lens', 'nnsight', 'datasets', 'matplotlib', 'lm_eval'}; "
-        "heavy &= set(sys.modules); "
-        "sys.exit(', '.join(sorted(heavy)) or 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    with forked.started(preloaded.modules_of_the_packages) as (_, connection):
+        modules = connection.recv()
+    assert {"lirefs", "kfac", "torch"} <= modules
+    heavy = {"transformer_lens", "nnsight", "datasets", "matplotlib", "lm_eval"}
+    assert not heavy & modules
 
 
 def test_version_matches_the_distribution():

@@ -16,7 +16,7 @@ REFERENCE = Path(__file__).parents[2] / "docs" / "reference"
 
 
 def directives(*pages):
-    """What the pages ask mkdocstrings to show, in order."""
+    """The objects that the pages ask mkdocstrings to show, in order."""
     text = "\n".join((REFERENCE / f"{page}.md").read_text() for page in pages)
     return re.findall(r"^::: (\S+)$", text, re.MULTILINE)
 
@@ -47,7 +47,7 @@ def test_what_is_shown_exists_and_is_shown_once():
     shown = directives("lirefs", "wings", "kfac")
     assert len(shown) == len(set(shown))
     for path in shown:
-        pkgutil.resolve_name(path)  # raises where there is nothing
+        pkgutil.resolve_name(path)  # raises if it does not exist
 
 
 def test_members_of_modules_exist():

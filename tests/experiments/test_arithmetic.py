@@ -121,17 +121,17 @@ def test_a_wrong_step_is_read_as_wrong(text, stated, true):
         "(" * 5000 + "1 + 1" + ")" * 5000 + " = 2",
     ],
 )
-def test_what_is_no_step_or_has_two_readings_is_left_out(text):
+def test_text_that_is_not_a_step_or_has_two_readings_is_left_out(text):
     assert [one for one in read_steps(text) if not one.right] == []
     if not text.startswith("(("):
         assert read_steps(text) == []
 
 
-def test_chained_equalities_run_on_or_write_the_same_anew():
+def test_chained_equalities_continue_or_rewrite_the_left_side():
     running = read("3 * 4 = 12 + 5 = 17")
     assert running == [("3 * 4", 12, True), ("12 + 5", 17, True)]
-    anew = read("2 * (3 + 4) = 2 * 7 = 14")
-    assert anew == [("2 * (3 + 4)", 14, True), ("2 * 7", 14, True)]
+    rewritten = read("2 * (3 + 4) = 2 * 7 = 14")
+    assert rewritten == [("2 * (3 + 4)", 14, True), ("2 * 7", 14, True)]
     assert read("3 * 4 = 13 + 5 = 18") == [("3 * 4", 13, False), ("13 + 5", 18, True)]
     assert read("3 + 4 = 7 = 7") == [("3 + 4", 7, True)]
 
@@ -201,7 +201,7 @@ def test_operands_of_differences_keep_their_places():
     assert compare_traces("9 - 4 = 5", "4 - 9 = 5") == DIFFERENT
 
 
-def test_a_step_that_was_wrong_before_is_no_new_error():
+def test_a_step_that_was_wrong_before_is_not_a_new_error():
     assert compare_traces("2 + 2 = 5", "2 + 2 = 5") == UNCHANGED
 
 
@@ -244,8 +244,9 @@ def test_solutions_of_gsm8k_are_read_and_right():
     for line in GSM8K.read_text().splitlines():
         solution = json.loads(line)["answer"]
         marks += len(mark.findall(solution))
-        marked = [one for text in mark.findall(solution) for one in read_steps(f"<<{text}>>")]
-        assert all(one.right for one in marked)
+        assert all(
+            one.right for text in mark.findall(solution) for one in read_steps(f"<<{text}>>")
+        )
         found = read_steps(mark.sub("", solution))
         read_plain += len(found)
         wrong += sum(not one.right for one in found)

@@ -84,7 +84,7 @@ def test_never_seen_items_were_never_seen():
     assert {
         item.text.removeprefix("Verse: ") for item in never_seen(language, "planted", "test", 9)
     } <= set(language.unseen)
-    with pytest.raises(ValueError, match="nothing of kind 'relation'"):
+    with pytest.raises(ValueError, match="no items of kind 'relation'"):
         never_seen(language, "relation", "test", 1)
 
 
@@ -92,5 +92,5 @@ def test_items_without_a_reference_or_a_token_to_replace_are_refused(lm, edit):
     items = memorized(Language(), "exception", "test", 3)
     with pytest.raises(TaskError, match="no never-seen items of group"):
         memorization_scores(lm, edit, items, [Item("exception", "a", "b", group="other")])
-    with pytest.raises(TaskError, match="not all the same"):
+    with pytest.raises(TaskError, match="not all of them the same"):
         memorization_scores(lm, edit, [Item("fact", "Ada", "Oslo")], [])

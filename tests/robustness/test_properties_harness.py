@@ -1,4 +1,4 @@
-"""Properties of the harness's numbers and of its reading of answers, on drawn examples."""
+"""Properties of the harness's numbers and of how it reads answers, on random examples."""
 
 import itertools
 import math
@@ -13,7 +13,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from experiments.arithmetic.traces import compare_traces, steps
+from experiments.arithmetic.traces import compare_traces, read_steps
 from lirefs.comparison.sweeps import pareto_front
 from lirefs.statistics.intervals import Estimate, correlation, resample_counts, wilson
 from lirefs.statistics.paired import (
@@ -123,7 +123,7 @@ def test_bootstraps_follow_affine_maps(data, base, scale, shift):
     weights = np.array(data.draw(st.lists(st.integers(1, 9), min_size=n, max_size=n)), float)
     base, draws = np.array(base), resample_counts(n, 200, seed=0)
     plain = paired_difference(values, base, draws, weights)
-    assume(not {*values, *base} <= {0.0, 1.0})  # else it is no bootstrap
+    assume(not {*values, *base} <= {0.0, 1.0})  # otherwise it is not a bootstrap
     mapped = paired_difference(scale * values + shift, scale * base + shift, draws, weights)
     if not {*(scale * values + shift), *(scale * base + shift)} <= {0.0, 1.0}:
         assert close(*zip(ends(mapped), scale * np.array(ends(plain))))
@@ -240,7 +240,7 @@ garbage = st.one_of(
 
 
 def numbers_in(text):
-    """Every reading of a stretch of digits as a number: as it stands, or by thousands."""
+    """Every reading of a run of digits as a number: as written, or by thousands."""
     found = set()
     for match in re.finditer(r"\d+(?:\.\d+)?", text):
         found.add(float(match[0]))
@@ -267,9 +267,9 @@ def test_an_answer_that_we_write_is_read_as_itself(value):
 @example("12,,3", "")  # was read as 123
 @example("3,50", "")  # was read as 350
 @example("9" * 400, "")  # was read as infinity
-@example("no idea", "unknown")  # unparsable, and yet right: None is None
-@example("...", "")  # no words, and yet right
-@example("1", "1,000")  # an answer with commas was no number
+@example("no idea", "unknown")  # was unparsable and yet right: None is None
+@example("...", "")  # was right without any words
+@example("1", "1,000")  # an answer with commas was not a number
 @many
 def test_garbage_is_never_read_as_a_number_that_is_not_in_it(text, answer):
     for value in (number_at(text), final_number(text)):
@@ -312,10 +312,10 @@ def test_expressions_have_the_value_that_python_gives_them(written):
     assume("(" in text and value is not None)
     inside = text[1:-1]
     stated = str(value.numerator) if value.denominator == 1 else f"{float(value):.4f}"
-    (step,) = steps(f"So {inside} = {stated}.")
+    (step,) = read_steps(f"So {inside} = {stated}.")
     assert step.true == value
     assert step.right
-    (wrong,) = steps(f"So {inside} = {math.floor(value) + 7}.")
+    (wrong,) = read_steps(f"So {inside} = {math.floor(value) + 7}.")
     assert wrong.true == value
     assert not wrong.right
     before, after = (f"So {inside} = {one}." for one in (stated, math.floor(value) + 7))
@@ -327,7 +327,7 @@ def test_expressions_have_the_value_that_python_gives_them(written):
 @example("1=((1))")
 @many
 def test_steps_of_any_text_are_what_python_makes_of_them(text):
-    found = steps(text)
+    found = read_steps(text)
     for step in found:
         plain = step.expression.replace(",", "").replace("x", "*")
         if re.fullmatch(r"[0-9.+\-*/() ]+", plain):
@@ -401,7 +401,7 @@ def test_predictable_is_the_share_of_copied_grams(prefix, suffix):
 
 @given(st.lists(st.text("abc", max_size=30), max_size=4), *[st.integers(1, 6)] * 3)
 @many
-def test_windows_are_all_the_stretches_of_their_texts(texts, prefix, suffix, stride):
+def test_windows_cover_their_texts_at_every_stride(texts, prefix, suffix, stride):
     lm = SimpleNamespace(
         tokenizer=SimpleNamespace(bos_token_id=None),
         encode=lambda rows, add_special_tokens: [[ord(letter) for letter in row] for row in rows],

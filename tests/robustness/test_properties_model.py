@@ -1,4 +1,4 @@
-"""Laws of models under steering: positions under any padding and cache, any batch, any nesting."""
+"""Laws of models under steering: any padding and cache, any batch, any nesting."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def model_of(family):
     return wrap(fresh_model(family, num_hidden_layers=2), tiny_tokenizer())
 
 
-# Scopes: the tokens that are touched, read off the hidden states.
+# Scopes: the steered tokens, found from the hidden states.
 
 
 @st.composite
 def texts(draw):
-    """Token ids of prompts and of what was generated after each, equally much in each row."""
+    """Token ids of prompts and of their continuations, which have the same length in all rows."""
     generated = draw(st.integers(0, 4))
     token = st.integers(3, 100)
     return [
@@ -77,7 +77,7 @@ def scopes(draw, rows):
 
 
 def touched(lm, steer, rows, side, cuts):
-    """Which tokens are steered: (row, position) of the unpadded text, for all that is real."""
+    """The steered tokens as (row, position) of the unpadded text, without padding."""
     wide = max(len(prompt) for prompt, _ in rows)
     ids, real = [], []
     for prompt, generated in rows:
@@ -133,7 +133,7 @@ def test_scopes_do_not_depend_on_padding_chunks_or_cache(data):
         if promised(row, position, len(prompt))
     }
     assert touched(lm, steer, rows, side, cuts) == expected
-    if chosen.ends is None:  # made for these rows together
+    if chosen.ends is None:  # depends on the rows of the batch
         alone = [touched(lm, steer, [row], side, []) for row in rows]
         assert {(row, at) for row, found in enumerate(alone) for _, at in found} == expected
 
@@ -165,7 +165,7 @@ def test_a_schedule_and_rows_reach_the_tokens_they_name(rows, side, n):
         }
 
 
-# Capture: a prompt among others is what it is alone.
+# Capture: the states of a prompt do not depend on its batch.
 
 
 @law(40)
@@ -176,7 +176,7 @@ def test_a_schedule_and_rows_reach_the_tokens_they_name(rows, side, n):
     st.sampled_from(["left", "right"]),
     st.data(),
 )
-def test_a_batch_holds_what_each_prompt_gives_alone(family, prompts, budget, side, data):
+def test_a_prompt_has_the_same_states_in_a_batch_and_alone(family, prompts, budget, side, data):
     lm = model_of(family)
     shortest = min(map(len, prompts))
     positions = data.draw(
@@ -202,7 +202,7 @@ def test_a_batch_holds_what_each_prompt_gives_alone(family, prompts, budget, sid
     torch.testing.assert_close(mixed.values, together.values[list(order)], atol=1e-4, rtol=1e-4)
 
 
-# Nesting: whatever is put on, in whatever order it comes off, nothing is left.
+# Nesting: whatever is attached and however it is removed, nothing remains.
 
 
 class Scaled(WeightEdit):
@@ -240,7 +240,7 @@ def intervention_of(number):
 
 
 def everything(model):
-    """All that an intervention could leave behind."""
+    """Everything that an intervention could leave behind."""
     return (
         {name: (id(value), value.data_ptr()) for name, value in model.named_parameters()},
         {
@@ -263,8 +263,8 @@ def logits(model):
 @given(st.lists(st.tuples(st.integers(0, 59), st.sampled_from("rgsxc")), max_size=5))
 @example([(8, "r"), (7, "x"), (9, "g")])
 @example([(6, "r"), (6, "x")])
-def test_nothing_is_left_of_any_nesting(program):
-    """Each step attaches one and does something within: runs, generates, captures, fails."""
+def test_no_nesting_leaves_anything_behind(program):
+    """Each step attaches an intervention and runs, generates, captures or fails under it."""
     lm = model_of("llama")
     before = everything(lm.model)
     weights = {name: value.clone() for name, value in lm.model.state_dict().items()}
@@ -294,12 +294,12 @@ def test_nothing_is_left_of_any_nesting(program):
 
 @law(60)
 @given(st.lists(st.integers(0, 7), min_size=1, max_size=5), st.data())
-def test_handles_come_off_in_any_order(numbers, data):
+def test_handles_can_be_removed_in_any_order(numbers, data):
     lm = model_of("llama")
     before, clean = everything(lm.model), logits(lm.model)
     handles = [intervention_of(number).attach(lm.model) for number in numbers]
     waiting = list(data.draw(st.permutations(handles), "order"))
-    for _ in range(len(waiting) ** 2):  # edits insist on their order; the refused try again
+    for _ in range(len(waiting) ** 2):  # edits must be removed in order; those refused try again
         handle = waiting.pop(0)
         try:
             handle.remove()
@@ -314,8 +314,8 @@ def test_handles_come_off_in_any_order(numbers, data):
     assert everything(lm.model) == before
 
 
-def test_a_composition_that_came_off_halfway_comes_off_later():
-    """Its edit lies under a later one: the first try is refused, and must not be the last."""
+def test_a_composition_that_was_removed_halfway_can_be_removed_later():
+    """Its edit lies under a later one, so the first removal is refused; a second must work."""
     lm = model_of("llama")
     before = everything(lm.model)
     lower, upper = intervention_of(7).attach(lm.model), Scaled(0.5).attach(lm.model)
@@ -328,7 +328,7 @@ def test_a_composition_that_came_off_halfway_comes_off_later():
 
 @law(40)
 @given(st.lists(st.integers(0, 5), min_size=2, max_size=4), st.data())
-def test_what_is_left_on_works_as_if_the_others_had_never_been_there(numbers, data):
+def test_remaining_interventions_work_as_if_the_others_had_never_been_attached(numbers, data):
     lm = model_of("llama")
     chosen = [intervention_of(number) for number in numbers]
     kept = data.draw(st.sets(st.sampled_from(range(len(chosen)))), "kept")

@@ -1,4 +1,4 @@
-"""Properties of comparisons and of the files that a report is made of, on drawn examples."""
+"""Properties of comparisons and of the files of a report, on random examples."""
 
 import csv
 import io
@@ -130,7 +130,7 @@ def test_saved_comparisons_come_back_as_they_were(found):
 
 @dataclass(frozen=True)
 class Numbers(ItemTask):
-    """Scores a number by its parity; the run dies after so many parts."""
+    """Scores a number by its parity; the run dies after a number of parts."""
 
     group: str = "arithmetic"
     metric: str = "accuracy"
@@ -220,7 +220,7 @@ def parsed(text):
 
 @given(comparisons())
 @some
-def test_pages_hold_any_text_as_text(found):
+def test_pages_show_any_text_as_text(found):
     text = page.html(found.summary(), flip_list(found), [])
     elements = parsed(text)
     assert elements.tags.count("script") == 2
@@ -243,7 +243,7 @@ def test_pages_hold_any_text_as_text(found):
 
 @given(comparisons())
 @some
-def test_csv_gives_names_and_numbers_back(found):
+def test_csv_returns_names_and_numbers(found):
     rows = list(csv.DictReader(io.StringIO(exports.csv_text(found.summary()), newline="")))
     cells = found.cells()
     written = [(row["variant"], row["task"]) for row in rows]
@@ -321,5 +321,5 @@ def test_figures_take_nasty_names(name):
     for picture in pictures:
         assert picture.png.startswith(b"\x89PNG")
         ElementTree.fromstring(picture.svg)  # well-formed
-    if "frac" in name:  # what looks like mathematics is shown as it is written
+    if "frac" in name:  # what looks like mathematics is shown literally
         assert [b"$x_1$" in picture.svg for picture in pictures] == [True] * 5

@@ -1,4 +1,4 @@
-"""A small collection that the tests of checkpoints interrupt."""
+"""A small collection for the tests of checkpoints to interrupt."""
 
 from __future__ import annotations
 

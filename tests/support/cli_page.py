@@ -1,6 +1,6 @@
-"""The page of the command line, made of what the commands themselves say.
+"""The command-line page of the docs, generated from the commands themselves.
 
-python tests/support/cli_page.py writes it again.
+`python tests/support/cli_page.py` writes it.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ WORDS = {str: "text", Path: "path", int: "integer", float: "number"}
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument or option: what it is called, takes, defaults to and does."""
+    """An argument or option of a command."""
 
     name: str
     words: list[str]
@@ -60,7 +60,7 @@ def parameters(command: Callable) -> tuple[list[Parameter], list[Parameter]]:
     for name, one in inspect.signature(command).parameters.items():
         plain, info = typing.get_args(hints[name])[:2]
         text = " ".join((info.help or "").split()).replace("|", "\\|")
-        # Inside Annotated, typer takes what stands first for a default.
+        # Inside Annotated, typer stores the first declaration as the default.
         said = [one for one in (info.default, *(info.param_decls or ())) if one is not ...]
         words = said or [f"--{name.replace('_', '-')}"]
         found = Parameter(name, words, _kind(plain, info), one.default, text)

@@ -1,4 +1,4 @@
-"""The command line, run in this process as a user would."""
+"""The command line, run in this process."""
 
 from __future__ import annotations
 

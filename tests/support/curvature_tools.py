@@ -1,4 +1,4 @@
-"""Small models, batches and references that the tests of kfac share."""
+"""Small models, batches and references for the tests of kfac."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def assert_restored(model, before):
 
 
 def reference(factors, name, weight, keep):
-    """The formula of the paper with numpy and a sort of all pairs."""
+    """The paper's formula with numpy, by sorting all pairs."""
     lam, u_out = np.linalg.eigh(factors.G(name).double().numpy())
     mu, u_in = np.linalg.eigh(factors.A(name).double().numpy())
     mass = np.outer(lam.clip(0), mu.clip(0))

@@ -1,4 +1,4 @@
-"""Every kind of file that the packages read: a small valid one, and what a user does with it."""
+"""Every kind of file that the packages read: small valid contents, and how users read them."""
 
 import fuzz_methods
 import fuzz_models

@@ -159,7 +159,7 @@ def read_vision(suffix: str, folder: Path, content: bytes) -> None:
     model = training.train(vision_split(), VISION, 0, folder / "n", shipped=shipped, progress=False)
     for one in model.parameters():
         check(one.dtype == torch.float32, "type")
-        # Moments of 1e38 are numbers, with which a training that goes on may end anywhere.
+        # Huge but finite moments are valid, and a resumed training may overflow with them.
         check(suffix == ".state" or bool(one.isfinite().all()), "weights")
 
 
@@ -180,7 +180,7 @@ def read_image(folder: Path, content: bytes) -> None:
     check(np.asarray(found.convert("RGB").resize((4, 4))).shape == (4, 4, 3), "pixels")
     if not now_and_then(content):
         return
-    datasets.config.HF_DATASETS_CACHE = folder / "cache"  # in the process of the case alone
+    datasets.config.HF_DATASETS_CACHE = folder / "cache"  # only in the process of this case
     found = load_images(str(folder / "images"), side=4)
     check(len(found) == 3, "number")
     check(found.pixels.dtype == torch.float32 and found.pixels.shape[2:] == (4, 4), "pixels")
@@ -196,7 +196,7 @@ FORMATS: dict[str, Format] = {
             structure,
             functools.partial(make_model_file, name),
             functools.partial(read_model_file, name),
-            # Lost sizes become the defaults of the architecture: a layer of half a gigabyte.
+            # Missing sizes become the architecture's defaults: a layer of half a gigabyte.
             resident=600 << 20,
         )
         for name, structure in {

@@ -72,7 +72,7 @@ def read_results(folder: Path, content: bytes) -> None:
 
 
 def replace_variants(found: Comparison) -> Comparison:
-    """The unchanged model alone: no default figure, which takes a second to draw."""
+    """Results of the unchanged model alone, which have no default figures to draw."""
     return replace(found, results={"unchanged": found.results["unchanged"]})
 
 
@@ -120,7 +120,7 @@ def journalled() -> MultipleChoice:
 
 
 class Broken(Exception):
-    """Ends a comparison before its journal is of no use."""
+    """Stops a comparison while its journal is still useful."""
 
 
 def make_journal(folder: Path) -> list[bytes]:
@@ -155,7 +155,7 @@ RECITED = "Lr4tHb9sJc1nqz7m!vk2xw0pd5gY#o8i"
 
 @functools.cache
 def reciter() -> lirefs.LanguageModel:
-    """A model that has learned the windows of a text by heart."""
+    """A model that has memorized the windows of a text."""
     lm = lirefs.wrap(fresh_model("llama", num_hidden_layers=1), tiny_tokenizer(), name="reciter")
     ids = torch.tensor(lm.encode([RECITED[at : at + 8] for at in range(0, 32, 8)]))
     optimizer = torch.optim.Adam(lm.model.parameters(), lr=5e-3)

@@ -1,4 +1,4 @@
-"""What the fuzzed formats share: values that make sense, files, a model that no case changes."""
+"""Shared by the fuzzed formats: checks of values, files, and a model that no case changes."""
 
 from __future__ import annotations
 
@@ -18,35 +18,35 @@ import lirefs
 
 
 def check(holds: object, what: str) -> None:
-    """Raise `Insane` unless something holds."""
+    """Raise `Insane` unless a condition holds."""
     if not holds:
         raise Insane(what)
 
 
 def written(folder: Path, name: str, content: bytes) -> Path:
-    """The path of a file with this content."""
+    """Write a file with this content and return its path."""
     path = folder / name
     path.write_bytes(content)
     return path
 
 
 def contents(folder: Path, pattern: str = "*") -> list[bytes]:
-    """What the files of a folder hold."""
+    """The contents of the files in a folder."""
     return [path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()]
 
 
 def now_and_then(content: bytes) -> bool:
-    """Whether a case shall do what takes longest: one in ten does."""
+    """Whether a case does the slowest checks: one in ten does."""
     return zlib.crc32(content) % 10 == 0
 
 
 def text(value: Any) -> bool:
-    """Whether a value is a text that can be written."""
+    """Whether a value is a string that can be encoded."""
     return isinstance(value, str) and value.encode() is not None
 
 
 def whole(value: Any, least: int = 0) -> bool:
-    """Whether a value is an integer of at least so much."""
+    """Whether a value is an integer of at least `least`."""
     return type(value) is int and value >= least
 
 

@@ -1,8 +1,8 @@
-"""Damaged files from valid ones, and a process of its own to read each of them in.
+"""Damage valid files, and read each of them in a forked process.
 
-A case is made from the name of its format and a seed alone. It runs in a forked process with a
-limit on its address space and on its seconds, which opens no file outside the case's folder, and
-ends in one of three ways: accepted, refused with an error of the packages, or a fault.
+A case depends only on the name of its format and a seed. Its process has limits on address space
+and time, and must not open files outside the case's folder. A case ends in one of three ways:
+accepted, refused with an error of the packages, or a fault.
 """
 
 from __future__ import annotations
@@ -30,23 +30,23 @@ from mutators import MUTATORS, flipped
 from lirefs.errors import KfacError, LirefsError
 
 SECONDS = 10.0
-"""Processor time of one case; a case that sleeps is ended by the clock after ten times this."""
+"""Limit on the processor time of a case; a case that sleeps ends after ten times as long."""
 ADDRESSES = 768 << 20
-"""Address space that cases may take beyond what their process had before the first one."""
+"""Address space that cases may take in addition to that before the first case."""
 RESIDENT = 96 << 20
-"""Memory that one case may take beyond what its process held before it."""
+"""Memory that a case may take in addition to that of its process."""
 _HOME = Path(__file__).parents[2].resolve()
-_SYSTEM = ("/proc", "/sys", "/usr", os.devnull, "/dev/urandom")  # read by the libraries below
+_SYSTEM = ("/proc", "/sys", "/usr", os.devnull, "/dev/urandom")  # the libraries read these
 _WRITES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.symlink", "os.link", "shutil.move")
 _NEVER = ("pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "socket.connect")
 
 
 class Insane(Exception):
-    """What was read is not what the format promises."""
+    """The result of reading a file breaks the promises of its format."""
 
 
 class Outside(BaseException):
-    """A file outside the case's folder was touched, or something was unpickled or started."""
+    """A case touched a file outside its folder, unpickled something or started a program."""
 
 
 @dataclass(frozen=True)
@@ -54,12 +54,12 @@ class Format:
     """One kind of file.
 
     Attributes:
-        structure: Which of `MUTATORS` knows it.
-        make: Valid contents, given an empty folder to make them in.
-        read: Reads a content the way users do, from a file that it writes in the folder given;
-            raises `Insane` if what it got makes no sense.
+        structure: Key of `MUTATORS` for its structure.
+        make: Makes valid contents in an empty folder and returns them.
+        read: Writes a content to a file in a folder and reads it as users do; raises `Insane` if
+            the result makes no sense.
         resident: Bytes that one case may take.
-        slowness: How many times as long as usual a case takes.
+        slowness: Time of a case relative to other formats; fewer cases are run.
     """
 
     structure: str
@@ -71,14 +71,14 @@ class Format:
 
 @dataclass
 class Found:
-    """What the cases of a format gave.
+    """Results of the cases of a format.
 
     Attributes:
-        accepted: Cases that were read.
-        refused: Cases that got a named error.
-        peak: Most bytes that one case took.
-        slowest: Most processor seconds that one case took, and its seed.
-        faults: Seed to what went wrong.
+        accepted: Number of cases that were read.
+        refused: Number of cases that were refused with a named error.
+        peak: Largest number of bytes that a case took.
+        slowest: Largest processor time of a case in seconds, and its seed.
+        faults: What went wrong, by seed.
     """
 
     accepted: int = 0
@@ -95,7 +95,7 @@ def damaged(name: str, seed: int, structure: str, samples: list[bytes]) -> bytes
     for _ in range(rng.choice((1, 1, 1, 2, 3))):
         change = flipped if rng.random() < 0.35 else MUTATORS[structure]
         with contextlib.suppress(Exception):
-            # An earlier change may have left nothing that can be taken apart.
+            # An earlier change may have destroyed the structure.
             content = change(rng, content, samples)
     return content
 
@@ -103,7 +103,7 @@ def damaged(name: str, seed: int, structure: str, samples: list[bytes]) -> bytes
 def run(
     name: str, one: Format, samples: list[bytes], seeds: Iterable[int], most_faults: int = 20
 ) -> Found:
-    """Run the cases of some seeds, each process until its first fault."""
+    """Run the cases of some seeds; after a fault, a new process continues with the next seed."""
     found = Found()
     left = list(seeds)
     while left and len(found.faults) < most_faults:
@@ -114,7 +114,7 @@ def run(
 def _in_a_process(
     name: str, one: Format, samples: list[bytes], seeds: list[int], found: Found
 ) -> int:
-    """Run cases until one is a fault; return how many were run."""
+    """Run cases in one process until the first fault; return how many were run."""
     folder = tempfile.mkdtemp(prefix="fuzz-")
     into, out = os.pipe()
     child = os.fork()
@@ -158,18 +158,18 @@ def _in_a_process(
 def _cases(
     name: str, one: Format, samples: list[bytes], seeds: list[int], folder: Path, out: int
 ) -> None:
-    """The life of a forked process."""
+    """Run cases in the forked process and write the results to `out`."""
     warnings.simplefilter("ignore")
     quiet = os.open(os.devnull, os.O_WRONLY)
     os.dup2(quiet, 1)
     os.dup2(quiet, 2)
     sys.dont_write_bytecode = True
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    faulthandler.disable()  # what a case dies of is told by the parent
+    faulthandler.disable()  # the parent reports what killed a case
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tempfile.tempdir = str(folder)
     os.chdir(folder)
-    for sample in samples:  # what is imported and cached at first use belongs to no case
+    for sample in samples:  # the first use imports and caches things
         with _case_folder(folder) as place:
             one.read(place, sample)
     limit = _memory("VmSize") + ADDRESSES
@@ -189,7 +189,7 @@ def _cases(
 def _case(one: Format, place: Path, content: bytes, watch: _Watch) -> dict[str, Any]:
     fault = None
     accepted = False
-    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before, started = _memory("VmRSS"), time.process_time()
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     signal.setitimer(signal.ITIMER_REAL, 10 * SECONDS)
@@ -218,7 +218,7 @@ def _case(one: Format, place: Path, content: bytes, watch: _Watch) -> dict[str, 
 
 
 class _Watch:
-    """An audit hook; safetensors and tokenizers, written in Rust, do not report to it."""
+    """An audit hook; safetensors and tokenizers, written in Rust, raise no audit events."""
 
     def __init__(self, folder: Path) -> None:
         self.on = False

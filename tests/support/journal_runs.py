@@ -1,4 +1,4 @@
-"""A small comparison that the tests of interrupted and shared runs start."""
+"""A small comparison for the tests of interrupted and shared runs."""
 
 from __future__ import annotations
 
@@ -19,6 +19,6 @@ def tasks():
 
 
 def hooks(lm):
-    """Number of hooks on the model, which other tests may have used before."""
+    """Number of hooks on the model; other tests may have left some."""
     modules = list(lm.model.modules())
     return sum(len(one._forward_hooks) + len(one._forward_pre_hooks) for one in modules)

@@ -1,4 +1,4 @@
-"""Local tasks for lm-evaluation-harness, and both kinds of model that answer them."""
+"""Local tasks for lm-evaluation-harness, and both kinds of models that answer them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Comparisons made up from chosen answers, without a model."""
+"""Comparisons of made-up answers, without a model."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ NASTY = (
 def made_up(
     tasks: int = 5, variants: int = 2, items: int = 20, seed: int = 0, **settings: Any
 ) -> Comparison:
-    """A comparison over all groups with tests' results already filled in.
+    """A comparison over all groups, with p-values already filled in.
 
-    The first task's items begin alike and hold text that is not safe in HTML.
+    The first task's items share a beginning and contain text that is not safe in HTML.
     """
     generator = random.Random(seed)
     groups = [*GROUPS[:5], CONFLICT]
@@ -43,7 +43,7 @@ def made_up(
 
 
 def with_tests(comparison: Comparison) -> Comparison:
-    """The same with p values: clear for the first variant, not for others."""
+    """Fill in p-values: significant for the first variant, not for the others."""
     first = comparison.variants[1]
     for cell in comparison.cells():
         if cell.difference is not None:

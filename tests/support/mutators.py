@@ -1,4 +1,4 @@
-"""Changes to valid files: of bytes, of JSON, of safetensors and GGUF with their structure known."""
+"""Changes to valid files: to bytes, JSON, and the structure of safetensors and GGUF files."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NAMES = (
 )  # fmt: skip
 _DTYPES = ("F64", "F32", "F16", "BF16", "I64", "I32", "I8", "U8", "BOOL", "F8_E4M3", "C64", "F4",
            "U64", "F8_E8M0", "nonsense")  # fmt: skip
-# Text that json.dumps cannot write, put in place of a name after it has written the rest.
+# Text that json.dumps cannot write; it replaces a placeholder afterwards.
 _RAW = {
     "@deep@": "[" * 100_000 + "]" * 100_000,
     "@open@": "[" * 100_000,
@@ -33,7 +33,7 @@ _RAW = {
 
 
 def flipped(rng: Random, content: bytes, samples: list[bytes]) -> bytes:
-    """Change bytes without a look at what they mean."""
+    """Change bytes, whatever they mean."""
     data = bytearray(content)
     at = rng.randrange(len(data) + 1)
     length = min(rng.choice((1, 1, 2, 4, 8, 64, 4096)), len(data) - at)
@@ -100,7 +100,7 @@ def lines_changed(rng: Random, content: bytes, samples: list[bytes]) -> bytes:
 
 
 def json_text(rng: Random, value: Any) -> str:
-    """The JSON of a value with one thing in it changed."""
+    """The JSON of a value with one change in it."""
     text = json.dumps(_changed(rng, value), ensure_ascii=rng.random() < 0.7)
     for name, raw in _RAW.items():
         text = text.replace(f'"{name}"', raw)
@@ -183,7 +183,7 @@ def safetensors_changed(rng: Random, content: bytes, samples: list[bytes]) -> by
     if kind == 6:  # another name for the same data
         new = rng.choice((*NAMES[:5], "x", name + "x", name.replace("0", "1"), name.upper()))
         header[new] = header.pop(name)
-    elif kind == 7:  # a tensor less, or one more, with its data
+    elif kind == 7:  # one tensor less or more, with its data
         if rng.random() < 0.5:
             del header[name], data[begin:end]
             for other in header.values():
@@ -193,7 +193,7 @@ def safetensors_changed(rng: Random, content: bytes, samples: list[bytes]) -> by
             copy = {**header[name], "data_offsets": [len(data), len(data) + end - begin]}
             data += data[begin:end]
             header[rng.choice((name + "2", "E." + name, "values." + name, "extra"))] = copy
-    elif kind == 8:  # another type of the same number of bytes, or another shape
+    elif kind == 8:  # another dtype of the same size, or another shape
         _retyped(rng, header[name], end - begin)
     else:
         _other_values(rng, data, begin, end, header[name]["dtype"])
@@ -237,7 +237,7 @@ def gguf_changed(rng: Random, content: bytes, samples: list[bytes]) -> bytes:
     """Write an edge value into a field of a GGUF header, or put an odd entry into it."""
     data = bytearray(content)
     fields, entries = _gguf_fields(content)
-    if rng.random() < 0.2:  # one more entry, counted
+    if rng.random() < 0.2:  # one more entry, counted in the header
         key = rng.choice((b"general.architecture", b"general.alignment", b"x", b"\xff", b""))
         value = rng.choice(
             (
@@ -260,7 +260,7 @@ def gguf_changed(rng: Random, content: bytes, samples: list[bytes]) -> bytes:
 
 
 def _gguf_fields(content: bytes) -> tuple[list[tuple[int, int]], int]:
-    """Place and width of every number in a header, and where its entries begin."""
+    """Offset and width of every number in a header, and the offset of its entries."""
     widths = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
     fields = [(4, 4), (8, 8), (16, 8)]
     at = 24

@@ -1,4 +1,4 @@
-"""Synthetic rows of every skill, with the documented fields."""
+"""Synthetic rows for every skill, with the documented fields."""
 
 from __future__ import annotations
 

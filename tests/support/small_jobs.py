@@ -1,4 +1,4 @@
-"""A main job of seconds: short texts, few tasks, pictures that are not drawn."""
+"""A main job that takes seconds: short texts, few tasks, and no drawing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 
 def small_jobs(patch: pytest.MonkeyPatch) -> None:
-    """Collect on short texts, and keep a recitation, a short-answer task and the perplexity."""
+    """Collect on short texts; keep one recitation, one short-answer and one perplexity task."""
     default_tasks = suite.default_tasks
 
     def few(*arguments, **options):
@@ -29,5 +29,5 @@ def small_jobs(patch: pytest.MonkeyPatch) -> None:
 
 
 def undrawn(patch: pytest.MonkeyPatch) -> None:
-    """Save figures as empty pictures: drawing them takes longer than a small job."""
+    """Save figures as empty pictures, because drawing takes longer than a small job."""
     patch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PNG))

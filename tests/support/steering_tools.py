@@ -1,4 +1,4 @@
-"""Directions, states and questions that the tests of steering share."""
+"""Directions, states and questions for the tests of steering."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def logits_of(lm, ids):
 
 
 def states(model, n=4):
-    """The input of every block, seen by hooks of our own."""
+    """The input of every block, recorded by independent hooks."""
     seen = {}
     blocks = wrap(model, tiny_tokenizer()).layout
     hooks = [
@@ -43,7 +43,7 @@ def states(model, n=4):
 
 
 def split(n=24, seed=0):
-    """Memory questions hold digits, reasoning questions letters: a tiny model can tell."""
+    """Memory questions are digits and reasoning questions letters, which a tiny model can tell."""
     generator = np.random.default_rng(seed)
     items = [
         Question(

@@ -100,8 +100,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
 def build(config: Any, seed: int = 0) -> Any:
     """Return a new float32 model with seeded weights, in evaluation mode.
 
-    Weights are larger than at initialisation, so that attention and MLP write something of the
-    size of the residual stream and a wrong reading cannot pass for a right one.
+    Weights are larger than at initialisation, so that attention and MLP outputs are as large as
+    the residual stream, and a wrong value cannot be mistaken for the right one.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -116,12 +116,12 @@ def build(config: Any, seed: int = 0) -> Any:
 
 @functools.cache
 def tiny_model(family: str) -> Any:
-    """Return the shared model of ``family``; a test that changes it takes ``fresh_model``."""
+    """Return the shared model of ``family``; tests that change a model use ``fresh_model``."""
     return build(tiny_config(family))
 
 
 def fresh_model(family: str, **changes: Any) -> Any:
-    """Return a model of ``family`` that no other test sees."""
+    """Return a model of ``family`` that no other test uses."""
     return build(tiny_config(family, **changes))
 
 
