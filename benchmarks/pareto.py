@@ -234,7 +234,7 @@ def write(
     }
     start = (value("unchanged", language), value("unchanged", recited))
     label = f"share recited, n = {n}"
-    figure = kfac.figures.pareto(curves, "perplexity of held-out texts", label, start)
+    figure = kfac.figures.pareto_figure(curves, "perplexity of held-out texts", label, start)
     figure.save(out, "perplexity")
     for group, counted in summary.groups.items():
         if group in ("memorization", "language") or not counted:
@@ -244,7 +244,7 @@ def write(
             for m, names in by_method.items()
         }
         one = kfac.Estimate(1.0, 1.0, 1.0, 0)
-        figure = kfac.figures.pareto(
+        figure = kfac.figures.pareto_figure(
             curves, f"{group}: share of the unchanged model", label, (one, start[1])
         )
         figure.save(out, group)

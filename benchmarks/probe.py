@@ -83,9 +83,9 @@ def main() -> None:
             random_there = moved[name].random[place]
             print(f"{'':16} on {other.source}: {moved[name].auroc[place]}, random {random_there}")
     figures = {
-        "estimators": probe_plots.best_layer(probes),
-        "transfer": probe_plots.transfers(probes["mean difference"], moved),
-        "null": probe_plots.per_layer(probes["mean difference"]),
+        "estimators": probe_plots.best_layer_figure(probes),
+        "transfer": probe_plots.transfer_bars(probes["mean difference"], moved),
+        "null": probe_plots.probe_by_layer(probes["mean difference"]),
     }
     for name, picture in figures.items():
         picture.save(arguments.out, name)

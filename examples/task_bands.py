@@ -46,6 +46,6 @@ for task, references in ratios.items():
     for reference, one in references.items():
         cells = [f"{v:.2f} [{low:.2f}, {high:.2f}]" for v, low, high in one.ratio[:, :, -1].T]
         print(f"{f'{reference} over {task}':30s}" + "  ".join(cells))
-picture = kfac.figures.task_curvature(ratios, range(lm.n_layers))
+picture = kfac.figures.task_curvature_figure(ratios, range(lm.n_layers))
 picture.save(options.out.parent, options.out.stem)
 print(f"wrote {options.out.with_suffix('.png')} and .svg")

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from lirefs.pictures import COLOURS, Picture, canvas_of, literal, picture_of
+from lirefs.pictures import COLOURS, Picture, canvas_of, literal_text, picture_of
 from lirefs.statistics import Estimate
 from lirefs.tasks.task import CONFLICT, GROUPS
 
@@ -53,7 +53,7 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
             color=COLOURS[index % len(COLOURS)],
             ms=5,
             lw=0.9,
-            label=literal(group),
+            label=literal_text(group),
         )
     for at, word in ((-0.5, "memory"), (0.5, "reasoning")):
         axis.axvline(at, color="black", lw=0.6, ls=":")
@@ -77,7 +77,7 @@ def two_sided_spectrum(positions: Sequence[TaskPosition], title: str) -> Picture
         xlabel="projection of the last prompt token on the LiReF, in class distances",
         ylabel="share of input energy in flat directions (log scale)",
     )
-    axis.set_title(literal(title), fontsize=9, pad=24)
+    axis.set_title(literal_text(title), fontsize=9, pad=24)
     axis.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False)
     _label(canvas, axis, positions)
     return picture_of(canvas)
@@ -94,7 +94,7 @@ def _label(canvas: Any, axis: Any, positions: Sequence[TaskPosition]) -> None:
     scale = canvas.dpi / 72
     for (x, y), one in zip(points, positions, strict=True):
         text = axis.annotate(
-            literal(one.task),
+            literal_text(one.task),
             (one.projection.value, one.flat.value),
             (0, 0),
             textcoords="offset points",

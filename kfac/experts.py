@@ -25,13 +25,13 @@ _STACKS = ("gate_up_proj", "up_proj", "down_proj")
 _INTERFACE = ("has_gate", "has_bias", "is_transposed", "_apply_gate", "num_experts")
 
 
-def stacked(module: nn.Module) -> list[str]:
+def stacked_experts(module: nn.Module) -> list[str]:
     """Return the names of the expert stacks that a module holds itself."""
     held = {name: module._parameters.get(name) for name in _STACKS}
     return [name for name, stack in held.items() if stack is not None and stack.ndim == 3]
 
 
-def check_stack(name: str, module: nn.Module) -> None:
+def check_expert_stack(name: str, module: nn.Module) -> None:
     """Raise TargetError unless a module follows the experts interface, in one process."""
     if missing := [attribute for attribute in _INTERFACE if not hasattr(module, attribute)]:
         raise TargetError(
@@ -47,7 +47,7 @@ def check_stack(name: str, module: nn.Module) -> None:
 
 
 @contextmanager
-def observed(module: nn.Module, observe: Observe) -> Iterator[None]:
+def observed_experts(module: nn.Module, observe: Observe) -> Iterator[None]:
     """Run a module's experts one by one inside the context, and call `observe` with each."""
     own = module.__dict__.get("forward")
     # Assigned on the instance, so the class and other models that use it do not change.

@@ -20,7 +20,7 @@ from lirefs.pictures import (
     colour_bar,
     legend_below,
     legend_outside,
-    literal,
+    literal_text,
     picture_of,
 )
 from lirefs.statistics.intervals import Estimate, Floats, auroc
@@ -28,7 +28,7 @@ from lirefs.statistics.intervals import Estimate, Floats, auroc
 MARKERS = "os^DvPX*"
 
 
-def bands(ratios: BandRatios, positions: Sequence[int] | None = None) -> Picture:
+def bands_figure(ratios: BandRatios, positions: Sequence[int] | None = None) -> Picture:
     """Activation ratio of two sets of texts per band, raw and with inputs of norm 1.
 
     Args:
@@ -48,7 +48,7 @@ def bands(ratios: BandRatios, positions: Sequence[int] | None = None) -> Picture
     return picture_of(canvas)
 
 
-def task_curvature(
+def task_curvature_figure(
     ratios: Mapping[str, Mapping[str, BandRatios]], positions: Sequence[int] | None = None
 ) -> Picture:
     """Sharpest and flattest band of references over each task (K-FAC paper, figure 4).
@@ -74,7 +74,7 @@ def task_curvature(
     return picture_of(canvas)
 
 
-def detector(scores: Floats, labels: Floats) -> Picture:
+def detector_figure(scores: Floats, labels: Floats) -> Picture:
     """Scores of both classes and the ROC curve of the detector.
 
     Args:
@@ -100,7 +100,7 @@ def detector(scores: Floats, labels: Floats) -> Picture:
     return picture_of(canvas)
 
 
-def relearning(result: Relearning) -> Picture:
+def relearning_figure(result: Relearning) -> Picture:
     """Recitation against fine-tuning steps: the texts trained on, and the rest."""
     canvas, axes = canvas_of(2, (WIDE, 3.2), sharey=True)
     x = np.arange(len(result.steps), dtype=np.float64)
@@ -117,7 +117,7 @@ def relearning(result: Relearning) -> Picture:
     return picture_of(canvas)
 
 
-def pareto(
+def pareto_figure(
     curves: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
     xlabel: str,
     ylabel: str,
@@ -151,14 +151,14 @@ def _target_axis(
     axis.axhline(1, color="black", lw=0.8)
     axis.set_xticks(x)
     axis.set_xlabel("target" if positions is None else "layer")
-    axis.set_title(literal(title), fontsize=8)
+    axis.set_title(literal_text(title), fontsize=8)
     return x.astype(np.float64)
 
 
 def _line(axis: Any, x: Floats, table: Floats, index: int, label: str, **style: Any) -> None:
     """Draw values with intervals, both from a table (3, n) of value, lower and upper end."""
     style |= {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
-    axis.errorbar(x, table[0], _errors(table), label=literal(label), ms=4, lw=1.2, **style)
+    axis.errorbar(x, table[0], _errors(table), label=literal_text(label), ms=4, lw=1.2, **style)
 
 
 def _table(estimates: Sequence[Estimate]) -> Floats:
@@ -191,7 +191,7 @@ class Spectrum:
     keep: float
 
 
-def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
+def curvature_spectrum_figure(spectra: Sequence[Spectrum]) -> Picture:
     """Mass against share of pairs for every target, and one target's mass with its staircase."""
     names = _apart([one.name for one in spectra])
     columns = 1 if max(map(len, names)) > 20 else 2
@@ -199,7 +199,7 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     for index, (one, name) in enumerate(zip(spectra, names, strict=True)):
         colour = COLOURS[index % len(COLOURS)]
         style = "-" if index < len(COLOURS) else "--"
-        left.plot(*one.curve.T, color=colour, ls=style, lw=1.2, label=literal(name))
+        left.plot(*one.curve.T, color=colour, ls=style, lw=1.2, label=literal_text(name))
         share = one.counts.sum() / (len(one.counts) * len(one.input_values))
         left.plot([share], [one.keep], "o", color=colour, ms=4)
     left.axhline(spectra[0].keep, color="black", lw=0.6, ls=":")
@@ -219,7 +219,7 @@ def curvature_spectrum(spectra: Sequence[Spectrum]) -> Picture:
     right.plot(kept, rows + 1, color=COLOURS[1], lw=1.6, label="kept: left of the line")
     right.set(xscale="log", yscale="log", xlim=(1, None), ylim=(len(shown.output_values), 1))
     right.set(xlabel="input eigenvector j", ylabel="output eigenvector i")
-    right.set_title(literal(shown.name), fontsize=8)
+    right.set_title(literal_text(shown.name), fontsize=8)
     legend_below(right, columns=1)
     colour_bar(canvas, picture, right, "log10 share of mass")
     for each in (left.xaxis, right.xaxis, right.yaxis):

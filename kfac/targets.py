@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from kfac.experts import check_stack, stacked
+from kfac.experts import check_expert_stack, stacked_experts
 from kfac.target import Target
 from lirefs.errors import TargetError
 
@@ -75,12 +75,14 @@ def find_targets(
         if (wanted is not None and layer not in wanted) or (by_role and outside):
             continue
         text = local.lower() if by_role else name
-        for stack in stacked(module):
+        for stack in stacked_experts(module):
             if _ends(f"{text}.{stack}", endings):
                 indices = range(len(getattr(module, stack))) if chosen is None else chosen
                 found += [_expert(name, module, layer, stack, index) for index in indices]
         # A container of the same name (a block called "0") is passed over for its children.
-        matrix = isinstance(module, _MATRICES) or not (any(module.children()) or stacked(module))
+        matrix = isinstance(module, _MATRICES) or not (
+            any(module.children()) or stacked_experts(module)
+        )
         if matrix and _ends(text, endings):
             found.append(_matrix(name, module, layer))
     names = {target.name.partition("[")[0] for target in found}
@@ -136,12 +138,12 @@ def _matrix(name: str, module: nn.Module, layer: int | None) -> Target:
 
 def _expert(name: str, module: nn.Module, layer: int | None, attribute: str, index: int) -> Target:
     full = f"{name}.{attribute}[{index}]"
-    if attribute not in stacked(module):
+    if attribute not in stacked_experts(module):
         raise TargetError(
             f"module {name!r} ({type(module).__name__}) has no stack of experts called "
-            f"{attribute!r}; it has: {stacked(module) or 'none'}"
+            f"{attribute!r}; it has: {stacked_experts(module) or 'none'}"
         )
-    check_stack(name, module)
+    check_expert_stack(name, module)
     stack = getattr(module, attribute)
     _check_weight(f"target {full!r}", stack, 3)
     if not 0 <= index < len(stack):
@@ -218,7 +220,7 @@ def _inventory(model: nn.Module) -> str:
     """List the supported matrices with block numbers folded to *, for error messages."""
     modules = list(model.named_modules())
     names = [name for name, module in modules if isinstance(module, _MATRICES)]
-    names += [f"{name}.{stack}[*]" for name, module in modules for stack in stacked(module)]
+    names += [f"{name}.{stack}[*]" for name, module in modules for stack in stacked_experts(module)]
     folded = list(dict.fromkeys(re.sub(r"\.\d+\.", ".*.", name) for name in names))
     more = f" and {len(folded) - 20} more" if len(folded) > 20 else ""
     return (", ".join(folded[:20]) + more) or "no Linear or Conv1D"

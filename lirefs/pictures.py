@@ -76,7 +76,7 @@ def legend_below(axis: Any, columns: int) -> None:
     )
 
 
-def literal(name: str) -> str:
+def literal_text(name: str) -> str:
     """A name to show as it is: without mathematics between dollar signs or control characters."""
     shown = "".join(one if one.isprintable() or one == "\n" else " " for one in name)
     return shown.replace("$", r"\$")

@@ -15,7 +15,7 @@ from experiments.vision.edits import Setting
 from experiments.vision.report import findings, save, table
 from experiments.vision.study import PAPER_KEEP, run
 from experiments.vision.training import SHIPPED, VisionRecipe
-from lirefs.cli.options import OutFolder, console, indices, numbers
+from lirefs.cli.options import OutFolder, console, indices_option, numbers_option
 
 SMALL = 2**18
 
@@ -101,9 +101,9 @@ def vision(
         out / "models",
         seeds=seeds,
         tokens=tokens,
-        blocks=indices(blocks, "--blocks"),
+        blocks=indices_option(blocks, "--blocks"),
         fixed=Setting(projections, keep),
-        decays=numbers(decays, "--decays", float) if decays.strip() else [],
+        decays=numbers_option(decays, "--decays", float) if decays.strip() else [],
         shipped=None if retrain else SHIPPED,
         progress=sys.stderr.isatty(),
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac.collection.batches import check_tokens, language_model_forward, on_its_device
-from kfac.collection.finite import logits_error
+from kfac.collection.finite import not_finite_logits_error
 from lirefs.errors import BatchError
 from lirefs.model.guest import widened
 
@@ -55,7 +55,7 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     for index, batch in enumerate(batches):
         logits, counted, following = _predictions(model, batch, f"batch {index}")
         if not bool(logits[counted].amax(-1).isfinite().all()):
-            raise logits_error(logits, counted, f"batch {index}")
+            raise not_finite_logits_error(logits, counted, f"batch {index}")
         right = (logits.argmax(-1) == following) | ~counted
         parts.append(right.all(1).double().cpu())
     if not parts:

@@ -13,8 +13,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses, recitation
-from kfac.collection.finite import ADVICE, broken, first_row, row_error
-from kfac.edits.weight_edit import WeightEdit, trained
+from kfac.collection.finite import ADVICE, first_not_finite_row, not_finite, not_finite_row_error
+from kfac.edits.weight_edit import WeightEdit, trained_weights
 from lirefs.errors import BatchError, EditError, NonFiniteError
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Estimate, mean_estimate
@@ -109,7 +109,7 @@ def trainable(model: nn.Module) -> Iterator[None]:
     the context the model holds its original tensors, gradients, flags and modes again.
     """
     parameters = list(model.parameters())
-    with as_guest(model), trained(parameters):
+    with as_guest(model), trained_weights(parameters):
         for parameter in parameters:
             half = parameter.dtype in (torch.float16, torch.bfloat16)
             parameter.data = parameter.data.float() if half else parameter.data.clone()
@@ -132,13 +132,13 @@ def _train(
             step = f"arm {arm!r} after {done} steps, batch {index} of those trained on"
             advice = "lower lr" if done else ADVICE
             losses = passage_losses(model, batches[index])
-            if broken([losses]):
-                row = first_row(losses[:, None])
-                raise row_error(step, row, losses.shape, "the loss holds", advice)
+            if not_finite([losses]):
+                row = first_not_finite_row(losses[:, None])
+                raise not_finite_row_error(step, row, losses.shape, "the loss holds", advice)
             optimizer.zero_grad()
             losses.mean().backward()  # type: ignore[no-untyped-call]
             trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-            if bad := broken([gradient for _, gradient in trained]):
+            if bad := not_finite([gradient for _, gradient in trained]):
                 # The backward pass starts at the last block, where the first broken gradient is.
                 raise NonFiniteError(
                     f"{step}: the gradients of {len(bad)} parameters hold NaN or infinity, the "

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kfac.edits.union_removal import check_same_weights, curved
+from kfac.edits.union_removal import check_same_weights, second_moments_along
 from kfac.factors.eigen import eigenbasis
 from kfac.factors.factors import Factors
 from lirefs.errors import SpectrumError
@@ -86,5 +86,11 @@ def matrix_agreement(first: Tensor, second: Tensor, cuts: Floats) -> SideAgreeme
     shared = running[sharp - 1, sharp - 1]  # by the two sharp subspaces
     # Of the `sharp` dimensions of one sharp subspace, those not shared lie in the other's flat one.
     overlap = 1 - (sharp - shared) / (size - sharp)
-    arrays = values, curved(second, vectors), sharp / size, overlap.clamp(0, 1), 1 - sharp / size
+    arrays = (
+        values,
+        second_moments_along(second, vectors),
+        sharp / size,
+        overlap.clamp(0, 1),
+        1 - sharp / size,
+    )
     return SideAgreement(*(one.numpy() for one in arrays))

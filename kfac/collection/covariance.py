@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from kfac.collection.finite import broken
+from kfac.collection.finite import not_finite
 from kfac.target import TargetRecord
 from lirefs.errors import NonFiniteError
 from lirefs.model.guest import full_precision
@@ -67,7 +67,7 @@ class Sums(abc.ABC):
     def check_overflow(self, place: str) -> None:
         """Raise NonFiniteError if a sum has overflowed; a diagonal of squares shows it."""
         squares = {k: t.diagonal() if _is_symmetric(k) else t for k, t in self.tables.items()}
-        for index in broken(list(squares.values()))[:1]:
+        for index in not_finite(list(squares.values()))[:1]:
             key = list(squares)[index]
             kind, _, name = key.partition(".")
             what = "activation" if kind == "A" else "output gradient"

@@ -16,7 +16,7 @@ ADVICE = (
 )
 
 
-def broken(tensors: Sequence[Tensor]) -> list[int]:
+def not_finite(tensors: Sequence[Tensor]) -> list[int]:
     """Return the indices of the tensors that hold NaN or infinity."""
     if not tensors:
         return []
@@ -28,12 +28,12 @@ def broken(tensors: Sequence[Tensor]) -> list[int]:
     return [index for index, one in enumerate(tensors) if not bool(one.isfinite().all())]
 
 
-def first_row(rows: Tensor) -> int:
+def first_not_finite_row(rows: Tensor) -> int:
     """Return the index of the first row (n, width) that holds NaN or infinity."""
     return int((~rows.isfinite().all(-1)).nonzero()[0])
 
 
-def row_error(
+def not_finite_row_error(
     place: str, position: int, shape: Sequence[int], what: str, advice: str = ADVICE
 ) -> NonFiniteError:
     """Return the error for one index into flattened (B, ...); `what` ends with "holds"."""
@@ -42,10 +42,12 @@ def row_error(
     return NonFiniteError(f"{place}, {where}: {what} NaN or infinity; {advice}")
 
 
-def logits_error(logits: Tensor, counted: Tensor, place: str) -> NonFiniteError:
+def not_finite_logits_error(logits: Tensor, counted: Tensor, place: str) -> NonFiniteError:
     """Return the error for logits (B, ..., C) of which a counted row, (B, ...), is not finite.
 
     A single logit of minus infinity only excludes a class, so the largest of each row decides.
     """
     bad = ~logits.detach().amax(-1).isfinite() & counted.to(logits.device)
-    return row_error(place, int(bad.flatten().nonzero()[0]), counted.shape, "the logits hold")
+    return not_finite_row_error(
+        place, int(bad.flatten().nonzero()[0]), counted.shape, "the logits hold"
+    )

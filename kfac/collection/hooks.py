@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from kfac.collection.covariance import InputRows, Sums
-from kfac.collection.finite import broken, first_row, row_error
-from kfac.experts import observed
+from kfac.collection.finite import first_not_finite_row, not_finite, not_finite_row_error
+from kfac.experts import observed_experts
 from kfac.target import Target, TargetRecord
 from lirefs.errors import KfacError, NonFiniteError, TargetError
 
@@ -64,7 +64,7 @@ class TargetTracker:
                 handle = target.module.register_forward_hook(hook, with_kwargs=True)
                 stack.callback(handle.remove)
             for module, owner in stacks.items():
-                stack.enter_context(observed(module, partial(self._on_expert, owner)))
+                stack.enter_context(observed_experts(module, partial(self._on_expert, owner)))
             # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks hold
             # this object: a cycle through autograd, which no collector sees.
             stack.callback(self._forget)
@@ -97,13 +97,13 @@ class TargetTracker:
             if self.sources[name] == name
             for call in calls
         ]
-        for index in broken([rows.values for _, rows in inputs])[:1]:
+        for index in not_finite([rows.values for _, rows in inputs])[:1]:
             name, rows = inputs[index]
             raise _not_finite(name, rows, rows.values, "input", place)
 
     def check_gradients(self, place: str) -> None:
         """Verify that all gradients are finite; of several, name the one nearest to the logits."""
-        for index in broken([gradient for _, _, gradient in self._gradients])[:1]:
+        for index in not_finite([gradient for _, _, gradient in self._gradients])[:1]:
             name, call, gradient = self._gradients[index]
             raise _not_finite(name, call.rows, gradient, "output gradient", place)
 
@@ -227,8 +227,8 @@ def _true(mask: Tensor) -> Tensor | None:
 def _not_finite(
     name: str, rows: InputRows, values: Tensor, what: str, place: str
 ) -> NonFiniteError:
-    position = int(rows.positions[first_row(values)])
-    return row_error(place, position, rows.shape, f"the {what} of target {name!r} holds")
+    position = int(rows.positions[first_not_finite_row(values)])
+    return not_finite_row_error(place, position, rows.shape, f"the {what} of target {name!r} holds")
 
 
 class _Root(torch.autograd.Function):

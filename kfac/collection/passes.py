@@ -25,7 +25,7 @@ from kfac.collection.batches import (
 from kfac.collection.checkpoint import Checkpoint, State
 from kfac.collection.covariance import Sums
 from kfac.collection.distributed import World
-from kfac.collection.finite import logits_error
+from kfac.collection.finite import not_finite_logits_error
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.plan import Plan
 from kfac.collection.sampling import RowSeeds, batch_digest, label_gradients, row_contents
@@ -249,7 +249,7 @@ class _Pass:
         rows = labelled.flatten().nonzero()[:, 0]
         gradients = label_gradients(logits.detach(), rows, uniforms, labels)
         if gradients is None:
-            raise logits_error(logits, labelled, place)
+            raise not_finite_logits_error(logits, labelled, place)
         for draw, gradient in enumerate(gradients, 1):
             torch.autograd.backward(logits, gradient, retain_graph=draw < samples)
         self.tracker.check_gradients(place)

@@ -16,7 +16,7 @@ from kfac.collection.batches import (
     language_model_forward,
     on_its_device,
 )
-from kfac.collection.finite import row_error
+from kfac.collection.finite import not_finite_row_error
 from kfac.collection.hooks import first_argument
 from kfac.target import Target
 from lirefs.errors import BatchError, TargetError
@@ -57,7 +57,7 @@ def target_inputs(
                 bad = ~read.isfinite().all(-1) & real.to(read.device)
                 for position in bad.flatten().nonzero()[:1]:
                     what = f"the input of target {name!r} holds"
-                    raise row_error(f"batch {index}", int(position), bad.shape, what)
+                    raise not_finite_row_error(f"batch {index}", int(position), bad.shape, what)
             yield dict(seen), real
     if index < 0:
         raise BatchError("the iterable of batches is empty")

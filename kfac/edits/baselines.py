@@ -60,7 +60,7 @@ class RandomPairsEdit(_RandomEdit):
         """Keep as many random pairs; `kept_mass` is the mass that these happen to hold."""
         basis = self.factors.eigen(name)
         pairs = self._by_curvature(name).pairs
-        table = random_table(len(basis.lam), len(basis.mu), pairs, self._seeds(name))
+        table = random_pairs_table(len(basis.lam), len(basis.mu), pairs, self._seeds(name))
         held = basis.lam @ table.double() @ basis.mu
         return TableSelection(table, float(held / (basis.lam.sum() * basis.mu.sum())))
 
@@ -188,7 +188,7 @@ def _rounded_up(share: float, of: int) -> int:
     return max(1, math.ceil(share * of - 1e-9))
 
 
-def random_table(rows: int, columns: int, pairs: int, seeds: list[int]) -> Tensor:
+def random_pairs_table(rows: int, columns: int, pairs: int, seeds: list[int]) -> Tensor:
     """Return a bool table (rows, columns) with `pairs` true entries, every set equally likely."""
     generator = np.random.default_rng(seeds)
     counts = generator.multivariate_hypergeometric(

@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses
 from kfac.edits.baselines import largest_of_smallest
-from kfac.edits.weight_edit import WeightEdit, check_weight, trained
+from kfac.edits.weight_edit import WeightEdit, check_weight, trained_weights
 from kfac.target import Target, weight_digest
 from kfac.targets import named_targets
 from lirefs.errors import BatchError, EditError, NonFiniteError
@@ -108,7 +108,7 @@ def fit_balanced_subnet(
         raise BatchError("BalancedSubnet needs clean and memorized batches; one set is empty")
     masked = _Masked(targets, ratio, lr, seed)
     order = torch.Generator().manual_seed(seed)
-    with as_guest(model), trained([target.parameter for target in targets]):
+    with as_guest(model), trained_weights([target.parameter for target in targets]):
         masked.mask()
         bar = tqdm(range(epochs), desc="BalancedSubnet", unit="epoch", disable=not progress)
         for _ in bar:

@@ -85,7 +85,12 @@ class UnionEdit(SpectralEdit):
             score = torch.zeros(len(u_out), len(u_in), dtype=torch.float64)
             for out, inside, (_, share) in zip(outs, ins, parts, strict=True):
                 if share > 0:  # both sides carry the share, so one of the two is divided out
-                    score += torch.outer(curved(out, u_out), curved(inside, u_in)) / share
+                    score += (
+                        torch.outer(
+                            second_moments_along(out, u_out), second_moments_along(inside, u_in)
+                        )
+                        / share
+                    )
             self._made[name] = (u_out, u_in, score)
         return self._made[name]
 
@@ -144,8 +149,8 @@ class RemovalEdit(SpectralEdit):
                 raise EditError(f"target {name!r} has no curvature mass in the set to remove")
             score = mass = mass / total
             if self.spared is not None:
-                out = curved(_unit_trace(self.spared.G(name), name), basis.u_out)
-                inside = curved(_unit_trace(self.spared.A(name), name), basis.u_in)
+                out = second_moments_along(_unit_trace(self.spared.G(name), name), basis.u_out)
+                inside = second_moments_along(_unit_trace(self.spared.A(name), name), basis.u_in)
                 general = torch.outer(out, inside)
                 # The floor, far below the rounding of float32 sums, keeps the score finite where
                 # the general text has no mass.
@@ -154,7 +159,7 @@ class RemovalEdit(SpectralEdit):
         return self._scores[name]
 
 
-def curved(matrix: Tensor, basis: Tensor) -> Tensor:
+def second_moments_along(matrix: Tensor, basis: Tensor) -> Tensor:
     """Return uᵢᵀ M uᵢ for each column uᵢ of a basis (d, k): the second moment along it, (k,)."""
     wide = matrix.to(basis.dtype)
     result: Tensor = torch.einsum("ij,ij->j", basis, wide @ basis).clamp(min=0)

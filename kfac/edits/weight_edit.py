@@ -96,7 +96,7 @@ class WeightEdit(Composable, abc.ABC):
 
 
 @contextmanager
-def trained(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+def trained_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let parameters be trained or moved inside a `with` block; then restore data and gradients."""
     before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
     try:

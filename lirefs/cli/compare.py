@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from typer import Option
 
-from lirefs.cli.options import Device, OutFolder, Seed, console, file_to_write, indices
+from lirefs.cli.options import Device, OutFolder, Seed, console, file_to_write, indices_option
 from lirefs.main_job.jobs import QUICK, run
 from lirefs.tasks.papers.suite import Suite
 
 
-def compare(
+def compare_command(
     model: Annotated[
         str | None,
         Option(
@@ -69,7 +69,7 @@ def compare(
         questions=questions,
         memorized=memorized,
         factors=factors,
-        layers=indices(layers),
+        layers=indices_option(layers),
         keep=keep,
         strength=strength,
         suite=suite,

@@ -38,8 +38,8 @@ Memorized = Annotated[
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
 
 
-@app.command()
-def collect(
+@app.command("collect")
+def collect_command(
     out: Annotated[Path, Option(help="Factors file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
@@ -62,10 +62,10 @@ def collect(
     """Collect the factors of a model over texts; an interrupted run continues where it stopped."""
     wanted = [part.strip() for part in estimators.split(",")]
     for name in wanted:
-        options.one_of(name, "--estimators", ESTIMATORS)
+        options.choice_option(name, "--estimators", ESTIMATORS)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError(f"--budget {budget}: must be above 0 GiB")
-    chosen = options.indices(layers)
+    chosen = options.indices_option(layers)
     rows = suite.calibration_texts() if texts is None else _texts_of(texts)
     lm = lirefs.load(model, device=device)
     group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
@@ -95,11 +95,11 @@ def collect(
     factors.save(out)
     for state in states:
         state.unlink(missing_ok=True)
-    options.say(f"{factors}: {out}")
+    options.say_on_console(f"{factors}: {out}")
 
 
-@app.command()
-def edit(
+@app.command("edit")
+def edit_command(
     factors: FactorsFile,
     out: Annotated[
         Path,
@@ -137,11 +137,11 @@ def edit(
         shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"
         table.add_row(one.name, *shares, str(one.rank_bound), f"{one.relative_change:.3f}")
     Console().print(table)
-    options.say(f"edited model: {out}")
+    options.say_on_console(f"edited model: {out}")
 
 
-@app.command()
-def bands(
+@app.command("bands")
+def bands_command(
     factors: FactorsFile,
     out: OutFolder,
     model: Model = DEFAULT_MODEL,
@@ -164,7 +164,7 @@ def bands(
     ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
     places = list(dict.fromkeys(layer for layer in layers if layer is not None))
-    kfac.figures.bands(ratios, places if places == layers else None).save(out, "bands")
+    kfac.figures.bands_figure(ratios, places if places == layers else None).save(out, "bands")
     record = {
         "targets": ratios.names,
         "bands": ratios.labels,
@@ -179,11 +179,11 @@ def bands(
         cells = ratios.ratio[:, place].T
         table.add_row(name, *(f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in cells))
     Console().print(table)
-    options.say(f"figure: {out / 'bands.png'}")
+    options.say_on_console(f"figure: {out / 'bands.png'}")
 
 
-@app.command()
-def detect(
+@app.command("detect")
+def detect_command(
     factors: FactorsFile,
     out: OutFolder,
     model: Model = DEFAULT_MODEL,
@@ -237,15 +237,15 @@ def detect(
         # Tokens of a text depend on each other: no interval.
         tokens = np.array([score for line in labelled for _, score in line["tokens"]])
         by_token = float(areas(tokens, labels.repeat([len(line["tokens"]) for line in labelled])))
-        kfac.figures.detector(values, labels).save(out, "detector")
+        kfac.figures.detector_figure(values, labels).save(out, "detector")
         record = {"auroc": vars(by_text), "token_auroc": by_token, "flat": flat}
         _write_json(out / "detector.json", {**record, "factors": known.digest})
         typer.echo(f"AUROC by text {by_text}, n = {by_text.n}; by token {by_token:.3f}")
-    options.say(f"scores: {out / 'scores.jsonl'}")
+    options.say_on_console(f"scores: {out / 'scores.jsonl'}")
 
 
-@app.command()
-def relearn(
+@app.command("relearn")
+def relearn_command(
     factors: FactorsFile,
     out: OutFolder,
     model: Model = DEFAULT_MODEL,
@@ -257,7 +257,7 @@ def relearn(
     seed: Seed = 0,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""
-    points = options.indices(steps, "--steps") or [0]
+    points = options.indices_option(steps, "--steps") or [0]
     lm, known = _load(model, device, factors)
     change = kfac.CurvatureEdit(known, keep)
     recited = _recited(lm, memorized, 4, "half to train on and half to test")
@@ -271,7 +271,7 @@ def relearn(
     result = kfac.relearn(
         lm.model, compared, learned, rest, other=other, steps=points, lr=lr, seed=seed
     )
-    kfac.figures.relearning(result).save(out, "relearning")
+    kfac.figures.relearning_figure(result).save(out, "relearning")
     arms = {
         arm: {"known": [vars(v) for v in result.known[arm]], "rest": [vars(v) for v in values]}
         for arm, values in result.rest.items()
@@ -282,7 +282,7 @@ def relearn(
     for arm, values in result.rest.items():
         table.add_row(arm, *(f"{value.value:.0%}" for value in values))
     Console().print(table)
-    options.say(f"figure: {out / 'relearning.png'}")
+    options.say_on_console(f"figure: {out / 'relearning.png'}")
 
 
 def _load(
@@ -324,7 +324,7 @@ def _recited(
     found = f"the unchanged model recites {len(recited)} of {len(items)} memorized texts"
     if len(recited) < least:
         raise SettingError(f"{found}; at least {least} are needed, {purpose}")
-    options.say(found)
+    options.say_on_console(found)
     return recited
 
 

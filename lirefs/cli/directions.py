@@ -33,7 +33,7 @@ DirectionsFile = Annotated[Path, Argument(help="Directions, as `lirefs probe` wr
 Layer = Annotated[int | None, Option(help="Layer of the direction; default: the best one.")]
 
 
-def probe(
+def probe_command(
     model: Model = DEFAULT_MODEL,
     device: Device = None,
     questions: Annotated[
@@ -52,8 +52,8 @@ def probe(
     seed: Seed = 0,
 ) -> None:
     """Fit directions, report them with their controls, and write them to a file."""
-    options.one_of(estimator, "--estimator", ESTIMATORS)
-    options.one_of(site, "--site", SITES)
+    options.choice_option(estimator, "--estimator", ESTIMATORS)
+    options.choice_option(site, "--site", SITES)
     if against == model:
         raise SettingError(f"--against {against}: this is the model itself; name another one")
     own = lirefs.load_questions("default" if questions is None else questions)
@@ -62,7 +62,7 @@ def probe(
     other = other_split = None
     if transfer is not None:
         other = lirefs.load_questions(transfer)
-        geometry.must_be_new(other, split)
+        geometry.refuse_fitted_questions(other, split)
         other_split = other.split(seed=seed)
     cache = cache_dir() / "activations"
     settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed, "cache": cache}
@@ -77,16 +77,18 @@ def probe(
     found = lirefs.fit(lm, split, ESTIMATORS[estimator](), grades=grades, **settings)
     found.directions.save(out / "directions.safetensors")
     figures = {
-        "layers": probe_plots.per_layer(found),
-        "best_layer": probe_plots.best_layer({estimator: found}),
-        "scatter": probe_plots.scatter(geometry.components(lm, found.best, split), found),
+        "layers": probe_plots.probe_by_layer(found),
+        "best_layer": probe_plots.best_layer_figure({estimator: found}),
+        "scatter": probe_plots.projection_scatter(
+            geometry.components(lm, found.best, split), found
+        ),
     }
     chance = 1.96 / lm.width**0.5
     maps = {f"between layers (random directions: within {chance:.2f})": found.directions}
     results = found.to_dict()
     if other is not None and other_split is not None:
         scored = geometry.transfer(lm, found.directions, other, split, seed=seed)
-        figures["transfer"] = probe_plots.transfers(found, {other.source: scored})
+        figures["transfer"] = probe_plots.transfer_bars(found, {other.source: scored})
         results["transfer"] = [one.to_dict() for one in scored.auroc]
         maps[f"with directions of {Path(other.source).name}"] = lirefs.fit(
             lm, other_split, ESTIMATORS[estimator](), **settings
@@ -96,20 +98,22 @@ def probe(
     )
     if second is not None:
         twin = lirefs.fit(second, split, ESTIMATORS[estimator](), grades=grades, **settings)
-        figures["side_by_side"] = probe_plots.side_by_side({lm.name: found, second.name: twin})
+        figures["side_by_side"] = probe_plots.probes_side_by_side(
+            {lm.name: found, second.name: twin}
+        )
     for name, picture in figures.items():
         picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
     best = found.best_scores
-    options.say(
+    options.say_on_console(
         f"layer {found.best_layer}: test AUROC {best.test_auroc}, n = {best.test_auroc.n}; "
         f"shuffled labels {found.shuffled} (p = {found.p_value:.3f}); random directions "
         f"{best.random_auroc}"
     )
-    options.say(f"written to {out}")
+    options.say_on_console(f"written to {out}")
 
 
-def steer(
+def steer_command(
     directions: DirectionsFile,
     prompt: Annotated[str, Argument(help="The text to continue.")],
     model: Model = DEFAULT_MODEL,
@@ -120,8 +124,8 @@ def steer(
     tokens: Annotated[int, Option(min=1, help="Most tokens to add.")] = 40,
 ) -> None:
     """Continue a prompt, unsteered and steered, side by side."""
-    values = options.numbers(strengths, "--strengths", float)
-    options.one_of(operator, "--operator", OPERATORS)
+    values = options.numbers_option(strengths, "--strengths", float)
+    options.choice_option(operator, "--operator", OPERATORS)
     lm = lirefs.load(model, device=device)
     chosen = _direction(directions, layer, lm)
     steerings = [lirefs.Steer(chosen, operator, value) for value in values]  # before any text
@@ -134,7 +138,7 @@ def steer(
     Console().print(table, markup=False)
 
 
-def export(
+def export_command(
     directions: DirectionsFile,
     out: Annotated[Path, Argument(help="The .gguf file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
@@ -145,7 +149,7 @@ def export(
     """Write a direction as a control vector for llama.cpp."""
     lm = lirefs.load(model, device=device)
     to_gguf(lirefs.Steer(_direction(directions, layer, lm), "add", strength), out, lm)
-    options.say(f"written to {out}; use it with --control-vector")
+    options.say_on_console(f"written to {out}; use it with --control-vector")
 
 
 def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 import lirefs
-from lirefs.cli.options import DEFAULT_MODEL, Device, Model, file_to_write, say
+from lirefs.cli.options import DEFAULT_MODEL, Device, Model, file_to_write, say_on_console
 from lirefs.errors import DataFileError
 from lirefs.files import read_jsonl
 from lirefs.tasks.inference import BATCH_TOKENS
@@ -17,7 +17,7 @@ COPIED = 0.5
 """Windows with at least this share of predictable 4-grams are counted as predictable."""
 
 
-def mine(
+def mine_command(
     corpus: Annotated[
         list[Path],
         Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
@@ -47,10 +47,10 @@ def mine(
     found = lirefs.mine(lm, texts, *sizes, batch_tokens=batch_tokens, journal=journal)
     found.save(out)
     journal.unlink()
-    say(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()))
+    say_on_console(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()))
     copied = sum(one.predictable >= COPIED for one in found.windows)
-    say(f"{copied} of the distinct ones have half of their 4-grams in the prefix")
-    say(f"written to {out}, settings to {out}.json")
+    say_on_console(f"{copied} of the distinct ones have half of their 4-grams in the prefix")
+    say_on_console(f"written to {out}, settings to {out}.json")
 
 
 def read_texts(paths: list[Path]) -> list[tuple[str, str]]:

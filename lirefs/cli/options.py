@@ -19,12 +19,12 @@ console = Console(stderr=True, highlight=False)
 """For progress and messages; results go to the standard output."""
 
 
-def say(line: str) -> None:
+def say_on_console(line: str) -> None:
     """Print a line on the console, as it is."""
     console.print(line, markup=False, soft_wrap=True)
 
 
-def known_device(value: str | None) -> str | None:
+def device_option(value: str | None) -> str | None:
     """Callback of an option that names a device; SettingError if there is no such device."""
     try:
         kind, count = torch.device(value or "cpu"), torch.cuda.device_count()
@@ -71,7 +71,7 @@ def _writable(folder: Path) -> Path:
 
 
 Model = Annotated[str, Option(help="Built-in name, hub id, folder or .gguf file.")]
-Device = Annotated[str | None, Option(help="Default: cuda if available.", callback=known_device)]
+Device = Annotated[str | None, Option(help="Default: cuda if available.", callback=device_option)]
 FactorsFile = Annotated[Path, Option(help="File written by `lirefs curvature collect`.")]
 Keep = Annotated[float, Option(help="Share of curvature mass to keep, in (0, 1].")]
 Seed = Annotated[int, Option(min=0, help="Seed of labels, splits, controls, intervals.")]
@@ -82,7 +82,7 @@ OutFolder = Annotated[
 Number = TypeVar("Number", int, float)
 
 
-def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
+def numbers_option(text: str, option: str, kind: type[Number]) -> list[Number]:
     """Numbers of an option, separated by commas."""
     try:
         return [kind(part) for part in text.split(",")]
@@ -91,12 +91,12 @@ def numbers(text: str, option: str, kind: type[Number]) -> list[Number]:
         raise SettingError(f"{option} {text!r}: expected numbers such as {example}") from None
 
 
-def indices(text: str | None, option: str = "--layers") -> list[int] | None:
+def indices_option(text: str | None, option: str = "--layers") -> list[int] | None:
     """Whole numbers of an option, ascending; None if it was not given."""
-    return None if text is None else sorted(set(numbers(text, option, int)))
+    return None if text is None else sorted(set(numbers_option(text, option, int)))
 
 
-def one_of(name: str, option: str, known: Collection[str]) -> None:
+def choice_option(name: str, option: str, known: Collection[str]) -> None:
     """Check a name of an option against the known ones."""
     if name not in known:
         raise SettingError(f"{option} {name!r}: expected one of {', '.join(known)}")

@@ -12,23 +12,23 @@ from rich.console import Console
 from typer import Argument, Option
 
 import lirefs
-from lirefs.cli.options import folder_to_write, known_device, one_of
+from lirefs.cli.options import choice_option, device_option, folder_to_write
 from lirefs.errors import ModelLoadError
 from lirefs.files import atomic_write_text
 from lirefs.organism.items import SIDES, Side
 from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
 from lirefs.organism.suite import organism_questions, training_texts
-from lirefs.organism.training.card import ship
+from lirefs.organism.training.card import ship_organism
 from lirefs.organism.training.recipe import Recipe
-from lirefs.organism.training.scores import scores
+from lirefs.organism.training.scores import organism_scores
 from lirefs.organism.training.train import train as train_organism
 from lirefs.organism.vocabulary import build_tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="The model organism: train one, score one.")
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_command(
     out: Annotated[
         Path,
         Argument(
@@ -37,7 +37,7 @@ def train(
     ],
     seed: Annotated[int, Option(min=0, help="Seed of language, weights and data.")] = 0,
     tokens: Annotated[int, Option(min=1, help="Length of the run.")] = Recipe.tokens,
-    device: Annotated[str, Option(help="Where to train.", callback=known_device)] = "cpu",
+    device: Annotated[str, Option(help="Where to train.", callback=device_option)] = "cpu",
     compiled: Annotated[
         bool, Option("--compile", help="Compile the loss (needs a C++ compiler).")
     ] = False,
@@ -49,7 +49,7 @@ def train(
     recipe = Recipe(tokens=tokens)
     model = train_organism(out, seed, recipe, device, compiled=compiled)
     tokenizer = build_tokenizer()
-    found = ship(out / "shipped", model.cpu(), tokenizer, Language(seed), asdict(recipe))
+    found = ship_organism(out / "shipped", model.cpu(), tokenizer, Language(seed), asdict(recipe))
     Console().print_json(json.dumps(found))
 
 
@@ -61,14 +61,14 @@ def scores_command(
     split: Annotated[str, Option(help="train, validation or test.")] = "test",
 ) -> None:
     """Print the share of items answered as expected, by kind, and the perplexity, as JSON."""
-    one_of(split, "--split", SIDES)
+    choice_option(split, "--split", SIDES)
     language = Language(_taught(folder))
-    found = scores(lirefs.load(folder, device="cpu"), language, cast(Side, split))
+    found = organism_scores(lirefs.load(folder, device="cpu"), language, cast(Side, split))
     Console().print_json(json.dumps(found))
 
 
-@app.command()
-def texts(
+@app.command("texts")
+def texts_command(
     out: Annotated[Path, Argument(help="Folder for the files.", callback=folder_to_write)],
     folder: Annotated[
         str, Option("--model", help="Folder of an organism. Default: the shipped one.")

@@ -7,12 +7,12 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from lirefs.cli.options import folder_to_write, say
+from lirefs.cli.options import folder_to_write, say_on_console
 from lirefs.comparison.report.write import load_figures, write_pages
-from lirefs.comparison.results_file import file_of, load_comparison
+from lirefs.comparison.results_file import load_comparison, results_path
 
 
-def report(
+def report_command(
     results: Annotated[Path, Argument(help="results.json, or the folder that holds it.")],
     out: Annotated[
         Path | None,
@@ -25,6 +25,8 @@ def report(
     comparison = load_comparison(results)
     figures, missing = load_figures(results, comparison.summary())
     if missing:
-        say(f"left out, because they are not in the folder of the results: {', '.join(missing)}")
-    page = write_pages(comparison, out or file_of(results).parent, figures)
-    say(f"report: {page}")
+        say_on_console(
+            f"left out, because they are not in the folder of the results: {', '.join(missing)}"
+        )
+    page = write_pages(comparison, out or results_path(results).parent, figures)
+    say_on_console(f"report: {page}")

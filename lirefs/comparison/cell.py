@@ -9,7 +9,7 @@ import numpy as np
 
 from lirefs.statistics.intervals import Estimate, Floats, interval, wilson
 from lirefs.statistics.paired import exponential, paired_difference, paired_ratio, weighted_mean
-from lirefs.statistics.significance import binary, paired_detectable, paired_p_value
+from lirefs.statistics.significance import is_binary, paired_detectable, paired_p_value
 from lirefs.tasks.task import ItemResult
 
 LEVEL = 0.05
@@ -96,7 +96,7 @@ class Scores:
         """The task's value with its interval."""
         if self.perplexity:
             return exponential(weighted_mean(self.values, self.weights, draws))
-        if binary(self.values, self.values, self.weights):
+        if is_binary(self.values, self.values, self.weights):
             return wilson(int(self.values.sum()), len(self.values))
         return self._bootstrapped(self.value(draws))
 

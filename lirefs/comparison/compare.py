@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from lirefs.comparison.cell import TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.comparison.journal import Journal, digest_of, key_of, parts
+from lirefs.comparison.journal import Journal, part_key, task_digest, task_parts
 from lirefs.comparison.results_file import MOST_RESAMPLES
 from lirefs.errors import SettingError, TaskError
 from lirefs.model.intervention import Intervention, applied
@@ -76,15 +76,15 @@ def compare(
             pass
     kept = Journal(journal)
     described = {name: one.describe() for name, one in interventions.items()}
-    rows = {task.name: parts(task) for task in tasks}
+    rows = {task.name: task_parts(task) for task in tasks}
     pieces = {
-        task.name: [(digest_of(lm, piece), piece) for piece in map(task.subset, rows[task.name])]
+        task.name: [(task_digest(lm, piece), piece) for piece in map(task.subset, rows[task.name])]
         for task in tasks
     }
 
     def keyed(variant: str, name: str) -> list[tuple[str, Task]]:
         settings = described.get(variant)
-        return [(key_of(digest, variant, settings), piece) for digest, piece in pieces[name]]
+        return [(part_key(digest, variant, settings), piece) for digest, piece in pieces[name]]
 
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
@@ -119,7 +119,7 @@ def compare(
                 **{one: metadata.version(one) for one in ("torch", "transformers", "numpy")},
                 "threads": torch.get_num_threads(),
             },
-            "tasks": {task.name: digest_of(lm, task) for task in tasks},
+            "tasks": {task.name: task_digest(lm, task) for task in tasks},
             "interventions": described,
             **(provenance or {}),
         },

@@ -8,7 +8,7 @@ from functools import cached_property, partial
 from typing import Any
 
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
-from lirefs.comparison.summary import Summary, plain
+from lirefs.comparison.summary import Summary, plain_json
 from lirefs.statistics.intervals import Estimate, Floats, resample_counts
 from lirefs.statistics.paired import mean_of
 from lirefs.statistics.significance import holm
@@ -116,7 +116,7 @@ class Comparison:
                 for group, tasks in groups.items()
             },
             informative=frozenset(informative),
-            settings=plain({**settings, "bootstrap": bootstrap}),
+            settings=plain_json({**settings, "bootstrap": bootstrap}),
         )
 
     def _mean(self, variant: str, tasks: Sequence[str]) -> Estimate:

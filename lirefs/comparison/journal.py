@@ -11,7 +11,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from lirefs.comparison.results_file import item_of
+from lirefs.comparison.results_file import item_of_results
 from lirefs.errors import SettingError
 from lirefs.files import append_text, parse_json
 from lirefs.model.language_model import LanguageModel
@@ -52,7 +52,7 @@ class Journal:
         for line in raw.split(b"\n"):
             try:
                 row = parse_json(line.decode())
-                self._lines[row["key"]] = [item_of(item) for item in row["items"]]
+                self._lines[row["key"]] = [item_of_results(item) for item in row["items"]]
             except (ValueError, TypeError, KeyError, AttributeError):
                 continue  # cut short: that part runs again
 
@@ -87,13 +87,13 @@ class Journal:
                 self._lines |= one
 
 
-def parts(task: Task) -> list[list[int]]:
+def task_parts(task: Task) -> list[list[int]]:
     """Rows of a task in parts, items of similar length together: less padding in a batch."""
     order = sorted(range(len(task)), key=lambda row: -len(repr(task.items[row])))
     return [order[start : start + PART] for start in range(0, len(order), PART)]
 
 
-def digest_of(lm: LanguageModel, task: Task) -> str:
+def task_digest(lm: LanguageModel, task: Task) -> str:
     """SHA-256 of a task, or a part of one, on a model in its current state: 64 hex digits."""
     settings: dict[str, str] = {}
     if is_dataclass(task):
@@ -110,7 +110,7 @@ def digest_of(lm: LanguageModel, task: Task) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def key_of(digest: str, variant: str, described: Mapping[str, Any] | None) -> str:
+def part_key(digest: str, variant: str, described: Mapping[str, Any] | None) -> str:
     """SHA-256 of everything that decides a result: a part of a task, and an intervention."""
     content = json.dumps([digest, variant, described], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()

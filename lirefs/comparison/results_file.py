@@ -13,7 +13,7 @@ from typing import Any
 from lirefs.comparison.cell import TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
-from lirefs.comparison.summary import plain
+from lirefs.comparison.summary import plain_json
 from lirefs.errors import ResultsFileError
 from lirefs.files import parse_json
 from lirefs.tasks.task import ItemResult
@@ -26,7 +26,7 @@ _ASKED = ("id", "weight", "prompt", "expected")
 _GIVEN = ("scores", "output", "parsed")
 
 
-def dumps(comparison: Comparison, figures: Sequence[Figure] = ()) -> str:
+def results_json(comparison: Comparison, figures: Sequence[Figure] = ()) -> str:
     """A comparison as JSON text: settings, every cell, every item.
 
     The prompts stand once for each task; the outputs of each variant follow in the same order.
@@ -53,7 +53,7 @@ def dumps(comparison: Comparison, figures: Sequence[Figure] = ()) -> str:
             for variant, by_task in comparison.results.items()
         },
     }
-    return json.dumps(plain(value), indent=1)
+    return json.dumps(plain_json(value), indent=1)
 
 
 def _fields(items: Sequence[ItemResult], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -66,7 +66,7 @@ def load_comparison(path: str | Path) -> Comparison:
     Raises:
         ResultsFileError: The file is missing, damaged, or of another version.
     """
-    file = file_of(path)
+    file = results_path(path)
     data = _read(file)
     try:
         tasks = {name: _task_info(one) for name, one in data["tasks"].items()}
@@ -88,10 +88,10 @@ def load_comparison(path: str | Path) -> Comparison:
 
 
 def _items(asked: Sequence[Any], given: Sequence[Any]) -> list[ItemResult]:
-    return [item_of({**one, **other}) for one, other in zip(asked, given, strict=True)]
+    return [item_of_results({**one, **other}) for one, other in zip(asked, given, strict=True)]
 
 
-def item_of(row: Mapping[str, Any]) -> ItemResult:
+def item_of_results(row: Mapping[str, Any]) -> ItemResult:
     """An item from a row of a results file or of a journal; KeyError or TypeError if damaged."""
     scores = {name: math.nan if one is None else one for name, one in row["scores"].items()}
     if not all(map(_is_number, scores.values())):
@@ -128,7 +128,7 @@ def _check_settings(data: Mapping[str, Any]) -> None:
         raise TypeError("provenance is not an object, or its findings are not a list")
 
 
-def listed_figures(file: Path) -> list[dict[str, str]]:
+def figures_in_results(file: Path) -> list[dict[str, str]]:
     """Name, title and caption of each figure that was saved with a comparison."""
     try:
         figures = _read(file)["figures"]
@@ -145,7 +145,7 @@ def listed_figures(file: Path) -> list[dict[str, str]]:
     return found
 
 
-def file_of(path: str | Path) -> Path:
+def results_path(path: str | Path) -> Path:
     """The results file that a path names, directly or by its folder."""
     path = Path(path)
     return path / "results.json" if path.is_dir() else path

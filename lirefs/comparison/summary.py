@@ -83,10 +83,10 @@ class Summary:
         return pandas.DataFrame(self.rows())
 
 
-def plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
     """A value as it comes back from JSON: no tuples, None for numbers that are not finite."""
     if isinstance(value, float) and not math.isfinite(value):
         return None  # JSON has no NaN
     if isinstance(value, Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+        return {key: plain_json(entry) for key, entry in value.items()}
+    return [plain_json(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -25,7 +25,7 @@ from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import evaluating
 from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.language_model import LanguageModel
-from lirefs.model.layout import indices
+from lirefs.model.layout import layer_indices
 from lirefs.model.observe import in_this_thread
 
 _log = logging.getLogger(__name__)
@@ -105,7 +105,7 @@ def capture(
     values = torch.empty(shape)
     for rows, states in request.batches(batch_tokens, padding_side, progress):
         values[rows] = states
-    check_finite(values, request.places, offsets, range(len(values)), request.origin)
+    check_finite_states(values, request.places, offsets, range(len(values)), request.origin)
     if file is not None:
         try:
             with atomic_path(file) as temporary:
@@ -115,7 +115,7 @@ def capture(
     return Activations(values, request.places, offsets)
 
 
-def stream(
+def stream_states(
     lm: LanguageModel,
     prompts: Sequence[str] | Sequence[Sequence[int]],
     *,
@@ -130,11 +130,11 @@ def stream(
     """
     request = _request(lm, prompts, layers, sites, (-1,))
     for rows, states in request.batches(batch_tokens, "left", progress):
-        check_finite(states, request.places, (-1,), rows, request.origin)
+        check_finite_states(states, request.places, (-1,), rows, request.origin)
         yield rows, states[:, :, 0]
 
 
-def check_finite(
+def check_finite_states(
     values: Tensor,
     places: tuple[tuple[int, str], ...],
     positions: tuple[int, ...],
@@ -249,7 +249,7 @@ def _request(
     offsets: tuple[int, ...],
 ) -> _Request:
     """The request, checked: every layer exists, every prompt is long enough."""
-    chosen = list(range(lm.n_layers)) if layers is None else indices(layers)
+    chosen = list(range(lm.n_layers)) if layers is None else layer_indices(layers)
     places = tuple((layer, site) for layer in chosen for site in sites)
     if not len(prompts):
         raise CaptureError("no prompts to capture activations of")

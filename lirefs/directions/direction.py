@@ -141,7 +141,7 @@ class Direction:
             raise DirectionError("directions of two models: their coordinates do not correspond")
 
 
-def must_be_finite(direction: Direction) -> None:
+def direction_must_be_finite(direction: Direction) -> None:
     """Raise InterventionError if the vector has entries that are NaN or infinite."""
     if not bool(torch.isfinite(direction.vector).all()):
         raise InterventionError(

@@ -69,7 +69,7 @@ class _BinaryDirection(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _decide_halfway(self, vector: Floats) -> None:
         """Set the decision along `vector`, with the boundary halfway between the class means."""
-        unit = unit_of(vector)
+        unit = unit_vector(vector)
         gap = float(unit @ (self.means_[1] - self.means_[0]))
         # The sign of a principal component is arbitrary: make it point to the second class.
         self.coef_ = (-unit if gap < 0 else unit)[None]
@@ -194,7 +194,7 @@ class LogisticDirection(_BinaryDirection):
         model = LogisticRegression(C=self.C, max_iter=self.max_iter)
         self.coef_, self.intercept_ = _fit_standardized(model, samples, index)
         self.n_iter_ = model.n_iter_
-        unit = unit_of(self.coef_[0])
+        unit = unit_vector(self.coef_[0])
         self.direction_ = unit * float(unit @ (self.means_[1] - self.means_[0]))
 
 
@@ -243,7 +243,7 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         scores = np.asarray(y, np.float64)
         self.coef_, intercept = _fit_standardized(Ridge(alpha=self.alpha), samples, scores)
         self.intercept_ = float(intercept)
-        self.direction_ = along(self.coef_, samples, scores)
+        self.direction_ = scaled_to_scores(self.coef_, samples, scores)
         return self
 
     def predict(self, X: npt.ArrayLike) -> Floats:
@@ -253,19 +253,19 @@ class RidgeDirection(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         return np.asarray(X @ self.coef_ + self.intercept_)
 
 
-def along(vector: Floats, samples: Floats, scores: Floats) -> Floats:
+def scaled_to_scores(vector: Floats, samples: Floats, scores: Floats) -> Floats:
     """The vector, scaled to the change of samples along it from score 0 to score 1.
 
     That is the slope of their projections on the scores; zero where all scores are equal. For
     labels 0 and 1 it spans the class means.
     """
-    unit = unit_of(vector)
+    unit = unit_vector(vector)
     centred = scores - scores.mean()
     spread = float(centred @ centred)
     return unit * (float((samples @ unit) @ centred) / spread if spread > 0 else 0.0)
 
 
-def unit_of(vector: Floats) -> Floats:
+def unit_vector(vector: Floats) -> Floats:
     """The vector at length 1; zero where it is zero."""
     norm = float(np.linalg.norm(vector))
     return vector / norm if norm > 0 else vector

@@ -18,7 +18,7 @@ from lirefs.pictures import (
     colour_bar,
     legend_below,
     legend_outside,
-    literal,
+    literal_text,
     picture_of,
     whole_layers,
 )
@@ -30,7 +30,7 @@ _CONTROLS = (
 )
 
 
-def per_layer(probe: Probe) -> Picture:
+def probe_by_layer(probe: Probe) -> Picture:
     """AUROC, accuracy and correlations of every layer, with both controls."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.4))
     _line(left, probe, "test_auroc", COLOURS[0], "test AUROC")
@@ -50,7 +50,7 @@ def per_layer(probe: Probe) -> Picture:
     return picture_of(canvas)
 
 
-def best_layer(probes: Mapping[str, Probe]) -> Picture:
+def best_layer_figure(probes: Mapping[str, Probe]) -> Picture:
     """Test AUROC of the best layer, and of the best layer under shuffled labels, by estimator."""
     canvas, (axis,) = canvas_of(1, (WIDE, 0.8 + 0.5 * len(probes)))
     for row, probe in enumerate(probes.values()):
@@ -79,12 +79,12 @@ def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
         axis.set(xlabel="layer", ylabel="layer")
         whole_layers(axis)
         axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set_title(literal(name), fontsize=8)
+        axis.set_title(literal_text(name), fontsize=8)
     colour_bar(canvas, picture, list(axes), "cosine")
     return picture_of(canvas)
 
 
-def scatter(found: Components, probe: Probe) -> Picture:
+def projection_scatter(found: Components, probe: Probe) -> Picture:
     """Test states on two principal components with the boundary; cosine with each component."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
     for label, name, colour in ((0, "memory", COLOURS[3]), (1, "reasoning", COLOURS[2])):
@@ -115,14 +115,14 @@ def scatter(found: Components, probe: Probe) -> Picture:
     return picture_of(canvas)
 
 
-def side_by_side(probes: Mapping[str, Probe]) -> Picture:
+def probes_side_by_side(probes: Mapping[str, Probe]) -> Picture:
     """Two models (base against instruct): separation per layer, and their directions' cosines."""
     canvas, axes = canvas_of(3, (WIDE, 2.9))
     for axis, (name, probe) in zip(axes, probes.items(), strict=False):
         _line(axis, probe, "test_auroc", COLOURS[0], "test AUROC")
         _controls(axis, probe)
         axis.set(xlabel="layer", ylim=(0, 1.02))
-        axis.set_title(literal(f"{name}\nbest layer {probe.best_layer}"), fontsize=8)
+        axis.set_title(literal_text(f"{name}\nbest layer {probe.best_layer}"), fontsize=8)
     first, second = list(probes.values())[:2]
     values = np.diag(cosines(first.directions, second.directions))
     axes[2].plot(_layers(first)[: len(values)], values, color=COLOURS[1], marker="o", ms=3)
@@ -135,7 +135,7 @@ def side_by_side(probes: Mapping[str, Probe]) -> Picture:
     return picture_of(canvas)
 
 
-def transfers(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
+def transfer_bars(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
     """AUROC on other question sets, on the probe's own test items, and of the controls."""
     canvas, (axis,) = canvas_of(1, (WIDE, 3.6))
     _line(axis, probe, "test_auroc", COLOURS[0], "own test items")
@@ -193,7 +193,7 @@ def _with_band(axis: Any, layers: Any, found: Iterable[Estimate], colour: str, n
     """A line with its intervals as a band."""
     axis.fill_between(layers, *_ends(found), color=colour, alpha=0.2, lw=0)
     values = [one.value for one in found]
-    axis.plot(layers, values, color=colour, marker="o", ms=3, label=literal(name))
+    axis.plot(layers, values, color=colour, marker="o", ms=3, label=literal_text(name))
 
 
 def _line(axis: Any, probe: Probe, score: str, colour: str, name: str) -> None:

@@ -12,10 +12,10 @@ import torch
 from sklearn.base import clone, is_regressor
 from tqdm.auto import tqdm
 
-from lirefs.directions.capture import Activations, check_finite
+from lirefs.directions.capture import Activations, check_finite_states
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
-from lirefs.directions.estimators import MeanDifference, along, unit_of
+from lirefs.directions.estimators import MeanDifference, scaled_to_scores, unit_vector
 from lirefs.errors import CaptureError, SettingError
 from lirefs.statistics.intervals import Floats, Ints
 
@@ -51,7 +51,7 @@ def fit_directions(
             "labels must hold 0 (memory) and 1 (reasoning), both of them and nothing else; "
             f"wrong or missing: {sorted(found)}"
         )
-    check_finite(values, states.places, states.positions, range(n))
+    check_finite_states(values, states.places, states.positions, range(n))
     index, no_shuffles = np.asarray(labels, np.int64), np.empty((0, n), np.int64)
     estimator = MeanDifference() if estimator is None else estimator
     learner = learner_for(estimator, index, index.astype(np.float64), no_shuffles)
@@ -60,7 +60,7 @@ def fit_directions(
     learner.finish()
     directions = {}
     for i, place in enumerate(states.places):
-        projections = samples[:, i] @ unit_of(learner.vectors[i])
+        projections = samples[:, i] @ unit_vector(learner.vectors[i])
         directions[place] = direction_of(learner, i, place, projections, index)
     return Directions(directions, dict(provenance or {}))
 
@@ -135,7 +135,7 @@ def _vector_of(estimator: Any, states: Floats, targets: npt.NDArray[Any]) -> Flo
     estimator = getattr(estimator, "best_estimator_", estimator)
     if hasattr(estimator, "direction_"):
         return np.asarray(estimator.direction_, np.float64)
-    return along(_coefficients(estimator), states, targets.astype(np.float64))
+    return scaled_to_scores(_coefficients(estimator), states, targets.astype(np.float64))
 
 
 def _coefficients(estimator: Any) -> Floats:
@@ -184,7 +184,7 @@ def direction_of(
             f"{type(learner.fitted[index]).__name__} gave a direction that is not finite at layer "
             f"{layer}, {site}; give it more questions or a stronger penalty"
         )
-    means = (learner.means[index] @ unit_of(learner.vectors[index])).tolist()
+    means = (learner.means[index] @ unit_vector(learner.vectors[index])).tolist()
     spread = np.array([projections[labels == label].std() for label in (0, 1)]).tolist()
     counts = np.bincount(learner.labels, minlength=2).tolist()
     return Direction(vector, layer, site, tuple(means), tuple(spread), tuple(counts))

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from sklearn.decomposition import PCA
 
-from lirefs.directions.capture import capture, stream
+from lirefs.directions.capture import capture, stream_states
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
-from lirefs.directions.held_out import spread_out
+from lirefs.directions.held_out import held_out_sample
 from lirefs.errors import DirectionError, QuestionsError
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Questions, Split
@@ -73,7 +73,7 @@ def transfer(
         QuestionsError: If the sets share a question.
         CaptureError: If activations cannot be read.
     """
-    must_be_new(questions, fitted_on)
+    refuse_fitted_questions(questions, fitted_on)
     layers = [layer for layer, _ in directions]
     sites = tuple({site for _, site in directions})
     units = _units(directions)
@@ -81,7 +81,7 @@ def transfer(
     labels = np.array(questions.labels)
     projections = np.empty((len(questions), len(layers)))
     random = np.empty((len(questions), len(layers), controls), np.float32)
-    batches = stream(lm, questions.prompts, layers=layers, sites=sites, progress=progress)
+    batches = stream_states(lm, questions.prompts, layers=layers, sites=sites, progress=progress)
     for rows, states in batches:
         values = states.double().numpy()
         projections[rows] = np.einsum("npw,pw->np", values, units)
@@ -95,7 +95,7 @@ def transfer(
     )
 
 
-def must_be_new(questions: Questions, fitted_on: Split) -> None:
+def refuse_fitted_questions(questions: Questions, fitted_on: Split) -> None:
     """Raise QuestionsError if directions were fitted or chosen on one of the questions."""
     used = {item.key for side in (fitted_on.train, fitted_on.validation) for item in side}
     shared = [item.id for item in questions if item.key in used]
@@ -143,7 +143,7 @@ def components(lm: LanguageModel, direction: Direction, split: Split) -> Compone
         CaptureError: If activations cannot be read.
     """
     train, test = (
-        [side[i] for i in spread_out(0, len(side), COMPONENT_ITEMS).tolist()]
+        [side[i] for i in held_out_sample(0, len(side), COMPONENT_ITEMS).tolist()]
         for side in (split.train, split.test)
     )
     prompts = [one.prompt for one in (*train, *test)]

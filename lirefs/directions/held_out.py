@@ -35,7 +35,9 @@ class HeldOut:
         self._random = noise[None] * np.where(sign == 0, 1.0, sign)[:, None]
         self.scores, self.projections, self.cosines = np.empty((3, n, places))
         self.predicted = np.empty((n, places), np.int64)
-        self.control_rows = [spread_out(one.start, one.stop, CONTROL_ITEMS) for one in self.sides]
+        self.control_rows = [
+            held_out_sample(one.start, one.stop, CONTROL_ITEMS) for one in self.sides
+        ]
         chosen = np.concatenate(self.control_rows)
         self._slot = np.full(n, -1)  # row of each item among those of the controls
         self._slot[chosen] = np.arange(len(chosen))
@@ -63,6 +65,6 @@ class HeldOut:
         self.random[slots] = (kept @ self._random).transpose(1, 0, 2)
 
 
-def spread_out(begin: int, end: int, most: int) -> Ints:
+def held_out_sample(begin: int, end: int, most: int) -> Ints:
     """At most `most` indices, evenly over a range, so that both classes of items are there."""
     return np.linspace(begin, end - 1, min(end - begin, most)).round().astype(np.int64)

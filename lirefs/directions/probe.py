@@ -13,7 +13,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 from sklearn.pipeline import make_pipeline
 
-from lirefs.directions.capture import capture, stream
+from lirefs.directions.capture import capture, stream_states
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.directions.estimators import MeanDifference
@@ -22,7 +22,7 @@ from lirefs.directions.held_out import HeldOut
 from lirefs.errors import CaptureError, NonFiniteStateError, QuestionsError, SettingError
 from lirefs.files import read_jsonl, sha256_of
 from lirefs.model.language_model import LanguageModel
-from lirefs.model.layout import indices
+from lirefs.model.layout import layer_indices
 from lirefs.questions import LABELS, Question, Questions, Split
 from lirefs.statistics.intervals import (
     Estimate,
@@ -165,7 +165,7 @@ def fit(
     """
     if shuffles < 1:
         raise SettingError(f"shuffles={shuffles}: the controls need at least one")
-    layers = list(range(lm.n_layers)) if layers is None else indices(layers)
+    layers = list(range(lm.n_layers)) if layers is None else layer_indices(layers)
     estimator = MeanDifference() if estimator is None else estimator
     items = [item for side in split.sides.values() for item in side]
     labels = np.array([label for side in split.sides.values() for label in side.labels])
@@ -185,7 +185,7 @@ def fit(
             yield list(range(end - begin)), states[begin:end].double().numpy()
             return
         try:
-            for rows, values in stream(lm, prompts[begin:end], **settings):
+            for rows, values in stream_states(lm, prompts[begin:end], **settings):
                 yield rows, values.double().numpy()
         except NonFiniteStateError as error:
             raise error.named(items[begin + error.prompt].id) from None

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
-from lirefs.directions.capture import Activations, check_finite
+from lirefs.directions.capture import Activations, check_finite_states
 from lirefs.errors import BackendError, CaptureError, first_line
 from lirefs.export.operators import operators
 from lirefs.model.intervention import refuse_steered
@@ -120,7 +120,7 @@ def capture(
             _, cache = bridge.run_with_cache(tokens, names_filter=names)
             rows.append(from_cache(cache, bridge, layers=chosen, site=site).values)
     values, places = torch.cat(rows), tuple((layer, site) for layer in chosen)
-    check_finite(values, places, (-1,), range(len(values)))
+    check_finite_states(values, places, (-1,), range(len(values)))
     return Activations(values, places, (-1,))
 
 

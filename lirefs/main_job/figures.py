@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lirefs.comparison.figures.sweeps import curve_style, table_of
+from lirefs.comparison.figures.sweeps import sweep_curve_style, sweep_table
 from lirefs.comparison.summary import Summary
 from lirefs.pictures import (
     COLOURS,
@@ -17,7 +17,7 @@ from lirefs.pictures import (
     canvas_of,
     legend_below,
     legend_outside,
-    literal,
+    literal_text,
     picture_of,
 )
 from lirefs.statistics.intervals import Estimate
@@ -80,7 +80,7 @@ def strength_effect(
         axis.axvline(0, color="black", lw=0.6, ls=":")
         axis.set(xlabel="strength a of h + a d", ylim=(-0.03, 1.03))
         n = summary.cells[base, task].value.n
-        axis.set_title(literal(f"{task}, n = {n}"), fontsize=8)
+        axis.set_title(literal_text(f"{task}, n = {n}"), fontsize=8)
     axes[0].set_ylabel("share of items")
     legend_outside(canvas, axes[0], 2, "lower")
     return picture_of(canvas)
@@ -92,12 +92,12 @@ def layer_effect(
     """Test AUROC at each layer, and named effects there as differences from random directions."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.0))
     layers = np.arange(len(separation))
-    _line(left, layers, table_of(separation), 0, "test AUROC, 95 % interval")
+    _line(left, layers, sweep_table(separation), 0, "test AUROC, 95 % interval")
     left.axhline(0.5, color="black", lw=0.6, ls=":")
     left.set(xlabel="layer", ylabel="AUROC", ylim=(0.4, 1.02), xticks=layers)
     legend_below(left, columns=1)
     for index, (name, values) in enumerate(effects.items()):
-        _line(right, layers + 0.05 * index, table_of(values), index + 1, name)
+        _line(right, layers + 0.05 * index, sweep_table(values), index + 1, name)
     right.axhline(0, color="black", lw=0.6)
     right.set(xlabel="layer steered", ylabel="LiReF minus random directions", xticks=layers)
     legend_below(right, columns=1)
@@ -134,10 +134,12 @@ def transfer_matrix(
 
 
 def _scores(summary: Summary, variants: Iterable[str], task: str) -> np.ndarray[Any, Any]:
-    return table_of([summary.cells[variant, task].value for variant in variants])
+    return sweep_table([summary.cells[variant, task].value for variant in variants])
 
 
 def _line(axis: Any, x: Any, values: Any, index: int, label: str) -> None:
-    colour, marker, style = curve_style(index)
+    colour, marker, style = sweep_curve_style(index)
     axis.vlines(x, values[:, 1], values[:, 2], color=colour, lw=1, alpha=0.45)
-    axis.plot(x, values[:, 0], marker + style, color=colour, ms=3.5, lw=1.2, label=literal(label))
+    axis.plot(
+        x, values[:, 0], marker + style, color=colour, ms=3.5, lw=1.2, label=literal_text(label)
+    )

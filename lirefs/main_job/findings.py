@@ -9,7 +9,7 @@ import numpy as np
 
 import kfac
 import lirefs
-from kfac.figures import Spectrum, curvature_spectrum
+from kfac.figures import Spectrum, curvature_spectrum_figure
 from lirefs.comparison.comparison import BASELINE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.tags import tag_bars
@@ -19,20 +19,20 @@ from lirefs.directions.probe import Probe
 from lirefs.statistics.intervals import Estimate
 
 
-def number(value: float, sign: str = "") -> str:
+def as_number(value: float, sign: str = "") -> str:
     """A number with two digits, or all digits before the point."""
     return f"{value:{sign}.0f}" if abs(value) >= 9.95 else f"{value:{sign}.2g}"
 
 
-def percent(one: Estimate) -> str:
+def as_percent(one: Estimate) -> str:
     """A share as a percentage with its interval."""
-    return f"{number(100 * one.value)} % [{100 * one.low:.0f}, {100 * one.high:.0f}]"
+    return f"{as_number(100 * one.value)} % [{100 * one.low:.0f}, {100 * one.high:.0f}]"
 
 
-def points(one: Estimate) -> str:
+def as_points(one: Estimate) -> str:
     """A difference between shares in percentage points, with its interval."""
     value, low, high = (100 * part for part in (one.value, one.low, one.high))
-    return f"{number(value, '+')} points [{low:+.0f}, {high:+.0f}]"
+    return f"{as_number(value, '+')} points [{low:+.0f}, {high:+.0f}]"
 
 
 def probe_lines(probe: Probe) -> list[str]:
@@ -40,7 +40,7 @@ def probe_lines(probe: Probe) -> list[str]:
     best, words = probe.best_scores, probe.bag_of_words
     return [
         f"The direction separates the classes best at layer {probe.best_layer}. Test AUROC: "
-        f"{best.test_auroc} (n = {best.test_auroc.n}); accuracy: {percent(best.test_accuracy)}. "
+        f"{best.test_auroc} (n = {best.test_auroc.n}); accuracy: {as_percent(best.test_accuracy)}. "
         f"Layer chosen by validation AUROC; site {probe.best.site}.",
         f"Its controls show how much separation chance and words alone give. Test AUROC: "
         f"{probe.shuffled} with shuffled labels, {words} with a bag of words (n = {words.n}). "
@@ -54,7 +54,7 @@ def edit_line(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> str:
     pairs, total = sum(row.pairs for row in rows), sum(row.total_pairs for row in rows)
     changes = ", ".join(f"{row.name} {row.relative_change:.2f}" for row in rows)
     return (
-        f"The K-FAC edit keeps {number(100 * pairs / total)} % of the curvature pairs. Kept: "
+        f"The K-FAC edit keeps {as_number(100 * pairs / total)} % of the curvature pairs. Kept: "
         f"{pairs:,} of {total:,} in {len(rows)} matrices. Relative weight change: {changes}."
     )
 
@@ -76,7 +76,7 @@ def spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) ->
         f"Left: share of the curvature mass held by the largest pairs, one line per matrix "
         f"({factors.tokens:,} tokens, sampled labels). Right: mass of one matrix; pairs to the "
         f"left of the line are kept at keep = {keep:g}.",
-        curvature_spectrum(spectra),
+        curvature_spectrum_figure(spectra),
     )
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 import kfac
 import lirefs
 from lirefs.comparison.figures.figure import Figure
-from lirefs.comparison.figures.retained import default_figures
+from lirefs.comparison.figures.retained import retained_figures
 from lirefs.errors import KeepError, SettingError
 from lirefs.files import cache_dir, read_jsonl
 from lirefs.main_job import findings, organism, organism_report
@@ -211,14 +211,14 @@ def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
     collected = factors_of(lm, list(range(lm.n_layers)), None, cache_dir(), job.seed, texts)
 
     job.console.rule("comparison")
-    found = organism.run(job, lm, collected, language)
+    found = organism.run_on_organism(job, lm, collected, language)
     chosen = dict(found.edit.intervention.keep)
-    shown = organism_report.figures(found)
+    shown = organism_report.organism_figures(found)
     shown.append(findings.spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
     comparison = found.comparison
     given = {"layers": job.layers, "keep": job.keep, "strength": job.strength}
     settings = {"seed": job.seed, "quick": job.quick, "language": language.seed, "given": given}
-    comparison.provenance.update(organism_report.provenance(found))
+    comparison.provenance.update(organism_report.organism_provenance(found))
     comparison.provenance.update(factors=collected.digest, settings=settings)
     directions = {f"directions-{form}": probe.directions for form, probe in found.probes.items()}
     _save(job, comparison, shown, directions)
@@ -262,7 +262,7 @@ def _save(
         return
     with job.console.status("writing the report"):
         summary = comparison.summary()
-        page = lirefs.write_report(comparison, job.out, [*default_figures(summary), *figures])
+        page = lirefs.write_report(comparison, job.out, [*retained_figures(summary), *figures])
     for name, one in directions.items():
         one.save(job.out / f"{name}.safetensors")
     shutil.rmtree(job.journal, ignore_errors=True)

@@ -15,7 +15,7 @@ from lirefs.directions.direction import Direction
 from lirefs.directions.probe import Probe, fit
 from lirefs.files import cache_dir
 from lirefs.main_job import settings
-from lirefs.main_job.findings import number
+from lirefs.main_job.findings import as_number
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
@@ -44,7 +44,7 @@ SPECTRUM_TASKS = (
 STEERED_TASKS = (TRUE, READ, "relations")
 
 
-def transfer(
+def transfer_between_forms(
     lm: LanguageModel, splits: Mapping[Form, Split], probes: Mapping[Form, Probe], layer: int
 ) -> dict[tuple[str, str], Estimate]:
     """Test AUROC of each form's direction (first name) on each form's questions (second)."""
@@ -104,7 +104,7 @@ def matched_svd(
     return kfac.SVDEdit(names, share), (
         f"SVD is compared at the K-FAC edit's perplexity. Validation perplexity: "
         f"{reached[share]:.3f} for SVD, {goal:.3f} for K-FAC, {perplexity(lm, ids, None):.3f} "
-        f"unchanged (n = {len(texts)} texts). SVD keeps {number(100 * share)} % of the singular "
+        f"unchanged (n = {len(texts)} texts). SVD keeps {as_number(100 * share)} % of the singular "
         "values."
     )
 
@@ -139,7 +139,9 @@ class OrganismResults:
     matched: str
 
 
-def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) -> OrganismResults:
+def run_on_organism(
+    job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language
+) -> OrganismResults:
     """Fit, choose on validation items, report on test items.
 
     Settings of the job that are None are chosen, on validation items (40 % of the limit). The
@@ -199,7 +201,7 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
 
     def sweep(name: str, direction: Direction, strength: float) -> None:
         swept[name] = added(direction, strength)
-        for i, control in enumerate(randoms_of(name)):
+        for i, control in enumerate(random_directions_of(name)):
             swept[control] = added(direction.random_like(seed + i), strength)
 
     for value in (multiple * strength for multiple in SWEPT_MULTIPLES):
@@ -210,7 +212,7 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
     return OrganismResults(
         comparison=comparison,
         probes=probes,
-        transfer=transfer(lm, splits, probes, direction.layer),
+        transfer=transfer_between_forms(lm, splits, probes, direction.layer),
         edit=edit,
         steers=steers,
         form=form,
@@ -222,6 +224,6 @@ def run(job: Job, lm: LanguageModel, factors: kfac.Factors, language: Language) 
     )
 
 
-def randoms_of(name: str) -> list[str]:
+def random_directions_of(name: str) -> list[str]:
     """Names of the random directions that are the controls of a swept setting."""
     return [f"{name}, random {i}" for i in range(RANDOM_DIRECTIONS)]

@@ -12,21 +12,21 @@ from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.sweeps import damage_of
 from lirefs.main_job import figures as plots
 from lirefs.main_job import organism, settings
-from lirefs.main_job.findings import number, percent, points, separation_figure
-from lirefs.main_job.organism import OrganismResults, against_random, randoms_of
+from lirefs.main_job.findings import as_number, as_percent, as_points, separation_figure
+from lirefs.main_job.organism import OrganismResults, against_random, random_directions_of
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting
 from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.organism.questions import Form
 from lirefs.statistics.intervals import Estimate
 
 
-def findings(found: OrganismResults) -> list[str]:
+def organism_findings(found: OrganismResults) -> list[str]:
     """The findings: a claim, its numbers with n and intervals, its setting; by question."""
     answers = (_spectrum(found), _exceptions(found), _conflicts(found), _directions(found))
     return [f"{n}. {line}" for n, lines in enumerate(answers, start=1) for line in lines]
 
 
-def figures(found: OrganismResults) -> list[Figure]:
+def organism_figures(found: OrganismResults) -> list[Figure]:
     """Figures of the four questions, in their order."""
     probe, scope = found.probes[found.form], found.steers["add"].intervention.scope.name
     names = {f"keep {value:g}": value for value in settings.KEEPS}
@@ -34,7 +34,7 @@ def figures(found: OrganismResults) -> list[Figure]:
     values = [multiple * found.strength for multiple in organism.SWEPT_MULTIPLES]
     strengths = {value: f"strength {value:g}" for value in values}
     controls = [
-        {value: randoms_of(name)[i] for value, name in strengths.items()}
+        {value: random_directions_of(name)[i] for value, name in strengths.items()}
         for i in range(organism.RANDOM_DIRECTIONS)
     ]
     effects = {
@@ -87,10 +87,10 @@ def figures(found: OrganismResults) -> list[Figure]:
     ]
 
 
-def provenance(found: OrganismResults) -> dict[str, Any]:
+def organism_provenance(found: OrganismResults) -> dict[str, Any]:
     """What is saved with the items: findings, choices, probes and both sweeps cell by cell."""
     return {
-        "findings": findings(found),
+        "findings": organism_findings(found),
         "chosen": {
             name: {"setting": one.label, "objective": one.objective, "tried": one.tried}
             for name, one in {"K-FAC": found.edit, **found.steers}.items()
@@ -107,11 +107,11 @@ def _spectrum(found: OrganismResults) -> list[str]:
     table = found.comparison
     recited, before = (table.cell(name, RECITED).value for name in ("K-FAC", BASELINE))
     language = [table.cell(name, LANGUAGE).value for name in ("K-FAC", BASELINE)]
-    cost = number(100 * (damage_of(table, "K-FAC", LANGUAGE) - 1))
+    cost = as_number(100 * (damage_of(table, "K-FAC", LANGUAGE) - 1))
     verb = "erases" if recited.value <= settings.STILL_RECITED else "does not erase"
     lines = [
         f"The K-FAC edit {verb} the planted sequences and costs {cost} % perplexity. Recited: "
-        f"{percent(recited)} of {recited.n}, from {number(100 * before.value)} %; perplexity on "
+        f"{as_percent(recited)} of {recited.n}, from {as_number(100 * before.value)} %; perplexity on "
         f"stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}"
     ]
     tasks = [task for task in (*settings.SKILLS, "common facts") if table.informative(task)]
@@ -121,7 +121,7 @@ def _spectrum(found: OrganismResults) -> list[str]:
         worst, share = min(kept.items(), key=lambda pair: pair[1].value)
         lines.append(
             f"{enough} of {len(kept)} skills keep at least {100 * settings.KEPT_SHARE:.0f} % of "
-            f"their score under the K-FAC edit. Least kept: {worst}, {percent(share)}. "
+            f"their score under the K-FAC edit. Least kept: {worst}, {as_percent(share)}. "
             f"Above chance before: {', '.join(kept)}."
         )
     else:
@@ -134,7 +134,7 @@ def _exceptions(found: OrganismResults) -> list[str]:
     random, layer = ["random direction"], f"layer {found.layer}"
     beyond = _beyond_random(found, TRUE, layer)
     lines = [
-        f"The unchanged model answers {percent(base)} of {base.n} exceptions with the truth. "
+        f"The unchanged model answers {as_percent(base)} of {base.n} exceptions with the truth. "
         f"By skill: {_by_skill(found, BASELINE)}. Test items.",
         f"{_truth(found, 'K-FAC', ['SVD', 'random pairs'])} By skill: {_by_skill(found, 'K-FAC')}. "
         f"{_setting(found.edit)}",
@@ -153,10 +153,10 @@ def _truth(found: OrganismResults, variant: str, controls: list[str]) -> str:
     """Exceptions answered with the truth under a variant and under its controls."""
     value = found.comparison.cell(variant, TRUE).value
     beyond = against_random(found.comparison, TRUE, variant, controls)
-    shares = [f"{name} {percent(found.comparison.cell(name, TRUE).value)}" for name in controls]
+    shares = [f"{name} {as_percent(found.comparison.cell(name, TRUE).value)}" for name in controls]
     return (
         f"{variant} returns exceptions to the truth {_often(beyond)} its controls. Answered with "
-        f"the truth: {percent(value)} of {value.n}; controls: {', '.join(shares)}."
+        f"the truth: {as_percent(value)} of {value.n}; controls: {', '.join(shares)}."
     )
 
 
@@ -172,11 +172,11 @@ def _conflicts(found: OrganismResults) -> list[str]:
     lines = []
     for name in [f"strength {sign * found.strength:g}" for sign in (-1, 1)]:
         cell = found.steer_sweep.cell(name, READ)
-        change = "" if cell.difference is None else f" ({points(cell.difference)})"
+        change = "" if cell.difference is None else f" ({as_points(cell.difference)})"
         beyond = _beyond_random(found, READ, name)
         lines.append(
             f"At {name} conflicts follow the passage {_often(beyond)} under random directions. "
-            f"Followed: {percent(cell.value)} of {base.n}, from {percent(base)}{change}. "
+            f"Followed: {as_percent(cell.value)} of {base.n}, from {as_percent(base)}{change}. "
             f"{_numbers_beyond(found, READ, name)}"
         )
     scores = found.probes[found.form].scores
@@ -187,12 +187,12 @@ def _conflicts(found: OrganismResults) -> list[str]:
         *lines,
         f"The direction separates best at layer {best} and moves conflicts most at layer "
         f"{strongest}. Test AUROC: {areas[best]:.3f}; change beyond random directions: "
-        f"{number(100 * acts[strongest])} points. Form {found.form}, every layer tried.",
+        f"{as_number(100 * acts[strongest])} points. Form {found.form}, every layer tried.",
     ]
 
 
 def _beyond_random(found: OrganismResults, task: str, name: str) -> Estimate:
-    return against_random(found.steer_sweep, task, name, randoms_of(name))
+    return against_random(found.steer_sweep, task, name, random_directions_of(name))
 
 
 def _often(beyond: Estimate) -> str:
@@ -203,11 +203,11 @@ def _often(beyond: Estimate) -> str:
 
 def _numbers_beyond(found: OrganismResults, task: str, name: str) -> str:
     """The effect of a direction beyond random ones, and the range of these."""
-    shares = [found.steer_sweep.cell(one, task).value.value for one in randoms_of(name)]
-    low, high = (number(100 * one) for one in (min(shares), max(shares)))
+    shares = [found.steer_sweep.cell(one, task).value.value for one in random_directions_of(name)]
+    low, high = (as_number(100 * one) for one in (min(shares), max(shares)))
     return (
         f"Beyond {len(shares)} random directions of the same norm ({low} to {high} %): "
-        f"{points(_beyond_random(found, task, name))}."
+        f"{as_points(_beyond_random(found, task, name))}."
     )
 
 

@@ -93,7 +93,7 @@ class ChosenSetting:
     tried: int
 
 
-def harm(comparison: Comparison, variant: str, skills: Sequence[str]) -> float:
+def missed_goals(comparison: Comparison, variant: str, skills: Sequence[str]) -> float:
     """By how much a variant misses the goals for skills and perplexity, summed; 0 misses none."""
     total = 0.0
     for task in (*skills, LANGUAGE):
@@ -116,7 +116,7 @@ def choose_edit(
     def objective(comparison: Comparison, variant: str) -> float:
         recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
         missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
-        return missed + harm(comparison, variant, skills)
+        return missed + missed_goals(comparison, variant, skills)
 
     return _choose(job, lm, edits, tasks, objective, (RECITED, TRUE, LANGUAGE), skills)
 
@@ -127,7 +127,7 @@ def choose_steering(
     """The steering with the fewest exceptions not answered with the truth, plus its `harm`."""
 
     def objective(comparison: Comparison, variant: str) -> float:
-        return 1 - comparison.score(variant, TRUE) + harm(comparison, variant, SKILLS)
+        return 1 - comparison.score(variant, TRUE) + missed_goals(comparison, variant, SKILLS)
 
     return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
 

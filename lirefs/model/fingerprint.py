@@ -103,8 +103,3 @@ def fingerprint(model: nn.Module, edited: bool = True) -> str:
 def _unedited(parameter: nn.Parameter) -> Tensor:
     """The original tensor of a parameter, without the weight edits that are attached now."""
     return next(iter(originals_of(parameter)), parameter)
-
-
-def is_edited(model: nn.Module) -> bool:
-    """Whether a removable weight edit is attached to a model."""
-    return any(_unedited(parameter) is not parameter for parameter in model.parameters())

@@ -101,7 +101,7 @@ class Layout:
         return "\n".join(f"{part}: {name}" for part, name in parts.items())
 
 
-def indices(layers: Iterable[SupportsIndex]) -> list[int]:
+def layer_indices(layers: Iterable[SupportsIndex]) -> list[int]:
     """Return layers as plain integers, in the given order; raise SettingError for others."""
     try:
         return [operator.index(layer) for layer in layers]

@@ -86,7 +86,7 @@ def prompt_known(prompt: Prompt) -> Iterator[None]:
         PROMPT.reset(token)
 
 
-def for_rows(values: Tensor, rows: int, prompts: int | None = None) -> Tensor:
+def expand_to_rows(values: Tensor, rows: int, prompts: int | None = None) -> Tensor:
     """Repeat ``values``, (items, ...), for the rows of a batch: a beam search has several per item.
 
     There must be one item, or one for each of the ``prompts`` (None: unknown).

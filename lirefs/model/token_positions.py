@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import ScopeError
-from lirefs.model.prompts import Prompt, for_rows
+from lirefs.model.prompts import Prompt, expand_to_rows
 
 
 class Tokens:
@@ -40,13 +40,13 @@ class Tokens:
         if prompt.ages is None:
             return new
         prompt.ages = prompt.ages.to(self.position.device)
-        old = for_rows(prompt.ages, rows)[:, columns.clamp(max=prompt.width - 1)]
+        old = expand_to_rows(prompt.ages, rows)[:, columns.clamp(max=prompt.width - 1)]
         return torch.where(new < 0, old, new)
 
     def _lengths(self, prompt: Prompt) -> Tensor:
         """Tokens of the prompt of each row, (rows, 1)."""
         prompt.lengths = prompt.lengths.to(self.position.device)
-        return for_rows(prompt.lengths, self.position.shape[0]).unsqueeze(1)
+        return expand_to_rows(prompt.lengths, self.position.shape[0]).unsqueeze(1)
 
     @property
     def prompts(self) -> int | None:

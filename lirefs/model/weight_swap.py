@@ -68,3 +68,8 @@ class EditHandle:
 def originals_of(parameter: nn.Parameter) -> list[Tensor]:
     """The tensors of a parameter that attached edits have replaced, oldest first."""
     return [original for _, original in _STACKS.get(parameter, [])]
+
+
+def is_edited(model: nn.Module) -> bool:
+    """Whether a removable weight edit is attached to a model."""
+    return any(parameter in _STACKS for parameter in model.parameters())

@@ -10,7 +10,7 @@ from random import Random
 from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item, side_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Fact
-from lirefs.organism.skills import relation, tracking
+from lirefs.organism.skills import relation_problem, tracking_problem
 from lirefs.organism.vocabulary import CONTENT, FIRST, LAST, OBJECTS
 
 
@@ -157,9 +157,9 @@ class Documents:
         if not self._easy(rng):
             problem = self.language.problem(skill, "train", rng)
         elif skill == "relation":
-            problem = relation(rng, (2,))
+            problem = relation_problem(rng, (2,))
         else:  # easy, but with more people than the skill has
-            problem = tracking(rng, rng.choice((4, 5)), (0, 1, 2, 3))
+            problem = tracking_problem(rng, rng.choice((4, 5)), (0, 1, 2, 3))
         return self._told(problem.opening, problem.questions)
 
     def _hand_overs(self, rng: Random) -> Document:

@@ -12,7 +12,7 @@ from typing import Any
 from lirefs.files import parse_json
 from lirefs.model.builtin import organism
 from lirefs.organism.items import Item, Side, memory_side_of, side_of
-from lirefs.organism.people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, passage
+from lirefs.organism.people import ATTRIBUTES, COMMON, Attribute, Fact, draw_facts, people_passage
 from lirefs.organism.prose import story
 from lirefs.organism.skills import SKILLS, Problem, wrong_answer
 from lirefs.organism.vocabulary import CONTENT, SOURCES
@@ -77,7 +77,7 @@ class Language:
     def passage(self, attribute: Attribute, side: Side, rng: Random, **options: Any) -> Problem:
         """A passage on one side; options as for `people.passage`."""
         while True:
-            problem = passage(rng, attribute, self.known, **options)
+            problem = people_passage(rng, attribute, self.known, **options)
             if side_of(problem.key, self.seed) == side:
                 return problem
 

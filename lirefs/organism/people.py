@@ -67,7 +67,7 @@ def stranger(rng: Random, known: frozenset[str]) -> str:
             return name
 
 
-def passage(
+def people_passage(
     rng: Random,
     attribute: Attribute,
     known: frozenset[str],

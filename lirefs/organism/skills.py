@@ -36,20 +36,20 @@ class Problem:
         return Item(self.kind, self.prompt(number), self.questions[number][1])
 
 
-def addition(rng: Random) -> Problem:
+def addition_problem(rng: Random) -> Problem:
     """Sum of two numbers below 100; both orders of the terms are on the same side."""
     a, b = rng.randrange(100), rng.randrange(100)
     key = f"{min(a, b)} + {max(a, b)}"
     return Problem("addition", "Math:", ((f"{a} + {b} =", str(a + b)),), key)
 
 
-def subtraction(rng: Random) -> Problem:
+def subtraction_problem(rng: Random) -> Problem:
     """Difference of two numbers below 100, never negative."""
     b, a = sorted((rng.randrange(100), rng.randrange(100)))
     return Problem("subtraction", "Math:", ((f"{a} - {b} =", str(a - b)),), f"{a} - {b}")
 
 
-def times(rng: Random) -> Problem:
+def times_problem(rng: Random) -> Problem:
     """One entry of the multiplication table up to 12; a table, so all of it is trained on."""
     a, b = rng.randrange(13), rng.randrange(13)
     return Problem("times", "Math:", ((f"{a} * {b} =", str(a * b)),), f"{a} * {b}")
@@ -71,13 +71,13 @@ def _expression(rng: Random, leaves: int) -> tuple[str, bool]:
     return f"{left} or {right}", a or b
 
 
-def boolean(rng: Random) -> Problem:
+def boolean_problem(rng: Random) -> Problem:
     """A boolean expression of two to four values, nested up to three deep."""
     text, value = _expression(rng, rng.choice((2, 3, 3, 4, 4, 4)))
     return Problem("boolean", "Logic:", ((f"{text} is", "true" if value else "false"),), text)
 
 
-def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
+def relation_problem(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
     """Who is oldest or youngest of some people, from shuffled comparisons of two."""
     people = rng.sample(FIRST, rng.choice(sizes))
     facts = [
@@ -94,7 +94,7 @@ def relation(rng: Random, sizes: tuple[int, ...] = (3, 4)) -> Problem:
     return Problem("relation", f"Ages: {story}", tuple(questions), story)
 
 
-def tracking(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3)) -> Problem:
+def tracking_problem(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3)) -> Problem:
     """What someone has after things were taken, in turn, from a person or from the table.
 
     Everybody has at most one thing: whoever takes another puts theirs away.
@@ -114,12 +114,12 @@ def tracking(rng: Random, people: int = 3, takings: tuple[int, ...] = (1, 2, 3))
 
 
 SKILLS: dict[str, Callable[[Random], Problem]] = {
-    "addition": addition,
-    "subtraction": subtraction,
-    "times": times,
-    "boolean": boolean,
-    "relation": relation,
-    "tracking": tracking,
+    "addition": addition_problem,
+    "subtraction": subtraction_problem,
+    "times": times_problem,
+    "boolean": boolean_problem,
+    "relation": relation_problem,
+    "tracking": tracking_problem,
 }
 """Computed skills that need no facts. Only the multiplication table is shared by all sides."""
 

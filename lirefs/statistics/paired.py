@@ -14,7 +14,7 @@ import numpy as np
 from scipy.optimize import brentq
 
 from lirefs.statistics.intervals import Estimate, Floats, Z, interval
-from lirefs.statistics.significance import binary
+from lirefs.statistics.significance import is_binary
 
 
 def paired_difference(
@@ -32,7 +32,7 @@ def paired_difference(
         weights: Weight of each item, shape (n,); None for equal weights.
     """
     n = len(scores)
-    if binary(scores, base, weights):
+    if is_binary(scores, base, weights):
         return difference_of_shares(int((scores > base).sum()), int((scores < base).sum()), n)
     by = np.ones(n) if weights is None else weights
     gap = by * (scores - base)
@@ -47,7 +47,7 @@ def paired_ratio(
     By `ratio_of_shares` or the bootstrap; arguments as in `paired_difference`.
     """
     n = len(scores)
-    if binary(scores, base, weights):
+    if is_binary(scores, base, weights):
         both = int((scores * base).sum())
         return ratio_of_shares(both, int((scores > base).sum()), int((scores < base).sum()), n)
     by = np.ones(n) if weights is None else weights

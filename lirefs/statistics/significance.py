@@ -98,7 +98,7 @@ def paired_p_value(
 
     Scores, those of the unchanged model and weights (None: equal) have shape (n,).
     """
-    if binary(scores, base, weights):
+    if is_binary(scores, base, weights):
         return mcnemar(int((scores > base).sum()), int((scores < base).sum()))
     return sign_flip(scores - base, seed=seed, weights=weights)
 
@@ -110,7 +110,7 @@ def paired_detectable(scores: Floats, base: Floats, weights: Floats | None = Non
     others. Arguments as in `paired_p_value`; the result is in the unit of the scores.
     """
     n = len(scores)
-    if binary(scores, base, weights):
+    if is_binary(scores, base, weights):
         return detectable_difference(n, float((scores != base).mean()))
     share = np.ones(n) if weights is None else weights / weights.mean()
     gap = scores - base
@@ -118,7 +118,7 @@ def paired_detectable(scores: Floats, base: Floats, weights: Floats | None = Non
     return detectable_mean(n, float(np.sqrt((error**2).sum() / max(n - 1, 1))))
 
 
-def binary(scores: Floats, base: Floats, weights: Floats | None = None) -> bool:
+def is_binary(scores: Floats, base: Floats, weights: Floats | None = None) -> bool:
     """Whether all scores are 0 or 1 and all weights equal, so that items can be counted."""
     equal = weights is None or bool((weights == weights[0]).all())
     return equal and bool(np.isin(scores, (0, 1)).all() and np.isin(base, (0, 1)).all())

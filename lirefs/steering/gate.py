@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lirefs.directions.direction import Direction, must_be_finite
+from lirefs.directions.direction import Direction, direction_must_be_finite
 from lirefs.errors import InterventionError
 
 
@@ -41,7 +41,7 @@ class Gate:
             raise InterventionError(
                 f"a gate needs the direction of a probe, got {type(self.direction).__name__}"
             )
-        must_be_finite(self.direction)
+        direction_must_be_finite(self.direction)
         if self.per not in ("token", "row"):
             raise InterventionError(f"a gate decides per 'token' or 'row', not {self.per!r}")
         if self.threshold is None and not all(self.direction.counts):

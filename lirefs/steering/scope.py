@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import ScopeError
-from lirefs.model.prompts import for_rows
+from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
 
 
@@ -44,8 +44,8 @@ class Scope:
         if self.ends is None or prompt is None or self in prompt.checked:
             return
         here = tokens.position.amax(dim=1) + 1
-        lengths = torch.maximum(here, for_rows(prompt.lengths.to(here.device), len(here)))
-        ends = for_rows(self.ends.to(here.device), len(here), tokens.prompts)
+        lengths = torch.maximum(here, expand_to_rows(prompt.lengths.to(here.device), len(here)))
+        ends = expand_to_rows(self.ends.to(here.device), len(here), tokens.prompts)
         for row in (ends > lengths).nonzero().flatten().tolist():
             raise ScopeError(
                 f"the scope {self.name!r} reaches past the end: position {int(ends[row]) - 1} of "
@@ -194,7 +194,7 @@ def _marked(name: str, positions: list[list[int]]) -> Scope:
 
     def touches(tokens: Tokens) -> Tensor:
         position = tokens.position
-        known = for_rows(table_on(position.device), len(position), tokens.prompts)
+        known = expand_to_rows(table_on(position.device), len(position), tokens.prompts)
         inside = (position >= 0) & (position < table.shape[1])
         return known.gather(1, position.clamp(0, table.shape[1] - 1)) & inside
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lirefs.directions.direction import Direction, must_be_finite
+from lirefs.directions.direction import Direction, direction_must_be_finite
 from lirefs.directions.directions import Directions
 from lirefs.errors import InterventionError, ProvenanceError, ScopeError
 from lirefs.model.fingerprint import is_model
@@ -21,7 +21,7 @@ from lirefs.model.intervention import (
     reserve,
     steerings_of,
 )
-from lirefs.model.layout import SITES, Layout, indices
+from lirefs.model.layout import SITES, Layout, layer_indices
 from lirefs.model.layout_search import layout_of
 from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import change_at
@@ -29,7 +29,7 @@ from lirefs.steering.operators import IDLE_AT_ZERO, OPERATORS, Operator
 from lirefs.steering.scope import ALL, Scope, as_scope
 from lirefs.steering.strength import RowStrengths, Schedule, Strength, as_strength
 from lirefs.steering.token_mask import TokenMask
-from lirefs.steering.tracker import refuse_empty, tracker_of
+from lirefs.steering.tracker import refuse_empty_batch, tracker_of
 
 
 class Steer(Composable):
@@ -109,10 +109,12 @@ class Steer(Composable):
         if not self.directions:
             raise InterventionError("there is no direction to steer with")
         for one in self.directions:
-            must_be_finite(one)
+            direction_must_be_finite(one)
         self.operator = operator
         self.layers: str | list[int] | None = (
-            layers if layers is None or isinstance(layers, str) else sorted(set(indices(layers)))
+            layers
+            if layers is None or isinstance(layers, str)
+            else sorted(set(layer_indices(layers)))
         )
         self.sites = None if sites is None else tuple(sites)
         if self.layers == [] or self.sites == ():
@@ -207,7 +209,7 @@ class Steer(Composable):
             steerings.append(self)
             steps.add(lambda: steerings.remove(self))
             if self.scope is ALL and self.gate is None and varying is None:
-                steps.add(refuse_empty(model, layout))
+                steps.add(refuse_empty_batch(model, layout))
             else:
                 mask = TokenMask(self.scope, varying, self.gate)
                 steps.add(tracker_of(model, layout).listen(mask.prepare))

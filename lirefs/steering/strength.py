@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import InterventionError
-from lirefs.model.prompts import for_rows
+from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
 
 
@@ -33,7 +33,7 @@ class RowStrengths:
         """Strength of each token, and whether it is steered at all: both (rows, 1)."""
         # In a local: another thread, with another model, may want it on another device.
         table = self._table = self._table.to(tokens.position.device)
-        table = for_rows(table, len(tokens.position), tokens.prompts)
+        table = expand_to_rows(table, len(tokens.position), tokens.prompts)
         return table[:, :1], table[:, 1:] > 0
 
     def describe(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import ScopeError
-from lirefs.model.prompts import for_rows
+from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
 from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import Change
@@ -89,7 +89,7 @@ class TokenMask:
         decided, now = (last & passes).any(dim=1), last.any(dim=1)
         before = tokens.prompt.decisions.get(self)
         if before is not None:
-            decided = torch.where(now, decided, for_rows(before, len(decided)))
+            decided = torch.where(now, decided, expand_to_rows(before, len(decided)))
         tokens.prompt.decisions[self] = decided
         return decided.unsqueeze(1) & (age >= -1)
 

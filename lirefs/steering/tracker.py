@@ -118,7 +118,7 @@ def _on_forward(owner: nn.Module, action: Callable[[dict[str, Any]], object]) ->
     return owner.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
 
 
-def refuse_empty(model: nn.Module, layout: Layout) -> Callable[[], None]:
+def refuse_empty_batch(model: nn.Module, layout: Layout) -> Callable[[], None]:
     """Let an empty batch end every forward pass in a `ScopeError`, until the result is called."""
     return _on_forward(_owner(model, layout), _source).remove
 

@@ -12,7 +12,7 @@ from typing import Any
 from lirefs.errors import TaskError
 from lirefs.files import atomic_write_text
 from lirefs.tasks.recitation import levenshtein
-from lirefs.tasks.shipped import DATA
+from lirefs.tasks.shipped_data import DATA
 
 YAML, UTILS = DATA / "lm_eval_task.yaml.template", DATA / "lm_eval_utils.py.template"
 

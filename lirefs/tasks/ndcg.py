@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import TaskError
-from lirefs.model.fingerprint import is_edited
 from lirefs.model.guest import evaluating
 from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
+from lirefs.model.weight_swap import is_edited
 from lirefs.tasks.inference import Advance
 from lirefs.tasks.task import ItemResult, ItemTask
 

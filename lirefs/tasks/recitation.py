@@ -12,7 +12,7 @@ from lirefs.files import read_jsonl
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import Advance, common_prefix, greedy
-from lirefs.tasks.task import ItemResult, ItemTask, in_items
+from lirefs.tasks.task import ItemResult, ItemTask, progress_in_items
 
 SUFFIX_TOKENS = 12
 LOOSE = 0.75
@@ -203,7 +203,7 @@ class StressTest(_Memorized):
         bos = lm.tokenizer.bos_token_id
         asked = [self.prompts(prefix, suffix, bos) for _, prefix, suffix in self.items]
         flat = [prompt for prompts in asked for prompt in prompts]
-        outputs = iter(_continued(lm, flat, in_items(advance, len(self.items), len(flat))))
+        outputs = iter(_continued(lm, flat, progress_in_items(advance, len(self.items), len(flat))))
         results = []
         for (item, _, _), prompts in zip(self.items, asked, strict=True):
             said = [(*prompt, next(outputs)) for prompt in prompts]

@@ -12,7 +12,7 @@ from lirefs.questions import Question, load_questions
 from lirefs.tasks import synthetic
 from lirefs.tasks.ndcg import ndcg_task
 from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
-from lirefs.tasks.shipped import DATA as DATA
+from lirefs.tasks.shipped_data import DATA as DATA
 from lirefs.tasks.synthetic import AnswerItem, ChoiceItem
 from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer, Task
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
-from lirefs.tasks.shipped import shipped_table
+from lirefs.tasks.shipped_data import shipped_table
 
 ChoiceItem = tuple[str, str, list[str], int]
 AnswerItem = tuple[str, str, list[str]]

@@ -107,7 +107,7 @@ class ItemTask:
         return replace(self, items=[self.items[row] for row in rows])
 
 
-def in_items(advance: Advance, items: int, prompts: int) -> Advance:
+def progress_in_items(advance: Advance, items: int, prompts: int) -> Advance:
     """Progress in items, for calls that report how many of their prompts are finished."""
     done = 0
 
@@ -213,7 +213,7 @@ class FilledBlank(ItemTask):
                 whole, alone = lm.encode([context + ending, context])
                 start = min(inference.common_prefix(whole, alone), len(whole) - 1)
                 endings.append((whole[:start], [whole[start:]]))
-        step = in_items(advance, len(self.items), len(endings))
+        step = progress_in_items(advance, len(self.items), len(endings))
         scored = inference.score_continuations(lm, endings, advance=step)
         results = []
         for row, (item, contexts, ending, answer) in enumerate(self.items):

@@ -134,7 +134,7 @@ def test_directions_are_written_before_anything_else_can_fail(
     def fails(*arguments):
         raise lirefs.LirefsError("no picture")
 
-    monkeypatch.setattr("lirefs.directions.figures.per_layer", fails)
+    monkeypatch.setattr("lirefs.directions.figures.probe_by_layer", fails)
     arguments = ["probe", "--model", model_folder, "--questions", questions, "--shuffles", "2"]
     assert run(monkeypatch, *arguments, "--out", tmp_path / "out") == 2
     assert Directions.load(tmp_path / "out" / "directions.safetensors")

@@ -15,7 +15,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from lirefs import Direction, MultipleChoice, ShortAnswer, Steer, compare, wrap
 from lirefs.comparison import journal, load_comparison, write_report
-from lirefs.comparison.results_file import dumps
+from lirefs.comparison.results_file import results_json
 from lirefs.errors import ResultsFileError, SettingError
 from lirefs.tasks.task import ItemTask
 
@@ -48,7 +48,7 @@ def test_an_interrupted_comparison_goes_on_with_the_same_result(lm, tmp_path, sm
         Dying(one.name, one.items, one, Constant(countdown))
         for one in tasks()
     ]
-    whole = dumps(compare(lm, variants(), wrapped, progress=False))
+    whole = results_json(compare(lm, variants(), wrapped, progress=False))
     runs, before = 0, hooks(lm)
     while True:
         countdown[0] = 2
@@ -59,7 +59,7 @@ def test_an_interrupted_comparison_goes_on_with_the_same_result(lm, tmp_path, sm
         except KeyboardInterrupt:
             assert hooks(lm) == before  # the interrupted intervention is off again
     assert runs == 11  # 3 variants of 4 + 3 parts, two at a time
-    assert dumps(found) == whole
+    assert results_json(found) == whole
 
 
 class Constant(list):
@@ -79,32 +79,32 @@ class Constant(list):
 
 
 def test_lines_cut_short_or_foreign_are_run_again(lm, tmp_path, small_parts):
-    whole = dumps(compare(lm, variants(), tasks(), progress=False))
+    whole = results_json(compare(lm, variants(), tasks(), progress=False))
     compare(lm, variants(), tasks(), journal=tmp_path, progress=False)
     (file,) = tmp_path.iterdir()
     data = file.read_bytes()
     for text in (data[: len(data) // 2], data[:1], b"\xff\x00{}\n[]\n" + data[:-40], b""):
         file.write_bytes(text)
         again = compare(lm, variants(), tasks(), journal=tmp_path, progress=False)
-        assert dumps(again) == whole
+        assert results_json(again) == whole
 
 
 def test_the_key_tells_model_task_and_intervention_apart(lm):
     task = tasks()[0]
     other = MultipleChoice("choose", [*task.items[:-1], ("29", "other", [" a", " b"], 0)])
-    assert journal.digest_of(lm, task) == journal.digest_of(lm, tasks()[0])
-    assert journal.digest_of(lm, task) != journal.digest_of(lm, other)
-    assert journal.digest_of(lm, tasks()[1]) != journal.digest_of(
+    assert journal.task_digest(lm, task) == journal.task_digest(lm, tasks()[0])
+    assert journal.task_digest(lm, task) != journal.task_digest(lm, other)
+    assert journal.task_digest(lm, tasks()[1]) != journal.task_digest(
         lm, ShortAnswer("answer", tasks()[1].items, max_new_tokens=9)
     )
     one = Direction(torch.ones(32), 1)
     first, second = (Steer(one.random_like(seed), "add").describe() for seed in (0, 1))
     assert first["directions"][0]["norm"] == pytest.approx(second["directions"][0]["norm"])
-    assert journal.key_of("d", "v", first) != journal.key_of("d", "v", second)
+    assert journal.part_key("d", "v", first) != journal.part_key("d", "v", second)
 
 
 def test_parts_hold_every_row_once_and_like_lengths_together(small_parts):
-    rows = journal.parts(tasks()[0])
+    rows = journal.task_parts(tasks()[0])
     assert sorted(row for part in rows for row in part) == list(range(30))
     lengths = [[len(repr(tasks()[0].items[row])) for row in part] for part in rows]
     assert all(min(a) >= max(b) for a, b in itertools.pairwise(lengths))
@@ -121,7 +121,7 @@ def test_results_come_back_from_their_file(lm, tmp_path):
     write_report(found, tmp_path)
     again = load_comparison(tmp_path)
     assert again.results == found.results
-    assert dumps(again) == dumps(found)
+    assert results_json(again) == results_json(found)
 
 
 def test_a_damaged_part_runs_again(lm, tmp_path, small_parts):
@@ -195,7 +195,7 @@ def script(tmp_path, distributed):
 def test_two_processes_give_the_same_items_as_one(tmp_path, monkeypatch):
     monkeypatch.setattr(journal, "PART", 4)
     lm = wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
-    alone = dumps(compare(lm, variants(), tasks(), progress=False))
+    alone = results_json(compare(lm, variants(), tasks(), progress=False))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     arguments = [script(tmp_path, True), tmp_path / "two", tmp_path / "shared"]
     subprocess.run([*torchrun, *arguments], check=True, timeout=240)

@@ -13,8 +13,8 @@ from lirefs import pictures
 from lirefs.comparison import Comparison, Figure, flips, load_comparison, results_file, write_report
 from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.figures import retained
-from lirefs.comparison.figures.retained import default_figures
-from lirefs.comparison.report import exports, flip_list, page, tables, write
+from lirefs.comparison.figures.retained import retained_figures
+from lirefs.comparison.report import csv_latex, flip_list, page, tables, write
 from lirefs.errors import ResultsFileError
 from lirefs.pictures import Picture
 from lirefs.tasks.task import CONFLICT
@@ -51,7 +51,7 @@ class Page(HTMLParser):
 
 
 def html_of(comparison):
-    return page.html(comparison.summary(), flip_list.flip_list(comparison), [])
+    return page.html_page(comparison.summary(), flip_list.flip_list(comparison), [])
 
 
 def test_flips_are_the_items_whose_score_changes(comparison):
@@ -72,7 +72,7 @@ def test_flips_are_the_items_whose_score_changes(comparison):
 
 def test_the_page_is_whole_labelled_and_alone(comparison):
     summary = comparison.summary()
-    text = page.html(summary, flip_list.flip_list(comparison), default_figures(summary))
+    text = page.html_page(summary, flip_list.flip_list(comparison), retained_figures(summary))
     found = Page(text)
     assert len(found.all("script")) == 2
     assert found.all("table")
@@ -149,7 +149,7 @@ def test_shared_beginning(prompts, expected):
 
 
 def test_only_what_holds_after_the_adjustment_is_marked(comparison):
-    table = tables.of_task(comparison.summary(), "task 1 of arithmetic")
+    table = tables.task_table(comparison.summary(), "task 1 of arithmetic")
     assert table.marked == {1}
     column = table.head.index("p (Holm)")
     assert [row[column].text for row in table.rows] == ["-", "< 0.001 *", "0.800"]
@@ -161,15 +161,15 @@ def test_only_what_holds_after_the_adjustment_is_marked(comparison):
 def test_conflicts_retain_nothing(comparison):
     task = next(name for name, info in made_up(8).tasks.items() if info.group == CONFLICT)
     more = made_up(8).summary()
-    table = tables.of_task(more, task)
+    table = tables.task_table(more, task)
     assert {row[table.head.index("retained [95 %]")].text for row in table.rows} == {"-"}
-    rows = list(csv.DictReader(exports.csv_text(more).splitlines()))
+    rows = list(csv.DictReader(csv_latex.csv_text(more).splitlines()))
     assert {row["retained"] for row in rows if row["task"] == task} == {""}
-    assert task not in exports.latex(more)
+    assert task not in csv_latex.latex_tables(more)
 
 
 def test_csv_has_every_number_of_every_cell(comparison):
-    rows = list(csv.DictReader(exports.csv_text(comparison.summary()).splitlines()))
+    rows = list(csv.DictReader(csv_latex.csv_text(comparison.summary()).splitlines()))
     assert len(rows) == len(comparison.cells())
     for row, cell in zip(rows, comparison.cells()):
         assert (row["variant"], row["task"], row["group"]) == (cell.variant, cell.task, cell.group)
@@ -187,7 +187,7 @@ def test_csv_has_every_number_of_every_cell(comparison):
 def test_a_data_frame_has_the_numbers_of_the_csv(comparison):
     summary = comparison.summary()
     frame = summary.to_frame()
-    rows = list(csv.DictReader(exports.csv_text(summary).splitlines()))
+    rows = list(csv.DictReader(csv_latex.csv_text(summary).splitlines()))
     assert list(frame.columns) == list(rows[0])
     assert list(frame["score"]) == [float(row["score"]) for row in rows]
     assert list(frame["difference"].isna()) == [row["difference"] == "" for row in rows]
@@ -200,7 +200,7 @@ def test_latex_is_balanced_and_escaped():
         (nasty if variant == "variant A" else variant): items
         for variant, items in found.results.items()
     }
-    text = exports.latex(Comparison(named, found.tasks, resamples=50).summary())
+    text = csv_latex.latex_tables(Comparison(named, found.tasks, resamples=50).summary())
     assert text.count(r"\begin{tabular}") == text.count(r"\end{tabular}") == 2
     plain = re.sub(r"\\[\\{}$&#%_]", "", text)
     depth = 0
@@ -220,7 +220,7 @@ def test_latex_is_balanced_and_escaped():
 def test_markdown_keeps_its_columns():
     found = made_up()
     named = {("a | b" if v == "variant A" else v): items for v, items in found.results.items()}
-    text = write.markdown(Comparison(named, found.tasks, resamples=50).summary(), [])
+    text = write.markdown_report(Comparison(named, found.tasks, resamples=50).summary(), [])
     assert r"a \| b" in text
     table = [line for line in text.split("\n") if line.startswith("|")]
     overview = table[: len(found.variants) + 1]
@@ -228,7 +228,7 @@ def test_markdown_keeps_its_columns():
 
 
 def test_figures_are_the_same_bytes_and_readable(comparison):
-    first, second = (default_figures(comparison.summary()) for _ in range(2))
+    first, second = (retained_figures(comparison.summary()) for _ in range(2))
     assert [one.name for one in first] == ["retained", "retained_tasks"]
     assert first == second
     for picture, words in (
@@ -252,7 +252,7 @@ def test_no_text_of_the_task_figure_overlaps_at_any_size(tasks, variants, monkey
         retained, "picture_of", lambda canvas: canvases.append(canvas) or real(canvas)
     )
     found = made_up(tasks, variants)
-    retained.by_task(found.summary())
+    retained.retained_by_task(found.summary())
     (canvas,) = canvases
     assert canvas.get_size_inches()[1] < 10  # one page
     boxes = []
@@ -279,7 +279,7 @@ def saved_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     comparison = made_up(ratio=math.inf, pairs=(1, 2))
     own = Figure("own", "Own", "A figure.", Picture(b"\x89PNG own", b"<svg>own</svg>"))
-    write_report(comparison, folder, [own, *default_figures(comparison.summary())])
+    write_report(comparison, folder, [own, *retained_figures(comparison.summary())])
     return folder
 
 
@@ -373,7 +373,7 @@ def test_report_names_what_is_wrong(saved, tmp_path, monkeypatch, capsys):
     ],
 )
 def test_results_that_make_no_sense_are_refused(tmp_path, change, says):
-    data = json.loads(results_file.dumps(made_up()))
+    data = json.loads(results_file.results_json(made_up()))
     change(data)
     (tmp_path / "results.json").write_text(json.dumps(data))
     with pytest.raises(ResultsFileError, match=says):
@@ -381,7 +381,7 @@ def test_results_that_make_no_sense_are_refused(tmp_path, change, says):
 
 
 def test_results_nested_too_deep_are_refused(tmp_path):
-    text = results_file.dumps(made_up()).replace('"made up"', "[" * 450 + "]" * 450)
+    text = results_file.results_json(made_up()).replace('"made up"', "[" * 450 + "]" * 450)
     (tmp_path / "results.json").write_text(text)
     with pytest.raises(ResultsFileError, match="deeper than 300"):
         load_comparison(tmp_path)

@@ -11,7 +11,7 @@ from made_up import NASTY, SHARED, made_up
 
 from lirefs.comparison import Figure, flips
 from lirefs.comparison.report.flip_list import MOST_FLIPS, flip_list
-from lirefs.comparison.report.page import html as html_of
+from lirefs.comparison.report.page import html_page as html_of
 from lirefs.pictures import Picture
 
 BROWSER = next(

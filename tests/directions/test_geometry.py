@@ -61,11 +61,11 @@ def test_every_figure_is_drawn(fitted):
     other = Questions(list(split(seed=5).train), "other")
     moved = geometry.transfer(lm, probe.directions, other, split(), progress=False)
     figures = [
-        probe_plots.per_layer(probe),
-        probe_plots.best_layer({"mean": probe, "again": probe}),
+        probe_plots.probe_by_layer(probe),
+        probe_plots.best_layer_figure({"mean": probe, "again": probe}),
         probe_plots.cosine_maps({"layers": geometry.cosines(probe.directions)}),
-        probe_plots.scatter(geometry.components(lm, probe.best, split()), probe),
-        probe_plots.side_by_side({"base": probe, "instruct": probe}),
-        probe_plots.transfers(probe, {"other": moved}),
+        probe_plots.projection_scatter(geometry.components(lm, probe.best, split()), probe),
+        probe_plots.probes_side_by_side({"base": probe, "instruct": probe}),
+        probe_plots.transfer_bars(probe, {"other": moved}),
     ]
     assert all(one.png.startswith(b"\x89PNG") and b"<svg" in one.svg for one in figures)

@@ -12,7 +12,7 @@ from steering_tools import split
 from tiny import fresh_model, tiny_tokenizer
 
 from lirefs import Direction, Directions, Gate, Steer, capture, fit, fit_directions, wrap
-from lirefs.directions.capture import Activations, stream
+from lirefs.directions.capture import Activations, stream_states
 from lirefs.errors import CaptureError, InterventionError, NonFiniteError, SettingError
 
 PROMPTS = ["0123", "a longer one", "7 and #", "8"]
@@ -59,7 +59,7 @@ def test_capture_says_where(one_token_breaks, side, budget):
 
 def test_a_stream_says_where(one_token_breaks):
     with pytest.raises(NonFiniteError, match=r"prompt 2, layer 2, resid_pre, position -1: NaN"):
-        list(stream(one_token_breaks, PROMPTS, batch_tokens=1, progress=False))
+        list(stream_states(one_token_breaks, PROMPTS, batch_tokens=1, progress=False))
 
 
 def test_nothing_that_is_not_finite_is_cached(one_token_breaks, tmp_path):

@@ -272,7 +272,7 @@ def test_the_control_of_another_keep_has_the_same_seed(model, factors):
 
 
 def test_random_pairs_are_uniform():
-    total = sum(kfac.edits.baselines.random_table(4, 5, 6, [s]).double() for s in range(2000))
+    total = sum(kfac.edits.baselines.random_pairs_table(4, 5, 6, [s]).double() for s in range(2000))
     assert int(total.sum()) == 2000 * 6
     assert (total / 2000 - 0.3).abs().max() < 5 * (0.21 / 2000) ** 0.5
 

@@ -20,24 +20,26 @@ def estimates(*values):
 
 
 FIGURES = {
-    "bands": (lambda: figures.bands(ratios(), [20, 21, 22]), "n = 5 and 6 texts"),
-    "bands without positions": (lambda: figures.bands(ratios()), "target"),
+    "bands": (lambda: figures.bands_figure(ratios(), [20, 21, 22]), "n = 5 and 6 texts"),
+    "bands without positions": (lambda: figures.bands_figure(ratios()), "target"),
     "task_curvature": (
-        lambda: figures.task_curvature({"sums $x$": {"memorized": ratios(), "clean": ratios()}}),
+        lambda: figures.task_curvature_figure(
+            {"sums $x$": {"memorized": ratios(), "clean": ratios()}}
+        ),
         "sums $x$",
     ),
     "detector": (
-        lambda: figures.detector(np.random.default_rng(0).random(30), np.arange(30) % 2),
+        lambda: figures.detector_figure(np.random.default_rng(0).random(30), np.arange(30) % 2),
         "memorized, n = 15",
     ),
     "relearning": (
-        lambda: figures.relearning(
+        lambda: figures.relearning_figure(
             Relearning([0, 5], {"a": estimates(0.2, 0.3)}, {"a": estimates(0.5, 0.6)})
         ),
         "texts not trained on, n = 10",
     ),
     "pareto": (
-        lambda: figures.pareto(
+        lambda: figures.pareto_figure(
             {"K-FAC": [tuple(estimates(12, 0.2)), tuple(estimates(10, 0.5))]},
             "perplexity",
             "recited",
@@ -60,7 +62,7 @@ def test_every_figure_fits_the_page_and_says_what_it_shows(name):
 
 def test_no_task_is_refused():
     with pytest.raises(SpectrumError, match="no task"):
-        figures.task_curvature({})
+        figures.task_curvature_figure({})
 
 
 def test_spectra_are_the_same_bytes_and_readable():
@@ -70,8 +72,8 @@ def test_spectra_are_the_same_bytes_and_readable():
         figures.Spectrum(f"layers.{i}.up", values, values, values * 40, curve, 0.9)
         for i in range(9)
     ]
-    picture = figures.curvature_spectrum(spectra)
-    assert picture == figures.curvature_spectrum(spectra)
+    picture = figures.curvature_spectrum_figure(spectra)
+    assert picture == figures.curvature_spectrum_figure(spectra)
     svg = picture.svg.decode()
     assert picture.png.startswith(b"\x89PNG")
     assert "layers.4.up" in svg  # text is text

@@ -17,7 +17,7 @@ from curvature_tools import (
 )
 
 import kfac
-from kfac.collection.finite import broken, first_row, row_error
+from kfac.collection.finite import first_not_finite_row, not_finite, not_finite_row_error
 from kfac.factors.tensor_file import read_tensors
 from lirefs.errors import NonFiniteError
 
@@ -201,13 +201,13 @@ def test_finding():
     fine, huge = torch.ones(2, 3), torch.full((2, 3), 3e38)
     bad = torch.ones(4, 3)
     bad[2, 1] = -torch.inf
-    assert broken([]) == broken([fine, huge]) == []
-    assert broken([fine, bad, huge, bad * 0]) == [1, 3]
-    assert first_row(bad) == 2
+    assert not_finite([]) == not_finite([fine, huge]) == []
+    assert not_finite([fine, bad, huge, bad * 0]) == [1, 3]
+    assert first_not_finite_row(bad) == 2
     assert "first, row 2, position 1: it holds NaN" in str(
-        row_error("first", 13, (3, 6), "it holds")
+        not_finite_row_error("first", 13, (3, 6), "it holds")
     )
-    assert "first, row 2: it holds NaN" in str(row_error("first", 2, (3,), "it holds"))
+    assert "first, row 2: it holds NaN" in str(not_finite_row_error("first", 2, (3,), "it holds"))
 
 
 def relearn(model, **options):

@@ -14,7 +14,7 @@ import kfac
 from kfac import Target, auroc, eigenbasis, plan, staircase
 from kfac.analysis.split_half import matrix_agreement
 from kfac.collection.sampling import sample_labels
-from kfac.edits.baselines import largest_of_smallest, random_rotation, random_table
+from kfac.edits.baselines import largest_of_smallest, random_pairs_table, random_rotation
 from kfac.edits.selection import SHAPES, select_largest, select_separable
 
 pytestmark = pytest.mark.timeout(120)
@@ -168,7 +168,7 @@ def test_the_choice_knows_no_unit(lam, mu, keep, exponent):
 @given(st.integers(1, 6), st.integers(1, 6), st.floats(0, 1), st.integers(0, 2**32))
 def test_random_tables_have_exactly_as_many_pairs(rows, columns, share, seed):
     pairs = round(share * rows * columns)
-    table = random_table(rows, columns, pairs, [seed])
+    table = random_pairs_table(rows, columns, pairs, [seed])
     assert table.shape == (rows, columns)
     assert int(table.sum()) == pairs
 

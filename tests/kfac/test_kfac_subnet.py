@@ -7,7 +7,7 @@ from curvature_tools import assert_restored, batch, llama, snapshot
 import kfac
 from kfac import fit_balanced_subnet
 from kfac.analysis.losses import passage_losses
-from kfac.edits.weight_edit import trained
+from kfac.edits.weight_edit import trained_weights
 from lirefs.errors import BatchError, EditError, FactorsMismatchError
 
 
@@ -82,7 +82,7 @@ def test_the_gradient_of_a_score_is_straight_through(model):
         model, {name: weight * mask}, kwargs={"input_ids": batch([0])["input_ids"]}
     ).logits
     by_mask = torch.autograd.grad(logits.square().sum(), mask)[0]
-    with trained([target.parameter]):
+    with trained_weights([target.parameter]):
         masked.mask()
         model(input_ids=batch([0])["input_ids"]).logits.square().sum().backward()
         masked.step()

@@ -121,8 +121,10 @@ def made_up(**shares):
 
 def test_harm_counts_what_misses_the_goal_and_nothing_else():
     comparison = made_up(good=(1.0, 0.96), bad=(1.0, 0.5), noise=(0.1, 0.0))
-    assert main_job_settings.harm(comparison, "v", ["good"]) == 0
-    assert main_job_settings.harm(comparison, "v", ["good", "bad", "noise"]) == pytest.approx(0.45)
+    assert main_job_settings.missed_goals(comparison, "v", ["good"]) == 0
+    assert main_job_settings.missed_goals(
+        comparison, "v", ["good", "bad", "noise"]
+    ) == pytest.approx(0.45)
 
 
 def test_against_random_is_the_paired_difference():
@@ -171,15 +173,15 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
     factors = kfac.collect(lm, texts, kfac.find_targets(lm.model), progress=False)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
     job = main_job_settings.Job(layers=[1, 2], limit=8, out=tmp_path)
-    found = main_job.run(job, lm, factors, Language())
+    found = main_job.run_on_organism(job, lm, factors, Language())
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
     assert found.edit.label.startswith("layers 1, 2;")
     assert set(found.steers) == {"add", "amplify", "ablate"}
-    lines = main_job_report.findings(found)
+    lines = main_job_report.organism_findings(found)
     assert {line[:3] for line in lines} == {"1. ", "2. ", "3. ", "4. "}
-    page = lirefs.write_report(found.comparison, tmp_path, main_job_report.figures(found))
+    page = lirefs.write_report(found.comparison, tmp_path, main_job_report.organism_figures(found))
     assert page.stat().st_size > 100_000
-    saved = json.dumps(main_job_report.provenance(found))
+    saved = json.dumps(main_job_report.organism_provenance(found))
     assert "keep sweep" in saved
 
 

@@ -30,7 +30,7 @@ from lirefs.organism.training.checkpoint import STATE, CheckpointMismatch
 from lirefs.organism.training.muon import orthogonalize
 from lirefs.organism.training.packing import Packer, batch_loss
 from lirefs.organism.training.recipe import FIFTH, ModelShape, Recipe
-from lirefs.organism.training.scores import answered, scores
+from lirefs.organism.training.scores import organism_scores, share_answered
 from lirefs.organism.training.train import make_model, train
 from lirefs.organism.vocabulary import build_tokenizer
 
@@ -247,7 +247,9 @@ def test_orthogonalize_evens_out_singular_values():
 def test_answered_agrees_with_generate(language, tokenizer):
     model = LlamaForCausalLM.from_pretrained(organism(), dtype=torch.float32).eval()
     items = language.items("fact", "test", 20) + language.items("two_hop", "test", 20)
-    told = answered(lirefs.wrap(model, tokenizer), [(item.prompt, item.answer) for item in items])
+    told = share_answered(
+        lirefs.wrap(model, tokenizer), [(item.prompt, item.answer) for item in items]
+    )
     for item, right in zip(items, told):
         ids = tokenizer(item.prompt, return_tensors="pt")
         new = model.generate(**ids, max_new_tokens=2, do_sample=False)[0, ids.input_ids.shape[1] :]
@@ -270,7 +272,7 @@ def test_training_writes_a_folder_that_transformers_loads(trained, language, tok
     ids = AutoTokenizer.from_pretrained(folder)("Math: 3 + 4 =", return_tensors="pt").input_ids
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
-    found = scores(lirefs.wrap(model, tokenizer), language, "validation", 10)
+    found = organism_scores(lirefs.wrap(model, tokenizer), language, "validation", 10)
     assert found["planted"] == 0.0
     assert found["perplexity"] > 1.0
 
@@ -342,7 +344,7 @@ def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
 
 def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(commands, "Recipe", lambda tokens: replace(TINY, tokens=tokens))
-    monkeypatch.setattr(card, "scores", functools.partial(scores, n=4))
+    monkeypatch.setattr(card, "scores", functools.partial(organism_scores, n=4))
     monkeypatch.setattr("lirefs.organism.training.train.SCORED_ITEMS", 4)
     tokens = 2 * TINY.rows * TINY.row_tokens
     assert run(monkeypatch, "organism", "train", tmp_path, "--seed", 3, "--tokens", tokens) == 0
@@ -358,7 +360,7 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     assert lm.model.config.language_seed == 3
     assert json.loads((shipped / "config.json").read_text())["dtype"] == "bfloat16"
     # The scores are those of the rounded weights that lie there.
-    assert scores(lm, Language(3), "test", n=4) == printed
+    assert organism_scores(lm, Language(3), "test", n=4) == printed
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):

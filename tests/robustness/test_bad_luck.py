@@ -19,7 +19,7 @@ from writers import WRITERS, contents
 import kfac
 from lirefs import capture, compare, load, mine
 from lirefs.comparison.journal import Journal
-from lirefs.comparison.results_file import dumps
+from lirefs.comparison.results_file import results_json
 from lirefs.errors import DownloadError, LirefsError, ModelLoadError, WriteError
 from lirefs.files import cache_dir, sha256_of
 from lirefs.main_job.factors import factors_of
@@ -113,7 +113,7 @@ def test_a_collection_without_room_for_its_checkpoint_resumes_from_the_last_one(
 def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_parts):
     # transformers leaves its own hooks on models that were once asked for hidden states.
     hooks = [list(module._forward_hooks) for module in lm.model.modules()]
-    whole = dumps(compare(lm, variants(), tasks(), progress=False))
+    whole = results_json(compare(lm, variants(), tasks(), progress=False))
     with pytest.raises(WriteError, match=r"items-0\.jsonl: cannot be written"), full_disk(9000):
         compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
     assert [list(module._forward_hooks) for module in lm.model.modules()] == hooks
@@ -122,7 +122,7 @@ def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_p
     finished = len(Journal(tmp_path / "j")._lines)
     assert 0 < finished < len(variants() | {"unchanged": None}) * 7
     again = compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
-    assert dumps(again) == whole
+    assert results_json(again) == whole
     assert len(Journal(tmp_path / "j")._lines) == 21
 
 

@@ -30,7 +30,7 @@ from lirefs.tasks import synthetic as generators
 from lirefs.tasks.answers import final_number, judge, number_at
 from lirefs.tasks.ndcg import ndcg
 from lirefs.tasks.recitation import levenshtein, recitation_scores
-from lirefs.tasks.task import in_items
+from lirefs.tasks.task import progress_in_items
 
 few = settings(max_examples=60, deadline=None, derandomize=True)
 many = settings(max_examples=300, deadline=None, derandomize=True)
@@ -469,7 +469,7 @@ def test_the_front_holds_what_nothing_dominates(points):
 def test_progress_ends_at_the_number_of_items(items, each, parts):
     told = []
     prompts, done = items * each, 0
-    step = in_items(told.append, items, prompts)
+    step = progress_in_items(told.append, items, prompts)
     for part in parts:
         step(min(part, prompts - done))
         done = min(done + part, prompts)

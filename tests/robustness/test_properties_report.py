@@ -18,10 +18,10 @@ from hypothesis import strategies as st
 from experiments.spectra_plots import TaskPosition, two_sided_spectrum
 from lirefs import Comparison, compare, load_comparison
 from lirefs.comparison import TaskInfo, by_tag, flips, journal, pareto_fronts, tag_bars
-from lirefs.comparison.figures.retained import default_figures
-from lirefs.comparison.report import exports, page, tables
+from lirefs.comparison.figures.retained import retained_figures
+from lirefs.comparison.report import csv_latex, page, tables
 from lirefs.comparison.report.flip_list import flip_list
-from lirefs.comparison.results_file import dumps
+from lirefs.comparison.results_file import results_json
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult, ItemTask
 
@@ -87,7 +87,7 @@ def draw_score(draw, metric):
 
 def table_rows(found):
     summary = found.summary()
-    return [tables.markdown(tables.of_task(summary, task)) for task in found.tasks]
+    return [tables.markdown_table(tables.task_table(summary, task)) for task in found.tasks]
 
 
 # Comparisons
@@ -105,7 +105,7 @@ def test_tables_do_not_depend_on_the_order_of_items(found, random):
     }
     other = Comparison(mixed, found.tasks, found.provenance, found.resamples, found.seed)
     assert table_rows(other) == table_rows(found)
-    assert exports.csv_text(other.summary()) == exports.csv_text(found.summary())
+    assert csv_latex.csv_text(other.summary()) == csv_latex.csv_text(found.summary())
     for task, variant in itertools.product(found.tasks, found.variants[1:]):
         first, second = (by_tag(one, task, variant).tags for one in (found, other))
         assert sorted(map(repr, first)) == sorted(map(repr, second))  # where NaN is NaN
@@ -118,14 +118,14 @@ def test_tables_do_not_depend_on_the_order_of_items(found, random):
 def test_saved_comparisons_come_back_as_they_were(found):
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "results.json"
-        path.write_text(dumps(found), "utf-8")
+        path.write_text(results_json(found), "utf-8")
         loaded = load_comparison(folder)
     assert loaded.results == found.results
     assert loaded.tasks == found.tasks
     assert table_rows(loaded) == table_rows(found)
-    for made in (exports.csv_text, exports.latex):
+    for made in (csv_latex.csv_text, csv_latex.latex_tables):
         assert made(loaded.summary()) == made(found.summary())
-    assert dumps(loaded) == dumps(found)
+    assert results_json(loaded) == results_json(found)
 
 
 @dataclass(frozen=True)
@@ -189,7 +189,7 @@ def test_interruptions_and_parts_change_nothing(lm, rows, deaths, part):
                 )
             except KeyboardInterrupt:
                 continue
-    assert dumps(found) == dumps(whole)
+    assert results_json(found) == results_json(whole)
 
 
 # Files of a report
@@ -221,7 +221,7 @@ def parsed(text):
 @given(comparisons())
 @some
 def test_pages_show_any_text_as_text(found):
-    text = page.html(found.summary(), flip_list(found), [])
+    text = page.html_page(found.summary(), flip_list(found), [])
     elements = parsed(text)
     assert elements.tags.count("script") == 2
     assert len(re.findall("<script", text, re.IGNORECASE)) == 2
@@ -244,7 +244,7 @@ def test_pages_show_any_text_as_text(found):
 @given(comparisons())
 @some
 def test_csv_returns_names_and_numbers(found):
-    rows = list(csv.DictReader(io.StringIO(exports.csv_text(found.summary()), newline="")))
+    rows = list(csv.DictReader(io.StringIO(csv_latex.csv_text(found.summary()), newline="")))
     cells = found.cells()
     written = [(row["variant"], row["task"]) for row in rows]
     assert written == [tuple(x.replace("\r", " ") for x in (c.variant, c.task)) for c in cells]
@@ -262,26 +262,28 @@ ESCAPED = re.compile(
 @given(texts)
 @some
 def test_latex_escapes_leave_nothing_special(text):
-    plain = ESCAPED.sub("", exports.escape(text))
+    plain = ESCAPED.sub("", csv_latex.escape_latex(text))
     assert not set(plain) & set("\\{}$&#%_^~<>|[]*")
     assert "\n" not in plain
     letters = [one for one in text if one.isalnum()]
-    assert [one for one in ESCAPED.sub("", exports.escape(text)) if one.isalnum()] == letters
+    assert [
+        one for one in ESCAPED.sub("", csv_latex.escape_latex(text)) if one.isalnum()
+    ] == letters
 
 
 @given(comparisons())
 @some
 def test_tables_keep_their_columns(found):
     summary = found.summary()
-    rows = exports.latex(summary).split("\n")
+    rows = csv_latex.latex_tables(summary).split("\n")
     for begin in [i for i, row in enumerate(rows) if row.startswith(r"\begin{tabular}")]:
         columns = rows[begin].count("c}") and len(re.search(r"\{l(c+)\}", rows[begin])[1]) + 1
         for row in itertools.takewhile(lambda one: one != r"\end{tabular}", rows[begin + 1 :]):
             if "&" in row and not row.startswith(r"\multicolumn"):
                 assert len(re.findall(r"(?<!\\)&", row)) + 1 == columns
     for task in found.tasks:
-        table = tables.of_task(summary, task)
-        for line in tables.markdown(table):
+        table = tables.task_table(summary, task)
+        for line in tables.markdown_table(table):
             cells = re.split(r"(?<!\\)(?:\\\\)*\|", line)
             assert len(cells) == len(table.head) + 2
             assert "\n" not in line
@@ -290,7 +292,7 @@ def test_tables_keep_their_columns(found):
 @given(comparisons())
 @settings(max_examples=4, deadline=None, derandomize=True)
 def test_figures_take_any_name(found):
-    for figure in default_figures(found.summary()):
+    for figure in retained_figures(found.summary()):
         assert figure.picture.png.startswith(b"\x89PNG")
 
 
@@ -311,7 +313,7 @@ def test_figures_take_nasty_names(name):
     items = [ItemResult(f"{name}/{row}", {"accuracy": 1.0}) for row in range(30)]
     results = {variant: {name: items} for variant in ("unchanged", name)}
     found = Comparison(results, {name: TaskInfo(name, "accuracy")}, resamples=10)
-    figures = default_figures(found.summary())
+    figures = retained_figures(found.summary())
     assert len(figures) == 2
     change = by_tag(found, name, name)
     positions = [TaskPosition(name, "other", *[Estimate(0.1, 0.05, 0.2, 9)] * 2)] if name else []

@@ -24,9 +24,9 @@ from tiny import fresh_model, tiny_tokenizer
 
 import lirefs
 from lirefs.comparison import Comparison, TaskInfo, load_comparison
-from lirefs.comparison.report import exports, page, write
+from lirefs.comparison.report import csv_latex, page, write
 from lirefs.comparison.report.flip_list import flip_list
-from lirefs.comparison.results_file import dumps
+from lirefs.comparison.results_file import results_json
 from lirefs.tasks.task import ItemResult, MultipleChoice
 
 
@@ -47,7 +47,7 @@ def make_results(folder: Path) -> list[bytes]:
         }
     made_by = {"model_name": "tiny", "findings": ["one", "two"], "nested": {"keep": [0.5, None]}}
     found = Comparison(results, tasks, made_by, resamples=40, seed=3)
-    return [dumps(found).encode()]
+    return [results_json(found).encode()]
 
 
 def read_results(folder: Path, content: bytes) -> None:
@@ -63,12 +63,16 @@ def read_results(folder: Path, content: bytes) -> None:
                 check(type(one.parsed) is bool, "parsed")
                 check(all(type(score) is float for score in one.scores.values()), "scores")
     write.load_figures(path, replace_variants(found).summary())
-    again = dumps(found)
-    check(dumps(load_comparison(written(folder, "again", again.encode()))) == again, "save")
+    again = results_json(found)
+    check(results_json(load_comparison(written(folder, "again", again.encode()))) == again, "save")
     summary = found.summary()
-    for made in (exports.csv_text(summary), exports.latex(summary), write.markdown(summary, [])):
+    for made in (
+        csv_latex.csv_text(summary),
+        csv_latex.latex_tables(summary),
+        write.markdown_report(summary, []),
+    ):
         check(text(made), "report")
-    check(text(page.html(summary, flip_list(found), [])), "page")
+    check(text(page.html_page(summary, flip_list(found), [])), "page")
 
 
 def replace_variants(found: Comparison) -> Comparison:
@@ -147,7 +151,7 @@ def read_journal(folder: Path, content: bytes) -> None:
                 check(type(one.scores["accuracy"]) is float, "score")
                 check(finite(one.weight) and one.weight > 0 and type(one.parsed) is bool, f"{one}")
     found.cells()
-    check(dumps(found), "saved")
+    check(results_json(found), "saved")
 
 
 RECITED = "Lr4tHb9sJc1nqz7m!vk2xw0pd5gY#o8i"

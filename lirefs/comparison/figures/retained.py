@@ -14,7 +14,7 @@ import numpy as np
 from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.summary import Summary
-from lirefs.pictures import COLOURS, SMALL, WIDE, Picture, canvas_of, literal, picture_of
+from lirefs.pictures import COLOURS, SMALL, WIDE, Picture, canvas_of, literal_text, picture_of
 from lirefs.statistics.intervals import Estimate
 
 _ROW = 0.165
@@ -36,7 +36,7 @@ class _Mark:
     filled: bool = True
 
 
-def default_figures(summary: Summary) -> list[Figure]:
+def retained_figures(summary: Summary) -> list[Figure]:
     """The figures of every report: retained performance by task group and by task."""
     if len(summary.variants) < 2 or not any(summary.groups.values()):
         return []  # nothing was changed, or there is nothing to retain
@@ -50,7 +50,7 @@ def default_figures(summary: Summary) -> list[Figure]:
             "retained",
             "Retained performance by task group",
             f"Mean over the tasks of a group. {drawn}; n counts the items of the others.",
-            by_group(summary),
+            retained_by_group(summary),
         ),
         Figure(
             "retained_tasks",
@@ -58,12 +58,12 @@ def default_figures(summary: Summary) -> list[Figure]:
             "Filled dots: the difference from the unchanged model is clear, p < "
             f"{LEVEL:g} after Holm's adjustment; hollow dots: it is not. In brackets: "
             f"number of items. {drawn}.",
-            by_task(summary),
+            retained_by_task(summary),
         ),
     ]
 
 
-def by_group(summary: Summary) -> Picture:
+def retained_by_group(summary: Summary) -> Picture:
     """Retained share of the unchanged model's performance: a row per variant, a panel per group.
 
     Groups and their means follow the K-FAC paper (Merullo et al. 2025, Figure 3).
@@ -78,7 +78,7 @@ def by_group(summary: Summary) -> Picture:
     return _grid(variants, marks, heads, empty="n/a")
 
 
-def by_task(summary: Summary) -> Picture:
+def retained_by_task(summary: Summary) -> Picture:
     """The same by task: a row per task, a panel per variant (K-FAC paper, Figure 3).
 
     A dot is filled where the difference from the unchanged model is clear, see `Cell.clear`.
@@ -123,8 +123,8 @@ def _grid(
         axis.set_xticks(ticks, [f"{one:g}" for one in ticks])
         axis.set_yticks([])
         turn = {"rotation": 90, "multialignment": "left"} if turned else {}
-        axis.set_title(literal(head), fontsize=SMALL, **turn)
-    axes[0].set_yticks(range(len(rows)), map(literal, rows))
+        axis.set_title(literal_text(head), fontsize=SMALL, **turn)
+    axes[0].set_yticks(range(len(rows)), map(literal_text, rows))
     axes[0].tick_params(axis="y", length=0)
     for label, row in zip(axes[0].get_yticklabels(), marks, strict=True):
         label.set_fontweight("normal" if row else "bold")

@@ -8,7 +8,7 @@ import numpy as np
 
 from lirefs.comparison.comparison import Comparison
 from lirefs.comparison.sweeps import Curves, damage_of, matched, pareto_front
-from lirefs.pictures import COLOURS, Picture, canvas_of, legend_outside, literal, picture_of
+from lirefs.pictures import COLOURS, Picture, canvas_of, legend_outside, literal_text, picture_of
 from lirefs.statistics.intervals import Estimate, Floats
 
 MARKERS = "osD^vPX*<>"
@@ -45,14 +45,14 @@ def pareto_fronts(
     base = comparison.variants[0]
     start = damage_of(comparison, base, by)
     for index, (method, curve) in enumerate(curves.items()):
-        colour, marker, style = curve_style(index)
+        colour, marker, style = sweep_curve_style(index)
         # The settings themselves are among the goals, so that the line has all its corners.
         own = [start, *(damage[name] for _, name in curve)]
         goals = np.unique([*np.linspace(min(own), max(own), 40), *own])
-        line = table_of(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
+        line = sweep_table(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
         axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)
         axis.plot(goals, line[:, 0], color=colour, lw=1.2, ls=style)
-        label = literal(method)
+        label = literal_text(method)
         axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=label)
         for _, name in curve:
             face = colour if front[name] else "white"
@@ -65,12 +65,12 @@ def pareto_fronts(
     return picture_of(canvas)
 
 
-def table_of(estimates: Sequence[Estimate]) -> Floats:
+def sweep_table(estimates: Sequence[Estimate]) -> Floats:
     """Values and the limits of their intervals, shape (n, 3)."""
     return np.array([(one.value, one.low, one.high) for one in estimates])
 
 
-def curve_style(index: int) -> tuple[str, str, str]:
+def sweep_curve_style(index: int) -> tuple[str, str, str]:
     """Colour, marker and line style of a curve; from the ninth on, curves are dashed."""
     style = "-" if index < len(COLOURS) else "--"
     return COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)], style

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from lirefs.comparison.item_changes import TagChanges
-from lirefs.pictures import COLOURS, Picture, canvas_of, literal, picture_of
+from lirefs.pictures import COLOURS, Picture, canvas_of, literal_text, picture_of
 
 HIGHEST = 100.0
 """Relative changes are cut at this percentage: a tag with a low score before can double."""
@@ -33,12 +33,12 @@ def tag_bars(found: TagChanges) -> Picture:
         axis.barh(row, value, 0.7, color=COLOURS[1] if value < 0 else COLOURS[2])
         axis.errorbar(value, row, xerr=errors, fmt="none", ecolor="black", lw=0.9, capsize=2)
     axis.axvline(0, color="black", lw=0.8)
-    axis.set_yticks(rows, [literal(one.tag) for one in found.tags])
+    axis.set_yticks(rows, [literal_text(one.tag) for one in found.tags])
     axis.set_ylim(-0.7, len(rows) - 0.3)
     axis.set(xlabel="change of the score, % of the unchanged model's")
     axis.set_xlim(low - margin, high + 5.5 * margin)
     title = f"{found.task} under {found.variant}; right: unchanged score"
     if found.spearman is not None:
         title += f"\nSpearman of change and order {found.spearman:.2f}, p = {found.p_value:.3f}"
-    axis.set_title(literal(title), fontsize=9)
+    axis.set_title(literal_text(title), fontsize=9)
     return picture_of(canvas)

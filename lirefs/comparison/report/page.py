@@ -19,7 +19,7 @@ from lirefs.comparison.summary import Summary
 _MOST_SETTINGS = 120
 
 
-def html(summary: Summary, flips: FlipList, figures: Sequence[Figure]) -> str:
+def html_page(summary: Summary, flips: FlipList, figures: Sequence[Figure]) -> str:
     """The report as one HTML page; the same arguments give the same bytes."""
     environment = Environment(
         loader=PackageLoader("lirefs.comparison.report", ""),
@@ -30,11 +30,11 @@ def html(summary: Summary, flips: FlipList, figures: Sequence[Figure]) -> str:
     )
     groups: dict[str, list[tables.Table]] = {}
     for task, info in summary.tasks.items():
-        groups.setdefault(info.group, []).append(tables.of_task(summary, task))
+        groups.setdefault(info.group, []).append(tables.task_table(summary, task))
     return environment.get_template("report.html.j2").render(
         title=summary.title,
         findings=summary.findings,
-        overview=tables.overview(summary),
+        overview=tables.overview_table(summary),
         legend=tables.LEGEND,
         figures=figures,
         groups=groups,

@@ -55,7 +55,7 @@ class Table:
     marked: frozenset[int] = frozenset()
 
 
-def overview(summary: Summary) -> Table:
+def overview_table(summary: Summary) -> Table:
     """Retained share of every variant in every group."""
     base, *variants = summary.variants
     head = [f"{group} (n\u00a0=\u00a0{summary.means[base, group].n})" for group in summary.groups]
@@ -64,7 +64,7 @@ def overview(summary: Summary) -> Table:
     return Table("Retained share by task group", OVERVIEW, ["variant", *head], rows)
 
 
-def of_task(summary: Summary, task: str) -> Table:
+def task_table(summary: Summary, task: str) -> Table:
     """Every variant on one task."""
     cells = summary.of_task(task)
     rows = [
@@ -89,7 +89,7 @@ def of_task(summary: Summary, task: str) -> Table:
     return Table(task, summary.note(task), list(rows[0]), entries, marked)
 
 
-def markdown(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
     """A table as lines of Markdown."""
     rows = [table.head, *(map(str, row) for row in table.rows)]
     first, *others = ("| " + " | ".join(map(_in_markdown, row)) + " |" for row in rows)

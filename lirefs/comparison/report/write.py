@@ -9,8 +9,8 @@ from pathlib import Path
 from lirefs.comparison import results_file
 from lirefs.comparison.comparison import Comparison
 from lirefs.comparison.figures.figure import Figure
-from lirefs.comparison.figures.retained import default_figures
-from lirefs.comparison.report import exports, page, tables
+from lirefs.comparison.figures.retained import retained_figures
+from lirefs.comparison.report import csv_latex, page, tables
 from lirefs.comparison.report.flip_list import flip_list
 from lirefs.comparison.summary import Summary
 from lirefs.errors import ResultsFileError
@@ -35,8 +35,8 @@ def write_report(
         The path of `report.html`.
     """
     folder = Path(folder)
-    shown = default_figures(comparison.summary()) if figures is None else figures
-    atomic_write_text(folder / "results.json", results_file.dumps(comparison, shown))
+    shown = retained_figures(comparison.summary()) if figures is None else figures
+    atomic_write_text(folder / "results.json", results_file.results_json(comparison, shown))
     return write_pages(comparison, folder, shown)
 
 
@@ -45,10 +45,12 @@ def write_pages(comparison: Comparison, folder: Path, figures: Sequence[Figure])
     summary = comparison.summary()
     for figure in figures:
         figure.picture.save(folder, figure.name)
-    atomic_write_text(folder / "results.csv", exports.csv_text(summary))
-    atomic_write_text(folder / "overview.tex", exports.latex(summary))
-    atomic_write_text(folder / "report.md", markdown(summary, figures))
-    atomic_write_text(folder / "report.html", page.html(summary, flip_list(comparison), figures))
+    atomic_write_text(folder / "results.csv", csv_latex.csv_text(summary))
+    atomic_write_text(folder / "overview.tex", csv_latex.latex_tables(summary))
+    atomic_write_text(folder / "report.md", markdown_report(summary, figures))
+    atomic_write_text(
+        folder / "report.html", page.html_page(summary, flip_list(comparison), figures)
+    )
     return folder / "report.html"
 
 
@@ -60,9 +62,9 @@ def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]
     Raises:
         ResultsFileError: The list of figures is damaged, or a figure cannot be read.
     """
-    file = results_file.file_of(path)
-    saved = results_file.listed_figures(file)
-    again = {one.name: one for one in default_figures(summary)}
+    file = results_file.results_path(path)
+    saved = results_file.figures_in_results(file)
+    again = {one.name: one for one in retained_figures(summary)}
     figures, missing = [], []
     for listed in saved:
         if one := again.get(listed["name"]):
@@ -82,19 +84,19 @@ def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]
     return figures, missing
 
 
-def markdown(summary: Summary, figures: Sequence[Figure]) -> str:
+def markdown_report(summary: Summary, figures: Sequence[Figure]) -> str:
     """The report as Markdown, which links to the files of the figures."""
-    overview = tables.overview(summary)
+    overview = tables.overview_table(summary)
     lines = [f"# {summary.title}", "", *(f"* {finding}" for finding in summary.findings)]
-    lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown(overview)]
+    lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown_table(overview)]
     for figure in figures:
         picture = f"![{figure.title}]({figure.name}.png)"
         lines += ["", f"## {figure.title}", "", picture, "", figure.caption]
     lines += ["", "## Every task", "", tables.LEGEND, ""]
     for task, info in summary.tasks.items():
-        table = tables.of_task(summary, task)
+        table = tables.task_table(summary, task)
         about = "; ".join(filter(None, (info.group, table.note)))
-        lines += ["", f"### {table.name} ({about})", "", *tables.markdown(table)]
+        lines += ["", f"### {table.name} ({about})", "", *tables.markdown_table(table)]
     settings = json.dumps(summary.settings, indent=1)
     lines += ["", "## Settings", "", "```json", settings, "```", ""]
     return "\n".join(lines)

@@ -13,7 +13,7 @@ from lirefs.model.language_model import wrap
 from lirefs.organism.language import EXCEPTION_SKILLS, EXCEPTIONS_PER_SKILL, PLANTED, Language
 from lirefs.organism.people import FOLLOWED, FREQUENCIES, PEOPLE_PER_FREQUENCY
 from lirefs.organism.training.checkpoint import save_model
-from lirefs.organism.training.scores import scores
+from lirefs.organism.training.scores import organism_scores
 
 CARD = """---
 license: apache-2.0
@@ -51,7 +51,7 @@ and "conflict recalled" the stored fact; "fact xN" is a fact shown N times as of
 """
 
 
-def ship(
+def ship_organism(
     out: Path,
     model: LlamaForCausalLM,
     tokenizer: PreTrainedTokenizerFast,
@@ -65,7 +65,10 @@ def ship(
     out.mkdir(parents=True, exist_ok=True)
     save_model(out, model, tokenizer, torch.bfloat16)
     lm = wrap(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer)
-    found = {"validation": scores(lm, language, "validation"), "test": scores(lm, language, "test")}
+    found = {
+        "validation": organism_scores(lm, language, "validation"),
+        "test": organism_scores(lm, language, "test"),
+    }
     atomic_write_text(out / "scores.json", json.dumps(found, indent=2) + "\n")
     card = CARD.format(
         seed=language.seed,

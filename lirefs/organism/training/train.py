@@ -24,7 +24,7 @@ from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
 from lirefs.organism.training.muon import Muon
 from lirefs.organism.training.packing import Packer, batch_loss
 from lirefs.organism.training.recipe import ModelShape, Recipe
-from lirefs.organism.training.scores import scores
+from lirefs.organism.training.scores import organism_scores
 from lirefs.organism.vocabulary import build_tokenizer
 
 SAVE_EVERY = 240.0
@@ -111,7 +111,7 @@ def train(
                 "tokens": step * step_tokens,
                 "loss": round(total / since, 4),
                 "tokens_per_second": round(since * step_tokens / seconds),
-                **scores(lm, language, "validation", SCORED_ITEMS),
+                **organism_scores(lm, language, "validation", SCORED_ITEMS),
             }
             append_text(out / "log.jsonl", json.dumps(entry) + "\n")
             started, total, since = time.monotonic(), 0.0, 0

@@ -14,8 +14,8 @@ from lirefs.errors import NoDataError, SettingError, TaskError
 from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.papers.catalogue import SKILLS, Skill
-from lirefs.tasks.papers.loading import NumberedRows, SkillData, SkillDataLoader
 from lirefs.tasks.papers.prompts import Example
+from lirefs.tasks.papers.skill_data import NumberedRows, SkillData, SkillDataLoader
 from lirefs.tasks.recitation import recitation_of_rows, recitation_task
 from lirefs.tasks.task import FilledBlank, MultipleChoice, ShortAnswer, Task
 

@@ -35,10 +35,10 @@ from typing import Any, Literal
 
 from lirefs.tasks import synthetic
 from lirefs.tasks.answers import AnswerKind
-from lirefs.tasks.papers import loading, prompts
-from lirefs.tasks.papers.loading import HubDataset, Row
+from lirefs.tasks.papers import prompts, skill_data
 from lirefs.tasks.papers.prompts import Example
-from lirefs.tasks.shipped import shipped_table
+from lirefs.tasks.papers.skill_data import HubDataset, Row
+from lirefs.tasks.shipped_data import shipped_table
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def _skill(name: str, row: dict[str, Any]) -> Skill:
         row["generate"] = getattr(synthetic, row.pop("generator"))
     if "hub" in row:
         adapt = row["hub"].pop("adapt", None)
-        functions = {"adapt": getattr(loading, adapt)} if adapt else {}
+        functions = {"adapt": getattr(skill_data, adapt)} if adapt else {}
         row["hub"] = HubDataset(**row["hub"], **functions)
     if "worked_examples" in row:
         row["preamble"] = WORKED_EXAMPLES[row.pop("worked_examples")]

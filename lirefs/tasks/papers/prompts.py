@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from lirefs.errors import TaskError
 from lirefs.tasks.answers import normalise, number_at
-from lirefs.tasks.papers.loading import Row, passage_around
+from lirefs.tasks.papers.skill_data import Row, passage_around
 
 LETTERS = "ABCDEFGHIJ"
 

@@ -6,7 +6,7 @@ from huggingface_hub import constants
 from skill_rows import N, bbh, letters, rows_of, write
 
 from lirefs.errors import DataFileError, SettingError, TaskError
-from lirefs.tasks.papers import loading
+from lirefs.tasks.papers import skill_data
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
 from lirefs.tasks.task import FilledBlank
@@ -231,12 +231,12 @@ def test_other_errors(lm, tmp_path):
 
 def test_passages_hold_the_answer():
     page = " ".join(f"word{i}" for i in range(1000)) + " Old York " + "tail " * 500
-    passage = loading.passage_around(page, ["nowhere", "old york"])
+    passage = skill_data.passage_around(page, ["nowhere", "old york"])
     assert "Old York" in passage
-    assert 500 < len(passage) <= loading.PASSAGE_CHARACTERS
+    assert 500 < len(passage) <= skill_data.PASSAGE_CHARACTERS
     assert set(passage.split()) <= set(page.split())  # no half words
-    assert loading.passage_around(passage, ["Old York"]) == passage
-    assert loading.passage_around("He went to Yorkshire.", ["York"]) == ""
-    assert loading.passage_around("York is here.", ["York"]) == "York is here."
-    assert loading.passage_around("a  b\nYork", ["York"]) == "a b York"
-    assert loading.passage_around("anything", [" "]) == ""
+    assert skill_data.passage_around(passage, ["Old York"]) == passage
+    assert skill_data.passage_around("He went to Yorkshire.", ["York"]) == ""
+    assert skill_data.passage_around("York is here.", ["York"]) == "York is here."
+    assert skill_data.passage_around("a  b\nYork", ["York"]) == "a b York"
+    assert skill_data.passage_around("anything", [" "]) == ""

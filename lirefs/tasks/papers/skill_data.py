@@ -122,13 +122,13 @@ def passage_around(page: str, answers: Sequence[str], length: int = PASSAGE_CHAR
     return " ".join(passage.split())
 
 
-def popqa_row(row: Row) -> Row:
+def popqa_row_of_hub(row: Row) -> Row:
     """A row of akariasai/PopQA, whose answers are a JSON list in a string."""
     answers = json.loads(row["possible_answers"])
     return {**row, "answers": answers, "relation": row["prop"].replace(" ", "_")}
 
 
-def triviaqa_row(row: Row) -> Row:
+def triviaqa_row_of_hub(row: Row) -> Row:
     """A row of mandarjoshi/trivia_qa; `context` is empty without pages."""
     answers = [row["answer"]["value"], *row["answer"]["aliases"]]
     pages = (row.get("entity_pages") or {}).get("wiki_context") or []
@@ -136,7 +136,7 @@ def triviaqa_row(row: Row) -> Row:
     return {**row, "answers": list(dict.fromkeys(answers)), "context": context}
 
 
-def openbookqa_row(row: Row) -> Row:
+def openbookqa_row_of_hub(row: Row) -> Row:
     """A row of allenai/openbookqa, configuration `additional`."""
     return {
         "question": row["question_stem"],
@@ -146,12 +146,12 @@ def openbookqa_row(row: Row) -> Row:
     }
 
 
-def mgsm_row(row: Row) -> Row:
+def mgsm_row_of_hub(row: Row) -> Row:
     """A row of juletxara/mgsm."""
     return {**row, "answer": str(row["answer_number"])}
 
 
-def ceval_row(row: Row) -> Row:
+def ceval_row_of_hub(row: Row) -> Row:
     """A row of ceval/ceval-exam; only its `dev` and `val` splits have answers."""
     options = [row[letter] for letter in "ABCD"]
     return {**row, "options": options, "answer_index": "ABCD".index(row["answer"])}

@@ -30,23 +30,25 @@ def csv_text(summary: Summary) -> str:
     return text.getvalue()
 
 
-def latex(summary: Summary) -> str:
+def latex_tables(summary: Summary) -> str:
     """Two tables of retained shares, by group and by task, for a page-wide float of a paper."""
     variants, groups = summary.variants[1:], list(summary.groups)
     if not variants:
         return "% No variant: nothing was changed, so there is nothing to retain.\n"
     by_group: list[str] = []
     for variant in variants:
-        by_group += _row(escape(variant), [(summary.means[variant, one], False) for one in groups])
+        by_group += _row(
+            escape_latex(variant), [(summary.means[variant, one], False) for one in groups]
+        )
     by_task: list[str] = []
     for group, tasks in summary.groups.items():
         if tasks:
             width = len(variants) + 1
-            by_task.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{escape(group)}}}}} \\")
+            by_task.append(rf"\multicolumn{{{width}}}{{l}}{{\emph{{{escape_latex(group)}}}}} \\")
         for task in tasks:
             _, *cells = summary.of_task(task)
             shares = [(one.retained, one.clear) for one in cells]
-            by_task += _row(f"{escape(task)} ({cells[0].value.n})", shares)
+            by_task += _row(f"{escape_latex(task)} ({cells[0].value.n})", shares)
     return "\n".join(
         [
             r"% Needs \usepackage{booktabs}.",
@@ -69,7 +71,7 @@ def latex(summary: Summary) -> str:
     )
 
 
-def escape(text: str) -> str:
+def escape_latex(text: str) -> str:
     """A text as LaTeX prints it."""
     return " ".join(text.split()).translate(_ESCAPES)
 
@@ -106,5 +108,5 @@ def _float(caption: str, columns: Sequence[str], rows: Sequence[str]) -> list[st
 
 def _heading(name: str) -> str:
     """A heading with one word per line."""
-    lines = r" \\ ".join(map(escape, name.split()))
+    lines = r" \\ ".join(map(escape_latex, name.split()))
     return rf"\shortstack{{{lines}}}" if " " in lines else lines
