@@ -160,7 +160,7 @@ def subnets(
 ) -> dict[float, Any]:
     """BalancedSubnet at two shares of pruned weights: the paper's, and twenty times as much.
 
-    Each share needs its own training, so there is no search as for other strengths.
+    Each share needs its own training, so no search as for other strengths.
     """
     retain = lm.encode(calibration[: len(forget)])
     clean, memorized = (

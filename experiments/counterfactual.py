@@ -94,7 +94,7 @@ def memorization_scores(
     }
     missing = {item.group for item in items} - set(reference)
     if missing:
-        raise TaskError(f"there are no never-seen items of group {missing.pop()!r} to compare with")
+        raise TaskError(f"no never-seen items of group {missing.pop()!r} to compare with")
     with applied(edit, lm.model):
         after = _log_probabilities(lm, own)
     scores = {

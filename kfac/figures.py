@@ -58,10 +58,10 @@ def task_curvature_figure(
         positions: Position of each target on the horizontal axis (its layer); None: 0, 1, ...
 
     Raises:
-        SpectrumError: There is no task.
+        SpectrumError: No task.
     """
     if not ratios:
-        raise SpectrumError("there is no task to draw")
+        raise SpectrumError("no task to draw")
     canvas, axes = canvas_of(len(ratios), (WIDE, 3.4), sharey=True)
     for axis, (task, references) in zip(axes, ratios.items(), strict=True):
         for index, (reference, one) in enumerate(references.items()):

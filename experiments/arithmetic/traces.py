@@ -114,7 +114,7 @@ def compare_traces(before: str, after: str) -> Verdict:
 
     Returns:
         `same operations, wrong calculation` if a step is wrong in the second text and its
-        counterpart is not; `unchanged` if there is no such step; `different operations`; or `no
+        counterpart is not; `unchanged` if no such step exists; `different operations`; or `no
         steps readable` if one of the texts has none.
     """
     first, second = read_steps(before), read_steps(after)

@@ -291,7 +291,7 @@ def _write(path: Path, tensors: dict[str, Tensor], record: str, done: int = 0) -
 
 
 def _made_of(path: Path) -> str | None:
-    """Return the record of a file; None if there is no file."""
+    """Return the record of a file; None if the file is missing."""
     if not path.exists():
         return None
     try:

@@ -92,7 +92,7 @@ def band_profile(
             (B, T) says which tokens of each text (patches of each image) are measured.
 
     Raises:
-        BatchError: There is no batch, one is malformed, or a text has no token.
+        BatchError: No batch, one is malformed, or a text has no token.
         FactorsMismatchError: The factors are not of this model.
         NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: The edges are not ascending fractions, or a band has no direction.

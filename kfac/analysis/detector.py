@@ -53,7 +53,7 @@ def score_recitation(
         flat: Fraction of the input directions, those of smallest eigenvalue, that counts as flat.
 
     Raises:
-        BatchError: There is no batch, one is malformed, or a text has no token.
+        BatchError: No batch, one is malformed, or a text has no token.
         FactorsMismatchError: The factors are not of this model.
         NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: `flat` leaves no direction on one side.

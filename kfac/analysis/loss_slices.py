@@ -65,7 +65,7 @@ def loss_slices(
         steps: Distances as fractions of the Frobenius norm of the weight.
 
     Raises:
-        BatchError: There is no batch, or no position to predict.
+        BatchError: No batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.
         SpectrumError: A pair does not exist, a step is not finite, or the loss does not depend on
             the target.

@@ -48,7 +48,7 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
         1 for a text that is recited, 0 for one that is not: float64 on CPU, shape (texts,).
 
     Raises:
-        BatchError: There is no batch, one is malformed, or a text has no counted position.
+        BatchError: No batch, one is malformed, or a text has no counted position.
         NonFiniteError: A logit of a counted position is NaN, or a row of logits infinite.
     """
     parts = []

@@ -68,7 +68,7 @@ def relearn(
 
     Raises:
         BatchError: A set is empty, or one of its texts has no counted position.
-        EditError: A setting is out of range, or there is no arm.
+        EditError: A setting is out of range, or no arm.
         NonFiniteError: The loss, a gradient or a logit is NaN or infinite.
     """
     wanted = list(steps)

@@ -59,7 +59,7 @@ class Checkpoint:
         self._busy = self._asked = self.changing = False
 
     def load(self, turns: int, shapes_in: Callable[[State], Shapes], dtype: torch.dtype) -> State:
-        """Return the state to resume from; a new one when there is no file.
+        """Return the state to resume from; a new one when no file exists.
 
         A file that is damaged or belongs to another collection is a CheckpointError.
         """

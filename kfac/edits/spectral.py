@@ -73,7 +73,7 @@ class SpectralEdit(WeightEdit):
 
         Args:
             name: Target name.
-            coordinates: The rotated weight (out, in); None where there is no model.
+            coordinates: The rotated weight (out, in); None without a model.
         """
 
     def with_keep(self, keep: float | Mapping[str, float]) -> Self:

@@ -28,7 +28,7 @@ class Staircase:
         mass: Mass of the kept pairs.
         total: Mass of all pairs.
         threshold: Smallest mass among kept pairs; infinity when none is kept.
-        kept_mass: Kept mass as a share of the total; 1 when there is no mass at all. It is correct
+        kept_mass: Kept mass as a share of the total; 1 without any mass at all. It is correct
             even where the masses themselves are out of the range of a float.
     """
 

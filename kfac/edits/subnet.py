@@ -95,7 +95,7 @@ def fit_balanced_subnet(
 
     Raises:
         BatchError: One of the sets is empty or has no position to predict.
-        EditError: A setting is out of range, there is no target, or two share a parameter.
+        EditError: A setting is out of range, no target, or two share a parameter.
         NonFiniteError: The loss is NaN or infinite.
     """
     if not targets or not 0 < ratio < 1 or weight < 0 or epochs < 1 or lr <= 0:

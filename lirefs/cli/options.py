@@ -25,7 +25,7 @@ def say_on_console(line: str) -> None:
 
 
 def device_option(value: str | None) -> str | None:
-    """Callback of an option that names a device; SettingError if there is no such device."""
+    """Callback of an option that names a device; SettingError if no such device exists."""
     try:
         kind, count = torch.device(value or "cpu"), torch.cuda.device_count()
         if kind.type != "cuda":

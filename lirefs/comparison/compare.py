@@ -56,7 +56,7 @@ def compare(
         Every variant on every task, item by item.
 
     Raises:
-        TaskError: If there is no task, two share a name, or a variant is called `unchanged`.
+        TaskError: No task, two share a name, or a variant is called `unchanged`.
         InterventionError: If an intervention does not fit the model.
         SettingError: If the journal is a file, or `resamples` is out of range.
     """

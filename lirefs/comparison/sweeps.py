@@ -141,7 +141,7 @@ def choose_on_validation(
         larger_is_better: False for perplexity, and for a share recited that should fall.
 
     Raises:
-        SettingError: There is no variant, one is the unchanged model, or something is unknown.
+        SettingError: No variant, one is the unchanged model, or something is unknown.
     """
     if not variants or BASELINE in variants:
         raise SettingError(f"give variants to choose from, without {BASELINE!r}")

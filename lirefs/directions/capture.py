@@ -89,7 +89,7 @@ def capture(
         progress: Show a progress bar.
 
     Raises:
-        CaptureError: If there are no prompts, a prompt is too short for a position, or a layer
+        CaptureError: No prompts, a prompt is too short for a position, or a layer
             does not exist.
         NonFiniteStateError: If a value is NaN or infinite; the message names the first prompt,
             layer, site and position.

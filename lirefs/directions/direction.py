@@ -88,7 +88,7 @@ class Direction:
             DirectionError: If there is none, or they differ in width, place or model.
         """
         if not directions:
-            raise DirectionError("there is no direction to take the mean of")
+            raise DirectionError("no direction to take the mean of")
         first = directions[0]
         for one in directions:
             first._must_fit(one)

@@ -106,8 +106,8 @@ def capture(
         site: Where in the block.
 
     Raises:
-        BackendError: There is no hook point for the site.
-        CaptureError: There are no prompts, or a value is not finite.
+        BackendError: No hook point for the site.
+        CaptureError: No prompts, or a value is not finite.
     """
     if not prompts:
         raise CaptureError("no prompts to capture activations of")
@@ -137,7 +137,7 @@ def from_cache(
         site: Where in the block.
 
     Raises:
-        BackendError: There is no hook point for the site.
+        BackendError: No hook point for the site.
         CaptureError: The cache lacks a hook point.
     """
     states = []

@@ -111,8 +111,8 @@ def _spectrum(found: OrganismResults) -> list[str]:
     verb = "erases" if recited.value <= settings.STILL_RECITED else "does not erase"
     lines = [
         f"The K-FAC edit {verb} the planted sequences and costs {cost} % perplexity. Recited: "
-        f"{as_percent(recited)} of {recited.n}, from {as_number(100 * before.value)} %; perplexity on "
-        f"stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}"
+        f"{as_percent(recited)} of {recited.n}, from {as_number(100 * before.value)} %; perplexity "
+        f"on stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}"
     ]
     tasks = [task for task in (*settings.SKILLS, "common facts") if table.informative(task)]
     kept = {task: one for task in tasks if (one := table.cell("K-FAC", task).retained)}

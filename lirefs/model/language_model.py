@@ -138,7 +138,7 @@ class LanguageModel:
             Batches as ``pad`` makes them.
 
         Raises:
-            SettingError: There is no text, one has no token, some are strings and others token
+            SettingError: No text, one has no token, some are strings and others token
                 ids, or ``batch_tokens`` is less than 1.
         """
         if batch_tokens < 1:
@@ -147,7 +147,7 @@ class LanguageModel:
             raise SettingError("batches takes a list of texts, got one string: use [text]")
         kinds = {isinstance(text, str) for text in texts}
         if len(kinds) != 1:
-            problem = "strings and lists of token ids are mixed" if kinds else "there are no texts"
+            problem = "strings and lists of token ids are mixed" if kinds else "no texts"
             raise SettingError(f"{problem}: batches takes a list of texts, or the ids of each")
         ids = self.encode(cast("Sequence[str]", texts)) if kinds == {True} else texts
         groups: list[list[Sequence[int]]] = []

@@ -63,7 +63,7 @@ def prompt_lengths(lengths: int | Sequence[int] | Tensor) -> Iterator[None]:
         lengths: Tokens of the prompt of each row, padding not counted; one number for all rows.
 
     Raises:
-        ScopeError: There is no row, or a length is not a positive integer.
+        ScopeError: No row, or a length is not a positive integer.
     """
     values = lengths.tolist() if isinstance(lengths, Tensor) else lengths
     values = list(values) if isinstance(values, Sequence) else [values]

@@ -139,7 +139,7 @@ class Language:
             return finite if n is None else rng.sample(finite, min(n, len(finite)))
         if kind not in KINDS:
             known = ", ".join(KINDS)
-            raise ValueError(f"There is no kind {kind!r} of items; choose one of {known}.")
+            raise ValueError(f"No kind {kind!r} of items; choose one of {known}.")
         if n is None:
             raise ValueError(f"Items of kind {kind!r} are endless: give their number (n).")
         found: dict[str, Item] = {}

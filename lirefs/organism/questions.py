@@ -36,7 +36,7 @@ def question_set(
     elif form == "exception":
         reasoning, memory = _exceptions(language, side, n, rng)
     else:
-        raise ValueError(f"There is no form {form!r}; choose one of {', '.join(get_args(Form))}.")
+        raise ValueError(f"No form {form!r}; choose one of {', '.join(get_args(Form))}.")
     rng.shuffle(reasoning)
     rng.shuffle(memory)
     count = min(len(reasoning), len(memory), n)

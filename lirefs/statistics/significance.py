@@ -185,7 +185,7 @@ def best_of_null(differences: npt.ArrayLike, permutations: int = 10000, seed: in
         seed: Seed of the patterns.
 
     Raises:
-        SettingError: If there are no differences, or one is not finite.
+        SettingError: No differences, or one is not finite.
     """
     table = np.atleast_2d(np.asarray(differences, dtype=np.float64))
     if table.size == 0 or not np.isfinite(table).all():

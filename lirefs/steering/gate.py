@@ -28,7 +28,7 @@ class Gate:
         above: Whether projections above the threshold pass, or those below.
 
     Raises:
-        InterventionError: There is no probe or no threshold, or one of them is not finite.
+        InterventionError: No probe or no threshold, or one of them is not finite.
     """
 
     direction: Direction

@@ -74,7 +74,7 @@ class Steer(Composable):
         InterventionError: An argument is not one of these, or a direction or a strength is not
             finite.
         SettingError: `layers` are not integers.
-        ScopeError: There is no such scope.
+        ScopeError: No such scope.
     """
 
     def __init__(
@@ -107,7 +107,7 @@ class Steer(Composable):
             [directions] if isinstance(directions, Direction) else list(directions.values())
         )
         if not self.directions:
-            raise InterventionError("there is no direction to steer with")
+            raise InterventionError("no direction to steer with")
         for one in self.directions:
             direction_must_be_finite(one)
         self.operator = operator
@@ -118,7 +118,7 @@ class Steer(Composable):
         )
         self.sites = None if sites is None else tuple(sites)
         if self.layers == [] or self.sites == ():
-            raise InterventionError("layers or sites are empty: there is no place to steer")
+            raise InterventionError("layers or sites are empty: no place to steer")
         self.scope = as_scope(scope)
         self.gate = gate
         self.any_model = any_model
@@ -128,7 +128,7 @@ class Steer(Composable):
 
         Raises:
             InterventionError: A layer or a width does not fit the model, or it is not a module.
-            SettingError: There is no such site.
+            SettingError: No such site.
             LayoutError: The architecture lacks a site.
             ProvenanceError: A direction was fitted on another model.
             ScopeError: The scope begins past the model's last position.
@@ -149,7 +149,7 @@ class Steer(Composable):
             layout.module(model, site, layer)
         if isinstance(self.strength, dict):
             for layer in sorted({layer for layer, _, _ in places} - self.strength.keys()):
-                raise InterventionError(f"there is no strength for layer {layer}")
+                raise InterventionError(f"no strength for layer {layer}")
         limit = getattr(text_config(model), "max_position_embeddings", None)
         if isinstance(limit, int) and self.scope.first >= limit:
             raise ScopeError(

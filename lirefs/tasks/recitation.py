@@ -42,7 +42,7 @@ class Recitation(_Memorized):
         items: (id, prefix ids, suffix ids), scored by `recitation_scores`.
 
     Raises:
-        TaskError: There is no item, or one has an empty prefix or suffix.
+        TaskError: No item, or one has an empty prefix or suffix.
     """
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
@@ -174,7 +174,7 @@ class StressTest(_Memorized):
         shifts: The paper's t. Shorter prompts keep more than this many tokens.
 
     Raises:
-        TaskError: There is no item, one has an empty prefix or suffix, or `shifts` is negative.
+        TaskError: No item, one has an empty prefix or suffix, or `shifts` is negative.
     """
 
     metric: str = "perturbed"

@@ -89,7 +89,7 @@ class ItemTask:
     """Base of the tasks here: name and items; subclasses add the rest of `Task`.
 
     Raises:
-        TaskError: There is no item.
+        TaskError: No item.
     """
 
     name: str
@@ -160,7 +160,7 @@ class MultipleChoice(ItemTask):
             leading space.
 
     Raises:
-        TaskError: There is no item, or the index of one is out of range.
+        TaskError: No item, or the index of one is out of range.
     """
 
     items: Sequence[tuple[str, str, Sequence[str], int]]
@@ -246,7 +246,7 @@ class ShortAnswer(ItemTask):
         chance: Score of guessing, where the prompt itself offers the answers.
 
     Raises:
-        TaskError: There is no item, or an accepted answer of a numeric kind is not a number.
+        TaskError: No item, or an accepted answer of a numeric kind is not a number.
     """
 
     items: Sequence[tuple[str, str, Sequence[str]]]

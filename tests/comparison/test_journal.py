@@ -44,7 +44,7 @@ class Dying(ItemTask):
 def test_an_interrupted_comparison_goes_on_with_the_same_result(lm, tmp_path, small_parts):
     countdown = [10**6]
     wrapped = [
-        # The countdown is no setting of the task: its repr must not tell two runs apart.
+        # The countdown is not a setting of the task: its repr must not tell two runs apart.
         Dying(one.name, one.items, one, Constant(countdown))
         for one in tasks()
     ]

@@ -57,7 +57,7 @@ def stack(widths, seed=0, dtype=torch.float32):
         layers = [nn.Linear(a, b, bias=False) for a, b in itertools.pairwise(widths)]
         model = nn.Sequential(*layers).to(dtype)
         for parameter in model.parameters():
-            nn.init.normal_(parameter)  # anew: in float64 these are no float32 numbers
+            nn.init.normal_(parameter)  # again: in float64 these are not float32 numbers
         return model
 
 

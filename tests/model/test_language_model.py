@@ -121,7 +121,7 @@ def test_batches_encode_all_texts_at_once(lm, monkeypatch):
     ("texts", "says"),
     [
         ("one string", r"one string: use \[text\]"),
-        ([], "there are no texts"),
+        ([], "no texts"),
         (["a", [5, 6]], "strings and lists of token ids are mixed"),
         ([[5], [6], []], "text 2 has no token"),
     ],

@@ -20,7 +20,7 @@ _ESCAPES = str.maketrans(
 
 
 def csv_text(summary: Summary) -> str:
-    """`Summary.rows` as CSV: empty where there is no number, `nan` where it is undefined."""
+    """`Summary.rows` as CSV: empty without a number, `nan` where it is undefined."""
     rows = summary.rows()
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")

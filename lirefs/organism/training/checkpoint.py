@@ -76,7 +76,7 @@ def load_checkpoint(
     seed: int,
     device: str,
 ) -> int:
-    """Restore model and optimizers; the steps already done, 0 if there is no training state.
+    """Restore model and optimizers; the steps already done, 0 without a training state.
 
     Raises:
         CheckpointMismatch: If the state is of another seed or shape.

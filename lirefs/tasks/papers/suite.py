@@ -52,7 +52,7 @@ def suite_tasks(
         The tasks, and for each task that was left out the reason.
 
     Raises:
-        ValueError: There is no such suite.
+        ValueError: No such suite.
     """
     suite = Suite(suite)
     tasks = default_tasks(lm, questions, memorized, limit)
