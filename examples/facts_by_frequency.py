@@ -13,7 +13,7 @@ from pathlib import Path
 
 import kfac
 import lirefs
-from lirefs.comparison import by_tag, flips, tag_bars
+from lirefs.comparison import changes_by_tag, flips, tag_bars
 from lirefs.files import atomic_write_bytes, read_jsonl
 from lirefs.organism import Language, training_texts
 
@@ -49,7 +49,7 @@ task = lirefs.ShortAnswer(
 factors = kfac.collect(lm, texts, layers=layers)
 comparison = lirefs.compare(lm, {"K-FAC": kfac.CurvatureEdit(factors, options.keep)}, [task])
 
-found = by_tag(comparison, "facts", "K-FAC", numbers)
+found = changes_by_tag(comparison, "facts", "K-FAC", numbers)
 for one in found.tags:
     print(f"{one.tag:24s} unchanged {one.before:.2f}, change {one.change}, n = {one.change.n}")
 if found.spearman is not None:

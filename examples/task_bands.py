@@ -30,7 +30,7 @@ def profile(texts):
 
 
 kinds = {"sums": "addition", "facts": "fact", "passages": "open_book", "logic": "boolean"}
-ratios = kfac.task_ratios(
+ratios = kfac.task_band_ratios(
     {
         name: profile([item.prompt for item in language.items(kind, "test", limit)])
         for name, kind in kinds.items()

@@ -6,7 +6,7 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(lm.model):
 """
 
 from kfac import figures
-from kfac.analysis.bands import BandProfile, BandRatios, band_profile, band_ratios, task_ratios
+from kfac.analysis.bands import BandProfile, BandRatios, band_profile, band_ratios, task_band_ratios
 from kfac.analysis.detector import RecitationScores, score_recitation
 from kfac.analysis.loss_slices import LossSlices, loss_slices
 from kfac.analysis.losses import recitation
@@ -86,6 +86,6 @@ __all__ = [
     "split_half",
     "staircase",
     "subtract",
-    "task_ratios",
+    "task_band_ratios",
     "weight_digest",
 ]

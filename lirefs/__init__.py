@@ -44,12 +44,12 @@ from lirefs.steering.gate import Gate
 from lirefs.steering.scope import Scope
 from lirefs.steering.steer import Steer
 from lirefs.steering.strength import Schedule
+from lirefs.tasks.default_suite import calibration_texts, default_tasks
 from lirefs.tasks.lm_eval import lm_eval_model, lm_eval_tasks
 from lirefs.tasks.lm_eval_export import write_lm_eval_task
 from lirefs.tasks.mining import mine
 from lirefs.tasks.ndcg import ndcg_task
 from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
-from lirefs.tasks.suite import calibration_texts, default_tasks
 from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer
 from lirefs.version import __version__
 

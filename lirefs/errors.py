@@ -182,6 +182,6 @@ class EditOrderError(EditError):
     """Edits of the same weight must be removed in the reverse order of their attachment."""
 
 
-def first_line(problem: BaseException) -> str:
+def first_line_of_error(problem: BaseException) -> str:
     """The first line of an error's message that is not blank, to quote in a message."""
     return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")

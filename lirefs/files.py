@@ -35,7 +35,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=final.parent) as folder:
             temporary = Path(folder) / final.name
             yield temporary
-            usual_permissions(Path(folder))
+            usual_file_permissions(Path(folder))
             # Some file systems write, or notice that they are full, only here.
             with temporary.open("rb") as file:
                 os.fsync(file.fileno())
@@ -69,7 +69,7 @@ def append_text(path: str | os.PathLike[str], text: str) -> None:
             os.fsync(file.fileno())
 
 
-def usual_permissions(folder: Path) -> None:
+def usual_file_permissions(folder: Path) -> None:
     """Give files the permissions of new ones: safetensors' are their owner's alone."""
     # Reading the umask means setting it, for all threads; a new file shows it as well.
     new = folder / ".new"

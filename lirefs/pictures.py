@@ -53,7 +53,7 @@ def canvas_of(
     return canvas, axes
 
 
-def whole_layers(*axes: Any) -> None:
+def integer_layer_ticks(*axes: Any) -> None:
     """Put ticks at whole numbers only, as layers are."""
     for axis in axes:
         axis.xaxis.get_major_locator().set_params(integer=True)

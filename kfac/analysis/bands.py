@@ -101,7 +101,7 @@ def band_profile(
     cuts = [_cuts(factors.records[name].in_features, edges) for name in names]
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
     with as_guest(model):
-        for energies, real in input_energies(model, batches, factors, forward):
+        for energies, real in band_input_energies(model, batches, factors, forward):
             sums = [_band_sums(one, real, cut) for one, cut in zip(energies, cuts, strict=True)]
             raw, unit = (torch.stack(parts, 1) for parts in zip(*sums, strict=True))
             rows.append((raw, unit, real.sum(1).double().cpu()))
@@ -151,7 +151,7 @@ def band_ratios(
     return BandRatios(first.names, first.labels, *tables, (len(first), len(second)))
 
 
-def task_ratios(
+def task_band_ratios(
     tasks: Mapping[str, BandProfile],
     references: Mapping[str, BandProfile],
     resamples: int = RESAMPLES,
@@ -179,7 +179,7 @@ def distinct_inputs(factors: Factors) -> list[str]:
     return list(dict.fromkeys(record.source for record in factors.records.values()))
 
 
-def input_energies(
+def band_input_energies(
     model: nn.Module, batches: Iterable[Any], factors: Factors, forward: Forward | None = None
 ) -> Iterator[tuple[Iterator[Tensor], Tensor]]:
     """Run texts, and yield how the energy of each token's input is spread over the directions of A.

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kfac.analysis.bands import distinct_inputs, input_energies
+from kfac.analysis.bands import band_input_energies, distinct_inputs
 from kfac.factors.factors import Factors
 from lirefs.errors import SpectrumError
 from lirefs.model.guest import as_guest
@@ -69,7 +69,7 @@ def score_recitation(
     tokens: list[Floats] = []
     by_target: list[Floats] = []
     with as_guest(model):
-        for energies, real in input_energies(model, batches, factors):
+        for energies, real in band_input_energies(model, batches, factors):
             shares = [_flat_share(*one).double().cpu() for one in zip(energies, sharp, strict=True)]
             table = torch.stack(shares, -1).numpy()
             for row, mask in zip(table, real.cpu().numpy(), strict=True):

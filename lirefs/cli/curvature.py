@@ -23,9 +23,9 @@ import lirefs
 from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Device, FactorsFile, Keep, Model, OutFolder, Seed
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, read_jsonl, usual_permissions, write_errors
-from lirefs.statistics.intervals import areas
-from lirefs.tasks import suite
+from lirefs.files import atomic_write_text, read_jsonl, usual_file_permissions, write_errors
+from lirefs.statistics.intervals import roc_areas
+from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 CLASSES = {"clean": 0, "memorized": 1}
@@ -66,7 +66,7 @@ def collect_command(
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError(f"--budget {budget}: must be above 0 GiB")
     chosen = options.indices_option(layers)
-    rows = suite.calibration_texts() if texts is None else _texts_of(texts)
+    rows = calibration_texts() if texts is None else _texts_of(texts)
     lm = lirefs.load(model, device=device)
     group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
     roles = projections.strip() if group else projections.split(",")
@@ -130,7 +130,7 @@ def edit_command(
             lm.tokenizer.save_pretrained(made)
             record = {**change.describe(), "targets": [vars(report) for report in reports]}
             _write_json(made / "curvature_edit.json", record)
-            usual_permissions(made)
+            usual_file_permissions(made)
             made.rename(out)
     table = Table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
@@ -156,7 +156,7 @@ def bands_command(
 
     Memorized texts that the model does not recite are left out.
     """
-    ordinary = [t for _, t in suite.heldout_texts("test")] if clean is None else _texts_of(clean)
+    ordinary = [t for _, t in heldout_texts("test")] if clean is None else _texts_of(clean)
     lm, known = _load(model, device, factors)
     recited = _recited(lm, memorized, 2, "to compare them with clean ones")
     sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
@@ -199,10 +199,10 @@ def detect_command(
     seed: Seed = 0,
 ) -> None:
     """Score texts by their share in flat directions: recited texts score high."""
-    rows = [row for _, row in read_jsonl(texts or suite.DATA / "passages.jsonl")]
+    rows = [row for _, row in read_jsonl(texts or DATA / "passages.jsonl")]
     if texts is None:
         rows = [{**row, "label": "memorized"} for row in rows]
-        rows += [{"id": i, "text": t, "label": "clean"} for i, t in suite.heldout_texts("test")]
+        rows += [{"id": i, "text": t, "label": "clean"} for i, t in heldout_texts("test")]
     for number, row in enumerate(rows, start=1):
         # A list, because a label may be of a type that cannot be hashed.
         if not isinstance(row.get("text"), str) or row.get("label", "clean") not in list(CLASSES):
@@ -236,7 +236,9 @@ def detect_command(
         by_text = kfac.auroc(values, labels, seed=seed)
         # Tokens of a text depend on each other: no interval.
         tokens = np.array([score for line in labelled for _, score in line["tokens"]])
-        by_token = float(areas(tokens, labels.repeat([len(line["tokens"]) for line in labelled])))
+        by_token = float(
+            roc_areas(tokens, labels.repeat([len(line["tokens"]) for line in labelled]))
+        )
         kfac.figures.detector_figure(values, labels).save(out, "detector")
         record = {"auroc": vars(by_text), "token_auroc": by_token, "flat": flat}
         _write_json(out / "detector.json", {**record, "factors": known.digest})
@@ -265,7 +267,7 @@ def relearn_command(
     mixed = [recited[i] for i in torch.randperm(len(recited), generator=generator).tolist()]
     half = len(mixed) // 2
     batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in mixed]
-    unrelated = lm.encode([text for _, text in suite.heldout_texts("validation")])
+    unrelated = lm.encode([text for _, text in heldout_texts("validation")])
     compared = {"edited": change, "never edited": None}
     learned, rest, other = batches[:half], batches[half:], _cut_alike(lm, unrelated, mixed[:half])
     result = kfac.relearn(
@@ -317,7 +319,7 @@ def _recited(
     lm: lirefs.LanguageModel, path: Path | None, least: int, purpose: str = ""
 ) -> list[Passage]:
     """The memorized texts that the model recites; prints how many, refuses fewer than `least`."""
-    items = lirefs.recitation_task(lm, path or suite.DATA / "passages.jsonl").items
+    items = lirefs.recitation_task(lm, path or DATA / "passages.jsonl").items
     batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in items]
     flags = kfac.recitation(lm.model.eval(), batches).bool().tolist()
     recited = [item for item, yes in zip(items, flags, strict=True) if yes]

@@ -17,7 +17,7 @@ from lirefs.errors import ModelLoadError
 from lirefs.files import atomic_write_text
 from lirefs.organism.items import SIDES, Side
 from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
-from lirefs.organism.suite import organism_questions, training_texts
+from lirefs.organism.tasks import organism_questions, training_texts
 from lirefs.organism.training.card import ship_organism
 from lirefs.organism.training.recipe import Recipe
 from lirefs.organism.training.scores import organism_scores

@@ -8,7 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 from lirefs.cli.options import folder_to_write, say_on_console
-from lirefs.comparison.report.write import load_figures, write_pages
+from lirefs.comparison.report.write import load_report_figures, write_pages
 from lirefs.comparison.results_file import load_comparison, results_path
 
 
@@ -23,7 +23,7 @@ def report_command(
 ) -> None:
     """Write a report again from its results.json, without a model."""
     comparison = load_comparison(results)
-    figures, missing = load_figures(results, comparison.summary())
+    figures, missing = load_report_figures(results, comparison.summary())
     if missing:
         say_on_console(
             f"left out, because they are not in the folder of the results: {', '.join(missing)}"

@@ -6,7 +6,7 @@ from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.sweeps import pareto_fronts
 from lirefs.comparison.figures.tags import tag_bars
-from lirefs.comparison.item_changes import Flip, TagChange, TagChanges, by_tag, flips
+from lirefs.comparison.item_changes import Flip, TagChange, TagChanges, changes_by_tag, flips
 from lirefs.comparison.report.write import write_report
 from lirefs.comparison.results_file import load_comparison
 from lirefs.comparison.summary import Summary
@@ -30,7 +30,7 @@ __all__ = [
     "TagChange",
     "TagChanges",
     "TaskInfo",
-    "by_tag",
+    "changes_by_tag",
     "choose_on_validation",
     "compare",
     "damage_of",

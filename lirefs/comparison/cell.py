@@ -7,8 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lirefs.statistics.intervals import Estimate, Floats, interval, wilson
-from lirefs.statistics.paired import exponential, paired_difference, paired_ratio, weighted_mean
+from lirefs.statistics.intervals import (
+    Estimate,
+    Floats,
+    exponential_of_estimate,
+    interval,
+    weighted_mean,
+    wilson,
+)
+from lirefs.statistics.paired import paired_difference, paired_ratio
 from lirefs.statistics.significance import is_binary, paired_detectable, paired_p_value
 from lirefs.tasks.task import ItemResult
 
@@ -95,7 +102,7 @@ class Scores:
     def estimate(self, draws: Floats) -> Estimate:
         """The task's value with its interval."""
         if self.perplexity:
-            return exponential(weighted_mean(self.values, self.weights, draws))
+            return exponential_of_estimate(weighted_mean(self.values, self.weights, draws))
         if is_binary(self.values, self.values, self.weights):
             return wilson(int(self.values.sum()), len(self.values))
         return self._bootstrapped(self.value(draws))
@@ -114,7 +121,7 @@ class Scores:
             detectable = float(base.value()[0] * np.expm1(detectable))
         difference = self._bootstrapped(self.value(draws) - base.value(draws))
         ratio = weighted_mean(base.values - self.values, self.weights, draws)
-        return difference, exponential(ratio), detectable
+        return difference, exponential_of_estimate(ratio), detectable
 
     def _bootstrapped(self, values: Floats) -> Estimate:
         n = len(self.values)

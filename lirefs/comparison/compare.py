@@ -19,7 +19,7 @@ from lirefs.comparison.results_file import MOST_RESAMPLES
 from lirefs.errors import SettingError, TaskError
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.suite import default_tasks
+from lirefs.tasks.default_suite import default_tasks
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
 

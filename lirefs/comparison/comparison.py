@@ -9,8 +9,7 @@ from typing import Any
 
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
 from lirefs.comparison.summary import Summary, plain_json
-from lirefs.statistics.intervals import Estimate, Floats, resample_counts
-from lirefs.statistics.paired import mean_of
+from lirefs.statistics.intervals import Estimate, Floats, mean_of_estimates, resample_counts
 from lirefs.statistics.significance import holm
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
 
@@ -123,7 +122,9 @@ class Comparison:
         """Mean retained share on some tasks, n the items of all; not finite without a task."""
         if variant == BASELINE and tasks:
             return Estimate(1.0, 1.0, 1.0, sum(len(self.results[variant][one]) for one in tasks))
-        return mean_of([one for task in tasks if (one := self.cell(variant, task).retained)])
+        return mean_of_estimates(
+            [one for task in tasks if (one := self.cell(variant, task).retained)]
+        )
 
     def draws(self, task: str) -> Floats:
         """How often each resample draws each item of a task: float64, shape (resamples, items).

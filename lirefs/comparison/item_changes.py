@@ -87,7 +87,7 @@ class TagChanges:
     p_value: float | None = None
 
 
-def by_tag(
+def changes_by_tag(
     comparison: Comparison,
     task: str,
     variant: str,

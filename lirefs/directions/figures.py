@@ -16,11 +16,11 @@ from lirefs.pictures import (
     Picture,
     canvas_of,
     colour_bar,
+    integer_layer_ticks,
     legend_below,
     legend_outside,
     literal_text,
     picture_of,
-    whole_layers,
 )
 from lirefs.statistics.intervals import Estimate, Floats
 
@@ -46,7 +46,7 @@ def probe_by_layer(probe: Probe) -> Picture:
     right.axhline(0, color="black", lw=0.6)
     right.set(xlabel="layer", ylabel="correlation with the grade\n(controls: 2 AUROC - 1)")
     legend_below(right, columns=2)
-    whole_layers(left, right)
+    integer_layer_ticks(left, right)
     return picture_of(canvas)
 
 
@@ -77,7 +77,7 @@ def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
         picture = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, origin="lower")
         axis.set(xlabel="layer", ylabel="layer")
-        whole_layers(axis)
+        integer_layer_ticks(axis)
         axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set_title(literal_text(name), fontsize=8)
     colour_bar(canvas, picture, list(axes), "cosine")
@@ -130,7 +130,7 @@ def probes_side_by_side(probes: Mapping[str, Probe]) -> Picture:
     axes[2].axhspan(-chance, chance, color=COLOURS[5], alpha=0.3, lw=0)
     axes[2].set(xlabel="layer", ylim=(-1, 1.05))
     axes[2].set_title("cosine between the two", fontsize=8)
-    whole_layers(*axes)
+    integer_layer_ticks(*axes)
     legend_outside(canvas, axes[0], 3, "lower")
     return picture_of(canvas)
 
@@ -148,7 +148,7 @@ def transfer_bars(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
     axis.axhline(0.5, color="black", lw=0.6)
     axis.set(xlabel="layer", ylabel="AUROC", ylim=(0, 1.02))
     legend_below(axis, columns=2)
-    whole_layers(axis)
+    integer_layer_ticks(axis)
     return picture_of(canvas)
 
 
@@ -176,7 +176,7 @@ def direction_separation(probe: Probe) -> Picture:
     right.set(xlabel="layer", ylabel="mean cosine with the direction")
     right.set_title("test states along each layer's direction", fontsize=8)
     legend_below(right, columns=2)
-    whole_layers(left, right)
+    integer_layer_ticks(left, right)
     return picture_of(canvas)
 
 

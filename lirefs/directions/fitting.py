@@ -61,7 +61,7 @@ def fit_directions(
     directions = {}
     for i, place in enumerate(states.places):
         projections = samples[:, i] @ unit_vector(learner.vectors[i])
-        directions[place] = direction_of(learner, i, place, projections, index)
+        directions[place] = direction_of_learner(learner, i, place, projections, index)
     return Directions(directions, dict(provenance or {}))
 
 
@@ -170,7 +170,7 @@ def learner_for(
     return StateLearner(estimator, labels, targets, orders, progress)
 
 
-def direction_of(
+def direction_of_learner(
     learner: Learner, index: int, place: tuple[int, str], projections: Floats, labels: Ints
 ) -> Direction:
     """The direction that a finished learner found at its place number `index`, if it is finite.

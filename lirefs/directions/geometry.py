@@ -14,7 +14,7 @@ from lirefs.directions.held_out import held_out_sample
 from lirefs.errors import DirectionError, QuestionsError
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Questions, Split
-from lirefs.statistics.intervals import Estimate, Floats, areas, auroc, interval
+from lirefs.statistics.intervals import Estimate, Floats, auroc, interval, roc_areas
 
 COMPONENT_ITEMS = 512
 """Most items of each side whose principal components are computed."""
@@ -86,7 +86,7 @@ def transfer(
         values = states.double().numpy()
         projections[rows] = np.einsum("npw,pw->np", values, units)
         random[rows] = values @ noise
-    found = areas(random, labels)
+    found = roc_areas(random, labels)
     found = np.maximum(found, 1 - found)
     return Transfer(
         layers=tuple(layers),

@@ -17,7 +17,7 @@ from lirefs.directions.capture import capture, stream_states
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.directions.estimators import MeanDifference
-from lirefs.directions.fitting import direction_of, learner_for
+from lirefs.directions.fitting import direction_of_learner, learner_for
 from lirefs.directions.held_out import HeldOut
 from lirefs.errors import CaptureError, NonFiniteStateError, QuestionsError, SettingError
 from lirefs.files import read_jsonl, sha256_of
@@ -27,10 +27,10 @@ from lirefs.questions import LABELS, Question, Questions, Split
 from lirefs.statistics.intervals import (
     Estimate,
     Floats,
-    areas,
     auroc,
     correlation,
     interval,
+    roc_areas,
     wilson,
 )
 from lirefs.version import __version__
@@ -206,7 +206,7 @@ def fit(
         # The spread within a class is measured on validation items: on train items, of which
         # there are fewer than dimensions, it would come out too small.
         along, truth = held_out.projections[validation, i], held_out.labels[validation]
-        directions[layer, site] = direction_of(learner, i, (layer, site), along, truth)
+        directions[layer, site] = direction_of_learner(learner, i, (layer, site), along, truth)
     scores, null = _scores(held_out, layers, targets[first:], generator)
     separating = [one for one in scores if directions[one.layer, site].norm > 0]
     if not separating:
@@ -269,12 +269,12 @@ def _scores(
     """Scores of every layer, and the test AUROC of each shuffle at the layer that it chooses."""
     labels, (validation, test) = held_out.labels, held_out.sides
     rows = held_out.control_rows[1]
-    random = areas(held_out.random[-len(rows) :], labels[rows])
+    random = roc_areas(held_out.random[-len(rows) :], labels[rows])
     null = []  # AUROC on validation and on test items, their labels shuffled too
     sides = np.split(held_out.shuffled, [len(held_out.control_rows[0])])
     for chosen, scores in zip(held_out.control_rows, sides, strict=True):
         orders = [generator.permutation(labels[chosen]) for _ in range(scores.shape[2])]
-        null.append(areas(scores, np.stack(orders, axis=1)[:, None]))
+        null.append(roc_areas(scores, np.stack(orders, axis=1)[:, None]))
     on_validation, on_test = null  # (places, shuffles) each
     found = []
     for i, layer in enumerate(layers):

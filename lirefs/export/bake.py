@@ -14,14 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from lirefs.errors import BakeError
-from lirefs.export.operators import varies_by
-from lirefs.export.writers import (
-    change_embedding,
-    change_projection,
-    make_biases,
+from lirefs.export.baked_weights import (
+    add_biases,
+    bake_embedding,
+    bake_projection,
     projections,
     shift_of,
 )
+from lirefs.export.operators import varies_by
 from lirefs.model.guest import evaluating
 from lirefs.model.intervention import Intervention, applied, compose, refuse_steered
 from lirefs.model.layout import SITES, Layout
@@ -71,12 +71,12 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
     plan = _plan(steerings, layout)
     baked = copy.deepcopy(model)
     if EMBEDDING in plan:
-        change_embedding(baked, layout, plan.pop(EMBEDDING))
+        bake_embedding(baked, layout, plan.pop(EMBEDDING))
     changes = dict(zip(projections(baked, layout, list(plan)), plan.values(), strict=True))
     shifted = [name for name, ops in changes.items() if any(shift_of(one).any() for one in ops)]
-    make_biases(baked, shifted)
+    add_biases(baked, shifted)
     for name, ops in changes.items():
-        change_projection(baked.get_submodule(name), ops)
+        bake_projection(baked.get_submodule(name), ops)
     find_layout(baked)
     _verify(intervention, model, baked)
     return baked

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from lirefs.directions.directions import Directions
-from lirefs.errors import DownloadError, first_line
+from lirefs.errors import DownloadError, first_line_of_error
 from lirefs.model.language_model import LanguageModel
 
 FILE = "directions.safetensors"
@@ -85,7 +85,7 @@ def push_directions(
                 repo_id=repository, folder_path=work, commit_message="Add directions"
             )
         except Exception as problem:  # the hub's client lets its HTTP library's errors through
-            reason = first_line(problem)
+            reason = first_line_of_error(problem)
             raise DownloadError(f"{repository}: cannot be pushed: {reason}") from problem
     return str(commit.commit_url)
 
@@ -113,6 +113,6 @@ def load_directions(
     try:
         path = hf_hub_download(repository, FILE, revision=revision, token=token)
     except Exception as problem:  # the hub's client lets its HTTP library's errors through
-        message = f"{repository}: cannot be loaded: {first_line(problem)}"
+        message = f"{repository}: cannot be loaded: {first_line_of_error(problem)}"
         raise DownloadError(message) from problem
     return Directions.load(path, lm)

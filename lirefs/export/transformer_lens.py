@@ -13,7 +13,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoTokenizer
 
 from lirefs.directions.capture import Activations, check_finite_states
-from lirefs.errors import BackendError, CaptureError, first_line
+from lirefs.errors import BackendError, CaptureError, first_line_of_error
 from lirefs.export.operators import operators
 from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
@@ -49,7 +49,7 @@ def boot(lm: LanguageModel) -> Any:
                 lm.name, hf_model=twin, tokenizer=tokenizer, dtype=lm.model.dtype, device=lm.device
             )
         except Exception as problem:
-            reason = f"{type(problem).__name__}: {first_line(problem)}"
+            reason = f"{type(problem).__name__}: {first_line_of_error(problem)}"
             kind = type(lm.model).__name__
             raise BackendError(f"TransformerLens cannot take {kind}: {reason}") from problem
     return bridge.eval()

@@ -13,7 +13,7 @@ from kfac.figures import Spectrum, curvature_spectrum_figure
 from lirefs.comparison.comparison import BASELINE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.tags import tag_bars
-from lirefs.comparison.item_changes import by_tag
+from lirefs.comparison.item_changes import changes_by_tag
 from lirefs.directions.figures import direction_separation
 from lirefs.directions.probe import Probe
 from lirefs.statistics.intervals import Estimate
@@ -105,7 +105,7 @@ def tag_figures(comparison: lirefs.Comparison, variants: Sequence[str]) -> list[
                 f"{task} by class under {variant}",
                 "Change of the score relative to the unchanged model, with 95 % intervals; at "
                 "the right the unchanged score and the number of items.",
-                tag_bars(by_tag(comparison, task, variant)),
+                tag_bars(changes_by_tag(comparison, task, variant)),
             )
             for variant in variants
         ]

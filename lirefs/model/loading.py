@@ -15,7 +15,7 @@ from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from lirefs.errors import ModelLoadError, ModelNotFoundError, SettingError, first_line
+from lirefs.errors import ModelLoadError, ModelNotFoundError, SettingError, first_line_of_error
 from lirefs.files import cache_dir, parse_json
 from lirefs.model.builtin import BUILTIN
 from lirefs.model.gguf_header import check_header
@@ -155,7 +155,7 @@ def _load_error(
     name: str, source: str, common: Mapping[str, Any], problem: Exception
 ) -> ModelNotFoundError | ModelLoadError:
     """Return the error of this package for an exception of ``transformers``."""
-    reason = first_line(problem)
+    reason = first_line_of_error(problem)
     from_hub = source == name and not Path(source).expanduser().is_dir()
     if from_hub and isinstance(problem, OSError):
         offline = "it is not in the local cache and the hub could not be reached"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirefs.errors import LayoutError, first_line
+from lirefs.errors import LayoutError, first_line_of_error
 from lirefs.model.guest import accepts, evaluating, input_device, maybe_call, text_config
 
 
@@ -80,6 +80,6 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, See
         except Exception as problem:
             raise LayoutError(
                 f"a forward pass of {type(model).__name__} on {ids.shape[1]} tokens failed: "
-                f"{type(problem).__name__}: {first_line(problem)}"
+                f"{type(problem).__name__}: {first_line_of_error(problem)}"
             ) from problem
     return seen

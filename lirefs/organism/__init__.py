@@ -2,7 +2,7 @@
 
 from lirefs.organism.items import Item
 from lirefs.organism.language import KINDS, Language, language_seed
-from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
+from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
 
 __all__ = [
     "KINDS",

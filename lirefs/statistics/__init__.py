@@ -2,23 +2,23 @@
 
 from lirefs.statistics.intervals import (
     Estimate,
-    areas,
     auroc,
     correlation,
+    exponential_of_estimate,
     interval,
     mean_estimate,
+    mean_of_estimates,
     permutation_p,
     resample_counts,
+    roc_areas,
+    weighted_mean,
     wilson,
 )
 from lirefs.statistics.paired import (
     difference_of_shares,
-    exponential,
-    mean_of,
     paired_difference,
     paired_ratio,
     ratio_of_shares,
-    weighted_mean,
 )
 from lirefs.statistics.significance import (
     BestOf,
@@ -36,7 +36,6 @@ from lirefs.statistics.significance import (
 __all__ = [
     "BestOf",
     "Estimate",
-    "areas",
     "auroc",
     "best_of_null",
     "correlation",
@@ -44,12 +43,12 @@ __all__ = [
     "detectable_mean",
     "difference_of_shares",
     "expected_best",
-    "exponential",
+    "exponential_of_estimate",
     "holm",
     "interval",
     "mcnemar",
     "mean_estimate",
-    "mean_of",
+    "mean_of_estimates",
     "paired_detectable",
     "paired_difference",
     "paired_p_value",
@@ -57,6 +56,7 @@ __all__ = [
     "permutation_p",
     "ratio_of_shares",
     "resample_counts",
+    "roc_areas",
     "sign_flip",
     "weighted_mean",
     "wilson",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import nan
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def auroc(
     return Estimate(value, *interval(resampled), len(scores))
 
 
-def areas(scores: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
+def roc_areas(scores: npt.NDArray[np.floating[Any]], labels: Ints) -> Floats:
     """Areas, shape (...), under the ROC curves of scores, shape (n, ...); larger means class 1.
 
     Labels are 0 and 1, both present, of shape (n,) or one that broadcasts to that of the scores.
@@ -168,3 +169,52 @@ def mean_estimate(values: npt.ArrayLike) -> Estimate:
     items = np.asarray(values, dtype=np.float64)
     means = resample_counts(len(items), RESAMPLES, 0) @ items / len(items)
     return Estimate(float(items.mean()), *interval(means), len(items))
+
+
+def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
+    """Weighted mean with a studentized bootstrap interval (Efron and Tibshirani 1993, chapter 12).
+
+    For log perplexities and their differences, per token and weighted by tokens. Where a few of
+    20 texts are much longer or change much more than the others, percentiles cover 86 %, this
+    interval 93 %. Items should seldom tie: for mostly equal scores it is far too wide. Arguments
+    are as in `paired_difference`; weights are positive.
+    """
+    n = len(scores)
+    value = float(scores @ weights / weights.sum())
+    part = weights * (scores - value)
+    error = np.sqrt(part @ part) / weights.sum()
+    if error == 0:
+        return Estimate(value, value, value, n)
+    total = draws @ weights
+    shift = (draws @ part) / total
+    # The sum over drawn items of (weight * (score - resampled mean)) ** 2, multiplied out.
+    squares = draws @ part**2 - 2 * shift * (draws @ (part * weights))
+    squares += shift**2 * (draws @ weights**2)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = shift / (np.sqrt(np.maximum(squares, 0)) / total)
+    ratios = ratios[~np.isnan(ratios)]  # 0 / 0: a resample of one item alone
+    if ratios.size == 0:
+        return Estimate(value, -inf, inf, n)
+    # Some ratios may be infinite, and interpolating between them would give NaN.
+    low, high = np.percentile(ratios, [2.5, 97.5], method="inverted_cdf")
+    return Estimate(value, float(value - high * error), float(value - low * error), n)
+
+
+def exponential_of_estimate(log: Estimate) -> Estimate:
+    """A perplexity from its logarithm, or the ratio of two from the difference of their logs."""
+    with np.errstate(over="ignore"):
+        value, low, high = np.exp([log.value, log.low, log.high]).tolist()
+    return Estimate(value, low, high, log.n)
+
+
+def mean_of_estimates(estimates: Sequence[Estimate]) -> Estimate:
+    """Mean of independent estimates, on different items, its interval combined from theirs.
+
+    By the square-and-add rule (Zou and Donner 2008, MOVER).
+    """
+    if not estimates:
+        return Estimate(nan, nan, nan, 0)
+    table = np.array([(one.value, one.low, one.high) for one in estimates])
+    value = float(table[:, 0].mean())
+    below, above = np.linalg.norm(table[:, 1:] - table[:, :1], axis=0) / len(table)
+    return Estimate(value, value - float(below), value + float(above), sum(e.n for e in estimates))

@@ -7,7 +7,7 @@ item changes its width is 0. Score intervals keep at least 93 % (`benchmarks/int
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from math import inf, nan
 
 import numpy as np
@@ -59,42 +59,6 @@ def paired_ratio(
     return Estimate(float(top.sum() / bottom.sum()), *interval(ratios, n), n)
 
 
-def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
-    """Weighted mean with a studentized bootstrap interval (Efron and Tibshirani 1993, chapter 12).
-
-    For log perplexities and their differences, per token and weighted by tokens. Where a few of
-    20 texts are much longer or change much more than the others, percentiles cover 86 %, this
-    interval 93 %. Items should seldom tie: for mostly equal scores it is far too wide. Arguments
-    are as in `paired_difference`; weights are positive.
-    """
-    n = len(scores)
-    value = float(scores @ weights / weights.sum())
-    part = weights * (scores - value)
-    error = np.sqrt(part @ part) / weights.sum()
-    if error == 0:
-        return Estimate(value, value, value, n)
-    total = draws @ weights
-    shift = (draws @ part) / total
-    # The sum over drawn items of (weight * (score - resampled mean)) ** 2, multiplied out.
-    squares = draws @ part**2 - 2 * shift * (draws @ (part * weights))
-    squares += shift**2 * (draws @ weights**2)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = shift / (np.sqrt(np.maximum(squares, 0)) / total)
-    ratios = ratios[~np.isnan(ratios)]  # 0 / 0: a resample of one item alone
-    if ratios.size == 0:
-        return Estimate(value, -inf, inf, n)
-    # Some ratios may be infinite, and interpolating between them would give NaN.
-    low, high = np.percentile(ratios, [2.5, 97.5], method="inverted_cdf")
-    return Estimate(value, float(value - high * error), float(value - low * error), n)
-
-
-def exponential(log: Estimate) -> Estimate:
-    """A perplexity from its logarithm, or the ratio of two from the difference of their logs."""
-    with np.errstate(over="ignore"):
-        value, low, high = np.exp([log.value, log.low, log.high]).tolist()
-    return Estimate(value, low, high, log.n)
-
-
 def difference_of_shares(gained: int, lost: int, n: int) -> Estimate:
     """Difference of two shares of the same items, with Tango's score interval (1998).
 
@@ -143,19 +107,6 @@ def ratio_of_shares(both: int, gained: int, lost: int, n: int) -> Estimate:
     low, high = _limit(score, 1e-12, observed, Z), _limit(score, 1 - 1e-12, observed, -Z)
     low = low / (1 - low) if now else 0.0
     return Estimate(now / before, low, high / (1 - high) if high < 1 - 1e-12 else inf, n)
-
-
-def mean_of(estimates: Sequence[Estimate]) -> Estimate:
-    """Mean of independent estimates, on different items, its interval combined from theirs.
-
-    By the square-and-add rule (Zou and Donner 2008, MOVER).
-    """
-    if not estimates:
-        return Estimate(nan, nan, nan, 0)
-    table = np.array([(one.value, one.low, one.high) for one in estimates])
-    value = float(table[:, 0].mean())
-    below, above = np.linalg.norm(table[:, 1:] - table[:, :1], axis=0) / len(table)
-    return Estimate(value, value - float(below), value + float(above), sum(e.n for e in estimates))
 
 
 def _standardized(excess: float, variance: float) -> float:

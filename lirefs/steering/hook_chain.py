@@ -41,7 +41,7 @@ class _Chain:
         return with_hidden(output, hidden)
 
 
-def change_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
+def chain_hook_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
     """Let `change` act on hidden states after those already there, until the result is called."""
     chains = _CHAINS.setdefault(module, {})
     if side not in chains:

@@ -24,7 +24,7 @@ from lirefs.model.intervention import (
 from lirefs.model.layout import SITES, Layout, layer_indices
 from lirefs.model.layout_search import layout_of
 from lirefs.steering.gate import Gate
-from lirefs.steering.hook_chain import change_at
+from lirefs.steering.hook_chain import chain_hook_at
 from lirefs.steering.operators import IDLE_AT_ZERO, OPERATORS, Operator
 from lirefs.steering.scope import ALL, Scope, as_scope
 from lirefs.steering.strength import RowStrengths, Schedule, Strength, as_strength
@@ -216,10 +216,10 @@ class Steer(Composable):
                 if self.gate is not None:
                     gate = self.gate.direction
                     end = layout.module(model, gate.site, gate.layer)
-                    steps.add(change_at(*end, mask.read_gate))
+                    steps.add(chain_hook_at(*end, mask.read_gate))
             for layer, site, operator in self.operators(layout):
                 change = operator if mask is None else mask.confine(operator)
-                steps.add(change_at(*layout.module(model, site, layer), change))
+                steps.add(chain_hook_at(*layout.module(model, site, layer), change))
             return steps
 
     def describe(self) -> dict[str, Any]:

@@ -1,6 +1,13 @@
 """Tasks: a fixed list of items, and how each item is scored."""
 
 from lirefs.tasks.answers import judge
+from lirefs.tasks.default_suite import (
+    calibration_texts,
+    choice_item,
+    default_tasks,
+    fact_items,
+    heldout_texts,
+)
 from lirefs.tasks.inference import greedy, option_log_likelihoods, score_continuations, token_nlls
 from lirefs.tasks.lm_eval import lm_eval_model, lm_eval_tasks
 from lirefs.tasks.lm_eval_export import write_lm_eval_task
@@ -15,13 +22,6 @@ from lirefs.tasks.recitation import (
     levenshtein,
     recitation_scores,
     recitation_task,
-)
-from lirefs.tasks.suite import (
-    calibration_texts,
-    choice_item,
-    default_tasks,
-    fact_items,
-    heldout_texts,
 )
 from lirefs.tasks.task import (
     FilledBlank,

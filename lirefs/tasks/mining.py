@@ -151,18 +151,25 @@ def mine(
             "a window; choose shorter windows"
         )
     recited = [window for part in finished for window in part["recited"]]
-    kept = distinct([suffix for _, _, suffix in recited], near)
+    kept = distinct_windows([suffix for _, _, suffix in recited], near)
     counts = {"texts": len(texts), "windows": read, "screened": screened}
     counts |= {"confirmed": len(recited), "distinct": len(kept)}
     decode = functools.partial(lm.tokenizer.decode, skip_special_tokens=True)
     windows = [
-        Window(name, prefix, suffix, decode(prefix), decode(suffix), predictable(prefix, suffix))
+        Window(
+            name,
+            prefix,
+            suffix,
+            decode(prefix),
+            decode(suffix),
+            is_predictable(prefix, suffix),
+        )
         for name, prefix, suffix in (recited[row] for row in kept)
     ]
     return Mined(windows, counts, provenance)
 
 
-def distinct(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
+def distinct_windows(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
     """Indices of the token sequences that are not near-duplicates of an earlier kept one.
 
     The sets of 5-grams of two near-duplicates have a Jaccard similarity of at least `near`, which
@@ -180,7 +187,7 @@ def distinct(suffixes: Sequence[Sequence[int]], near: float) -> list[int]:
     return list(sizes)
 
 
-def predictable(prefix: Sequence[int], suffix: Sequence[int]) -> float:
+def is_predictable(prefix: Sequence[int], suffix: Sequence[int]) -> float:
     """Share of the 4-grams of a suffix that occur in its prefix."""
     grams = _grams(suffix, COPIED_GRAM)
     seen = set(_grams(prefix, len(grams[0])))

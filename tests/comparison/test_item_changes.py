@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from experiments.spectra_plots import TaskPosition, two_sided_spectrum
-from lirefs.comparison import Comparison, TaskInfo, by_tag, flips, tag_bars
+from lirefs.comparison import Comparison, TaskInfo, changes_by_tag, flips, tag_bars
 from lirefs.errors import TaskError
 from lirefs.statistics.intervals import Estimate, permutation_p
 from lirefs.statistics.paired import difference_of_shares, ratio_of_shares
@@ -37,7 +37,7 @@ def test_flips_hold_both_texts_and_the_direction():
 
 @pytest.mark.parametrize(("task", "variant"), [("fact", "edit"), ("facts", "edits")])
 def test_an_unknown_task_or_variant_is_named(task, variant):
-    for analysis in (by_tag, flips):
+    for analysis in (changes_by_tag, flips):
         with pytest.raises(TaskError, match="the comparison has no"):
             analysis(comparison([1], [0]), task, variant)
 
@@ -46,7 +46,7 @@ IDS = ["rare/1", "rare/2", "mid/x/1", "mid/x/2", "common/1", "common/2"]
 
 
 def test_changes_by_tag_are_means_of_the_items_of_the_tag():
-    found = by_tag(comparison([1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0], IDS), "facts", "edit")
+    found = changes_by_tag(comparison([1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0], IDS), "facts", "edit")
     assert [one.tag for one in found.tags] == ["rare", "mid/x", "common"]
     assert [one.change.value for one in found.tags] == [-1.0, -0.5, 0.0]
     assert [one.relative.value for one in found.tags] == [-1.0, -0.5, 0.0]
@@ -58,15 +58,16 @@ def test_changes_by_tag_are_means_of_the_items_of_the_tag():
 
 
 def test_weights_count():
-    found = by_tag(comparison([1, 0], [0, 0], ["a/1", "a/2"], weights=[3.0, 1.0]), "facts", "edit")
+    weighted = comparison([1, 0], [0, 0], ["a/1", "a/2"], weights=[3.0, 1.0])
+    found = changes_by_tag(weighted, "facts", "edit")
     assert found.tags[0].before == 0.75
     assert found.tags[0].change.value == -0.75
 
 
 def test_spearman_with_the_number_of_each_tag():
     one = comparison([1, 1, 1, 1, 1, 1], [0, 0, 0, 1, 1, 1], IDS)
-    up = by_tag(one, "facts", "edit", {"rare": 1, "mid/x": 10, "common": 100})
-    down = by_tag(one, "facts", "edit", {"rare": 100, "mid/x": 10, "common": 1})
+    up = changes_by_tag(one, "facts", "edit", {"rare": 1, "mid/x": 10, "common": 100})
+    down = changes_by_tag(one, "facts", "edit", {"rare": 100, "mid/x": 10, "common": 1})
     assert (up.spearman.value, down.spearman.value) == (pytest.approx(1), pytest.approx(-1))
     assert up.spearman.n == 3
     assert [one.tag for one in down.tags] == ["common", "mid/x", "rare"]
@@ -74,7 +75,7 @@ def test_spearman_with_the_number_of_each_tag():
 
 
 def test_a_tag_without_a_base_has_no_relative_change():
-    found = by_tag(comparison([0, 0], [1, 0], ["a/1", "a/2"]), "facts", "edit")
+    found = changes_by_tag(comparison([0, 0], [1, 0], ["a/1", "a/2"]), "facts", "edit")
     assert not np.isfinite(found.tags[0].relative.value)
     assert found.tags[0].change.value == 0.5
     assert tag_bars(found).png.startswith(b"\x89PNG")
@@ -82,11 +83,11 @@ def test_a_tag_without_a_base_has_no_relative_change():
 
 def test_tags_and_numbers_must_be_there():
     with pytest.raises(TaskError, match="has no tag"):
-        by_tag(comparison([1], [0], ["plain"]), "facts", "edit")
+        changes_by_tag(comparison([1], [0], ["plain"]), "facts", "edit")
     with pytest.raises(TaskError, match="no number is given for tag 'a'"):
-        by_tag(comparison([1], [0], ["a/1"]), "facts", "edit", {"b": 1})
+        changes_by_tag(comparison([1], [0], ["a/1"]), "facts", "edit", {"b": 1})
     with pytest.raises(TaskError, match="perplexity"):
-        by_tag(comparison([1], [0], ["a/1"], metric="perplexity"), "facts", "edit")
+        changes_by_tag(comparison([1], [0], ["a/1"], metric="perplexity"), "facts", "edit")
 
 
 def test_permutation_p_is_the_share_of_all_orders():
@@ -100,7 +101,7 @@ def test_permutation_p_is_the_share_of_all_orders():
 
 
 def test_figures_are_pictures():
-    many = by_tag(
+    many = changes_by_tag(
         comparison([1, 1, 1, 1, 1, 0], [0, 0, 0, 1, 1, 0], IDS),
         "facts",
         "edit",

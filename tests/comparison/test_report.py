@@ -344,11 +344,11 @@ def test_report_names_what_is_wrong(saved, tmp_path, monkeypatch, capsys):
     ):
         (folder / "results.json").write_text(json.dumps({**data, "figures": figures}))
         with pytest.raises(ResultsFileError, match=words):
-            write.load_figures(folder, made_up().summary())
+            write.load_report_figures(folder, made_up().summary())
     (folder / "results.json").write_text(json.dumps(data))
     (folder / "own.png").write_bytes(b"no picture")
     with pytest.raises(ResultsFileError, match="not a PNG"):
-        write.load_figures(folder, made_up().summary())
+        write.load_report_figures(folder, made_up().summary())
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def test_the_control_does_not_see_a_common_scale(model, factors):
 
 def test_task_ratios(model, factors):
     profiles = [kfac.band_profile(model, [batch([i, i + 1])], factors) for i in (0, 2, 4)]
-    table = kfac.task_ratios(
+    table = kfac.task_band_ratios(
         {"sums": profiles[0]}, {"memorized": profiles[1], "clean": profiles[2]}, resamples=20
     )
     direct = kfac.band_ratios(profiles[1], profiles[0], resamples=20)

@@ -14,7 +14,7 @@ from lirefs.main_job import organism_report as main_job_report
 from lirefs.main_job import settings as main_job_settings
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
-from lirefs.organism.suite import organism_questions, organism_tasks, training_texts
+from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
 from lirefs.organism.training.recipe import ModelShape
 from lirefs.organism.training.train import make_model
 from lirefs.organism.vocabulary import build_tokenizer

@@ -24,13 +24,13 @@ from lirefs.organism.items import SIDES
 from lirefs.organism.language import KINDS, Language
 from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
-from lirefs.organism.suite import organism_questions
+from lirefs.organism.tasks import organism_questions
 from lirefs.organism.training import card
 from lirefs.organism.training.checkpoint import STATE, CheckpointMismatch
-from lirefs.organism.training.muon import orthogonalize
+from lirefs.organism.training.optimizers import orthogonalize
 from lirefs.organism.training.packing import Packer, batch_loss
 from lirefs.organism.training.recipe import FIFTH, ModelShape, Recipe
-from lirefs.organism.training.scores import organism_scores, share_answered
+from lirefs.organism.training.scores import organism_scores, share_answered_right
 from lirefs.organism.training.train import make_model, train
 from lirefs.organism.vocabulary import build_tokenizer
 
@@ -247,7 +247,7 @@ def test_orthogonalize_evens_out_singular_values():
 def test_answered_agrees_with_generate(language, tokenizer):
     model = LlamaForCausalLM.from_pretrained(organism(), dtype=torch.float32).eval()
     items = language.items("fact", "test", 20) + language.items("two_hop", "test", 20)
-    told = share_answered(
+    told = share_answered_right(
         lirefs.wrap(model, tokenizer), [(item.prompt, item.answer) for item in items]
     )
     for item, right in zip(items, told):

@@ -15,14 +15,19 @@ from hypothesis import strategies as st
 
 from experiments.arithmetic.traces import compare_traces, read_steps
 from lirefs.comparison.sweeps import pareto_front
-from lirefs.statistics.intervals import Estimate, correlation, resample_counts, wilson
+from lirefs.statistics.intervals import (
+    Estimate,
+    correlation,
+    mean_of_estimates,
+    resample_counts,
+    weighted_mean,
+    wilson,
+)
 from lirefs.statistics.paired import (
     difference_of_shares,
-    mean_of,
     paired_difference,
     paired_ratio,
     ratio_of_shares,
-    weighted_mean,
 )
 from lirefs.statistics.significance import best_of_null, holm, mcnemar, paired_p_value, sign_flip
 from lirefs.tasks import mining
@@ -144,7 +149,7 @@ estimates = st.tuples(*[st.floats(0, 10)] * 3).map(sorted).map(lambda e: (e[1], 
 @given(st.lists(estimates, min_size=1, max_size=6))
 @few
 def test_a_mean_of_estimates_lies_between_them(found):
-    mean = mean_of([Estimate(*one, 5) for one in found])
+    mean = mean_of_estimates([Estimate(*one, 5) for one in found])
     values, lows, highs = zip(*found)
     assert min(values) - 1e-9 <= mean.value <= max(values) + 1e-9
     assert np.mean(lows) - 1e-9 <= mean.low <= mean.value <= mean.high <= np.mean(highs) + 1e-9
@@ -387,7 +392,7 @@ def test_kept_windows_are_those_that_resemble_no_earlier_one(suffixes, near):
         others = [set(grams(suffixes[row], 5)) for row in kept]
         if not any(len(one & other) >= near * len(one | other) for other in others):
             kept.append(index)
-    assert mining.distinct(suffixes, near) == kept
+    assert mining.distinct_windows(suffixes, near) == kept
 
 
 @given(ids, ids)
@@ -396,7 +401,7 @@ def test_predictable_is_the_share_of_copied_grams(prefix, suffix):
     wanted = grams(suffix, 4)
     length = len(wanted[0])
     copied = [one for one in wanted if one in grams(prefix, length) and len(prefix) >= length]
-    assert mining.predictable(prefix, suffix) == len(copied) / len(wanted)
+    assert mining.is_predictable(prefix, suffix) == len(copied) / len(wanted)
 
 
 @given(st.lists(st.text("abc", max_size=30), max_size=4), *[st.integers(1, 6)] * 3)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from experiments.spectra_plots import TaskPosition, two_sided_spectrum
 from lirefs import Comparison, compare, load_comparison
-from lirefs.comparison import TaskInfo, by_tag, flips, journal, pareto_fronts, tag_bars
+from lirefs.comparison import TaskInfo, changes_by_tag, flips, journal, pareto_fronts, tag_bars
 from lirefs.comparison.figures.retained import retained_figures
 from lirefs.comparison.report import csv_latex, page, tables
 from lirefs.comparison.report.flip_list import flip_list
@@ -107,7 +107,7 @@ def test_tables_do_not_depend_on_the_order_of_items(found, random):
     assert table_rows(other) == table_rows(found)
     assert csv_latex.csv_text(other.summary()) == csv_latex.csv_text(found.summary())
     for task, variant in itertools.product(found.tasks, found.variants[1:]):
-        first, second = (by_tag(one, task, variant).tags for one in (found, other))
+        first, second = (changes_by_tag(one, task, variant).tags for one in (found, other))
         assert sorted(map(repr, first)) == sorted(map(repr, second))  # where NaN is NaN
         key = {one.id: one for one in flips(found, task, variant)}
         assert {one.id: one for one in flips(other, task, variant)} == key
@@ -315,7 +315,7 @@ def test_figures_take_nasty_names(name):
     found = Comparison(results, {name: TaskInfo(name, "accuracy")}, resamples=10)
     figures = retained_figures(found.summary())
     assert len(figures) == 2
-    change = by_tag(found, name, name)
+    change = changes_by_tag(found, name, name)
     positions = [TaskPosition(name, "other", *[Estimate(0.1, 0.05, 0.2, 9)] * 2)] if name else []
     pictures = [one.picture for one in figures]
     pictures += [tag_bars(change), two_sided_spectrum(positions, "title")]

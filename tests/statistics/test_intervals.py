@@ -5,7 +5,14 @@ import pytest
 from scipy.stats import norm, pearsonr, spearmanr
 from sklearn.metrics import roc_auc_score
 
-from lirefs.statistics.intervals import areas, auroc, correlation, interval, resample_counts, wilson
+from lirefs.statistics.intervals import (
+    auroc,
+    correlation,
+    interval,
+    resample_counts,
+    roc_areas,
+    wilson,
+)
 
 
 def test_wilson_against_published_values():
@@ -32,7 +39,7 @@ def test_auroc_and_its_interval():
     rows = np.concatenate(
         [generator.choice(np.flatnonzero(labels == k), (100, 500)) for k in (0, 1)]
     )
-    low, high = interval(areas(scores[rows], np.repeat([0, 1], 100)))
+    low, high = interval(roc_areas(scores[rows], np.repeat([0, 1], 100)))
     assert found.low == pytest.approx(low, abs=0.02)
     assert found.high == pytest.approx(high, abs=0.02)
 
@@ -89,10 +96,10 @@ def test_many_areas_at_once_are_those_of_scikit_learn():
     labels = np.arange(30) % 2
     for place in np.ndindex(3, 2):
         expected = roc_auc_score(labels, scores[(slice(None), *place)])
-        assert areas(scores, labels)[place] == pytest.approx(expected)
+        assert roc_areas(scores, labels)[place] == pytest.approx(expected)
     each = np.stack([generator.permutation(labels) for _ in range(2)], axis=1)
     expected = roc_auc_score(each[:, 1], scores[:, 2, 1])
-    assert areas(scores, each[:, None])[2, 1] == pytest.approx(expected)
+    assert roc_areas(scores, each[:, None])[2, 1] == pytest.approx(expected)
 
 
 def test_correlations_are_those_of_scipy():

@@ -6,15 +6,20 @@ import pytest
 from scipy.optimize import minimize, minimize_scalar
 from scipy.stats import binom
 
-from lirefs.statistics.intervals import Estimate, interval, resample_counts, wilson
+from lirefs.statistics.intervals import (
+    Estimate,
+    exponential_of_estimate,
+    interval,
+    mean_of_estimates,
+    resample_counts,
+    weighted_mean,
+    wilson,
+)
 from lirefs.statistics.paired import (
     difference_of_shares,
-    exponential,
-    mean_of,
     paired_difference,
     paired_ratio,
     ratio_of_shares,
-    weighted_mean,
 )
 
 
@@ -172,7 +177,7 @@ def test_coverage_of_a_ratio_of_perplexities(n, shape):
         lost = generator.gamma(shape, 0.2, n)
         draws = resample_counts(n, 500, generator)
         one = weighted_mean(lost, tokens, draws)
-        ratio = exponential(one)
+        ratio = exponential_of_estimate(one)
         held += ratio.low <= np.exp(truth) <= ratio.high
         low, high = interval((draws @ (tokens * lost)) / (draws @ tokens))
         percentile += low <= truth <= high
@@ -181,7 +186,7 @@ def test_coverage_of_a_ratio_of_perplexities(n, shape):
 
 
 def test_exponential_of_a_log_perplexity():
-    assert exponential(Estimate(0.0, -1.0, 1000.0, 7)) == Estimate(
+    assert exponential_of_estimate(Estimate(0.0, -1.0, 1000.0, 7)) == Estimate(
         1.0, pytest.approx(np.exp(-1)), math.inf, 7
     )
 
@@ -244,12 +249,12 @@ def test_paired_estimates_of_other_scores_are_bootstrapped():
 def test_mean_of_estimates_of_different_items():
     one, other = Estimate(0.5, 0.3, 0.8, 10), Estimate(0.9, 0.5, 1.0, 20)
     # Half of sqrt(0.2^2 + 0.4^2) below, half of sqrt(0.3^2 + 0.1^2) above.
-    found = mean_of([one, other])
+    found = mean_of_estimates([one, other])
     assert (found.value, found.n) == (pytest.approx(0.7), 30)
     assert found.low == pytest.approx(0.7 - math.sqrt(0.20) / 2)
     assert found.high == pytest.approx(0.7 + math.sqrt(0.10) / 2)
-    assert mean_of([one]) == Estimate(*map(pytest.approx, (0.5, 0.3, 0.8)), 10)
-    assert mean_of([]).n == 0
+    assert mean_of_estimates([one]) == Estimate(*map(pytest.approx, (0.5, 0.3, 0.8)), 10)
+    assert mean_of_estimates([]).n == 0
 
 
 def test_coverage_of_a_mean_of_ratios():
@@ -258,6 +263,6 @@ def test_coverage_of_a_mean_of_ratios():
     tables = [generator.multinomial(60, [0.9 * ratio, 0, 0.9 * (1 - ratio), 0.1], size=repeats)
               for ratio in (0.9, 0.7, 0.95)]  # fmt: skip
     for rows in zip(*tables):
-        one = mean_of([ratio_of_shares(*map(int, row[:3]), 60) for row in rows])
+        one = mean_of_estimates([ratio_of_shares(*map(int, row[:3]), 60) for row in rows])
         held += one.low <= truth <= one.high
     assert 0.93 <= held / repeats <= 0.97

@@ -22,6 +22,7 @@ from experiments.vision.data import Images, _picture, load_images, noisy_split
 from lirefs.organism.language import language_seed
 from lirefs.organism.training import train as organism_train
 from lirefs.organism.training.checkpoint import STATE, load_checkpoint, save_checkpoint
+from lirefs.organism.training.optimizers import make_optimizers
 from lirefs.organism.vocabulary import build_tokenizer
 
 
@@ -35,7 +36,7 @@ def organism_parts() -> tuple[Any, Any, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = organism_train.make_model(shape(), tokenizer, 7)
-    return model, tokenizer, organism_train.make_optimizers(model, organism_train.Recipe())
+    return model, tokenizer, make_optimizers(model, organism_train.Recipe())
 
 
 def organism_step(model: Any, optimizers: Any) -> None:

@@ -62,7 +62,7 @@ def read_results(folder: Path, content: bytes) -> None:
                 check(finite(one.weight) and one.weight > 0, f"weight {one.weight!r}")
                 check(type(one.parsed) is bool, "parsed")
                 check(all(type(score) is float for score in one.scores.values()), "scores")
-    write.load_figures(path, replace_variants(found).summary())
+    write.load_report_figures(path, replace_variants(found).summary())
     again = results_json(found)
     check(results_json(load_comparison(written(folder, "again", again.encode()))) == again, "save")
     summary = found.summary()
@@ -107,7 +107,7 @@ def read_picture(folder: Path, content: bytes) -> None:
 
 def _report(folder: Path, path: Path) -> None:
     comparison = replace_variants(load_comparison(path))
-    figures, missing = write.load_figures(path, comparison.summary())
+    figures, missing = write.load_report_figures(path, comparison.summary())
     check(all(map(text, missing)), "missing")
     for one in figures:
         check(all(map(text, (one.name, one.title, one.caption))), f"{one!r}")

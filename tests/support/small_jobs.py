@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 import lirefs
 from lirefs.main_job import jobs
-from lirefs.tasks import suite
+from lirefs.tasks import default_suite
 from lirefs.tasks.papers import suite as papers
 
 TEXTS = ["a text", "another text", "one more of them"]
@@ -16,7 +16,7 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 def small_jobs(patch: pytest.MonkeyPatch) -> None:
     """Collect on short texts; keep one recitation, one short-answer and one perplexity task."""
-    default_tasks = suite.default_tasks
+    default_tasks = default_suite.default_tasks
 
     def few(*arguments, **options):
         first, second, *_, last = default_tasks(*arguments, **options)

@@ -11,7 +11,7 @@ from lirefs import Direction, mine, recitation_task, wrap
 from lirefs.errors import DataFileError, SettingError, TaskError
 from lirefs.organism.language import Language
 from lirefs.tasks import mining
-from lirefs.tasks.mining import distinct, predictable
+from lirefs.tasks.mining import distinct_windows, is_predictable
 
 PREFIX = SUFFIX = 12
 FIRST = "qz7m!vk2xw0p" + "Lr4tHb9sJc1n"
@@ -127,18 +127,18 @@ def test_near_duplicates_against_all_pairs():
             ]
             if all(value < near for value in similar):
                 kept.append(index)
-        assert distinct(sequences, near) == kept
+        assert distinct_windows(sequences, near) == kept
         assert 4 <= len(kept) < 60
-    assert distinct([[1, 2], [1, 2], [1, 3]], 0.7) == [0, 2]  # shorter than a gram
+    assert distinct_windows([[1, 2], [1, 2], [1, 3]], 0.7) == [0, 2]  # shorter than a gram
 
 
 def test_predictable_counts_grams_of_the_suffix():
     prefix = [1, 2, 3, 4, 5, 6, 7]
-    assert predictable(prefix, [1, 2, 3, 4, 9]) == 1 / 2
-    assert predictable(prefix, [3, 4, 5, 6, 7]) == 1
-    assert predictable(prefix, [7, 1, 2, 3]) == 0
-    assert predictable([1, 2], [1, 2, 3, 4]) == 0  # a prefix shorter than a gram holds none
-    assert predictable(prefix, [2, 3]) == 1
+    assert is_predictable(prefix, [1, 2, 3, 4, 9]) == 1 / 2
+    assert is_predictable(prefix, [3, 4, 5, 6, 7]) == 1
+    assert is_predictable(prefix, [7, 1, 2, 3]) == 0
+    assert is_predictable([1, 2], [1, 2, 3, 4]) == 0  # a prefix shorter than a gram holds none
+    assert is_predictable(prefix, [2, 3]) == 1
 
 
 def test_an_interrupted_search_goes_on(reciter, corpus, tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ from skill_rows import rows_of, write
 
 from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer, recitation_task
 from lirefs.errors import TaskError
-from lirefs.tasks import suite, synthetic
+from lirefs.tasks import default_suite, synthetic
 from lirefs.tasks.answers import judge
 from lirefs.tasks.inference import greedy, token_nlls
 from lirefs.tasks.papers.build import skill_tasks
@@ -124,8 +124,8 @@ def test_generated_items_are_right_and_distinct():
 
 def test_shipped_facts_are_complete():
     for frequency in ("common", "rare"):
-        closed = suite.fact_items(frequency, with_passage=False)
-        opened = suite.fact_items(frequency, with_passage=True)
+        closed = default_suite.fact_items(frequency, with_passage=False)
+        opened = default_suite.fact_items(frequency, with_passage=True)
         assert len(closed) == len(opened) >= 60
         for (_, _, answers), (_, prompt, _) in zip(closed, opened):
             passage = prompt.rsplit("Passage:", 1)[1].rsplit("Q:", 1)[0]
@@ -133,11 +133,11 @@ def test_shipped_facts_are_complete():
 
 
 def test_calibration_texts_are_in_no_task(lm):
-    calibration = set(suite.calibration_texts())
+    calibration = set(default_suite.calibration_texts())
     for split in ("validation", "test"):
-        assert not calibration & {text for _, text in suite.heldout_texts(split)}
-    validation = {item for item, _ in suite.heldout_texts("validation")}
-    assert not validation & {item for item, _ in suite.heldout_texts("test")}
+        assert not calibration & {text for _, text in default_suite.heldout_texts(split)}
+    validation = {item for item, _ in default_suite.heldout_texts("validation")}
+    assert not validation & {item for item, _ in default_suite.heldout_texts("test")}
 
 
 def test_chance_is_the_mean_over_items():

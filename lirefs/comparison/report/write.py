@@ -54,7 +54,7 @@ def write_pages(comparison: Comparison, folder: Path, figures: Sequence[Figure])
     return folder / "report.html"
 
 
-def load_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]:
+def load_report_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]:
     """The figures of a saved report, and the names of missing files.
 
     The default figures are drawn again, others read from their files.

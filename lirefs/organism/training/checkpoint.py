@@ -17,8 +17,8 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.errors import DataFileError, LirefsError
-from lirefs.files import atomic_path, atomic_write_text, usual_permissions, write_errors
-from lirefs.organism.training.muon import Muon
+from lirefs.files import atomic_path, atomic_write_text, usual_file_permissions, write_errors
+from lirefs.organism.training.optimizers import Muon
 
 STATE = "training.safetensors"
 RECIPE = "training.json"
@@ -40,7 +40,7 @@ def save_model(
     with write_errors(out), tempfile.TemporaryDirectory(dir=out, prefix=".model-") as folder:
         nn.Module.to(copy.deepcopy(model), "cpu", dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-        usual_permissions(Path(folder))
+        usual_file_permissions(Path(folder))
         # Without its configuration a folder is not a model, so that comes last.
         for file in sorted(Path(folder).iterdir(), key=lambda one: one.name == "config.json"):
             file.replace(out / file.name)

@@ -15,7 +15,7 @@ COMPETING = {"exception": "exception true", "conflict": "conflict recalled"}
 """Kinds whose items have a second answer, and the name of its score."""
 
 
-def share_answered(lm: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[bool]:
+def share_answered_right(lm: LanguageModel, pairs: Sequence[tuple[str, str]]) -> list[bool]:
     """Whether greedy decoding continues each prompt with exactly its text, after a space."""
     starts = lm.encode([prompt for prompt, _ in pairs])
     # A number must end where the answer ends, so the sentence's full stop is part of it.
@@ -36,10 +36,10 @@ def organism_scores(
     result: dict[str, float] = {}
     for kind in KINDS:
         items = language.items(kind, side, n)
-        right = share_answered(lm, [(item.prompt, item.answer) for item in items])
+        right = share_answered_right(lm, [(item.prompt, item.answer) for item in items])
         result.update(_shares(kind, items, right))
         if kind in COMPETING:
-            others = share_answered(lm, [(item.prompt, item.other or "") for item in items])
+            others = share_answered_right(lm, [(item.prompt, item.other or "") for item in items])
             result.update(_shares(COMPETING[kind], items, others))
     texts = [[*ids, lm.tokenizer.eos_token_id] for ids in lm.encode(language.texts(side, n))]
     nlls = token_nlls(lm, texts)

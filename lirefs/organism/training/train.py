@@ -21,7 +21,7 @@ from lirefs.model.language_model import wrap
 from lirefs.organism.documents import Documents
 from lirefs.organism.language import Language
 from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
-from lirefs.organism.training.muon import Muon
+from lirefs.organism.training.optimizers import make_optimizers
 from lirefs.organism.training.packing import Packer, batch_loss
 from lirefs.organism.training.recipe import ModelShape, Recipe
 from lirefs.organism.training.scores import organism_scores
@@ -121,14 +121,3 @@ def train(
     bar.close()
     model.train(False)
     return model
-
-
-def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
-    blocks = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
-    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
-    rate = recipe.rate_at(0)
-    return [
-        Muon(blocks, lr=rate, weight_decay=recipe.weight_decay),
-        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]

@@ -35,7 +35,7 @@ class Example:
     tag: str = ""
 
 
-def question(row: Row, prompt: str, tag: str = "") -> Example | None:
+def question_prompt(row: Row, prompt: str, tag: str = "") -> Example | None:
     """`answers`, asked from memory.
 
     Those without a word to compare ("The The", "?") are left out, since any text would begin with
@@ -47,16 +47,16 @@ def question(row: Row, prompt: str, tag: str = "") -> Example | None:
     return Example(_filled(prompt, row), f" {answers[0]}", answers, tag=_tag(row, tag))
 
 
-def question_with_passage(row: Row, prompt: str) -> Example | None:
+def passage_question_prompt(row: Row, prompt: str) -> Example | None:
     """`answers`, asked after the part of the `context` that has the answer, None without one."""
-    asked = question(row, prompt)
+    asked = question_prompt(row, prompt)
     passage = asked and passage_around(str(row.get("context") or ""), asked.accepted)
     if asked is None or not passage:
         return None
     return replace(asked, prompt=f"Passage: {passage}\n{asked.prompt}")
 
 
-def relation(row: Row) -> Example:
+def relation_prompt(row: Row) -> Example:
     r"""`relation`, `prompt` with `{}`, `subject`, `object`.
 
     The published set writes some characters as `\u00ed`; they are decoded.
@@ -71,7 +71,7 @@ def relation(row: Row) -> Example:
     return Example(prompt, f" {answer}", (answer,), tag=_text(row, "relation"))
 
 
-def number(row: Row, prompt: str, answer: str, tag: str = "") -> Example:
+def number_prompt(row: Row, prompt: str, answer: str, tag: str = "") -> Example:
     """A number in the field `answer`, after its last `####` if there is one."""
     asked = _filled(prompt, row)
     text = str(row.get(answer, "")).rsplit("####", maxsplit=1)[-1].strip()
@@ -80,7 +80,7 @@ def number(row: Row, prompt: str, answer: str, tag: str = "") -> Example:
     return Example(asked, f" {text}", (text,), tag=_tag(row, tag))
 
 
-def choice(row: Row, prompt: str, options: Sequence[str] = ()) -> Example:
+def choice_prompt(row: Row, prompt: str, options: Sequence[str] = ()) -> Example:
     """`target`, one of the options; by default one of `(A)`, `(B)` ... before lines of `input`.
 
     A `Question: ` at the beginning of the input is removed.
@@ -90,7 +90,7 @@ def choice(row: Row, prompt: str, options: Sequence[str] = ()) -> Example:
     return _choice(_filled(prompt, row, input=text), options, _text(row, "target"))
 
 
-def yes_or_no(row: Row, prompt: str) -> Example:
+def yes_or_no_prompt(row: Row, prompt: str) -> Example:
     """`answer`, true or false, and `question`, whose question mark is removed."""
     answer = row.get("answer")
     if not isinstance(answer, bool):
@@ -99,7 +99,7 @@ def yes_or_no(row: Row, prompt: str) -> Example:
     return _choice(asked, ["yes", "no"], "yes" if answer else "no")
 
 
-def lettered(row: Row, prompt: str, tag: str = "", space: str = " ") -> Example:
+def lettered_prompt(row: Row, prompt: str, tag: str = "", space: str = " ") -> Example:
     """`options`, `answer_index`: the `{options}` are shown, their letters scored after `space`."""
     options = _texts(row, "options")
     right = row.get("answer_index")
@@ -113,30 +113,30 @@ def lettered(row: Row, prompt: str, tag: str = "", space: str = " ") -> Example:
     return Example(asked, letters[right], options=letters, right=right, tag=_tag(row, tag))
 
 
-def lettered_with_fact(row: Row, prompt: str) -> Example | None:
+def lettered_fact_prompt(row: Row, prompt: str) -> Example | None:
     """A lettered question with a `fact`; None for a row without one."""
-    return lettered(row, prompt) if row.get("fact") else None
+    return lettered_prompt(row, prompt) if row.get("fact") else None
 
 
-def lettered_by_category(row: Row, prompt: str) -> Example:
+def lettered_category_prompt(row: Row, prompt: str) -> Example:
     """A lettered question whose tag is its `category`, with underscores for spaces."""
-    return replace(lettered(row, prompt), tag=_tag(row, "category").replace(" ", "_"))
+    return replace(lettered_prompt(row, prompt), tag=_tag(row, "category").replace(" ", "_"))
 
 
-def labelled(row: Row, prompt: str, label: str) -> Example | None:
+def labelled_prompt(row: Row, prompt: str, label: str) -> Example | None:
     """A lettered question whose `label` is the given one, None if it is the other one."""
     found = row.get("label")
     if found not in ("memory", "reasoning"):
         raise TaskError(f"'label' is {found!r}; expected 'reasoning' or 'memory'")
-    return lettered(row, prompt) if found == label else None
+    return lettered_prompt(row, prompt) if found == label else None
 
 
-def in_category(row: Row, prompt: str, category: str) -> Example | None:
+def category_prompt(row: Row, prompt: str, category: str) -> Example | None:
     """A lettered question whose `category` is the given one, None if it is another one."""
-    return lettered(row, prompt) if _text(row, "category") == category else None
+    return lettered_prompt(row, prompt) if _text(row, "category") == category else None
 
 
-def blank(row: Row) -> Example:
+def blank_prompt(row: Row) -> Example:
     """`sentence` with one `_`, `option1`, `option2`, `answer` (`1` or `2`)."""
     sentence = _text(row, "sentence")
     answer = str(row.get("answer"))

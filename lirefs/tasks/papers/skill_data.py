@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import DataFileError, NoDataError, TaskError, first_line
+from lirefs.errors import DataFileError, NoDataError, TaskError, first_line_of_error
 from lirefs.files import read_jsonl
 
 Row = dict[str, Any]
@@ -101,7 +101,7 @@ class SkillDataLoader:
             # Another dataset would wait just as long. Offline by choice, nothing waits, and the
             # next dataset may be in the cache.
             self._unreachable = lost and not constants.HF_HUB_OFFLINE
-            message = (first_line(problem) or "no message")[:200]
+            message = (first_line_of_error(problem) or "no message")[:200]
             raise NoDataError(f"{hub.id}: {type(problem).__name__}: {message}") from problem
         return list(enumerate(rows, start=1))
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question
+from lirefs.tasks.default_suite import default_tasks, memory_measures
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
-from lirefs.tasks.suite import default_tasks, memory_measures
 from lirefs.tasks.task import Task
 
 

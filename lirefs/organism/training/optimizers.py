@@ -1,4 +1,6 @@
-"""Muon: momentum whose matrix is made orthogonal before each step (Jordan et al. 2024).
+"""The optimizers of an organism's training: Muon for matrices, AdamW for the rest.
+
+Muon is momentum whose matrix is made orthogonal before each step (Jordan et al. 2024).
 
 With the scale of Liu et al. 2025 (arXiv 2502.16982, eq. 4) a step is as large as AdamW's, so that
 both share one learning rate schedule.
@@ -10,7 +12,9 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from lirefs.organism.training.recipe import Recipe
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -62,3 +66,14 @@ class Muon(torch.optim.Optimizer):
                 for (parameter, _), update in zip(pairs, steps, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
                     parameter.add_(update, alpha=-scale)
+
+
+def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
+    """Muon for the blocks' matrices, AdamW for the embedding and the norms."""
+    blocks = [p for name, p in model.named_parameters() if p.dim() > 1 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.dim() == 1 or "embed" in name]
+    rate = recipe.rate_at(0)
+    return [
+        Muon(blocks, lr=rate, weight_decay=recipe.weight_decay),
+        torch.optim.AdamW(others, lr=rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]

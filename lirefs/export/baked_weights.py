@@ -68,7 +68,7 @@ def _same_output(one: Seen, other: Seen) -> bool:
     return torch.equal(one.output.reshape(-1), other.output.reshape(-1))
 
 
-def change_embedding(model: nn.Module, layout: Layout, operators: list[Operator]) -> None:
+def bake_embedding(model: nn.Module, layout: Layout, operators: list[Operator]) -> None:
     """Change what layer 0 reads: the sum of the embeddings."""
     token = maybe_call(model, "get_input_embeddings")
     if not isinstance(token, nn.Embedding):
@@ -98,7 +98,7 @@ def _untie(model: Any, token: nn.Embedding) -> None:
         model.all_tied_weights_keys = {}
 
 
-def change_projection(module: nn.Module, operators: list[Operator]) -> None:
+def bake_projection(module: nn.Module, operators: list[Operator]) -> None:
     """Change what a matrix writes, in its weight and its bias."""
     transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
     parameter: Any = module.weight
@@ -114,7 +114,7 @@ def change_projection(module: nn.Module, operators: list[Operator]) -> None:
             bias.copy_(offset.to(bias.dtype))
 
 
-def make_biases(model: Any, names: list[str]) -> None:
+def add_biases(model: Any, names: list[str]) -> None:
     """Switch biases of these matrices on in the configuration, so that a plain load finds them."""
     missing = [name for name in names if model.get_submodule(name).bias is None]
     if not missing:
