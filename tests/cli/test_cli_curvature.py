@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import kfac
 from kfac.collection import batches
-from lirefs.tasks import default_suite
+from lirefs.cli import curvature
 
 PNG = b"\x89PNG"
 TEXTS = ["the sun sets red", "one two three", "abc def ghi jkl", "zebra crossing", "my own text"]
@@ -141,8 +141,8 @@ def test_detect(made, factors, tmp_path, monkeypatch, capsys):
     folder.mkdir()
     passages = [{"id": str(i), "text": text} for i, text in enumerate([*TEXTS[:2], "x" * 20])]
     jsonl(folder / "passages.jsonl", [one | {"suffix_tokens": 5} for one in passages])
-    monkeypatch.setattr(default_suite, "DATA", folder)
-    monkeypatch.setattr(default_suite, "heldout_texts", lambda split: [("2", "some other text")])
+    monkeypatch.setattr(curvature, "DATA", folder)
+    monkeypatch.setattr(curvature, "heldout_texts", lambda split: [("2", "some other text")])
     arguments[-1] = tmp_path / "g"
     assert run(monkeypatch, "detect", *arguments) == 0
     assert "recites 2 of 3" in capsys.readouterr().err
@@ -158,7 +158,7 @@ def test_relearn(made, factors, tmp_path, monkeypatch):
     arguments = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "r"]
     arguments += ["--memorized", made / "memorized.jsonl", "--keep", "0.5", "--steps", "0,2"]
     long = [(str(i), f"some other text {i}, " * 4) for i in range(3)]
-    monkeypatch.setattr(default_suite, "heldout_texts", lambda split: long)
+    monkeypatch.setattr(curvature, "heldout_texts", lambda split: long)
     given, plain = [], kfac.relearn
 
     def watched(model, arms, known, rest, *, other, **settings):
