@@ -116,8 +116,10 @@ class Checkpoint:
         """Hold Ctrl-C back during batches, and write the state if anything stops the collection."""
         # Only the main thread may set handlers; elsewhere Ctrl-C does not arrive anyway.
         ours = self.path is not None and threading.current_thread() is threading.main_thread()
-        before = signal.signal(signal.SIGINT, self._interrupt) if ours else None
+        before = signal.getsignal(signal.SIGINT)
         try:
+            if ours:
+                signal.signal(signal.SIGINT, self._interrupt)
             yield
         except BaseException:
             # While the sums are changing, the last complete file stays. Before the first batch is
@@ -127,7 +129,11 @@ class Checkpoint:
             raise
         finally:
             if ours:
+                asked, self._busy = self._asked, True  # a Ctrl-C now waits for the old handler
                 signal.signal(signal.SIGINT, before)
+                self._busy = False
+                if self._asked and not asked:
+                    raise KeyboardInterrupt
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
         if not self._busy or self._asked:

@@ -159,7 +159,7 @@ def test_an_interrupted_library_leaves_the_model_as_it_was_and_its_files_usable(
     [
         pytest.param(
             ["compare", "--layers", "1,2", "--quick", "--out", "report"],
-            "3/4",
+            "unchanged: passages",
             marks=pytest.mark.slow,
         ),
         (["curvature", "collect", "--layers", "1", "--out", "f.safetensors"], "token"),
@@ -183,6 +183,6 @@ def test_an_interrupted_command_says_so_in_one_line(arguments, reached, model_fo
         rest = printed.decode()
         assert process.exitcode == 130, rest
     assert "Traceback" not in rest
-    assert (reached != "3/4") or "--resume" in rest
+    assert arguments[0] != "compare" or "--resume" in rest
     assert not list(tmp_path.rglob(".*"))
     assert not (tmp_path / "f.safetensors").exists()

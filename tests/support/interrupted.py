@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -25,7 +26,9 @@ def library(base: Path, rounds: int, connection) -> None:
     Sends (kind, number) when a piece of work begins, and "clean" at the end.
     """
     journal.PART = 4
-    model = fresh_model("llama")
+    # Wide enough for interrupts to arrive during the work: one that arrives in the middle of an
+    # `__exit__`, torch's own included, leaves behind what it would have restored.
+    model = fresh_model("llama", intermediate_size=256)
     model.model.embed_tokens.weight.requires_grad_(False)
     model.train()
     lm = lirefs.wrap(model, tiny_tokenizer(), name="tiny")
@@ -62,8 +65,10 @@ def library(base: Path, rounds: int, connection) -> None:
         for number in range(rounds):
             try:
                 connection.send((kind, number))
-                while True:
+                while True:  # from the start each time, so that there is always work to interrupt
                     act(number)
+                    (base / f"state-{number}").unlink(missing_ok=True)
+                    shutil.rmtree(base / f"journal-{number}", ignore_errors=True)
             except KeyboardInterrupt:
                 pass
             assert state() == before, (kind, number, state(), before)
