@@ -174,7 +174,7 @@ from journal_runs import tasks, variants
 from tiny import tiny_model, tiny_tokenizer
 import lirefs
 from lirefs.comparison import journal
-from lirefs.comparison.results_file import dumps
+from lirefs.comparison.results_file import results_json
 torch.set_num_threads(1)
 journal.PART = 4
 if {distributed}:
@@ -182,7 +182,7 @@ if {distributed}:
 lm = lirefs.wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
 found = lirefs.compare(lm, variants(), tasks(), journal=sys.argv[1], progress=False)
 rank = dist.get_rank() if {distributed} else 0
-open(sys.argv[2] + str(rank), "w").write(dumps(found))
+open(sys.argv[2] + str(rank), "w").write(results_json(found))
 """
 
 

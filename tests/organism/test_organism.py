@@ -152,11 +152,11 @@ def test_ages_told_in_order_are_answered_right(language):
 def test_what_does_not_exist_is_refused(language):
     with pytest.raises(ValueError, match=r"of sort \{'riddle'\}; known: planted, fact"):
         Documents(language, Stage({"riddle": 1.0}))
-    with pytest.raises(ValueError, match="no kind 'riddle' of items"):
+    with pytest.raises(ValueError, match="No kind 'riddle' of items"):
         language.items("riddle", "test", 3)
     with pytest.raises(ValueError, match="'addition' are endless"):
         language.items("addition", "test")
-    with pytest.raises(ValueError, match="no form 'riddle'; choose one of passage"):
+    with pytest.raises(ValueError, match="No form 'riddle'; choose one of passage"):
         question_set(language, "riddle", "test")
 
 
@@ -344,7 +344,7 @@ def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
 
 def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(commands, "Recipe", lambda tokens: replace(TINY, tokens=tokens))
-    monkeypatch.setattr(card, "scores", functools.partial(organism_scores, n=4))
+    monkeypatch.setattr(card, "organism_scores", functools.partial(organism_scores, n=4))
     monkeypatch.setattr("lirefs.organism.training.train.SCORED_ITEMS", 4)
     tokens = 2 * TINY.rows * TINY.row_tokens
     assert run(monkeypatch, "organism", "train", tmp_path, "--seed", 3, "--tokens", tokens) == 0
@@ -364,7 +364,7 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(commands, "scores", lambda lm, language, side: {"x": 1.0})
+    monkeypatch.setattr(commands, "organism_scores", lambda lm, language, side: {"x": 1.0})
     assert run(monkeypatch, "organism", "scores") == 0
     assert json.loads(capsys.readouterr().out) == {"x": 1.0}
     assert run(monkeypatch, "organism", "scores", "--split", "dev") == 2
