@@ -1,10 +1,14 @@
 """Gates: steering of the rows or tokens whose projection passes a threshold."""
 
+import gc
+
 import pytest
 import torch
 from steering_tools import direction, logits_of, states
 
-from lirefs import Gate, Steer
+from lirefs import Gate, Steer, prompt_lengths
+from lirefs.errors import InterventionError
+from lirefs.model import prompts
 
 
 def test_a_gate_by_token_steers_only_what_passes(lm):
@@ -71,3 +75,27 @@ def test_a_gate_by_row_is_decided_by_each_prompt(lm, more):
         later = lm.generate(prompts, **settings)
     with Steer(one, "add", strengths, scope="generated").apply(lm.model):
         assert lm.generate(prompts, **settings) == later
+
+
+def test_what_a_gate_decided_goes_with_it(lm):
+    gate = Gate(direction(layer=0), 0.0, per="row")
+    with prompt_lengths([4]):
+        with Steer(direction(layer=1), "add", gate=gate).apply(lm.model):
+            lm.model(torch.tensor([[0, 40, 50, 60]]))
+            assert len(prompts.PROMPT.get().decisions) == 1
+        gc.collect()  # the next steering may come to the same address
+        assert not prompts.PROMPT.get().decisions
+
+
+@pytest.mark.parametrize("per", ["token", "row"])
+def test_a_gate_that_reads_what_is_not_finite_says_so(per, lm):
+    gate = Gate(direction(layer=1), 0.0, per=per)
+    hook = lm.layout.block(lm.model, 0).register_forward_pre_hook(
+        lambda _, args: (args[0] * torch.nan, *args[1:])
+    )
+    with (
+        pytest.raises(InterventionError, match=r"layer 1, resid_pre .* not finite"),
+        Steer(direction(layer=2), "add", gate=gate).apply(lm.model),
+    ):
+        lm.model(torch.tensor([[0, 40, 50]]))
+    hook.remove()

@@ -5,7 +5,6 @@ changed by a hook that multiplies by a mask written out by hand.
 """
 
 import functools
-import gc
 
 import pytest
 import torch
@@ -13,8 +12,7 @@ from tiny import tiny_model, tiny_tokenizer
 from transformers import DynamicCache
 
 from lirefs import Direction, Gate, Steer, wrap
-from lirefs.errors import InterventionError, ScopeError
-from lirefs.model import prompts as positions
+from lirefs.errors import ScopeError
 from lirefs.model.prompts import prompt_lengths
 from lirefs.steering import scope as scopes
 
@@ -388,53 +386,3 @@ def test_named_errors():
                 lm.model.generate(torch.zeros(0, 4, dtype=torch.long))
     hook.remove()
     assert not seen  # nothing ran
-
-
-@pytest.mark.parametrize("kind", ["strengths", "mask", "spans"])
-def test_unrelated_prompts_are_not_taken_for_beams(kind):
-    lm = language_model("llama")
-    one, texts = Direction(VECTOR, LAYER), ["ab", "cd", "ef", "gh"]
-    steer = {
-        "strengths": Steer(one, "add", [1.0, 5.0]),
-        "mask": Steer(one, "add", scope=scopes.mask([[True], [False]])),
-        "spans": Steer(one, "add", scope=scopes.spans(TOKENIZER, texts[:2], [[(0, 1)], [(1, 2)]])),
-    }[kind]
-    batch = lm.pad(lm.encode(texts))
-    with steer.apply(lm.model), torch.no_grad():
-        for four in (
-            lambda: lm.generate(texts, max_new_tokens=1),
-            lambda: lm.model(**batch),
-        ):
-            with pytest.raises(ScopeError, match=r"made for 2 row.* 4 prompt"):
-                four()
-        with prompt_lengths([3, 3, 3, 3]), pytest.raises(ScopeError, match="4 prompt"):
-            lm.model(**batch)
-        lm.generate(texts[:2], max_new_tokens=1, num_beams=2)
-        with prompt_lengths([3, 3]):  # four rows of two prompts, as stated
-            lm.model(**batch)
-
-
-def test_what_a_gate_decided_goes_with_it():
-    lm = language_model("llama")
-    gate = Gate(Direction(VECTOR, 0), 0.0, per="row")
-    with prompt_lengths([4]):
-        with Steer(Direction(VECTOR, LAYER), "add", gate=gate).apply(lm.model):
-            lm.model(torch.tensor([[0, 40, 50, 60]]))
-            assert len(positions.PROMPT.get().decisions) == 1
-        gc.collect()  # the next steering may come to the same address
-        assert not positions.PROMPT.get().decisions
-
-
-@pytest.mark.parametrize("per", ["token", "row"])
-def test_a_gate_that_reads_what_is_not_finite_says_so(per):
-    lm = language_model("llama")
-    gate = Gate(Direction(VECTOR, 1), 0.0, per=per)
-    hook = lm.layout.block(lm.model, 0).register_forward_pre_hook(
-        lambda _, args: (args[0] * torch.nan, *args[1:])
-    )
-    with (
-        pytest.raises(InterventionError, match=r"layer 1, resid_pre .* not finite"),
-        Steer(Direction(VECTOR, 2), "add", gate=gate).apply(lm.model),
-    ):
-        lm.model(torch.tensor([[0, 40, 50]]))
-    hook.remove()
