@@ -15,9 +15,7 @@ def test_unrelated_prompts_are_not_taken_for_beams(kind, lm):
     steer = {
         "strengths": Steer(one, "add", [1.0, 5.0]),
         "mask": Steer(one, "add", scope=scope.mask([[True], [False]])),
-        "spans": Steer(
-            one, "add", scope=scope.spans(lm.tokenizer, texts[:2], [[(0, 1)], [(1, 2)]])
-        ),
+        "spans": Steer(one, "add", scope=scope.spans(lm.tokenizer, texts[:2], ranges)),
     }[kind]
     batch = lm.pad(lm.encode(texts))
     with steer.apply(lm.model), torch.no_grad():
