@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import GenerationConfig
 
 from lirefs.errors import SettingError
 from lirefs.model.fingerprint import fingerprint, tokenizer_hash
-from lirefs.model.guest import accepts, evaluating, input_device
+from lirefs.model.guest import accepts, evaluating, input_device, maybe_call
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
 
@@ -165,13 +169,20 @@ class LanguageModel:
     def generate(self, prompt: str | Sequence[str], max_new_tokens: int = 40, **kwargs: Any) -> Any:
         """Continue one prompt, or a batch of prompts padded on the left.
 
+        Decoding is plain greedy, whatever the model's ``generation_config.json`` says: of its
+        settings only the special tokens are used. With ``do_sample=True`` or a
+        ``generation_config`` of your own, the model's settings are the defaults, as in
+        ``model.generate``.
+
         Args:
             prompt: One prompt or a sequence of them.
             max_new_tokens: Largest number of tokens to add.
-            **kwargs: For ``model.generate``. Decoding is greedy unless ``do_sample`` is set.
+            **kwargs: For ``model.generate``.
 
         Returns:
-            The new text alone, without special tokens: a string for a string, else a list.
+            The new text alone, without special tokens: a string for a string, else a list. With
+            ``num_return_sequences`` above 1 there is a list for each prompt; with
+            ``return_dict_in_generate`` the output of ``model.generate`` itself.
 
         Raises:
             SettingError: A prompt is empty.
@@ -182,20 +193,51 @@ class LanguageModel:
         batch = self.pad(self.encode(prompts))
         batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self._pad_id, **kwargs}
-        if not settings["do_sample"]:
-            # A model's own sampling settings would only raise a warning that they are unused.
-            settings = {"temperature": None, "top_p": None, "top_k": None, **settings}
-        with evaluating(self.model):
+        plain = not settings["do_sample"] and "generation_config" not in kwargs
+        with evaluating(self.model), _plain_greedy(self.model) if plain else nullcontext():
             out = self.model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
+        if not isinstance(out, Tensor):
+            return out
         start = batch["input_ids"].shape[1]
-        texts = [self.tokenizer.decode(row[start:], skip_special_tokens=True) for row in out]
-        return texts[0] if isinstance(prompt, str) else texts
+        new = [row[start:].tolist() for row in out]
+        if not {"eos_token_id", "generation_config"} & kwargs.keys():
+            new = [self.before_end(row) for row in new]
+        texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in new]
+        each = len(texts) // len(prompts)
+        found = texts if each == 1 else [texts[k : k + each] for k in range(0, len(texts), each)]
+        return found[0] if isinstance(prompt, str) else found
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids of every token at which an answer ends: the tokenizer's and those of ``generate``."""
+        of_model = getattr(getattr(self.model, "generation_config", None), "eos_token_id", None)
+        ends = of_model if isinstance(of_model, list | tuple) else [of_model]
+        return frozenset(one for one in (self.tokenizer.eos_token_id, *ends) if one is not None)
+
+    def before_end(self, ids: Sequence[int]) -> list[int]:
+        """Token ids up to the first end token, which is not part of an answer."""
+        return list(itertools.takewhile(lambda token: token not in self.end_tokens, ids))
 
     @property
     def _pad_id(self) -> int:
-        """The id to pad with; any will do, because padding is masked."""
+        """The id to pad with; any that the embedding has will do, because padding is masked."""
+        embedding = maybe_call(self.model, "get_input_embeddings")
+        rows = getattr(embedding, "num_embeddings", math.inf)
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
-        return next(int(token) for token in known if token is not None)
+        return next(int(token) for token in known if token is not None and token < rows)
+
+
+@contextmanager
+def _plain_greedy(model: Any) -> Iterator[None]:
+    """Let ``model.generate`` use its own special tokens and the library's defaults otherwise."""
+    own = model.generation_config
+    names = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(own, name) for name in names}
+    model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
 def wrap(

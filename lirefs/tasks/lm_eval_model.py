@@ -141,9 +141,6 @@ class EngineLM(TemplateLM):
         for index, request in enumerate(requests):
             groups[self._greedy_settings(request.args[1])].append(index)
         results = [""] * len(requests)
-        # `model.generate` would stop at these as well.
-        ends = getattr(getattr(self.lm.model, "generation_config", None), "eos_token_id", None)
-        ends = {self.eot_token_id, *(ends if isinstance(ends, list) else [ends])}
         with applied(self.intervention, self.lm.model), _bar(len(requests), disable_tqdm) as bar:
             for (until, limit), rows in groups.items():
                 room = self.max_length - limit
@@ -151,7 +148,7 @@ class EngineLM(TemplateLM):
                     self.lm,
                     [self.tok_encode(requests[row].args[0])[-room:] for row in rows],
                     limit,
-                    stop=ends.__contains__,
+                    stop=self.lm.end_tokens.__contains__,
                     until=until,
                     batch_tokens=self.batch_tokens,
                     advance=bar.update,

@@ -266,17 +266,18 @@ class ShortAnswer(ItemTask):
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
-        eos = lm.tokenizer.eos_token_id
+        ends = lm.end_tokens
 
         @functools.cache
         def stop(token: int) -> bool:
-            return token == eos or "\n" in lm.tokenizer.decode([token])
+            return token in ends or "\n" in lm.tokenizer.decode([token])
 
         ids = lm.encode([prompt for _, prompt, _ in self.items])
         outputs = inference.greedy(lm, ids, self.max_new_tokens, stop=stop, advance=advance)
         results = []
         for (item, prompt, answers), output in zip(self.items, outputs, strict=True):
-            text = lm.tokenizer.decode(output, skip_special_tokens=True).strip().split("\n")[0]
+            said = lm.tokenizer.decode(lm.before_end(output), skip_special_tokens=True)
+            text = said.strip().split("\n")[0]
             parsed, right = judge(text, answers, self.kind)
             scores, expected = {"accuracy": float(right)}, " | ".join(answers)
             results.append(ItemResult(item, scores, 1.0, prompt, expected, text, parsed))

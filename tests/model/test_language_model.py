@@ -16,6 +16,7 @@ from lirefs.model import loading
 from lirefs.model.language_model import wrap
 from lirefs.model.loading import load
 from lirefs.organism.language import language_seed
+from lirefs.tasks import ShortAnswer, inference
 
 
 @pytest.fixture
@@ -295,3 +296,87 @@ def test_on_a_gpu(folder):
 def test_vocabulary_fits(tokenizer):
     assert len(tokenizer) == VOCABULARY
     assert tokenizer.decode(tokenizer("To be: 1+1?")["input_ids"][1:]) == "To be: 1+1?"
+
+
+@pytest.fixture
+def own_settings():
+    """A model whose generation_config.json asks for more than special tokens."""
+    lm = wrap(fresh_model("llama"), tiny_tokenizer(), name="tiny")
+    lm.model.generation_config.update(
+        repetition_penalty=1.8, no_repeat_ngram_size=1, min_new_tokens=3, suppress_tokens=[7, 8]
+    )
+    return lm
+
+
+def test_generate_is_plain_greedy_whatever_the_model_ships(own_settings):
+    lm, before = own_settings, own_settings.model.generation_config
+    prompts = ["some text", "another text that is longer"]
+    expected = [lm.tokenizer.decode(row) for row in inference.greedy(lm, lm.encode(prompts), 6)]
+    assert lm.generate(prompts, max_new_tokens=6) == expected
+    assert lm.generate(prompts[0], max_new_tokens=6) == expected[0]
+    assert lm.model.generation_config is before
+    with pytest.raises(ValueError, match="temperature"):
+        lm.generate(prompts[0], do_sample=True, temperature=-1.0)
+    assert lm.model.generation_config is before
+
+
+def test_generate_asked_otherwise_takes_the_settings_that_are_asked_for(own_settings):
+    lm = own_settings
+    ids = lm.pad(lm.encode(["some text"]))
+    penalized = lm.model.generate(
+        input_ids=ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=6,
+        do_sample=False, pad_token_id=0,
+    )  # fmt: skip
+    own = lm.generate("some text", max_new_tokens=6, generation_config=lm.model.generation_config)
+    assert own == lm.tokenizer.decode(penalized[0, ids["input_ids"].shape[1] :])
+    assert own != lm.generate("some text", max_new_tokens=6)
+    assert own == lm.generate(
+        "some text", max_new_tokens=6, repetition_penalty=1.8, no_repeat_ngram_size=1,
+        min_new_tokens=3, suppress_tokens=[7, 8],
+    )  # fmt: skip
+
+
+def test_generate_returns_what_was_asked(lm):
+    three = lm.generate("some text", max_new_tokens=4, do_sample=True, num_return_sequences=3)
+    assert isinstance(three, list)
+    assert len(three) == 3
+    pairs = lm.generate(["some text", "b"], 4, num_beams=2, num_return_sequences=2)
+    assert [len(one) for one in pairs] == [2, 2]
+    assert pairs[1] == lm.generate("b", 4, num_beams=2, num_return_sequences=2)
+    found = lm.generate("some text", 4, return_dict_in_generate=True, output_scores=True)
+    assert len(found.scores) == 4
+    assert found.sequences.shape[0] == 1
+
+
+@pytest.mark.parametrize("as_list", [True, False])
+def test_answers_end_at_every_end_token_of_the_model(as_list):
+    lm = wrap(fresh_model("llama"), tiny_tokenizer(), name="tiny")
+    prompt = "some text"
+    tokens = inference.greedy(lm, lm.encode([prompt]), 6)[0]
+    end = next(token for token in tokens if token != tokens[0])
+    kept = tokens[: tokens.index(end)]
+    of_model = [lm.tokenizer.eos_token_id, end] if as_list else end
+    lm.model.generation_config.eos_token_id = of_model
+    assert lm.end_tokens == {lm.tokenizer.eos_token_id, end}
+    (result,) = ShortAnswer("s", [("1", prompt, ["x"])]).run(lm, lambda n: None)
+    generated = lm.generate(prompt, max_new_tokens=6)
+    assert result.output == lm.tokenizer.decode(kept).strip().split("\n")[0]
+    assert generated == lm.tokenizer.decode(kept)
+    past = lm.generate(prompt, max_new_tokens=6, eos_token_id=lm.tokenizer.eos_token_id)
+    assert past == lm.tokenizer.decode(tokens)
+
+
+@pytest.mark.parametrize("pad", ["beyond", "none", "inside"])
+def test_padding_uses_an_id_that_the_embedding_has(pad):
+    tokenizer = tiny_tokenizer()
+    lm = wrap(fresh_model("llama"), tokenizer, name="tiny")
+    expected = lm.generate(["some text", "b"], max_new_tokens=3)
+    if pad == "beyond":
+        tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+        assert tokenizer.pad_token_id >= lm.model.get_input_embeddings().num_embeddings
+    elif pad == "none":
+        tokenizer.pad_token = tokenizer.eos_token = None
+    else:
+        tokenizer.pad_token = tokenizer.eos_token
+    assert lm.generate(["some text", "b"], max_new_tokens=3) == expected
+    assert int(lm.pad([[5], [6, 7]])["input_ids"].max()) < 200

@@ -195,10 +195,10 @@ def test_worked_answers_end_at_their_line_and_count_what_is_unparsable(lm, monke
         assert stop(lm.tokenizer.eos_token_id)
         assert not stop(lm.encode(["a"], add_special_tokens=False)[0][0])
         advance(len(prompts))
-        return [list(range(len(prompts)))[i : i + 1] for i in range(len(prompts))]
+        return [[50 + i] for i in range(len(prompts))]
 
     monkeypatch.setattr("lirefs.tasks.inference.greedy", greedy)
-    monkeypatch.setattr(type(lm.tokenizer), "decode", lambda self, ids, **_: said[ids[0]])
+    monkeypatch.setattr(type(lm.tokenizer), "decode", lambda self, ids, **_: said[ids[0] - 50])
     monkeypatch.setattr(
         type(lm), "encode", lambda self, prompts, **_: [[ord(one[0]) - 29] for one in prompts]
     )
