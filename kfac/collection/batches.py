@@ -62,6 +62,8 @@ def module_and_batches(
     """Return the module, and texts of an `lm` as batches of similar length, longest first."""
     if isinstance(batches, str):
         raise BatchError("a list of texts is needed, got one string: use [text]")
+    if isinstance(batches, Mapping):
+        raise BatchError("a list of batches or texts is needed, got one mapping: use [batch]")
     if not isinstance(model, LanguageModel):
         return model, batches
     given = list(batches)
@@ -88,7 +90,7 @@ def attended(batch: Any) -> Tensor | None:
 def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
     """Raise BatchError unless a batch can be given to a causal language model."""
     if isinstance(batch, str):
-        raise BatchError(f"{place} is a text: give the lm, which has the tokenizer, as the model")
+        raise BatchError(f"{place} is a text; make batches of texts with lm.batches(texts)")
     if not isinstance(batch, Mapping) or not isinstance(batch.get("input_ids"), Tensor):
         raise BatchError(
             f"{place} must be a mapping with input_ids as a tensor, not a "

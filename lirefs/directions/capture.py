@@ -251,6 +251,8 @@ def _request(
     """The request, checked: every layer exists, every prompt is long enough."""
     chosen = list(range(lm.n_layers)) if layers is None else layer_indices(layers)
     places = tuple((layer, site) for layer in chosen for site in sites)
+    if isinstance(prompts, str):
+        raise CaptureError("capture takes a list of prompts, got one string: use [prompt]")
     if not len(prompts):
         raise CaptureError("no prompts to capture activations of")
     if not places or not offsets:

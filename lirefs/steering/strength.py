@@ -106,7 +106,7 @@ def as_strength(strength: Strength) -> float | dict[int, float] | RowStrengths |
 
 def _finite(value: Any) -> float:
     try:
-        number = float(value)
+        number = float("" if isinstance(value, str) else value)
     except (TypeError, ValueError):
         raise InterventionError(f"strength {value!r} is not a number") from None
     if not math.isfinite(number):

@@ -258,8 +258,13 @@ class ShortAnswer(ItemTask):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for item, _, answers in self.items if self.kind in ("number", "worked") else ():
-            if None in map(number_at, answers):
+        for item, _, answers in self.items:
+            if isinstance(answers, str):
+                raise TaskError(
+                    f"{self.name}: item {item!r} needs a list of accepted answers, got one string: "
+                    f"use [{answers!r}]"
+                )
+            if self.kind in ("number", "worked") and None in map(number_at, answers):
                 raise TaskError(
                     f"{self.name}: item {item!r} expects {answers}, which are not all numbers"
                 )

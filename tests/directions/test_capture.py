@@ -140,3 +140,8 @@ def test_capture_on_a_gpu_agrees_with_the_cpu():
     expected = capture(wrap(model, tiny_tokenizer()), PROMPTS, progress=False).values
     found = capture(wrap(model.cuda(), tiny_tokenizer()), PROMPTS, progress=False).values
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_one_string_is_not_taken_for_a_list_of_characters(lm):
+    with pytest.raises(CaptureError, match=r"got one string: use \[prompt\]"):
+        capture(lm, "some text", progress=False)

@@ -322,7 +322,7 @@ def test_bad_texts(lm):
     for model in (lm, lm.model):
         with pytest.raises(BatchError, match=r"use \[text\]"):
             kfac.collect(model, "one two three", layers=[1])
-    with pytest.raises(BatchError, match="give the lm"):
+    with pytest.raises(BatchError, match="make batches of texts"):
         kfac.collect(lm.model, TEXTS, layers=[1])
     with pytest.raises(BatchError, match="cannot be mixed"):
         kfac.collect(lm, [*TEXTS, one], layers=[1])
@@ -338,3 +338,10 @@ def test_factors_on_a_gpu_agree_with_the_cpu():
     expected = collect(model, [batch(range(6))])
     found = collect(model.cuda(), [batch(range(6))])
     assert_same(found, expected, tolerance=1e-4)
+
+
+def test_one_batch_is_not_taken_for_a_list_of_its_keys():
+    model = llama()
+    for one in (batch([0, 1]), {"text": "a"}):
+        with pytest.raises(BatchError, match=r"got one mapping: use \[batch\]"):
+            kfac.collect(model, one, layers=[0], progress=False)

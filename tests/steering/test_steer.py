@@ -300,6 +300,8 @@ def test_more_named_errors(lm):
         lambda: Steer(one, "add", [1.0, float("inf")]),
         lambda: Steer(one, "add", torch.ones(2, 2)),
         lambda: Steer(one, "add", "strong"),
+        lambda: Steer(one, "add", "1"),
+        lambda: Steer(one, "add", {0: "1"}),
         lambda: Steer(one, "add", {1: float("nan")}),
         lambda: Steer(one, "add", {"a": 1.0}),
         lambda: Steer(one, "add", layers=[]),

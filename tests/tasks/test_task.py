@@ -221,3 +221,9 @@ def test_skills_run(lm, tmp_path):
         assert all(one.scores["accuracy"] in (0, 1) for one in results)
         alone = [replace(task, items=[item]).run(lm, lambda n: None)[0] for item in task.items]
         assert results == alone  # an item is scored from itself alone
+
+
+@pytest.mark.parametrize("kind", ["text", "number", "words"])
+def test_an_answer_that_is_not_in_a_list_is_not_taken_for_its_characters(kind):
+    with pytest.raises(TaskError, match=r"item 'b' .* got one string: use \['58'\]"):
+        ShortAnswer("sums", [("a", "x", ["58"]), ("b", "y", "58")], kind=kind)
