@@ -21,7 +21,6 @@ from tqdm.auto import tqdm
 
 from lirefs.errors import CaptureError, NonFiniteStateError, WriteError
 from lirefs.files import atomic_path
-from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import evaluating
 from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.language_model import LanguageModel
@@ -83,7 +82,8 @@ def capture(
         positions: Token positions in the unpadded prompt, negative ones from its end. The default
             is the last prompt token (Hong et al. 2025, section 3).
         batch_tokens: Tokens per batch, padding included.
-        padding_side: `left` or `right`; it does not change the values.
+        padding_side: `left` or `right`; it does not change the values. What the model does not
+            honour (`lm.traits`) is not used.
         cache: Folder that keeps the values, by model, tokens and settings. Leave it out while a
             hook of your own changes the model. A warning says if it cannot be written.
         progress: Show a progress bar.
@@ -182,9 +182,10 @@ class _Request:
         self, batch_tokens: int, side: Literal["left", "right"], progress: bool
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Prompt indices of each batch, and its states, (rows, places, positions, width)."""
-        lengths = [len(row) for row in self.ids]
+        lengths, traits = [len(row) for row in self.ids], self.lm.traits
+        side = traits.side(side)
         with tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress) as bar:
-            for rows in batches_by_tokens(lengths, batch_tokens):
+            for rows in traits.groups(lengths, batch_tokens, side):
                 with evaluating(self.lm.model):  # not around the yield, which runs others' code
                     states = self.read([self.ids[row] for row in rows], side)
                 yield rows, states

@@ -23,3 +23,15 @@ def batches_by_tokens(
         batches[-1].append(index)
         size += width
     return batches
+
+
+def equal_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Item indices by batch of at most `budget` tokens, all of one length; the longest first."""
+    by_length: dict[int, list[int]] = {}
+    for index, length in enumerate(lengths):
+        by_length.setdefault(length, []).append(index)
+    return [
+        [rows[index] for index in batch]
+        for length, rows in sorted(by_length.items(), reverse=True)
+        for batch in batches_by_tokens([length] * len(rows), budget)
+    ]

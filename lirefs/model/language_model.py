@@ -16,9 +16,10 @@ from transformers import GenerationConfig
 
 from lirefs.errors import SettingError
 from lirefs.model.fingerprint import fingerprint, tokenizer_hash
-from lirefs.model.guest import accepts, evaluating, input_device, maybe_call
+from lirefs.model.guest import evaluating, input_device, maybe_call
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
+from lirefs.model.traits import Traits, traits_of
 
 BATCH_TOKENS = 1024
 """Default number of tokens in a batch."""
@@ -59,6 +60,15 @@ class LanguageModel:
     def width(self) -> int:
         """Size of the residual stream."""
         return self.layout.width
+
+    @property
+    def traits(self) -> Traits:
+        """Which padding and caches leave a row as it is alone; print it for a list.
+
+        Found at the first use by a few forward passes on six tokens, and kept for the
+        configuration. Everything here pads and caches accordingly.
+        """
+        return traits_of(self.model)
 
     @property
     def fingerprint(self) -> str:
@@ -106,7 +116,7 @@ class LanguageModel:
             side: Where the padding goes, ``left`` or ``right``.
 
         Returns:
-            ``input_ids`` and ``attention_mask``, and ``position_ids`` if the model takes them:
+            ``input_ids`` and ``attention_mask``, and ``position_ids`` if the model heeds them:
             integers, ``(batch, tokens)``, on the model's device. Positions count real tokens
             from 0; padding on the left has position 0.
 
@@ -124,7 +134,7 @@ class LanguageModel:
         padded = functools.partial(pad_sequence, batch_first=True, padding_side=side)
         mask = padded([torch.ones_like(row) for row in rows])
         batch = {"input_ids": padded(rows, padding_value=self._pad_id), "attention_mask": mask}
-        if accepts(self.model, "position_ids"):
+        if self.traits.positions:
             batch["position_ids"] = (mask.cumsum(-1) - 1).clamp(min=0)
         return {name: tensor.to(self.device) for name, tensor in batch.items()}
 
@@ -159,8 +169,10 @@ class LanguageModel:
         for index, row in enumerate(ids):
             if not len(row):
                 raise SettingError(f"text {index} has no token: leave it out")
+            mixed = width != len(row) and not self.traits.right
             width = max(width, len(row))
-            if not groups or width * (len(groups[-1]) + 1) > batch_tokens:
+            full = groups and width * (len(groups[-1]) + 1) > batch_tokens
+            if not groups or full or mixed or not self.traits.batch:
                 groups.append([])
                 width = len(row)
             groups[-1].append(cast("Sequence[int]", row))
@@ -185,14 +197,36 @@ class LanguageModel:
             ``return_dict_in_generate`` the output of ``model.generate`` itself.
 
         Raises:
-            SettingError: A prompt is empty.
+            SettingError: A prompt is empty, or the prompts of a call that returns the output of
+                ``model.generate`` need several batches (see ``traits``).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
-        batch = self.pad(self.encode(prompts))
+        ids = self.encode(prompts)
+        groups = self.traits.groups(list(map(len, ids)), sum(map(len, ids)) * len(ids), "left")
+        found: dict[int, Any] = {}
+        for rows in groups:
+            out = self._generate([ids[row] for row in rows], max_new_tokens, kwargs)
+            if not isinstance(out, list):
+                if len(groups) > 1:
+                    raise SettingError(
+                        f"{self.name} cannot pad prompts of different lengths, so there is not one "
+                        "output of generate for all of them: give them one by one"
+                    )
+                return out
+            found |= zip(rows, out, strict=True)
+        return found[0] if isinstance(prompt, str) else [found[row] for row in range(len(ids))]
+
+    def _generate(
+        self, ids: list[list[int]], max_new_tokens: int, kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The new text of each prompt of one batch, or what `generate` returns if not tokens."""
+        batch = self.pad(ids)
         batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self._pad_id, **kwargs}
+        if not self.traits.cache:
+            settings.setdefault("use_cache", False)
         plain = not settings["do_sample"] and "generation_config" not in kwargs
         with evaluating(self.model), _plain_greedy(self.model) if plain else nullcontext():
             out = self.model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
@@ -203,9 +237,8 @@ class LanguageModel:
         if not {"eos_token_id", "generation_config"} & kwargs.keys():
             new = [self.before_end(row) for row in new]
         texts = [self.tokenizer.decode(row, skip_special_tokens=True) for row in new]
-        each = len(texts) // len(prompts)
-        found = texts if each == 1 else [texts[k : k + each] for k in range(0, len(texts), each)]
-        return found[0] if isinstance(prompt, str) else found
+        each = len(texts) // len(ids)
+        return texts if each == 1 else [texts[k : k + each] for k in range(0, len(texts), each)]
 
     @property
     def end_tokens(self) -> frozenset[int]:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
-from transformers import DynamicCache
 
 from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
+from lirefs.model.traits import cache_name
 
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
@@ -66,11 +66,13 @@ def greedy(
         return stopped or any(text in tail for text in texts)
 
     results: dict[int, list[int]] = {}
+    traits = lm.traits
     with evaluating(lm.model):
-        prefix = _shared_prefix(lm, prompts)
         lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-        for rows in batches_by_tokens(lengths, batch_tokens):
-            batch = _Batch(lm, [prompts[row] for row in rows], *prefix)
+        prefix = _shared_prefix(lm, prompts, max(lengths, default=0))
+        for rows in traits.groups(lengths, batch_tokens, "left" if traits.cache else None):
+            some = [prompts[row] for row in rows]
+            batch = _Batch(lm, some, *prefix) if traits.cache else _Recomputed(lm, some)
             results |= zip(rows, _decode(batch, max_new_tokens, ends), strict=True)
             advance(len(rows))
     return [results[row] for row in range(len(prompts))]
@@ -121,8 +123,12 @@ def score_continuations(
         of greedy decoding.
     """
     results: dict[int, list[tuple[float, bool]]] = {}
+    traits = lm.traits
+    if not traits.continued:
+        return _score_whole(lm, items, advance)
     with evaluating(lm.model):
-        prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
+        longest = [len(prompt) + max(map(len, options)) for prompt, options in items]
+        prefix = _shared_prefix(lm, [prompt for prompt, _ in items], max(longest, default=0))
         # In the cache, each option of several tokens has its own copy of the prompt.
         lengths = [
             max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
@@ -153,16 +159,85 @@ def token_nlls(
     """
     results: dict[int, Tensor] = {}
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
-        for rows in batches_by_tokens(list(map(len, texts)), BATCH_TOKENS // 4):
-            inputs = lm.pad([texts[row] for row in rows], side="right")
-            halves = Prompt(torch.tensor([max(1, len(texts[row]) // 2) for row in rows]))
-            with prompt_known(halves):
-                logits = lm.model(**inputs, use_cache=False).logits[:, :-1]
-            nll = _nll(logits, inputs["input_ids"][:, 1:]).cpu()
+        for rows in lm.traits.groups(list(map(len, texts)), BATCH_TOKENS // 4, "right"):
+            some = [texts[row] for row in rows]
+            logits = _logits(lm, some, [max(1, len(text) // 2) for text in some])[:, :-1]
+            nll = _nll(logits, _padded(some)[:, 1:]).cpu()
             for index, row in enumerate(rows):
                 results[row] = nll[index, : len(texts[row]) - 1].clone()
             advance(len(rows))
     return [results[row] for row in range(len(texts))]
+
+
+def _score_whole(
+    lm: LanguageModel,
+    items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
+    advance: Advance,
+) -> list[list[tuple[float, bool]]]:
+    """`score_continuations` without a cache: each option is run with its whole prompt."""
+    pairs = [(prompt, option) for prompt, options in items for option in options]
+    step = progress_in_items(advance, len(items), len(pairs))
+    scored: dict[int, tuple[float, bool]] = {}
+    lengths = [len(prompt) + len(option) - 1 for prompt, option in pairs]
+    with evaluating(lm.model):
+        for rows in lm.traits.groups(lengths, BATCH_TOKENS // 4, "right"):
+            texts = [[*pairs[row][0], *pairs[row][1][:-1]] for row in rows]
+            logits = _logits(lm, texts, [len(pairs[row][0]) for row in rows])
+            for row, found in zip(rows, logits, strict=True):
+                prompt, option = pairs[row]
+                part = found[len(prompt) - 1 : lengths[row]]
+                goal = torch.tensor([list(option)])
+                right = bool((part.argmax(-1).cpu() == goal[0]).all())
+                scored[row] = -float(_nll(part[None], goal).sum()), right
+            step(len(rows))
+    ordered = iter(scored[row] for row in range(len(pairs)))
+    return [[next(ordered) for _ in options] for _, options in items]
+
+
+def progress_in_items(advance: Advance, items: int, prompts: int) -> Advance:
+    """Progress in items, for calls that report how many of their prompts are finished."""
+    done = 0
+
+    def step(n: int) -> None:
+        nonlocal done
+        before, done = done * items // prompts, done + n
+        advance(done * items // prompts - before)
+
+    return step
+
+
+def _logits(lm: LanguageModel, texts: Sequence[Sequence[int]], prompts: Sequence[int]) -> Tensor:
+    """Logits of whole texts, padded on the right, whose prompts have these lengths."""
+    with prompt_known(Prompt(torch.tensor(prompts))):
+        return cast(Tensor, lm.model(**lm.pad(texts, side="right"), use_cache=False).logits)
+
+
+def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    return pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True)
+
+
+class _Recomputed:
+    """Prompts of equal length, whose tokens are all computed again at every step."""
+
+    def __init__(self, lm: LanguageModel, prompts: list[Sequence[int]]) -> None:
+        self._lm = lm
+        self._starts = [len(prompt) for prompt in prompts]
+        self._texts = [list(prompt) for prompt in prompts]
+        self.last_logits = self._last()
+
+    def _last(self) -> Tensor:
+        return _logits(self._lm, self._texts, self._starts)[:, -1]
+
+    def select(self, picked: list[int]) -> None:
+        """Keep these rows of the batch, in this order."""
+        self._texts = [self._texts[row] for row in picked]
+        self._starts = [self._starts[row] for row in picked]
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits after one more token of each row, (rows,)."""
+        for text, token in zip(self._texts, tokens.tolist(), strict=True):
+            text.append(token)
+        return self._last()
 
 
 class _Batch:
@@ -172,12 +247,14 @@ class _Batch:
         self, lm: LanguageModel, prompts: list[Sequence[int]], shared: int, prefix: Any
     ) -> None:
         self.model = lm.model
+        self._name = cache_name(lm.model) or ""
+        self._positions = lm.traits.positions
         self.prompt = Prompt(torch.tensor(list(map(len, prompts))))
         inputs = lm.pad([prompt[shared:] for prompt in prompts], side="left")
         self.mask = inputs["attention_mask"]
         self.cache = copy.deepcopy(prefix)
         if prefix is not None:
-            self.cache.batch_select_indices(self.mask.new_zeros(len(prompts)))
+            self.cache.reorder_cache(self.mask.new_zeros(len(prompts)))
             self.mask = torch.cat([self.mask.new_ones(len(prompts), shared), self.mask], dim=1)
         positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
         self.next_position = positions[:, -1:] + 1
@@ -185,30 +262,43 @@ class _Batch:
 
     def forward(self, ids: Tensor, positions: Tensor, last_only: bool = True) -> Tensor:
         """Logits of the tokens `ids`, whose mask is already part of `self.mask`."""
-        extra: dict[str, Any] = {"past_key_values": self.cache, "use_cache": True}
-        if accepts(self.model, "position_ids"):
+        extra: dict[str, Any] = {"use_cache": True}
+        if self.cache is not None:
+            extra[self._name] = self.cache
+        if self.cache is None or self._name == "past_key_values":
+            extra["attention_mask"] = self.mask  # a recurrent state needs none
+        if self._positions:
             extra["position_ids"] = positions
         if last_only and accepts(self.model, "logits_to_keep"):
             extra["logits_to_keep"] = 1
         with prompt_known(self.prompt):
-            out = self.model(input_ids=ids, attention_mask=self.mask, **extra)
-        self.cache = out.past_key_values
+            out = self.model(input_ids=ids, **extra)
+        self.cache = getattr(out, self._name)
         return cast(Tensor, out.logits)
+
+    def step(self, tokens: Tensor) -> Tensor:
+        """Logits after one more token of each row, (rows,)."""
+        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
+        logits = self.forward(tokens[:, None].to(self.mask.device), self.next_position)[:, -1]
+        self.next_position = self.next_position + 1
+        return logits
 
     def select(self, picked: list[int]) -> None:
         """Keep these rows of the batch, in this order; a row may be picked several times."""
         rows = torch.tensor(picked, device=self.mask.device)
-        self.cache.batch_select_indices(rows)
+        self.cache.reorder_cache(rows)
         self.mask = self.mask[rows]
         self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
 
 
-def _decode(batch: _Batch, limit: int, ends: Callable[[list[int]], bool]) -> list[list[int]]:
-    rows: list[list[int]] = [[] for _ in batch.mask]
+def _decode(
+    batch: _Batch | _Recomputed, limit: int, ends: Callable[[list[int]], bool]
+) -> list[list[int]]:
+    logits = batch.last_logits
+    rows: list[list[int]] = [[] for _ in logits]
     done = [False] * len(rows)
     held = list(range(len(rows)))  # those that the batch still holds
-    logits = batch.last_logits
     for step in range(limit):
         tokens = logits.argmax(-1)
         for row, token in zip(held, tokens.tolist(), strict=True):
@@ -222,9 +312,7 @@ def _decode(batch: _Batch, limit: int, ends: Callable[[list[int]], bool]) -> lis
             batch.select(going)
             tokens = tokens[going]
             held = [held[index] for index in going]
-        batch.mask = torch.cat([batch.mask, batch.mask.new_ones(len(held), 1)], dim=1)
-        ids = tokens[:, None].to(batch.mask.device)
-        logits = batch.forward(ids, batch.next_position + step)[:, -1]
+        logits = batch.step(tokens)
     return rows
 
 
@@ -287,13 +375,18 @@ def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
     return min(common_prefix(*sequences), *(len(sequence) - 1 for sequence in sequences))
 
 
-def _shared_prefix(lm: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[int, Any]:
-    """Length and cache of the beginning of all prompts, if the cache can be copied row by row."""
-    shared = _shared_tokens(prompts) if len(prompts) > 1 else 0
-    if shared < SHORTEST_SHARED:
+def _shared_prefix(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], longest: int
+) -> tuple[int, Any]:
+    """Length and cache of the beginning of all prompts, if rows after it are as alone.
+
+    Rests of different length leave a hole of padding after it, for which a window has no room.
+    """
+    traits = lm.traits
+    shared = _shared_tokens(prompts) if len(prompts) > 1 and traits.shared else 0
+    if shared < SHORTEST_SHARED or (traits.window is not None and longest > traits.window):
         return 0, None
     keep = {"logits_to_keep": 1} if accepts(lm.model, "logits_to_keep") else {}
     with prompt_known(Prompt(torch.tensor([shared + 1]))):  # every prompt continues after it
         out = lm.model(**lm.pad([prompts[0][:shared]]), use_cache=True, **keep)
-    cache = out.past_key_values
-    return (shared, cache) if type(cache) is DynamicCache else (0, None)
+    return shared, getattr(out, cache_name(lm.model) or "")

@@ -11,8 +11,8 @@ from lirefs.errors import TaskError
 from lirefs.files import read_jsonl
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.inference import Advance, common_prefix, greedy
-from lirefs.tasks.task import ItemResult, ItemTask, progress_in_items
+from lirefs.tasks.inference import Advance, common_prefix, greedy, progress_in_items
+from lirefs.tasks.task import ItemResult, ItemTask
 
 SUFFIX_TOKENS = 12
 LOOSE = 0.75

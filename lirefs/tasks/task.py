@@ -11,7 +11,7 @@ from lirefs.errors import TaskError
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks import inference
 from lirefs.tasks.answers import AnswerKind, judge, number_at
-from lirefs.tasks.inference import Advance
+from lirefs.tasks.inference import Advance, progress_in_items
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
 CONFLICT = "conflict"
@@ -105,18 +105,6 @@ class ItemTask:
     def subset(self, rows: Sequence[int]) -> Self:
         """The same task on some of its items."""
         return replace(self, items=[self.items[row] for row in rows])
-
-
-def progress_in_items(advance: Advance, items: int, prompts: int) -> Advance:
-    """Progress in items, for calls that report how many of their prompts are finished."""
-    done = 0
-
-    def step(n: int) -> None:
-        nonlocal done
-        before, done = done * items // prompts, done + n
-        advance(done * items // prompts - before)
-
-    return step
 
 
 @dataclass(frozen=True)
