@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from lirefs.errors import BatchError
-from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, input_device, maybe_call
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
+from lirefs.model.traits import traits_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
 """A `forward` of `collect`: model and batch to logits, mask and, if asked for, labels."""
@@ -73,7 +73,7 @@ def module_and_batches(
     if len(texts) < len(given):
         raise BatchError("texts and other batches cannot be mixed")
     ids = model.encode(texts)
-    groups = batches_by_tokens([len(row) for row in ids], BATCH_TOKENS)
+    groups = model.traits.groups([len(row) for row in ids], BATCH_TOKENS, "right")
     return model.model, [model.pad([ids[row] for row in rows], side="right") for rows in groups]
 
 
@@ -108,6 +108,14 @@ def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
             found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
             raise BatchError(
                 f"{place}: {key} must be a tensor of shape {tuple(shape)}, not {found}"
+            )
+    mask: Any = batch.get("attention_mask")
+    checked = isinstance(mask, Tensor) and hasattr(model, "config")
+    for side, column in (("left", 0), ("right", -1)) if checked else ():
+        if not bool(mask[:, column].all()) and not getattr(traits_of(model), side):
+            raise BatchError(
+                f"{place} is padded on the {side}, which changes the rows of this model "
+                f"({type(model).__name__}): give texts and an `lm`, or batches of one length"
             )
     size = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", None)
     if size is not None and bool(((ids < 0) | (ids >= size)).any()):

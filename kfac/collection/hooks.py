@@ -16,6 +16,7 @@ from kfac.collection.finite import first_not_finite_row, not_finite, not_finite_
 from kfac.experts import observed_experts
 from kfac.target import Target, TargetRecord
 from lirefs.errors import KfacError, NonFiniteError, TargetError
+from lirefs.model.traits import PROBING
 
 
 @dataclass(eq=False)
@@ -156,6 +157,8 @@ class TargetTracker:
         return self._watch(name, rows, output, positions) if name in self.targets else output
 
     def _watch(self, name: str, tensor: Tensor, output: Tensor, positions: Tensor | None) -> Tensor:
+        if PROBING.get():
+            return output
         if not torch.is_grad_enabled():
             raise TargetError(
                 f"target {name!r} runs with gradients disabled (under no_grad, or in a re-entrant "

@@ -6,6 +6,7 @@ from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout, layout_of
 from lirefs.model.loading import load
 from lirefs.model.prompts import prompt_lengths
+from lirefs.model.traits import Traits
 
 __all__ = [
     "Composition",
@@ -13,6 +14,7 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "Layout",
+    "Traits",
     "applied",
     "compose",
     "find_layout",

@@ -42,6 +42,7 @@ class Traits:
     """Which ways of running a model leave each row as it is alone.
 
     Attributes:
+        causal: Tokens do not see later ones; otherwise their log-likelihood means nothing.
         batch: Several rows of equal length in one batch.
         right: Rows padded on the right.
         left: Rows padded on the left.
@@ -53,6 +54,7 @@ class Traits:
             None without one. A longer batch does not use ``shared``.
     """
 
+    causal: bool = True
     batch: bool = True
     right: bool = True
     left: bool = True
@@ -73,7 +75,8 @@ class Traits:
             "shared": "a shared beginning",
         }
         said = {True: "as alone", False: "differs, so it is not used", None: "not taken"}
-        lines = [f"{what}: {said[getattr(self, name)]}" for name, what in names.items()]
+        lines = ["causal" if self.causal else "not causal: tokens see later ones"]
+        lines += [f"{what}: {said[getattr(self, name)]}" for name, what in names.items()]
         return "\n".join([*lines, f"attention window: {self.window or 'none'}"])
 
     def side(self, preferred: Literal["left", "right"]) -> Literal["left", "right"]:
@@ -267,6 +270,7 @@ def _probe(model: nn.Module) -> Traits:
             found["right"] = _holds(right)
             probe.positions = not found["right"]
         found["positions"] = probe.positions
+        found["causal"] = found["right"] or probe.same(probe.run([row[:4]]), [(0, 4)])
         found["batch"] = found["right"] or _holds(
             lambda: probe.same(probe.run([row, row], "right"), [(0, 6), (0, 6)])
         )

@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from lirefs.errors import TaskError
 from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
-from lirefs.model.traits import cache_name
+from lirefs.model.traits import Traits, cache_name
 
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
@@ -123,7 +124,7 @@ def score_continuations(
         of greedy decoding.
     """
     results: dict[int, list[tuple[float, bool]]] = {}
-    traits = lm.traits
+    traits = _causal_traits(lm)
     if not traits.continued:
         return _score_whole(lm, items, advance)
     with evaluating(lm.model):
@@ -159,7 +160,8 @@ def token_nlls(
     """
     results: dict[int, Tensor] = {}
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
-        for rows in lm.traits.groups(list(map(len, texts)), BATCH_TOKENS // 4, "right"):
+        traits = _causal_traits(lm)
+        for rows in traits.groups(list(map(len, texts)), BATCH_TOKENS // 4, "right"):
             some = [texts[row] for row in rows]
             logits = _logits(lm, some, [max(1, len(text) // 2) for text in some])[:, :-1]
             nll = _nll(logits, _padded(some)[:, 1:]).cpu()
@@ -167,6 +169,16 @@ def token_nlls(
                 results[row] = nll[index, : len(texts[row]) - 1].clone()
             advance(len(rows))
     return [results[row] for row in range(len(texts))]
+
+
+def _causal_traits(lm: LanguageModel) -> Traits:
+    """The traits of a model whose log-likelihoods mean something; TaskError for others."""
+    if not lm.traits.causal:
+        raise TaskError(
+            f"{lm.name}: tokens see later ones in this model, so the likelihood of a text cannot "
+            "be scored; use tasks that generate their answer (ShortAnswer, Recitation)"
+        )
+    return lm.traits
 
 
 def _score_whole(

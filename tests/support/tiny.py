@@ -25,7 +25,7 @@ _MODERN = {
     "eos_token_id": 1,
     "pad_token_id": 2,
 }
-_IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+IDS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 
 # family: configuration class, settings
 _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -45,7 +45,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "n_layer": LAYERS,
             "n_head": 4,
             "n_positions": 128,
-            **_IDS,
+            **IDS,
         },
     ),
     "gpt_neox": (
@@ -57,7 +57,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 4,
             "max_position_embeddings": 128,
-            **_IDS,
+            **IDS,
         },
     ),
     "opt": (
@@ -70,7 +70,7 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "num_attention_heads": 4,
             "max_position_embeddings": 128,
             "word_embed_proj_dim": WIDTH,
-            **_IDS,
+            **IDS,
         },
     ),
     "falcon": (
@@ -80,12 +80,12 @@ _FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_size": WIDTH,
             "num_hidden_layers": LAYERS,
             "num_attention_heads": 4,
-            **_IDS,
+            **IDS,
         },
     ),
     "bloom": (
         "BloomConfig",
-        {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4, **_IDS},
+        {"vocab_size": VOCABULARY, "hidden_size": WIDTH, "n_layer": LAYERS, "n_head": 4, **IDS},
     ),
 }
 FAMILIES = tuple(_FAMILIES)
