@@ -197,13 +197,19 @@ class LanguageModel:
             ``return_dict_in_generate`` the output of ``model.generate`` itself.
 
         Raises:
-            SettingError: A prompt is empty, or the prompts of a call that returns the output of
+            SettingError: A prompt is empty, the model does not number positions as
+                ``model.generate`` does (``traits.positions`` is false), or the prompts of a call that returns the output of
                 ``model.generate`` need several batches (see ``traits``).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:
             return []
         ids = self.encode(prompts)
+        if self.traits.positions is False:
+            raise SettingError(
+                f"model.generate numbers positions from 0 and {self.name} does not, so its answers "
+                "would not be those of a forward pass; use lirefs.tasks.greedy"
+            )
         groups = self.traits.groups(list(map(len, ids)), sum(map(len, ids)) * len(ids), "left")
         found: dict[int, Any] = {}
         for rows in groups:

@@ -33,6 +33,8 @@ PROBING: ContextVar[bool] = ContextVar("probing", default=False)
 
 _TOKENS = 6
 _CACHES = ("past_key_values", "cache_params")
+# Their cache drops what is outside the window, which their forward pass attends to.
+_WINDOW_IN_CACHE_ALONE = {"moshi"}
 _KNOWN: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Traits]] = weakref.WeakKeyDictionary()
 _BY_CONFIG: dict[str, Traits] = {}
 
@@ -293,7 +295,10 @@ def _probe(model: nn.Module) -> Traits:
         found["continued"] = found["left"] and usable and _holds(lambda: after_cache(2))
         found["cache"] = found["continued"] or _holds(lambda: _steps(probe, found["left"]))
         found["shared"] = found["continued"] and _holds(lambda: _shares(probe))
-    return Traits(**found, window=window_of(model))
+    window = window_of(model)
+    if window and getattr(text_config(model), "model_type", None) in _WINDOW_IN_CACHE_ALONE:
+        found |= dict.fromkeys(("cache", "continued", "shared"), False)
+    return Traits(**found, window=window)
 
 
 def _steps(probe: _Probe, padded: bool) -> bool:

@@ -104,8 +104,13 @@ class Tracker:
 
 
 def _owner(model: nn.Module, layout: Layout) -> nn.Module:
-    """The module that owns the blocks."""
-    return model.get_submodule(layout.blocks.rpartition(".")[0])
+    """The innermost module around the blocks whose forward pass takes token ids."""
+    path = layout.blocks
+    while path := path.rpartition(".")[0]:
+        owner = model.get_submodule(path)
+        if "input_ids" in inspect.signature(owner.forward).parameters:
+            return owner
+    return model
 
 
 def _on_forward(owner: nn.Module, action: Callable[[dict[str, Any]], object]) -> RemovableHandle:
