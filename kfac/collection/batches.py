@@ -59,11 +59,17 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
 def module_and_batches(
     model: nn.Module | LanguageModel, batches: Iterable[Any]
 ) -> tuple[nn.Module, Iterable[Any]]:
-    """Return the module, and texts of an `lm` as batches of similar length, longest first."""
+    """Return the module, and texts of an `lm` as batches of similar length, longest first.
+
+    Of a model in DataParallel or DistributedDataParallel it is the module inside: their forward
+    pass waits for the other processes, each of which may have another number of batches.
+    """
     if isinstance(batches, str):
         raise BatchError("a list of texts is needed, got one string: use [text]")
     if isinstance(batches, Mapping):
         raise BatchError("a list of batches or texts is needed, got one mapping: use [batch]")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
     if not isinstance(model, LanguageModel):
         return model, batches
     given = list(batches)
@@ -123,7 +129,8 @@ def on_its_device(batch: Any, model: nn.Module) -> Any:
 
 def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # No gradient passes through tensors that were made in inference mode; a copy is made here.
+        return batch.to(device, copy=batch.is_inference())
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):

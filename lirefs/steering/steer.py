@@ -21,7 +21,7 @@ from lirefs.model.intervention import (
     reserve,
     steerings_of,
 )
-from lirefs.model.layout import SITES, Layout, layer_indices
+from lirefs.model.layout import SITES, Layout, layer_indices, missing_layer
 from lirefs.model.layout_search import layout_of
 from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import chain_hook_at
@@ -142,10 +142,8 @@ class Steer(Composable):
                 raise InterventionError(
                     f"the direction has width {tuple(one.vector.shape)}, the model {layout.width}"
                 )
-            if not 0 <= layer < layout.n_layers:
-                raise InterventionError(
-                    f"layer {layer} does not exist; the model has 0 to {layout.n_layers - 1}"
-                )
+            if problem := missing_layer([layer], layout.n_layers):
+                raise InterventionError(problem)
             layout.module(model, site, layer)
         if isinstance(self.strength, dict):
             for layer in sorted({layer for layer, _, _ in places} - self.strength.keys()):
