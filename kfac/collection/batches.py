@@ -59,17 +59,11 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
 def module_and_batches(
     model: nn.Module | LanguageModel, batches: Iterable[Any]
 ) -> tuple[nn.Module, Iterable[Any]]:
-    """Return the module, and texts of an `lm` as batches of similar length, longest first.
-
-    Of a model in DataParallel or DistributedDataParallel it is the module inside: their forward
-    pass waits for the other processes, each of which may have another number of batches.
-    """
+    """Return the module, and texts of an `lm` as batches of similar length, longest first."""
     if isinstance(batches, str):
         raise BatchError("a list of texts is needed, got one string: use [text]")
     if isinstance(batches, Mapping):
         raise BatchError("a list of batches or texts is needed, got one mapping: use [batch]")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
     if not isinstance(model, LanguageModel):
         return model, batches
     given = list(batches)

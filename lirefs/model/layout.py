@@ -49,6 +49,7 @@ class Layout:
 
         Raises:
             SettingError: ``layer`` is not an integer from 0 to ``n_layers - 1``.
+            LayoutError: The model has lost this block since.
         """
         try:
             index = operator.index(layer)
@@ -56,7 +57,14 @@ class Layout:
             raise SettingError(f"layer must be an integer, got {layer!r}") from None
         if problem := missing_layer([index], self.n_layers):
             raise SettingError(problem)
-        return model.get_submodule(f"{self.blocks}.{index}")
+        name = f"{self.blocks}.{index}"
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            raise LayoutError(
+                f"the model has no module {name} any more: its blocks were changed after its "
+                "layout was found; wrap the model again"
+            ) from None
 
     def module(self, model: nn.Module, site: str, layer: int) -> tuple[nn.Module, Side]:
         """Return the module at which ``site`` of ``layer`` is read, and at which side of it.
@@ -85,8 +93,8 @@ class Layout:
             having = [str(index) for index, one in enumerate(names) if one is not None]
             raise LayoutError(
                 f"{site} is not available at layer {layer} of this model: no pair of modules was "
-                "found for which resid_pre + attn_out + mlp_out equals resid_post; use resid_pre or "
-                "resid_post" + (f", or layers {', '.join(having)}" if having else "")
+                "found for which resid_pre + attn_out + mlp_out equals resid_post; use resid_pre "
+                "or resid_post" + (f", or layers {', '.join(having)}" if having else "")
             )
         return block.get_submodule(name), "output"
 

@@ -70,7 +70,7 @@ def sample_ids(model: nn.Module, rows: int, tokens: int) -> Tensor:
 
 
 def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, Seen]:
-    """Run ``model`` once on `TOKENS` tokens and return what each watched module took and returned."""
+    """Run ``model`` once on `TOKENS` tokens; return what each watched module took and gave."""
     seen = {name: Seen() for name in watched}
     ids = sample_ids(model, 1, TOKENS)
     extra = {"use_cache": False} if accepts(model, "use_cache") else {}
