@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from kfac.experts import check_expert_stack, stacked_experts
 from kfac.target import Target
 from lirefs.errors import TargetError
-from lirefs.model.layout import layer_indices, missing_layer
+from lirefs.model.layout import missing_layer
 from lirefs.model.layout_search import decoder_blocks
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
@@ -61,7 +61,6 @@ def find_targets(
         TargetError: A layer is out of range, nothing matches, a name ending matches nothing, an
             expert does not exist, or a match is not a dense floating-point Linear or Conv1D. The
             message lists what the model has.
-        SettingError: `layers` are not integers.
     """
     prefix, blocks = _main_blocks(model)
     wanted = _wanted_layers(layers, blocks)
@@ -207,7 +206,7 @@ def _main_blocks(model: nn.Module) -> tuple[str | None, int]:
         size = sum(p.numel() for p in module.parameters())
         if len(module) and size > best[0]:
             best = (size, name)
-    blocks = decoder_blocks(model, best[1]) or best[1]
+    blocks = decoder_blocks(model, best[1])
     return blocks, 0 if blocks is None else len(list(model.get_submodule(blocks).children()))
 
 
@@ -223,7 +222,7 @@ def _locate(name: str, prefix: str | None) -> tuple[int | None, str]:
 def _wanted_layers(layers: Iterable[int] | None, blocks: int) -> set[int] | None:
     if layers is None:
         return None
-    wanted = set(layer_indices(layers))
+    wanted = set(layers)
     if not blocks:
         raise TargetError("layers were given, but the model has no ModuleList of blocks; use names")
     if problem := missing_layer(sorted(wanted), blocks):

@@ -36,7 +36,7 @@ def layout_of(model: nn.Module) -> Layout:
 
 
 def decoder_blocks(model: nn.Module, likely: str | None) -> str | None:
-    """Name of the list of decoder blocks; None if there is none, or if none proves to be it.
+    """Name of the list of decoder blocks; `likely` if there is none, or if none proves to be it.
 
     A likely list that alone has the length of the decoder is believed. Else, as in a model that
     also sees, this runs the model as `find_layout` does.
@@ -45,9 +45,19 @@ def decoder_blocks(model: nn.Module, likely: str | None) -> str | None:
         return _LAYOUTS[model].blocks
     try:
         candidates = _block_lists(model, None)
-        return layout_of(model).blocks if candidates not in ([], [likely]) else likely
     except LayoutError:
-        return None
+        return likely
+    if candidates in ([], [likely]):
+        return likely
+    try:
+        return layout_of(model).blocks
+    except LayoutError:  # it does not run on text alone: believe a model that writes text
+        decoder = maybe_call(model, "get_decoder")
+        if decoder is None or maybe_call(model, "get_output_embeddings") is None:
+            return likely
+        own = set(decoder.modules())
+        inside = [name for name in candidates if model.get_submodule(name) in own]
+        return inside[0] if len(inside) == 1 else likely
 
 
 def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Layout:
@@ -115,7 +125,10 @@ def _verified(
     chain = [seen.get(f"{blocks}.{index}", Seen()) for index in range(len(members))]
     for index, one in enumerate(chain):
         if one.input is None or one.output is None or one.output.dim() != 3:
-            raise LayoutError(f"{blocks}.{index} did not carry hidden states (batch, tokens, d)")
+            raise LayoutError(
+                f"{blocks}.{index} was not run on a text alone, or did not carry hidden states "
+                "(batch, tokens, d)"
+            )
         if one.output.shape[:2] != (1, TOKENS):
             raise LayoutError(
                 f"{blocks}.{index} carried hidden states {tuple(one.output.shape)} for 1 text of "

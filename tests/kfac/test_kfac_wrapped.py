@@ -10,10 +10,10 @@ from torch import nn
 
 import kfac
 import lirefs
-from lirefs.errors import ChangedWeightsError, FactorsMismatchError, TargetError
+from lirefs.errors import ChangedWeightsError, FactorsMismatchError, LayoutError, TargetError
 from lirefs.model.guest import accepts
 from lirefs.model.layout import SITES
-from lirefs.model.layout_search import find_layout
+from lirefs.model.layout_search import decoder_blocks, find_layout
 
 BATCHES = [batch([0, 1, 2]), batch([3, 4, 5])]
 ADAPTERS = {
@@ -233,6 +233,27 @@ VISION = {
     "qwen2_vl": qwen2_vl,
     "gemma3": gemma3,
 }
+
+
+def mllama():
+    vision = {"hidden_size": 64, "intermediate_size": 256, "num_hidden_layers": 6}
+    vision |= {"attention_heads": 4, "image_size": 8, "patch_size": 4, "num_global_layers": 1}
+    vision |= {"intermediate_layers_indices": [1], "vision_output_dim": 128}
+    text = tiny_config("llama").to_dict() | {"model_type": "mllama_text_model"}
+    text |= {"cross_attention_layers": [1]}
+    return transformers.MllamaConfig(text_config=text, vision_config=vision, image_token_index=3)
+
+
+@pytest.mark.parametrize("name", ["mllama", "on the meta device"])
+def test_layers_of_a_decoder_that_does_not_run_on_text_alone(name):
+    with torch.device("cpu" if name == "mllama" else "meta"):
+        config = mllama() if name == "mllama" else llava(LAYERS)
+        model = transformers.AutoModelForImageTextToText.from_config(config)
+    assert decoder_blocks(model, "largest") == "model.language_model.layers"
+    if name == "mllama":  # its cross-attention is skipped without an image
+        with pytest.raises(LayoutError, match=r"layers\.1 was not run on a text alone"):
+            find_layout(model)
+        assert kfac.find_targets(model)[0].name == "model.language_model.layers.0.mlp.gate_proj"
 
 
 @pytest.mark.parametrize("name", VISION)

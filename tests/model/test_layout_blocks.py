@@ -7,7 +7,7 @@ from tiny import LAYERS, VOCABULARY, WIDTH, build, fresh_model, tiny_tokenizer
 from torch import nn
 
 import lirefs
-from lirefs.errors import LayoutError, SettingError
+from lirefs.errors import LayoutError
 from lirefs.model.layout import SITES
 from lirefs.model.layout_search import find_layout
 from lirefs.model.observe import Seen, observe
@@ -268,14 +268,6 @@ def test_blocks_that_are_gone_are_named(layer):
     with pytest.raises(LayoutError, match=f"no module model.layers.{layer} any more.*wrap"):
         lirefs.capture(lm, ["abc"], layers=[layer], progress=False)
     assert lirefs.wrap(lm.model, lm.tokenizer, layout={"blocks": "model.layers"}).n_layers == 2
-
-
-def test_layers_of_targets_are_integers():
-    import kfac
-
-    for layers in (2, "1", [1.5], ["a"]):
-        with pytest.raises(SettingError, match="list of integers"):
-            kfac.find_targets(fresh_model("llama"), layers=layers)
 
 
 def test_seen_keeps_what_else_a_module_took_and_gave():
