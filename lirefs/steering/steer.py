@@ -131,7 +131,8 @@ class Steer(Composable):
             SettingError: No such site.
             LayoutError: The architecture lacks a site.
             ProvenanceError: A direction was fitted on another model.
-            ScopeError: The scope begins past the model's last position.
+            ScopeError: The scope begins past the model's last position, or the model has virtual
+                tokens, which move the positions of a text.
         """
         must_be_module(model)
         layout = layout_of(model)
@@ -152,6 +153,12 @@ class Steer(Composable):
         if isinstance(limit, int) and self.scope.first >= limit:
             raise ScopeError(
                 f"position {self.scope.first} is past the end: the model has {limit} positions"
+            )
+        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
+        if virtual and (self.scope is not ALL or isinstance(self.strength, Schedule)):
+            raise ScopeError(
+                f"the model has {virtual} virtual tokens (an adapter of PEFT), so positions in it "
+                "are not those of a text; steer all tokens alike"
             )
         layer, rank = min((layer, SITES.index(site)) for layer, site, _ in places)
         for gate in read:

@@ -1,5 +1,8 @@
 """Targets, factors and edits of models that something wraps: adapters, vision, compilation."""
 
+import copy
+from contextlib import nullcontext
+
 import peft
 import pytest
 import torch
@@ -10,10 +13,17 @@ from torch import nn
 
 import kfac
 import lirefs
-from lirefs.errors import ChangedWeightsError, FactorsMismatchError, LayoutError, TargetError
+from lirefs.errors import (
+    ChangedWeightsError,
+    FactorsMismatchError,
+    LayoutError,
+    ScopeError,
+    TargetError,
+)
 from lirefs.model.guest import accepts
 from lirefs.model.layout import SITES
 from lirefs.model.layout_search import decoder_blocks, find_layout
+from lirefs.steering.scope import from_position
 
 BATCHES = [batch([0, 1, 2]), batch([3, 4, 5])]
 ADAPTERS = {
@@ -175,6 +185,58 @@ def test_virtual_tokens_are_refused():
     config = peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     with pytest.raises(lirefs.LirefsError, match=r"\(1, 9, 32\) for 1 text of 6 tokens"):
         lirefs.wrap(peft.get_peft_model(fresh_model("llama"), config), tiny_tokenizer())
+
+
+@pytest.mark.parametrize("state", ["on", "off", "merged", "swapped", "unloaded"])
+@pytest.mark.parametrize("family", ["llama", "bloom", "gpt2"])
+def test_steering_a_model_with_adapters(family, state):
+    names = {"llama": ["o_proj", "down_proj"], "bloom": ["dense"], "gpt2": ["c_proj"]}
+    config = peft.LoraConfig(r=4, target_modules=names[family], init_lora_weights=False)
+    model = peft.get_peft_model(fresh_model(family), config).eval()
+    model.add_adapter("two", config)
+    lm = lirefs.wrap(model, tiny_tokenizer())
+    one = lirefs.Direction(vector=torch.randn(lm.width), layer=1)
+    steer = lirefs.Steer(one, "add", 1.0, layers=[0, 2], sites=["attn_out", "mlp_out"])
+
+    def change():
+        if state == "merged":
+            model.merge_adapter()
+        if state == "swapped":
+            model.set_adapter("two")
+        return model.disable_adapter() if state == "off" else nullcontext()
+
+    with change():
+        twin = copy.deepcopy(model).merge_and_unload() if state != "off" else model.unload()
+        other = lirefs.wrap(twin.eval(), tiny_tokenizer())
+        if state == "unloaded":
+            lm = lirefs.wrap(model.merge_and_unload().eval(), tiny_tokenizer())
+        with steer.apply(lm.model):
+            found = lirefs.capture(lm, ["abc", "no"], sites=SITES, progress=False).values
+        with steer.apply(other.model):
+            expected = lirefs.capture(other, ["abc", "no"], sites=SITES, progress=False).values
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("scope", ["prompt", "generated", from_position(0), from_position(3)])
+def test_scopes_in_a_model_with_virtual_tokens_are_refused(scope):
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    lm = lirefs.wrap(peft.get_peft_model(fresh_model("llama"), config), tiny_tokenizer())
+    one = lirefs.Direction(vector=torch.ones(lm.width), layer=1)
+    with pytest.raises(ScopeError, match="3 virtual tokens"):
+        lirefs.Steer(one, "add", 1.0, scope=scope).attach(lm.model)
+    with lirefs.Steer(one, "add", 1.0).apply(lm.model):
+        lirefs.capture(lm, ["abc"], progress=False)
+
+
+@pytest.mark.parametrize("setting", ["repetition_penalty", "no_repeat_ngram_size", "max_length"])
+def test_generating_leaves_the_settings_of_the_model_inside(setting):
+    model = fresh_model("llama")
+    setattr(model.generation_config, setting, 3)
+    config = peft.LoraConfig(r=4, target_modules=["up_proj"], task_type="CAUSAL_LM")
+    wrapped = peft.get_peft_model(model, config).eval()
+    lirefs.wrap(wrapped, tiny_tokenizer()).generate("abc", max_new_tokens=2)
+    assert getattr(model.generation_config, setting) == 3
+    assert getattr(wrapped.generation_config, setting) == 3
 
 
 @pytest.mark.parametrize("wrapper", ["peft", "compile", "parallel", "all"])
