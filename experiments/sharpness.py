@@ -121,9 +121,11 @@ def contacts(lm: LanguageModel, names: Sequence[str]) -> dict[str, Contact]:
     """
     model, layout = lm.model, lm.layout
     blocks = {name: ".".join(name.split(".")[: layout.blocks.count(".") + 2]) for name in names}
-    inside = [*layout.norms, *filter(None, (layout.attention, layout.mlp))]
     watched = {*names, *blocks.values()}
-    watched |= {f"{block}.{part}" for block in blocks.values() for part in inside}
+    for block in blocks.values():
+        layer = int(block.rpartition(".")[2])
+        parts = (*layout.norms[layer], layout.attention[layer], layout.mlp[layer])
+        watched |= {f"{block}.{part}" for part in filter(None, parts)}
     seen = observe(model, {name: model.get_submodule(name) for name in sorted(watched)})
     found = {name: _contact(lm, seen, name, blocks[name]) for name in names}
     return {name: contact for name, contact in found.items() if contact is not None}
@@ -233,8 +235,11 @@ def direction_sharpness(
 
 def _contact(lm: LanguageModel, seen: Mapping[str, Seen], name: str, block: str) -> Contact | None:
     own, layout = seen[name], lm.layout
-    norms = {f"{block}.{norm}": lm.model.get_submodule(f"{block}.{norm}") for norm in layout.norms}
-    for part in filter(None, (layout.attention, layout.mlp)):  # its output is added to the stream
+    layer = int(block.rpartition(".")[2])
+    attention, mlp = layout.attention[layer], layout.mlp[layer]
+    inside = [f"{block}.{norm}" for norm in layout.norms[layer]]
+    norms = {norm: lm.model.get_submodule(norm) for norm in inside}
+    for part in filter(None, (attention, mlp)):  # its output is added to the stream
         added = f"{block}.{part}"
         if added in norms and _same(own.output, seen[added].input):
             return Contact("writes", _effect(norms[added], lm.width)[0])
@@ -245,8 +250,8 @@ def _contact(lm: LanguageModel, seen: Mapping[str, Seen], name: str, block: str)
             return Contact("reads", *_effect(module, lm.width))
     stream = seen[block].input
     streams = [stream]
-    if layout.attention is not None and stream is not None:
-        attended = seen[f"{block}.{layout.attention}"].output
+    if attention is not None and stream is not None:
+        attended = seen[f"{block}.{attention}"].output
         streams.append(None if attended is None else stream + attended.reshape(stream.shape))
     if any(_same(own.input, one) for one in streams):
         return Contact("reads", np.ones(lm.width))

@@ -87,9 +87,6 @@ class Target:
             Same shape, dtype and device as the parameter; other experts are unchanged.
         """
         if into is None:
-            if self.expert is None:
-                parameter = self.parameter
-                return self.orient(weight).to(parameter.device, parameter.dtype).contiguous()
             into = self.parameter.detach().clone()
         self.view(into).copy_(weight)
         return into

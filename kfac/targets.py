@@ -12,6 +12,8 @@ from transformers.pytorch_utils import Conv1D
 from kfac.experts import check_expert_stack, stacked_experts
 from kfac.target import Target
 from lirefs.errors import TargetError
+from lirefs.model.layout import missing_layer
+from lirefs.model.layout_search import decoder_blocks
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
 _MATRICES = (nn.Linear, Conv1D)
@@ -39,11 +41,14 @@ def find_targets(
     """Find target matrices by layer and role, in the order of `model.named_modules()`.
 
     In a mixture of experts that transformers stores as stacks of shape (experts, ., .), every
-    expert is its own target.
+    expert is its own target. Where an adapter (PEFT) wraps a matrix, the target is the matrix
+    itself: its factors are those of base plus adapter as they ran, and an edit changes the base and
+    leaves the adapter as it is. To edit the sum of both, merge the adapter first.
 
     Args:
-        model: Any module. Its main block list is the outermost `nn.ModuleList` with the most
-            parameters.
+        model: Any module. Its layers are the blocks that `lirefs` steers, in a model that also sees
+            those of the text decoder; in other networks those of the outermost `nn.ModuleList` with
+            the most parameters.
         layers: Block indices from 0; None takes all.
         projections: "mlp_in" (matrices that read the block's stream: gate and up), "mlp_out"
             (down), "mlp" (both), or a list of name endings such as ["gate_proj", "q_proj"].
@@ -80,11 +85,12 @@ def find_targets(
                 indices = range(len(getattr(module, stack))) if chosen is None else chosen
                 found += [_expert(name, module, layer, stack, index) for index in indices]
         # A container of the same name (a block called "0") is passed over for its children.
-        matrix = isinstance(module, _MATRICES) or not (
-            any(module.children()) or stacked_experts(module)
+        inner = _wrapped(name, module) if _ends(text, endings) else module
+        matrix = isinstance(inner, _MATRICES) or not (
+            any(inner.children()) or stacked_experts(inner)
         )
         if matrix and _ends(text, endings):
-            found.append(_matrix(name, module, layer))
+            found.append(_matrix(name, inner, layer))
     names = {target.name.partition("[")[0] for target in found}
     # A model has only some endings of a group, but each ending that a user wrote must match.
     unmatched = [end for end in endings if not any(_ends(name, (end,)) for name in names)]
@@ -102,7 +108,8 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
 
     Args:
         model: Any module.
-        names: Names as in `model.named_modules()`, each once.
+        names: Names as in `model.named_modules()`, each once; the name of a matrix that an adapter
+            wraps means the matrix itself.
 
     Raises:
         TargetError: A name is missing, repeated, or not a dense floating-point matrix.
@@ -122,8 +129,20 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
             stack, index = match["attribute"], int(match["expert"])
             result[name] = _expert(owner, modules[owner], layer, stack, index)
         else:
-            result[name] = _matrix(name, modules[name], layer)
+            result[name] = _matrix(name, _wrapped(name, modules[name]), layer)
     return list(result.values())
+
+
+def _wrapped(name: str, module: nn.Module) -> nn.Module:
+    """Return the module inside an adapter of PEFT or a compiled module."""
+    if "original_module" in module._modules:
+        copies = [child for child, _ in module.named_modules(prefix=name)][1:]
+        raise TargetError(
+            f"module {name!r} is a {type(module).__name__}, which holds several copies of its "
+            f"weight; name the one that runs: {copies}"
+        )
+    inner = module._modules.get("base_layer") or module._modules.get("_orig_mod")
+    return module if inner is None else _wrapped(name, inner)
 
 
 def _matrix(name: str, module: nn.Module, layer: int | None) -> Target:
@@ -178,7 +197,7 @@ def _check_weight(what: str, weight: object, dimensions: int) -> None:
 
 def _main_blocks(model: nn.Module) -> tuple[str | None, int]:
     """Return the name and length of the main block list; (None, 0) if there is none."""
-    best: tuple[int, str | None, int] = (-1, None, 0)
+    best: tuple[int, str | None] = (-1, None)
     outer: list[str] = []
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or any(name.startswith(o) for o in outer):
@@ -186,8 +205,9 @@ def _main_blocks(model: nn.Module) -> tuple[str | None, int]:
         outer.append(name + "." if name else "")
         size = sum(p.numel() for p in module.parameters())
         if len(module) and size > best[0]:
-            best = (size, name, len(module))
-    return best[1], best[2]
+            best = (size, name)
+    blocks = decoder_blocks(model, best[1])
+    return blocks, 0 if blocks is None else len(list(model.get_submodule(blocks).children()))
 
 
 def _locate(name: str, prefix: str | None) -> tuple[int | None, str]:
@@ -205,8 +225,8 @@ def _wanted_layers(layers: Iterable[int] | None, blocks: int) -> set[int] | None
     wanted = set(layers)
     if not blocks:
         raise TargetError("layers were given, but the model has no ModuleList of blocks; use names")
-    if bad := sorted(layer for layer in wanted if not 0 <= layer < blocks):
-        raise TargetError(f"layers {bad} do not exist: the model has layers 0 to {blocks - 1}")
+    if problem := missing_layer(sorted(wanted), blocks):
+        raise TargetError(problem)
     if not wanted:
         raise TargetError("layers is empty; pass None for all layers")
     return wanted

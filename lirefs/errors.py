@@ -19,10 +19,13 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
             FactorsFileError, FactorsMismatchError, EstimatorError
             KeepError and SpectrumError (also ValueErrors)
             EditError
-                EditOrderError
+                EditOrderError, ChangedWeightsError
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
 
 
 class LirefsError(Exception):
@@ -180,6 +183,24 @@ class EditError(KfacError):
 
 class EditOrderError(EditError):
     """Edits of the same weight must be removed in the reverse order of their attachment."""
+
+
+class ChangedWeightsError(EditError):
+    """Edited weights were changed while the edit was attached, so it was not removed.
+
+    Attributes:
+        handle: What `attach` returned; `handle.remove(discard=True)` restores the originals.
+    """
+
+    def __init__(self, names: Sequence[str], handle: Any) -> None:
+        more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
+        super().__init__(
+            f"the weights of {names[0]}{more} were changed while an edit of them was attached "
+            "(training, load_state_dict, a merged adapter?); removing it would throw that away, so "
+            "nothing was restored: save what you need, then call remove(discard=True) on the "
+            "handle, which is also error.handle; to train an edited model, use edit.bake first"
+        )
+        self.handle = handle
 
 
 def first_line_of_error(problem: BaseException) -> str:

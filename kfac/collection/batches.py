@@ -131,7 +131,8 @@ def on_its_device(batch: Any, model: nn.Module) -> Any:
 
 def _moved(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, Tensor):
-        return batch.to(device)
+        # No gradient passes through tensors that were made in inference mode; a copy is made here.
+        return batch.to(device, copy=batch.is_inference())
     if isinstance(batch, Mapping):
         return {key: _moved(value, device) for key, value in batch.items()}
     if isinstance(batch, list | tuple):

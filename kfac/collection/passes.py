@@ -71,6 +71,9 @@ def run_passes(
     `settings` are JSON values that the sums depend on besides the options. Returned are the records
     of all targets, the tables on CPU, and the number of counted positions.
     """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        # Its forward pass waits for the other processes, which may have fewer batches.
+        model = model.module
     world, passes = World(), planned.passes
     shown = options.progress and world.rank == 0
     if shown:

@@ -7,12 +7,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from kfac.target import Target, weight_digest
 from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
 from lirefs.model.intervention import Composable, reserve
-from lirefs.model.weight_swap import EditHandle, originals_of
+from lirefs.model.weight_swap import EditHandle, SwappedWeight, originals_of
 
 
 class WeightEdit(Composable, abc.ABC):
@@ -51,8 +52,11 @@ class WeightEdit(Composable, abc.ABC):
         """
         with ExitStack() as stack:
             stack.callback(reserve(model, EditError))
-            changes = self._changes(model)
-            return EditHandle(changes, stack.pop_all().close)
+            weights = [
+                SwappedWeight(target.name, target.module, target.attribute, stored)
+                for target, stored in self._changes(model)
+            ]
+            return EditHandle(weights, stack.pop_all().close)
 
     def bake(self, model: nn.Module) -> None:
         """Put the edited weights in place for good, as `attach` would, and drop the originals.
@@ -66,16 +70,18 @@ class WeightEdit(Composable, abc.ABC):
         with ExitStack() as stack:
             stack.callback(reserve(model, EditError))
             changes = self._changes(model)
-            if any(originals_of(parameter) for parameter, _ in changes):
+            if any(originals_of(target.parameter) for target, _ in changes):
                 raise EditOrderError(
                     "an edit of the same weight is attached; remove it before baking"
                 )
-            for parameter, stored in changes:
-                parameter.data = stored
+            for target, stored in changes:
+                target.parameter.data = stored
 
-    def _changes(self, model: nn.Module) -> list[tuple[nn.Parameter, Tensor]]:
-        """Return each parameter to change with its new tensor, both as the module stores them."""
-        changes: dict[int, tuple[nn.Parameter, Tensor]] = {}
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _changes(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
+        """Return a target of each parameter to change, and the parameter's new tensor."""
+        changes: dict[int, tuple[Target, Tensor]] = {}
         owners: dict[tuple[int, int | None], str] = {}
         for target, weight in self.prepare(model):
             parameter = target.parameter
@@ -87,11 +93,13 @@ class WeightEdit(Composable, abc.ABC):
                 )
             owners[key] = target.name
             # Experts of one stack are written into one new tensor.
-            _, into = changes.get(id(parameter), (parameter, None))
-            stored = target.placed(weight, into=into)
+            _, into = changes.get(id(parameter), (target, None))
+            # The data of a parameter must be what it is itself, or the model cannot run any more.
+            with torch.inference_mode(parameter.is_inference()):
+                stored = target.placed(weight, into=into)
             if not bool(target.view(stored).isfinite().all()):
                 raise EditError(f"target {target.name!r}: its edited weight is not finite")
-            changes[id(parameter)] = (parameter, stored)
+            changes[id(parameter)] = (target, stored)
         return list(changes.values())
 
 

@@ -24,7 +24,7 @@ from lirefs.files import atomic_path
 from lirefs.model.guest import evaluating
 from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.language_model import LanguageModel
-from lirefs.model.layout import layer_indices
+from lirefs.model.layout import layer_indices, missing_layer
 from lirefs.model.observe import in_this_thread
 
 _log = logging.getLogger(__name__)
@@ -258,9 +258,8 @@ def _request(
         raise CaptureError("no prompts to capture activations of")
     if not places or not offsets:
         raise CaptureError("nothing to capture: layers, sites or positions are empty")
-    if absent := [layer for layer in chosen if not 0 <= layer < lm.n_layers]:
-        last = lm.n_layers - 1
-        raise CaptureError(f"layer {absent[0]} does not exist; the model has 0 to {last}")
+    if problem := missing_layer(chosen, lm.n_layers):
+        raise CaptureError(problem)
     if all(isinstance(prompt, str) for prompt in prompts):
         # Arrays take 4 bytes a token; lists would take up to tenfold.
         parts = (prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS))

@@ -33,9 +33,9 @@ def projections(model: nn.Module, layout: Layout, writers: list[tuple[int, str]]
     inside: dict[str, list[str]] = {}
     watched: dict[str, nn.Module] = {}
     for layer, site in writers:
-        part = layout.attention if site == "attn_out" else layout.mlp
+        part = (layout.attention if site == "attn_out" else layout.mlp)[layer]
         if not part:
-            raise BakeError(f"no module of this architecture writes {site}")
+            raise BakeError(f"no module of layer {layer} writes {site}")
         top = f"{layout.blocks}.{layer}.{part}"
         module = watched[top] = model.get_submodule(top)
         inside[top] = [

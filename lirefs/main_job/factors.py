@@ -10,6 +10,7 @@ from pathlib import Path
 import kfac
 import lirefs
 from lirefs.errors import FactorsFileError, SettingError, WriteError
+from lirefs.model.layout import missing_layer
 
 _log = logging.getLogger(__name__)
 
@@ -19,9 +20,8 @@ def edited_layers(lm: lirefs.LanguageModel, wanted: Sequence[int] | None) -> lis
     if wanted is None:
         start = round(lm.n_layers * 2 / 3)
         return list(range(start, min(start + 3, lm.n_layers)))
-    wrong = [layer for layer in wanted if not 0 <= layer < lm.n_layers]
-    if wrong:
-        raise SettingError(f"layers: {wrong[0]} does not exist; the model has {lm.n_layers}")
+    if problem := missing_layer(wanted, lm.n_layers):
+        raise SettingError(problem)
     return list(wanted)
 
 

@@ -12,11 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lirefs.errors import SettingError
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model inside torch.compile, DataParallel, DistributedDataParallel and PEFT."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    compiled = model._modules.get("_orig_mod")
+    inner = compiled or getattr(model, "get_base_model", lambda: model)()
+    return model if inner is model else unwrapped(inner)
+
 
 def accepts(model: nn.Module, name: str) -> bool:
     """Return whether the forward method of ``model`` has a parameter called ``name``."""
-    inner = getattr(model, "get_base_model", lambda: model)()  # PEFT hides it behind **kwargs
-    return name in inspect.signature(inner.forward).parameters
+    # Wrappers hide it behind **kwargs.
+    return name in inspect.signature(unwrapped(model).forward).parameters
 
 
 def input_device(model: nn.Module) -> torch.device:
@@ -32,7 +43,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 def text_config(model: nn.Module) -> Any:
     """Return the configuration of the language part, or None without one."""
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(unwrapped(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -57,8 +68,13 @@ def as_guest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients of activations: parameters are frozen, then restored.
 
     Activation checkpointing stays on. TF32, whose 10 bits of mantissa turn the flat end of a
-    spectrum into noise, is off.
+    spectrum into noise, is off. SettingError if the parameters were made in inference mode.
     """
+    if any(parameter.is_inference() for parameter in model.parameters()):
+        raise SettingError(
+            f"{type(model).__name__} was made under torch.inference_mode(), so no gradient passes "
+            "through it; load it outside, or copy its state_dict into a model made outside"
+        )
     with _evaluation_mode(model), _without_tf32(), ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)

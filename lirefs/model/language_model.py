@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from lirefs.errors import SettingError
 from lirefs.model.fingerprint import fingerprint, tokenizer_hash
-from lirefs.model.guest import evaluating, input_device, maybe_call
+from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
 from lirefs.model.traits import Traits, traits_of
@@ -269,14 +269,16 @@ class LanguageModel:
 @contextmanager
 def _plain_greedy(model: Any) -> Iterator[None]:
     """Let ``model.generate`` use its own special tokens and the library's defaults otherwise."""
-    own = model.generation_config
+    models = (model, unwrapped(model))  # PEFT hands its configuration on to the model inside
+    own = [one.generation_config for one in models]
     names = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
-    special = {name: getattr(own, name) for name in names}
+    special = {name: getattr(model.generation_config, name) for name in names}
     model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
-        model.generation_config = own
+        for one, config in zip(models, own, strict=True):
+            one.generation_config = config
 
 
 def wrap(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, SupportsIndex
 
@@ -23,41 +23,48 @@ class Layout:
 
     Attributes:
         blocks: The list of decoder blocks, from the model.
-        attention: The module, from a block, whose output is what attention adds to the residual
-            stream; None if no module gives it.
+        attention: For each block the module, from the block, whose output is what attention adds to
+            the residual stream; None where no module gives it. In hybrids it is the state-space
+            model, convolution or recurrence where that stands in place of attention.
         mlp: The same for the MLP.
         final_norm: The norm that reads the last block's output, from the model; None without one.
         unembedding: The output projection, from the model; None if there is none, or if something
             stands between it and the final norm (OPT with ``project_out``).
         n_layers: Number of blocks.
         width: Size of the residual stream.
-        norms: The norms inside a block, from the block.
+        norms: For each block the norms inside it, from the block.
     """
 
     blocks: str
-    attention: str | None
-    mlp: str | None
+    attention: tuple[str | None, ...]
+    mlp: tuple[str | None, ...]
     final_norm: str | None
     unembedding: str | None
     n_layers: int
     width: int
-    norms: tuple[str, ...] = ()
+    norms: tuple[tuple[str, ...], ...]
 
     def block(self, model: nn.Module, layer: int) -> nn.Module:
         """Return the decoder block of a layer, counted from 0.
 
         Raises:
             SettingError: ``layer`` is not an integer from 0 to ``n_layers - 1``.
+            LayoutError: The model has lost this block since.
         """
         try:
             index = operator.index(layer)
         except TypeError:
             raise SettingError(f"layer must be an integer, got {layer!r}") from None
-        if not 0 <= index < self.n_layers:
-            raise SettingError(
-                f"layer {index} does not exist: this model has layers 0 to {self.n_layers - 1}"
-            )
-        return model.get_submodule(f"{self.blocks}.{index}")
+        if problem := missing_layer([index], self.n_layers):
+            raise SettingError(problem)
+        name = f"{self.blocks}.{index}"
+        try:
+            return model.get_submodule(name)
+        except AttributeError:
+            raise LayoutError(
+                f"the model has no module {name} any more: its blocks were changed after its "
+                "layout was found; wrap the model again"
+            ) from None
 
     def module(self, model: nn.Module, site: str, layer: int) -> tuple[nn.Module, Side]:
         """Return the module at which ``site`` of ``layer`` is read, and at which side of it.
@@ -73,18 +80,21 @@ class Layout:
 
         Raises:
             SettingError: The site or the layer does not exist.
-            LayoutError: This model has no module that gives ``attn_out`` or ``mlp_out``.
+            LayoutError: This block has no module that gives ``attn_out`` or ``mlp_out``.
         """
         if site not in SITES:
             raise SettingError(f"site must be one of {', '.join(SITES)}, got {site!r}")
         block = self.block(model, layer)
         if site in ("resid_pre", "resid_post"):
             return block, "input" if site == "resid_pre" else "output"
-        name = self.attention if site == "attn_out" else self.mlp
+        names = self.attention if site == "attn_out" else self.mlp
+        name = names[layer]
         if name is None:
+            having = [str(index) for index, one in enumerate(names) if one is not None]
             raise LayoutError(
-                f"{site} is not available on this model: no pair of modules was found for which "
-                "resid_pre + attn_out + mlp_out equals resid_post; use resid_pre or resid_post"
+                f"{site} is not available at layer {layer} of this model: no pair of modules was "
+                "found for which resid_pre + attn_out + mlp_out equals resid_post; use resid_pre "
+                "or resid_post" + (f", or layers {', '.join(having)}" if having else "")
             )
         return block.get_submodule(name), "output"
 
@@ -92,13 +102,28 @@ class Layout:
         """List the parts that were found, one on each line."""
         parts = {
             "blocks": f"{self.blocks} ({self.n_layers} layers, width {self.width})",
-            "attention": self.attention or "not available",
-            "mlp": self.mlp or "not available",
+            "attention": _by_layer([name or "not available" for name in self.attention]),
+            "mlp": _by_layer([name or "not available" for name in self.mlp]),
             "final norm": self.final_norm or "none",
             "unembedding": self.unembedding or "none",
-            "norms": ", ".join(self.norms) or "none",
+            "norms": _by_layer([", ".join(names) or "none" for names in self.norms]),
         }
         return "\n".join(f"{part}: {name}" for part, name in parts.items())
+
+
+def _by_layer(names: Sequence[str]) -> str:
+    """One name if all layers share it, else each with its layers."""
+    if len(set(names)) == 1:
+        return names[0]
+    layers = {name: [str(at) for at, one in enumerate(names) if one == name] for name in names}
+    return "; ".join(f"{name} (layers {', '.join(at)})" for name, at in layers.items())
+
+
+def missing_layer(layers: Iterable[int], n_layers: int) -> str | None:
+    """Say which of these layers does not exist, for a message; None if all do."""
+    wrong = [layer for layer in layers if not 0 <= layer < n_layers]
+    exist = f"the model has layers 0 to {n_layers - 1}"
+    return f"layer {wrong[0]} does not exist: {exist}" if wrong else None
 
 
 def layer_indices(layers: Iterable[SupportsIndex]) -> list[int]:

@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from lirefs.errors import LayoutError, SettingError
 from lirefs.model.guest import maybe_call, text_config
 from lirefs.model.layout import Layout
-from lirefs.model.observe import Seen, observe
+from lirefs.model.observe import TOKENS, Seen, observe
 
 _PARTS = ("blocks", "attention", "mlp", "final_norm", "unembedding")
 _BY_HAND = (
     "name the parts by hand: lirefs.wrap(model, tokenizer, layout={'blocks': 'model.layers', "
     "'attention': 'self_attn', 'mlp': 'mlp', 'final_norm': 'model.norm', 'unembedding': 'lm_head'})"
 )
+# Children that stand in place of attention in some blocks of hybrids.
+_MIXERS = ("conv", "mamba", "temporal_block")
 _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictionary()
 
 
@@ -31,6 +33,31 @@ def layout_of(model: nn.Module) -> Layout:
     """Return the layout of ``model``; the first call finds it, as ``find_layout`` does."""
     known = _LAYOUTS.get(model)
     return find_layout(model) if known is None else known
+
+
+def decoder_blocks(model: nn.Module, likely: str | None) -> str | None:
+    """Name of the list of decoder blocks; `likely` if there is none, or if none proves to be it.
+
+    A likely list that alone has the length of the decoder is believed. Else, as in a model that
+    also sees, this runs the model as `find_layout` does.
+    """
+    if model in _LAYOUTS:
+        return _LAYOUTS[model].blocks
+    try:
+        candidates = _block_lists(model, None)
+    except LayoutError:
+        return likely
+    if candidates in ([], [likely]):
+        return likely
+    try:
+        return layout_of(model).blocks
+    except LayoutError:  # it does not run on text alone: believe a model that writes text
+        decoder = maybe_call(model, "get_decoder")
+        if decoder is None or maybe_call(model, "get_output_embeddings") is None:
+            return likely
+        own = set(decoder.modules())
+        inside = [name for name in candidates if model.get_submodule(name) in own]
+        return inside[0] if len(inside) == 1 else likely
 
 
 def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) -> Layout:
@@ -48,6 +75,11 @@ def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) ->
         SettingError: ``overrides`` has an unknown part.
         LayoutError: The parts were not found, or a part named by hand failed its check.
     """
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise LayoutError(
+            f"the model is wrapped in {type(model).__name__}, which is for training; give the "
+            "model inside, model.module"
+        )
     given = dict(overrides or {})
     for part, name in given.items():
         if part not in _PARTS:
@@ -93,9 +125,23 @@ def _verified(
     chain = [seen.get(f"{blocks}.{index}", Seen()) for index in range(len(members))]
     for index, one in enumerate(chain):
         if one.input is None or one.output is None or one.output.dim() != 3:
-            raise LayoutError(f"{blocks}.{index} did not carry hidden states (batch, tokens, d)")
+            raise LayoutError(
+                f"{blocks}.{index} was not run on a text alone, or did not carry hidden states "
+                "(batch, tokens, d)"
+            )
+        if one.output.shape[:2] != (1, TOKENS):
+            raise LayoutError(
+                f"{blocks}.{index} carried hidden states {tuple(one.output.shape)} for 1 text of "
+                f"{TOKENS} tokens, so the positions of a text are not those of its states (virtual "
+                "tokens of prompt tuning, or another order of axes)"
+            )
         if index and not _same(chain[index - 1].output, one.input):
             raise LayoutError(f"the output of {blocks}.{index - 1} is not the input of the next")
+        if index and _second_stream(chain[index - 1], one):
+            raise LayoutError(
+                f"{blocks}.{index - 1} hands on a second tensor of hidden states: the residual "
+                "stream is their sum, which no module carries"
+            )
     last = chain[-1].output
     assert last is not None  # checked above; tells the type checker
 
@@ -112,32 +158,53 @@ def _verified(
             raise LayoutError(f"{head} does not read the output of {source}")
         head = None
 
-    ends = [f"{blocks}.0", f"{blocks}.{len(members) - 1}"]
-    attention, mlp = _additive_pair(members[0], ends, given, seen)
+    pairs = _additive_pairs(blocks, members, given, seen)
     return Layout(
         blocks=blocks,
-        attention=attention,
-        mlp=mlp,
+        attention=tuple(attention for attention, _ in pairs),
+        mlp=tuple(mlp for _, mlp in pairs),
         final_norm=final_norm,
         unembedding=head,
         n_layers=len(members),
         width=last.shape[-1],
-        norms=tuple(name for name, module in members[0].named_children() if _is_norm(module)),
+        norms=tuple(map(_norms, members)),
     )
 
 
+def _additive_pairs(
+    blocks: str, members: list[nn.Module], given: Mapping[str, str], seen: Mapping[str, Seen]
+) -> list[tuple[str | None, str | None]]:
+    """Return for each block what `_additive_pair` finds for the blocks of the same parts."""
+    alike: dict[tuple[str, ...], list[int]] = {}  # hybrids have blocks of several kinds
+    for index, block in enumerate(members):
+        alike.setdefault(tuple(name for name, _ in block.named_children()), []).append(index)
+    for part in given.keys() & {"attention", "mlp"}:
+        if not any(_has(members[group[0]], given[part]) for group in alike.values()):
+            _submodule(members[0], given[part])
+    pairs: dict[int, tuple[str | None, str | None]] = {}
+    for group in alike.values():
+        names = [f"{blocks}.{index}" for index in group]
+        pairs |= dict.fromkeys(group, _additive_pair(members[group[0]], names, given, seen))
+    return [pairs[index] for index in range(len(members))]
+
+
 def _additive_pair(
-    block: nn.Module, ends: list[str], given: Mapping[str, str], seen: Mapping[str, Seen]
+    block: nn.Module, alike: list[str], given: Mapping[str, str], seen: Mapping[str, Seen]
 ) -> tuple[str | None, str | None]:
-    """Return the modules whose outputs attention and MLP add, or (None, None) if none fit."""
-    norms = [name for name, module in block.named_children() if _is_norm(module)]
+    """Return the modules whose outputs attention and MLP add in `block` and the blocks like it.
+
+    (None, None) if none fit.
+    """
+    norms = _norms(block)
     # Not GPT-NeoX's dropouts, which give the same numbers but hold nothing.
     others = [
         name
         for name, module in block.named_children()
         if name not in norms and next(module.parameters(), None) is not None
     ]
-    attentions = [name for name in others if "attn" in name or "attention" in name]
+    attentions = [
+        name for name in others if "attn" in name or "attention" in name or name in _MIXERS
+    ]
     mlps = [name for name in others if name not in attentions]
     # The child itself; the norm after it (post-norm models); the projection inside it, for models
     # that add the residual inside the child (Bloom).
@@ -145,12 +212,11 @@ def _additive_pair(
         "attention": [*attentions, *norms, *_projections(block, attentions)],
         "mlp": [*mlps, *norms, *_projections(block, mlps)],
     }
-    by_hand = [part for part in options if part in given]
+    by_hand = [part for part in options if part in given and _has(block, given[part])]
     for part in by_hand:
-        _submodule(block, given[part])
         options[part] = [given[part]]
     for one, other in itertools.product(*options.values()):
-        if one != other and all(_adds_up(end, (one, other), seen) for end in ends):
+        if one != other and all(_adds_up(name, (one, other), seen) for name in alike):
             return one, other
     if by_hand:
         first, second = map("|".join, options.values())
@@ -189,20 +255,39 @@ def _block_lists(model: nn.Module, named: str | None) -> list[str]:
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)
-        fits = isinstance(module, nn.ModuleList) and len(module) == count and not inside
-        if fits and len({type(member) for member in module.children()}) == 1:
+        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
             names.append(name)
     return names
 
 
 def _projections(block: nn.Module, children: list[str]) -> list[str]:
     """Return names of the matrices inside ``children``, the last one first."""
-    return [
-        f"{child}.{name}"
-        for child in children
-        for name, module in reversed(list(block.get_submodule(child).named_modules()))
-        if name and getattr(module, "weight", None) is not None and module.weight.dim() == 2
-    ]
+    found: list[str] = []
+    for child in children:
+        inside: list[str] = []
+        for name, module in block.get_submodule(child).named_modules(prefix=child):
+            matrix = name != child and getattr(module, "weight", None) is not None
+            # What an adapter wraps is only a part of what the matrix adds.
+            if matrix and module.weight.dim() == 2 and not name.startswith(tuple(inside)):
+                inside.append(f"{name}.")
+        found += [name[:-1] for name in reversed(inside)]
+    return found
+
+
+def _second_stream(one: Seen, following: Seen) -> bool:
+    """Whether two blocks pass on another tensor of the same shape, as a residual apart does."""
+    assert one.output is not None
+    shape = one.output.shape
+    gave = [part for part in one.also_gave if isinstance(part, Tensor) and part.shape == shape]
+    return any(part is other for part in gave for other in following.also_took)
+
+
+def _norms(block: nn.Module) -> tuple[str, ...]:
+    return tuple(name for name, module in block.named_children() if _is_norm(module))
+
+
+def _has(block: nn.Module, name: str) -> bool:
+    return name in dict(block.named_modules())
 
 
 def _submodule(model: nn.Module, name: str) -> nn.Module:

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from lirefs.errors import LayoutError, first_line_of_error
 from lirefs.model.guest import accepts, evaluating, input_device, maybe_call, text_config
 
+TOKENS = 6
+"""Length of the text on which a model is observed."""
+
 
 def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
     """The hook, restricted to forward passes of the thread that calls this function."""
@@ -30,17 +33,21 @@ def in_this_thread(hook: Callable[..., None]) -> Callable[..., None]:
 class Seen:
     """First input and output of a module on the CPU, None where it was not a tensor.
 
-    Cloned at once: some models change them in place afterwards (Falcon).
+    Cloned at once: some models change them in place afterwards (Falcon). What else it took and
+    returned is kept as it is.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
+    also_took: tuple[Any, ...] = ()
+    also_gave: tuple[Any, ...] = ()
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook that keeps the input."""
         value = args[0] if args else kwargs.get("hidden_states")
         if isinstance(value, Tensor) and self.input is None:
             self.input = value.detach().clone().cpu()
+            self.also_took = (*args[1:], *kwargs.values())
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook that keeps the output, unless it is as wide as a vocabulary."""
@@ -48,6 +55,7 @@ class Seen:
         wide = getattr(module, "out_features", 0) > 1 << 16
         if isinstance(value, Tensor) and self.output is None and not wide:
             self.output = value.detach().clone().cpu()
+            self.also_gave = tuple(output[1:]) if value is not output else ()
 
 
 def sample_ids(model: nn.Module, rows: int, tokens: int) -> Tensor:
@@ -62,9 +70,9 @@ def sample_ids(model: nn.Module, rows: int, tokens: int) -> Tensor:
 
 
 def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, Seen]:
-    """Run ``model`` once on six tokens and return what each watched module took and returned."""
+    """Run ``model`` once on `TOKENS` tokens; return what each watched module took and gave."""
     seen = {name: Seen() for name in watched}
-    ids = sample_ids(model, 1, 6)
+    ids = sample_ids(model, 1, TOKENS)
     extra = {"use_cache": False} if accepts(model, "use_cache") else {}
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with ExitStack() as stack:

@@ -21,7 +21,7 @@ from lirefs.model.intervention import (
     reserve,
     steerings_of,
 )
-from lirefs.model.layout import SITES, Layout, layer_indices
+from lirefs.model.layout import SITES, Layout, layer_indices, missing_layer
 from lirefs.model.layout_search import layout_of
 from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import chain_hook_at
@@ -131,7 +131,8 @@ class Steer(Composable):
             SettingError: No such site.
             LayoutError: The architecture lacks a site.
             ProvenanceError: A direction was fitted on another model.
-            ScopeError: The scope begins past the model's last position.
+            ScopeError: The scope begins past the model's last position, or the model has virtual
+                tokens, which move the positions of a text.
         """
         must_be_module(model)
         layout = layout_of(model)
@@ -142,10 +143,8 @@ class Steer(Composable):
                 raise InterventionError(
                     f"the direction has width {tuple(one.vector.shape)}, the model {layout.width}"
                 )
-            if not 0 <= layer < layout.n_layers:
-                raise InterventionError(
-                    f"layer {layer} does not exist; the model has 0 to {layout.n_layers - 1}"
-                )
+            if problem := missing_layer([layer], layout.n_layers):
+                raise InterventionError(problem)
             layout.module(model, site, layer)
         if isinstance(self.strength, dict):
             for layer in sorted({layer for layer, _, _ in places} - self.strength.keys()):
@@ -154,6 +153,12 @@ class Steer(Composable):
         if isinstance(limit, int) and self.scope.first >= limit:
             raise ScopeError(
                 f"position {self.scope.first} is past the end: the model has {limit} positions"
+            )
+        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
+        if virtual and (self.scope is not ALL or isinstance(self.strength, Schedule)):
+            raise ScopeError(
+                f"the model has {virtual} virtual tokens (an adapter of PEFT), so positions in it "
+                "are not those of a text; steer all tokens alike"
             )
         layer, rank = min((layer, SITES.index(site)) for layer, site, _ in places)
         for gate in read:

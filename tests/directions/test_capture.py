@@ -129,7 +129,7 @@ def test_missing_site_is_an_error():
     lm = wrap(tiny_model("llama"), tiny_tokenizer())
     from dataclasses import replace
 
-    lm.layout = replace(lm.layout, attention=None)
+    lm.layout = replace(lm.layout, attention=(None,) * lm.n_layers)
     with pytest.raises(LayoutError):
         capture(lm, PROMPTS, sites=["attn_out"], progress=False)
 

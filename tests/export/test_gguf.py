@@ -102,7 +102,7 @@ def test_another_model_and_places_that_are_not_there_are_refused(lm, tmp_path, m
     file.unlink()
     with pytest.raises(SettingError, match="site must be"):
         to_gguf(direction(site="resid_mid"), file, lm)
-    without = dataclasses.replace(lm.layout, mlp=None)
+    without = dataclasses.replace(lm.layout, mlp=(None,) * lm.n_layers)
     monkeypatch.setitem(layout_search._LAYOUTS, lm.model, without)
     with pytest.raises(LayoutError, match="mlp_out is not available"):
         to_gguf(direction(site="mlp_out"), file, lm)

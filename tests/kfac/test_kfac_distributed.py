@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from curvature_tools import assert_same, batch, llama
+from torch import nn
 
 import kfac
 from kfac import Factors
@@ -13,9 +14,9 @@ from lirefs.errors import DistributedError
 BATCHES = [batch([0, 1]), batch([2]), batch([0, 4], "left", 1), batch([5]), batch([3])]
 
 
-def everything(batches=BATCHES, **kwargs):
+def everything(batches=BATCHES, model=None, **kwargs):
     torch.set_num_threads(1)
-    model = llama(torch.float32)
+    model = model or llama(torch.float32)
     targets = kfac.find_targets(model, layers=[1], projections="mlp")
     factors = kfac.collect(
         model, batches, targets, marginals=True, diagonal=True, progress=False, **kwargs
@@ -60,6 +61,9 @@ def work(rank, folder):
         everything(BATCHES[rank:])
     everything(checkpoint=f"{folder}/state").save(f"{folder}/{rank}.safetensors")
     everything(BATCHES[:1]).save(f"{folder}/short-{rank}.safetensors")
+    # The forward pass of the wrapper would wait for the process that has one batch less.
+    wrapped = nn.parallel.DistributedDataParallel(llama(torch.float32))
+    everything(model=wrapped).save(f"{folder}/wrapped-{rank}.safetensors")
 
 
 def test_two_processes_give_what_one_gives_and_refuse_different_batches(tmp_path):
@@ -77,5 +81,11 @@ def test_two_processes_give_what_one_gives_and_refuse_different_batches(tmp_path
             # Eigenvectors of nearly equal eigenvalues may turn; the total does not depend on them.
             a, b = (f.curvature(name, "ekfac").total for f in (one, zero))
             assert a == pytest.approx(b, rel=1e-6)
+    inside = everything()
+    for rank in (0, 1):
+        wrapped = Factors.load(tmp_path / f"wrapped-{rank}.safetensors")
+        assert wrapped.names == [f"module.{name}" for name in inside.names]
+        for name in inside.names:
+            torch.testing.assert_close(wrapped.G(f"module.{name}"), inside.G(name))
     names = sorted(p.name for p in tmp_path.glob("state*"))
     assert names == ["state.0-of-2", "state.1-of-2"]

@@ -61,10 +61,11 @@ def test_parts_are_found_where_they_are(family):
     model = tiny_model(family)
     layout = find_layout(model)
     assert (layout.n_layers, layout.width) == (LAYERS, WIDTH)
-    assert (layout.attention, layout.mlp) == WHERE.get(family, ("self_attn", "mlp"))
+    pairs = zip(layout.attention, layout.mlp, strict=True)
+    assert [*pairs] == [WHERE.get(family, ("self_attn", "mlp"))] * LAYERS
     assert model.get_submodule(layout.unembedding) is model.get_output_embeddings()
     assert layout.final_norm is not None
-    assert layout.norms
+    assert all(layout.norms)
     assert layout.block(model, 2) is model.get_submodule(layout.blocks)[2]
 
 
@@ -133,8 +134,7 @@ def test_a_module_that_does_not_add_up_makes_two_sites_unavailable():
     plain = block.forward
     block.forward = lambda *args, **kwargs: plain(*args, **kwargs) * 1.5
     layout = find_layout(model)
-    assert layout.attention is None
-    assert layout.mlp is None
+    assert {*layout.attention, *layout.mlp} == {None}
     assert layout.module(model, "resid_post", 0)[1] == "output"
     with pytest.raises(LayoutError, match="attn_out is not available"):
         layout.module(model, "attn_out", 0)
@@ -147,7 +147,7 @@ def test_opt_with_projections_has_neither_final_norm_nor_direct_unembedding():
     layout = find_layout(build(config))
     assert layout.final_norm is None
     assert layout.unembedding is None
-    assert layout.attention is None  # norms after the sum: nothing is simply added
+    assert {*layout.attention} == {None}  # norms after the sum: nothing is simply added
 
 
 def test_a_model_without_a_head_has_no_unembedding():
@@ -159,7 +159,7 @@ def test_a_model_without_a_head_has_no_unembedding():
 
 def test_one_layer_is_enough():
     layout = find_layout(fresh_model("gpt2", n_layer=1))
-    assert (layout.n_layers, layout.attention) == (1, "attn")
+    assert (layout.n_layers, layout.attention) == (1, ("attn",))
 
 
 @pytest.mark.parametrize("vision_layers", [2, LAYERS])
@@ -180,7 +180,8 @@ def test_the_decoder_of_a_model_that_also_sees(vision_layers):
     )
     layout = find_layout(LlavaForConditionalGeneration(config).eval())
     assert layout.blocks == "model.language_model.layers"
-    assert (layout.n_layers, layout.width, layout.attention) == (LAYERS, WIDTH, "self_attn")
+    assert (layout.n_layers, layout.width) == (LAYERS, WIDTH)
+    assert layout.attention == ("self_attn",) * LAYERS
     assert layout.final_norm == "model.language_model.norm"
 
 
@@ -210,11 +211,11 @@ def test_a_module_of_one_s_own_by_hand():
     with pytest.raises(LayoutError, match=r"Homemade.*'blocks': 'model\.layers'"):
         find_layout(model)
     layout = find_layout(model, {"blocks": "stack", "unembedding": "out"})
-    assert (layout.attention, layout.mlp) == ("mixer_attn", "feed")
+    assert (layout.attention, layout.mlp) == (("mixer_attn",) * 2, ("feed",) * 2)
     assert (layout.final_norm, layout.unembedding, layout.n_layers) == ("end", "out", 2)
     assert layout_of(model) is layout
     model.stack = nn.Sequential(OrderedDict(first=Block(), second=Block()))  # not by index
-    with pytest.raises(LayoutError, match=r"stack\.0 did not carry hidden states"):
+    with pytest.raises(LayoutError, match=r"stack\.0 was not run.*or did not carry"):
         find_layout(model, {"blocks": "stack"})
 
 
@@ -239,7 +240,8 @@ def test_wrong_parts_by_hand(overrides, error, says):
 def test_right_parts_by_hand_give_the_same_layout():
     model = fresh_model("olmo2")
     found = find_layout(model)
-    parts = {name: getattr(found, name) for name in ("blocks", "attention", "mlp", "final_norm")}
+    parts = {"blocks": found.blocks, "final_norm": found.final_norm}
+    parts |= {"attention": found.attention[0], "mlp": found.mlp[0]}
     assert find_layout(model, parts) == found
 
 

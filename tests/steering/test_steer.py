@@ -327,7 +327,7 @@ def test_more_named_errors(lm):
     assert Steer(one, "add", layers=np.array([2, 1])).layers == [1, 2]
     with pytest.raises(SettingError, match="site must be"):
         Steer(direction(site="resid_mid"), "add").attach(lm.model)
-    layout = dataclasses.replace(lm.layout, attention=None)
+    layout = dataclasses.replace(lm.layout, attention=(None,) * lm.n_layers)
     with pytest.raises(LayoutError, match="attn_out is not available"):
         layout.module(lm.model, "attn_out", 0)
 
