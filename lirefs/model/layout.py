@@ -43,6 +43,10 @@ class Layout:
     width: int
     norms: tuple[str, ...] = ()
 
+    def owner(self, model: nn.Module) -> nn.Module:
+        """Return the module that owns the blocks."""
+        return model.get_submodule(self.blocks.rpartition(".")[0])
+
     def block(self, model: nn.Module, layer: int) -> nn.Module:
         """Return the decoder block of a layer, counted from 0.
 
