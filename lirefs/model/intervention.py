@@ -60,6 +60,8 @@ class Checkable(Intervention, Protocol):
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[threading.Thread, object]]] = (
     weakref.WeakKeyDictionary()
 )
+# For each model what an `apply` could not remove, as a later edit was in place: the latest last.
+_LATE: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -82,8 +84,17 @@ def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> C
 
     def release() -> None:
         with _LOCK:
-            if entry in holders:
-                holders.remove(entry)
+            if entry not in holders:
+                return
+            holders.remove(entry)
+            late = _LATE.pop(model, [])
+        for index, remove in enumerate(late):
+            try:
+                remove()
+            except LirefsError:
+                with _LOCK:
+                    _LATE.setdefault(model, []).extend(late[index:])
+                break
 
     return release
 
@@ -154,9 +165,16 @@ class Composable:
     @contextmanager
     def apply(self: Intervention, model: nn.Module) -> Iterator[nn.Module]:
         """The model (`lm.model`), changed inside the `with` and restored after it; see `attach`."""
-        with ExitStack() as stack:
-            stack.callback(self.attach(model).remove)
+        remove = self.attach(model).remove
+        try:
             yield model
+        finally:
+            try:
+                remove()
+            except LirefsError:  # under a later edit, which may outlive this `with`
+                with _LOCK:
+                    _LATE.setdefault(model, []).append(remove)
+                raise
 
     def __add__(self: Intervention, other: Intervention) -> Composition:
         return compose(self, other)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from lirefs.steering.hook_chain import Change, NotCopied, Place, chained, rechained
-from lirefs.steering.token_mask import PassMask, TokenMask
+from lirefs.steering.token_mask import PassMask, TokenMask, current_backward
 
 _NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")
 """Where `transformers`, and torch's `CheckpointWrapper`, keep the function that checkpoints."""
@@ -79,7 +80,7 @@ class _State:
         before = [(mask, mask.now) for mask, _ in self._masks]
         try:
             for mask, now in self._masks:
-                mask.now = now
+                mask.now = None if now is None else replace(now, backward=current_backward())
             with rechained(self._owner, self._changes):
                 yield
         finally:

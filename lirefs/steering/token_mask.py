@@ -70,7 +70,7 @@ class TokenMask:
             idle = touched == 0
             if touched == mask.numel():
                 mask = None
-        self.now = PassMask(tokens, mask, strength, idle, _backward())
+        self.now = PassMask(tokens, mask, strength, idle, current_backward())
 
     def confine(self, operator: Operator) -> Change:
         """The operator, confined to the tokens that are steered."""
@@ -109,7 +109,7 @@ class TokenMask:
     def _current(self) -> PassMask:
         if self.now is None:
             raise ScopeError("the blocks ran without the module that owns them; call lm.model")
-        if self.now.backward != _backward():
+        if self.now.backward != current_backward():
             raise ScopeError(
                 "a block is recomputed in the backward pass, where its tokens are not known; "
                 "checkpoint with model.gradient_checkpointing_enable()"
@@ -128,7 +128,7 @@ class TokenMask:
         return decided.unsqueeze(1) & (age >= -1)
 
 
-def _backward() -> int:
+def current_backward() -> int:
     """The number of the backward pass under way, -1 outside one."""
     return torch._C._current_graph_task_id()
 
