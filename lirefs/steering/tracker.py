@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lirefs.errors import ScopeError
+from lirefs.errors import InterventionError, ScopeError
 from lirefs.model.layout import Layout
 from lirefs.model.prompts import PROMPT, Prompt, prompt_known
 from lirefs.model.token_positions import (
@@ -34,15 +34,22 @@ from lirefs.steering.recompute import Checkpoints
 from lirefs.steering.token_mask import TokenMask
 
 
+_MANAGER = "_cached_continuous_batching_manager"
+
+
 class Tracker(NotCopied):
     """Watches the forward passes of one model, as long as it is steered.
 
     It refuses empty batches, tells every `TokenMask` the tokens of the pass that begins, and lets
     activation checkpoints be recomputed under the steering of their own forward pass.
-
     """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
+        if _MANAGER in model.__dict__:
+            raise InterventionError(
+                "a persistent manager of continuous batching keeps states and graphs of this model "
+                "without the steering; call model.destroy_cached_continuous_batching_manager()"
+            )
         owner = layout.owner(model)
         self._model = weakref.ref(model)
         self._steerings = 0
@@ -75,7 +82,10 @@ class Tracker(NotCopied):
                 for hook in self._hooks:
                     hook.remove()
                 self._checkpoints.end()
-                _TRACKERS.pop(self._model(), None)  # type: ignore[arg-type]
+                model: Any = self._model()
+                _TRACKERS.pop(model, None)
+                if _MANAGER in getattr(model, "__dict__", {}):  # it keeps steered states
+                    model.destroy_cached_continuous_batching_manager()
 
         return stop
 
