@@ -60,7 +60,7 @@ class Checkable(Intervention, Protocol):
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[threading.Thread, object]]] = (
     weakref.WeakKeyDictionary()
 )
-# For each model what an `apply` could not remove, as a later edit was in place: the latest last.
+# For each model what an `apply` could not remove, as a later edit was in place.
 _LATE: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
@@ -88,15 +88,19 @@ def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> C
                 return
             holders.remove(entry)
             late = _LATE.pop(model, [])
-        for index, remove in enumerate(late):
+        for remove in reversed(late):  # each that succeeds releases in turn, and tries the others
             try:
                 remove()
             except LirefsError:
-                with _LOCK:
-                    _LATE.setdefault(model, []).extend(late[index:])
-                break
+                _leave(model, remove)
 
     return release
+
+
+def _leave(model: nn.Module, remove: Callable[[], None]) -> None:
+    """Remove something with the next change of a model that is removed."""
+    with _LOCK:
+        _LATE.setdefault(model, []).append(remove)
 
 
 def must_be_module(model: object) -> None:
@@ -172,8 +176,7 @@ class Composable:
             try:
                 remove()
             except LirefsError:  # under a later edit, which may outlive this `with`
-                with _LOCK:
-                    _LATE.setdefault(model, []).append(remove)
+                _leave(model, remove)
                 raise
 
     def __add__(self: Intervention, other: Intervention) -> Composition:

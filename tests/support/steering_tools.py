@@ -68,7 +68,9 @@ def touched(lm, layer):
         lambda _, args, out: before.append((out[0] if isinstance(out, tuple) else out).clone())
     )
     block = lm.layout.block(lm.model, layer).register_forward_pre_hook(
-        lambda _, args, kwargs: after.append((args[0] if args else kwargs["hidden_states"]).clone()),
+        lambda _, args, kwargs: after.append(
+            (args[0] if args else kwargs["hidden_states"]).clone()
+        ),
         with_kwargs=True,
     )
     try:
