@@ -20,6 +20,7 @@ from kfac.collection.finite import not_finite_row_error
 from kfac.collection.hooks import first_argument
 from kfac.target import Target
 from lirefs.errors import BatchError, TargetError
+from lirefs.model.guest import eagerly
 
 
 def target_inputs(
@@ -46,7 +47,8 @@ def target_inputs(
             stack.callback(handle.remove)
         for index, batch in enumerate(batches):
             seen.clear()
-            real = _attended_run(model, batch, f"batch {index}", forward)
+            with eagerly():  # not around the yield, which runs others' code
+                real = _attended_run(model, batch, f"batch {index}", forward)
             if wrong := [t.name for t in targets if t.name not in seen]:
                 raise TargetError(f"targets never called by the forward pass: {wrong}")
             if wrong := [name for name, read in seen.items() if read.shape[:-1] != real.shape]:

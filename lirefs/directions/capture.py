@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from lirefs.errors import CaptureError, NonFiniteStateError, WriteError
 from lirefs.files import atomic_path
-from lirefs.model.guest import evaluating
+from lirefs.model.guest import eagerly, evaluating
 from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import layer_indices, missing_layer
@@ -222,8 +222,13 @@ class _Request:
                 else:
                     handle = module.register_forward_hook(hook)
                 stack.callback(handle.remove)
-            with suppress(_Enough):
+            with eagerly(), suppress(_Enough):
                 self.lm.model(**inputs, use_cache=False)
+                idle = [place for index, place in enumerate(self.places) if index not in found]
+                raise CaptureError(
+                    f"layer {idle[0][0]}, {idle[0][1]} did not run in a forward pass of the model: "
+                    "was a module replaced, or config.num_hidden_layers changed? wrap it again"
+                )
         # One transfer per place and batch, from whichever device the states are on.
         return torch.stack([found[place].float().cpu() for place in range(len(self.places))], dim=1)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -67,15 +68,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def as_guest(model: nn.Module) -> Iterator[None]:
     """Evaluation mode with gradients of activations: parameters are frozen, then restored.
 
-    Activation checkpointing stays on. TF32, whose 10 bits of mantissa turn the flat end of a
-    spectrum into noise, is off. SettingError if the parameters were made in inference mode.
+    Activation checkpointing stays on. Compiled code runs eagerly, so that hooks act. TF32, whose 10
+    bits of mantissa turn the flat end of a spectrum into noise, is off. SettingError if the
+    parameters were made in inference mode.
     """
     if any(parameter.is_inference() for parameter in model.parameters()):
         raise SettingError(
             f"{type(model).__name__} was made under torch.inference_mode(), so no gradient passes "
             "through it; load it outside, or copy its state_dict into a model made outside"
         )
-    with _evaluation_mode(model), _without_tf32(), ExitStack() as stack:
+    with _evaluation_mode(model), _without_tf32(), eagerly(), ExitStack() as stack:
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)
@@ -84,6 +86,46 @@ def as_guest(model: nn.Module) -> Iterator[None]:
                 stack.enter_context(_checkpointed(module))
         with torch.inference_mode(False), torch.enable_grad():
             yield
+
+
+_EAGER: list[object] = []
+"""A token for each use of `start_eager` that has not ended."""
+_STANCE: list[Any] = []
+_STANCE_LOCK = threading.Lock()
+
+
+def start_eager() -> Callable[[], None]:
+    """Run everything that `torch.compile` made eagerly, until the function returned is called.
+
+    Compiled code ignores hooks that were added after its compilation and keeps those that were
+    removed: torch checks neither (`skip_nnmodule_hook_guards`). Nothing is compiled meanwhile, so
+    no graph keeps a hook; afterwards compiled code runs as before. The switch is the one of
+    `torch.compiler.set_stance` and holds for the whole process.
+    """
+    token = object()
+    with _STANCE_LOCK:
+        if not _EAGER:
+            _STANCE.append(torch.compiler.set_stance("force_eager"))
+        _EAGER.append(token)
+
+    def end() -> None:
+        with _STANCE_LOCK:
+            if token in _EAGER:
+                _EAGER.remove(token)
+                if not _EAGER:
+                    _STANCE.pop().__exit__(None, None, None)
+
+    return end
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run compiled models eagerly inside the `with`, so that hooks act; see `start_eager`."""
+    end = start_eager()
+    try:
+        yield
+    finally:
+        end()
 
 
 @contextmanager

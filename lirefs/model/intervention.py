@@ -60,6 +60,8 @@ class Checkable(Intervention, Protocol):
 _HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[threading.Thread, object]]] = (
     weakref.WeakKeyDictionary()
 )
+# For each model what an `apply` could not remove, as a later edit was in place.
+_LATE: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
@@ -82,10 +84,23 @@ def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> C
 
     def release() -> None:
         with _LOCK:
-            if entry in holders:
-                holders.remove(entry)
+            if entry not in holders:
+                return
+            holders.remove(entry)
+            late = _LATE.pop(model, [])
+        for remove in reversed(late):  # each that succeeds releases in turn, and tries the others
+            try:
+                remove()
+            except LirefsError:
+                _leave(model, remove)
 
     return release
+
+
+def _leave(model: nn.Module, remove: Callable[[], None]) -> None:
+    """Remove something with the next change of a model that is removed."""
+    with _LOCK:
+        _LATE.setdefault(model, []).append(remove)
 
 
 def must_be_module(model: object) -> None:
@@ -154,9 +169,15 @@ class Composable:
     @contextmanager
     def apply(self: Intervention, model: nn.Module) -> Iterator[nn.Module]:
         """The model (`lm.model`), changed inside the `with` and restored after it; see `attach`."""
-        with ExitStack() as stack:
-            stack.callback(self.attach(model).remove)
+        remove = self.attach(model).remove
+        try:
             yield model
+        finally:
+            try:
+                remove()
+            except LirefsError:  # under a later edit, which may outlive this `with`
+                _leave(model, remove)
+                raise
 
     def __add__(self: Intervention, other: Intervention) -> Composition:
         return compose(self, other)

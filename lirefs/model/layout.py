@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -43,6 +44,15 @@ class Layout:
     n_layers: int
     width: int
     norms: tuple[tuple[str, ...], ...]
+
+    def owner(self, model: nn.Module) -> nn.Module:
+        """Return the innermost module around the blocks whose forward pass takes token ids."""
+        path = self.blocks
+        while path := path.rpartition(".")[0]:
+            owner = model.get_submodule(path)
+            if "input_ids" in inspect.signature(owner.forward).parameters:
+                return owner
+        return model
 
     def block(self, model: nn.Module, layer: int) -> nn.Module:
         """Return the decoder block of a layer, counted from 0.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lirefs.errors import LayoutError, first_line_of_error
-from lirefs.model.guest import accepts, evaluating, input_device, maybe_call, text_config
+from lirefs.model.guest import accepts, eagerly, evaluating, input_device, maybe_call, text_config
 
 TOKENS = 6
 """Length of the text on which a model is observed."""
@@ -78,6 +78,7 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, See
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng(devices=cuda))
         stack.enter_context(evaluating(model))
+        stack.enter_context(eagerly())
         for name, module in watched.items():
             before, after = in_this_thread(seen[name].before), in_this_thread(seen[name].after)
             handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)

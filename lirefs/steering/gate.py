@@ -64,7 +64,7 @@ class Gate:
         """
         dtype = torch.promote_types(states.dtype, torch.float32)
         along = states.to(dtype) @ self.direction.unit.to(states.device, dtype)
-        if not torch.compiler.is_compiling() and not bool((along.isfinite() | ~real).all()):
+        if not bool((along.isfinite() | ~real).all()):
             raise InterventionError(
                 f"the gate at layer {self.direction.layer}, {self.direction.site} reads hidden "
                 "states that are not finite; try a wider dtype"

@@ -3,25 +3,41 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
 from torch import Tensor, nn
 
+from lirefs.errors import InterventionError
 from lirefs.model.hidden_states import hidden_input, hidden_of, with_hidden, with_hidden_input
 from lirefs.model.layout import Side
+from lirefs.model.traits import PROBING
 
 Change = Callable[[Tensor], Tensor]
+Place: TypeAlias = tuple[nn.Module, Side]
 
-_CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.WeakKeyDictionary()
+
+class NotCopied:
+    """Owner of a hook: whatever holds the hook cannot be copied or pickled with it.
+
+    A copy would keep the hooks for good, and what they share with the original.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise InterventionError(
+            "a steered model cannot be copied or pickled, as the copy would stay steered for good; "
+            "remove the steering first (leave the `with`, or call the handle's remove)"
+        )
 
 
-class _Chain:
+class _Chain(NotCopied):
     # With a hook for each change, those at an output would run in reverse: hooks are prepended
     # there, so that hooks which record the output see what is steered.
 
     def __init__(self, module: nn.Module, side: Side) -> None:
-        self.changes: list[Change] = []
+        self.changes: tuple[Change, ...] = ()
+        self.ran = False
         self.hook = (
             module.register_forward_pre_hook(self._on_input, with_kwargs=True)
             if side == "input"
@@ -29,31 +45,79 @@ class _Chain:
         )
 
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if PROBING.get():
+            return None
+        self.ran = True
         hidden = hidden_input(args, kwargs)
         for change in self.changes:
             hidden = change(hidden)
         return with_hidden_input(args, kwargs, hidden)
 
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        if PROBING.get():
+            return None
+        self.ran = True
         hidden = hidden_of(output)
         for change in self.changes:
             hidden = change(hidden)
         return with_hidden(output, hidden)
 
 
-def chain_hook_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
-    """Let `change` act on hidden states after those already there, until the result is called."""
-    chains = _CHAINS.setdefault(module, {})
-    if side not in chains:
-        chains[side] = _Chain(module, side)
-    chain = chains[side]
-    chain.changes.append(change)
+# The chains of each model, by the module that owns its blocks.
+_CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Place, _Chain]] = weakref.WeakKeyDictionary()
+
+
+def chain_hook_at(owner: nn.Module, place: Place, change: Change) -> Callable[[], None]:
+    """Let `change` act on hidden states after those already there, until the result is called.
+
+    Args:
+        owner: The module that owns the blocks.
+        place: A module of the model, and at which side of it the hidden states are.
+        change: What to do with them.
+    """
+    chains = _CHAINS.setdefault(owner, {})
+    _set(chains, place, (*_changes(chains, place), change))
+    chains[place].ran = False
 
     def remove() -> None:
-        if change in chain.changes:
-            chain.changes.remove(change)
-        if not chain.changes and chains.get(side) is chain:
-            chain.hook.remove()
-            del chains[side]
+        _set(chains, place, tuple(one for one in _changes(chains, place) if one is not change))
 
     return remove
+
+
+def has_run(owner: nn.Module, place: Place) -> bool:
+    """Whether the hook at a place has run since the last change was chained there."""
+    chain = _CHAINS.get(owner, {}).get(place)
+    return chain is None or chain.ran
+
+
+def chained(owner: nn.Module) -> dict[Place, tuple[Change, ...]]:
+    """The changes at each place of a model."""
+    return {place: chain.changes for place, chain in _CHAINS.get(owner, {}).items()}
+
+
+@contextmanager
+def rechained(owner: nn.Module, wanted: dict[Place, tuple[Change, ...]]) -> Iterator[None]:
+    """Inside the `with`, the changes are those that `chained` has returned before."""
+    chains = _CHAINS.setdefault(owner, {})
+    now = chained(owner)
+    try:
+        for place in now | wanted:
+            _set(chains, place, wanted.get(place, ()))
+        yield
+    finally:
+        for place in now | wanted:
+            _set(chains, place, now.get(place, ()))
+
+
+def _changes(chains: dict[Place, _Chain], place: Place) -> tuple[Change, ...]:
+    return chains[place].changes if place in chains else ()
+
+
+def _set(chains: dict[Place, _Chain], place: Place, changes: tuple[Change, ...]) -> None:
+    if changes:
+        if place not in chains:
+            chains[place] = _Chain(*place)
+        chains[place].changes = changes
+    elif place in chains:
+        chains.pop(place).hook.remove()

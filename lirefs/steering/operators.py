@@ -23,9 +23,10 @@ class Operator:
     def __init__(self, name: str, direction: Tensor, strength: float) -> None:
         self.name = name
         self.strength = -1.0 if name == "ablate" else strength
-        self.direction = direction.detach().double()
-        self._norm = float(self.direction.norm())
-        self.unit = self.direction / self._norm if self._norm > 0 else self.direction
+        with torch.inference_mode(False):  # for autograd, wherever it is made
+            self.direction = direction.detach().to(torch.float64, copy=True)
+            self._norm = float(self.direction.norm())
+            self.unit = self.direction / self._norm if self._norm > 0 else self.direction
         self._ready: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor, Tensor]] = {}
 
     def __call__(self, h: Tensor, strength: Tensor | None = None) -> Tensor:
@@ -58,7 +59,8 @@ class Operator:
         return torch.addcmul(exact, along, unit, value=factor).to(h.dtype)
 
     def _prepare(self, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        direction, unit = (one.to(h.device, dtype) for one in (self.direction, self.unit))
-        scaled = (self.strength * self.direction).to(h.device, dtype)
+        with torch.inference_mode(False):  # the next forward pass may need a gradient
+            direction, unit = (one.to(h.device, dtype) for one in (self.direction, self.unit))
+            scaled = (self.strength * self.direction).to(h.device, dtype)
         self._ready[h.device, dtype] = (direction, unit, scaled)
         return direction, unit, scaled

@@ -28,6 +28,7 @@ class Scope:
         touches: Gives the tokens it holds, boolean, in a shape that broadcasts to (rows, tokens).
         settings: What else a report has to say, JSON values.
         first: The smallest position that it can hold.
+        absolute: Whether the position of a token in its text decides, whatever the row.
         ends: For a scope made for certain texts: one past its last position in each row, (rows,).
     """
 
@@ -35,6 +36,7 @@ class Scope:
     touches: Callable[[Tokens], Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
     first: int = 0
+    absolute: bool = False
     ends: Tensor | None = None
 
     def check(self, tokens: Tokens) -> None:
@@ -104,7 +106,9 @@ def from_position(position: int) -> Scope:
     if type(position) is not int or position < 0:
         raise ScopeError(f"from_position needs a position from 0, got {position!r}")
     settings = {"position": position}
-    return Scope("from_position", lambda tokens: tokens.position >= position, settings, position)
+    return Scope(
+        "from_position", lambda tokens: tokens.position >= position, settings, position, True
+    )
 
 
 def mask(tokens: Tensor | Sequence[bool] | Sequence[Sequence[bool]]) -> Scope:
@@ -202,7 +206,7 @@ def _marked(name: str, positions: list[list[int]]) -> Scope:
     return Scope(name, touches, settings=settings, ends=ends)
 
 
-ALL = Scope("all", lambda tokens: tokens.position >= 0)
+ALL = Scope("all", lambda tokens: tokens.position >= 0, absolute=True)
 _BY_NAME: dict[str, Callable[[], Scope]] = {
     "all": all_tokens,
     "prompt": prompt,

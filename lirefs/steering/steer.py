@@ -11,7 +11,7 @@ from lirefs.directions.direction import Direction, direction_must_be_finite
 from lirefs.directions.directions import Directions
 from lirefs.errors import InterventionError, ProvenanceError, ScopeError
 from lirefs.model.fingerprint import is_model
-from lirefs.model.guest import text_config
+from lirefs.model.guest import start_eager, text_config
 from lirefs.model.intervention import (
     Composable,
     Handle,
@@ -23,13 +23,14 @@ from lirefs.model.intervention import (
 )
 from lirefs.model.layout import SITES, Layout, layer_indices, missing_layer
 from lirefs.model.layout_search import layout_of
+from lirefs.steering.first_pass import FirstPass
 from lirefs.steering.gate import Gate
-from lirefs.steering.hook_chain import chain_hook_at
+from lirefs.steering.hook_chain import Place, chain_hook_at
 from lirefs.steering.operators import IDLE_AT_ZERO, OPERATORS, Operator
 from lirefs.steering.scope import ALL, Scope, as_scope
 from lirefs.steering.strength import RowStrengths, Schedule, Strength, as_strength
 from lirefs.steering.token_mask import TokenMask
-from lirefs.steering.tracker import refuse_empty_batch, tracker_of
+from lirefs.steering.tracker import tracker_of
 
 
 class Steer(Composable):
@@ -207,24 +208,28 @@ class Steer(Composable):
     def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
         """Install the hooks on a model for which `check` has returned this layout."""
         varying = self.strength if isinstance(self.strength, RowStrengths | Schedule) else None
-        mask: TokenMask | None = None
+        plain = self.scope is ALL and self.gate is None and varying is None
+        mask = None if plain else TokenMask(self.scope, varying, self.gate)
+        owner = layout.owner(model)
         with UndoStack() as steps:
             steps.add(reserve(model))
+            steps.add(start_eager())
             steerings = steerings_of(model)
             steerings.append(self)
             steps.add(lambda: steerings.remove(self))
-            if self.scope is ALL and self.gate is None and varying is None:
-                steps.add(refuse_empty_batch(model, layout))
-            else:
-                mask = TokenMask(self.scope, varying, self.gate)
-                steps.add(tracker_of(model, layout).listen(mask.prepare))
-                if self.gate is not None:
-                    gate = self.gate.direction
-                    end = layout.module(model, gate.site, gate.layer)
-                    steps.add(chain_hook_at(*end, mask.read_gate))
+            steps.add(tracker_of(model, layout).watch(mask))
+            places: dict[Place, str] = {}
+            if self.gate is not None and mask is not None:
+                gate = self.gate.direction
+                place = layout.module(model, gate.site, gate.layer)
+                places[place] = f"layer {gate.layer}, {gate.site}, which the gate reads"
+                steps.add(chain_hook_at(owner, place, mask.read_gate))
             for layer, site, operator in self.operators(layout):
+                place = layout.module(model, site, layer)
+                places.setdefault(place, f"layer {layer}, {site}")
                 change = operator if mask is None else mask.confine(operator)
-                steps.add(chain_hook_at(*layout.module(model, site, layer), change))
+                steps.add(chain_hook_at(owner, place, change))
+            steps.add(FirstPass(model, owner, places).end)
             return steps
 
     def describe(self) -> dict[str, Any]:

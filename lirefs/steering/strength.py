@@ -27,12 +27,14 @@ class RowStrengths:
         if not len(values):
             raise InterventionError("strengths by row are empty; give one for each row")
         self.values = [None if value is None else _finite(value) for value in values]
-        self._table = torch.tensor([(value or 0.0, value is not None) for value in self.values])
+        with torch.inference_mode(False):  # for autograd, wherever it is made
+            self._table = torch.tensor([(value or 0.0, value is not None) for value in self.values])
 
     def at(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Strength of each token, and whether it is steered at all: both (rows, 1)."""
         # In a local: another thread, with another model, may want it on another device.
-        table = self._table = self._table.to(tokens.position.device)
+        with torch.inference_mode(False):
+            table = self._table = self._table.to(tokens.position.device)
         table = expand_to_rows(table, len(tokens.position), tokens.prompts)
         return table[:, :1], table[:, 1:] > 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -13,6 +15,23 @@ from lirefs.steering.hook_chain import Change
 from lirefs.steering.operators import Operator
 from lirefs.steering.scope import ALL, Scope
 from lirefs.steering.strength import RowStrengths, Schedule
+
+
+@dataclass
+class PassMask:
+    """What a steering does in one forward pass.
+
+    `mask`, `strength` and `passes`, which the gate gives, have the shape (rows or 1, tokens or 1)
+    and are None where they make no difference; `idle` says that no token is steered.
+    """
+
+    tokens: Tokens
+    mask: Tensor | None
+    strength: Tensor | None
+    idle: bool
+    # The backward pass in which the forward pass began; -1 outside one.
+    backward: int
+    passes: Tensor | None = None
 
 
 class TokenMask:
@@ -27,60 +46,75 @@ class TokenMask:
         self._scope = scope
         self._varying = varying
         self._gate = gate
-        self._tokens: Tokens | None = None
-        # All three of shape (rows or 1, tokens or 1); None where they make no difference.
-        self._mask: Tensor | None = None
-        self._strength: Tensor | None = None
-        self._passes: Tensor | None = None
-        self._idle = False
+        self.now: PassMask | None = None
+
+    @property
+    def packable(self) -> bool:
+        """Whether it can act on rows that hold several texts."""
+        by_row = self._gate is not None and self._gate.per == "row"
+        return self._scope.absolute and self._varying is None and not by_row
 
     def prepare(self, tokens: Tokens) -> None:
         """Take in the tokens of the forward pass that begins; ScopeError if they do not fit."""
-        self._tokens, self._passes = tokens, None
+        self.now = None
         self._scope.check(tokens)
         mask = None if self._scope is ALL else self._scope.touches(tokens)
+        strength = None
         if self._varying is not None:
-            self._strength, steered = self._varying.at(tokens)
+            strength, steered = self._varying.at(tokens)
             mask = steered if mask is None else mask & steered
-        self._mask, self._idle = mask, False
+        idle = False
         # On an accelerator this question would have to wait for the answer.
-        if mask is not None and mask.device.type == "cpu" and not torch.compiler.is_compiling():
+        if mask is not None and mask.device.type == "cpu":
             touched = int(mask.sum())
-            self._idle = touched == 0
+            idle = touched == 0
             if touched == mask.numel():
-                self._mask = None
+                mask = None
+        self.now = PassMask(tokens, mask, strength, idle, current_backward())
 
     def confine(self, operator: Operator) -> Change:
         """The operator, confined to the tokens that are steered."""
 
         def change(h: Tensor) -> Tensor:
-            if self._tokens is None:
-                raise ScopeError("the blocks ran without the module that owns them; call lm.model")
-            if self._idle:
+            now = self._current()
+            if now.idle:
                 return h
-            mask = self._mask
+            mask = now.mask
             if self._gate is not None:
-                if self._passes is None:
+                if now.passes is None:
                     raise ScopeError("the gate was not read before the layer that it controls")
-                passes = self._passes.to(h.device)
+                passes = now.passes.to(h.device)
                 mask = passes if mask is None else mask.to(h.device) & passes
-            strength = self._strength
-            steered = operator(h, None if strength is None else self._shaped(strength, h))
-            return steered if mask is None else torch.where(self._shaped(mask, h), steered, h)
+            strength = None if now.strength is None else _shaped(now.strength, h, now.tokens)
+            steered = operator(h, strength)
+            return (
+                steered if mask is None else torch.where(_shaped(mask, h, now.tokens), steered, h)
+            )
 
         return change
 
     def read_gate(self, h: Tensor) -> Tensor:
         """Let the gate decide by the hidden states at its place; return them as they are."""
-        if self._gate is None or self._tokens is None:
+        if self._gate is None:
             return h
-        position = self._tokens.position
+        now = self._current()
+        position = now.tokens.position
         rows = h.reshape(*position.shape, -1)  # some modules flatten the batch (OPT)
         passes = self._gate.passes(rows, (position >= 0).to(h.device))
         if self._gate.per == "row":
-            passes = self._by_row(passes, self._tokens)
-        self._passes = passes
+            passes = self._by_row(passes, now.tokens)
+        now.passes = passes
         return h
+
+    def _current(self) -> PassMask:
+        if self.now is None:
+            raise ScopeError("the blocks ran without the module that owns them; call lm.model")
+        if self.now.backward != current_backward():
+            raise ScopeError(
+                "a block is recomputed in the backward pass, where its tokens are not known; "
+                "checkpoint with model.gradient_checkpointing_enable()"
+            )
+        return self.now
 
     def _by_row(self, passes: Tensor, tokens: Tokens) -> Tensor:
         """The decision of the last token of each prompt, for it and the tokens after it."""
@@ -93,8 +127,14 @@ class TokenMask:
         tokens.prompt.decisions[self] = decided
         return decided.unsqueeze(1) & (age >= -1)
 
-    def _shaped(self, values: Tensor, h: Tensor) -> Tensor:
-        """Values of (rows or 1, tokens or 1) for hidden states, which may come flattened (OPT)."""
-        if h.dim() == 2 and self._tokens is not None:
-            values = values.expand(self._tokens.position.shape).reshape(-1)
-        return values.unsqueeze(-1).to(h.device)
+
+def current_backward() -> int:
+    """The number of the backward pass under way, -1 outside one."""
+    return torch._C._current_graph_task_id()
+
+
+def _shaped(values: Tensor, h: Tensor, tokens: Tokens) -> Tensor:
+    """Values of (rows or 1, tokens or 1) for hidden states, which may come flattened (OPT)."""
+    if h.dim() == 2:
+        values = values.expand(tokens.position.shape).reshape(-1)
+    return values.unsqueeze(-1).to(h.device)

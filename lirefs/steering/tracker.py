@@ -1,9 +1,9 @@
-"""Watches every forward pass of a model, to know the position of each of its tokens.
+"""Watches every forward pass of a steered model, to know the position of each of its tokens.
 
 A hook inside a block cannot know it: under a cache it sees one token at a time. So one hook on the
 module that owns the blocks reads what each forward pass is given (mask, position ids, cache) and
-derives the absolute positions. Nothing is counted from call to call, so reordered beams, cropped
-caches and prompts in chunks need no special care.
+derives the absolute positions. Only a cache that does not say how many tokens it holds is counted
+from pass to pass; so reordered beams, cropped caches and prompts in chunks need no special care.
 """
 
 from __future__ import annotations
@@ -11,169 +11,158 @@ from __future__ import annotations
 import functools
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch.utils.weak import WeakIdKeyDictionary
 
-from lirefs.errors import ScopeError
+from lirefs.errors import InterventionError, ScopeError
 from lirefs.model.layout import Layout
 from lirefs.model.prompts import PROMPT, Prompt, prompt_known
-from lirefs.model.token_positions import Tokens
+from lirefs.model.token_positions import (
+    Cached,
+    Tokens,
+    anchor_of,
+    cache_of,
+    prompt_columns,
+    read_tokens,
+)
+from lirefs.model.traits import PROBING
+from lirefs.steering.hook_chain import NotCopied
+from lirefs.steering.recompute import Checkpoints
+from lirefs.steering.token_mask import TokenMask
+
+_MANAGER = "_cached_continuous_batching_manager"
 
 
-class Tracker:
-    """Watches the forward passes of one model, as long as a steering needs positions."""
+class Tracker(NotCopied):
+    """Watches the forward passes of one model, as long as it is steered.
+
+    It refuses empty batches, tells every `TokenMask` the tokens of the pass that begins, and lets
+    activation checkpoints be recomputed under the steering of their own forward pass.
+    """
 
     def __init__(self, model: nn.Module, layout: Layout) -> None:
+        if _MANAGER in model.__dict__:
+            raise InterventionError(
+                "a persistent manager of continuous batching keeps states and graphs of this model "
+                "without the steering; call model.destroy_cached_continuous_batching_manager()"
+            )
+        owner = layout.owner(model)
         self._model = weakref.ref(model)
-        self._listeners: list[Callable[[Tokens], None]] = []
-        self._by_cache: weakref.WeakKeyDictionary[Any, Prompt] = weakref.WeakKeyDictionary()
-        self._begun: Prompt | None = None
-        owner = _owner(model, layout)
-        self._hooks = [_on_forward(owner, self._before), owner.register_forward_hook(self._after)]
-        self._shadow_generate(model)
+        self._steerings = 0
+        self._shadowed = False
+        self._own: dict[str, Any] = {}  # what was in the place of the shadows
+        self._masks: list[TokenMask] = []
+        self._caches: Any = WeakIdKeyDictionary()  # to what is known of each
+        self._begun: tuple[Tokens, Any] | None = None
+        self._names = list(inspect.signature(owner.forward).parameters)
+        blocks = model.get_submodule(layout.blocks).children()
+        self._checkpoints = Checkpoints(owner, [owner, *blocks], self._masks)
+        self._hooks = [
+            owner.register_forward_pre_hook(self._before, with_kwargs=True, prepend=True),
+            owner.register_forward_hook(self._after),
+        ]
 
-    def listen(self, listener: Callable[[Tokens], None]) -> Callable[[], None]:
-        """Call `listener` before every forward pass, until the function returned is called."""
-        self._listeners.append(listener)
+    def watch(self, mask: TokenMask | None) -> Callable[[], None]:
+        """Watch for one more steering, with or without a mask, until the result is called."""
+        self._steerings += 1
+        if mask is not None:
+            self._masks.append(mask)
+            self._shadow()
 
         def stop() -> None:
-            self._listeners.remove(listener)
-            model = self._model()
-            if self._listeners or model is None:
-                return
-            for hook in self._hooks:
-                hook.remove()
-            _TRACKERS.pop(model, None)
-            model.__dict__.pop("generate", None)
-            if self._own_generate is not None:
-                model.__dict__["generate"] = self._own_generate
+            self._steerings -= 1
+            if mask is not None:
+                self._masks.remove(mask)
+                self._shadow()
+            if not self._steerings:
+                for hook in self._hooks:
+                    hook.remove()
+                self._checkpoints.end()
+                model: Any = self._model()
+                _TRACKERS.pop(model, None)
+                if _MANAGER in getattr(model, "__dict__", {}):  # it keeps steered states
+                    model.destroy_cached_continuous_batching_manager()
 
         return stop
 
-    def _shadow_generate(self, model: nn.Module) -> None:
-        """Let `generate` announce where the prompt ends: shadow it on this one object.
+    def _shadow(self) -> None:
+        """While there are masks, let `generate` of this one object say where the prompt ends.
 
         A forward pass does not show it under chunks, without a cache, or with an assistant.
         """
-        original: Any = getattr(model, "generate", None)
-        self._own_generate = model.__dict__.get("generate")
-        if original is None:
+        if self._shadowed == bool(self._masks) or (model := self._model()) is None:
             return
+        self._shadowed = bool(self._masks)
+        for name, made in (
+            ("generate", _announcing),
+            ("init_continuous_batching", self._checking),
+        ):
+            if not self._shadowed:
+                model.__dict__.pop(name, None)
+                if (own := self._own.pop(name, None)) is not None:
+                    model.__dict__[name] = own
+            elif (original := getattr(model, name, None)) is not None:
+                self._own[name] = model.__dict__.get(name)
+                model.__dict__[name] = made(original)
+
+    def _checking(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Continuous batching, which packs many texts into a row, where few masks can act."""
 
         @functools.wraps(original)
-        def generate(*args: Any, **kwargs: Any) -> Any:
-            if PROMPT.get() is not None:
-                return original(*args, **kwargs)
-            with prompt_known(_prompt_of(args, kwargs)):
-                return original(*args, **kwargs)
+        def init_continuous_batching(*args: Any, **kwargs: Any) -> Any:
+            if not all(mask.packable for mask in self._masks):
+                raise ScopeError(
+                    "continuous batching packs several texts into one row, where prompts, rows and "
+                    "generated tokens cannot be told apart; call generate"
+                )
+            return original(*args, **kwargs)
 
-        model.__dict__["generate"] = generate
+        return init_continuous_batching
 
-    def _before(self, given: dict[str, Any]) -> None:
+    def _before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if PROBING.get():
+            return
+        given = dict(zip(self._names, args, strict=False)) | kwargs
         source = _source(given)
-        if source is None:
-            raise ScopeError("the forward pass has neither input_ids nor inputs_embeds")
-        rows, width = source.shape[:2]
-        cache: Any = given.get("past_key_values")
-        past = cache.get_seq_length() if hasattr(cache, "get_seq_length") else 0
-        if isinstance(past, Tensor):
-            past = past.clone()  # a static cache keeps counting in place
-        position = _positions(given, rows, width, past, source.device)
-        prompt = PROMPT.get()
-        fresh = None
-        if prompt is None and not bool(past):
-            fresh = prompt = Prompt(position.amax(dim=1) + 1, explicit=False)
-            if cache is not None:
-                self._by_cache[cache] = fresh
-        elif prompt is None:
-            prompt = self._by_cache.get(cache)
-        self._begun = fresh
-        tokens = Tokens(position, past, prompt, begins=fresh is not None)
-        for listener in self._listeners:
-            listener(tokens)
+        if self._masks:
+            if source is None:
+                raise ScopeError("the forward pass has neither input_ids nor inputs_embeds")
+            anchor = anchor_of(cache_of(given))
+            known = None if anchor is None else self._caches.get(anchor)
+            tokens = read_tokens(given, source, known, PROMPT.get())
+            self._begun = None if tokens.packed else (tokens, anchor)
+            for mask in self._masks:
+                mask.prepare(tokens)
+        self._checkpoints.begin()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        # A model that was given no cache has made one.
-        cache = getattr(output, "past_key_values", None)
-        if self._begun is not None and hasattr(cache, "get_seq_length"):
-            self._by_cache[cache] = self._begun
+        if PROBING.get() or self._begun is None:
+            return
+        tokens, anchor = self._begun
+        self._begun = None
+        if anchor is None and isinstance(output, Mapping):  # the model has made a cache
+            anchor = anchor_of(cache_of(output))
+        if anchor is not None:
+            prompt = None if PROMPT.get() is not None else tokens.known_prompt
+            columns = tokens.past + tokens.position.shape[1]
+            self._caches[anchor] = Cached(prompt, columns, tokens.position)
 
 
-def _owner(model: nn.Module, layout: Layout) -> nn.Module:
-    """The innermost module around the blocks whose forward pass takes token ids."""
-    path = layout.blocks
-    while path := path.rpartition(".")[0]:
-        owner = model.get_submodule(path)
-        if "input_ids" in inspect.signature(owner.forward).parameters:
-            return owner
-    return model
+def _announcing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """`generate`, which says where the prompt ends."""
 
+    @functools.wraps(original)
+    def generate(*args: Any, **kwargs: Any) -> Any:
+        if PROMPT.get() is not None:
+            return original(*args, **kwargs)
+        with prompt_known(_prompt_of(args, kwargs)):
+            return original(*args, **kwargs)
 
-def _on_forward(owner: nn.Module, action: Callable[[dict[str, Any]], object]) -> RemovableHandle:
-    """Before every forward pass of a module, give `action` its arguments by name."""
-    names = list(inspect.signature(owner.forward).parameters)
-
-    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        action(dict(zip(names, args, strict=False)) | kwargs)
-
-    return owner.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-
-
-def refuse_empty_batch(model: nn.Module, layout: Layout) -> Callable[[], None]:
-    """Let an empty batch end every forward pass in a `ScopeError`, until the result is called."""
-    return _on_forward(_owner(model, layout), _source).remove
-
-
-_TRACKERS: weakref.WeakKeyDictionary[nn.Module, Tracker] = weakref.WeakKeyDictionary()
-
-
-def tracker_of(model: nn.Module, layout: Layout) -> Tracker:
-    """The tracker of a model, shared by all its steerings; it goes with its last listener."""
-    if model not in _TRACKERS:
-        _TRACKERS[model] = Tracker(model, layout)
-    return _TRACKERS[model]
-
-
-def _source(given: dict[str, Any], *names: str) -> Tensor | None:
-    """What a call reads, (rows, tokens, ...), or None; ScopeError if the batch is empty."""
-    found = (given.get(name) for name in ("inputs_embeds", "input_ids", *names))
-    source = next((one for one in found if isinstance(one, Tensor)), None)
-    if source is not None and not (source.shape[0] and source.shape[1]):
-        raise ScopeError(f"the batch is empty: its shape is {tuple(source.shape)}")
-    return source
-
-
-def _positions(
-    given: dict[str, Any], rows: int, width: int, past: int | Tensor, device: torch.device
-) -> Tensor:
-    """Index of each token in its unpadded row, (rows, width); -1 for padding that is known."""
-    mask, ids = given.get("attention_mask"), given.get("position_ids")
-    if isinstance(mask, Tensor) and mask.dim() == 2:
-        position = _numbered(mask)
-        start = mask.shape[1] - width
-        if start and start != past:  # a mask as long as a static cache
-            start = min(int(past), start)
-        return position[:, start : start + width]
-    if isinstance(ids, Tensor) and ids.dim() == 2:
-        # `generate` under a static cache: its mask has four axes, but these know the padding, which
-        # may have position 0 here. That is harmless, as no token attends to it.
-        return ids.expand(rows, width)
-    if isinstance(mask, dict):
-        mask = mask.get("full_attention")
-    if isinstance(mask, Tensor) and mask.dim() == 4:
-        seen = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] == 0
-        return (seen.sum(dim=-1) - 1).expand(rows, width)
-    return (torch.arange(width, device=device) + past).expand(rows, width)
-
-
-def _numbered(mask: Tensor) -> Tensor:
-    """Index of each real token in its row, -1 for padding: the shape of the mask."""
-    real = mask != 0
-    return (real.cumsum(dim=1) - 1).masked_fill(~real, -1)
+    return generate
 
 
 def _prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
@@ -183,8 +172,27 @@ def _prompt_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
         return Prompt(torch.ones(1, dtype=torch.long), width=1)
     mask = kwargs.get("attention_mask")
     if isinstance(mask, Tensor) and mask.dim() == 2:
-        position = _numbered(mask)  # longer than the inputs where a cache holds the beginning
-        lengths = position.amax(dim=1) + 1
-        return Prompt(lengths, width=mask.shape[1], ages=position - lengths.unsqueeze(1))
+        # Longer than the inputs where a cache holds the beginning.
+        lengths, ages = prompt_columns(mask)
+        return Prompt(lengths, width=mask.shape[1], ages=ages)
     lengths = torch.full((source.shape[0],), source.shape[1], device=source.device)
     return Prompt(lengths, width=source.shape[1])
+
+
+def _source(given: Mapping[str, Any], *names: str) -> Tensor | None:
+    """What a call reads, (rows, tokens, ...), or None; ScopeError if the batch is empty."""
+    found = (given.get(name) for name in ("inputs_embeds", "input_ids", *names))
+    source = next((one for one in found if isinstance(one, Tensor)), None)
+    if source is not None and not (source.shape[0] and source.shape[1]):
+        raise ScopeError(f"the batch is empty: its shape is {tuple(source.shape)}")
+    return source
+
+
+_TRACKERS: weakref.WeakKeyDictionary[nn.Module, Tracker] = weakref.WeakKeyDictionary()
+
+
+def tracker_of(model: nn.Module, layout: Layout) -> Tracker:
+    """The tracker of a model, shared by all its steerings; it goes with the last one."""
+    if model not in _TRACKERS:
+        _TRACKERS[model] = Tracker(model, layout)
+    return _TRACKERS[model]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import numpy as np
 import torch
 from tiny import tiny_tokenizer
@@ -56,3 +58,25 @@ def split(n=24, seed=0):
         for i in range(n)
     ]
     return Questions(items).split(seed=0)
+
+
+@contextmanager
+def touched(lm, layer):
+    """The tokens of each forward pass that a steering changes at the input of a block."""
+    marks, before, after = [], [], []
+    previous = lm.layout.block(lm.model, layer - 1).register_forward_hook(
+        lambda _, args, out: before.append((out[0] if isinstance(out, tuple) else out).clone())
+    )
+    block = lm.layout.block(lm.model, layer).register_forward_pre_hook(
+        lambda _, args, kwargs: after.append(
+            (args[0] if args else kwargs["hidden_states"]).clone()
+        ),
+        with_kwargs=True,
+    )
+    try:
+        yield marks
+    finally:
+        previous.remove()
+        block.remove()
+        for one, other in zip(before, after, strict=True):
+            marks.append((one - other).abs().amax(dim=-1).gt(1e-3).int().tolist())
