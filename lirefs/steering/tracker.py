@@ -33,7 +33,6 @@ from lirefs.steering.hook_chain import NotCopied
 from lirefs.steering.recompute import Checkpoints
 from lirefs.steering.token_mask import TokenMask
 
-
 _MANAGER = "_cached_continuous_batching_manager"
 
 
