@@ -87,13 +87,13 @@ def test_position_ids_of_the_callers_own_with_a_cache(lm, prompt, step):
 
 
 def test_a_cropped_cache_is_read_and_not_counted(lm):
-    with steering(scope=scopes.from_position(5)).apply(lm.model), touched(lm, 1) as seen:
-        with torch.no_grad():
-            cache = DynamicCache(config=lm.model.config)
-            lm.model(IDS, past_key_values=cache)
-            cache.crop(-3)
-            for _ in range(2):
-                lm.model(IDS[:, :1], past_key_values=cache)
+    steer = steering(scope=scopes.from_position(5))
+    with steer.apply(lm.model), touched(lm, 1) as seen, torch.no_grad():
+        cache = DynamicCache(config=lm.model.config)
+        lm.model(IDS, past_key_values=cache)
+        cache.crop(-3)
+        for _ in range(2):
+            lm.model(IDS[:, :1], past_key_values=cache)
     assert seen == [[[0, 0, 0, 0, 0, 1, 1]], [[0]], [[1]]]
 
 
@@ -105,7 +105,6 @@ def test_position_ids_of_several_axes(given, axes):
     owner = lm.model.model
     plain = torch.arange(7).view(1, 1, 7)
     ids = torch.cat([plain, 0 * plain.expand(3, 1, 7)])[4 - axes :]
-    found = []
     stop = owner.register_forward_pre_hook(
         lambda _, args, kwargs: (args, {**kwargs, "position_ids": kwargs["position_ids"][0]}),
         with_kwargs=True,
