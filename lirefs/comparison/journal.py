@@ -9,10 +9,11 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch.distributed as dist
 
 from lirefs.comparison.results_file import item_of_results
-from lirefs.errors import SettingError
+from lirefs.errors import ProvenanceError, SettingError
 from lirefs.files import append_text, parse_json
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.task import ItemResult, Task
@@ -93,15 +94,15 @@ def task_parts(task: Task) -> list[list[int]]:
     return [order[start : start + PART] for start in range(0, len(order), PART)]
 
 
-def task_digest(lm: LanguageModel, task: Task) -> str:
-    """SHA-256 of a task, or a part of one, on a model in its current state: 64 hex digits."""
+def task_digest(identity: str, lm: LanguageModel, task: Task) -> str:
+    """SHA-256 of a task, or a part of one, on a model of this identity: 64 hex digits."""
     settings: dict[str, str] = {}
     if is_dataclass(task):
         named = [f.name for f in fields(task) if f.repr and f.name != "items"]
         settings = {name: repr(getattr(task, name)) for name in named}
     content = [
         __version__,
-        lm.fingerprint,
+        identity,
         lm.tokenizer_fingerprint,
         lm.device.type,
         [type(task).__qualname__, task.name, task.group, task.metric, settings],
@@ -112,5 +113,15 @@ def task_digest(lm: LanguageModel, task: Task) -> str:
 
 def part_key(digest: str, variant: str, described: Mapping[str, Any] | None) -> str:
     """SHA-256 of everything that decides a result: a part of a task, and an intervention."""
-    content = json.dumps([digest, variant, described], sort_keys=True, default=str)
+    content = json.dumps([digest, variant, described], sort_keys=True, default=_scalar)
     return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _scalar(value: Any) -> Any:
+    """The number in a NumPy scalar; other values may look alike as text and yet differ."""
+    if isinstance(value, np.generic):
+        return value.item()
+    raise ProvenanceError(
+        f"describe() of an intervention returned a {type(value).__name__}, which is not JSON and "
+        "may not tell it from others: return a digest of it instead"
+    )

@@ -92,10 +92,10 @@ def test_lines_cut_short_or_foreign_are_run_again(lm, tmp_path, small_parts):
 def test_the_key_tells_model_task_and_intervention_apart(lm):
     task = tasks()[0]
     other = MultipleChoice("choose", [*task.items[:-1], ("29", "other", [" a", " b"], 0)])
-    assert journal.task_digest(lm, task) == journal.task_digest(lm, tasks()[0])
-    assert journal.task_digest(lm, task) != journal.task_digest(lm, other)
-    assert journal.task_digest(lm, tasks()[1]) != journal.task_digest(
-        lm, ShortAnswer("answer", tasks()[1].items, max_new_tokens=9)
+    assert journal.task_digest(lm.identity, lm, task) == journal.task_digest(lm, tasks()[0])
+    assert journal.task_digest(lm.identity, lm, task) != journal.task_digest(lm, other)
+    assert journal.task_digest(lm.identity, lm, tasks()[1]) != journal.task_digest(
+        lm.identity, lm, ShortAnswer("answer", tasks()[1].items, max_new_tokens=9)
     )
     one = Direction(torch.ones(32), 1)
     first, second = (Steer(one.random_like(seed), "add").describe() for seed in (0, 1))
