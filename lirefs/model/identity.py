@@ -304,17 +304,20 @@ def _must_be_known(hooks: Sequence[Any], where: str) -> None:
 
 def _forward_of(name: str, module: nn.Module) -> str:
     """Name of the method that a module runs; ProvenanceError if a function replaces it."""
-    own = vars(module)
-    forward: Any = own.get("forward", type(module).forward)
-    if "_hf_hook" in own:
-        forward = own.get("_old_forward", forward)
+    own, of_class = vars(module), type(module).forward
+    forward: Any = own.get("_old_forward" if "_hf_hook" in own else "forward", of_class)
     forward = getattr(forward, "__func__", forward)
-    called = getattr(forward, "__qualname__", "<unnamed>")
-    unnamed = "<" in called or _origin(forward) == "__main__"
-    if "forward" in own and unnamed and _package(_origin(forward)) not in _KNOWN:
+    borrowed = f"{_origin(forward)}.{getattr(forward, '__qualname__', '')}"
+    if forward is of_class:
+        return borrowed
+    # A function may borrow the name of another (functools.wraps), but not its code.
+    code = getattr(forward, "__code__", None)
+    called = "<unnamed>" if code is None else code.co_qualname
+    origin = "" if code is None else forward.__globals__["__name__"]
+    if ("<" in called or origin == "__main__") and _package(origin) not in _KNOWN:
         where = f"module {name or type(module).__name__!r}"
         raise _unknown(f"the forward method of {where} is replaced by a function ({called})")
-    return f"{_origin(forward)}.{called}"
+    return f"{borrowed} {origin}.{called}"
 
 
 def _origin(function: Any) -> str:
