@@ -47,12 +47,18 @@ _NOT_ESSENTIAL = {
     "transformers_version",
     "use_cache",
 }
+_ADAPTER_STATE = (
+    "active_adapter",
+    "merged_adapters",
+    "scaling",
+    "_adapters_disabled",
+    "_disable_adapters",
+)
 # Attributes of modules that do not change what an evaluated model computes.
 _MODES = {*_NOT_ESSENTIAL, "gradient_checkpointing"}
 # Their hooks and forward methods only do what follows from the state that is hashed here.
 _KNOWN = {"accelerate", "kfac", "lirefs", "nnsight", "peft", "torch", "transformers"}
 _OF_EVERY_MODULE = set(vars(nn.Module()))
-_SCALARS = (bool, int, float, str, torch.dtype, type(None))
 
 # Hashes of the last few states of each model, so that a sweep hashes its weights once.
 _HASHES: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
@@ -111,7 +117,10 @@ def identity(model: nn.Module, *more: str) -> str:
     for name, module in model.named_modules():
         hooks += _hooks_of(name, module)
         own = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in _OF_EVERY_MODULE}
-        settings = {k: v for k, v in own.items() if k not in _MODES and isinstance(v, _SCALARS)}
+        if _is_of_peft(module):
+            settings = {k: v for k, v in own.items() if k not in _ADAPTER_STATE and _is_plain(v)}
+        else:
+            settings = {k: v for k, v in own.items() if k not in _MODES and _is_scalar(v)}
         structure.append([name, type(module).__qualname__, _forward_of(name, module), settings])
         for key in sorted(module._non_persistent_buffers_set):
             state.add(f"{name}.{key}", module._buffers.get(key))
@@ -258,22 +267,19 @@ def _saved_apart(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _adapters(model: nn.Module) -> list[Any]:
-    """State of each module of PEFT: what is active, merged, disabled, and all other settings."""
+    """Which adapters of PEFT are active, merged or disabled, and their scaling, by module."""
     found = []
     for name, module in model.named_modules():
-        if not any(_package(kind.__module__) == "peft" for kind in type(module).__mro__):
-            continue
-        active = getattr(module, "_active_adapter", None)
-        state = {
-            **{k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE},
-            "_active_adapter": [active] if isinstance(active, str) else active,
-            # Defaults of the class, until they are set.
-            "_disable_adapters": getattr(module, "_disable_adapters", None),
-            "merged_adapters": getattr(module, "merged_adapters", None),
-        }
-        plain = {key: value for key, value in state.items() if _is_plain(value)}
-        found.append([name, type(module).__qualname__, plain])
+        if _is_of_peft(module):
+            state = {key: getattr(module, key, None) for key in _ADAPTER_STATE}
+            one = state["active_adapter"]  # a name, or a list of names
+            state["active_adapter"] = [one] if isinstance(one, str) else one
+            found.append([name, {key: one for key, one in state.items() if _is_plain(one)}])
     return found
+
+
+def _is_of_peft(module: nn.Module) -> bool:
+    return any(_package(kind.__module__) == "peft" for kind in type(module).__mro__)
 
 
 def _is_plain(value: Any) -> bool:
@@ -282,7 +288,11 @@ def _is_plain(value: Any) -> bool:
         return all(map(_is_plain, value.values()))
     if isinstance(value, list | tuple | set | frozenset):
         return all(map(_is_plain, value))
-    return isinstance(value, _SCALARS)
+    return _is_scalar(value)
+
+
+def _is_scalar(value: Any) -> bool:
+    return isinstance(value, bool | int | float | str | torch.dtype | None)
 
 
 def _hooks_of(name: str, module: nn.Module) -> list[Any]:
