@@ -9,11 +9,10 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch.distributed as dist
 
 from lirefs.comparison.results_file import item_of_results
-from lirefs.errors import ProvenanceError, SettingError
+from lirefs.errors import SettingError
 from lirefs.files import append_text, parse_json
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.task import ItemResult, Task
@@ -113,15 +112,5 @@ def task_digest(identity: str, lm: LanguageModel, task: Task) -> str:
 
 def part_key(digest: str, variant: str, described: Mapping[str, Any] | None) -> str:
     """SHA-256 of everything that decides a result: a part of a task, and an intervention."""
-    content = json.dumps([digest, variant, described], sort_keys=True, default=_scalar)
+    content = json.dumps([digest, variant, described], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
-
-
-def _scalar(value: Any) -> Any:
-    """The number in a NumPy scalar; other values may look alike as text and yet differ."""
-    if isinstance(value, np.generic):
-        return value.item()
-    raise ProvenanceError(
-        f"describe() of an intervention returned a {type(value).__name__}, which is not JSON and "
-        "may not tell it from others: return a digest of it instead"
-    )

@@ -19,10 +19,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import sys
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -139,9 +141,10 @@ def identity(model: nn.Module, *more: str) -> str:
 
 
 def must_be_told_apart(described: Any, what: str) -> None:
-    """Raise ProvenanceError if a description says that it does not tell `what` from others.
+    """Raise ProvenanceError if a description may not tell `what` from others.
 
-    It says so by a key `unknown`, at any depth, whose value gives the reason.
+    It says so by a key `unknown`, at any depth, whose value gives the reason; or it holds something
+    that is not JSON, whose text may leave out what differs, as that of a tensor does.
     """
     if isinstance(described, Mapping):
         if "unknown" in described:
@@ -150,6 +153,9 @@ def must_be_told_apart(described: Any, what: str) -> None:
     if isinstance(described, list | tuple):
         for part in described:
             must_be_told_apart(part, what)
+    elif not isinstance(described, str | int | float | np.generic | None):
+        kind = type(described).__name__
+        raise _unknown(f"{what} is described by a {kind}, which is not JSON; describe its digest")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -279,6 +285,8 @@ def _adapters(model: nn.Module) -> list[Any]:
 
 
 def _is_of_peft(module: nn.Module) -> bool:
+    if "peft" not in sys.modules:
+        return False
     return any(_package(kind.__module__) == "peft" for kind in type(module).__mro__)
 
 
@@ -379,6 +387,6 @@ def _jsonable(value: Any) -> Any:
 
 def _unknown(reason: str) -> ProvenanceError:
     return ProvenanceError(
-        f"{reason}, so this model would not be recognized again: leave out cache=, journal= and "
-        "checkpoint=; any_model=True fits and steers without knowing the model"
+        f"{reason}: leave out cache=, journal= and checkpoint= (any_model=True fits and steers a "
+        "model that is not recognized)"
     )
