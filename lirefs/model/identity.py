@@ -65,6 +65,9 @@ _OF_EVERY_MODULE = set(vars(nn.Module()))
 # Hashes of the last few states of each model, so that a sweep hashes its weights once.
 _HASHES: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 _STATES = 8
+# For each tokenizer its hash, and what would have changed with it.
+_TOKENIZERS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+_RULES = ("normalizer", "pre_tokenizer", "post_processor")
 
 
 def fingerprint(model: nn.Module, edited: bool = True, steered: int | None = None) -> str:
@@ -88,12 +91,10 @@ def fingerprint(model: nn.Module, edited: bool = True, steered: int | None = Non
 
 def is_model(model: nn.Module, made_on: str) -> bool:
     """Whether a model has the fingerprint `made_on`, with or without what is attached to it."""
-    steerings = steerings_on(model)
-    for steered in range(len(steerings) + 1):
+    edits = {False, is_edited(model)}
+    for steered in range(len(steerings_on(model)) + 1):
         try:
-            if made_on in {
-                fingerprint(model, edited, steered) for edited in {False, is_edited(model)}
-            }:
+            if made_on in {fingerprint(model, edited, steered) for edited in edits}:
                 return True
         except ProvenanceError:
             if not steered:
@@ -159,16 +160,24 @@ def must_be_told_apart(described: Any, what: str) -> None:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of everything that decides the token ids of a text."""
+    """Return the SHA-256 of everything that decides the token ids of a text.
+
+    The vocabulary is read again when its length, special tokens, rules or template have changed.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    rules = json.loads(backend.to_str()) if backend is not None else {}
-    for state in ("padding", "truncation"):  # left behind by the last call
-        rules.pop(state, None)
     special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
     template = getattr(tokenizer, "chat_template", None)
-    parts = [sorted(tokenizer.get_vocab().items()), rules, special, template]
-    text = json.dumps(parts, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()
+    rules = [getattr(backend, name, None) for name in _RULES]
+    small = (len(tokenizer), str(special), str(template), *(one.__getstate__() for one in rules))
+    known = _TOKENIZERS.get(tokenizer)
+    if known is None or known[0] != small:
+        whole = json.loads(backend.to_str()) if backend is not None else {}
+        for state in ("padding", "truncation"):  # left behind by the last call
+            whole.pop(state, None)
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        text = json.dumps([vocabulary, whole, special, template], sort_keys=True, default=str)
+        known = _TOKENIZERS[tokenizer] = (small, hashlib.sha256(text.encode()).hexdigest())
+    return known[1]
 
 
 class _State:

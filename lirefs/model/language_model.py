@@ -105,7 +105,7 @@ class LanguageModel:
             found["model_unknown"] = str(problem)
         return found
 
-    @functools.cached_property
+    @property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the vocabulary, the rules and the special tokens, as 64 hex digits."""
         return tokenizer_hash(self.tokenizer)
