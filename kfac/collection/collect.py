@@ -97,6 +97,8 @@ def collect(
         TargetError: No targets, targets and layers together, a target that is never called, or one
             that cannot reach the logits.
         KfacError: A target's input does not have the positions of the mask.
+        ProvenanceError: With a checkpoint, if the model has no identity: a weight is offloaded, or
+            a hook of your own may change it.
     """
     module, batches = module_and_batches(model, batches)
     if targets is None:

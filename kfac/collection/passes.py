@@ -32,6 +32,7 @@ from kfac.collection.sampling import RowSeeds, batch_digest, label_gradients, ro
 from kfac.target import Target, TargetRecord
 from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError
 from lirefs.model.guest import as_guest
+from lirefs.model.identity import identity
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,8 @@ def run_passes(
     drawn = {"seed": options.seed, "labels": options.labels, "samples": options.samples}
     split = {"passes": names, "processes": world.size}
     needed = {**drawn, "dtype": str(options.dtype), **settings, **split}
+    if path is not None:
+        needed["model"] = identity(model)
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
     state = checkpoint.load(len(passes), partial(_shapes, passes, make_sums), options.dtype)
     trackers: list[TargetTracker] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Mapping, Sequence
+from functools import partial
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
@@ -17,6 +18,7 @@ from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.journal import Journal, part_key, task_digest, task_parts
 from lirefs.comparison.results_file import MOST_RESAMPLES
 from lirefs.errors import SettingError, TaskError
+from lirefs.model.identity import must_be_told_apart
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.default_suite import default_tasks
@@ -48,8 +50,8 @@ def compare(
         seed: Seed of the bootstrap.
         provenance: Settings to save with the results.
         journal: Folder that keeps finished items until you remove it, so that the same call
-            resumes after an interruption, with the same result. An intervention is recognized by
-            its name and its `describe`.
+            resumes after an interruption, with the same result. The model is recognized by
+            `lm.identity`, an intervention by its name and its `describe`.
         progress: Show a progress bar.
 
     Returns:
@@ -59,6 +61,8 @@ def compare(
         TaskError: No task, two share a name, or a variant is called `unchanged`.
         InterventionError: If an intervention does not fit the model.
         SettingError: If the journal is a file, or `resamples` is out of range.
+        ProvenanceError: With a journal, if the model has no identity (a weight is offloaded, or a
+            hook of your own may change it), or an intervention cannot be told from others.
     """
     if not 1 <= resamples <= MOST_RESAMPLES:
         raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
@@ -76,9 +80,15 @@ def compare(
             pass
     kept = Journal(journal)
     described = {name: one.describe() for name, one in interventions.items()}
+    made_on = lm.provenance
+    if journal is not None:
+        made_on["identity"] = lm.identity
+        for name, settings in described.items():
+            must_be_told_apart(settings, f"the intervention {name!r}")
+    digest_of = partial(task_digest, made_on.get("identity", ""), lm)
     rows = {task.name: task_parts(task) for task in tasks}
     pieces = {
-        task.name: [(task_digest(lm, piece), piece) for piece in map(task.subset, rows[task.name])]
+        task.name: [(digest_of(piece), piece) for piece in map(task.subset, rows[task.name])]
         for task in tasks
     }
 
@@ -109,9 +119,7 @@ def compare(
         tasks={task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks},
         provenance={
             "lirefs": __version__,
-            "model": lm.fingerprint,
-            "model_name": lm.name,
-            "tokenizer": lm.tokenizer_fingerprint,
+            **made_on,
             "device": str(lm.device),
             "environment": {
                 "python": platform.python_version(),
@@ -119,7 +127,7 @@ def compare(
                 **{one: metadata.version(one) for one in ("torch", "transformers", "numpy")},
                 "threads": torch.get_num_threads(),
             },
-            "tasks": {task.name: task_digest(lm, task) for task in tasks},
+            "tasks": {task.name: digest_of(task) for task in tasks},
             "interventions": described,
             **(provenance or {}),
         },

@@ -93,15 +93,15 @@ def task_parts(task: Task) -> list[list[int]]:
     return [order[start : start + PART] for start in range(0, len(order), PART)]
 
 
-def task_digest(lm: LanguageModel, task: Task) -> str:
-    """SHA-256 of a task, or a part of one, on a model in its current state: 64 hex digits."""
+def task_digest(identity: str, lm: LanguageModel, task: Task) -> str:
+    """SHA-256 of a task, or a part of one, on a model of this identity: 64 hex digits."""
     settings: dict[str, str] = {}
     if is_dataclass(task):
         named = [f.name for f in fields(task) if f.repr and f.name != "items"]
         settings = {name: repr(getattr(task, name)) for name in named}
     content = [
         __version__,
-        lm.fingerprint,
+        identity,
         lm.tokenizer_fingerprint,
         lm.device.type,
         [type(task).__qualname__, task.name, task.group, task.metric, settings],

@@ -84,8 +84,8 @@ def capture(
         batch_tokens: Tokens per batch, padding included.
         padding_side: `left` or `right`; it does not change the values. What the model does not
             honour (`lm.traits`) is not used.
-        cache: Folder that keeps the values, by model, tokens and settings. Leave it out while a
-            hook of your own changes the model. A warning says if it cannot be written.
+        cache: Folder that keeps the values, by `lm.identity`, tokens and settings: states under a
+            steering, an edit or another adapter are others. A warning says if it cannot be written.
         progress: Show a progress bar.
 
     Raises:
@@ -94,6 +94,8 @@ def capture(
         NonFiniteStateError: If a value is NaN or infinite; the message names the first prompt,
             layer, site and position.
         LayoutError: If the architecture lacks a site.
+        ProvenanceError: With a cache, if the model has no identity: a weight is offloaded, or a
+            hook of your own may change it.
     """
     offsets = (positions,) if isinstance(positions, int) else tuple(map(int, positions))
     request = _request(lm, prompts, layers, sites, offsets)
@@ -172,7 +174,7 @@ class _Request:
     @property
     def key(self) -> str:
         """Name of the cached states."""
-        settings = [self.lm.fingerprint, str(self.lm.device), self.places, self.offsets]
+        settings = [self.lm.identity, str(self.lm.device), self.places, self.offsets]
         digest = hashlib.sha256(json.dumps(settings).encode())
         for row in self.ids:
             digest.update(f"{list(row)}".encode())

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from lirefs.directions.direction import Direction
 from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
 from lirefs.files import atomic_path, parse_json
+from lirefs.model.identity import is_model
 from lirefs.model.language_model import LanguageModel
 
 FORMAT = "lirefs-directions-1"
@@ -89,7 +90,7 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
         Args:
             path: The file.
-            lm: If given, the file must come from exactly this model.
+            lm: If given, the file must come from this model, with or without what is attached.
 
         Raises:
             DirectionsFileError: If the file is missing, damaged or of another format.
@@ -121,7 +122,7 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 f"{path}: does not say which model it was fitted on; to use it anyway, load it "
                 "without a model: Directions.load(path)"
             )
-        if lm is not None and model != lm.fingerprint:
+        if lm is not None and not is_model(lm.model, str(model)):
             name = provenance.get("model_name")
             raise ProvenanceError(f"{path}: fitted on another model ({name!r}, not {lm.name!r})")
         return cls({(one.layer, one.site): one for one in found}, provenance)

@@ -133,6 +133,7 @@ def fit(
     shuffles: int = 100,
     seed: int = 0,
     cache: Path | None = None,
+    any_model: bool = False,
     progress: bool = True,
 ) -> Probe:
     """Fit a direction at every layer and choose the best layer (Hong et al. 2025, section 3).
@@ -154,6 +155,8 @@ def fit(
         shuffles: Number of label shuffles and of random directions for the controls, at least 1.
         seed: Seed of the controls.
         cache: Folder that keeps the activations (see `capture`).
+        any_model: Also fit on a model without a fingerprint, such as one with offloaded weights.
+            Its directions do not say on which model they were fitted, and steer any.
         progress: Show progress bars.
 
     Raises:
@@ -162,10 +165,15 @@ def fit(
         QuestionsError: If a question has no grade, or one outside [0, 1].
         SettingError: If the estimator is not a linear model or gives a vector that is not finite,
             `shuffles` is below 1, or `layers` are not integers.
+        ProvenanceError: If the model has no fingerprint (`any_model` fits it all the same), or a
+            cache is given and the model has no identity (see `capture`).
     """
     if shuffles < 1:
         raise SettingError(f"shuffles={shuffles}: the controls need at least one")
     layers = list(range(lm.n_layers)) if layers is None else layer_indices(layers)
+    made_on = lm.provenance
+    if not any_model:
+        made_on["model"] = lm.fingerprint
     estimator = MeanDifference() if estimator is None else estimator
     items = [item for side in split.sides.values() for item in side]
     labels = np.array([label for side in split.sides.values() for label in side.labels])
@@ -214,9 +222,7 @@ def fit(
     best = max(separating, key=lambda one: one.validation_auroc.value)
     provenance = {
         "lirefs": __version__,
-        "model": lm.fingerprint,
-        "model_name": lm.name,
-        "tokenizer": lm.tokenizer_fingerprint,
+        **made_on,
         "questions": {name: _digest(side) for name, side in split.sides.items()},
         "source": split.train.source,
         "estimator": repr(estimator),

@@ -38,7 +38,7 @@ def factors_of(
         return kfac.Factors.load(given, model=lm.model)
     targets = kfac.find_targets(lm.model, layers=layers)
     ids = lm.encode(texts)
-    made_of = repr((lm.fingerprint, ids, [one.name for one in targets], seed, lirefs.__version__))
+    made_of = repr((lm.identity, ids, [one.name for one in targets], seed, lirefs.__version__))
     key = hashlib.sha256(made_of.encode()).hexdigest()[:32]
     path = cache / "factors" / f"{key}.safetensors" if given is None else given
     if path.exists():

@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
@@ -39,7 +40,10 @@ class Intervention(Protocol):
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON values that tell it from any other intervention, for journals and reports."""
+        """JSON values that tell it from any other intervention, for journals and reports.
+
+        Where that cannot be said, a key `unknown` gives the reason; journals refuse it then.
+        """
         ...
 
 
@@ -120,9 +124,17 @@ def steerings_of(model: nn.Module) -> list[Checkable]:
     return _STEERINGS.setdefault(model, [])
 
 
+def steerings_on(model: nn.Module) -> list[Checkable]:
+    """The steerings that act on a model, also if attached to a wrapper of it or to its inside."""
+    steered = [(one, attached) for one, attached in list(_STEERINGS.items()) if attached]
+    parts = set(model.modules()) if steered else set()
+    shared = (attached for one, attached in steered if not parts.isdisjoint(one.modules()))
+    return list(chain.from_iterable(shared))
+
+
 def refuse_steered(model: nn.Module, error: type[LirefsError], doing: str) -> None:
     """Raise `error` if a model is steered; `doing` completes "a steered model cannot be ..."."""
-    if attached := _STEERINGS.get(model):
+    if attached := steerings_on(model):
         raise error(
             f"a steered model cannot be {doing}: {'; '.join(map(str, attached))} is attached; "
             "remove it first (leave the `with`, or call the handle's remove)"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from lirefs.errors import SettingError
-from lirefs.model.fingerprint import fingerprint, tokenizer_hash
+from lirefs.errors import ProvenanceError, SettingError
 from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped
+from lirefs.model.identity import fingerprint, identity, tokenizer_hash
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
 from lirefs.model.traits import Traits, traits_of
@@ -72,17 +72,50 @@ class LanguageModel:
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the configuration and of every parameter, as 64 hex digits.
+        """SHA-256 of what the model computes apart from rounding, as 64 hex digits.
 
-        Computed at the first use, and again after a parameter was replaced or changed in place.
+        Of configuration, parameters, saved buffers, quantized state, adapters, and the steerings
+        and weight edits that are attached. Directions record it, and steering compares it.
+
+        Computed at the first use, and again after a tensor was replaced or changed in place.
         (A change through ``parameter.data`` is invisible to PyTorch, and so to this.)
 
         Raises:
-            ProvenanceError: A weight is offloaded and cannot be read.
+            ProvenanceError: A weight is offloaded or opaque and cannot be read, or a steering with
+                a scope of your own is attached.
         """
         return fingerprint(self.model)
 
-    @functools.cached_property
+    @property
+    def identity(self) -> str:
+        """SHA-256 of all that decides the numbers that come out now, as 64 hex digits.
+
+        The key of caches, journals and checkpoints: the fingerprint, and the attention
+        implementation, autocast, buffers that are not saved, the layout, and the class, settings
+        and forward method of every module.
+
+        Raises:
+            ProvenanceError: As for `fingerprint`; or a module has a forward hook, or a replaced
+                forward method, of which nothing is known.
+        """
+        return identity(self.model, repr(self.layout))
+
+    @property
+    def provenance(self) -> dict[str, str]:
+        """What results record about the model: its `model_name`, and by hashes its state.
+
+        These are `model` (the fingerprint), `identity` and `tokenizer`. What cannot be computed is
+        left out, and `model_unknown` says why.
+        """
+        found = {"model_name": self.name, "tokenizer": self.tokenizer_fingerprint}
+        try:
+            found["model"] = self.fingerprint
+            found["identity"] = self.identity
+        except ProvenanceError as problem:
+            found["model_unknown"] = str(problem)
+        return found
+
+    @property
     def tokenizer_fingerprint(self) -> str:
         """SHA-256 of the vocabulary, the rules and the special tokens, as 64 hex digits."""
         return tokenizer_hash(self.tokenizer)
@@ -198,8 +231,8 @@ class LanguageModel:
 
         Raises:
             SettingError: A prompt is empty, the model does not number positions as
-                ``model.generate`` does (``traits.positions`` is false), or the prompts of a call that returns the output of
-                ``model.generate`` need several batches (see ``traits``).
+                ``model.generate`` does (``traits.positions`` is false), or the prompts of a call
+                that returns the output of ``model.generate`` need several batches (``traits``).
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts:

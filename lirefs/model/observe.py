@@ -52,7 +52,7 @@ class Seen:
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook that keeps the output, unless it is as wide as a vocabulary."""
         value = output[0] if isinstance(output, tuple | list) and output else output
-        wide = getattr(module, "out_features", 0) > 1 << 16
+        wide = (getattr(module, "out_features", 0) or 0) > 1 << 16
         if isinstance(value, Tensor) and self.output is None and not wide:
             self.output = value.detach().clone().cpu()
             self.also_gave = tuple(output[1:]) if value is not output else ()

@@ -7,6 +7,7 @@ the generated tokens: 0 for the first one, -1 for the last token of the prompt, 
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import ScopeError
+from lirefs.files import sha256_of
 from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
 
@@ -26,7 +28,8 @@ class Scope:
     Attributes:
         name: Its name in reports.
         touches: Gives the tokens it holds, boolean, in a shape that broadcasts to (rows, tokens).
-        settings: What else a report has to say, JSON values.
+        settings: What else a report has to say, JSON values. For a scope with a function of your
+            own, they must tell it from any other: without them, caches and journals refuse it.
         first: The smallest position that it can hold.
         absolute: Whether the position of a token in its text decides, whatever the row.
         ends: For a scope made for certain texts: one past its last position in each row, (rows,).
@@ -57,6 +60,10 @@ class Scope:
 
     def describe(self) -> dict[str, Any]:
         """Its name and settings, as JSON values."""
+        own = not getattr(self.touches, "__module__", "").startswith("lirefs.")
+        if own and not self.settings:
+            reason = f"the scope {self.name!r} is a function of your own; give it settings"
+            return {"name": self.name, "unknown": reason}
         return {"name": self.name, **self.settings}
 
 
@@ -202,7 +209,9 @@ def _marked(name: str, positions: list[list[int]]) -> Scope:
         inside = (position >= 0) & (position < table.shape[1])
         return known.gather(1, position.clamp(0, table.shape[1] - 1)) & inside
 
-    settings = {"tokens": [len(set(row)) for row in positions]}
+    rows = [sorted(set(row)) for row in positions]
+    digest = sha256_of(json.dumps(rows).encode())[:16]
+    settings = {"tokens": [len(row) for row in rows], "digest": digest}
     return Scope(name, touches, settings=settings, ends=ends)
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from lirefs.directions.direction import Direction, direction_must_be_finite
 from lirefs.directions.directions import Directions
 from lirefs.errors import InterventionError, ProvenanceError, ScopeError
-from lirefs.model.fingerprint import is_model
 from lirefs.model.guest import start_eager, text_config
+from lirefs.model.identity import is_model
 from lirefs.model.intervention import (
     Composable,
     Handle,

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from array import array
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Integral
 from typing import Any, TypeAlias
 
@@ -11,8 +14,12 @@ import torch
 from torch import Tensor
 
 from lirefs.errors import InterventionError
+from lirefs.files import sha256_of
 from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
+
+_DESCRIBED = 10_000
+"""Generated tokens for which the strengths of a function describe it."""
 
 
 class RowStrengths:
@@ -48,7 +55,8 @@ class Schedule:
 
     Args:
         values: The strengths of the generated tokens in order (later tokens are not steered), or
-            a function from the index of a generated token, from 0, to its strength.
+            a pure function from the index of a generated token, from 0, to its strength: the same
+            index gives the same strength, whenever it is asked.
 
     Raises:
         InterventionError: The sequence is empty, or a strength is not a finite number.
@@ -76,8 +84,19 @@ class Schedule:
         return known[age.clamp(0, last)], (age >= 0) & (age <= last)
 
     def describe(self) -> dict[str, Any]:
-        """The strengths, or that they come from a function, as JSON values."""
-        return {"schedule": "a function" if self._function is not None else self._values}
+        """The strengths, or a digest of the first 10,000 that a function gives, as JSON values."""
+        if self._function is None:
+            return {"schedule": self._values}
+        return {"schedule": "a function", "digest": self._digest}
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        assert self._function is not None
+        values = array("d")
+        with suppress(Exception):  # a function may end somewhere: those before tell it apart
+            for index in range(_DESCRIBED):
+                values.append(_finite(self._function(index)))
+        return sha256_of(values.tobytes())[:16]
 
 
 Strength: TypeAlias = (

