@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lirefs.comparison.cell import TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.summary import plain_json
-from lirefs.errors import ResultsFileError
+from lirefs.errors import ResultsFileError, must_be
 from lirefs.files import parse_json
 from lirefs.tasks.task import ItemResult
 
@@ -147,6 +148,7 @@ def figures_in_results(file: Path) -> list[dict[str, str]]:
 
 def results_path(path: str | Path) -> Path:
     """The results file that a path names, directly or by its folder."""
+    must_be(path, (str, PathLike), "path", ResultsFileError)
     path = Path(path)
     return path / "results.json" if path.is_dir() else path
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lirefs.errors import DirectionError, InterventionError
+from lirefs.errors import DirectionError, InterventionError, must_be, whole_number
 from lirefs.files import sha256_of
 
 
@@ -33,6 +33,20 @@ class Direction:
     spread: tuple[float, float] = (0.0, 0.0)
     counts: tuple[int, int] = (0, 0)
     model: str = ""
+
+    def __post_init__(self) -> None:
+        must_be(self.vector, Tensor, "the vector of a direction", DirectionError)
+        must_be(self.site, str, "the site of a direction", DirectionError)
+        whole_number(self.layer, "the layer of a direction", least=0, error=DirectionError)
+        if self.vector.ndim != 1 or not self.vector.is_floating_point():
+            raise DirectionError(
+                f"the vector of a direction has shape {tuple(self.vector.shape)} and dtype "
+                f"{self.vector.dtype}; it needs one axis, (width,), of floating-point numbers"
+            )
+
+    def __repr__(self) -> str:
+        width, norm = len(self.vector), self.norm
+        return f"Direction(layer {self.layer}, {self.site}, width {width}, norm {norm:.4g})"
 
     @property
     def unit(self) -> Tensor:
@@ -139,6 +153,20 @@ class Direction:
             )
         if self.model and other.model and self.model != other.model:
             raise DirectionError("directions of two models: their coordinates do not correspond")
+
+
+def places_text(places: Iterable[tuple[int, str]]) -> str:
+    """Layers and sites in words, for messages."""
+    by_site: dict[str, list[int]] = {}
+    for layer, site in places:
+        by_site.setdefault(site, []).append(layer)
+    found = []
+    for site, layers in by_site.items():
+        run = list(range(min(layers), max(layers) + 1))
+        many = len(layers) > 2 and sorted(layers) == run
+        text = f"{run[0]} to {run[-1]}" if many else ", ".join(map(str, layers))
+        found.append(f"layer{'s' * (len(layers) > 1)} {text} at {site}")
+    return "; ".join(found) or "none"
 
 
 def direction_must_be_finite(direction: Direction) -> None:

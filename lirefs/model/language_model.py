@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, as_list, got, must_be, whole_number
+from lirefs.model.batching import check_length, token_ids
 from lirefs.model.fingerprint import fingerprint, tokenizer_hash
 from lirefs.model.guest import accepts, evaluating, input_device, maybe_call
 from lirefs.model.layout import Layout
@@ -80,23 +81,22 @@ class LanguageModel:
     def encode(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each prompt, without padding.
 
+        A prompt ends with the last token of its text: what the tokenizer appends is left out. One
+        that begins with the tokenizer's first token, as after a chat template, has it once.
+
         Args:
             prompts: Texts.
-            add_special_tokens: Whether the tokenizer adds its own, such as one at the beginning.
+            add_special_tokens: Whether the tokenizer adds its own at the beginning. If not, the
+                ids are exactly those of ``tokenizer(text, add_special_tokens=False)``.
 
         Raises:
             SettingError: ``prompts`` is one string, or holds something that is not a string.
         """
-        if isinstance(prompts, str):
-            raise SettingError("encode takes a list of prompts, got one string: use [prompt]")
-        texts = list(prompts)
+        texts = as_list(prompts, "prompts")
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise SettingError(f"prompt {index} is not a string but {type(text).__name__}")
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=False)
-        return [list(map(int, ids)) for ids in encoded["input_ids"]]
+        return token_ids(self.tokenizer, texts, add_special_tokens) if texts else []
 
     def pad(self, ids: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
         """Return a batch for the model.
@@ -115,6 +115,7 @@ class LanguageModel:
         """
         if side not in ("left", "right"):
             raise SettingError(f"side must be 'left' or 'right', got {side!r}")
+        ids = [as_list(row, f"ids[{index}]") for index, row in enumerate(as_list(ids, "ids"))]
         if not ids:
             raise SettingError("nothing to pad: the list of sequences is empty")
         for index, row in enumerate(ids):
@@ -145,10 +146,8 @@ class LanguageModel:
             SettingError: No text, one has no token, some are strings and others token
                 ids, or ``batch_tokens`` is less than 1.
         """
-        if batch_tokens < 1:
-            raise SettingError(f"batch_tokens must be at least 1, got {batch_tokens}")
-        if isinstance(texts, str):
-            raise SettingError("batches takes a list of texts, got one string: use [text]")
+        whole_number(batch_tokens, "batch_tokens", least=1)
+        texts = as_list(texts, "texts")
         kinds = {isinstance(text, str) for text in texts}
         if len(kinds) != 1:
             problem = "strings and lists of token ids are mixed" if kinds else "no texts"
@@ -157,7 +156,7 @@ class LanguageModel:
         groups: list[list[Sequence[int]]] = []
         width = 0
         for index, row in enumerate(ids):
-            if not len(row):
+            if not len(as_list(row, f"text {index}")):
                 raise SettingError(f"text {index} has no token: leave it out")
             width = max(width, len(row))
             if not groups or width * (len(groups[-1]) + 1) > batch_tokens:
@@ -185,17 +184,22 @@ class LanguageModel:
             ``return_dict_in_generate`` the output of ``model.generate`` itself.
 
         Raises:
-            SettingError: A prompt is empty.
+            SettingError: A prompt is empty or longer than the model's positions, or
+                ``max_new_tokens`` is less than 1.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else as_list(prompt, "prompt", str)
+        new_tokens = whole_number(max_new_tokens, "max_new_tokens", least=1)
         if not prompts:
             return []
-        batch = self.pad(self.encode(prompts))
+        encoded = self.encode(prompts)
+        for index, row in enumerate(encoded):
+            check_length(self.model, len(row) + new_tokens - 1, f"prompt {index}")
+        batch = self.pad(encoded)
         batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self._pad_id, **kwargs}
         plain = not settings["do_sample"] and "generation_config" not in kwargs
         with evaluating(self.model), _plain_greedy(self.model) if plain else nullcontext():
-            out = self.model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
+            out = self.model.generate(**batch, max_new_tokens=new_tokens, **settings)
         if not isinstance(out, Tensor):
             return out
         start = batch["input_ids"].shape[1]
@@ -259,5 +263,8 @@ def wrap(
         LayoutError: The parts of the model were not found.
         SettingError: ``layout`` has an unknown part.
     """
+    must_be(model, nn.Module, "model")
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise SettingError(f"tokenizer must be a tokenizer, got {got(tokenizer)}")
     called = name or getattr(model, "name_or_path", "") or type(model).__name__
     return LanguageModel(model, tokenizer, find_layout(model, layout), str(called))

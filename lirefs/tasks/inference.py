@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from lirefs.model.batching import batches_by_tokens
+from lirefs.errors import TaskError, as_list, must_be
+from lirefs.model.batching import batches_by_tokens, check_length
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
@@ -65,6 +66,7 @@ def greedy(
         stopped = stop is not None and stop(row[-1])
         return stopped or any(text in tail for text in texts)
 
+    must_fit(lm, prompts, lambda prompt: len(prompt) + max_new_tokens - 1)
     results: dict[int, list[int]] = {}
     with evaluating(lm.model):
         prefix = _shared_prefix(lm, prompts)
@@ -120,6 +122,7 @@ def score_continuations(
         For each continuation its log-likelihood in nats, and whether all of its tokens are those
         of greedy decoding.
     """
+    must_fit(lm, items, lambda item: len(item[0]) + max(map(len, item[1])) - 1)
     results: dict[int, list[tuple[float, bool]]] = {}
     with evaluating(lm.model):
         prefix = _shared_prefix(lm, [prompt for prompt, _ in items])
@@ -151,6 +154,7 @@ def token_nlls(
     Returns:
         For each text a float32 tensor on the CPU, shape (tokens - 1,), in nats.
     """
+    must_fit(lm, texts, len)
     results: dict[int, Tensor] = {}
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
         for rows in batches_by_tokens(list(map(len, texts)), BATCH_TOKENS // 4):
@@ -163,6 +167,13 @@ def token_nlls(
                 results[row] = nll[index, : len(texts[row]) - 1].clone()
             advance(len(rows))
     return [results[row] for row in range(len(texts))]
+
+
+def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> None:
+    """Raise TaskError if `lm` is no model, or has no positions for the tokens of an item."""
+    must_be(lm, LanguageModel, "lm", TaskError)
+    for index, item in enumerate(as_list(items, "items", Sequence, TaskError)):
+        check_length(lm.model, tokens(item), f"item {index}", TaskError)
 
 
 class _Batch:
