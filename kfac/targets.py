@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +114,7 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
     prefix, _ = _main_blocks(model)
     modules = dict(model.named_modules())
     result: dict[str, Target] = {}
-    for name in as_list(names, "names", str, TargetError):
+    for name in as_list(list(names) if isinstance(names, Mapping) else names, "names", str, TargetError):
         match = _EXPERT.fullmatch(name)
         owner = match["module"] if match else name
         if owner not in modules:

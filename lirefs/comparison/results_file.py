@@ -158,6 +158,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         data = parse_json(file.read_text("utf-8"), levels=_LEVELS)
     except OSError as problem:
+        if file.name == "results.json" and file.parent.is_dir() and not file.exists():
+            raise ResultsFileError(
+                f"{file.parent}: holds no results.json, so its run is unfinished; continue it with "
+                f"`lirefs compare ... --out {file.parent} --resume`"
+            ) from problem
         raise ResultsFileError(f"{file}: cannot be read ({problem.strerror})") from problem
     except ValueError as problem:
         raise ResultsFileError(f"{file}: not the JSON of a comparison ({problem})") from problem

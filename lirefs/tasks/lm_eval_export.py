@@ -46,9 +46,9 @@ def write_lm_eval_task(
     must_be(name, str, "name", TaskError)
     if not callable(tokenizer):
         raise TaskError(f"tokenizer must be a tokenizer, got {got(tokenizer)}")
-    items = Recitation(name, items).items
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise TaskError(f"{name!r} cannot name a task: use letters, digits and underscores")
+    items = Recitation(name, items).items
     rows = []
     for item, prefix, suffix in items:
         whole = tokenizer.decode([*prefix, *suffix], skip_special_tokens=True)
