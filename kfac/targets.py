@@ -114,7 +114,9 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
     prefix, _ = _main_blocks(model)
     modules = dict(model.named_modules())
     result: dict[str, Target] = {}
-    for name in as_list(list(names) if isinstance(names, Mapping) else names, "names", str, TargetError):
+    for name in as_list(
+        list(names) if isinstance(names, Mapping) else names, "names", str, TargetError
+    ):
         match = _EXPERT.fullmatch(name)
         owner = match["module"] if match else name
         if owner not in modules:

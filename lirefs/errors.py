@@ -260,7 +260,10 @@ def as_list(
     if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
         given = f"one string: use [{values!r:.40}]" if isinstance(values, str) else got(values)
         raise error(f"{name} must be a list, got {given}")
-    found = list(values)
+    try:
+        found = list(values)
+    except TypeError:  # a tensor without axes says that it can be iterated over
+        raise error(f"{name} must be a list, got {got(values)}") from None
     if kinds is not None:
         for index, one in enumerate(found):
             must_be(one, kinds, f"{name}[{index}]", error)

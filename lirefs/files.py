@@ -29,6 +29,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Parent folders are made. The name is the same, as writers choose the format by suffix, and so is
     the file system, so that the move is one atomic rename. A failure (WriteError) changes nothing.
     """
+    must_be(path, (str, os.PathLike), "the path of a file", WriteError)
     final = Path(path)
     with write_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)

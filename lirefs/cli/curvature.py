@@ -280,7 +280,9 @@ def relearn_command(
     }
     record = {"steps": result.steps, "arms": arms, "lr": lr, "edit": change.describe()}
     _write_json(out / "relearning.json", record)
-    table = console_table("arm", *(f"{step} steps" for step in result.steps), title="other half recited")
+    table = console_table(
+        "arm", *(f"{step} steps" for step in result.steps), title="other half recited"
+    )
     for arm, values in result.rest.items():
         table.add_row(arm, *(f"{value.value:.0%}" for value in values))
     Console().print(table)

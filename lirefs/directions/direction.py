@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lirefs.errors import DirectionError, InterventionError, must_be, whole_number
+from lirefs.errors import DirectionError, InterventionError, as_list, must_be, whole_number
 from lirefs.files import sha256_of
 
 
@@ -69,11 +69,12 @@ class Direction:
 
         States may have any floating dtype; the result has that of the vector.
         """
+        must_be(states, Tensor, "states", DirectionError)
         return states.to(self.vector.dtype) @ self.unit.to(states.device)
 
     def random_like(self, seed: int) -> Direction:
         """A random direction of the same norm and place, without statistics: the control."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(whole_number(seed, "seed", error=DirectionError))
         vector = torch.randn(self.vector.shape, generator=generator)
         return self._with(vector / vector.norm() * self.vector.norm().cpu())
 
@@ -101,6 +102,7 @@ class Direction:
         Raises:
             DirectionError: If there is none, or they differ in width, place or model.
         """
+        as_list(directions, "directions", Direction, DirectionError)
         if not directions:
             raise DirectionError("no direction to take the mean of")
         first = directions[0]
@@ -142,6 +144,7 @@ class Direction:
         return Direction(vector, self.layer, self.site, model=self.model)
 
     def _must_fit(self, other: Direction) -> None:
+        must_be(other, Direction, "the other direction", DirectionError)
         if self.vector.shape != other.vector.shape:
             raise DirectionError(
                 f"directions of width {tuple(self.vector.shape)} and {tuple(other.vector.shape)}"

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from lirefs.errors import TaskError, as_list, must_be
+from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.batching import batches_by_tokens, check_length
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.language_model import LanguageModel
@@ -66,6 +66,7 @@ def greedy(
         stopped = stop is not None and stop(row[-1])
         return stopped or any(text in tail for text in texts)
 
+    whole_number(max_new_tokens, "max_new_tokens", least=1, error=TaskError)
     must_fit(lm, prompts, lambda prompt: len(prompt) + max_new_tokens - 1)
     results: dict[int, list[int]] = {}
     with evaluating(lm.model):

@@ -121,9 +121,10 @@ def mine(
     """
     must_be(lm, LanguageModel, "lm")
     texts = named_texts("texts", texts, SettingError)
-    given = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "stride": stride}
-    lengths = {k: whole_number(n, k, least=1) for k, n in given.items() if n is not None}
-    stride = lengths.setdefault("stride", sum(lengths.values()))
+    lengths = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens}
+    lengths = {name: whole_number(n, name, least=1) for name, n in lengths.items()}
+    stride = sum(lengths.values()) if stride is None else whole_number(stride, "stride", least=1)
+    lengths["stride"] = stride
     _check(lm, texts, lengths, near)
     provenance = {
         "format": "lirefs-mined-1",

@@ -4,13 +4,13 @@ import copy
 import functools
 import json
 
-import kfac
 import pytest
 import torch
 from tiny import fresh_model, tiny_model, tiny_tokenizer
 from tokenizers import processors
 from transformers import ByT5Tokenizer
 
+import kfac
 import lirefs
 from lirefs.model.batching import special_tokens_around, token_ids, token_ids_and_spans
 from lirefs.model.fingerprint import tokenizer_hash

@@ -2,12 +2,12 @@
 
 import logging
 
-import kfac
 import pytest
 import torch
 import transformers
 from tiny import VOCABULARY, build, fresh_model, tiny_config, tiny_tokenizer
 
+import kfac
 import lirefs
 from lirefs.errors import BatchError, CaptureError, SettingError, TaskError
 from lirefs.model.batching import check_length, position_limit

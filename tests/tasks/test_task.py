@@ -267,7 +267,11 @@ def test_rows_of_a_file_are_items(lm, kind, row, item):
     [
         (Perplexity, "a text", "t: items must be a list, got one string"),
         (Perplexity, {"a": "text"}, "t: items must be a list, got a dict"),
-        (Perplexity, [("a", "x y"), 3], "t: item 1 must be a tuple or a mapping of id, text, got 3"),
+        (
+            Perplexity,
+            [("a", "x y"), 3],
+            "t: item 1 must be a tuple or a mapping of id, text, got 3",
+        ),
         (Perplexity, [("a", None)], "t: text 'a' must be a str, got None"),
         (Perplexity, [{"text": "a", "txet": "b"}], "unknown key.* txet; expected id, text"),
         (ShortAnswer, [("a", "x")], r"item 0 has 2 value.*; expected id, prompt, answers"),
