@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from kfac.factors.tensor_file import tensor_bytes
-from lirefs.errors import TargetError
+from lirefs.errors import TargetError, must_be
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +122,7 @@ class TargetRecord:
 
 def weight_digest(weight: Tensor) -> str:
     """Return the SHA-256 of a weight's dtype, shape and bytes, as 64 hex digits."""
+    must_be(weight, Tensor, "weight", TargetError)
     sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
     sha.update(tensor_bytes(weight))
     return sha.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from kfac.experts import check_expert_stack, stacked_experts
 from kfac.target import Target
-from lirefs.errors import TargetError
+from lirefs.errors import TargetError, as_list, must_be, whole_number
 from lirefs.model.layout import missing_layer
 from lirefs.model.layout_search import decoder_blocks
 
@@ -62,6 +62,9 @@ def find_targets(
             expert does not exist, or a match is not a dense floating-point Linear or Conv1D. The
             message lists what the model has.
     """
+    must_be(model, nn.Module, "model", TargetError)
+    if not isinstance(projections, str):
+        projections = as_list(projections, "projections", str, TargetError)
     prefix, blocks = _main_blocks(model)
     wanted = _wanted_layers(layers, blocks)
     by_role = isinstance(projections, str)
@@ -72,7 +75,7 @@ def find_targets(
         )
     group = _MLP_GROUPS[projections] if isinstance(projections, str) else projections
     endings = tuple(ending.strip() for ending in group)
-    chosen = None if experts is None else sorted(set(experts))
+    chosen = None if experts is None else sorted(set(as_list(experts, "experts", int, TargetError)))
     found = []
     for name, module in model.named_modules():
         layer, local = _locate(name, prefix)
@@ -114,10 +117,13 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
     Raises:
         TargetError: A name is missing, repeated, or not a dense floating-point matrix.
     """
+    must_be(model, nn.Module, "model", TargetError)
     prefix, _ = _main_blocks(model)
     modules = dict(model.named_modules())
     result: dict[str, Target] = {}
-    for name in names:
+    for name in as_list(
+        list(names) if isinstance(names, Mapping) else names, "names", str, TargetError
+    ):
         match = _EXPERT.fullmatch(name)
         owner = match["module"] if match else name
         if owner not in modules:
@@ -222,7 +228,10 @@ def _locate(name: str, prefix: str | None) -> tuple[int | None, str]:
 def _wanted_layers(layers: Iterable[int] | None, blocks: int) -> set[int] | None:
     if layers is None:
         return None
-    wanted = set(layers)
+    wanted = {
+        whole_number(layer, "a layer", error=TargetError)
+        for layer in as_list(layers, "layers", error=TargetError)
+    }
     if not blocks:
         raise TargetError("layers were given, but the model has no ModuleList of blocks; use names")
     if problem := missing_layer(sorted(wanted), blocks):

@@ -9,7 +9,7 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
         ModelNotFoundError, ModelLoadError, LayoutError
         NonFiniteError, CaptureError
             NonFiniteStateError (both of these)
-        DirectionError
+        DirectionError, MissingError (also a KeyError)
         InterventionError
             ScopeError, BakeError, BackendError
         TaskError
@@ -24,7 +24,8 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -107,6 +108,12 @@ class NonFiniteStateError(CaptureError, NonFiniteError):
 
 class DirectionError(LirefsError):
     """Directions of different places, widths or models were combined."""
+
+
+class MissingError(LirefsError, KeyError):
+    """Nothing is kept under this name, layer or site."""
+
+    __str__ = Exception.__str__  # that of KeyError puts the message in quotes
 
 
 class InterventionError(LirefsError):
@@ -201,6 +208,97 @@ class ChangedWeightsError(EditError):
             "handle, which is also error.handle; to train an edited model, use edit.bake first"
         )
         self.handle = handle
+
+
+_ADVICE = {
+    ("LanguageModel", "str"): "load it first: lirefs.load({value!r})",
+    ("LanguageModel", "Module"): "give the lm itself, which lirefs.wrap(model, tokenizer) makes",
+    ("Module", "LanguageModel"): "give lm.model",
+    ("Module", "str"): "load it first, and give lm.model: lm = lirefs.load({value!r})",
+    ("Split", "str"): "give lirefs.load_questions({value!r})",
+    ("Direction", "Probe"): "give probe.best",
+    ("Direction", "Directions"): "give one of them: directions[layer]",
+    ("Direction", "Tensor"): "give lirefs.Direction(vector, layer)",
+    ("Direction", "str"): "read the file first: lirefs.Directions.load({value!r})",
+    ("Intervention", "Direction"): 'give lirefs.Steer(direction, "add", 1.0)',
+    ("Intervention", "Directions"): 'give lirefs.Steer(directions, "add", 1.0)',
+    ("Intervention", "Probe"): 'give lirefs.Steer(probe.best, "add", 1.0)',
+    ("Intervention", "Tensor"): 'give lirefs.Steer(lirefs.Direction(vector, layer), "add", 1.0)',
+    ("Intervention", "Factors"): "give kfac.CurvatureEdit(factors, keep=0.8)",
+    ("Mapping", "Composable"): 'give it a name: {{"steered": steer}}',
+    ("Mapping", "list"): 'give each a name: {{"steered": steer}}',
+    ("Factors", "str"): "read the file first: kfac.Factors.load({value!r})",
+    ("Factors", "Path"): "read the file first: kfac.Factors.load(path)",
+    ("Comparison", "str"): "read it first: lirefs.load_comparison({value!r})",
+    ("Comparison", "Path"): "read it first: lirefs.load_comparison(path)",
+    ("Activations", "Tensor"): "give lirefs.Activations(values, places, positions)",
+}
+"""What to do instead, by what is needed and what was given."""
+
+
+def got(value: object) -> str:
+    """Words for an argument that was given, for messages."""
+    if value is None or isinstance(value, str | int | float):
+        return f"{value!r:.60}"
+    return _with_article(type(value).__name__)
+
+
+def must_be(
+    value: object,
+    kinds: type | tuple[type, ...],
+    name: str,
+    error: type[LirefsError] = SettingError,
+) -> None:
+    """Raise `error` unless an argument of this name is of one of these classes."""
+    if isinstance(value, kinds):
+        return
+    wanted = [kind.__name__ for kind in (kinds if isinstance(kinds, tuple) else (kinds,))]
+    wanted = ["None" if one == "NoneType" else one for one in wanted]
+    bases = [kind.__name__ for kind in type(value).__mro__]
+    known = (_ADVICE.get((one, base)) for one in wanted for base in bases)
+    advice = next(filter(None, known), "")
+    message = f"{name} must be {_with_article(' or '.join(wanted))}, got {got(value)}"
+    raise error(message + (f"; {advice.format(value=value)}" if advice else ""))
+
+
+def _with_article(kind: str) -> str:
+    return f"{'an' if kind[0] in 'AEIOaeio' else 'a'} {kind}"
+
+
+def as_list(
+    values: Any,
+    name: str,
+    kinds: type | tuple[type, ...] | None = None,
+    error: type[LirefsError] = SettingError,
+) -> list[Any]:
+    """The values of an argument that must be a list, each of one of these classes.
+
+    One string, whose characters would be its values, and a mapping are refused by `error`.
+    """
+    if isinstance(values, str | bytes | Mapping) or not isinstance(values, Iterable):
+        given = f"one string: use [{values!r:.40}]" if isinstance(values, str) else got(values)
+        raise error(f"{name} must be a list, got {given}")
+    try:
+        found = list(values)
+    except TypeError:  # a tensor without axes says that it can be iterated over
+        raise error(f"{name} must be a list, got {got(values)}") from None
+    if kinds is not None:
+        for index, one in enumerate(found):
+            must_be(one, kinds, f"{name}[{index}]", error)
+    return found
+
+
+def whole_number(
+    value: Any, name: str, least: int | None = None, error: type[LirefsError] = SettingError
+) -> int:
+    """An argument that must be a whole number, of at least `least`."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise error(f"{name} must be a whole number, got {got(value)}") from None
+    if least is not None and number < least:
+        raise error(f"{name} must be at least {least}, got {number}")
+    return number
 
 
 def first_line_of_error(problem: BaseException) -> str:

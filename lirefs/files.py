@@ -17,7 +17,7 @@ from typing import Any
 import platformdirs
 from safetensors import SafetensorError
 
-from lirefs.errors import DataFileError, LirefsError, WriteError
+from lirefs.errors import DataFileError, LirefsError, WriteError, must_be
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
@@ -29,6 +29,7 @@ def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
     Parent folders are made. The name is the same, as writers choose the format by suffix, and so is
     the file system, so that the move is one atomic rename. A failure (WriteError) changes nothing.
     """
+    must_be(path, (str, os.PathLike), "the path of a file", WriteError)
     final = Path(path)
     with write_errors(final):
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -113,6 +114,7 @@ def read_jsonl(
     A file that is missing, unreadable, empty or not UTF-8 (a byte order mark is allowed), or a line
     that is not a JSON object, raises ``error``, which names the file and the line.
     """
+    must_be(path, (str, os.PathLike), "the path of a file", error)
     file = Path(path)
     try:
         raw = file.read_bytes()

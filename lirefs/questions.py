@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import resources
+from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
-from lirefs.errors import QuestionsError
+from lirefs.errors import QuestionsError, as_list, must_be, whole_number
 from lirefs.files import read_jsonl
 
 LABELS = ("memory", "reasoning")
@@ -72,11 +73,15 @@ class Questions(Sequence[Question]):
     """
 
     def __init__(self, items: Sequence[Question], source: str = "questions") -> None:
-        self._items = tuple(items)
+        self._items = tuple(as_list(items, "questions", Question, QuestionsError))
         self.source = source
         if not self._items:
             raise QuestionsError(f"{source}: no questions in it")
         found = {item.label for item in self._items}
+        if unknown := found - set(LABELS):
+            raise QuestionsError(
+                f"{source}: label {unknown.pop()!r}; expected 'reasoning' or 'memory'"
+            )
         if found != set(LABELS):
             raise QuestionsError(
                 f"{source}: one class only ({found.pop()!r}); a direction needs questions "
@@ -92,6 +97,9 @@ class Questions(Sequence[Question]):
     def __getitem__(self, index: slice) -> Sequence[Question]: ...
     def __getitem__(self, index: int | slice) -> Question | Sequence[Question]:
         return self._items[index]
+
+    def __repr__(self) -> str:
+        return f"Questions({len(self)} from {self.source!r})"
 
     @property
     def prompts(self) -> list[str]:
@@ -118,6 +126,9 @@ class Questions(Sequence[Question]):
             QuestionsError: A side would lack one of the labels, a share is not positive or
                 leaves nothing for test, or only some items name their side.
         """
+        whole_number(seed, "seed", error=QuestionsError)
+        for name, share in (("train", train), ("validation", validation)):
+            must_be(share, (float, int), name, QuestionsError)
         sides: dict[str, list[Question]] = {side: [] for side in SIDES}
         named = [item for item in self if item.side]
         if named and len(named) < len(self):
@@ -167,6 +178,8 @@ class Split:
     test: Questions
 
     def __post_init__(self) -> None:
+        for name, side in self.sides.items():
+            must_be(side, Questions, name, QuestionsError)
         keys = {name: {item.key for item in side} for name, side in self.sides.items()}
         for first, second in itertools.combinations(keys, 2):
             if shared := keys[first] & keys[second]:
@@ -192,6 +205,7 @@ def load_questions(name: str | Path = "default") -> Questions:
         QuestionsError: The file is missing, empty, broken (the message gives the line), lacks a
             field, or holds only one label.
     """
+    must_be(name, (str, PathLike), "the name of a question set", QuestionsError)
     path = Path(name)
     if str(name) in BUILTIN:
         path = Path(str(resources.files("lirefs") / "data" / BUILTIN[str(name)]))

@@ -17,11 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kfac.collection.batches import Forward
+from kfac.collection.batches import Forward, check_model_and_batches
 from kfac.collection.target_inputs import target_inputs
 from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
-from lirefs.errors import SpectrumError
+from lirefs.errors import KfacError, SpectrumError, must_be
 from lirefs.model.guest import as_guest, full_precision
 from lirefs.statistics.intervals import RESAMPLES, Floats, resample_counts
 
@@ -97,6 +97,8 @@ def band_profile(
         NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: The edges are not ascending fractions, or a band has no direction.
     """
+    check_model_and_batches(model, batches)
+    must_be(factors, Factors, "factors", KfacError)
     names = distinct_inputs(factors)
     cuts = [_cuts(factors.records[name].in_features, edges) for name in names]
     rows: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -127,6 +129,8 @@ def band_ratios(
     Raises:
         SpectrumError: The profiles have different targets or bands.
     """
+    for name, one in (("first", first), ("second", second)):
+        must_be(one, BandProfile, name, KfacError)
     if first.names != second.names or first.labels != second.labels:
         raise SpectrumError("the two profiles were measured on different targets or bands")
     sides = [
@@ -168,6 +172,8 @@ def task_band_ratios(
     Returns:
         For each task and reference, the activation of the reference over that of the task.
     """
+    must_be(tasks, Mapping, "tasks", KfacError)
+    must_be(references, Mapping, "references", KfacError)
     return {
         task: {name: band_ratios(one, profile, resamples, seed) for name, one in references.items()}
         for task, profile in tasks.items()

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac.analysis.bands import band_input_energies, distinct_inputs
+from kfac.collection.batches import check_model_and_batches
 from kfac.factors.factors import Factors
-from lirefs.errors import SpectrumError
+from lirefs.errors import KfacError, SpectrumError, must_be
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Floats
 
@@ -58,6 +59,8 @@ def score_recitation(
         NonFiniteError: The input of a target holds NaN or infinity.
         SpectrumError: `flat` leaves no direction on one side.
     """
+    check_model_and_batches(model, batches)
+    must_be(factors, Factors, "factors", KfacError)
     names = distinct_inputs(factors)
     widths = [factors.records[name].in_features for name in names]
     sharp = [width - round(flat * width) for width in widths]

@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kfac.analysis.losses import position_losses
+from kfac.collection.batches import check_model_and_batches
 from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
-from lirefs.errors import BatchError, SpectrumError
+from lirefs.errors import BatchError, KfacError, SpectrumError, must_be
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Floats, Ints
 
@@ -70,6 +71,8 @@ def loss_slices(
         SpectrumError: A pair does not exist, a step is not finite, or the loss does not depend on
             the target.
     """
+    check_model_and_batches(model, batches)
+    must_be(factors, Factors, "factors", KfacError)
     target = factors.targets(model, [name])[0]
     check_weight(target, factors.records[name].digest)
     kept = list(batches)

@@ -8,7 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfac.collection.batches import check_tokens, language_model_forward, on_its_device
+from kfac.collection.batches import (
+    check_model_and_batches,
+    check_tokens,
+    language_model_forward,
+    on_its_device,
+)
 from kfac.collection.finite import not_finite_logits_error
 from lirefs.errors import BatchError
 from lirefs.model.guest import widened
@@ -51,6 +56,7 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
         BatchError: No batch, one is malformed, or a text has no counted position.
         NonFiniteError: A logit of a counted position is NaN, or a row of logits infinite.
     """
+    check_model_and_batches(model, batches)
     parts = []
     for index, batch in enumerate(batches):
         logits, counted, following = _predictions(model, batch, f"batch {index}")

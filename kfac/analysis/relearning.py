@@ -13,9 +13,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses, recitation
+from kfac.collection.batches import check_model_and_batches
 from kfac.collection.finite import ADVICE, first_not_finite_row, not_finite, not_finite_row_error
 from kfac.edits.weight_edit import WeightEdit, trained_weights
-from lirefs.errors import BatchError, EditError, NonFiniteError
+from lirefs.errors import BatchError, EditError, NonFiniteError, must_be
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Estimate, mean_estimate
 
@@ -71,6 +72,10 @@ def relearn(
         EditError: A setting is out of range, or no arm.
         NonFiniteError: The loss, a gradient or a logit is NaN or infinite.
     """
+    check_model_and_batches(model, known, rest)
+    must_be(arms, Mapping, "arms", EditError)
+    for name, edit in arms.items():
+        must_be(edit, (WeightEdit, type(None)), f"arms[{name!r}]", EditError)
     wanted = list(steps)
     if not arms or not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or lr <= 0:
         raise EditError(

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirefs.errors import BatchError
+from lirefs.errors import BatchError, must_be
+from lirefs.model.batching import check_length, position_limit
 from lirefs.model.guest import accepts, input_device, maybe_call
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 from lirefs.model.traits import traits_of
@@ -32,6 +33,7 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
     Raises:
         BatchError: The batch has no input_ids, or the model returned no logits.
     """
+    must_be(model, nn.Module, "model", BatchError)
     real = attended(batch)
     if real is None:
         raise BatchError("a batch of a language model needs input_ids as a tensor")
@@ -60,10 +62,8 @@ def module_and_batches(
     model: nn.Module | LanguageModel, batches: Iterable[Any]
 ) -> tuple[nn.Module, Iterable[Any]]:
     """Return the module, and texts of an `lm` as batches of similar length, longest first."""
-    if isinstance(batches, str):
-        raise BatchError("a list of texts is needed, got one string: use [text]")
-    if isinstance(batches, Mapping):
-        raise BatchError("a list of batches or texts is needed, got one mapping: use [batch]")
+    must_be(model, (nn.Module, LanguageModel), "model", BatchError)
+    _check_batches(batches)
     if not isinstance(model, LanguageModel):
         return model, batches
     given = list(batches)
@@ -73,8 +73,25 @@ def module_and_batches(
     if len(texts) < len(given):
         raise BatchError("texts and other batches cannot be mixed")
     ids = model.encode(texts)
+    for index, row in enumerate(ids):
+        check_length(model.model, len(row), f"text {index}", BatchError)
     groups = model.traits.groups([len(row) for row in ids], BATCH_TOKENS, "right")
     return model.model, [model.pad([ids[row] for row in rows], side="right") for rows in groups]
+
+
+def check_model_and_batches(model: Any, *sets: Any) -> None:
+    """Raise BatchError unless these can be a module and sets of its batches."""
+    must_be(model, nn.Module, "model", BatchError)
+    for batches in sets:
+        _check_batches(batches)
+
+
+def _check_batches(batches: Any) -> None:
+    if isinstance(batches, str):
+        raise BatchError("a list of texts is needed, got one string: use [text]")
+    if isinstance(batches, Mapping):
+        raise BatchError("a list of batches or texts is needed, got one mapping: use [batch]")
+    must_be(batches, Iterable, "batches", BatchError)
 
 
 def attended(batch: Any) -> Tensor | None:
@@ -117,6 +134,10 @@ def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
                 f"{place} is padded on the {side}, which changes the rows of this model "
                 f"({type(model).__name__}): give texts and an `lm`, or batches of one length"
             )
+    limit = position_limit(model)
+    if limit is not None and shape[1] > limit:  # asked first: a sum waits for the device
+        tokens = shape[1] if mask is None else int(mask.sum(1).max())
+        check_length(model, tokens, place, BatchError)
     size = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", None)
     if size is not None and bool(((ids < 0) | (ids >= size)).any()):
         raise BatchError(f"{place}: an id in input_ids is not in the model's vocabulary of {size}")

@@ -16,7 +16,7 @@ from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
 from kfac.targets import find_targets
-from lirefs.errors import TargetError
+from lirefs.errors import TargetError, as_list
 from lirefs.model.language_model import LanguageModel
 
 
@@ -101,6 +101,8 @@ def collect(
             a hook of your own may change it.
     """
     module, batches = module_and_batches(model, batches)
+    if targets is not None:
+        targets = as_list(targets, "targets", Target, TargetError)
     if targets is None:
         targets = find_targets(module, layers)
     elif layers is not None:

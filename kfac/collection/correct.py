@@ -14,7 +14,7 @@ from kfac.collection.passes import Options, run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import TargetRecord
-from lirefs.errors import KfacError
+from lirefs.errors import KfacError, must_be
 from lirefs.model.guest import full_precision
 from lirefs.model.language_model import LanguageModel
 
@@ -63,6 +63,7 @@ def correct(
         KfacError: As in `collect`.
     """
     module, batches = module_and_batches(model, batches)
+    must_be(factors, Factors, "factors", KfacError)
     if per not in ("position", "sequence"):
         raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
     factors.check(module)

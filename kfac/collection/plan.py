@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kfac.target import Target
-from lirefs.errors import BudgetError, TargetError
+from lirefs.errors import BudgetError, TargetError, as_list
 
 # Projections of one parent module that read one input.
 _SHARED = (
@@ -74,6 +74,7 @@ def plan(
         BudgetError: The targets of one input alone need more than the budget.
         TargetError: No targets were given.
     """
+    targets = as_list(targets, "targets", Target, TargetError)
     if not targets:
         raise TargetError("no targets were given")
     size = dtype.itemsize

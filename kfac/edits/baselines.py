@@ -20,7 +20,7 @@ from kfac.edits.weight_edit import WeightEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
 from kfac.targets import named_targets
-from lirefs.errors import TargetError
+from lirefs.errors import TargetError, as_list
 from lirefs.model.guest import full_precision, widened
 
 
@@ -101,7 +101,7 @@ class _DataFreeEdit(WeightEdit):
     """Base of edits that use the weights alone; each subclass says what `keep` is a share of."""
 
     def __init__(self, names: Iterable[str], keep: float) -> None:
-        self.names = list(names)
+        self.names = as_list(names, "names", str, TargetError)
         self.keep = check_keep(keep)
         if not self.names:
             raise TargetError("no target names were given")

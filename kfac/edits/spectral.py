@@ -16,7 +16,7 @@ from kfac.edits.staircase import check_keep
 from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
-from lirefs.errors import EditError, EstimatorError, KeepError
+from lirefs.errors import EditError, EstimatorError, KeepError, must_be
 from lirefs.model.guest import full_precision, widened
 
 
@@ -57,6 +57,7 @@ class SpectralEdit(WeightEdit):
 
     def __init__(self, factors: Factors, keep: float | Mapping[str, float]) -> None:
         self.factors = factors
+        must_be(factors, Factors, "factors", EditError)
         if isinstance(keep, Mapping):
             unknown = [name for name in keep if name not in factors.records]
             if unknown or not keep:

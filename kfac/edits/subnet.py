@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses
+from kfac.collection.batches import check_model_and_batches
 from kfac.edits.baselines import largest_of_smallest
 from kfac.edits.weight_edit import WeightEdit, check_weight, trained_weights
 from kfac.target import Target, weight_digest
 from kfac.targets import named_targets
-from lirefs.errors import BatchError, EditError, NonFiniteError
+from lirefs.errors import BatchError, EditError, NonFiniteError, as_list
 from lirefs.model.guest import as_guest
 
 
@@ -98,6 +99,8 @@ def fit_balanced_subnet(
         EditError: A setting is out of range, no target, or two share a parameter.
         NonFiniteError: The loss is NaN or infinite.
     """
+    check_model_and_batches(model, clean, memorized)
+    targets = as_list(targets, "targets", Target, EditError)
     if not targets or not 0 < ratio < 1 or weight < 0 or epochs < 1 or lr <= 0:
         raise EditError(
             f"BalancedSubnet needs a target (got {len(targets)}), ratio={ratio} in (0, 1), "

@@ -13,7 +13,7 @@ from kfac.edits.selection import Selection, TableSelection, select_largest
 from kfac.edits.spectral import SpectralEdit
 from kfac.factors.eigen import eigenbasis
 from kfac.factors.factors import Factors
-from lirefs.errors import EditError, FactorsMismatchError
+from lirefs.errors import EditError, FactorsMismatchError, KfacError, must_be
 from lirefs.model.guest import widened
 
 
@@ -168,6 +168,8 @@ def second_moments_along(matrix: Tensor, basis: Tensor) -> Tensor:
 
 def check_same_weights(first: Factors, second: Factors) -> None:
     """Verify that the second factors have all targets of the first, with the same weights."""
+    for one in (first, second):
+        must_be(one, Factors, "factors", KfacError)
     for name, record in first.records.items():
         if (other := second.records.get(name)) is None:
             raise FactorsMismatchError(f"the second factors have no target {name!r}")

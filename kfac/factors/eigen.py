@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lirefs.errors import SpectrumError
+from lirefs.errors import SpectrumError, must_be
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     Raises:
         SpectrumError: The matrix is not square or not finite.
     """
+    must_be(matrix, Tensor, "matrix", SpectrumError)
     if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
         raise SpectrumError(f"a square matrix is needed, not one of shape {tuple(matrix.shape)}")
     wide = matrix.detach().to("cpu", torch.float64)

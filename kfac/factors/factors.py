@@ -24,6 +24,7 @@ from lirefs.errors import (
     FactorsMismatchError,
     KfacError,
     TargetError,
+    must_be,
 )
 from lirefs.model.guest import full_precision, widened
 from lirefs.version import __version__
@@ -258,6 +259,8 @@ class Factors:
             FactorsFileError: The file is missing, truncated or damaged, or has another format.
             FactorsMismatchError: The factors are not of `model`.
         """
+        must_be(path, (str, os.PathLike), "path", FactorsFileError)
+        must_be(model, (nn.Module, type(None)), "model", KfacError)
         header, tensors = read_tensors(path, _HEADER, "factors")
         try:
             factors = cls(**factors_arguments(header, tensors))

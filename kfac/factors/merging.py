@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kfac.factors.factors import Factors
 from kfac.target import TargetRecord
-from lirefs.errors import FactorsMismatchError, KfacError
+from lirefs.errors import FactorsMismatchError, KfacError, as_list, must_be
 
 # After a subtraction, a sum of squares may be negative by this share of its earlier value. Rounding
 # stays far below it, even when batches of another shape ran in half precision.
@@ -35,6 +35,7 @@ def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
         FactorsMismatchError: The targets, shapes, weights or shared inputs differ.
         KfacError: No parts, or weights that are not one positive number for each part.
     """
+    as_list(parts, "parts", Factors, KfacError)
     if not parts:
         raise KfacError("no factors to merge")
     if weights is not None and (
@@ -43,6 +44,8 @@ def merge(parts: Sequence[Factors], weights: Sequence[float] | None = None) -> F
         raise KfacError(f"weights={weights!r}: one positive number for each of {len(parts)} parts")
     for part in parts[1:]:
         _check_same(parts[0], part, "merge")
+    if len({part.digest for part in parts if part.tokens}) < sum(part.tokens > 0 for part in parts):
+        raise KfacError("the same factors are given twice, and their data would count twice")
     totals = {name: sum(part.count(name) for part in parts) for name in parts[0].names}
 
     def scale(index: int, name: str) -> float:
@@ -116,6 +119,8 @@ def subtract(whole: Factors, part: Factors) -> Factors:
 
 
 def _check_same(first: Factors, other: Factors, verb: str) -> None:
+    must_be(first, Factors, "factors", KfacError)
+    must_be(other, Factors, "factors", KfacError)
     if first.names != other.names:
         raise FactorsMismatchError(
             f"cannot {verb}: targets differ ({first.names} and {other.names})"

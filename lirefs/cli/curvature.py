@@ -15,7 +15,6 @@ import numpy as np
 import torch
 import typer
 from rich.console import Console
-from rich.table import Table
 from typer import Option
 
 import kfac
@@ -24,6 +23,7 @@ from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Device, FactorsFile, Keep, Model, OutFolder, Seed
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, read_jsonl, usual_file_permissions, write_errors
+from lirefs.main_job.settings import console_table
 from lirefs.statistics.intervals import roc_areas
 from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
 
@@ -132,7 +132,7 @@ def edit_command(
             _write_json(made / "curvature_edit.json", record)
             usual_file_permissions(made)
             made.rename(out)
-    table = Table("target", "pairs kept", "mass kept", "rank at most", "weight change")
+    table = console_table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"
         table.add_row(one.name, *shares, str(one.rank_bound), f"{one.relative_change:.3f}")
@@ -174,7 +174,7 @@ def bands_command(
         "factors": known.digest,
     }
     _write_json(out / "bands.json", record)
-    table = Table("input of", *ratios.labels, title="memorized over clean [95 % interval]")
+    table = console_table("input of", *ratios.labels, title="memorized over clean [95 % interval]")
     for place, name in enumerate(ratios.names):
         cells = ratios.ratio[:, place].T
         table.add_row(name, *(f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in cells))
@@ -280,7 +280,9 @@ def relearn_command(
     }
     record = {"steps": result.steps, "arms": arms, "lr": lr, "edit": change.describe()}
     _write_json(out / "relearning.json", record)
-    table = Table("arm", *(f"{step} steps" for step in result.steps), title="other half recited")
+    table = console_table(
+        "arm", *(f"{step} steps" for step in result.steps), title="other half recited"
+    )
     for arm, values in result.rest.items():
         table.add_row(arm, *(f"{value.value:.0%}" for value in values))
     Console().print(table)

@@ -7,11 +7,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-import torch
 from rich.console import Console
 from typer import Option
 
 from lirefs.errors import SettingError
+from lirefs.model.loading import usable_device
 
 DEFAULT_MODEL = "smollm2-135m"
 
@@ -26,15 +26,8 @@ def say_on_console(line: str) -> None:
 
 def device_option(value: str | None) -> str | None:
     """Callback of an option that names a device; SettingError if no such device exists."""
-    try:
-        kind, count = torch.device(value or "cpu"), torch.cuda.device_count()
-        if kind.type != "cuda":
-            torch.zeros(1, device=kind)
-        elif (kind.index or 0) >= count:
-            raise SettingError(f"--device {value}: there are {count} CUDA devices here")
-    except (RuntimeError, NotImplementedError, AssertionError) as problem:
-        reason = str(problem).splitlines()[0]
-        raise SettingError(f"--device {value!r}: cannot be used ({reason})") from problem
+    if value is not None:
+        usable_device(value, "--device")
     return value
 
 

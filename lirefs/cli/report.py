@@ -23,6 +23,8 @@ def report_command(
 ) -> None:
     """Write a report again from its results.json, without a model."""
     comparison = load_comparison(results)
+    if (results_path(results).parent / "unfinished").is_dir():
+        say_on_console("these are results of an earlier run: a later one was interrupted")
     figures, missing = load_report_figures(results, comparison.summary())
     if missing:
         say_on_console(

@@ -17,11 +17,20 @@ from lirefs.comparison.cell import TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.journal import Journal, part_key, task_digest, task_parts
 from lirefs.comparison.results_file import MOST_RESAMPLES
-from lirefs.errors import SettingError, TaskError
+from lirefs.errors import (
+    InterventionError,
+    SettingError,
+    TaskError,
+    as_list,
+    got,
+    must_be,
+    whole_number,
+)
 from lirefs.model.identity import must_be_told_apart
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.default_suite import default_tasks
+from lirefs.tasks.items import ItemTask
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
 
@@ -58,15 +67,25 @@ def compare(
         Every variant on every task, item by item.
 
     Raises:
-        TaskError: No task, two share a name, or a variant is called `unchanged`.
-        InterventionError: If an intervention does not fit the model.
-        SettingError: If the journal is a file, or `resamples` is out of range.
+        TaskError: No task, two share a name, an item is longer than the model's positions, or a
+            variant is called `unchanged`.
+        InterventionError: If an intervention does not fit the model, or is none.
+        SettingError: If the journal is a file, `resamples` is out of range, or an argument has the
+            wrong type.
         ProvenanceError: With a journal, if the model has no identity (a weight is offloaded, or a
             hook of your own may change it), or an intervention cannot be told from others.
     """
-    if not 1 <= resamples <= MOST_RESAMPLES:
+    must_be(lm, LanguageModel, "lm")
+    must_be(interventions, Mapping, "interventions")
+    for name, one in interventions.items():
+        must_be(name, str, "the name of an intervention")
+        must_be(one, Intervention, f"interventions[{name!r}]", InterventionError)
+    if not 1 <= whole_number(resamples, "resamples") <= MOST_RESAMPLES:
         raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
-    tasks = default_tasks(lm) if tasks is None else tasks
+    tasks = default_tasks(lm) if tasks is None else as_list(tasks, "tasks", error=TaskError)
+    for index, task in enumerate(tasks):
+        if not all(hasattr(task, part) for part in ("name", "items", "run")):
+            raise TaskError(f"tasks[{index}] must be a task, got {got(task)}")
     if not tasks:
         raise TaskError("no tasks to compare on")
     names = [task.name for task in tasks]
@@ -78,6 +97,9 @@ def compare(
     for one in interventions.values():  # all are tried before hours of work begin
         with applied(one, lm.model):
             pass
+    for task in tasks:
+        if isinstance(task, ItemTask):
+            task.encoded(lm)  # raises an error if an item is too long
     kept = Journal(journal)
     described = {name: one.describe() for name, one in interventions.items()}
     made_on = lm.provenance

@@ -9,6 +9,7 @@ from typing import Any
 
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
 from lirefs.comparison.summary import Summary, plain_json
+from lirefs.errors import MissingError
 from lirefs.statistics.intervals import Estimate, Floats, mean_of_estimates, resample_counts
 from lirefs.statistics.significance import holm
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
@@ -35,6 +36,11 @@ class Comparison:
     seed: int = 0
     _cells: dict[tuple[str, str], Cell] = field(default_factory=dict, init=False, repr=False)
 
+    def __repr__(self) -> str:
+        items = sum(map(len, self.results[BASELINE].values())) if self.results else 0
+        variants, tasks = ", ".join(self.results), len(self.tasks)
+        return f"Comparison({variants}; {tasks} task(s), {items} items)"
+
     @property
     def variants(self) -> list[str]:
         """Names of the variants, the unchanged model first."""
@@ -49,6 +55,7 @@ class Comparison:
 
         The thousands of resamples behind them are made at the first call only.
         """
+        self._known(variant, task)
         if (variant, task) not in self._cells:
             self._cells[variant, task] = self._cell(variant, task)
         return self._cells[variant, task]
@@ -87,6 +94,7 @@ class Comparison:
         Where it does not, there is nothing to retain, and a share of 1 would mean nothing. Always
         true for perplexity.
         """
+        self._known(BASELINE, task)
         if self.tasks[task].metric == "perplexity":
             return True
         value = self.cell(BASELINE, task).value
@@ -131,9 +139,17 @@ class Comparison:
 
         The same for every variant, which pairs them.
         """
+        self._known(BASELINE, task)
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])
         return resample_counts(n, self.resamples, seed=self.seed * 1000 + index)
 
+    def _known(self, variant: str, task: str) -> None:
+        """Raise MissingError unless there are results of this variant on this task."""
+        for what, name, names in (("variant", variant, self.results), ("task", task, self.tasks)):
+            if not isinstance(name, str) or name not in names:
+                raise MissingError(f"no {what} {name!r}; there are {', '.join(names)}")
+
     def _scores(self, variant: str, task: str) -> Scores:
+        self._known(variant, task)
         return Scores.of(self.results[variant][task], self.tasks[task].metric)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.errors import TaskError
+from lirefs.errors import TaskError, must_be
 from lirefs.statistics.intervals import Estimate, correlation, permutation_p, resample_counts
 from lirefs.statistics.paired import paired_difference, paired_ratio
 from lirefs.tasks.task import ItemResult
@@ -151,9 +151,10 @@ def _change(
 
 def _pairs(comparison: Comparison, task: str, variant: str) -> list[tuple[ItemResult, ItemResult]]:
     """Each item under the unchanged model and under a variant."""
+    must_be(comparison, Comparison, "comparison", TaskError)
     names = (("task", task, comparison.tasks), ("variant", variant, comparison.results))
     for what, name, known in names:
-        if name not in known:
+        if not isinstance(name, str) or name not in known:
             raise TaskError(f"the comparison has no {what} {name!r}; it has {', '.join(known)}")
     before, after = (comparison.results[name][task] for name in (BASELINE, variant))
     return list(zip(before, after, strict=True))

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from lirefs.comparison.cell import TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.summary import plain_json
-from lirefs.errors import ResultsFileError
+from lirefs.errors import ResultsFileError, must_be
 from lirefs.files import parse_json
 from lirefs.tasks.task import ItemResult
 
@@ -147,6 +148,7 @@ def figures_in_results(file: Path) -> list[dict[str, str]]:
 
 def results_path(path: str | Path) -> Path:
     """The results file that a path names, directly or by its folder."""
+    must_be(path, (str, PathLike), "path", ResultsFileError)
     path = Path(path)
     return path / "results.json" if path.is_dir() else path
 
@@ -156,6 +158,11 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         data = parse_json(file.read_text("utf-8"), levels=_LEVELS)
     except OSError as problem:
+        if file.name == "results.json" and file.parent.is_dir() and not file.exists():
+            raise ResultsFileError(
+                f"{file.parent}: holds no results.json, so its run is unfinished; continue it with "
+                f"`lirefs compare ... --out {file.parent} --resume`"
+            ) from problem
         raise ResultsFileError(f"{file}: cannot be read ({problem.strerror})") from problem
     except ValueError as problem:
         raise ResultsFileError(f"{file}: not the JSON of a comparison ({problem})") from problem

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from lirefs.comparison.cell import Scores
 from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, must_be
 from lirefs.statistics.intervals import Estimate, Floats, interval
 from lirefs.statistics.significance import BestOf, best_of_null, paired_p_value
 
@@ -165,6 +165,9 @@ def choose_on_validation(
 
 
 def _scores(comparison: Comparison, variant: str, task: str) -> Scores:
+    must_be(comparison, Comparison, "comparison")
+    must_be(task, str, "task")
+    must_be(variant, str, "variant")
     if task not in comparison.tasks:
         raise SettingError(f"no task {task!r}; there are: {', '.join(comparison.tasks)}")
     if variant not in comparison.results:

@@ -19,8 +19,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lirefs.errors import CaptureError, NonFiniteStateError, WriteError
+from lirefs.directions.direction import places_text
+from lirefs.errors import (
+    CaptureError,
+    MissingError,
+    NonFiniteStateError,
+    WriteError,
+    as_list,
+    must_be,
+)
 from lirefs.files import atomic_path
+from lirefs.model.batching import check_length
 from lirefs.model.guest import eagerly, evaluating
 from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.language_model import LanguageModel
@@ -48,11 +57,19 @@ class Activations:
     places: tuple[tuple[int, str], ...]
     positions: tuple[int, ...]
 
+    def __repr__(self) -> str:
+        shape = tuple(self.values.shape)
+        return f"Activations({shape}; {places_text(self.places)}; positions {self.positions})"
+
     def __getitem__(self, place: tuple[int, str] | int) -> Tensor:
-        """States at (layer, site): (n, width) for one position, else (n, positions, width)."""
+        """States at (layer, site): (n, width) for one position, else (n, positions, width).
+
+        A layer alone stands for its only site. MissingError, a KeyError too: none, or several.
+        """
         found = [i for i, one in enumerate(self.places) if place in (one, one[0])]
         if not found or (isinstance(place, int) and len(found) > 1):
-            raise KeyError(place)
+            problem = "several states" if found else "no states"
+            raise MissingError(f"{problem} at {place!r}; there are {places_text(self.places)}")
         values = self.values[:, found[0]]
         return values[:, 0] if len(self.positions) == 1 else values
 
@@ -66,7 +83,7 @@ def capture(
     positions: int | Sequence[int] = -1,
     batch_tokens: int = BATCH_TOKENS,
     padding_side: Literal["left", "right"] = "left",
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     progress: bool = True,
 ) -> Activations:
     """Read activations from a model, as float32 on the CPU, in the order of the prompts.
@@ -97,10 +114,10 @@ def capture(
         ProvenanceError: With a cache, if the model has no identity: a weight is offloaded, or a
             hook of your own may change it.
     """
-    offsets = (positions,) if isinstance(positions, int) else tuple(map(int, positions))
+    offsets = tuple(layer_indices([positions] if isinstance(positions, int) else positions))
     request = _request(lm, prompts, layers, sites, offsets)
     shape = (len(request.ids), len(request.places), len(offsets), lm.width)
-    file = None if cache is None else cache / f"{request.key}.safetensors"
+    file = None if cache is None else Path(cache) / f"{request.key}.safetensors"
     if file is not None and (stored := _stored(file, shape)) is not None:
         return Activations(stored, request.places, offsets)
 
@@ -256,12 +273,14 @@ def _request(
     sites: Sequence[str],
     offsets: tuple[int, ...],
 ) -> _Request:
-    """The request, checked: every layer exists, every prompt is long enough."""
+    """The request, checked: every layer exists, every prompt is long enough, and not too long."""
+    must_be(lm, LanguageModel, "lm", CaptureError)
+    if not isinstance(sites, list | tuple) or not all(isinstance(site, str) for site in sites):
+        raise CaptureError(f"sites must be a list such as ['resid_pre'], got {sites!r:.60}")
     chosen = list(range(lm.n_layers)) if layers is None else layer_indices(layers)
     places = tuple((layer, site) for layer in chosen for site in sites)
-    if isinstance(prompts, str):
-        raise CaptureError("capture takes a list of prompts, got one string: use [prompt]")
-    if not len(prompts):
+    prompts = as_list(prompts, "prompts", error=CaptureError)
+    if not prompts:
         raise CaptureError("no prompts to capture activations of")
     if not places or not offsets:
         raise CaptureError("nothing to capture: layers, sites or positions are empty")
@@ -272,9 +291,11 @@ def _request(
         parts = (prompts[start : start + _ROWS] for start in range(0, len(prompts), _ROWS))
         ids = [array("i", row) for part in parts for row in lm.encode([str(one) for one in part])]
     else:
-        ids = [array("i", map(int, prompt)) for prompt in prompts]
+        rows = (as_list(one, f"prompt {i}", error=CaptureError) for i, one in enumerate(prompts))
+        ids = [array("i", map(int, row)) for row in rows]
     for index, row in enumerate(ids):
         n = len(row)
+        check_length(lm.model, n, f"prompt {index}", CaptureError)
         for offset in offsets:
             if not -n <= offset < n:
                 raise CaptureError(f"prompt {index} has {n} token(s), none at position {offset}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lirefs.errors import DirectionError, InterventionError
+from lirefs.errors import DirectionError, InterventionError, as_list, must_be, whole_number
 from lirefs.files import sha256_of
 
 
@@ -34,6 +34,20 @@ class Direction:
     counts: tuple[int, int] = (0, 0)
     model: str = ""
 
+    def __post_init__(self) -> None:
+        must_be(self.vector, Tensor, "the vector of a direction", DirectionError)
+        must_be(self.site, str, "the site of a direction", DirectionError)
+        whole_number(self.layer, "the layer of a direction", least=0, error=DirectionError)
+        if self.vector.ndim != 1 or not self.vector.is_floating_point():
+            raise DirectionError(
+                f"the vector of a direction has shape {tuple(self.vector.shape)} and dtype "
+                f"{self.vector.dtype}; it needs one axis, (width,), of floating-point numbers"
+            )
+
+    def __repr__(self) -> str:
+        width, norm = len(self.vector), self.norm
+        return f"Direction(layer {self.layer}, {self.site}, width {width}, norm {norm:.4g})"
+
     @property
     def unit(self) -> Tensor:
         """The vector at length 1; zero when the vector is zero."""
@@ -55,11 +69,12 @@ class Direction:
 
         States may have any floating dtype; the result has that of the vector.
         """
+        must_be(states, Tensor, "states", DirectionError)
         return states.to(self.vector.dtype) @ self.unit.to(states.device)
 
     def random_like(self, seed: int) -> Direction:
         """A random direction of the same norm and place, without statistics: the control."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(whole_number(seed, "seed", error=DirectionError))
         vector = torch.randn(self.vector.shape, generator=generator)
         return self._with(vector / vector.norm() * self.vector.norm().cpu())
 
@@ -87,6 +102,7 @@ class Direction:
         Raises:
             DirectionError: If there is none, or they differ in width, place or model.
         """
+        as_list(directions, "directions", Direction, DirectionError)
         if not directions:
             raise DirectionError("no direction to take the mean of")
         first = directions[0]
@@ -128,6 +144,7 @@ class Direction:
         return Direction(vector, self.layer, self.site, model=self.model)
 
     def _must_fit(self, other: Direction) -> None:
+        must_be(other, Direction, "the other direction", DirectionError)
         if self.vector.shape != other.vector.shape:
             raise DirectionError(
                 f"directions of width {tuple(self.vector.shape)} and {tuple(other.vector.shape)}"
@@ -139,6 +156,20 @@ class Direction:
             )
         if self.model and other.model and self.model != other.model:
             raise DirectionError("directions of two models: their coordinates do not correspond")
+
+
+def places_text(places: Iterable[tuple[int, str]]) -> str:
+    """Layers and sites in words, for messages."""
+    by_site: dict[str, list[int]] = {}
+    for layer, site in places:
+        by_site.setdefault(site, []).append(layer)
+    found = []
+    for site, layers in by_site.items():
+        run = list(range(min(layers), max(layers) + 1))
+        many = len(layers) > 2 and sorted(layers) == run
+        text = f"{run[0]} to {run[-1]}" if many else ", ".join(map(str, layers))
+        found.append(f"layer{'s' * (len(layers) > 1)} {text} at {site}")
+    return "; ".join(found) or "none"
 
 
 def direction_must_be_finite(direction: Direction) -> None:

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from lirefs.directions.direction import Direction
-from lirefs.errors import DirectionError, DirectionsFileError, ProvenanceError
+from lirefs.directions.direction import Direction, places_text
+from lirefs.errors import (
+    DirectionError,
+    DirectionsFileError,
+    MissingError,
+    ProvenanceError,
+    must_be,
+)
 from lirefs.files import atomic_path, parse_json
 from lirefs.model.identity import is_model
 from lirefs.model.language_model import LanguageModel
@@ -40,7 +47,10 @@ class Directions(Mapping[tuple[int, str], Direction]):
     provenance: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        must_be(self.items_by_place, Mapping, "directions", DirectionError)
+        must_be(self.provenance, Mapping, "provenance", DirectionError)
         for place, one in self.items_by_place.items():
+            must_be(one, Direction, f"the direction under {place!r}", DirectionError)
             if place != (one.layer, one.site):
                 raise DirectionError(
                     f"the direction under {place} belongs to layer {one.layer}, {one.site}: "
@@ -54,11 +64,20 @@ class Directions(Mapping[tuple[int, str], Direction]):
         object.__setattr__(self, "items_by_place", items)
 
     def __getitem__(self, place: tuple[int, str] | int) -> Direction:
-        """The direction at (layer, site), or at a layer that has only one direction."""
+        """The direction at (layer, site), or at a layer that has only one direction.
+
+        Raises:
+            MissingError: There is none, or the layer has several; a KeyError too.
+        """
         found = [one for key, one in self.items_by_place.items() if place in (key, key[0])]
         if len(found) != 1:
-            raise KeyError(place)
+            problem = "several directions" if found else "no direction"
+            raise MissingError(f"{problem} at {place!r}; there are {places_text(self)}")
         return found[0]
+
+    def __repr__(self) -> str:
+        model = self.provenance.get("model_name", "an unknown model")
+        return f"Directions({places_text(self)}; of {model})"
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self.items_by_place)
@@ -97,6 +116,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
             ProvenanceError: If the directions were fitted on a model other than `lm`, or the file
                 does not say on which.
         """
+        must_be(path, (str, PathLike), "path", DirectionsFileError)
+        must_be(lm, (LanguageModel, type(None)), "lm", DirectionsFileError)
         try:
             with safe_open(str(path), framework="pt") as file:
                 metadata = file.metadata() or {}

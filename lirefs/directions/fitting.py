@@ -16,7 +16,7 @@ from lirefs.directions.capture import Activations, check_finite_states
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.directions.estimators import MeanDifference, scaled_to_scores, unit_vector
-from lirefs.errors import CaptureError, SettingError
+from lirefs.errors import CaptureError, SettingError, as_list, must_be
 from lirefs.statistics.intervals import Floats, Ints
 
 
@@ -42,6 +42,8 @@ def fit_directions(
         NonFiniteStateError: If a state is not finite; the message says which.
         SettingError: If the estimator is not a linear model, or gives a vector that is not finite.
     """
+    must_be(states, Activations, "states", CaptureError)
+    labels = as_list(labels, "labels", error=CaptureError)
     values = states.values
     n, _, positions, _ = values.shape
     if positions != 1 or len(labels) != n:

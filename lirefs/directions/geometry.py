@@ -11,7 +11,7 @@ from lirefs.directions.capture import capture, stream_states
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.directions.held_out import held_out_sample
-from lirefs.errors import DirectionError, QuestionsError
+from lirefs.errors import DirectionError, QuestionsError, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Questions, Split
 from lirefs.statistics.intervals import Estimate, Floats, auroc, interval, roc_areas
@@ -97,6 +97,8 @@ def transfer(
 
 def refuse_fitted_questions(questions: Questions, fitted_on: Split) -> None:
     """Raise QuestionsError if directions were fitted or chosen on one of the questions."""
+    must_be(questions, Questions, "questions", QuestionsError)
+    must_be(fitted_on, Split, "the split", QuestionsError)
     used = {item.key for side in (fitted_on.train, fitted_on.validation) for item in side}
     shared = [item.id for item in questions if item.key in used]
     if shared:
@@ -142,6 +144,8 @@ def components(lm: LanguageModel, direction: Direction, split: Split) -> Compone
     Raises:
         CaptureError: If activations cannot be read.
     """
+    must_be(direction, Direction, "direction", DirectionError)
+    must_be(split, Split, "split", QuestionsError)
     train, test = (
         [side[i] for i in held_out_sample(0, len(side), COMPONENT_ITEMS).tolist()]
         for side in (split.train, split.test)
@@ -170,4 +174,5 @@ def components(lm: LanguageModel, direction: Direction, split: Split) -> Compone
 
 
 def _units(directions: Directions) -> Floats:
+    must_be(directions, Directions, "directions", DirectionError)
     return np.stack([one.unit.double().cpu().numpy() for one in directions.values()])

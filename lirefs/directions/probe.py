@@ -19,8 +19,17 @@ from lirefs.directions.directions import Directions
 from lirefs.directions.estimators import MeanDifference
 from lirefs.directions.fitting import direction_of_learner, learner_for
 from lirefs.directions.held_out import HeldOut
-from lirefs.errors import CaptureError, NonFiniteStateError, QuestionsError, SettingError
+from lirefs.errors import (
+    CaptureError,
+    NonFiniteStateError,
+    QuestionsError,
+    SettingError,
+    got,
+    must_be,
+    whole_number,
+)
 from lirefs.files import read_jsonl, sha256_of
+from lirefs.model.batching import check_length
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import layer_indices
 from lirefs.questions import LABELS, Question, Questions, Split
@@ -34,6 +43,9 @@ from lirefs.statistics.intervals import (
     wilson,
 )
 from lirefs.version import __version__
+
+_ROWS = 1024
+"""Prompts tokenized at a time, so that memory does not grow with them."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +97,10 @@ class Probe:
     bag_of_words: Estimate
     null: tuple[float, ...] = ()
 
+    def __repr__(self) -> str:
+        layers, test = len(self.scores), self.best_scores.test_auroc
+        return f"Probe({layers} layers, best layer {self.best_layer}, test AUROC {test})"
+
     @property
     def p_value(self) -> float:
         """Share of shuffles, each at the layer that it chooses, that reach the test AUROC."""
@@ -124,7 +140,7 @@ class Probe:
 
 def fit(
     lm: LanguageModel,
-    split: Split,
+    split: Split | Questions,
     estimator: Any = None,
     *,
     layers: Sequence[int] | None = None,
@@ -132,7 +148,7 @@ def fit(
     grades: Mapping[str, float] | None = None,
     shuffles: int = 100,
     seed: int = 0,
-    cache: Path | None = None,
+    cache: str | Path | None = None,
     any_model: bool = False,
     progress: bool = True,
 ) -> Probe:
@@ -144,7 +160,8 @@ def fit(
     Args:
         lm: The model.
         split: Train items fit the directions, validation items choose the layer, test items are
-            reported. States are read at the last prompt token.
+            reported. Questions are split first, by `split()`. States are read at the last prompt
+            token.
         estimator: A scikit-learn linear model, or a search over one; None for `MeanDifference()`.
             A regressor is fitted on the grades, a classifier on the labels. Unless it has a
             `direction_`, its direction is as long as the gap between the classes.
@@ -168,8 +185,13 @@ def fit(
         ProvenanceError: If the model has no fingerprint (`any_model` fits it all the same), or a
             cache is given and the model has no identity (see `capture`).
     """
-    if shuffles < 1:
-        raise SettingError(f"shuffles={shuffles}: the controls need at least one")
+    must_be(lm, LanguageModel, "lm")
+    must_be(split, (Split, Questions), "split")
+    must_be(grades, (Mapping, type(None)), "grades")
+    whole_number(shuffles, "shuffles", least=1)
+    if estimator is not None and not hasattr(estimator, "fit"):
+        raise SettingError(f"estimator must be a scikit-learn model, got {got(estimator)}")
+    split = split.split() if isinstance(split, Questions) else split
     layers = list(range(lm.n_layers)) if layers is None else layer_indices(layers)
     made_on = lm.provenance
     if not any_model:
@@ -180,6 +202,10 @@ def fit(
     targets = labels.astype(np.float64) if grades is None else _grades(items, grades)
     first = len(split.train)
     prompts = [item.prompt for item in items]
+    for start in range(0, len(items), _ROWS):  # of all sides, before the first one is read
+        part = slice(start, start + _ROWS)
+        for item, ids in zip(items[part], lm.encode(prompts[part]), strict=True):
+            check_length(lm.model, len(ids), f"question {item.id!r}", CaptureError)
     settings: dict[str, Any] = {"layers": layers, "sites": [site], "progress": progress}
     states = None
     if cache is not None:

@@ -23,7 +23,13 @@ from lirefs.export.baked_weights import (
 )
 from lirefs.export.operators import varies_by
 from lirefs.model.guest import evaluating
-from lirefs.model.intervention import Intervention, applied, compose, refuse_steered
+from lirefs.model.intervention import (
+    Intervention,
+    applied,
+    compose,
+    must_be_module,
+    refuse_steered,
+)
 from lirefs.model.layout import SITES, Layout
 from lirefs.model.layout_search import find_layout
 from lirefs.model.observe import sample_ids
@@ -64,6 +70,7 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
             is attached, whose hooks the copy would keep.
         InterventionError: The steering does not fit the model.
     """
+    must_be_module(model)
     refuse_steered(model, BakeError, "baked")
     steerings = _steerings(intervention)
     for steer in steerings:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from os import PathLike
 from pathlib import Path
 
 import gguf
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
-from lirefs.errors import BackendError, DirectionsFileError
+from lirefs.errors import BackendError, DirectionsFileError, must_be
 from lirefs.export.operators import operators
 from lirefs.files import atomic_path
 from lirefs.model.gguf_header import check_header
@@ -87,6 +88,7 @@ def from_gguf(path: str | Path) -> Directions:
     Raises:
         DirectionsFileError: The file is missing, damaged, or holds something else.
     """
+    must_be(path, (str, PathLike), "path", DirectionsFileError)
     try:
         check_header(path)
         reader = gguf.GGUFReader(str(path))

@@ -9,7 +9,7 @@ from pathlib import Path
 from huggingface_hub import HfApi, hf_hub_download
 
 from lirefs.directions.directions import Directions
-from lirefs.errors import DownloadError, first_line_of_error
+from lirefs.errors import DownloadError, first_line_of_error, must_be
 from lirefs.model.language_model import LanguageModel
 
 FILE = "directions.safetensors"
@@ -50,6 +50,7 @@ def model_card(directions: Directions) -> str:
 
     All of it comes from the directions and their provenance.
     """
+    must_be(directions, Directions, "directions")
     made = defaultdict(lambda: "unknown", directions.provenance)
     name = made.get("model_name") or made.get("model_hint") or "unknown"
     rows = [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lirefs.errors import BackendError
+from lirefs.errors import BackendError, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.steering.operators import Operator
 from lirefs.steering.scope import ALL
@@ -22,6 +22,8 @@ def operators(steer: Steer, lm: LanguageModel) -> list[tuple[int, str, Operator]
         BackendError: The steering has a scope, a gate, or strengths by row or by token.
         InterventionError: The steering does not fit the model; `Steer.check` has the details.
     """
+    must_be(steer, Steer, "steer", BackendError)
+    must_be(lm, LanguageModel, "lm", BackendError)
     if reason := varies_by(steer):
         raise BackendError(f"other runtimes steer every token of every row alike, but {reason}")
     return steer.operators(steer.check(lm.model))

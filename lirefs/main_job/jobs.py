@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 import kfac
 import lirefs
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import retained_figures
-from lirefs.errors import KeepError, SettingError
+from lirefs.errors import KeepError, SettingError, must_be
 from lirefs.files import cache_dir, read_jsonl
 from lirefs.main_job import findings, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
-from lirefs.main_job.settings import Job
+from lirefs.main_job.settings import Job, console_table
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
@@ -32,7 +32,7 @@ KEEP, STRENGTH = 0.8, 1.0
 
 
 def run(
-    model: str | lirefs.LanguageModel | None = None,
+    model: str | Path | lirefs.LanguageModel | None = None,
     *,
     device: str | None = None,
     questions: str | Path | None = None,
@@ -83,6 +83,8 @@ def run(
         SettingError: Another setting cannot be used, or settings do not go together.
         LirefsError: A file cannot be read, or the model cannot be loaded.
     """
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
+    must_be(model, (str, lirefs.LanguageModel, type(None)), "model")
     console = Console(stderr=True, highlight=False) if console is None else console
     out = Path(out)
     data, memorized, factors = (
@@ -134,6 +136,8 @@ def run(
     if job.journal.exists() and not resume:
         job.say("starting again; with resume (--resume) the interrupted run would continue")
         shutil.rmtree(job.journal, ignore_errors=True)
+    elif resume and not job.journal.exists():
+        job.say(f"nothing to resume in {out}: starting from the beginning")
     if taught is None:
         return _on_language_model(job, question_set)
     return _on_organism(job, Language(taught))
@@ -267,7 +271,8 @@ def _save(
         one.save(job.out / f"{name}.safetensors")
     shutil.rmtree(job.journal, ignore_errors=True)
     groups = list(summary.groups)
-    table = Table("variant", *groups, title="retained share of the unchanged model, mean of tasks")
+    title = "retained share of the unchanged model, mean of tasks"
+    table = console_table("variant", *groups, title=title)
     for variant in summary.variants[1:]:
         table.add_row(variant, *(f"{summary.means[variant, group]:.2f}" for group in groups))
     Console().print(table)

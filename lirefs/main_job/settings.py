@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.table import Column, Table
 
 import kfac
 from lirefs.comparison.compare import compare
@@ -81,6 +83,12 @@ class Job:
     def say(self, line: str) -> None:
         """Print a line on the console, as it is."""
         self.console.print(line, markup=False, soft_wrap=True)
+
+
+def console_table(*heads: str, title: str | None = None) -> Table:
+    """A table for the console, whose texts go on in the next line where it is narrow."""
+    columns = (Column(head, overflow="fold") for head in heads)
+    return Table(*columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,117 @@
-"""Batches of similar length under a token budget."""
+"""Texts as token ids, lengths that a model can read, and batches of similar length."""
 
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from lirefs.errors import LirefsError, SettingError
+from lirefs.model.guest import maybe_call, text_config
+
+_log = logging.getLogger(__name__)
+_WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+Span = tuple[int, int]
+"""First character of a token, and one past its last."""
+
+
+def special_tokens_around(tokenizer: Any) -> tuple[list[int], list[int]]:
+    """The ids that a tokenizer adds before and after every text."""
+    for text in ("a", "0", "."):  # some vocabularies lack letters
+        whole, alone = (
+            list(tokenizer(text, add_special_tokens=added)["input_ids"]) for added in (True, False)
+        )
+        for start in range(len(whole) - len(alone) + 1) if alone else ():
+            if whole[start : start + len(alone)] == alone:
+                return whole[:start], whole[start + len(alone) :]
+    return [], []
+
+
+def token_ids(
+    tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[list[int]]:
+    """The token ids of each text, as every part of this library reads it.
+
+    A text ends with its own last token: what the tokenizer appends (`add_eos_token`) is left out,
+    since a prompt is read and continued at its end. A text that begins with the special token of
+    the beginning, as a chat template writes it, does not get a second one.
+    """
+    return [ids for ids, _ in _encoded(tokenizer, texts, add_special_tokens, spans=False)]
+
+
+def token_ids_and_spans(
+    tokenizer: Any, texts: Sequence[str], add_special_tokens: bool = True
+) -> list[tuple[list[int], list[Span]]]:
+    """The same with the characters of each token; only fast tokenizers know them."""
+    return _encoded(tokenizer, texts, add_special_tokens, spans=True)
+
+
+def _encoded(
+    tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, spans: bool
+) -> list[tuple[list[int], list[Span]]]:
+    extra = {"return_offsets_mapping": True} if spans else {}
+    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, padding=False, **extra)
+    before, after = special_tokens_around(tokenizer) if add_special_tokens else ([], [])
+    found = []
+    for row, ids in enumerate(encoded["input_ids"]):
+        written = ids[len(before) : 2 * len(before)] == before  # by the text itself
+        kept = slice(len(before) * written, len(ids) - len(after))
+        found.append(
+            ([int(one) for one in ids[kept]], encoded["offset_mapping"][row][kept] if spans else [])
+        )
+    return found
+
+
+def position_limit(model: nn.Module) -> int | None:
+    """The number of positions in a model's configuration, None if it names none."""
+    limit = getattr(text_config(model), "max_position_embeddings", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def check_length(
+    model: nn.Module, tokens: int, what: str, error: type[LirefsError] = SettingError
+) -> None:
+    """Raise `error` if a model has no embeddings for the positions of so many tokens.
+
+    A model whose positions are computed (rotary ones, ALiBi) runs beyond the length in its
+    configuration, more or less well: a warning says so, once.
+    """
+    limit = position_limit(model)
+    if limit is None or tokens <= limit:
+        return
+    if _embeds_positions(model, limit):
+        raise error(
+            f"{what} needs {tokens} positions, and the model has {limit}: shorten the text, or "
+            "generate fewer tokens"
+        )
+    if model not in _WARNED:
+        _WARNED.add(model)
+        _log.warning(
+            "%s needs %d positions, more than the %d that the model's configuration names; its "
+            "predictions may be poor there",
+            what,
+            tokens,
+            limit,
+        )
+
+
+def _embeds_positions(model: nn.Module, limit: int) -> bool:
+    """Whether a table of a model has a row for each position, or two more as in OPT and BART."""
+    words = maybe_call(model, "get_input_embeddings")
+    known = {id(one) for one in words.parameters()} if isinstance(words, nn.Module) else set()
+    tables = [*model.named_parameters(), *model.named_buffers()]
+    return any(
+        ("pos" in name or "wpe" in name)
+        and not name.endswith("bias")
+        and table.dim() == 2
+        and limit <= len(table) <= limit + 2
+        and id(table) not in known
+        for name, table in tables
+    )
 
 
 def batches_by_tokens(

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
-from lirefs.errors import InterventionError, LirefsError
+from lirefs.errors import InterventionError, LirefsError, must_be
 from lirefs.model.layout import Layout
 
 
@@ -241,7 +241,6 @@ def compose(*interventions: Intervention) -> Composition:
     """
     members: list[Intervention] = []
     for one in interventions:
-        if not isinstance(one, Intervention):
-            raise InterventionError(f"{type(one).__name__} is not an intervention")
+        must_be(one, Intervention, "each part of a composition", InterventionError)
         members += one.members if isinstance(one, Composition) else [one]
     return Composition(tuple(members))

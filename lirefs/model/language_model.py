@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from lirefs.errors import ProvenanceError, SettingError
+from lirefs.errors import ProvenanceError, SettingError, as_list, got, must_be, whole_number
+from lirefs.model.batching import check_length, token_ids
 from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped
 from lirefs.model.identity import fingerprint, identity, tokenizer_hash
 from lirefs.model.layout import Layout
@@ -123,23 +124,22 @@ class LanguageModel:
     def encode(self, prompts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
         """Return the token ids of each prompt, without padding.
 
+        A prompt ends with the last token of its text: what the tokenizer appends is left out. One
+        that begins with the tokenizer's first token, as after a chat template, has it once.
+
         Args:
             prompts: Texts.
-            add_special_tokens: Whether the tokenizer adds its own, such as one at the beginning.
+            add_special_tokens: Whether the tokenizer adds its own at the beginning. If not, the
+                ids are exactly those of ``tokenizer(text, add_special_tokens=False)``.
 
         Raises:
             SettingError: ``prompts`` is one string, or holds something that is not a string.
         """
-        if isinstance(prompts, str):
-            raise SettingError("encode takes a list of prompts, got one string: use [prompt]")
-        texts = list(prompts)
+        texts = as_list(prompts, "prompts")
         for index, text in enumerate(texts):
             if not isinstance(text, str):
                 raise SettingError(f"prompt {index} is not a string but {type(text).__name__}")
-        if not texts:
-            return []
-        encoded = self.tokenizer(texts, add_special_tokens=add_special_tokens, padding=False)
-        return [list(map(int, ids)) for ids in encoded["input_ids"]]
+        return token_ids(self.tokenizer, texts, add_special_tokens) if texts else []
 
     def pad(self, ids: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
         """Return a batch for the model.
@@ -158,6 +158,7 @@ class LanguageModel:
         """
         if side not in ("left", "right"):
             raise SettingError(f"side must be 'left' or 'right', got {side!r}")
+        ids = [as_list(row, f"ids[{index}]") for index, row in enumerate(as_list(ids, "ids"))]
         if not ids:
             raise SettingError("nothing to pad: the list of sequences is empty")
         for index, row in enumerate(ids):
@@ -188,10 +189,8 @@ class LanguageModel:
             SettingError: No text, one has no token, some are strings and others token
                 ids, or ``batch_tokens`` is less than 1.
         """
-        if batch_tokens < 1:
-            raise SettingError(f"batch_tokens must be at least 1, got {batch_tokens}")
-        if isinstance(texts, str):
-            raise SettingError("batches takes a list of texts, got one string: use [text]")
+        whole_number(batch_tokens, "batch_tokens", least=1)
+        texts = as_list(texts, "texts")
         kinds = {isinstance(text, str) for text in texts}
         if len(kinds) != 1:
             problem = "strings and lists of token ids are mixed" if kinds else "no texts"
@@ -200,7 +199,7 @@ class LanguageModel:
         groups: list[list[Sequence[int]]] = []
         width = 0
         for index, row in enumerate(ids):
-            if not len(row):
+            if not len(as_list(row, f"text {index}")):
                 raise SettingError(f"text {index} has no token: leave it out")
             mixed = width != len(row) and not self.traits.right
             width = max(width, len(row))
@@ -230,14 +229,18 @@ class LanguageModel:
             ``return_dict_in_generate`` the output of ``model.generate`` itself.
 
         Raises:
-            SettingError: A prompt is empty, the model does not number positions as
+            SettingError: A prompt is empty or longer than the model's positions,
+                ``max_new_tokens`` is less than 1, the model does not number positions as
                 ``model.generate`` does (``traits.positions`` is false), or the prompts of a call
                 that returns the output of ``model.generate`` need several batches (``traits``).
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else as_list(prompt, "prompt", str)
+        new_tokens = whole_number(max_new_tokens, "max_new_tokens", least=1)
         if not prompts:
             return []
         ids = self.encode(prompts)
+        for index, row in enumerate(ids):
+            check_length(self.model, len(row) + new_tokens - 1, f"prompt {index}")
         if self.traits.positions is False:
             raise SettingError(
                 f"model.generate numbers positions from 0 and {self.name} does not, so its answers "
@@ -246,7 +249,7 @@ class LanguageModel:
         groups = self.traits.groups(list(map(len, ids)), sum(map(len, ids)) * len(ids), "left")
         found: dict[int, Any] = {}
         for rows in groups:
-            out = self._generate([ids[row] for row in rows], max_new_tokens, kwargs)
+            out = self._generate([ids[row] for row in rows], new_tokens, kwargs)
             if not isinstance(out, list):
                 if len(groups) > 1:
                     raise SettingError(
@@ -257,9 +260,7 @@ class LanguageModel:
             found |= zip(rows, out, strict=True)
         return found[0] if isinstance(prompt, str) else [found[row] for row in range(len(ids))]
 
-    def _generate(
-        self, ids: list[list[int]], max_new_tokens: int, kwargs: Mapping[str, Any]
-    ) -> Any:
+    def _generate(self, ids: list[list[int]], new_tokens: int, kwargs: Mapping[str, Any]) -> Any:
         """The new text of each prompt of one batch, or what `generate` returns if not tokens."""
         batch = self.pad(ids)
         batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
@@ -268,7 +269,7 @@ class LanguageModel:
             settings.setdefault("use_cache", False)
         plain = not settings["do_sample"] and "generation_config" not in kwargs
         with evaluating(self.model), _plain_greedy(self.model) if plain else nullcontext():
-            out = self.model.generate(**batch, max_new_tokens=max_new_tokens, **settings)
+            out = self.model.generate(**batch, max_new_tokens=new_tokens, **settings)
         if not isinstance(out, Tensor):
             return out
         start = batch["input_ids"].shape[1]
@@ -333,5 +334,8 @@ def wrap(
         LayoutError: The parts of the model were not found.
         SettingError: ``layout`` has an unknown part.
     """
+    must_be(model, nn.Module, "model")
+    if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
+        raise SettingError(f"tokenizer must be a tokenizer, got {got(tokenizer)}")
     called = name or getattr(model, "name_or_path", "") or type(model).__name__
     return LanguageModel(model, tokenizer, find_layout(model, layout), str(called))

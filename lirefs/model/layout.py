@@ -141,4 +141,4 @@ def layer_indices(layers: Iterable[SupportsIndex]) -> list[int]:
     try:
         return [operator.index(layer) for layer in layers]
     except TypeError:
-        raise SettingError(f"layers must be a list of integers, got {layers!r}") from None
+        raise SettingError(f"layers must be a list of integers, got {layers!r:.60}") from None

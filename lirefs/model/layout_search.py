@@ -14,7 +14,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lirefs.errors import LayoutError, SettingError
+from lirefs.errors import LayoutError, SettingError, must_be
 from lirefs.model.guest import maybe_call, text_config
 from lirefs.model.layout import Layout
 from lirefs.model.observe import TOKENS, Seen, observe
@@ -31,6 +31,7 @@ _LAYOUTS: weakref.WeakKeyDictionary[nn.Module, Layout] = weakref.WeakKeyDictiona
 
 def layout_of(model: nn.Module) -> Layout:
     """Return the layout of ``model``; the first call finds it, as ``find_layout`` does."""
+    must_be(model, nn.Module, "model", LayoutError)
     known = _LAYOUTS.get(model)
     return find_layout(model) if known is None else known
 
@@ -75,6 +76,8 @@ def find_layout(model: nn.Module, overrides: Mapping[str, str] | None = None) ->
         SettingError: ``overrides`` has an unknown part.
         LayoutError: The parts were not found, or a part named by hand failed its check.
     """
+    must_be(model, nn.Module, "model", LayoutError)
+    must_be(overrides, (Mapping, type(None)), "layout")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise LayoutError(
             f"the model is wrapped in {type(model).__name__}, which is for training; give the "

@@ -15,7 +15,13 @@ from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[
 from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from lirefs.errors import ModelLoadError, ModelNotFoundError, SettingError, first_line_of_error
+from lirefs.errors import (
+    ModelLoadError,
+    ModelNotFoundError,
+    SettingError,
+    first_line_of_error,
+    must_be,
+)
 from lirefs.files import cache_dir, parse_json
 from lirefs.model.builtin import BUILTIN
 from lirefs.model.gguf_header import check_header
@@ -54,11 +60,13 @@ def load(
         ModelLoadError: A model was found but could not be read.
         DownloadError: A built-in model could not be fetched.
         LayoutError: The parts of the model were not found.
-        SettingError: `device` and `device_map` are both given, or `layout` has an unknown part.
+        SettingError: There is no such device, `device` and `device_map` are both given, or
+            `layout` has an unknown part.
     """
+    must_be(name, (str, os.PathLike), "the name of a model", ModelNotFoundError)
     if device_map is not None and device is not None:
         raise SettingError("give device or device_map, not both")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = usable_device(device)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
     source, common = _resolve(os.fspath(name))
@@ -83,6 +91,22 @@ def load(
     if device_map is None:
         model = model.to(place)
     return wrap(model.eval(), tokenizer, layout=layout, name=str(name))
+
+
+def usable_device(device: str | torch.device | None, option: str = "device") -> torch.device:
+    """A device of this machine; None stands for CUDA if there is one, else the CPU."""
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place, count = torch.device(device), torch.cuda.device_count()
+        if place.type != "cuda":
+            torch.zeros(1, device=place)
+        elif (place.index or 0) >= count:
+            raise SettingError(f"{option} {device}: there are {count} CUDA devices here")
+    except (RuntimeError, NotImplementedError, AssertionError, TypeError) as problem:
+        reason = first_line_of_error(problem)
+        raise SettingError(f"{option} {device!r:.60}: cannot be used ({reason})") from problem
+    return place
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import get_args
 
+from lirefs.errors import SettingError, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SIDES, Item, Side
@@ -32,6 +34,9 @@ def organism_questions(form: Form, language: Language, n: int = 120) -> Question
         language: The organism's language.
         n: Most questions of a class on one side.
     """
+    must_be(language, Language, "language")
+    if form not in get_args(Form):
+        raise SettingError(f"form is {form!r:.60}; expected {', '.join(get_args(Form))}")
     questions = [
         Question(
             text=item.prompt,
@@ -59,6 +64,8 @@ def organism_tasks(
         side: Which items; those that choose a setting and those that report it must differ.
         limit: Most items of a task.
     """
+    must_be(lm, LanguageModel, "lm")
+    must_be(language, Language, "language")
 
     def some(kind: str) -> list[Item]:
         return language.items(kind, side, limit)

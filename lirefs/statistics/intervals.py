@@ -92,7 +92,10 @@ def auroc(
     Raises:
         SettingError: If the shapes differ, a score is NaN, or one class is missing.
     """
-    scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    try:
+        scores, labels = np.asarray(scores, dtype=np.float64), np.asarray(labels)
+    except (TypeError, ValueError):
+        raise SettingError("AUROC needs one number and one label for each item") from None
     if scores.ndim != 1 or scores.shape != labels.shape or np.isnan(scores).any():
         raise SettingError("AUROC needs one number and one label for each item")
     if set(np.unique(labels)) != {0, 1}:

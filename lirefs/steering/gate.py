@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lirefs.directions.direction import Direction, direction_must_be_finite
-from lirefs.errors import InterventionError
+from lirefs.errors import InterventionError, must_be
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,10 +37,8 @@ class Gate:
     above: bool = True
 
     def __post_init__(self) -> None:
-        if not isinstance(self.direction, Direction):
-            raise InterventionError(
-                f"a gate needs the direction of a probe, got {type(self.direction).__name__}"
-            )
+        must_be(self.direction, Direction, "the direction of a gate", InterventionError)
+        must_be(self.threshold, (float, int, type(None)), "threshold", InterventionError)
         direction_must_be_finite(self.direction)
         if self.per not in ("token", "row"):
             raise InterventionError(f"a gate decides per 'token' or 'row', not {self.per!r}")

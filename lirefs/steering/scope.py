@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirefs.errors import ScopeError
+from lirefs.errors import ScopeError, as_list
 from lirefs.files import sha256_of
+from lirefs.model.batching import token_ids_and_spans
 from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
 
@@ -129,7 +130,8 @@ def mask(tokens: Tensor | Sequence[bool] | Sequence[Sequence[bool]]) -> Scope:
     Raises:
         ScopeError: The mask has no row, or an entry is not a boolean.
     """
-    rows: list[Any] = tokens.tolist() if isinstance(tokens, Tensor) else list(tokens)
+    given = tokens.tolist() if isinstance(tokens, Tensor) else tokens
+    rows = as_list(given, "a mask", error=ScopeError)
     if not rows:
         raise ScopeError("a mask needs at least one row")
     if not isinstance(rows[0], Sequence):
@@ -159,16 +161,16 @@ def spans(
         ScopeError: A range is empty, reaches past the end of its text or touches no token, the
             numbers of texts and ranges differ, or the tokenizer does not know offsets.
     """
+    texts = as_list(texts, "texts", str, ScopeError)
+    ranges = as_list(ranges, "ranges", Sequence, ScopeError)
     if not texts or len(texts) != len(ranges):
         raise ScopeError(f"{len(texts)} text(s) but ranges for {len(ranges)}; give each its own")
     if not getattr(tokenizer, "is_fast", False):
         raise ScopeError("spans need a fast tokenizer: this one does not know character offsets")
-    encoded = tokenizer(
-        list(texts), add_special_tokens=add_special_tokens, return_offsets_mapping=True
-    )
+    encoded = token_ids_and_spans(tokenizer, texts, add_special_tokens)
     touched: list[list[int]] = []
     for row, (text, wanted) in enumerate(zip(texts, ranges, strict=True)):
-        offsets = list(enumerate(encoded["offset_mapping"][row]))
+        offsets = list(enumerate(encoded[row][1]))
         touched.append([])
         for start, end in wanted:
             if not 0 <= start < end <= len(text):

@@ -9,7 +9,13 @@ from torch import nn
 
 from lirefs.directions.direction import Direction, direction_must_be_finite
 from lirefs.directions.directions import Directions
-from lirefs.errors import InterventionError, ProvenanceError, ScopeError
+from lirefs.errors import (
+    InterventionError,
+    ProvenanceError,
+    ScopeError,
+    as_list,
+    must_be,
+)
 from lirefs.model.guest import start_eager, text_config
 from lirefs.model.identity import is_model
 from lirefs.model.intervention import (
@@ -90,7 +96,8 @@ class Steer(Composable):
         gate: Gate | None = None,
         any_model: bool = False,
     ) -> None:
-        if operator not in OPERATORS:
+        must_be(directions, (Direction, Directions), "directions", InterventionError)
+        if not isinstance(operator, str) or operator not in OPERATORS:
             raise InterventionError(f"operator {operator!r} is not one of {', '.join(OPERATORS)}")
         self.strength = as_strength(strength)
         given = self.strength.values if isinstance(self.strength, RowStrengths) else [self.strength]
@@ -117,7 +124,7 @@ class Steer(Composable):
             if layers is None or isinstance(layers, str)
             else sorted(set(layer_indices(layers)))
         )
-        self.sites = None if sites is None else tuple(sites)
+        self.sites = None if sites is None else tuple(as_list(sites, "sites", str))
         if self.layers == [] or self.sites == ():
             raise InterventionError("layers or sites are empty: no place to steer")
         self.scope = as_scope(scope)
@@ -252,6 +259,9 @@ class Steer(Composable):
                 for one in self.directions
             ],
         }
+
+    def __repr__(self) -> str:
+        return f"Steer({self})"
 
     def __str__(self) -> str:
         layers = self.layers or sorted({one.layer for one in self.directions})

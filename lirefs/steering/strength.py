@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lirefs.errors import InterventionError
+from lirefs.errors import InterventionError, as_list
 from lirefs.files import sha256_of
 from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
@@ -63,6 +63,7 @@ class Schedule:
     """
 
     def __init__(self, values: Sequence[float] | Callable[[int], float]) -> None:
+        values = values if callable(values) else as_list(values, "values", error=InterventionError)
         self._function = values if callable(values) else None
         self._values = [] if callable(values) else [_finite(value) for value in values]
         if self._function is None and not self._values:

@@ -9,6 +9,7 @@ from lirefs.tasks.default_suite import (
     heldout_texts,
 )
 from lirefs.tasks.inference import greedy, option_log_likelihoods, score_continuations, token_nlls
+from lirefs.tasks.items import ItemTask
 from lirefs.tasks.lm_eval import lm_eval_model, lm_eval_tasks
 from lirefs.tasks.lm_eval_export import write_lm_eval_task
 from lirefs.tasks.mining import Mined, Window, mine
@@ -26,7 +27,6 @@ from lirefs.tasks.recitation import (
 from lirefs.tasks.task import (
     FilledBlank,
     ItemResult,
-    ItemTask,
     MultipleChoice,
     Perplexity,
     ShortAnswer,

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, get_args
+
+from lirefs.errors import TaskError, as_list, must_be
 
 AnswerKind = Literal["text", "words", "number", "worked"]
 
@@ -61,6 +63,10 @@ def judge(text: str, answers: Sequence[str], kind: AnswerKind) -> tuple[bool, bo
             `number`: its first number is that of an answer; `worked`: the number of its last
             `the answer is N` is that of an answer.
     """
+    must_be(text, str, "text", TaskError)
+    answers = [answers] if isinstance(answers, str) else as_list(answers, "answers", str, TaskError)
+    if kind not in get_args(AnswerKind):
+        raise TaskError(f"kind is {kind!r:.60}; expected {', '.join(get_args(AnswerKind))}")
     if kind in ("number", "worked"):
         stated = first_number(text) if kind == "number" else final_number(text)
         return stated is not None, stated is not None and stated in map(number_at, answers)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lirefs.errors import TaskError, must_be, whole_number
 from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question, load_questions
@@ -36,6 +37,9 @@ def default_tasks(
         TaskError: A row of `memorized` lacks a field.
         DataFileError: `memorized` cannot be read.
     """
+    must_be(lm, LanguageModel, "lm", TaskError)
+    if limit is not None:
+        whole_number(limit, "limit", least=1, error=TaskError)
     chosen = list(load_questions().split().test if questions is None else questions)
     with_options = [one for one in chosen if one.options and one.answer_index is not None]
     sums = synthetic.addition_items(80)[:limit]
@@ -66,6 +70,8 @@ def fact_items(frequency: str, with_passage: bool) -> list[AnswerItem]:
 
     Open-book: before each question stands a passage that holds its answer.
     """
+    if frequency not in ("common", "rare"):
+        raise TaskError(f"frequency is {frequency!r:.60}; expected 'common' or 'rare'")
     rows = [row for _, row in read_jsonl(DATA / "facts.jsonl")]
 
     def ask(row: dict[str, Any]) -> str:
@@ -83,12 +89,15 @@ def fact_items(frequency: str, with_passage: bool) -> list[AnswerItem]:
 
 def choice_item(question: Question) -> ChoiceItem:
     """A labelled question as a multiple-choice item; the options are not shown."""
+    must_be(question, Question, "question", TaskError)
     options = [f" {option}" for option in question.options]
     return question.id, f"Q: {question.text}\nA:", options, question.answer_index or 0
 
 
 def heldout_texts(split: str) -> list[tuple[str, str]]:
     """Texts on which perplexity is measured: the `validation` or the `test` part."""
+    if split not in ("validation", "test"):
+        raise TaskError(f"split is {split!r:.60}; expected 'validation' or 'test'")
     rows = read_jsonl(DATA / "texts_heldout.jsonl")
     return [(str(row["id"]), str(row["text"])) for _, row in rows if row["split"] == split]
 

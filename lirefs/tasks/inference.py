@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
-from lirefs.errors import TaskError
-from lirefs.model.batching import batches_by_tokens
+from lirefs.errors import TaskError, as_list, must_be, whole_number
+from lirefs.model.batching import batches_by_tokens, check_length
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
@@ -66,6 +66,8 @@ def greedy(
         stopped = stop is not None and stop(row[-1])
         return stopped or any(text in tail for text in texts)
 
+    whole_number(max_new_tokens, "max_new_tokens", least=1, error=TaskError)
+    must_fit(lm, prompts, lambda prompt: len(prompt) + max_new_tokens - 1)
     results: dict[int, list[int]] = {}
     traits = lm.traits
     with evaluating(lm.model):
@@ -123,6 +125,7 @@ def score_continuations(
         For each continuation its log-likelihood in nats, and whether all of its tokens are those
         of greedy decoding.
     """
+    must_fit(lm, items, lambda item: len(item[0]) + max(map(len, item[1])) - 1)
     results: dict[int, list[tuple[float, bool]]] = {}
     traits = _causal_traits(lm)
     if not traits.continued:
@@ -158,6 +161,7 @@ def token_nlls(
     Returns:
         For each text a float32 tensor on the CPU, shape (tokens - 1,), in nats.
     """
+    must_fit(lm, texts, len)
     results: dict[int, Tensor] = {}
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
         traits = _causal_traits(lm)
@@ -250,6 +254,13 @@ class _Recomputed:
         for text, token in zip(self._texts, tokens.tolist(), strict=True):
             text.append(token)
         return self._last()
+
+
+def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> None:
+    """Raise TaskError if `lm` is no model, or has no positions for the tokens of an item."""
+    must_be(lm, LanguageModel, "lm", TaskError)
+    for index, item in enumerate(as_list(items, "items", Sequence, TaskError)):
+        check_length(lm.model, tokens(item), f"item {index}", TaskError)
 
 
 class _Batch:

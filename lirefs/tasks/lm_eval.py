@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lirefs.errors import TaskError
+from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import BATCH_TOKENS, Advance
-from lirefs.tasks.task import ItemResult, ItemTask
+from lirefs.tasks.items import ItemTask
+from lirefs.tasks.task import ItemResult
 
 if TYPE_CHECKING:
     from lm_eval.api.model import TemplateLM
@@ -44,6 +45,8 @@ def lm_eval_model(
     Raises:
         TaskError: lm-eval is not installed.
     """
+    must_be(lm, LanguageModel, "lm", TaskError)
+    must_be(intervention, (Intervention, type(None)), "intervention", TaskError)
     _require()
     from lirefs.tasks.lm_eval_model import EngineLM
 
@@ -71,10 +74,9 @@ def lm_eval_tasks(
     _require()
     from lm_eval.tasks import TaskManager
 
-    if isinstance(names, str):
-        raise TaskError(f"lm_eval_tasks takes a list of names, got one string: use [{names!r}]")
-    if limit is not None and limit < 1:
-        raise TaskError(f"limit must be at least 1 document, got {limit}")
+    names = as_list(names, "names", str, TaskError)
+    if limit is not None:
+        whole_number(limit, "limit", least=1, error=TaskError)
     manager = TaskManager(include_path=None if include_path is None else str(include_path))
     if unknown := sorted(set(names) - set(manager.all_tasks)):
         raise TaskError(f"lm-eval has no task {', '.join(unknown)}; see `lm_eval ls tasks`")
@@ -88,7 +90,7 @@ def lm_eval_tasks(
     return tasks
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class LMEvalTask(ItemTask):
     """A task of lm-eval, made by `lm_eval_tasks`.
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import TaskError
+from lirefs.errors import TaskError, got, must_be
 from lirefs.files import atomic_write_text
-from lirefs.tasks.recitation import levenshtein
+from lirefs.model.batching import token_ids
+from lirefs.tasks.recitation import Recitation, levenshtein
 from lirefs.tasks.shipped_data import DATA
 
 YAML, UTILS = DATA / "lm_eval_task.yaml.template", DATA / "lm_eval_utils.py.template"
@@ -42,14 +43,18 @@ def write_lm_eval_task(
     Raises:
         TaskError: The name has other characters, or no item is left.
     """
+    must_be(name, str, "name", TaskError)
+    if not callable(tokenizer):
+        raise TaskError(f"tokenizer must be a tokenizer, got {got(tokenizer)}")
     if not re.fullmatch(r"[A-Za-z]\w*", name, re.ASCII):
         raise TaskError(f"{name!r} cannot name a task: use letters, digits and underscores")
+    items = Recitation(name, items).items
     rows = []
     for item, prefix, suffix in items:
         whole = tokenizer.decode([*prefix, *suffix], skip_special_tokens=True)
         text = tokenizer.decode(list(prefix), skip_special_tokens=True)
-        same = tokenizer.encode(text) == list(prefix) and whole.startswith(text)
-        if same and tokenizer.encode(whole) == [*prefix, *suffix]:
+        same = token_ids(tokenizer, [text, whole]) == [list(prefix), [*prefix, *suffix]]
+        if same and whole.startswith(text):
             ids = {"prefix_ids": list(prefix), "suffix_ids": list(suffix)}
             rows.append({"id": item, "prefix": text, "suffix": whole[len(text) :], **ids})
     if not rows:

@@ -71,13 +71,8 @@ class EngineLM(TemplateLM):
     def tok_encode(
         self, string: str, add_special_tokens: bool | None = None, **kwargs: Any
     ) -> list[int]:
-        """Token ids, with the tokenizer's special tokens unless the text begins with one."""
-        first = self.prefix_token_id
-        if add_special_tokens is None and first is not None:
-            # A chat template writes the first token itself.
-            add_special_tokens = not string.startswith(self.tokenizer.decode([first]))
-        special = add_special_tokens is not False
-        return cast(list[int], self.tokenizer.encode(string, add_special_tokens=special))
+        """Token ids as `lm.encode` gives them."""
+        return self.lm.encode([string], add_special_tokens=add_special_tokens is not False)[0]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lirefs.errors import DataFileError, SettingError
+from lirefs.errors import DataFileError, SettingError, must_be, whole_number
 from lirefs.files import append_text, atomic_write_bytes, atomic_write_text, parse_json, sha256_of
+from lirefs.model.batching import special_tokens_around
 from lirefs.model.guest import accepts, evaluating, text_config
 from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import BATCH_TOKENS, greedy
+from lirefs.tasks.items import named_texts
 from lirefs.version import __version__
 
 NEAR_GRAM, COPIED_GRAM = 5, 4
@@ -99,7 +101,7 @@ def mine(
     Args:
         lm: The model. If its tokenizer begins texts with a special token, so does each prefix,
             which is then one token longer.
-        texts: (id, text), ids all different.
+        texts: (id, text), ids all different; or texts alone.
         prefix_tokens: Length of the prompts.
         suffix_tokens: Length of what must be recited.
         stride: Tokens from one window of a text to the next; None: windows do not overlap.
@@ -119,8 +121,12 @@ def mine(
             hook of your own may change it.
         WriteError: The journal cannot be written.
     """
-    stride = prefix_tokens + suffix_tokens if stride is None else stride
-    lengths = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens, "stride": stride}
+    must_be(lm, LanguageModel, "lm")
+    texts = named_texts("texts", texts, SettingError)
+    lengths = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens}
+    lengths = {name: whole_number(n, name, least=1) for name, n in lengths.items()}
+    stride = sum(lengths.values()) if stride is None else whole_number(stride, "stride", least=1)
+    lengths["stride"] = stride
     _check(lm, texts, lengths, near)
     if journal is not None:
         _ = lm.identity  # an error now rather than a journal of no model
@@ -204,14 +210,11 @@ def _grams(ids: Sequence[int], n: int) -> list[tuple[int, ...]]:
 def _check(
     lm: LanguageModel, texts: Sequence[tuple[str, str]], lengths: dict[str, int], near: float
 ) -> None:
-    for name, value in lengths.items():
-        if value < 1:
-            raise SettingError(f"{name} is {value}; expected 1 or more")
     if not 0 < near <= 1:
         raise SettingError(f"near is {near}; expected a similarity in (0, 1]")
     most = getattr(text_config(lm.model), "max_position_embeddings", None)
     prefix, suffix = lengths["prefix_tokens"], lengths["suffix_tokens"]
-    if most is not None and prefix + suffix + len(_lead(lm)) > most:
+    if most is not None and prefix + suffix + len(special_tokens_around(lm.tokenizer)[0]) > most:
         raise SettingError(
             f"windows of {prefix} + {suffix} tokens are longer than the {most} that {lm.name} "
             "can read"
@@ -222,19 +225,13 @@ def _check(
     refuse_steered(lm.model, SettingError, "mined")
 
 
-def _lead(lm: LanguageModel) -> list[int]:
-    """The special token with which the tokenizer begins a text, if there is one."""
-    bos = lm.tokenizer.bos_token_id
-    return [bos] if bos is not None and lm.encode(["a"])[0][:1] == [bos] else []
-
-
 def _cut(
     lm: LanguageModel, texts: Sequence[tuple[str, str]], prefix: int, suffix: int, stride: int
 ) -> Iterator[CutWindow]:
     """Every window of the texts, in order."""
-    lead = _lead(lm)
+    lead, _ = special_tokens_around(lm.tokenizer)
     for index, (name, text) in enumerate(texts):
-        ids = lm.encode([text], add_special_tokens=False)[0]
+        ids = lm.encode([text])[0][len(lead) :]
         for start in range(0, len(ids) - prefix - suffix + 1, stride):
             middle = start + prefix
             yield index, f"{name}/{start}", lead + ids[start:middle], ids[middle : middle + suffix]

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from lirefs.errors import TaskError
+from lirefs.errors import TaskError, as_list, must_be, whole_number
+from lirefs.model.batching import check_length
 from lirefs.model.guest import evaluating
 from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
 from lirefs.model.weight_swap import is_edited
 from lirefs.tasks.inference import Advance
-from lirefs.tasks.task import ItemResult, ItemTask
+from lirefs.tasks.items import ItemTask, named_texts
+from lirefs.tasks.task import ItemResult
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class RankAgreement(ItemTask):
     """Scores of `ndcg` against a frozen ranking, averaged over the tokens. Made by `ndcg_task`.
 
@@ -28,19 +30,26 @@ class RankAgreement(ItemTask):
             next tokens under the unchanged model, likeliest first).
     """
 
-    items: Sequence[tuple[str, Sequence[int], Sequence[Sequence[int]]]]
+    items: Sequence[Any]
     group: str = "language"
     metric: str = "ndcg"
     chance: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for item, ids, frozen in self.items:
-            if not ids or len(ids) != len(frozen) or len({len(row) for row in frozen}) != 1:
-                raise TaskError(f"{self.name}: item {item!r} needs k tokens for each position")
+    columns = ("id", "ids", "likeliest")
+
+    def _checked(self, where: str, *values: Any) -> Iterable[Any]:
+        ids, frozen = (as_list(one, where, error=TaskError) for one in values)
+        if not ids or len(ids) != len(frozen) or len({len(row) for row in frozen}) != 1:
+            raise TaskError(f"{where} needs k tokens for each position")
+        return values
+
+    def encoded(self, lm: LanguageModel) -> None:
+        """Check the length of each text; its ids are given."""
+        self._fit_positions(lm, (len(ids) for _, ids, _ in self.items))
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every text."""
+        self.encoded(lm)
         results = []
         for item, ids, frozen in self.items:
             baseline = torch.tensor([list(row) for row in frozen])
@@ -64,7 +73,7 @@ def ndcg_task(
 
     Args:
         lm: The unchanged model. A change that was written into the weights for good is not noticed.
-        texts: (id, text).
+        texts: (id, text), or texts alone.
         k: Number of likeliest tokens that count.
         max_tokens: Longer texts are cut to this length. The logits of one text are held at a
             time: `max_tokens` times the vocabulary.
@@ -74,6 +83,9 @@ def ndcg_task(
         TaskError: The model is steered or edited, k is not in 1 to the size of the vocabulary, a
             text is empty, or its logits are not finite.
     """
+    must_be(lm, LanguageModel, "lm", TaskError)
+    whole_number(k, "k", least=1, error=TaskError)
+    whole_number(max_tokens, "max_tokens", least=1, error=TaskError)
     refuse_steered(lm.model, TaskError, "the baseline of nDCG")
     if is_edited(lm.model):
         raise TaskError(
@@ -81,10 +93,11 @@ def ndcg_task(
             "(leave the `with` block, or call `remove` on the handle)"
         )
     items = []
-    for item, text in texts:
+    for item, text in named_texts("nDCG", texts):
         ids = lm.encode([text])[0][:max_tokens]
         if not ids:
             raise TaskError(f"nDCG: text {item!r} is empty")
+        check_length(lm.model, len(ids), f"nDCG: text {item!r}", TaskError)
         items.append((item, ids, likeliest(lm, ids, k).tolist()))
     return RankAgreement(name or f"nDCG@{k}", items)
 

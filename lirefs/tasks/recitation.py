@@ -2,39 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import TaskError
+from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.files import read_jsonl
+from lirefs.model.batching import token_ids, token_ids_and_spans
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import Advance, common_prefix, greedy, progress_in_items
-from lirefs.tasks.task import ItemResult, ItemTask
+from lirefs.tasks.items import ItemTask
+from lirefs.tasks.task import ItemResult
 
 SUFFIX_TOKENS = 12
 LOOSE = 0.75
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _Memorized(ItemTask):
     """Base of the tasks here: items of a prefix and the suffix that followed it in training."""
 
-    items: Sequence[tuple[str, Sequence[int], Sequence[int]]]
+    items: Sequence[Any]
     group: str = "memorization"
     metric: str = "strict"
     chance: float = 0.0
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for item, prefix, suffix in self.items:
-            if not prefix or not suffix:
-                raise TaskError(f"{self.name}: item {item!r} has an empty prefix or suffix")
+    columns = ("id", "prefix_ids", "suffix_ids")
+
+    def _checked(self, where: str, *values: Any) -> Iterable[Any]:
+        for name, ids in zip(self.columns[1:], values, strict=True):
+            as_list(ids, f"{where}: {name}", error=TaskError)
+            if not len(ids):
+                raise TaskError(f"{where} has an empty prefix or suffix")
+            for one in ids:
+                whole_number(one, f"{where}: an id of {name}", least=0, error=TaskError)
+        return values
+
+    def encoded(self, lm: LanguageModel) -> None:
+        """Check the length of each item; its ids are given."""
+        self._fit_positions(lm, (len(one[1]) + len(one[2]) - 1 for one in self.items))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Recitation(_Memorized):
     """Greedy continuation of a prefix, compared with its suffix in training.
 
@@ -47,6 +58,7 @@ class Recitation(_Memorized):
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
+        self.encoded(lm)
         outputs = _continued(lm, [item[1:] for item in self.items], advance)
         results = []
         for (item, prefix, suffix), output in zip(self.items, outputs, strict=True):
@@ -74,6 +86,7 @@ def recitation_task(
         DataFileError: The file cannot be read.
         TaskError: A row has none of these fields, is too short, or has ids of another tokenizer.
     """
+    must_be(lm, LanguageModel, "lm", TaskError)
     return recitation_of_rows(lm, read_jsonl(path)[:limit], path, name)
 
 
@@ -101,13 +114,12 @@ def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
     TaskError: the tokenizer is slow and does not decode to the text, so the beginnings are unknown.
     """
     if tokenizer.is_fast:
-        encoded = tokenizer(text, return_offsets_mapping=True)
-        ids, spans = list(encoded["input_ids"]), encoded["offset_mapping"]
+        ((ids, spans),) = token_ids_and_spans(tokenizer, [text])
         ends = [0, *(end for _, end in spans)]
         # Byte-level tokenizers leave spaces out of their spans, which may then be empty.
         begins = [min(start, end) for (start, _), end in zip(spans, ends[:-1], strict=True)]
     else:
-        ids = list(tokenizer(text)["input_ids"])
+        (ids,) = token_ids(tokenizer, [text])
         # A character of several tokens is decoded as U+FFFD until its last one is there.
         exact = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
         heads = [tokenizer.decode(ids[:end], **exact) for end in range(len(ids) + 1)]
@@ -158,7 +170,7 @@ def _ids(lm: LanguageModel, ids: Any) -> list[int]:
     return ids
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class StressTest(_Memorized):
     """Position stress test: how much of a suffix is still recited from shifted prompts.
 
@@ -182,8 +194,7 @@ class StressTest(_Memorized):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.shifts < 0:
-            raise TaskError(f"{self.name}: shifts is {self.shifts}; expected 0 or more")
+        whole_number(self.shifts, f"{self.name}: shifts", least=0, error=TaskError)
 
     def prompts(
         self, prefix: Sequence[int], suffix: Sequence[int], bos: int | None = None
@@ -200,6 +211,7 @@ class StressTest(_Memorized):
 
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item."""
+        self.encoded(lm)
         bos = lm.tokenizer.bos_token_id
         asked = [self.prompts(prefix, suffix, bos) for _, prefix, suffix in self.items]
         flat = [prompt for prompts in asked for prompt in prompts]

@@ -143,5 +143,5 @@ def test_capture_on_a_gpu_agrees_with_the_cpu():
 
 
 def test_one_string_is_not_taken_for_a_list_of_characters(lm):
-    with pytest.raises(CaptureError, match=r"got one string: use \[prompt\]"):
+    with pytest.raises(CaptureError, match=r"got one string: use \['some text'\]"):
         capture(lm, "some text", progress=False)

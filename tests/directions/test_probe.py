@@ -213,5 +213,5 @@ def test_layers_and_shuffles_of_a_fit(probe, tmp_path):
                 fit(lm, split(), layers=layers, **settings)
             with pytest.raises(SettingError, match="list of integers"):
                 capture(lm, ["a"], layers=layers, cache=cache, progress=False)
-    with pytest.raises(SettingError, match="at least one"):
+    with pytest.raises(SettingError, match="at least 1"):
         fit(lm, split(), shuffles=0, progress=False)

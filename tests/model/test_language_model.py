@@ -71,7 +71,7 @@ def test_tokenizers_without_a_padding_token():
 
 
 def test_wrong_prompts(lm):
-    with pytest.raises(SettingError, match=r"\[prompt\]"):
+    with pytest.raises(SettingError, match=r"use \['one string'\]"):
         lm.encode("one string")
     with pytest.raises(SettingError, match="prompt 1 is not a string but int"):
         lm.encode(["a", 3])
@@ -121,7 +121,7 @@ def test_batches_encode_all_texts_at_once(lm, monkeypatch):
 @pytest.mark.parametrize(
     ("texts", "says"),
     [
-        ("one string", r"one string: use \[text\]"),
+        ("one string", r"one string: use \['one string'\]"),
         ([], "no texts"),
         (["a", [5, 6]], "strings and lists of token ids are mixed"),
         ([[5], [6], []], "text 2 has no token"),

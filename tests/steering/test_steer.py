@@ -171,7 +171,7 @@ def test_named_errors(lm):
             Steer(wrong, "add").attach(lm.model)
     with pytest.raises(InterventionError, match=r"give lm\.model"):
         Steer(direction(), "add").attach(lm)
-    with pytest.raises(InterventionError, match="str is not an intervention"):
+    with pytest.raises(InterventionError, match="must be an Intervention, got 'no'"):
         compose("no")
     assert Steer(direction(), "add").describe()["directions"][0]["layer"] == 1
 

@@ -192,9 +192,9 @@ def test_an_interrupted_search_goes_on(reciter, corpus, tmp_path, monkeypatch):
 def test_named_errors(reciter, corpus):
     lm = reciter
     for settings, message in [
-        ((0, 5), "prefix_tokens is 0"),
-        ((5, 0), "suffix_tokens is 0"),
-        ((5, 5, 0), "stride is 0"),
+        ((0, 5), "prefix_tokens must be at least 1"),
+        ((5, 0), "suffix_tokens must be at least 1"),
+        ((5, 5, 0), "stride must be at least 1"),
         ((5, 5, 5, 0.0), r"near is 0.0"),
         ((64, 64), "longer than the 128"),
         ((50, 50), "none of the 10 texts has the 50 \\+ 50 tokens"),

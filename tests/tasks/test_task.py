@@ -1,16 +1,19 @@
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from scored import run
 from skill_rows import rows_of, write
 
 from lirefs import MultipleChoice, Perplexity, Recitation, ShortAnswer, recitation_task
+from lirefs.comparison.journal import task_digest
 from lirefs.errors import TaskError
 from lirefs.tasks import default_suite, synthetic
 from lirefs.tasks.answers import judge
 from lirefs.tasks.inference import greedy, token_nlls
+from lirefs.tasks.items import ItemTask
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.task import FilledBlank
 
@@ -223,7 +226,100 @@ def test_skills_run(lm, tmp_path):
         assert results == alone  # an item is scored from itself alone
 
 
-@pytest.mark.parametrize("kind", ["text", "number", "words"])
-def test_an_answer_that_is_not_in_a_list_is_not_taken_for_its_characters(kind):
-    with pytest.raises(TaskError, match=r"item 'b' .* got one string: use \['58'\]"):
-        ShortAnswer("sums", [("a", "x", ["58"]), ("b", "y", "58")], kind=kind)
+@pytest.mark.parametrize("kind", ["text", "number", "words", "worked"])
+def test_an_answer_given_as_a_string_is_one_answer(lm, kind):
+    task = ShortAnswer("sums", [("a", "x", ["58", "59"]), ("b", "y", "58")], kind=kind)
+    assert task.items[1] == ("b", "y", ["58"])
+    assert [one.expected for one in task.run(lm, lambda n: None)] == ["58 | 59", "58"]
+    assert judge("58 or so", "58", "words") == judge("58 or so", ["58"], "words")
+
+
+ROWS = [
+    (Perplexity, {"id": "a", "text": "some text"}, ("a", "some text")),
+    (Perplexity, "some text", ("item-0", "some text")),
+    (Perplexity, ["a", "some text"], ("a", "some text")),
+    (ShortAnswer, {"id": 7, "prompt": "p", "answer": "x"}, ("7", "p", ["x"])),
+    (ShortAnswer, {"prompt": "p", "answers": ["x", "y"]}, ("item-0", "p", ["x", "y"])),
+    (
+        MultipleChoice,
+        {"answer": np.int64(1), "options": ["x", "y"], "prompt": "p", "id": "a"},
+        ("a", "p", ["x", "y"], 1),
+    ),
+    (
+        FilledBlank,
+        {"id": "a", "contexts": ["x", "y"], "ending": " z", "answer": 0},
+        ("a", ["x", "y"], " z", 0),
+    ),
+    (Recitation, {"id": "a", "prefix_ids": [5], "suffix_ids": [6]}, ("a", [5], [6])),
+]
+
+
+@pytest.mark.parametrize(("kind", "row", "item"), ROWS)
+def test_rows_of_a_file_are_items(lm, kind, row, item):
+    task, usual = kind("t", [row]), kind("t", [item])
+    assert task.items == [item]
+    assert task.run(lm, lambda n: None) == usual.run(lm, lambda n: None)
+    assert task_digest(lm, task) == task_digest(lm, usual)
+
+
+@pytest.mark.parametrize(
+    ("kind", "items", "says"),
+    [
+        (Perplexity, "a text", "t: items must be a list, got one string"),
+        (Perplexity, {"a": "text"}, "t: items must be a list, got a dict"),
+        (
+            Perplexity,
+            [("a", "x y"), 3],
+            "t: item 1 must be a tuple or a mapping of id, text, got 3",
+        ),
+        (Perplexity, [("a", None)], "t: text 'a' must be a str, got None"),
+        (Perplexity, [{"text": "a", "txet": "b"}], "unknown key.* txet; expected id, text"),
+        (ShortAnswer, [("a", "x")], r"item 0 has 2 value.*; expected id, prompt, answers"),
+        (ShortAnswer, [{"prompt": "x"}], "item 0 lacks answers; expected id, prompt, answers"),
+        (ShortAnswer, [("a", "x", [])], "item 'a' has no accepted answer"),
+        (ShortAnswer, [("a", "x", [58])], r"item 'a': answers\[0\] must be a str, got 58"),
+        (ShortAnswer, [("a", 3, ["b"])], "item 'a': prompt must be a str, got 3"),
+        (MultipleChoice, [("a", "x", " true", 0)], "item 'a': options must be a list, got one str"),
+        (MultipleChoice, [("a", "x", ["b"], "b")], "item 'a': answer, .* whole number, got 'b'"),
+        (MultipleChoice, [("a", "x", ["b"], -1)], "item 'a' has no option -1"),
+        (MultipleChoice, [None], "item 0 must be a tuple"),
+        (FilledBlank, [("a", ("x",), " z", 0)], "item 'a' has 1 contexts; expected two"),
+        (FilledBlank, [("a", ("x", "y"), " z", 2)], "item 'a' has no option 2"),
+        (FilledBlank, [("a", "xy", " z", 0)], "item 'a': contexts must be a list"),
+        (Recitation, [("a", "text", [5])], "item 'a': prefix_ids must be a list"),
+        (Recitation, [("a", [5], [0.5])], "item 'a': an id of suffix_ids must be a whole number"),
+        (ShortAnswer, [("a", "x", "y"), ("a", "z", "y")], "2 items have the id 'a'"),
+        (Perplexity, [("a", "x y"), {"id": "a", "text": "z"}], "2 items have the id 'a'"),
+        (Recitation, [("a", [5], [6])] * 3, "3 items have the id 'a'"),
+    ],
+)
+def test_malformed_items_are_named(kind, items, says):
+    with pytest.raises(TaskError, match=says):
+        kind("t", items)
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kind": "exact"}, "kind is 'exact'; expected text, words, number, worked"),
+        ({"kind": None}, "kind is None"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+        ({"max_new_tokens": "8"}, "max_new_tokens must be a whole number, got '8'"),
+    ],
+)
+def test_settings_are_checked_when_the_task_is_made(settings, says):
+    with pytest.raises(TaskError, match=says):
+        ShortAnswer("t", [("a", "x", "y")], **settings)
+    with pytest.raises(TaskError, match="max_tokens must be at least 2"):
+        Perplexity("t", ["x y"], max_tokens=1)
+
+
+def test_a_task_of_a_kind_of_its_own_keeps_its_items(lm):
+    @dataclass(frozen=True)
+    class Own(ItemTask):
+        group: str = "reasoning"
+
+    items = [{"anything": 1}, {"anything": 2}]
+    assert Own("own", items).items is items
+    assert len(Own("own", items).subset([1])) == 1
+    assert Own("own", items).encoded(lm) is None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 from lirefs.comparison import results_file
@@ -13,7 +14,7 @@ from lirefs.comparison.figures.retained import retained_figures
 from lirefs.comparison.report import csv_latex, page, tables
 from lirefs.comparison.report.flip_list import flip_list
 from lirefs.comparison.summary import Summary
-from lirefs.errors import ResultsFileError
+from lirefs.errors import ResultsFileError, must_be
 from lirefs.files import atomic_write_text
 from lirefs.pictures import Picture
 
@@ -34,6 +35,8 @@ def write_report(
     Returns:
         The path of `report.html`.
     """
+    must_be(comparison, Comparison, "comparison")
+    must_be(folder, (str, PathLike), "folder")
     folder = Path(folder)
     shown = retained_figures(comparison.summary()) if figures is None else figures
     atomic_write_text(folder / "results.json", results_file.results_json(comparison, shown))

@@ -1,0 +1,118 @@
+"""The base of the tasks: items as tuples, checked when the task is made."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Self
+
+from lirefs.errors import LirefsError, TaskError, as_list, got, must_be
+from lirefs.model.batching import check_length
+from lirefs.model.language_model import LanguageModel
+
+
+def as_row(
+    where: str,
+    index: int,
+    given: Any,
+    columns: Sequence[str],
+    error: type[LirefsError] = TaskError,
+) -> tuple[Any, ...]:
+    """The values of an item: a sequence in the order of the columns, or a mapping with their names.
+
+    The first is the id; without one, a mapping is called after its index. `error` begins with
+    `where`.
+    """
+    wanted = ", ".join(columns)
+    if isinstance(given, Mapping):
+        if unknown := [str(key) for key in given if key not in columns]:
+            raise error(f"{where} has the unknown key(s) {', '.join(unknown)}; expected {wanted}")
+        if missing := [key for key in columns[1:] if key not in given]:
+            raise error(f"{where} lacks {', '.join(missing)}; expected {wanted}")
+        given = [given.get(key, f"item-{index}") for key in columns]
+    if isinstance(given, str) or not isinstance(given, Sequence):
+        raise error(f"{where} must be a tuple or a mapping of {wanted}, got {got(given)}")
+    if len(given) != len(columns):
+        raise error(f"{where} has {len(given)} value(s); expected {wanted}")
+    must_be(given[0], (str, int), f"the id of {where}", error)
+    return str(given[0]), *given[1:]
+
+
+def named_texts(
+    what: str, texts: Any, error: type[LirefsError] = TaskError
+) -> list[tuple[str, str]]:
+    """(id, text) of each text: given like this, as a mapping of `id` and `text`, or alone."""
+    return [named_text(what, *one, error) for one in enumerate(as_list(texts, what, error=error))]
+
+
+def named_text(
+    what: str, index: int, given: Any, error: type[LirefsError] = TaskError
+) -> tuple[str, str]:
+    """The same for one text, number `index` of `what`."""
+    named = {"text": given} if isinstance(given, str) else given
+    name, text = as_row(f"{what}: item {index}", index, named, ("id", "text"), error)
+    must_be(text, str, f"{what}: text {name!r}", error)
+    return name, text
+
+
+@dataclass(frozen=True, repr=False)
+class ItemTask:
+    """Base of the tasks here: name and items; subclasses add the rest of `Task`.
+
+    An item is a tuple, or a mapping with the names that its task gives (`columns`), such as a row
+    of a JSON Lines file; one without an `id` is called after its index.
+
+    Raises:
+        TaskError: No item, a malformed one, or two with one id.
+    """
+
+    name: str
+    items: Sequence[Any]
+
+    columns: ClassVar[tuple[str, ...]] = ()
+    """Names of the values of an item; none for tasks that keep their items as they are."""
+
+    def __post_init__(self) -> None:
+        must_be(self.name, str, "the name of a task", TaskError)
+        if not self.columns:
+            items = self.items
+        else:
+            given = as_list(self.items, f"{self.name}: items", error=TaskError)
+            items = [self._item(index, one) for index, one in enumerate(given)]
+            for item, times in Counter(one[0] for one in items).items():
+                if times > 1:
+                    raise TaskError(f"{self.name}: {times} items have the id {item!r}")
+        if not items:
+            raise TaskError(f"task {self.name!r} has no items")
+        object.__setattr__(self, "items", items)
+
+    def _item(self, index: int, given: Any) -> tuple[Any, ...]:
+        """An item as a tuple of its columns, checked."""
+        name, *values = as_row(f"{self.name}: item {index}", index, given, self.columns)
+        return name, *self._checked(f"{self.name}: item {name!r}", *values)
+
+    def _checked(self, where: str, *values: Any) -> Iterable[Any]:
+        """The values of an item after its id, or a TaskError that begins with `where`."""
+        return values
+
+    def encoded(self, lm: LanguageModel) -> Any:
+        """What `run` needs as token ids; TaskError if an item is too long for the model.
+
+        A comparison calls it for every task before it begins.
+        """
+
+    def _fit_positions(self, lm: LanguageModel, lengths: Iterable[int]) -> None:
+        """Raise TaskError if the model has no positions for the tokens of an item."""
+        for item, tokens in zip(self.items, lengths, strict=True):
+            check_length(lm.model, tokens, f"{self.name}: item {item[0]!r}", TaskError)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r}, {len(self.items)} item(s))"
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def subset(self, rows: Sequence[int]) -> Self:
+        """The same task on some of its items."""
+        return replace(self, items=[self.items[row] for row in rows])
