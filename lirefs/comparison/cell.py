@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,6 +36,9 @@ class TaskInfo:
 @dataclass(frozen=True)
 class Cell:
     """One variant on one task. All intervals are 95 % intervals.
+
+    Where the model has overflowed on an item, under the variant or unchanged, what needs that item
+    is not finite, and shown as n/a.
 
     Attributes:
         value: The task's metric, a mean over items weighted by `ItemResult.weight`, or perplexity.
@@ -82,6 +86,16 @@ class Scores:
     weights: Floats
     perplexity: bool
 
+    @property
+    def finite(self) -> bool:
+        """Whether every item has a score: an overflow in the model leaves NaN or infinity."""
+        return bool(np.isfinite(self.values).all())
+
+    @property
+    def unknown(self) -> Estimate:
+        """What stands for a number that these scores do not give: not finite, shown as n/a."""
+        return Estimate(math.nan, math.nan, math.nan, len(self.values))
+
     @classmethod
     def of(cls, items: Sequence[ItemResult], metric: str) -> Scores:
         """The scores of some items under one metric, which may be `perplexity`."""
@@ -101,6 +115,8 @@ class Scores:
 
     def estimate(self, draws: Floats) -> Estimate:
         """The task's value with its interval."""
+        if not self.finite:
+            return self.unknown
         if self.perplexity:
             return exponential_of_estimate(weighted_mean(self.values, self.weights, draws))
         if is_binary(self.values, self.values, self.weights):
@@ -108,11 +124,15 @@ class Scores:
         return self._bootstrapped(self.value(draws))
 
     def p_value(self, base: Scores) -> float:
-        """p-value of no difference from the baseline."""
+        """p-value of no difference from the baseline; NaN where an item has no score."""
+        if not (self.finite and base.finite):
+            return math.nan
         return paired_p_value(self.values, base.values, self.weights)
 
     def compared(self, base: Scores, draws: Floats) -> tuple[Estimate, Estimate, float]:
         """Difference from the baseline, retained share and detectable difference; see `Cell`."""
+        if not (self.finite and base.finite):
+            return self.unknown, self.unknown, math.nan
         detectable = paired_detectable(self.values, base.values, self.weights)
         if not self.perplexity:
             scores = (self.values, base.values, draws, self.weights)

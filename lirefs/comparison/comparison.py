@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
@@ -81,8 +82,8 @@ class Comparison:
             for variant in self.variants[1:]
             for task in self.tasks
         }
-        adjusted = holm(found)
-        return {key: (found[key], adjusted[key]) for key in found}
+        adjusted = holm({key: p for key, p in found.items() if not math.isnan(p)})
+        return {key: (found[key], adjusted.get(key, math.nan)) for key in found}
 
     def cells(self) -> list[Cell]:
         """Every variant on every task, tasks in order, variants within."""

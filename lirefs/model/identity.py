@@ -155,8 +155,7 @@ def must_be_told_apart(described: Any, what: str) -> None:
         for part in described:
             must_be_told_apart(part, what)
     elif not isinstance(described, str | int | float | np.generic | None):
-        kind = type(described).__name__
-        raise _unknown(f"{what} is described by a {kind}, which is not JSON; describe its digest")
+        raise _unknown(f"{what} is described by a {type(described).__name__}, which is not JSON")
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
@@ -265,10 +264,8 @@ def _unedited(parameter: nn.Parameter) -> Tensor:
 
 def _saved_apart(module: nn.Module) -> Iterator[tuple[str, Any]]:
     """What a module saves besides parameters and buffers, as bitsandbytes does scales and codes."""
-    kind, plain = type(module), nn.Module
-    if kind._save_to_state_dict is plain._save_to_state_dict and (
-        kind.get_extra_state is plain.get_extra_state
-    ):
+    names = ("_save_to_state_dict", "get_extra_state")
+    if all(getattr(type(module), name) is getattr(nn.Module, name) for name in names):
         return
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", keep_vars=True)

@@ -5,6 +5,7 @@ lm-evaluation-harness (`pip install lm-eval`, Gao et al.) is imported when a fun
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections import defaultdict
 from collections.abc import Sequence
@@ -137,6 +138,9 @@ class LMEvalTask(ItemTask):
                     scores[name if key == first else f"{name},{key}"] = float(value)
         if self.metric not in scores:
             raise TaskError(f"{self.name}: lm-eval gives no {self.metric} for a single document")
+        choosing = self.source.OUTPUT_TYPE == "multiple_choice"
+        if choosing and any(math.isnan(one.resps[0][0]) for one in item):  # the model overflowed
+            scores = dict.fromkeys(scores, math.nan)
         expected, output = self._texts(item, item[0].filtered_resps[first])
         parsed = output != "[invalid]"  # of lm-eval's filters, if they find no answer
         name, prompt = str(item[0].doc_id), str(item[0].args[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -53,8 +54,12 @@ class RankAgreement(ItemTask):
         results = []
         for item, ids, frozen in self.items:
             baseline = torch.tensor([list(row) for row in frozen])
-            found = ndcg(baseline, likeliest(lm, ids, baseline.shape[1]))
-            scores = {name: float(values.mean()) for name, values in found.items()}
+            ranked = _ranked(lm, ids, baseline.shape[1])
+            if bool(ranked.values.isfinite().all()):
+                found = ndcg(baseline, ranked.indices.cpu())
+                scores = {name: float(values.mean()) for name, values in found.items()}
+            else:
+                scores = dict.fromkeys(("ndcg", "ndcg_paper"), math.nan)
             results.append(ItemResult(item, scores, len(ids), lm.tokenizer.decode(ids)[:200]))
             advance(1)
         return results
@@ -107,16 +112,21 @@ def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
 
     For steering in scopes, the first half of a text counts as its prompt.
     """
+    best = _ranked(lm, ids, k)
+    if not bool(best.values.isfinite().all()):
+        raise TaskError(f"{lm.name}: the logits hold NaN or infinity")
+    return cast(Tensor, best.indices.cpu())
+
+
+def _ranked(lm: LanguageModel, ids: Sequence[int], k: int) -> torch.return_types.topk:
+    """The k highest logits at each position of a text, and their ids, (tokens, k) both."""
     # One text per batch: in a larger batch, rounding would differ and near-ties be reordered.
     inputs = lm.pad([ids], side="right")
     with evaluating(lm.model), prompt_known(Prompt(torch.tensor([max(1, len(ids) // 2)]))):
         logits = lm.model(**inputs, use_cache=False).logits[0]
     if not 0 < k <= logits.shape[-1]:
         raise TaskError(f"k is {k}, expected 1 to {logits.shape[-1]}")
-    best = logits.topk(k, dim=-1)
-    if not bool(best.values.isfinite().all()):
-        raise TaskError(f"{lm.name}: the logits hold NaN or infinity")
-    return cast(Tensor, best.indices.cpu())
+    return cast("torch.return_types.topk", logits.topk(k, dim=-1))
 
 
 def ndcg(baseline: Tensor, edited: Tensor) -> dict[str, Tensor]:

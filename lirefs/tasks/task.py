@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, get_args
@@ -26,7 +27,8 @@ class ItemResult:
     Attributes:
         id: Name of the item, the same under every variant. In `tag/rest` the tag is a class of
             items that analyses distinguish, for instance a relation.
-        scores: Metric name to value; perplexity has `nll` (nats, summed) instead.
+        scores: Metric name to value; perplexity has `nll` (nats, summed) instead. NaN where the
+            model overflowed.
         weight: Weight of the item in a mean: its number of tokens where tokens are scored.
         prompt: What was asked.
         expected: What counts as right.
@@ -245,7 +247,9 @@ def _index(where: str, answer: Any, options: Sequence[str]) -> int:
 def _choice(
     item: str, prompt: str, options: Sequence[str], answer: int, values: Sequence[float]
 ) -> ItemResult:
-    """The result of the option with the highest value, the first one of equals."""
+    """The result of the option with the highest value, the first one of equals; NaN if one is."""
+    if any(map(math.isnan, values)):
+        return ItemResult(item, {"accuracy": math.nan}, prompt=prompt, expected=options[answer])
     chosen = values.index(max(values))
     scores = {"accuracy": float(chosen == answer)}
     return ItemResult(item, scores, prompt=prompt, expected=options[answer], output=options[chosen])

@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from lirefs.model.fingerprint import tokenizer_hash
+from lirefs.model.identity import tokenizer_hash
 from tiny import fresh_model, tiny_model, tiny_tokenizer
 from tokenizers import processors
 from transformers import ByT5Tokenizer

@@ -115,6 +115,8 @@ def _number(value: float | None) -> Entry:
 def _p(cell: Cell) -> Entry:
     if cell.p_holm is None:
         return _NONE
+    if math.isnan(cell.p_holm):
+        return Entry("n/a", math.nan)
     text = "< 0.001" if cell.p_holm < 0.001 else f"{cell.p_holm:.3f}"
     return Entry(text + (" *" if cell.clear else ""), cell.p_holm)
 
