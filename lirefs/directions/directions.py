@@ -100,7 +100,7 @@ class Directions(Mapping[tuple[int, str], Direction]):
             f"{layer}.{site}": one.vector.detach().float().cpu().contiguous().clone()
             for (layer, site), one in self.items()
         }
-        with atomic_path(Path(path)) as temporary:
+        with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata)
 
     @classmethod

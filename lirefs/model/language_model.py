@@ -164,7 +164,7 @@ class LanguageModel:
         for index, row in enumerate(ids):
             if not len(row):
                 raise SettingError(f"sequence {index} has no token: the prompt is empty")
-        rows = [torch.as_tensor(list(row), dtype=torch.long) for row in ids]
+        rows = [torch.as_tensor(row, dtype=torch.long) for row in ids]
         padded = functools.partial(pad_sequence, batch_first=True, padding_side=side)
         mask = padded([torch.ones_like(row) for row in rows])
         batch = {"input_ids": padded(rows, padding_value=self._pad_id), "attention_mask": mask}

@@ -155,6 +155,8 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
     assert run(monkeypatch, *arguments, "--out", out) == 130
     assert "--resume" in capsys.readouterr().err
     assert [path.name for path in out.iterdir()] == ["unfinished"]
+    assert run(monkeypatch, "report", out) == 2
+    assert "its run is unfinished; continue it with" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, "--out", out, "--resume") == 130
     assert run(monkeypatch, *arguments, "--out", out, "--resume") == 0
     assert (out / "results.json").read_text() == whole
@@ -162,9 +164,24 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
     assert not (out / "unfinished").exists()
     # Without --resume, what is left of another run is not used.
     (out / "unfinished").mkdir()
+    assert run(monkeypatch, "report", out) == 0
+    assert "results of an earlier run" in capsys.readouterr().err
     (out / "unfinished" / "items-0.jsonl").write_text("left over")
     assert run(monkeypatch, *arguments, "--out", out) == 0
     assert "starting again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["folder", "folder/results.json", "nowhere", "nowhere/x.json"])
+def test_a_report_of_a_run_without_results(given, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    assert run(monkeypatch, "report", given) == 2
+    line = capsys.readouterr().err.strip()
+    assert line.startswith("ResultsFileError: ")
+    unfinished = (
+        "its run is unfinished; continue it with `lirefs compare ... --out folder --resume`"
+    )
+    assert (unfinished in line) is given.startswith("folder")
 
 
 def test_a_task_of_lm_eval_is_compared_beside_ours(

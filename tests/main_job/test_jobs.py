@@ -10,6 +10,7 @@ from small_jobs import small_jobs, undrawn
 import lirefs
 from lirefs.errors import DataFileError, KeepError, QuestionsError, SettingError
 from lirefs.main_job import jobs, run
+from lirefs.main_job.settings import console_table
 
 
 def test_a_name_and_a_loaded_model_give_the_same_report(
@@ -35,6 +36,37 @@ def test_a_name_and_a_loaded_model_give_the_same_report(
         assert saved["provenance"]["settings"]["keep"] == 0.9
         assert (tmp_path / name / "report.html").stat().st_size > 10_000
         assert not (tmp_path / name / "unfinished").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_nothing_to_resume_is_said(there, model_folder, questions, tmp_path, monkeypatch):
+    monkeypatch.setattr(jobs, "_on_language_model", lambda job, question_set: None)
+    screen, out = io.StringIO(), tmp_path / "report"
+    if there:
+        (out / "unfinished").mkdir(parents=True)
+    settings = {"questions": questions, "layers": [1], "limit": 2, "quick": True, "out": out}
+    run(model_folder, resume=True, console=Console(file=screen), **settings)  # a Path is a name
+    assert ("nothing to resume in" in screen.getvalue()) is not there
+    assert "starting again" not in screen.getvalue()
+
+
+@pytest.mark.parametrize("width", [140, 80, 60, 40])
+def test_no_head_of_a_console_table_is_cut(width):
+    heads = ["variant", "memorization", "arithmetic", "closed-book", "open-book", "language"]
+    table = console_table(*heads, title="retained share")
+    table.add_row("random direction", *["0.95 [0.90, 1.02]"] * 5)
+    screen = io.StringIO()
+    Console(file=screen, width=width).print(table)
+    lines = screen.getvalue().splitlines()
+    assert "\u2026" not in screen.getvalue()
+    columns = sum(len(line.replace(" ", "")) for line in lines[1 : lines.index(rule(lines))])
+    assert columns >= sum(map(len, heads))
+    assert max(map(len, lines)) <= width
+
+
+def rule(lines):
+    """The line under the heads of a table."""
+    return next(line for line in lines if "\u2500\u2500" in line)
 
 
 def test_a_quiet_process_computes_and_writes_nothing(
