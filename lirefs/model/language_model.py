@@ -246,7 +246,9 @@ class LanguageModel:
                 f"model.generate numbers positions from 0 and {self.name} does not, so its answers "
                 "would not be those of a forward pass; use lirefs.tasks.greedy"
             )
-        groups = self.traits.groups(list(map(len, ids)), sum(map(len, ids)) * len(ids), "left")
+        groups = [list(range(len(ids)))]  # in their order, which strengths by row rely on
+        if not self.traits.left:
+            groups = self.traits.groups(list(map(len, ids)), sum(map(len, ids)), None)
         found: dict[int, Any] = {}
         for rows in groups:
             out = self._generate([ids[row] for row in rows], new_tokens, kwargs)

@@ -26,12 +26,13 @@ from lirefs.files import atomic_write_text, cache_dir, parse_json
 from lirefs.model.batching import batches_by_tokens, equal_batches
 from lirefs.model.guest import accepts, evaluating, text_config
 from lirefs.model.observe import sample_ids
-from lirefs.version import __version__
 
 PROBING: ContextVar[bool] = ContextVar("probing", default=False)
 """Whether this thread is asking a model for its traits: steering then stands back."""
 
 _TOKENS = 6
+_PROBES = 1
+"""Number of the questions below; another one makes what earlier versions kept void."""
 _CACHES = ("past_key_values", "cache_params")
 # Their cache drops what is outside the window, which their forward pass attends to.
 _WINDOW_IN_CACHE_ALONE = {"moshi"}
@@ -131,7 +132,7 @@ def _key(model: nn.Module, attention: Any) -> str:
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else id(model)
     kinds = sorted({f"{type(one).__module__}.{type(one).__qualname__}" for one in model.modules()})
-    versions = (__version__, torch.__version__, transformers.__version__)
+    versions = (_PROBES, torch.__version__, transformers.__version__)
     weights = sorted({f"{one.dtype} {one.device.type}" for one in model.parameters()})
     content = [settings, attention, kinds, versions, weights]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()

@@ -9,7 +9,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from lirefs.errors import TaskError, as_list, must_be, whole_number
@@ -18,6 +17,14 @@ from lirefs.model.guest import accepts, evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
 from lirefs.model.traits import Traits, cache_name
+from lirefs.tasks.recomputed import (
+    Advance,
+    Recomputed,
+    logits_of,
+    nll_of,
+    padded,
+    score_whole,
+)
 
 BATCH_TOKENS = 4096
 # A prefix shorter than this costs more to copy into every batch than to compute again.
@@ -27,9 +34,6 @@ ENOUGH = 256
 # A batch drops its finished rows once at most this share of its rows is unfinished. Copying the
 # cache of those is cheap compared with a step on a CPU, less so on an accelerator.
 UNFINISHED = 0.9
-
-Advance = Callable[[int], Any]
-"""Called with the number of items that were finished since the last call."""
 
 
 def greedy(
@@ -75,7 +79,7 @@ def greedy(
         prefix = _shared_prefix(lm, prompts, max(lengths, default=0))
         for rows in traits.groups(lengths, batch_tokens, "left" if traits.cache else None):
             some = [prompts[row] for row in rows]
-            batch = _Batch(lm, some, *prefix) if traits.cache else _Recomputed(lm, some)
+            batch = _Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
             results |= zip(rows, _decode(batch, max_new_tokens, ends), strict=True)
             advance(len(rows))
     return [results[row] for row in range(len(prompts))]
@@ -129,7 +133,7 @@ def score_continuations(
     results: dict[int, list[tuple[float, bool]]] = {}
     traits = _causal_traits(lm)
     if not traits.continued:
-        return _score_whole(lm, items, advance)
+        return score_whole(lm, items, advance)
     with evaluating(lm.model):
         longest = [len(prompt) + max(map(len, options)) for prompt, options in items]
         prefix = _shared_prefix(lm, [prompt for prompt, _ in items], max(longest, default=0))
@@ -167,8 +171,8 @@ def token_nlls(
         traits = _causal_traits(lm)
         for rows in traits.groups(list(map(len, texts)), BATCH_TOKENS // 4, "right"):
             some = [texts[row] for row in rows]
-            logits = _logits(lm, some, [max(1, len(text) // 2) for text in some])[:, :-1]
-            nll = _nll(logits, _padded(some)[:, 1:]).cpu()
+            logits = logits_of(lm, some, [max(1, len(text) // 2) for text in some])[:, :-1]
+            nll = nll_of(logits, padded(some)[:, 1:]).cpu()
             for index, row in enumerate(rows):
                 results[row] = nll[index, : len(texts[row]) - 1].clone()
             advance(len(rows))
@@ -183,77 +187,6 @@ def _causal_traits(lm: LanguageModel) -> Traits:
             "be scored; use tasks that generate their answer (ShortAnswer, Recitation)"
         )
     return lm.traits
-
-
-def _score_whole(
-    lm: LanguageModel,
-    items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
-    advance: Advance,
-) -> list[list[tuple[float, bool]]]:
-    """`score_continuations` without a cache: each option is run with its whole prompt."""
-    pairs = [(prompt, option) for prompt, options in items for option in options]
-    step = progress_in_items(advance, len(items), len(pairs))
-    scored: dict[int, tuple[float, bool]] = {}
-    lengths = [len(prompt) + len(option) - 1 for prompt, option in pairs]
-    with evaluating(lm.model):
-        for rows in lm.traits.groups(lengths, BATCH_TOKENS // 4, "right"):
-            texts = [[*pairs[row][0], *pairs[row][1][:-1]] for row in rows]
-            logits = _logits(lm, texts, [len(pairs[row][0]) for row in rows])
-            for row, found in zip(rows, logits, strict=True):
-                prompt, option = pairs[row]
-                part = found[len(prompt) - 1 : lengths[row]]
-                goal = torch.tensor([list(option)])
-                right = bool((part.argmax(-1).cpu() == goal[0]).all())
-                scored[row] = -float(_nll(part[None], goal).sum()), right
-            step(len(rows))
-    ordered = iter(scored[row] for row in range(len(pairs)))
-    return [[next(ordered) for _ in options] for _, options in items]
-
-
-def progress_in_items(advance: Advance, items: int, prompts: int) -> Advance:
-    """Progress in items, for calls that report how many of their prompts are finished."""
-    done = 0
-
-    def step(n: int) -> None:
-        nonlocal done
-        before, done = done * items // prompts, done + n
-        advance(done * items // prompts - before)
-
-    return step
-
-
-def _logits(lm: LanguageModel, texts: Sequence[Sequence[int]], prompts: Sequence[int]) -> Tensor:
-    """Logits of whole texts, padded on the right, whose prompts have these lengths."""
-    with prompt_known(Prompt(torch.tensor(prompts))):
-        return cast(Tensor, lm.model(**lm.pad(texts, side="right"), use_cache=False).logits)
-
-
-def _padded(rows: Sequence[Sequence[int]]) -> Tensor:
-    return pad_sequence([torch.tensor(list(row)) for row in rows], batch_first=True)
-
-
-class _Recomputed:
-    """Prompts of equal length, whose tokens are all computed again at every step."""
-
-    def __init__(self, lm: LanguageModel, prompts: list[Sequence[int]]) -> None:
-        self._lm = lm
-        self._starts = [len(prompt) for prompt in prompts]
-        self._texts = [list(prompt) for prompt in prompts]
-        self.last_logits = self._last()
-
-    def _last(self) -> Tensor:
-        return _logits(self._lm, self._texts, self._starts)[:, -1]
-
-    def select(self, picked: list[int]) -> None:
-        """Keep these rows of the batch, in this order."""
-        self._texts = [self._texts[row] for row in picked]
-        self._starts = [self._starts[row] for row in picked]
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token of each row, (rows,)."""
-        for text, token in zip(self._texts, tokens.tolist(), strict=True):
-            text.append(token)
-        return self._last()
 
 
 def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> None:
@@ -316,7 +249,7 @@ class _Batch:
 
 
 def _decode(
-    batch: _Batch | _Recomputed, limit: int, ends: Callable[[list[int]], bool]
+    batch: _Batch | Recomputed, limit: int, ends: Callable[[list[int]], bool]
 ) -> list[list[int]]:
     logits = batch.last_logits
     rows: list[list[int]] = [[] for _ in logits]
@@ -375,15 +308,9 @@ def _score_tails(batch: _Batch, options: list[Sequence[int]]) -> tuple[list[floa
     positions = batch.next_position + torch.arange(ids.shape[1], device=device)
     positions = positions * valid.to(device)
     logits = batch.forward(ids.to(device), positions, last_only=False)
-    nll = _nll(logits, targets).cpu() * valid
+    nll = nll_of(logits, targets).cpu() * valid
     right = (logits.argmax(-1).cpu() == targets) | (valid == 0)
     return nll.sum(-1).tolist(), right.all(-1).tolist()
-
-
-def _nll(logits: Tensor, targets: Tensor) -> Tensor:
-    flat = targets.to(logits.device).flatten()
-    nll = cross_entropy(logits.float().flatten(0, 1), flat, reduction="none")
-    return nll.view(targets.shape)
 
 
 def common_prefix(*sequences: Sequence[Any]) -> int:

@@ -17,8 +17,8 @@ from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
 from lirefs.model.weight_swap import is_edited
-from lirefs.tasks.inference import Advance
 from lirefs.tasks.items import ItemTask, named_texts
+from lirefs.tasks.recomputed import Advance
 from lirefs.tasks.task import ItemResult
 
 
@@ -115,7 +115,7 @@ def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
     best = _ranked(lm, ids, k)
     if not bool(best.values.isfinite().all()):
         raise TaskError(f"{lm.name}: the logits hold NaN or infinity")
-    return cast(Tensor, best.indices.cpu())
+    return best.indices.cpu()
 
 
 def _ranked(lm: LanguageModel, ids: Sequence[int], k: int) -> torch.return_types.topk:

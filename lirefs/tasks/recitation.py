@@ -12,8 +12,9 @@ from lirefs.files import read_jsonl
 from lirefs.model.batching import token_ids, token_ids_and_spans
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.inference import Advance, common_prefix, greedy, progress_in_items
+from lirefs.tasks.inference import common_prefix, greedy
 from lirefs.tasks.items import ItemTask
+from lirefs.tasks.recomputed import Advance, progress_in_items
 from lirefs.tasks.task import ItemResult
 
 SUFFIX_TOKENS = 12

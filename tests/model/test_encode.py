@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-from lirefs.model.identity import tokenizer_hash
 from tiny import fresh_model, tiny_model, tiny_tokenizer
 from tokenizers import processors
 from transformers import ByT5Tokenizer
@@ -14,6 +13,7 @@ from transformers import ByT5Tokenizer
 import kfac
 import lirefs
 from lirefs.model.batching import special_tokens_around, token_ids, token_ids_and_spans
+from lirefs.model.identity import tokenizer_hash
 from lirefs.tasks.recitation import suffix_start
 
 TEXTS = ["some text", "a", "", "two  spaces ", "ends in </s>", "<s>begins", "<s><s>twice"]
