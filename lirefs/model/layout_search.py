@@ -138,6 +138,11 @@ def _verified(
                 f"{TOKENS} tokens, so the positions of a text are not those of its states (virtual "
                 "tokens of prompt tuning, or another order of axes)"
             )
+        if one.runs > 1:
+            raise LayoutError(
+                f"{blocks}.{index} runs {one.runs} times in a forward pass, so a layer is not one "
+                "place in the model"
+            )
         if index and not _same(chain[index - 1].output, one.input):
             raise LayoutError(f"the output of {blocks}.{index - 1} is not the input of the next")
         if index and _second_stream(chain[index - 1], one):
@@ -254,11 +259,13 @@ def _block_lists(model: nn.Module, named: str | None) -> list[str]:
         return [named] if len(blocks) else []
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         raise LayoutError(f"{type(model).__name__} is an encoder-decoder; a decoder is expected")
-    count = getattr(text_config(model), "num_hidden_layers", None)
+    config = text_config(model)
+    # LongCat counts two attentions in each of its blocks as two hidden layers.
+    counts = [getattr(config, name, None) for name in ("num_hidden_layers", "num_layers")]
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)
-        if isinstance(module, nn.ModuleList) and len(module) == count and not inside:
+        if isinstance(module, nn.ModuleList) and len(module) in counts and not inside:
             names.append(name)
     return names
 

@@ -34,13 +34,14 @@ class Seen:
     """First input and output of a module on the CPU, None where it was not a tensor.
 
     Cloned at once: some models change them in place afterwards (Falcon). What else it took and
-    returned is kept as it is.
+    returned is kept as it is, and how often it ran.
     """
 
     input: Tensor | None = None
     output: Tensor | None = None
     also_took: tuple[Any, ...] = ()
     also_gave: tuple[Any, ...] = ()
+    runs: int = 0
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A forward pre-hook that keeps the input."""
@@ -51,6 +52,7 @@ class Seen:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A forward hook that keeps the output, unless it is as wide as a vocabulary."""
+        self.runs += 1
         value = output[0] if isinstance(output, tuple | list) and output else output
         wide = (getattr(module, "out_features", 0) or 0) > 1 << 16
         if isinstance(value, Tensor) and self.output is None and not wide:

@@ -186,6 +186,27 @@ def test_a_residual_stream_that_is_handed_on_apart_is_refused():
     assert find_layout(TwoStreams(apart=False)).n_layers == 3
 
 
+class Looped(nn.Module):
+    def __init__(self, blocks, runs):
+        super().__init__()
+        self.table, self.runs = nn.Embedding(10, 8), runs
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(blocks))
+
+    def forward(self, input_ids):
+        hidden = self.table(input_ids)
+        for _ in range(self.runs):
+            for layer in self.layers:
+                hidden = layer(hidden)
+        return hidden
+
+
+@pytest.mark.parametrize(("blocks", "runs"), [(2, 2), (3, 4), (1, 3)])
+def test_blocks_that_run_again_are_refused(blocks, runs):
+    with pytest.raises(LayoutError, match=rf"layers\.0 runs {runs} times in a forward pass"):
+        find_layout(Looped(blocks, runs), {"blocks": "layers"})
+    assert find_layout(Looped(blocks, 1), {"blocks": "layers"}).n_layers == blocks
+
+
 def test_other_axes_are_refused():
     # XLNet's states are (tokens, batch, width): its rows would be taken for tokens.
     config = transformers.XLNetConfig(
@@ -211,6 +232,15 @@ def test_several_streams_at_once_are_refused(family):
     )
     with pytest.raises(LayoutError, match="did not carry hidden states"):
         find_layout(build(config))
+
+
+def test_blocks_of_two_attentions_each_are_found():
+    settings = BASE | HEADS | DENSE | {"num_layers": 2, "head_dim": 4, "num_key_value_heads": 4}
+    settings |= {"ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "n_routed_experts": 4}
+    settings |= {"moe_topk": 2, "kv_lora_rank": 8, "q_lora_rank": 16, "v_head_dim": 8}
+    settings |= {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4}
+    layout = find_layout(build(transformers.LongcatFlashConfig(**settings)))
+    assert (layout.n_layers, layout.attention) == (2, (None, None))
 
 
 def test_one_forward_pass_is_enough(monkeypatch):
