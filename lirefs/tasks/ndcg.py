@@ -102,7 +102,7 @@ def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
     best = _ranked(lm, ids, k)
     if not bool(best.values.isfinite().all()):
         raise TaskError(f"{lm.name}: the logits hold NaN or infinity")
-    return cast(Tensor, best.indices.cpu())
+    return best.indices.cpu()
 
 
 def _ranked(lm: LanguageModel, ids: Sequence[int], k: int) -> torch.return_types.topk:
