@@ -77,6 +77,5 @@ def test_no_task_takes_an_overflow_for_an_answer(tmp_path):
         for task in tasks:
             assert math.isfinite(found.score("unchanged", task.name))
             assert math.isnan(found.score("overflowed", task.name))
-            assert all(
-                math.isnan(v) for v in found.results["overflowed"][task.name][0].scores.values()
-            )
+            (first, *_) = found.results["overflowed"][task.name]
+            assert all(map(math.isnan, first.scores.values()))
