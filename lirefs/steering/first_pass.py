@@ -29,7 +29,6 @@ class FirstPass(NotCopied):
     """
 
     def __init__(self, model: nn.Module, owner: nn.Module, places: Mapping[Place, str]) -> None:
-        self._owner = owner
         self._places = places
         modules = [model] if model is owner else [model, owner]
         self._hooks = [one.register_forward_hook(self._after) for one in modules]
@@ -40,9 +39,13 @@ class FirstPass(NotCopied):
             hook.remove()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+<<<<<<< HEAD
         if PROBING.get():
             return
         idle = [name for place, name in self._places.items() if not has_run(self._owner, place)]
+=======
+        idle = [name for place, name in self._places.items() if not has_run(place)]
+>>>>>>> s16-c
         if not idle:
             self.end()
         elif not _is_draft():

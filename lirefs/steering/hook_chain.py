@@ -63,61 +63,60 @@ class _Chain(NotCopied):
         return with_hidden(output, hidden)
 
 
-# The chains of each model, by the module that owns its blocks.
-_CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Place, _Chain]] = weakref.WeakKeyDictionary()
+_CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.WeakKeyDictionary()
 
 
-def chain_hook_at(owner: nn.Module, place: Place, change: Change) -> Callable[[], None]:
-    """Let `change` act on hidden states after those already there, until the result is called.
-
-    Args:
-        owner: The module that owns the blocks.
-        place: A module of the model, and at which side of it the hidden states are.
-        change: What to do with them.
-    """
-    chains = _CHAINS.setdefault(owner, {})
-    _set(chains, place, (*_changes(chains, place), change))
-    chains[place].ran = False
+def chain_hook_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
+    """Let `change` act on hidden states after those already there, until the result is called."""
+    _set((module, side), (*_changes(module, side), change))
+    _CHAINS[module][side].ran = False
 
     def remove() -> None:
-        _set(chains, place, tuple(one for one in _changes(chains, place) if one is not change))
+        rest = [one for one in _changes(module, side) if one is not change]
+        _set((module, side), tuple(rest))
 
     return remove
 
 
-def has_run(owner: nn.Module, place: Place) -> bool:
+def has_run(place: Place) -> bool:
     """Whether the hook at a place has run since the last change was chained there."""
-    chain = _CHAINS.get(owner, {}).get(place)
+    chain = _CHAINS.get(place[0], {}).get(place[1])
     return chain is None or chain.ran
 
 
 def chained(owner: nn.Module) -> dict[Place, tuple[Change, ...]]:
-    """The changes at each place of a model."""
-    return {place: chain.changes for place, chain in _CHAINS.get(owner, {}).items()}
+    """The changes at each place inside a module."""
+    return {
+        (module, side): chain.changes
+        for module in owner.modules()
+        for side, chain in _CHAINS.get(module, {}).items()
+    }
 
 
 @contextmanager
 def rechained(owner: nn.Module, wanted: dict[Place, tuple[Change, ...]]) -> Iterator[None]:
     """Inside the `with`, the changes are those that `chained` has returned before."""
-    chains = _CHAINS.setdefault(owner, {})
     now = chained(owner)
     try:
         for place in now | wanted:
-            _set(chains, place, wanted.get(place, ()))
+            _set(place, wanted.get(place, ()))
         yield
     finally:
         for place in now | wanted:
-            _set(chains, place, now.get(place, ()))
+            _set(place, now.get(place, ()))
 
 
-def _changes(chains: dict[Place, _Chain], place: Place) -> tuple[Change, ...]:
-    return chains[place].changes if place in chains else ()
+def _changes(module: nn.Module, side: Side) -> tuple[Change, ...]:
+    chain = _CHAINS.get(module, {}).get(side)
+    return () if chain is None else chain.changes
 
 
-def _set(chains: dict[Place, _Chain], place: Place, changes: tuple[Change, ...]) -> None:
+def _set(place: Place, changes: tuple[Change, ...]) -> None:
+    module, side = place
+    chains = _CHAINS.setdefault(module, {})
     if changes:
-        if place not in chains:
-            chains[place] = _Chain(*place)
-        chains[place].changes = changes
-    elif place in chains:
-        chains.pop(place).hook.remove()
+        if side not in chains:
+            chains[side] = _Chain(module, side)
+        chains[side].changes = changes
+    elif side in chains:
+        chains.pop(side).hook.remove()

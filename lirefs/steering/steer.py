@@ -217,7 +217,6 @@ class Steer(Composable):
         varying = self.strength if isinstance(self.strength, RowStrengths | Schedule) else None
         plain = self.scope is ALL and self.gate is None and varying is None
         mask = None if plain else TokenMask(self.scope, varying, self.gate)
-        owner = layout.owner(model)
         with UndoStack() as steps:
             steps.add(reserve(model))
             steps.add(start_eager())
@@ -230,13 +229,13 @@ class Steer(Composable):
                 gate = self.gate.direction
                 place = layout.module(model, gate.site, gate.layer)
                 places[place] = f"layer {gate.layer}, {gate.site}, which the gate reads"
-                steps.add(chain_hook_at(owner, place, mask.read_gate))
+                steps.add(chain_hook_at(*place, mask.read_gate))
             for layer, site, operator in self.operators(layout):
                 place = layout.module(model, site, layer)
                 places.setdefault(place, f"layer {layer}, {site}")
                 change = operator if mask is None else mask.confine(operator)
-                steps.add(chain_hook_at(owner, place, change))
-            steps.add(FirstPass(model, owner, places).end)
+                steps.add(chain_hook_at(*place, change))
+            steps.add(FirstPass(model, layout.owner(model), places).end)
             return steps
 
     def describe(self) -> dict[str, Any]:

@@ -97,23 +97,21 @@ def test_a_cropped_cache_is_read_and_not_counted(lm):
     assert seen == [[[0, 0, 0, 0, 0, 1, 1]], [[0]], [[1]]]
 
 
-@pytest.mark.parametrize("axes", [3, 4])
 @pytest.mark.parametrize("given", ["mask", "no mask"])
-def test_position_ids_of_several_axes(given, axes):
+@pytest.mark.parametrize("axes", ["three", "four", "four, packed"])
+def test_position_ids_of_several_axes(lm, axes, given):
     """Qwen2-VL gives three axes of image coordinates, and before them, if at all, the position."""
-    lm = wrap(tiny_model("llama"), tiny_tokenizer())
     owner = lm.model.model
-    plain = torch.arange(7).view(1, 1, 7)
-    ids = torch.cat([plain, 0 * plain.expand(3, 1, 7)])[4 - axes :]
+    position = PACKED if "packed" in axes else torch.arange(7)[None]
+    ids = torch.stack([position, 0 * position, 0 * position, 0 * position])
     stop = owner.register_forward_pre_hook(
-        lambda _, args, kwargs: (args, {**kwargs, "position_ids": kwargs["position_ids"][0]}),
-        with_kwargs=True,
+        lambda _, args, kwargs: (args, {**kwargs, "position_ids": position}), with_kwargs=True
     )  # runs after the steering's own, which comes first
     mask = torch.ones_like(IDS) if given == "mask" else None
-    with steering(scope=scopes.from_position(4)).apply(lm.model), touched(lm, 1) as found:
-        owner(IDS, position_ids=ids, attention_mask=mask)
+    with steering(scope=scopes.from_position(2)).apply(lm.model), touched(lm, 1) as found:
+        owner(IDS, position_ids=ids[1:] if axes == "three" else ids, attention_mask=mask)
     stop.remove()
-    assert found == [[[0, 0, 0, 0, 1, 1, 1]]]
+    assert found == [[[0, 0, 1, 1, *([0, 0, 1] if "packed" in axes else [1, 1, 1])]]]
 
 
 def packed_generation(model):
