@@ -311,9 +311,9 @@ def test_edits_add_up_like_other_interventions(model):
     for edit, name, weight in zip((one, two), names, both, strict=True):
         with edit.apply(model):
             assert torch.equal(kfac.named_targets(model, [name])[0].weight, weight)
-    with pytest.raises(InterventionError, match="not an intervention"):
+    with pytest.raises(InterventionError, match="must be an Intervention"):
         one + 1
-    with pytest.raises(InterventionError, match="not an intervention"):
+    with pytest.raises(InterventionError, match="must be an Intervention"):
         "no" + one
 
 

@@ -167,7 +167,8 @@ def test_an_expert_without_tokens_has_no_curvature():
     assert factors.count(name) == 0
     assert not factors.A(name).any()
     assert not factors.G(name).any()
-    assert kfac.merge([factors, factors]).count(name) == 0
+    again = collect(model, [batch([1])], targets, marginals=True)
+    assert kfac.merge([factors, again]).count(name) == 0
 
 
 def test_new_weights_of_one_expert():

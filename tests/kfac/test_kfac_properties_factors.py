@@ -283,7 +283,13 @@ def test_neither_units_nor_counts_change_an_edit(widths, seed, keep, exponent, t
     model = stack(widths, seed)
     plain = made_up(model, seed)
     scaled = made_up(model, seed, scale=2.0**exponent)
-    repeated = kfac.merge([plain] * times)
+    # The same sums of other data: the factors themselves may be merged only once.
+    repeated = kfac.merge(
+        [
+            kfac.Factors(plain.records, plain.sums, seeds=[part], tokens=plain.tokens)
+            for part in range(times)
+        ]
+    )
     if not plain.sums["A.0"].any() or not plain.sums["G.0"].any():
         return
     expected = [weight for _, weight in CurvatureEdit(plain, keep).prepare(model)]
