@@ -39,13 +39,9 @@ class FirstPass(NotCopied):
             hook.remove()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-<<<<<<< HEAD
         if PROBING.get():
             return
-        idle = [name for place, name in self._places.items() if not has_run(self._owner, place)]
-=======
         idle = [name for place, name in self._places.items() if not has_run(place)]
->>>>>>> s16-c
         if not idle:
             self.end()
         elif not _is_draft():
