@@ -259,7 +259,7 @@ def test_rows_of_a_file_are_items(lm, kind, row, item):
     task, usual = kind("t", [row]), kind("t", [item])
     assert task.items == [item]
     assert task.run(lm, lambda n: None) == usual.run(lm, lambda n: None)
-    assert task_digest(lm, task) == task_digest(lm, usual)
+    assert task_digest("", lm, task) == task_digest("", lm, usual)
 
 
 @pytest.mark.parametrize(
