@@ -48,6 +48,12 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
+def virtual_tokens(model: nn.Module) -> int:
+    """Return how many tokens, or places in the cache, an adapter of PEFT puts before a text."""
+    active = getattr(model, "active_peft_config", None)
+    return getattr(active, "num_virtual_tokens", None) or 0
+
+
 def maybe_call(model: nn.Module, method: str) -> Any:
     """Call a method of ``transformers`` models; return None if this model lacks it."""
     function = getattr(model, method, None)

@@ -16,7 +16,7 @@ from transformers import GenerationConfig
 
 from lirefs.errors import ProvenanceError, SettingError, as_list, got, must_be, whole_number
 from lirefs.model.batching import check_length, token_ids
-from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped
+from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped, virtual_tokens
 from lirefs.model.identity import fingerprint, identity, tokenizer_hash
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
@@ -267,7 +267,7 @@ class LanguageModel:
         batch = self.pad(ids)
         batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self._pad_id, **kwargs}
-        if not self.traits.cache:
+        if not self.traits.cache and not virtual_tokens(self.model):  # which live in the cache
             settings.setdefault("use_cache", False)
         plain = not settings["do_sample"] and "generation_config" not in kwargs
         with evaluating(self.model), _plain_greedy(self.model) if plain else nullcontext():

@@ -16,7 +16,7 @@ from lirefs.errors import (
     as_list,
     must_be,
 )
-from lirefs.model.guest import start_eager, text_config
+from lirefs.model.guest import start_eager, text_config, virtual_tokens
 from lirefs.model.identity import is_model
 from lirefs.model.intervention import (
     Composable,
@@ -162,7 +162,7 @@ class Steer(Composable):
             raise ScopeError(
                 f"position {self.scope.first} is past the end: the model has {limit} positions"
             )
-        virtual = getattr(getattr(model, "active_peft_config", None), "num_virtual_tokens", None)
+        virtual = virtual_tokens(model)
         if virtual and (self.scope is not ALL or isinstance(self.strength, Schedule)):
             raise ScopeError(
                 f"the model has {virtual} virtual tokens (an adapter of PEFT), so positions in it "

@@ -151,7 +151,7 @@ def test_a_span_of_characters_touches_the_tokens_that_the_model_reads(pair):
     scope = lirefs.scope.spans(other.tokenizer, [text], [[(at, at + 5)]])
     (ids,) = other.encode([text])
     assert scope.ends.tolist() == [len(ids)]
-    assert scope.settings == {"tokens": [5]}
+    assert scope.settings["tokens"] == [5]
 
 
 def test_a_conversation_begins_once():

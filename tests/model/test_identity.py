@@ -132,7 +132,6 @@ def test_what_changes_nothing_leaves_it_the_same(kind, same, tmp_path):
         peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False),
         peft.VeraConfig(r=4, target_modules=["q_proj"]),
         peft.LNTuningConfig(task_type="CAUSAL_LM"),
-        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
         peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3),
     ],
     ids=lambda config: type(config).__name__,

@@ -7,7 +7,7 @@ from steering_tools import IDS, direction, logits
 from tiny import fresh_model, tiny_tokenizer
 
 from lirefs import Direction, Gate, Steer, capture, wrap
-from lirefs.errors import CaptureError, InterventionError, ScopeError
+from lirefs.errors import CaptureError, InterventionError, LayoutError, ScopeError
 
 VECTOR = direction(1).vector
 
