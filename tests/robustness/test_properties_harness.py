@@ -205,8 +205,8 @@ def test_predictable_is_the_share_of_copied_grams(prefix, suffix):
 @many
 def test_windows_cover_their_texts_at_every_stride(texts, prefix, suffix, stride):
     lm = SimpleNamespace(
-        tokenizer=SimpleNamespace(bos_token_id=None),
-        encode=lambda rows, add_special_tokens: [[ord(letter) for letter in row] for row in rows],
+        tokenizer=lambda text, **settings: {"input_ids": [ord(letter) for letter in text]},
+        encode=lambda rows: [[ord(letter) for letter in row] for row in rows],
     )
     named = [(f"t{i}", text) for i, text in enumerate(texts)]
     found = list(mining._cut(lm, named, prefix, suffix, stride))
