@@ -136,7 +136,7 @@ class Trained:
         targets = kfac.find_targets(self.model, blocks, PROJECTIONS[setting.projections])
         keeps = {target.name: setting.keep for target in targets}
         if method == "SVD":
-            return kfac.SVDEdit(keeps, setting.keep)
+            return kfac.SVDEdit(list(keeps), setting.keep)
         if method == "random pairs":
             return kfac.RandomPairsEdit(self.factors, keeps, self.seed)
         estimator = "ekfac" if method == "EK-FAC" else "kfac"

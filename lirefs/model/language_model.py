@@ -66,8 +66,9 @@ class LanguageModel:
     def traits(self) -> Traits:
         """Which padding and caches leave a row as it is alone; print it for a list.
 
-        Found at the first use by a few forward passes on six tokens, and kept for the
-        configuration. Everything here pads and caches accordingly.
+        Found by a few forward passes on six tokens when the model is loaded or wrapped (where
+        weights are offloaded: at the first use), and kept for the configuration. Everything here
+        pads and caches accordingly.
         """
         return traits_of(self.model)
 
@@ -340,4 +341,7 @@ def wrap(
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):
         raise SettingError(f"tokenizer must be a tokenizer, got {got(tokenizer)}")
     called = name or getattr(model, "name_or_path", "") or type(model).__name__
-    return LanguageModel(model, tokenizer, find_layout(model, layout), str(called))
+    lm = LanguageModel(model, tokenizer, find_layout(model, layout), str(called))
+    if not any(weight.is_meta for weight in model.parameters()):
+        _ = lm.traits  # now, so that hooks of the caller's see none of these passes
+    return lm

@@ -261,15 +261,6 @@ def llava(depth=6, width=64):
     )
 
 
-def paligemma():
-    vision = {"model_type": "siglip_vision_model", "hidden_size": 64, "intermediate_size": 256}
-    vision |= {"num_hidden_layers": 5, "num_attention_heads": 4, "image_size": 8, "patch_size": 4}
-    text = tiny_config("llama").to_dict() | {"model_type": "gemma"}
-    return transformers.PaliGemmaConfig(
-        text_config=text, vision_config=vision | {"projection_dim": 32}, image_token_index=3
-    )
-
-
 def qwen2_vl():
     vision = {"depth": 6, "embed_dim": 64, "hidden_size": 32, "num_heads": 4, "patch_size": 4}
     text = tiny_config("qwen2").to_dict() | {"model_type": "qwen2_vl_text"}
@@ -291,7 +282,6 @@ VISION = {
     "llava": llava,
     "llava, as deep": lambda: llava(LAYERS),
     "llava, vision smaller": lambda: llava(LAYERS, 16),
-    "paligemma": paligemma,
     "qwen2_vl": qwen2_vl,
     "gemma3": gemma3,
 }

@@ -223,7 +223,8 @@ class _Watch:
     def __init__(self, folder: Path) -> None:
         self.on = False
         self.seen: str | None = None
-        self._own = (str(folder), os.path.realpath(folder))
+        places = (str(folder), os.environ["LIREFS_CACHE"])  # traits of each model are kept there
+        self._own = (*places, *map(os.path.realpath, places))
         prefixes = {sys.prefix, sys.base_prefix, str(_HOME), *_SYSTEM, *sys.path} - {""}
         self._read = tuple({os.path.realpath(one) for one in prefixes} | prefixes)
 
