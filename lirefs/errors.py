@@ -203,9 +203,10 @@ class ChangedWeightsError(EditError):
         more = f" and of {len(names) - 1} more" if len(names) > 1 else ""
         super().__init__(
             f"the weights of {names[0]}{more} were changed while an edit of them was attached "
-            "(training, load_state_dict, a merged adapter?); removing it would throw that away, so "
-            "nothing was restored: save what you need, then call remove(discard=True) on the "
-            "handle, which is also error.handle; to train an edited model, use edit.bake first"
+            "(training, load_state_dict, a merged adapter, a copied layer?); removing it would "
+            "throw that away, so nothing was restored: save what you need, then call "
+            "remove(discard=True) on the handle, which is also error.handle; to train an edited "
+            "model, use edit.bake first"
         )
         self.handle = handle
 

@@ -75,7 +75,8 @@ def module_and_batches(
     ids = model.encode(texts)
     for index, row in enumerate(ids):
         check_length(model.model, len(row), f"text {index}", BatchError)
-    groups = model.traits.groups([len(row) for row in ids], BATCH_TOKENS, "right")
+    lengths = [len(row) for row in ids]
+    groups = model.traits.within(max(lengths)).groups(lengths, BATCH_TOKENS, "right")
     return model.model, [model.pad([ids[row] for row in rows], side="right") for rows in groups]
 
 
@@ -129,7 +130,8 @@ def check_tokens(model: nn.Module, batch: Any, place: str) -> None:
     mask: Any = batch.get("attention_mask")
     checked = isinstance(mask, Tensor) and hasattr(model, "config")
     for side, column in (("left", 0), ("right", -1)) if checked else ():
-        if not bool(mask[:, column].all()) and not getattr(traits_of(model), side):
+        padded = not bool(mask[:, column].all())
+        if padded and not getattr(traits_of(model).within(shape[1]), side):
             raise BatchError(
                 f"{place} is padded on the {side}, which changes the rows of this model "
                 f"({type(model).__name__}): give texts and an `lm`, or batches of one length"

@@ -56,7 +56,7 @@ class WeightEdit(Composable, abc.ABC):
                 SwappedWeight(target.name, target.module, target.attribute, stored)
                 for target, stored in self._changes(model)
             ]
-            return EditHandle(weights, stack.pop_all().close)
+            return EditHandle(weights, stack.pop_all().close, model)
 
     def bake(self, model: nn.Module) -> None:
         """Put the edited weights in place for good, as `attach` would, and drop the originals.

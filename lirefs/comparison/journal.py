@@ -9,11 +9,14 @@ from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from lirefs.comparison.results_file import item_of_results
 from lirefs.errors import SettingError
-from lirefs.files import append_text, parse_json
+from lirefs.files import append_text, parse_json, sha256_of
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
@@ -98,16 +101,27 @@ def task_digest(identity: str, lm: LanguageModel, task: Task) -> str:
     settings: dict[str, str] = {}
     if is_dataclass(task):
         named = [f.name for f in fields(task) if f.repr and f.name != "items"]
-        settings = {name: repr(getattr(task, name)) for name in named}
+        settings = {name: _text_of(getattr(task, name)) for name in named}
     content = [
         __version__,
         identity,
         lm.tokenizer_fingerprint,
         lm.device.type,
         [type(task).__qualname__, task.name, task.group, task.metric, settings],
-        repr(list(task.items)),
+        _text_of(list(task.items)),
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _text_of(value: Any) -> str:
+    """A value as text that tells it from others, which the `repr` of a large array does not."""
+    if isinstance(value, Tensor):
+        value = value.detach().cpu().contiguous().view(torch.uint8).numpy()
+    if isinstance(value, np.ndarray):
+        return f"{value.dtype} {value.shape} {sha256_of(value.tobytes())}"
+    if type(value) in (list, tuple):
+        return f"[{', '.join(map(_text_of, value))}]"
+    return repr(value)
 
 
 def part_key(digest: str, variant: str, described: Mapping[str, Any] | None) -> str:

@@ -31,10 +31,9 @@ from lirefs.errors import (
 from lirefs.files import atomic_path
 from lirefs.model.batching import check_length
 from lirefs.model.guest import eagerly, evaluating
-from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import layer_indices, missing_layer
-from lirefs.model.observe import in_this_thread
+from lirefs.model.observe import hidden_input, hidden_of, in_this_thread
 
 _log = logging.getLogger(__name__)
 
@@ -114,8 +113,10 @@ def capture(
         ProvenanceError: With a cache, if the model has no identity: a weight is offloaded, or a
             hook of your own may change it.
     """
-    offsets = tuple(layer_indices([positions] if isinstance(positions, int) else positions))
-    request = _request(lm, prompts, layers, sites, offsets)
+    offsets = tuple(
+        layer_indices([positions] if isinstance(positions, int) else positions, "positions")
+    )
+    request = _request(lm, prompts, layers, sites, offsets, padding_side)
     shape = (len(request.ids), len(request.places), len(offsets), lm.width)
     file = None if cache is None else Path(cache) / f"{request.key}.safetensors"
     if file is not None and (stored := _stored(file, shape)) is not None:
@@ -201,7 +202,8 @@ class _Request:
         self, batch_tokens: int, side: Literal["left", "right"], progress: bool
     ) -> Iterator[tuple[list[int], Tensor]]:
         """Prompt indices of each batch, and its states, (rows, places, positions, width)."""
-        lengths, traits = [len(row) for row in self.ids], self.lm.traits
+        lengths = [len(row) for row in self.ids]
+        traits = self.lm.traits.within(max(lengths))
         side = traits.side(side)
         with tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress) as bar:
             for rows in traits.groups(lengths, batch_tokens, side):
@@ -272,11 +274,14 @@ def _request(
     layers: Sequence[int] | None,
     sites: Sequence[str],
     offsets: tuple[int, ...],
+    padding_side: str = "left",
 ) -> _Request:
     """The request, checked: every layer exists, every prompt is long enough, and not too long."""
     must_be(lm, LanguageModel, "lm", CaptureError)
     if not isinstance(sites, list | tuple) or not all(isinstance(site, str) for site in sites):
         raise CaptureError(f"sites must be a list such as ['resid_pre'], got {sites!r:.60}")
+    if padding_side not in ("left", "right"):
+        raise CaptureError(f"padding_side must be 'left' or 'right', got {padding_side!r}")
     chosen = list(range(lm.n_layers)) if layers is None else layer_indices(layers)
     places = tuple((layer, site) for layer in chosen for site in sites)
     prompts = as_list(prompts, "prompts", error=CaptureError)
@@ -292,7 +297,7 @@ def _request(
         ids = [array("i", row) for part in parts for row in lm.encode([str(one) for one in part])]
     else:
         rows = (as_list(one, f"prompt {i}", error=CaptureError) for i, one in enumerate(prompts))
-        ids = [array("i", map(int, row)) for row in rows]
+        ids = [array("i", layer_indices(row, f"prompt {i}")) for i, row in enumerate(rows)]
     for index, row in enumerate(ids):
         n = len(row)
         check_length(lm.model, n, f"prompt {index}", CaptureError)

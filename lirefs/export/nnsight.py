@@ -13,8 +13,8 @@ from nnsight.modeling.transformers import TransformersModel
 from torch import Tensor
 
 from lirefs.export.operators import operators
-from lirefs.model.hidden_states import hidden_of, with_hidden
 from lirefs.model.language_model import LanguageModel
+from lirefs.model.observe import hidden_of, with_hidden
 from lirefs.steering.steer import Steer
 
 __all__ = ["logits", "steer_here", "wrap"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import weakref
 from collections.abc import Sequence
@@ -14,6 +16,10 @@ from lirefs.model.guest import maybe_call, text_config
 
 _log = logging.getLogger(__name__)
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+# For each tokenizer its hash, and what would have changed with it.
+_TOKENIZERS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
+_RULES = ("normalizer", "pre_tokenizer", "post_processor")
 
 Span = tuple[int, int]
 """First character of a token, and one past its last."""
@@ -66,6 +72,27 @@ def _encoded(
     return found
 
 
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Return the SHA-256 of everything that decides the token ids of a text.
+
+    The vocabulary is read again when its length, special tokens, rules or template have changed.
+    """
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
+    template = getattr(tokenizer, "chat_template", None)
+    rules = [getattr(backend, name, None) for name in _RULES]
+    small = (len(tokenizer), str(special), str(template), *(one.__getstate__() for one in rules))
+    known = _TOKENIZERS.get(tokenizer)
+    if known is None or known[0] != small:
+        whole = json.loads(backend.to_str()) if backend is not None else {}
+        for state in ("padding", "truncation"):  # left behind by the last call
+            whole.pop(state, None)
+        vocabulary = sorted(tokenizer.get_vocab().items())
+        text = json.dumps([vocabulary, whole, special, template], sort_keys=True, default=str)
+        known = _TOKENIZERS[tokenizer] = (small, hashlib.sha256(text.encode()).hexdigest())
+    return known[1]
+
+
 def position_limit(model: nn.Module) -> int | None:
     """The number of positions in a model's configuration, None if it names none."""
     limit = getattr(text_config(model), "max_position_embeddings", None)
@@ -88,6 +115,11 @@ def check_length(
             f"{what} needs {tokens} positions, and the model has {limit}: shorten the text, or "
             "generate fewer tokens"
         )
+    if rope_limit(model, "dynamic") is not None:
+        raise error(
+            f"{what} needs {tokens} positions: beyond {limit}, dynamic rotary positions depend on "
+            "which texts the model has read before; shorten the text, or set another rope_type"
+        )
     if model not in _WARNED:
         _WARNED.add(model)
         _log.warning(
@@ -97,6 +129,19 @@ def check_length(
             tokens,
             limit,
         )
+
+
+def rope_limit(model: nn.Module, kind: str) -> int | None:
+    """Tokens up to which rotary positions of a kind do not depend on the longest row of a batch."""
+    config = text_config(model)
+    scaling = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+    parts = [scaling, *scaling.values()] if isinstance(scaling, dict) else []
+    for part in parts:  # of the model, or of each type of layer
+        if isinstance(part, dict) and part.get("rope_type", part.get("type")) == kind:
+            original = "original_max_position_embeddings"
+            limit = part.get(original) or getattr(config, original, None)
+            return int(limit or position_limit(model) or 0)
+    return None
 
 
 def _embeds_positions(model: nn.Module, limit: int) -> bool:

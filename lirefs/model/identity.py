@@ -16,12 +16,11 @@ What cannot be read (offloaded or opaque weights, hooks of others) is a `Provena
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -31,6 +30,18 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 
 from lirefs.errors import ProvenanceError
+from lirefs.files import sha256_of
+from lirefs.model.code import (
+    class_of,
+    code_of,
+    forward_of,
+    hooks_of,
+    is_plain,
+    must_be_known,
+    origin_of,
+    package_of,
+    unknown,
+)
 from lirefs.model.guest import input_device
 from lirefs.model.intervention import steerings_on
 from lirefs.model.weight_swap import is_edited, originals_of
@@ -57,17 +68,17 @@ _ADAPTER_STATE = (
     "_disable_adapters",
 )
 # Attributes of modules that do not change what an evaluated model computes.
-_MODES = {*_NOT_ESSENTIAL, "gradient_checkpointing"}
-# Their hooks and forward methods only do what follows from the state that is hashed here.
-_KNOWN = {"accelerate", "kfac", "lirefs", "nnsight", "peft", "torch", "transformers"}
+_MODES = {
+    *_NOT_ESSENTIAL,
+    "gradient_checkpointing",
+    "hf_device_map",
+    "prepare_inputs_for_generation",
+}
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 
 # Hashes of the last few states of each model, so that a sweep hashes its weights once.
 _HASHES: weakref.WeakKeyDictionary[nn.Module, dict[Any, str]] = weakref.WeakKeyDictionary()
 _STATES = 8
-# For each tokenizer its hash, and what would have changed with it.
-_TOKENIZERS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
-_RULES = ("normalizer", "pre_tokenizer", "post_processor")
 
 
 def fingerprint(model: nn.Module, edited: bool = True, steered: int | None = None) -> str:
@@ -115,16 +126,21 @@ def identity(model: nn.Module, *more: str) -> str:
     """
     hooks = [*torch_module._global_forward_hooks.values()]
     hooks += torch_module._global_forward_pre_hooks.values()
-    _must_be_known(hooks, "every module")
+    must_be_known(hooks, "every module")
     state, structure = _State(), []
     for name, module in model.named_modules():
-        hooks += _hooks_of(name, module)
+        hooks += hooks_of(name, module)
         own = {k: v for k, v in vars(module).items() if k[0] != "_" and k not in _OF_EVERY_MODULE}
-        if _is_of_peft(module):
-            settings = {k: v for k, v in own.items() if k not in _ADAPTER_STATE and _is_plain(v)}
-        else:
-            settings = {k: v for k, v in own.items() if k not in _MODES and _is_scalar(v)}
-        structure.append([name, type(module).__qualname__, _forward_of(name, module), settings])
+        ignored = {*_MODES, *(_ADAPTER_STATE if _is_of_peft(module) else ())}
+        own = {key: value for key, value in own.items() if key not in ignored}
+        settings: dict[str, Any] = {key: value for key, value in own.items() if is_plain(value)}
+        where = f"module {name or type(module).__name__!r}"
+        for key, value in own.items():
+            if callable(value) and not isinstance(value, type) and not hasattr(type(module), key):
+                settings[key] = code_of(value, f"the attribute {key} of {where}")
+            elif isinstance(value, np.ndarray | np.generic):
+                settings[key] = [str(value.dtype), sha256_of(value.tobytes())]
+        structure.append([name, class_of(type(module)), forward_of(name, module), settings])
         for key in sorted(module._non_persistent_buffers_set):
             state.add(f"{name}.{key}", module._buffers.get(key))
         for key, value in own.items():
@@ -132,8 +148,9 @@ def identity(model: nn.Module, *more: str) -> str:
             for part in parts if isinstance(value, dict | list | tuple) else [value]:
                 if isinstance(part, Tensor):
                     state.add(f"{name}.{key}", part)
-    if not steerings_on(model) and any(_origin(one).startswith("lirefs.steering") for one in hooks):
-        raise _unknown("the model has hooks of a steering that is attached to another model")
+    steered = any(origin_of(one).startswith("lirefs.steering") for one in hooks)
+    if steered and not steerings_on(model):
+        raise unknown("the model has hooks of a steering that is attached to another model")
     kind = input_device(model).type
     precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
@@ -149,34 +166,13 @@ def must_be_told_apart(described: Any, what: str) -> None:
     """
     if isinstance(described, Mapping):
         if "unknown" in described:
-            raise _unknown(f"{what} cannot be told from others: {described['unknown']}")
+            raise unknown(f"{what} cannot be told from others: {described['unknown']}")
         described = list(described.values())
     if isinstance(described, list | tuple):
         for part in described:
             must_be_told_apart(part, what)
     elif not isinstance(described, str | int | float | np.generic | None):
-        raise _unknown(f"{what} is described by a {type(described).__name__}, which is not JSON")
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Return the SHA-256 of everything that decides the token ids of a text.
-
-    The vocabulary is read again when its length, special tokens, rules or template have changed.
-    """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-    template = getattr(tokenizer, "chat_template", None)
-    rules = [getattr(backend, name, None) for name in _RULES]
-    small = (len(tokenizer), str(special), str(template), *(one.__getstate__() for one in rules))
-    known = _TOKENIZERS.get(tokenizer)
-    if known is None or known[0] != small:
-        whole = json.loads(backend.to_str()) if backend is not None else {}
-        for state in ("padding", "truncation"):  # left behind by the last call
-            whole.pop(state, None)
-        vocabulary = sorted(tokenizer.get_vocab().items())
-        text = json.dumps([vocabulary, whole, special, template], sort_keys=True, default=str)
-        known = _TOKENIZERS[tokenizer] = (small, hashlib.sha256(text.encode()).hexdigest())
-    return known[1]
+        raise unknown(f"{what} is described by a {type(described).__name__}, which is not JSON")
 
 
 class _State:
@@ -194,7 +190,7 @@ class _State:
         if not isinstance(value, Tensor):
             return self._texts.append(_shown(label, value))
         if type(value).__name__ == "DTensor":
-            raise _unknown(f"{label} is sharded over processes")
+            raise unknown(f"{label} is sharded over processes")
         if hasattr(value, "__tensor_flatten__"):  # a tensor made of others, as torchao's
             names, context = value.__tensor_flatten__()
             self._texts.append(_shown(label, (type(value).__qualname__, context)))
@@ -202,7 +198,7 @@ class _State:
                 self.add(f"{label}.{name}", getattr(value, name))
             return
         if value.is_meta:
-            raise _unknown(f"{label} is offloaded and cannot be read")
+            raise unknown(f"{label} is offloaded and cannot be read")
         self._tensors.append((label, value))
         counter = value if counter is None else counter
         # Tensors of inference mode do not count their changes: hashed each time.
@@ -233,7 +229,7 @@ class _State:
             try:
                 flat = tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
             except (RuntimeError, TypeError, NotImplementedError) as problem:
-                raise _unknown(f"{label} is {tensor.dtype} and cannot be read") from problem
+                raise unknown(f"{label} is {tensor.dtype} and cannot be read") from problem
             digest.update(flat.data)
         for text in self._texts[1:]:
             digest.update(text.encode())
@@ -286,73 +282,14 @@ def _adapters(model: nn.Module) -> list[Any]:
             state = {key: getattr(module, key, None) for key in _ADAPTER_STATE}
             one = state["active_adapter"]  # a name, or a list of names
             state["active_adapter"] = [one] if isinstance(one, str) else one
-            found.append([name, {key: one for key, one in state.items() if _is_plain(one)}])
+            found.append([name, {key: one for key, one in state.items() if is_plain(one)}])
     return found
 
 
 def _is_of_peft(module: nn.Module) -> bool:
     if "peft" not in sys.modules:
         return False
-    return any(_package(kind.__module__) == "peft" for kind in type(module).__mro__)
-
-
-def _is_plain(value: Any) -> bool:
-    """Whether a value is a number, a text or a type, or a container of these."""
-    if isinstance(value, Mapping):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list | tuple | set | frozenset):
-        return all(map(_is_plain, value))
-    return _is_scalar(value)
-
-
-def _is_scalar(value: Any) -> bool:
-    return isinstance(value, bool | int | float | str | torch.dtype | None)
-
-
-def _hooks_of(name: str, module: nn.Module) -> list[Any]:
-    """The forward hooks of a module; ProvenanceError if nothing is known of one."""
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if (moving := vars(module).get("_hf_hook")) is not None:  # accelerate: moves inputs to weights
-        hooks += getattr(moving, "hooks", [moving])
-    if hooks:
-        _must_be_known(hooks, f"module {name or type(module).__name__!r}")
-    return hooks
-
-
-def _must_be_known(hooks: Sequence[Any], where: str) -> None:
-    for hook in hooks:
-        if _package(_origin(hook)) not in _KNOWN:
-            named = getattr(hook, "__qualname__", type(hook).__qualname__)
-            raise _unknown(f"{where} has a forward hook of unknown effect ({named})")
-
-
-def _forward_of(name: str, module: nn.Module) -> str:
-    """Name of the method that a module runs; ProvenanceError if a function replaces it."""
-    own, of_class = vars(module), type(module).forward
-    forward: Any = own.get("_old_forward" if "_hf_hook" in own else "forward", of_class)
-    forward = getattr(forward, "__func__", forward)
-    borrowed = f"{_origin(forward)}.{getattr(forward, '__qualname__', '')}"
-    if forward is of_class:
-        return borrowed
-    # A function may borrow the name of another (functools.wraps), but not its code.
-    code = getattr(forward, "__code__", None)
-    called = "<unnamed>" if code is None else code.co_qualname
-    origin = "" if code is None else forward.__globals__["__name__"]
-    if ("<" in called or origin == "__main__") and _package(origin) not in _KNOWN:
-        where = f"module {name or type(module).__name__!r}"
-        raise _unknown(f"the forward method of {where} is replaced by a function ({called})")
-    return f"{borrowed} {origin}.{called}"
-
-
-def _origin(function: Any) -> str:
-    """Name of the module in which a function, or the class of a callable object, was defined."""
-    while isinstance(function, functools.partial):
-        function = function.func
-    return getattr(function, "__module__", None) or type(function).__module__
-
-
-def _package(module: str) -> str:
-    return module.partition(".")[0]
+    return any(package_of(kind.__module__) == "peft" for kind in type(module).__mro__)
 
 
 def _implementations(config: Any) -> list[str]:
@@ -378,7 +315,7 @@ def _essential(settings: Any) -> Any:
 def _shown(label: str, value: Any) -> str:
     """A label and a value as text; ProvenanceError if it is an object that does not show itself."""
     if " at 0x" in (text := repr(value)):
-        raise _unknown(f"{label} is a {type(value).__name__} and cannot be read")
+        raise unknown(f"{label} is a {type(value).__name__} and cannot be read")
     return f"{label} {text}"
 
 
@@ -389,10 +326,3 @@ def _sha(*parts: Any) -> str:
 
 def _jsonable(value: Any) -> Any:
     return sorted(value, key=str) if isinstance(value, set | frozenset) else str(value)
-
-
-def _unknown(reason: str) -> ProvenanceError:
-    return ProvenanceError(
-        f"{reason}: leave out cache=, journal= and checkpoint= (any_model=True fits and steers a "
-        "model that is not recognized)"
-    )

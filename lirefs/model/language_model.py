@@ -15,9 +15,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from lirefs.errors import ProvenanceError, SettingError, as_list, got, must_be, whole_number
-from lirefs.model.batching import check_length, token_ids
+from lirefs.model.batching import check_length, token_ids, tokenizer_hash
 from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped, virtual_tokens
-from lirefs.model.identity import fingerprint, identity, tokenizer_hash
+from lirefs.model.identity import fingerprint, identity
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
 from lirefs.model.traits import Traits, traits_of
@@ -162,9 +162,16 @@ class LanguageModel:
         ids = [as_list(row, f"ids[{index}]") for index, row in enumerate(as_list(ids, "ids"))]
         if not ids:
             raise SettingError("nothing to pad: the list of sequences is empty")
+        embedding = maybe_call(self.model, "get_input_embeddings")
+        known = getattr(embedding, "num_embeddings", math.inf)
         for index, row in enumerate(ids):
             if not len(row):
                 raise SettingError(f"sequence {index} has no token: the prompt is empty")
+            if not 0 <= min(row) <= max(row) < known:
+                raise SettingError(
+                    f"sequence {index} has token {max(row) if min(row) >= 0 else min(row)}, and "
+                    f"the model knows 0 to {known - 1}: is the tokenizer another model's?"
+                )
         rows = [torch.as_tensor(row, dtype=torch.long) for row in ids]
         padded = functools.partial(pad_sequence, batch_first=True, padding_side=side)
         mask = padded([torch.ones_like(row) for row in rows])
@@ -197,15 +204,16 @@ class LanguageModel:
             problem = "strings and lists of token ids are mixed" if kinds else "no texts"
             raise SettingError(f"{problem}: batches takes a list of texts, or the ids of each")
         ids = self.encode(cast("Sequence[str]", texts)) if kinds == {True} else texts
+        traits = self.traits.within(max(len(as_list(row, "text")) for row in ids))
         groups: list[list[Sequence[int]]] = []
         width = 0
         for index, row in enumerate(ids):
             if not len(as_list(row, f"text {index}")):
                 raise SettingError(f"text {index} has no token: leave it out")
-            mixed = width != len(row) and not self.traits.right
+            mixed = width != len(row) and not traits.right
             width = max(width, len(row))
             full = groups and width * (len(groups[-1]) + 1) > batch_tokens
-            if not groups or full or mixed or not self.traits.batch:
+            if not groups or full or mixed or not traits.batch:
                 groups.append([])
                 width = len(row)
             groups[-1].append(cast("Sequence[int]", row))
@@ -248,11 +256,12 @@ class LanguageModel:
                 "would not be those of a forward pass; use lirefs.tasks.greedy"
             )
         groups = [list(range(len(ids)))]  # in their order, which strengths by row rely on
-        if not self.traits.left:
-            groups = self.traits.groups(list(map(len, ids)), sum(map(len, ids)), None)
+        traits = self.traits.within(max(map(len, ids)) + new_tokens)
+        if not traits.left:
+            groups = traits.groups(list(map(len, ids)), sum(map(len, ids)), None)
         found: dict[int, Any] = {}
         for rows in groups:
-            out = self._generate([ids[row] for row in rows], new_tokens, kwargs)
+            out = self._generate([ids[row] for row in rows], new_tokens, traits.cache, kwargs)
             if not isinstance(out, list):
                 if len(groups) > 1:
                     raise SettingError(
@@ -263,12 +272,14 @@ class LanguageModel:
             found |= zip(rows, out, strict=True)
         return found[0] if isinstance(prompt, str) else [found[row] for row in range(len(ids))]
 
-    def _generate(self, ids: list[list[int]], new_tokens: int, kwargs: Mapping[str, Any]) -> Any:
+    def _generate(
+        self, ids: list[list[int]], new_tokens: int, cache: bool, kwargs: Mapping[str, Any]
+    ) -> Any:
         """The new text of each prompt of one batch, or what `generate` returns if not tokens."""
         batch = self.pad(ids)
         batch.pop("position_ids", None)  # generate makes its own, step by step, from the mask
         settings: dict[str, Any] = {"do_sample": False, "pad_token_id": self._pad_id, **kwargs}
-        if not self.traits.cache and not virtual_tokens(self.model):  # which live in the cache
+        if not cache and not virtual_tokens(self.model):  # which live in the cache
             settings.setdefault("use_cache", False)
         plain = not settings["do_sample"] and "generation_config" not in kwargs
         with evaluating(self.model), _plain_greedy(self.model) if plain else nullcontext():

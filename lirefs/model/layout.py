@@ -136,9 +136,9 @@ def missing_layer(layers: Iterable[int], n_layers: int) -> str | None:
     return f"layer {wrong[0]} does not exist: {exist}" if wrong else None
 
 
-def layer_indices(layers: Iterable[SupportsIndex]) -> list[int]:
+def layer_indices(layers: Iterable[SupportsIndex], what: str = "layers") -> list[int]:
     """Return layers as plain integers, in the given order; raise SettingError for others."""
     try:
         return [operator.index(layer) for layer in layers]
     except TypeError:
-        raise SettingError(f"layers must be a list of integers, got {layers!r:.60}") from None
+        raise SettingError(f"{what} must be a list of integers, got {layers!r:.60}") from None

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from lirefs.errors import WriteError
 from lirefs.files import atomic_write_text, cache_dir, parse_json
-from lirefs.model.batching import batches_by_tokens, equal_batches
+from lirefs.model.batching import batches_by_tokens, equal_batches, rope_limit
+from lirefs.model.code import runs_known_code
 from lirefs.model.guest import accepts, evaluating, text_config
 from lirefs.model.observe import sample_ids
 
@@ -56,7 +57,9 @@ class Traits:
         continued: Several tokens after a cache: prompts in chunks, options after a prompt.
         shared: The cache of a common beginning, followed by rows padded on the left.
         window: Tokens that the narrowest attention window or chunk of the configuration holds;
-            None without one. A longer batch does not use ``shared``.
+            None without one. Longer rows do not use ``shared``.
+        rope: Tokens beyond which rotary positions are scaled otherwise (``longrope``); None if
+            they are not. Longer rows use neither padding nor caches.
     """
 
     causal: bool = True
@@ -68,6 +71,7 @@ class Traits:
     continued: bool = False
     shared: bool = False
     window: int | None = None
+    rope: int | None = None
 
     def __str__(self) -> str:
         names = {
@@ -82,7 +86,17 @@ class Traits:
         said = {True: "as alone", False: "differs, so it is not used", None: "not taken"}
         lines = ["causal" if self.causal else "not causal: tokens see later ones"]
         lines += [f"{what}: {said[getattr(self, name)]}" for name, what in names.items()]
-        return "\n".join([*lines, f"attention window: {self.window or 'none'}"])
+        lines.append(f"attention window: {self.window or 'none'}")
+        return "\n".join([*lines, f"rotary positions change at: {self.rope or 'no length'}"])
+
+    def within(self, tokens: int) -> Traits:
+        """The traits for batches whose longest row has so many tokens."""
+        if self.rope is not None and tokens > self.rope:
+            ways = dict.fromkeys(("right", "left", "cache", "continued", "shared"), False)
+            return replace(self, **ways)
+        if self.window is not None and tokens > self.window:
+            return replace(self, shared=False)
+        return self
 
     def side(self, preferred: Literal["left", "right"]) -> Literal["left", "right"]:
         """The side to pad on: the preferred one, unless only the other leaves rows as they are."""
@@ -107,20 +121,22 @@ def traits_of(model: nn.Module) -> Traits:
     They are kept for each configuration, in the folder `traits` of the cache too. The model's
     hooks, training flags and random state are left as they were, and steering does not take part.
     """
-    attention = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    settings = _switches(model)
     known = _KNOWN.get(model)
-    if known is not None and known[0] == attention:
+    if known is not None and known[0] == settings:
         return known[1]
-    key = _key(model, attention)
-    found = _BY_CONFIG.get(key) or _stored(key)
+    # What hooks or functions of others do is in no configuration.
+    kept = hasattr(model, "config") and runs_known_code(model)
+    key = _key(model)
+    found = (_BY_CONFIG.get(key) or _stored(key)) if kept else None
     if found is None:
         found = _probe(model)
         with suppress(WriteError):
-            if hasattr(model, "config"):
+            if kept:
                 atomic_write_text(_file(key), json.dumps(asdict(found)))
-    if hasattr(model, "config"):
+    if kept:
         _BY_CONFIG[key] = found
-    _KNOWN[model] = (attention, found)
+    _KNOWN[model] = (settings, found)
     return found
 
 
@@ -129,14 +145,21 @@ def cache_name(model: nn.Module) -> str | None:
     return next((name for name in _CACHES if accepts(model, name)), None)
 
 
-def _key(model: nn.Module, attention: Any) -> str:
+def _switches(model: nn.Module) -> list[Any]:
+    """The plain settings of a model's configuration, which may be changed after loading."""
+    configs = (getattr(model, "config", None), text_config(model))
+    values = [value for one in configs if one is not None for value in vars(one).values()]
+    return [value for value in values if isinstance(value, bool | int | float | str)]
+
+
+def _key(model: nn.Module) -> str:
     """SHA-256 of all that decides the traits."""
     config: Any = getattr(model, "config", None)
     settings = config.to_dict() if hasattr(config, "to_dict") else id(model)
     kinds = sorted({f"{type(one).__module__}.{type(one).__qualname__}" for one in model.modules()})
     versions = (_PROBES, torch.__version__, transformers.__version__)
     weights = sorted({f"{one.dtype} {one.device.type}" for one in model.parameters()})
-    content = [settings, attention, kinds, versions, weights]
+    content = [settings, _switches(model), kinds, versions, weights]
     return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -153,14 +176,11 @@ def _stored(key: str) -> Traits | None:
         return None
     if not isinstance(values, dict) or values.keys() != names:
         return None
-    window = values.pop("window")
+    lengths = {name: values.pop(name) for name in ("window", "rope")}
     switches = all(isinstance(one, bool) for name, one in values.items() if name != "positions")
     fits = switches and values["positions"] in (None, True, False)
-    return Traits(**values, window=window) if fits and _is_width(window) else None
-
-
-def _is_width(window: Any) -> bool:
-    return window is None or (type(window) is int and window > 0)
+    fits &= all(one is None or (type(one) is int and one > 0) for one in lengths.values())
+    return Traits(**values, **lengths) if fits else None
 
 
 def window_of(model: nn.Module) -> int | None:
@@ -304,7 +324,7 @@ def _probe(model: nn.Module) -> Traits:
     window = window_of(model)
     if window and getattr(text_config(model), "model_type", None) in _WINDOW_IN_CACHE_ALONE:
         found |= dict.fromkeys(("cache", "continued", "shared"), False)
-    return Traits(**found, window=window)
+    return Traits(**found, window=window, rope=rope_limit(model, "longrope"))
 
 
 def _steps(probe: _Probe, padded: bool) -> bool:

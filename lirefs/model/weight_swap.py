@@ -39,8 +39,13 @@ class SwappedWeight:
         _STACKS.setdefault(self.parameter, []).append((token, self._original))
         self.parameter.data = self._new
 
-    def is_changed(self) -> bool:
-        """Whether the values have been changed since; moving or casting them does not count."""
+    def is_changed(self, parts: set[int]) -> bool:
+        """Whether the values have been changed since; moving or casting them does not count.
+
+        `parts` are the ids of the model's modules: a copy in place of one keeps edited weights.
+        """
+        if id(self._module) not in parts:
+            return True
         current = getattr(self._module, self._attribute, None)
         if not isinstance(current, nn.Parameter) or current.is_meta:
             return True
@@ -70,10 +75,14 @@ class EditHandle:
     Args:
         weights: The weights to swap.
         release: Called once, when the original tensors are back.
+        model: The model that they are part of.
     """
 
-    def __init__(self, weights: Sequence[SwappedWeight], release: Callable[[], None]) -> None:
+    def __init__(
+        self, weights: Sequence[SwappedWeight], release: Callable[[], None], model: nn.Module
+    ) -> None:
         self._token = object()
+        self._model = model
         self._weights: list[SwappedWeight] = []
         self._release = release
         try:
@@ -103,8 +112,9 @@ class EditHandle:
                 raise EditOrderError(
                     "a later edit of the same weight is still attached; remove that one first"
                 )
-        changed = [] if discard else [one.name for one in self._weights if one.is_changed()]
-        if changed:
+        parts = set(map(id, self._model.modules()))
+        changed = [one.name for one in self._weights if one.is_changed(parts)]
+        if changed and not discard:
             raise ChangedWeightsError(changed, self)
         for weight in self._weights:
             weight.restore()

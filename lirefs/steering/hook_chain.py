@@ -10,8 +10,8 @@ from typing import Any, NoReturn, SupportsIndex, TypeAlias
 from torch import Tensor, nn
 
 from lirefs.errors import InterventionError
-from lirefs.model.hidden_states import hidden_input, hidden_of, with_hidden, with_hidden_input
 from lirefs.model.layout import Side
+from lirefs.model.observe import hidden_input, hidden_of, with_hidden, with_hidden_input
 from lirefs.model.traits import PROBING
 
 Change = Callable[[Tensor], Tensor]

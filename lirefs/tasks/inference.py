@@ -73,10 +73,10 @@ def greedy(
     whole_number(max_new_tokens, "max_new_tokens", least=1, error=TaskError)
     must_fit(lm, prompts, lambda prompt: len(prompt) + max_new_tokens - 1)
     results: dict[int, list[int]] = {}
-    traits = lm.traits
+    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
+    traits = lm.traits.within(max(lengths, default=0))
     with evaluating(lm.model):
-        lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-        prefix = _shared_prefix(lm, prompts, max(lengths, default=0))
+        prefix = _shared_prefix(lm, prompts, traits)
         for rows in traits.groups(lengths, batch_tokens, "left" if traits.cache else None):
             some = [prompts[row] for row in rows]
             batch = _Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
@@ -131,12 +131,12 @@ def score_continuations(
     """
     must_fit(lm, items, lambda item: len(item[0]) + max(map(len, item[1])) - 1)
     results: dict[int, list[tuple[float, bool]]] = {}
-    traits = _causal_traits(lm)
+    longest = [len(prompt) + max(map(len, options)) for prompt, options in items]
+    traits = _causal_traits(lm).within(max(longest, default=0))
     if not traits.continued:
         return score_whole(lm, items, advance)
     with evaluating(lm.model):
-        longest = [len(prompt) + max(map(len, options)) for prompt, options in items]
-        prefix = _shared_prefix(lm, [prompt for prompt, _ in items], max(longest, default=0))
+        prefix = _shared_prefix(lm, [prompt for prompt, _ in items], traits)
         # In the cache, each option of several tokens has its own copy of the prompt.
         lengths = [
             max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
@@ -168,8 +168,9 @@ def token_nlls(
     must_fit(lm, texts, len)
     results: dict[int, Tensor] = {}
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
-        traits = _causal_traits(lm)
-        for rows in traits.groups(list(map(len, texts)), BATCH_TOKENS // 4, "right"):
+        lengths = list(map(len, texts))
+        traits = _causal_traits(lm).within(max(lengths, default=0))
+        for rows in traits.groups(lengths, BATCH_TOKENS // 4, "right"):
             some = [texts[row] for row in rows]
             logits = logits_of(lm, some, [max(1, len(text) // 2) for text in some])[:, :-1]
             nll = nll_of(logits, padded(some)[:, 1:]).cpu()
@@ -326,15 +327,14 @@ def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
 
 
 def _shared_prefix(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], longest: int
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], traits: Traits
 ) -> tuple[int, Any]:
     """Length and cache of the beginning of all prompts, if rows after it are as alone.
 
     Rests of different length leave a hole of padding after it, for which a window has no room.
     """
-    traits = lm.traits
     shared = _shared_tokens(prompts) if len(prompts) > 1 and traits.shared else 0
-    if shared < SHORTEST_SHARED or (traits.window is not None and longest > traits.window):
+    if shared < SHORTEST_SHARED:
         return 0, None
     keep = {"logits_to_keep": 1} if accepts(lm.model, "logits_to_keep") else {}
     with prompt_known(Prompt(torch.tensor([shared + 1]))):  # every prompt continues after it

@@ -32,7 +32,8 @@ def score_whole(
     scored: dict[int, tuple[float, bool]] = {}
     lengths = [len(prompt) + len(option) - 1 for prompt, option in pairs]
     with evaluating(lm.model):
-        for rows in lm.traits.groups(lengths, BATCH_TOKENS, "right"):
+        traits = lm.traits.within(max(lengths, default=0))
+        for rows in traits.groups(lengths, BATCH_TOKENS, "right"):
             texts = [[*pairs[row][0], *pairs[row][1][:-1]] for row in rows]
             logits = logits_of(lm, texts, [len(pairs[row][0]) for row in rows])
             for row, found in zip(rows, logits, strict=True):

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from curvature_tools import assert_restored, batch, build, collect, llama, snapshot
+from tiny import fresh_model
 from torch.nn.utils import parametrize, prune
 
 import kfac
@@ -299,6 +300,17 @@ def test_parametrized_weights_are_refused_before_and_seen_after():
     model = llama(torch.float32)
     handle = edit().attach(model)
     parametrize.register_parametrization(model.get_submodule(NAMES[0]), "weight", torch.nn.Tanh())
+    with pytest.raises(ChangedWeightsError):
+        handle.remove()
+    handle.remove(discard=True)
+
+
+def test_a_copied_block_in_place_of_an_edited_one_is_not_taken_for_restored():
+    model = fresh_model("llama")
+    targets = kfac.find_targets(model, layers=[1])
+    edit = kfac.SVDEdit([target.name for target in targets], 0.5)
+    handle = edit.attach(model)
+    model.model.layers[1] = copy.deepcopy(model.model.layers[1])
     with pytest.raises(ChangedWeightsError):
         handle.remove()
     handle.remove(discard=True)

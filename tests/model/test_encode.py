@@ -12,8 +12,12 @@ from transformers import ByT5Tokenizer
 
 import kfac
 import lirefs
-from lirefs.model.batching import special_tokens_around, token_ids, token_ids_and_spans
-from lirefs.model.identity import tokenizer_hash
+from lirefs.model.batching import (
+    special_tokens_around,
+    token_ids,
+    token_ids_and_spans,
+    tokenizer_hash,
+)
 from lirefs.tasks.recitation import suffix_start
 
 TEXTS = ["some text", "a", "", "two  spaces ", "ends in </s>", "<s>begins", "<s><s>twice"]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import FAMILIES, VOCABULARY, fresh_model, tiny_model, tiny_tokenizer
 
+from lirefs import capture
 from lirefs.errors import ModelLoadError, ModelNotFoundError, ProvenanceError, SettingError
 from lirefs.model import loading
 from lirefs.model.language_model import wrap
@@ -380,3 +381,11 @@ def test_padding_uses_an_id_that_the_embedding_has(pad):
         tokenizer.pad_token = tokenizer.eos_token
     assert lm.generate(["some text", "b"], max_new_tokens=3) == expected
     assert int(lm.pad([[5], [6, 7]])["input_ids"].max()) < 200
+
+
+@pytest.mark.parametrize("ids", [[[0, 500]], [[3, -1]], [[5], [128]]])
+def test_ids_outside_the_embedding_are_named(lm, ids):
+    with pytest.raises(SettingError, match="the model knows 0 to 127"):
+        lm.pad(ids)
+    with pytest.raises(SettingError, match="the model knows 0 to 127"):
+        capture(lm, ids, progress=False)

@@ -13,9 +13,9 @@ from tiny import FAMILIES, LAYERS, WIDTH, build, fresh_model, tiny_config, tiny_
 from torch import nn
 
 from lirefs.errors import LayoutError, SettingError
-from lirefs.model.hidden_states import hidden_input, hidden_of
 from lirefs.model.layout import SITES
 from lirefs.model.layout_search import find_layout, layout_of
+from lirefs.model.observe import hidden_input, hidden_of
 
 POST_NORM = ("post_attention_layernorm", "post_feedforward_layernorm")
 WHERE = {

@@ -3,15 +3,19 @@
 import functools
 
 import accelerate
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from steering_tools import direction, split
 from tiny import fresh_model, tiny_tokenizer
 from torch.nn.utils import prune
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import kfac
 from lirefs import Gate, Steer, capture, compare, fit, mine, wrap
 from lirefs.errors import CheckpointError, ProvenanceError
+from lirefs.model import traits
 from lirefs.steering.scope import Scope, mask, spans
 from lirefs.tasks import Perplexity
 
@@ -316,3 +320,48 @@ def test_a_scope_of_ones_own_needs_settings_for_a_journal(lm, tmp_path):
     for settings in ({"after": 1}, {"after": 2}):
         run(settings, journal=tmp_path)
     assert run().provenance["interventions"]["own"]["scope"]["unknown"]
+
+
+def test_what_a_module_calls_and_holds_counts(lm):
+    mlp = lm.model.model.layers[1].mlp
+    del mlp.act_fn
+    seen = []
+    for value in (F.silu, F.relu, functools.partial(F.leaky_relu, negative_slope=0.1)):
+        mlp.act_fn = value
+        seen.append(lm.identity)
+    mlp.factors = [1.0, 2.0]
+    seen.append(lm.identity)
+    mlp.factors.append(3.0)
+    seen.append(lm.identity)
+    mlp.table = np.arange(3)
+    seen.append(lm.identity)
+    mlp.table[1] = 5
+    seen.append(lm.identity)
+    assert len(set(seen)) == len(seen)
+    factor = 2.0
+    mlp.act_fn = lambda x: F.silu(x) * factor
+    with pytest.raises(ProvenanceError, match=r"act_fn of module 'model\.layers\.1\.mlp'"):
+        _ = lm.identity
+
+
+def test_the_code_of_a_class_of_ones_own_counts():
+    seen = []
+    for factor in ("1.0", "2.0", "1.0"):
+        own: dict = {"Base": LlamaMLP, "__name__": "my_model"}
+        exec(
+            f"class MyMLP(Base):\n  def forward(self, x): return super().forward(x) * {factor}", own
+        )
+        model = fresh_model("llama")
+        model.model.layers[1].mlp.__class__ = own["MyMLP"]
+        seen.append(wrap(model, tiny_tokenizer()).identity)
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_traits_found_under_hooks_of_others_are_not_kept(lm, monkeypatch):
+    monkeypatch.setattr(traits, "_BY_CONFIG", {})
+    mixed, clean = fresh_model("llama"), fresh_model("llama")
+    mixed.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output + output.mean(1, keepdim=True)
+    )
+    for model, right in ((mixed, False), (clean, True), (mixed, False)):
+        assert wrap(model, tiny_tokenizer()).traits.right is right

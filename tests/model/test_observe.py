@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lirefs.errors import LayoutError
-from lirefs.model.hidden_states import hidden_input, hidden_of, with_hidden, with_hidden_input
+from lirefs.model.observe import hidden_input, hidden_of, with_hidden, with_hidden_input
 
 
 def test_hidden_states_in_and_out_of_containers():
