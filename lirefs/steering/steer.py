@@ -42,12 +42,9 @@ from lirefs.steering.tracker import tracker_of
 class Steer(Composable):
     """Change hidden states along a direction while the model runs; weights stay as they are.
 
-<<<<<<< HEAD
         with lirefs.Steer(probe.best, "add", 1.0).apply(lm.model):
             print(lm.generate("Q: ..."))
 
-=======
->>>>>>> 4e75682 (Leave rows of a batch alone when others are finished and dropped, under scopes that count positions)
     Let d be the vector of the direction, v = d / |d| and a the strength. At each place and token
     that is steered, the hidden state h becomes
 
