@@ -10,12 +10,12 @@ import numpy as np
 
 import kfac
 from lirefs.comparison.comparison import Comparison
+from lirefs.comparison.wording import as_number
 from lirefs.directions.capture import capture
 from lirefs.directions.direction import Direction
 from lirefs.directions.probe import Probe, fit
 from lirefs.files import cache_dir
 from lirefs.main_job import settings
-from lirefs.main_job.findings import as_number
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel

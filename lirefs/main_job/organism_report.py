@@ -10,9 +10,10 @@ import numpy as np
 from lirefs.comparison.comparison import BASELINE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.sweeps import damage_of
+from lirefs.comparison.wording import as_number, as_percent, as_points
 from lirefs.main_job import figures as plots
 from lirefs.main_job import organism, settings
-from lirefs.main_job.findings import as_number, as_percent, as_points, separation_figure
+from lirefs.main_job.findings import separation_figure
 from lirefs.main_job.organism import OrganismResults, against_random, random_directions_of
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting
 from lirefs.organism.language import EXCEPTION_SKILLS
