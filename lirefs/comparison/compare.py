@@ -191,6 +191,7 @@ def compare(
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 1),
             "command": _command(),
+            "resumed": kept.resumed,
         },
     )
 

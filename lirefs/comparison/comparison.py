@@ -32,7 +32,8 @@ class Comparison:
         title: Heading of the report; empty for one that names the model.
         notes: Sentences that stand at the top of the report.
         run: When it was run, for how many seconds and by which command: `started` (ISO 8601),
-            `seconds` and `command`; empty where that is not known.
+            `seconds`, `command` and whether it was `resumed`, so that earlier work is not in the
+            seconds; empty where that is not known.
     """
 
     results: dict[str, dict[str, list[ItemResult]]]
@@ -42,7 +43,7 @@ class Comparison:
     seed: int = 0
     title: str = ""
     notes: tuple[str, ...] = ()
-    run: Mapping[str, Any] = field(default_factory=dict)
+    run: dict[str, Any] = field(default_factory=dict)
     _cells: dict[tuple[str, str], Cell] = field(default_factory=dict, init=False, repr=False)
 
     def __repr__(self) -> str:

@@ -18,8 +18,12 @@ def as_percent(one: Estimate) -> str:
 
 
 def percent_interval(one: Estimate) -> str:
-    """The interval of a share in percent, in brackets."""
-    return f"[{100 * one.low:.0f}, {100 * one.high:.0f}]"
+    """The interval of a share in percent, in brackets: whole, unless the share were outside."""
+    value, low, high = (100 * part for part in (one.value, one.low, one.high))
+    whole = f"{low:.0f}", f"{high:.0f}"
+    if float(whole[0]) <= float(as_number(value)) <= float(whole[1]):
+        return f"[{whole[0]}, {whole[1]}]"
+    return f"[{as_number(low)}, {as_number(high)}]"
 
 
 def as_points(one: Estimate) -> str:

@@ -190,7 +190,8 @@ def run_on_organism(
     test = organism_tasks(lm, language, "test", limit)
     if job.suite is not None:
         test += memory_measures(lm, test)
-    comparison = job.compare(lm, interventions, test, seed=seed)
+    title = settings.title_of(lm)
+    comparison = job.compare(lm, interventions, test, seed=seed, title=title)
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))

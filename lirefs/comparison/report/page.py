@@ -39,7 +39,9 @@ def html_page(
     groups: dict[str, list[tables.Table]] = {}
     for task, info in summary.tasks.items():
         groups.setdefault(info.group, []).append(tables.task_table(summary, task))
-    main_figure = next((one for one in figures if one.name == "retained"), next(iter(figures), None))
+    main_figure = next(
+        (one for one in figures if one.name == "retained"), next(iter(figures), None)
+    )
     return environment.get_template("report.html.j2").render(
         title=summary.title,
         about=tables.about_run(summary),

@@ -63,11 +63,12 @@ class Table:
 def about_run(summary: Summary) -> list[tuple[str, str]]:
     """What a reader asks first: the model, and when, how and for how long it was run."""
     run = summary.run
+    time = as_duration(run["seconds"]) if "seconds" in run else ""
     about = {
         "model": summary.model,
         "date": run.get("started", "")[:16].replace("T", " "),
         "command": run.get("command", ""),
-        "run time": as_duration(run["seconds"]) if "seconds" in run else "",
+        "run time": f"{time} after it was resumed" if time and run.get("resumed") else time,
     }
     return [(name, value) for name, value in about.items() if value]
 

@@ -33,7 +33,9 @@ def verdict(summary: Summary) -> list[str]:
     most = _most(summary, summary.methods, tasks)
     lines = []
     if least is not None:
-        lines.append(f"{_of_all(tasks)}{least.variant} keeps least of {least.task}: {_kept(least)}.")
+        lines.append(
+            f"{_of_all(tasks)}{least.variant} keeps least of {least.task}: {_kept(least)}."
+        )
     if most is not None:
         lines.append(
             f"{most.variant} raises {most.task} most, to {_percent(most.retained)} of the "
@@ -43,7 +45,9 @@ def verdict(summary: Summary) -> list[str]:
         return [*lines, _NO_CONTROL]
     rival = _least(summary, controls, tasks)
     if rival is not None:
-        lines.append(f"Of the controls, {rival.variant} keeps least of {rival.task}: {_kept(rival)}.")
+        lines.append(
+            f"Of the controls, {rival.variant} keeps least of {rival.task}: {_kept(rival)}."
+        )
     return lines
 
 
@@ -52,9 +56,7 @@ _NO_CONTROL = "No control was run, so a random change of the same size may do th
 
 def _of_recitation(summary: Summary, controls: Sequence[str]) -> list[str]:
     """The verdict where the unchanged model recites something."""
-    others = [
-        task for group, some in summary.groups.items() if group != RECITED for task in some
-    ]
+    others = [task for group, some in summary.groups.items() if group != RECITED for task in some]
     lowest = _lowest(summary, summary.methods, others)
     if not lowest:
         return []

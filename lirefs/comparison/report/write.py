@@ -90,7 +90,9 @@ def load_report_figures(path: Path, summary: Summary) -> tuple[list[Figure], lis
         if not picture.png.startswith(b"\x89PNG"):
             raise ResultsFileError(f"{png}: not a PNG picture; remove it, or compare again")
         figure = Figure(**listed, picture=picture)
-        foreign = [kind for kind, found in figure.sha256.items() if digests.get(kind, found) != found]
+        foreign = [
+            kind for kind, found in figure.sha256.items() if digests.get(kind, found) != found
+        ]
         left_out += [
             f"{figure.name}.{kind} is not the picture of this comparison (its SHA-256 differs)"
             for kind in foreign
@@ -105,8 +107,8 @@ def markdown_report(
 ) -> str:
     """The report as Markdown, which links to the files of the figures."""
     overview = tables.overview_table(summary)
-    about = (f"{name}: {value}" for name, value in tables.about_run(summary))
-    lines = [f"# {summary.title}", "", ", ".join(about), "", " ".join(verdict(summary))]
+    run = (f"{name}: {value}" for name, value in tables.about_run(summary))
+    lines = [f"# {summary.title}", "", ", ".join(run), "", " ".join(verdict(summary))]
     for note in summary.notes:
         lines += ["", note]
     lines += ["", *(f"{name}: {', '.join(some)}  " for name, some in tables.legend(summary))]
