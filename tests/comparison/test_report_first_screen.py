@@ -150,7 +150,8 @@ def test_title_notes_and_run_stand_on_the_page_and_come_back(tmp_path):
     path = write_report(found, tmp_path, [])
     text = path.read_text()
     for words in (
-        "<h1>Mine &amp; yours</h1>", "<p>First.</p>", "<p>Second.</p>", "<strong>2026-11-30 01:02</strong>",
+        "<h1>Mine &amp; yours</h1>", "<p>First.</p>", "<p>Second.</p>",
+        "<strong>2026-11-30 01:02</strong>",
         "<code>lirefs compare</code>", "<strong>3 min 5 s</strong>", "<strong>made up</strong>",
     ):  # fmt: skip
         assert words in text, words
