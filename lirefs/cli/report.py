@@ -25,10 +25,8 @@ def report_command(
     comparison = load_comparison(results)
     if (results_path(results).parent / "unfinished").is_dir():
         say_on_console("these are results of an earlier run: a later one was interrupted")
-    figures, missing = load_report_figures(results, comparison.summary())
-    if missing:
-        say_on_console(
-            f"left out, because they are not in the folder of the results: {', '.join(missing)}"
-        )
-    page = write_pages(comparison, out or results_path(results).parent, figures)
+    figures, left_out = load_report_figures(results, comparison.summary())
+    for reason in left_out:
+        say_on_console(f"left out: {reason}")
+    page = write_pages(comparison, out or results_path(results).parent, figures, left_out)
     say_on_console(f"report: {page}")

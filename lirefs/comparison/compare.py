@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping, Sequence
+import shlex
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
 from itertools import chain
@@ -13,7 +17,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
-from lirefs.comparison.cell import TaskInfo
+from lirefs.comparison.cell import Cell, TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.journal import Journal, part_key, task_digest, task_parts
 from lirefs.comparison.results_file import MOST_RESAMPLES
@@ -45,6 +49,9 @@ def compare(
     provenance: Mapping[str, Any] | None = None,
     journal: str | Path | None = None,
     progress: bool = True,
+    title: str = "",
+    notes: Sequence[str] = (),
+    callback: Callable[[Cell], object] | None = None,
 ) -> Comparison:
     """Run tasks on the unchanged model and under each intervention, on the same items.
 
@@ -62,6 +69,11 @@ def compare(
             resumes after an interruption, with the same result. The model is recognized by
             `lm.identity`, an intervention by its name and its `describe`.
         progress: Show a progress bar.
+        title: Heading of the report; empty for one that names the model.
+        notes: Sentences for the top of the report: what was asked, and what you found.
+        callback: Called with each finished cell, for logging. Its `p_holm` is None: the adjustment
+            needs all cells. Where `torch.distributed` is running, the first process calls it, once
+            all have finished.
 
     Returns:
         Every variant on every task, item by item.
@@ -77,6 +89,11 @@ def compare(
     """
     must_be(lm, LanguageModel, "lm")
     must_be(interventions, Mapping, "interventions")
+    must_be(title, str, "title")
+    notes = as_list(notes, "notes", str)
+    if callback is not None and not callable(callback):
+        raise SettingError(f"callback must be a function of a cell, got {got(callback)}")
+    started, clock = datetime.now(UTC), time.monotonic()
     for name, one in interventions.items():
         must_be(name, str, "the name of an intervention")
         must_be(one, Intervention, f"interventions[{name!r}]", InterventionError)
@@ -118,6 +135,19 @@ def compare(
         settings = described.get(variant)
         return [(part_key(digest, variant, settings), piece) for digest, piece in pieces[name]]
 
+    def collected(variant: str, name: str) -> list[ItemResult]:
+        found = [kept.finished(key, piece) or [] for key, piece in keyed(variant, name)]
+        placed = dict(zip(chain(*rows[name]), chain(*found), strict=True))
+        return [placed[row] for row in range(len(placed))]
+
+    infos = {task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks}
+
+    def tell(variant: str, name: str) -> None:
+        if callback is not None and kept.rank == 0:
+            results = {one: {name: collected(one, name)} for one in (BASELINE, variant)}
+            so_far = Comparison(results, infos, resamples=resamples, seed=seed)
+            callback(so_far.unadjusted_cell(variant, name))
+
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
         for variant, intervention in variants.items():
@@ -129,16 +159,16 @@ def compare(
                             bar.update(len(piece))
                         else:
                             kept.add(key, piece.run(lm, bar.update))
+                    if kept.size == 1:
+                        tell(variant, name)
     kept.exchange()
-
-    def collected(variant: str, name: str) -> list[ItemResult]:
-        found = [kept.finished(key, piece) or [] for key, piece in keyed(variant, name)]
-        placed = dict(zip(chain(*rows[name]), chain(*found), strict=True))
-        return [placed[row] for row in range(len(placed))]
-
+    if kept.size > 1:
+        for variant in variants:
+            for name in names:
+                tell(variant, name)
     return Comparison(
         results={v: {name: collected(v, name) for name in names} for v in variants},
-        tasks={task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks},
+        tasks=infos,
         provenance={
             "lirefs": __version__,
             **made_on,
@@ -155,4 +185,24 @@ def compare(
         },
         resamples=resamples,
         seed=seed,
+        title=title,
+        notes=tuple(notes),
+        run={
+            "started": started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - clock, 1),
+            "command": _command(),
+            "resumed": kept.resumed,
+        },
     )
+
+
+def _command() -> str:
+    """The whole line of a `lirefs` command; of another program its name alone.
+
+    What others are called with may hold a password, and is not ours to publish.
+    """
+    program, *arguments = sys.argv or [""]
+    path = Path(program)
+    if path.name == "__main__.py" and path.parent.name == "lirefs":
+        path = path.parent  # python -m lirefs
+    return shlex.join([path.name, *arguments]) if path.name == "lirefs" else path.name

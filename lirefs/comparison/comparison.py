@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from typing import Any
 
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
+from lirefs.comparison.controls import is_control
 from lirefs.comparison.summary import Summary, plain_json
 from lirefs.errors import MissingError
 from lirefs.statistics.intervals import Estimate, Floats, mean_of_estimates, resample_counts
@@ -28,6 +29,11 @@ class Comparison:
         provenance: Hashes of model and data, settings, library versions; optionally `findings`.
         resamples: Bootstrap resamples.
         seed: Seed of the bootstrap.
+        title: Heading of the report; empty for one that names the model.
+        notes: Sentences that stand at the top of the report.
+        run: When it was run, for how many seconds and by which command: `started` (ISO 8601),
+            `seconds`, `command` and whether it was `resumed`, so that earlier work is not in the
+            seconds; empty where that is not known.
     """
 
     results: dict[str, dict[str, list[ItemResult]]]
@@ -35,6 +41,9 @@ class Comparison:
     provenance: dict[str, Any] = field(default_factory=dict)
     resamples: int = 5000
     seed: int = 0
+    title: str = ""
+    notes: tuple[str, ...] = ()
+    run: dict[str, Any] = field(default_factory=dict)
     _cells: dict[tuple[str, str], Cell] = field(default_factory=dict, init=False, repr=False)
 
     def __repr__(self) -> str:
@@ -47,6 +56,13 @@ class Comparison:
         """Names of the variants, the unchanged model first."""
         return list(self.results)
 
+    @property
+    def controls(self) -> list[str]:
+        """Names of the variants that are controls, by their names or kinds: see `is_control`."""
+        described = self.provenance.get("interventions")
+        kinds = described if isinstance(described, Mapping) else {}
+        return [name for name in self.variants[1:] if is_control(name, kinds.get(name))]
+
     def score(self, variant: str, task: str) -> float:
         """A task's value without its interval: the metric over all items, or the perplexity."""
         return float(self._scores(variant, task).value()[0])
@@ -58,10 +74,19 @@ class Comparison:
         """
         self._known(variant, task)
         if (variant, task) not in self._cells:
-            self._cells[variant, task] = self._cell(variant, task)
+            p_values = (None, None) if variant == BASELINE else self._p_values[variant, task]
+            self._cells[variant, task] = self._cell(variant, task, *p_values)
         return self._cells[variant, task]
 
-    def _cell(self, variant: str, task: str) -> Cell:
+    def unadjusted_cell(self, variant: str, task: str) -> Cell:
+        """A cell whose p-value is not adjusted, which needs no other variant or task."""
+        self._known(variant, task)
+        alone = variant == BASELINE
+        base = self._scores(BASELINE, task)
+        p = None if alone else self._scores(variant, task).p_value(base)
+        return self._cell(variant, task, p, None)
+
+    def _cell(self, variant: str, task: str, p: float | None, p_holm: float | None) -> Cell:
         info, items, draws = self.tasks[task], self.results[variant][task], self.draws(task)
         scores, base = self._scores(variant, task), self._scores(BASELINE, task)
         others = [name for name in items[0].scores if name not in (info.metric, "nll")]
@@ -71,7 +96,6 @@ class Comparison:
         if variant == BASELINE:
             return cell(None, None, unparsable, extra)
         difference, retained, detectable = scores.compared(base, draws)
-        p, p_holm = self._p_values[variant, task]
         return cell(difference, retained, unparsable, extra, p, p_holm, detectable)
 
     @cached_property
@@ -111,8 +135,13 @@ class Comparison:
         }
         settings = {key: one for key, one in self.provenance.items() if key != "findings"}
         bootstrap = {"resamples": self.resamples, "seed": self.seed}
+        model = str(self.provenance.get("model_name", "a model"))
         return Summary(
-            title=f"Reasoning against recitation in {self.provenance.get('model_name', 'a model')}",
+            title=self.title or _title(len(self.variants) - 1, model),
+            model=model,
+            run=dict(self.run),
+            notes=tuple(self.notes),
+            controls=frozenset(self.controls),
             findings=tuple(map(str, self.provenance.get("findings", []))),
             variants=tuple(self.variants),
             tasks=dict(self.tasks),
@@ -154,3 +183,10 @@ class Comparison:
     def _scores(self, variant: str, task: str) -> Scores:
         self._known(variant, task)
         return Scores.of(self.results[variant][task], self.tasks[task].metric)
+
+
+def _title(changes: int, model: str) -> str:
+    """The heading of a report that was not given one."""
+    if changes == 1:
+        return f"What one intervention changes in {model}"
+    return f"What {changes} interventions change in {model}" if changes else f"Scores of {model}"

@@ -46,6 +46,7 @@ class Journal:
                 raise SettingError(f"journal {self._folder}: exists and is not a folder")
             for file in sorted(self._folder.glob("items-*.jsonl")):
                 self._read(file)
+        self.resumed = bool(self._lines)
 
     def _read(self, file: Path) -> None:
         try:

@@ -27,18 +27,29 @@ _ASKED = ("id", "weight", "prompt", "expected")
 _GIVEN = ("scores", "output", "parsed")
 
 
-def results_json(comparison: Comparison, figures: Sequence[Figure] = ()) -> str:
+def results_json(
+    comparison: Comparison, figures: Sequence[Figure] = (), run: Mapping[str, Any] | None = None
+) -> str:
     """A comparison as JSON text: settings, every cell, every item.
 
     The prompts stand once for each task; the outputs of each variant follow in the same order.
+    Only `run`, which a report takes from the comparison, differs from one run to the next.
     """
+    named = {"title": comparison.title, "notes": comparison.notes, "run": run}
     value = {
         "format": FORMAT,
         "provenance": comparison.provenance,
         "resamples": comparison.resamples,
         "seed": comparison.seed,
+        **{key: one for key, one in named.items() if one},
         "figures": [
-            {"name": one.name, "title": one.title, "caption": one.caption} for one in figures
+            {
+                "name": one.name,
+                "title": one.title,
+                "caption": one.caption,
+                "sha256": one.sha256,
+            }
+            for one in figures
         ],
         "cells": [asdict(cell) for cell in comparison.cells()],
         "tasks": {
@@ -76,7 +87,16 @@ def load_comparison(path: str | Path) -> Comparison:
             for variant, by_task in data["results"].items()
         }
         _check_settings(data)
-        comparison = Comparison(results, tasks, data["provenance"], data["resamples"], data["seed"])
+        comparison = Comparison(
+            results,
+            tasks,
+            data["provenance"],
+            data["resamples"],
+            data["seed"],
+            data.get("title", ""),
+            tuple(data.get("notes", [])),
+            data.get("run", {}),
+        )
         if next(iter(results), None) != BASELINE or not all(results[BASELINE].values()):
             raise ValueError(f"the first variant is not {BASELINE!r}, or one of its tasks is empty")
         comparison.cells()
@@ -127,19 +147,31 @@ def _check_settings(data: Mapping[str, Any]) -> None:
         raise TypeError(f"seed is {seed!r:.80}")
     if not isinstance(provenance, dict) or not isinstance(provenance.get("findings", []), list):
         raise TypeError("provenance is not an object, or its findings are not a list")
+    title, notes, run = data.get("title", ""), data.get("notes", []), data.get("run", {})
+    if not isinstance(notes, list) or not all(isinstance(one, str) for one in (title, *notes)):
+        raise TypeError("the title or a note is not a string")
+    texts = [run.get(key, "") for key in ("started", "command")] if isinstance(run, dict) else [0]
+    if not all(isinstance(one, str) for one in texts) or not _is_number(run.get("seconds", 0)):
+        raise TypeError("started, command or seconds of the run has the wrong type")
+    if not 0 <= run.get("seconds", 0) < math.inf:
+        raise ValueError(f"seconds of the run is {run['seconds']!r:.80}")
 
 
-def figures_in_results(file: Path) -> list[dict[str, str]]:
-    """Name, title and caption of each figure that was saved with a comparison."""
+def figures_in_results(file: Path) -> list[tuple[dict[str, str], dict[str, str]]]:
+    """Name, title and caption of each saved figure, and the SHA-256 of its files by extension.
+
+    Reports of earlier versions have no SHA-256.
+    """
     try:
         figures = _read(file)["figures"]
-        found = [{key: one[key] for key in ("name", "title", "caption")} for one in figures]
-        for one in found:
-            if not all(isinstance(text, str) for text in one.values()):
-                raise TypeError("a name, title or caption is not a string")
+        texts = [{key: one[key] for key in ("name", "title", "caption")} for one in figures]
+        found = [(text, one.get("sha256", {})) for text, one in zip(texts, figures, strict=True)]
+        for one, digests in found:
+            if not all(isinstance(text, str) for text in (*one.values(), *digests.values())):
+                raise TypeError("a name, title, caption or digest is not a string")
             if not _FIGURE_NAME.fullmatch(one["name"]):
                 raise ValueError(f"{one['name']!r:.80} is not the name of a figure file")
-    except (KeyError, TypeError, ValueError) as problem:
+    except (KeyError, TypeError, ValueError, AttributeError) as problem:
         raise ResultsFileError(
             f"{file}: its list of figures is damaged ({type(problem).__name__}: {problem})"
         ) from problem

@@ -21,8 +21,12 @@ class Summary:
 
     Attributes:
         title: Heading of the report.
+        model: Name of the model.
+        run: When, for how long and by which command it was run: see `Comparison`.
+        notes: Sentences for the top of the report.
         findings: Conclusions in sentences, if the comparison has any.
         variants: Names, the unchanged model first.
+        controls: Variants that are controls; the others, but for the first, are methods.
         tasks: Name of each task to its group, metric and chance level.
         groups: Task groups with something to retain, to their informative tasks.
         cells: (variant, task) to its numbers; tasks in order, variants within.
@@ -32,14 +36,29 @@ class Summary:
     """
 
     title: str
+    model: str
+    run: Mapping[str, Any]
+    notes: tuple[str, ...]
     findings: tuple[str, ...]
     variants: tuple[str, ...]
+    controls: frozenset[str]
     tasks: Mapping[str, TaskInfo]
     groups: Mapping[str, tuple[str, ...]]
     cells: Mapping[tuple[str, str], Cell]
     means: Mapping[tuple[str, str], Estimate]
     informative: frozenset[str]
     settings: Mapping[str, Any]
+
+    @property
+    def methods(self) -> list[str]:
+        """Variants that are neither the unchanged model nor controls, in their order."""
+        return [name for name in self.variants[1:] if name not in self.controls]
+
+    @property
+    def methods_first(self) -> list[str]:
+        """All variants as tables list them: the unchanged model, methods, controls."""
+        controls = [name for name in self.variants if name in self.controls]
+        return [self.variants[0], *self.methods, *controls]
 
     def of_task(self, task: str) -> list[Cell]:
         """Every variant on one task, the unchanged model first."""

@@ -14,25 +14,9 @@ from lirefs.comparison.comparison import BASELINE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import changes_by_tag
+from lirefs.comparison.wording import as_number, as_percent
 from lirefs.directions.figures import direction_separation
 from lirefs.directions.probe import Probe
-from lirefs.statistics.intervals import Estimate
-
-
-def as_number(value: float, sign: str = "") -> str:
-    """A number with two digits, or all digits before the point."""
-    return f"{value:{sign}.0f}" if abs(value) >= 9.95 else f"{value:{sign}.2g}"
-
-
-def as_percent(one: Estimate) -> str:
-    """A share as a percentage with its interval."""
-    return f"{as_number(100 * one.value)} % [{100 * one.low:.0f}, {100 * one.high:.0f}]"
-
-
-def as_points(one: Estimate) -> str:
-    """A difference between shares in percentage points, with its interval."""
-    value, low, high = (100 * part for part in (one.value, one.low, one.high))
-    return f"{as_number(value, '+')} points [{low:+.0f}, {high:+.0f}]"
 
 
 def probe_lines(probe: Probe) -> list[str]:

@@ -19,7 +19,7 @@ from lirefs.errors import KeepError, SettingError, must_be
 from lirefs.files import cache_dir, read_jsonl
 from lirefs.main_job import findings, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
-from lirefs.main_job.settings import Job, console_table
+from lirefs.main_job.settings import Job, console_table, title_of
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
@@ -131,6 +131,7 @@ def run(
         out=out,
         seed=seed,
         quick=quick,
+        resumed=resume and (out / "unfinished").exists(),
         console=console,
     )
     if job.journal.exists() and not resume:
@@ -195,7 +196,9 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
             "suite": job.suite, "limit": job.limit,
         },
     }  # fmt: skip
-    comparison = job.compare(lm, interventions, tasks, seed=seed, provenance=settings)
+    comparison = job.compare(
+        lm, interventions, tasks, seed=seed, provenance=settings, title=title_of(lm)
+    )
     figures = [
         *findings.tag_figures(comparison, ["K-FAC", "LiReF"]),
         findings.separation_figure(probe),
@@ -264,6 +267,7 @@ def _save(
     """Write the report, once for all processes, and drop the journal."""
     if job.console.quiet:
         return
+    job.timed(comparison)
     with job.console.status("writing the report"):
         summary = comparison.summary()
         page = lirefs.write_report(comparison, job.out, [*retained_figures(summary), *figures])

@@ -10,12 +10,12 @@ import numpy as np
 
 import kfac
 from lirefs.comparison.comparison import Comparison
+from lirefs.comparison.wording import as_number
 from lirefs.directions.capture import capture
 from lirefs.directions.direction import Direction
 from lirefs.directions.probe import Probe, fit
 from lirefs.files import cache_dir
 from lirefs.main_job import settings
-from lirefs.main_job.findings import as_number
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
@@ -190,7 +190,8 @@ def run_on_organism(
     test = organism_tasks(lm, language, "test", limit)
     if job.suite is not None:
         test += memory_measures(lm, test)
-    comparison = job.compare(lm, interventions, test, seed=seed)
+    title = settings.title_of(lm)
+    comparison = job.compare(lm, interventions, test, seed=seed, title=title)
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))

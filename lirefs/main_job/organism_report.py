@@ -10,14 +10,16 @@ import numpy as np
 from lirefs.comparison.comparison import BASELINE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.sweeps import damage_of
+from lirefs.comparison.wording import as_number, as_percent, as_points
 from lirefs.main_job import figures as plots
 from lirefs.main_job import organism, settings
-from lirefs.main_job.findings import as_number, as_percent, as_points, separation_figure
+from lirefs.main_job.findings import separation_figure
 from lirefs.main_job.organism import OrganismResults, against_random, random_directions_of
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting
 from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.organism.questions import Form
 from lirefs.statistics.intervals import Estimate
+from lirefs.tasks.task import CONFLICT
 
 
 def organism_findings(found: OrganismResults) -> list[str]:
@@ -114,18 +116,24 @@ def _spectrum(found: OrganismResults) -> list[str]:
         f"{as_percent(recited)} of {recited.n}, from {as_number(100 * before.value)} %; perplexity "
         f"on stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}"
     ]
-    tasks = [task for task in (*settings.SKILLS, "common facts") if table.informative(task)]
-    kept = {task: one for task in tasks if (one := table.cell("K-FAC", task).retained)}
+    kept = {
+        task: one
+        for task, info in table.tasks.items()
+        if info.group not in (CONFLICT, table.tasks[RECITED].group)
+        and table.informative(task)
+        and (one := table.cell("K-FAC", task).retained)
+    }
     if kept:
         enough = sum(one.value >= settings.KEPT_SHARE for one in kept.values())
         worst, share = min(kept.items(), key=lambda pair: pair[1].value)
         lines.append(
-            f"{enough} of {len(kept)} skills keep at least {100 * settings.KEPT_SHARE:.0f} % of "
-            f"their score under the K-FAC edit. Least kept: {worst}, {as_percent(share)}. "
-            f"Above chance before: {', '.join(kept)}."
+            f"Under the K-FAC edit {enough} of {len(kept)} other tasks keep at least "
+            f"{100 * settings.KEPT_SHARE:.0f} % of their score. Least kept: {worst}, "
+            f"{as_percent(share)}. All tasks on which the unchanged model is above chance, but for "
+            "recitation and conflicts."
         )
     else:
-        lines.append("No skill is above chance before the K-FAC edit, so none can be kept.")
+        lines.append("No other task is above chance before the K-FAC edit, so none can be kept.")
     return [*lines, found.matched]
 
 
@@ -134,14 +142,13 @@ def _exceptions(found: OrganismResults) -> list[str]:
     random, layer = ["random direction"], f"layer {found.layer}"
     beyond = _beyond_random(found, TRUE, layer)
     lines = [
-        f"The unchanged model answers {as_percent(base)} of {base.n} exceptions with the truth. "
-        f"By skill: {_by_skill(found, BASELINE)}. Test items.",
-        f"{_truth(found, 'K-FAC', ['SVD', 'random pairs'])} By skill: {_by_skill(found, 'K-FAC')}. "
-        f"{_setting(found.edit)}",
-        f"{_truth(found, 'LiReF add', random)} By skill: {_by_skill(found, 'LiReF add')}. "
-        f"{_setting(found.steers['add'])}",
+        f"The unchanged model answers {_seldom(base)} of the exceptions with the truth. "
+        f"Answered with the truth: {as_percent(base)} of {base.n} ({_by_skill(found, BASELINE)}). "
+        "Test items.",
+        f"{_truth(found, 'K-FAC', ['SVD', 'random pairs'])} {_setting(found.edit)}",
+        f"{_truth(found, 'LiReF add', random)} {_setting(found.steers['add'])}",
         f"LiReF add returns exceptions to the truth {_often(beyond)} random directions. "
-        f"{_numbers_beyond(found, TRUE, layer)}",
+        f"Answered with the truth: {_numbers_beyond(found, TRUE, layer)}. {_swept(found)}",
     ]
     for name in ("amplify", "ablate"):
         lines.append(f"{_truth(found, f'LiReF {name}', random)} {_setting(found.steers[name])}")
@@ -156,8 +163,14 @@ def _truth(found: OrganismResults, variant: str, controls: list[str]) -> str:
     shares = [f"{name} {as_percent(found.comparison.cell(name, TRUE).value)}" for name in controls]
     return (
         f"{variant} returns exceptions to the truth {_often(beyond)} its controls. Answered with "
-        f"the truth: {as_percent(value)} of {value.n}; controls: {', '.join(shares)}."
+        f"the truth: {as_percent(value)} of {value.n} ({_by_skill(found, variant)}); controls: "
+        f"{', '.join(shares)}."
     )
+
+
+def _seldom(share: Estimate) -> str:
+    """How large a share is, in words."""
+    return "none" if share.value == 0 else "few" if share.high < 0.5 else "many"
 
 
 def _by_skill(found: OrganismResults, variant: str) -> str:
@@ -171,23 +184,23 @@ def _conflicts(found: OrganismResults) -> list[str]:
     base = found.steer_sweep.cell(BASELINE, READ).value
     lines = []
     for name in [f"strength {sign * found.strength:g}" for sign in (-1, 1)]:
-        cell = found.steer_sweep.cell(name, READ)
-        change = "" if cell.difference is None else f" ({as_points(cell.difference)})"
+        followed = found.steer_sweep.cell(name, READ).value
         beyond = _beyond_random(found, READ, name)
         lines.append(
             f"At {name} conflicts follow the passage {_often(beyond)} under random directions. "
-            f"Followed: {as_percent(cell.value)} of {base.n}, from {as_percent(base)}{change}. "
-            f"{_numbers_beyond(found, READ, name)}"
+            f"Followed: {as_percent(followed)} of {base.n}, from {as_percent(base)}; "
+            f"{_numbers_beyond(found, READ, name)}. {_swept(found)}"
         )
     scores = found.probes[found.form].scores
     areas = [one.test_auroc.value for one in scores]
-    acts = [abs(_beyond_random(found, READ, f"layer {i}").value) for i in range(len(areas))]
-    best, strongest = int(np.argmax(areas)), int(np.argmax(acts))
+    acts = [_beyond_random(found, READ, f"layer {i}") for i in range(len(areas))]
+    best = int(np.argmax(areas))
+    strongest = int(np.argmax([abs(one.value) for one in acts]))
     return [
         *lines,
         f"The direction separates best at layer {best} and moves conflicts most at layer "
-        f"{strongest}. Test AUROC: {areas[best]:.3f}; change beyond random directions: "
-        f"{as_number(100 * acts[strongest])} points. Form {found.form}, every layer tried.",
+        f"{strongest}. Test AUROC: {scores[best].test_auroc}; change beyond random directions: "
+        f"{as_points(acts[strongest])}. Form {found.form}, every layer tried.",
     ]
 
 
@@ -206,9 +219,15 @@ def _numbers_beyond(found: OrganismResults, task: str, name: str) -> str:
     shares = [found.steer_sweep.cell(one, task).value.value for one in random_directions_of(name)]
     low, high = (as_number(100 * one) for one in (min(shares), max(shares)))
     return (
-        f"Beyond {len(shares)} random directions of the same norm ({low} to {high} %): "
-        f"{as_points(_beyond_random(found, task, name))}."
+        f"{as_points(_beyond_random(found, task, name))} beyond {len(shares)} random directions of "
+        f"the same norm ({low} to {high} %)"
     )
+
+
+def _swept(found: OrganismResults) -> str:
+    """The setting of the sweeps over strength and layer."""
+    scope = found.steers["add"].intervention.scope.name
+    return f"Operator add, form {found.form}, layer {found.layer}, scope {scope}."
 
 
 def _directions(found: OrganismResults) -> list[str]:
@@ -223,8 +242,14 @@ def _directions(found: OrganismResults) -> list[str]:
             f"The {own} direction {verb} {other} questions. Test AUROC: {there}; {here} on its own "
             f"form, where a bag of words reaches {words}. {where}"
         )
-    shown = [f"{cosines['passage', other]:.2f} with {other}" for other in organism.FORMS[1:]]
-    return [*lines, f"The passage direction's cosines are {', '.join(shown)}. {where}"]
+    others = [form for form in organism.FORMS if form != "passage"]
+    nearest = max(others, key=lambda other: cosines["passage", other])
+    shown = [f"{cosines['passage', other]:.2f} with {other}" for other in others]
+    return [
+        *lines,
+        f"Of the other directions, {nearest}'s is nearest to that of passage. Cosines: "
+        f"{', '.join(shown)}. {where}",
+    ]
 
 
 def _cosines(found: OrganismResults) -> dict[tuple[str, str], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class Job:
     out: Path = Path("report")
     seed: int = 0
     quick: bool = False
+    resumed: bool = False
+    started: datetime = field(default_factory=lambda: datetime.now(UTC))
     console: Console = field(default_factory=lambda: Console(quiet=True))
 
     @property
@@ -80,9 +83,20 @@ class Job:
         shown = not self.console.quiet
         return compare(lm, interventions, tasks, journal=self.journal, progress=shown, **options)
 
+    def timed(self, comparison: Comparison) -> None:
+        """Write into a comparison when the whole job began, and how long it took."""
+        seconds = round((datetime.now(UTC) - self.started).total_seconds(), 1)
+        started = self.started.isoformat(timespec="seconds")
+        comparison.run.update(started=started, seconds=seconds, resumed=self.resumed)
+
     def say(self, line: str) -> None:
         """Print a line on the console, as it is."""
         self.console.print(line, markup=False, soft_wrap=True)
+
+
+def title_of(lm: LanguageModel) -> str:
+    """Heading of a main job's report."""
+    return f"Reasoning against recitation in {lm.name}"
 
 
 def console_table(*heads: str, title: str | None = None) -> Table:

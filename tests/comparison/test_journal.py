@@ -180,9 +180,13 @@ journal.PART = 4
 if {distributed}:
     dist.init_process_group("gloo")
 lm = lirefs.wrap(tiny_model("llama"), tiny_tokenizer(), name="tiny")
-found = lirefs.compare(lm, variants(), tasks(), journal=sys.argv[1], progress=False)
+told = []
+found = lirefs.compare(
+    lm, variants(), tasks(), journal=sys.argv[1], progress=False, callback=told.append
+)
 rank = dist.get_rank() if {distributed} else 0
 open(sys.argv[2] + str(rank), "w").write(results_json(found))
+open(sys.argv[2] + "-told" + str(rank), "w").write(str(len(told)))
 """
 
 
@@ -201,6 +205,8 @@ def test_two_processes_give_the_same_items_as_one(tmp_path, monkeypatch):
     subprocess.run([*torchrun, *arguments], check=True, timeout=240)
     assert (tmp_path / "shared0").read_text() == alone
     assert (tmp_path / "shared1").read_text() == alone
+    told = [int((tmp_path / f"shared-told{rank}").read_text()) for rank in (0, 1)]
+    assert told == [len(json.loads(alone)["cells"]), 0]
     # Both did a part of the work.
     sizes = [len(file.read_text().split()) for file in sorted((tmp_path / "two").iterdir())]
     assert len(sizes) == 2

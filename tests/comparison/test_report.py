@@ -15,6 +15,7 @@ from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.figures import retained
 from lirefs.comparison.figures.retained import retained_figures
 from lirefs.comparison.report import csv_latex, flip_list, page, tables, write
+from lirefs.comparison.report.words_diff import BEFORE
 from lirefs.errors import ResultsFileError
 from lirefs.pictures import Picture
 from lirefs.tasks.task import CONFLICT
@@ -107,8 +108,9 @@ def test_the_page_has_every_flip_up_to_a_bound(comparison, monkeypatch):
         data = json.loads(Page(text).scripts["flip-data"])
         rows = [
             (data["tasks"][data["items"][item][0]], data["variants"][variant],
-             data["items"][item][1], bool(gained), after)
-            for item, variant, gained, after in data["flips"]
+             data["items"][item][1], bool(gained),
+             "".join(part for where, part in parts if where != BEFORE))
+            for item, variant, gained, parts in data["flips"]
         ]  # fmt: skip
         return rows, text
 
@@ -153,7 +155,7 @@ def test_only_what_holds_after_the_adjustment_is_marked(comparison):
     assert table.marked == {1}
     column = table.head.index("p (Holm)")
     assert [row[column].text for row in table.rows] == ["-", "< 0.001 *", "0.800"]
-    assert f"p (Holm) < {LEVEL:g}" in tables.LEGEND
+    assert f"p (Holm) < {LEVEL:g}" in tables.STATISTICS
     unset = Comparison(comparison.results, comparison.tasks, resamples=50)
     assert not any(unset.cell("unchanged", task).clear for task in unset.tasks)
 

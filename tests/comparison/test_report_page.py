@@ -60,10 +60,14 @@ press(0, 0); seen.byName = column(0, 0); seen.nameOrder = order(0);
 press(1, 4); seen.p = column(1, 4);
 press(1, 4); seen.pFalling = column(1, 4);
 
+seen.folded = [...document.querySelectorAll("details.section")].map((one) => one.open);
+document.getElementById("flips").open = true;
 seen.all = flips();
 seen.first = document.querySelector(".flip").innerText;
 document.querySelector(".flip details").open = true;
 seen.shared = document.querySelector(".flip details p").textContent;
+seen.marked = [...document.querySelectorAll(".flip del, .flip ins")].slice(0, 2)
+  .map((one) => [one.tagName, one.textContent]);
 seen.prompt = document.querySelector(".flip > p").textContent;
 document.getElementById("flip-next").click(); seen.second = flips();
 set("task", "1"); seen.task = flips();
@@ -77,8 +81,9 @@ set("text", "no such words"); seen.none = flips();
 document.getElementById("filters").reset();
 seen.tableCopied = copied(table(0).querySelector(".copy"));
 seen.settingsCopied = copied(document.querySelector("[data-copy=settings]"));
-seen.wide = document.documentElement.scrollWidth <= window.innerWidth;
+document.querySelector('nav a[href="#settings"]').click();
 setTimeout(() => {
+  seen.opened = document.getElementById("settings").open;
   seen.reset = flips();
   const box = document.createElement("pre");
   box.id = "seen";
@@ -123,7 +128,7 @@ def seen(text, tmp_path_factory):
     assert console == []
     found = re.search(r'<pre id="seen">(.*?)</pre>', document, re.DOTALL)
     assert found, document[-2000:]
-    assert "<title>Reasoning against recitation in made up</title>" in document
+    assert "<title>What 2 interventions change in made up</title>" in document
     return json.loads(html.unescape(found.group(1)))
 
 
@@ -199,8 +204,78 @@ def test_text_is_copied_without_a_clipboard(seen, text, comparison):
     assert len(rows) - 1 == int(seen["text"]["count"].split()[0])
 
 
-def test_a_narrow_window_needs_no_sideways_scrolling(seen):
-    assert seen["wide"]
+def test_what_is_folded_opens_from_the_menu(seen):
+    assert seen["folded"]
+    assert not any(seen["folded"])
+    assert seen["opened"]
+
+
+def test_a_flipped_item_marks_the_words_that_differ(seen, comparison):
+    one = flips(comparison, next(iter(comparison.tasks)), "variant A")[0]
+    before, after = one.before.split()[0], one.after.split()[0]
+    assert seen["marked"] == [["DEL", before], ["INS", after]]
+
+
+LOOK = """
+const style = (selector) => getComputedStyle(document.querySelector(selector));
+const box = (selector) => document.querySelector(selector).getBoundingClientRect();
+for (const one of document.querySelectorAll("details.section")) one.open = true;
+document.querySelector(".overview tbody tr").classList.add("control");
+const light = (colour) =>
+  colour.match(/[0-9]+/g).slice(0, 3).map(Number).reduce((one, other) => one + other) / 765;
+parent.postMessage(JSON.stringify({
+  inside: document.documentElement.scrollWidth <= window.innerWidth,
+  paper: light(style("body").backgroundColor),
+  inks: ["h1", ".note", "tr.control td", "nav a", ".flip p", ".badge"]
+    .map((one) => light(style(one).color)),
+  badge: light(style(".badge").backgroundColor),
+  menuBeside: box("nav").right <= box("main").left,
+  sticky: [style(".overview thead th").position, style(".overview tbody th").position],
+  pictureWidth: box("img").width,
+  smallest: Math.min(...[...document.querySelectorAll("main *")]
+    .filter((one) => one.innerText).map((one) => parseFloat(getComputedStyle(one).fontSize))),
+  first: box(".verdict").top,
+}), "*");
+"""
+FRAME = """<body style="margin:0"><script>
+addEventListener("message", (event) => {
+  const box = document.createElement("pre");
+  box.id = "seen";
+  box.textContent = event.data;
+  document.body.append(box);
+});
+</script><iframe src="look.html" style="border:0;width:%dpx;height:1000px"></iframe></body>"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1400])
+def test_it_is_legible_at_any_width_in_both_schemes(text, tmp_path, width, scheme):
+    (tmp_path / "look.html").write_text(
+        text.replace("</body>", f"<script>{LOOK}</script></body>"), "utf-8"
+    )
+    frame = tmp_path / "frame.html"
+    frame.write_text(FRAME % width, "utf-8")
+    document, console = browse(
+        frame,
+        tmp_path,
+        "--virtual-time-budget=5000",
+        "--window-size=1500,1000",
+        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
+        "--dump-dom",
+    )
+    assert console == []
+    found = re.search(r'<pre id="seen">(.*?)</pre>', document, re.DOTALL)
+    look = json.loads(html.unescape(found.group(1)))
+    assert look["inside"]
+    assert (look["paper"] < 0.2) == (scheme == "dark")
+    *inks, badge = look["inks"]
+    for ink, paper in [*((one, look["paper"]) for one in inks), (badge, look["badge"])]:
+        assert abs(ink - paper) > 0.35, look
+    assert look["menuBeside"] == (width == 1400)
+    assert look["sticky"] == ["sticky", "sticky"]
+    assert look["pictureWidth"] >= 640
+    assert look["smallest"] >= 10.5
+    assert look["first"] < 350
 
 
 def test_it_prints(text, tmp_path):

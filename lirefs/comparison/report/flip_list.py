@@ -9,6 +9,7 @@ from typing import Any
 
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.item_changes import flips
+from lirefs.comparison.report.words_diff import words_diff
 
 MOST_FLIPS = 5000
 """Most flipped items on a page: the first ones of each task and variant."""
@@ -31,7 +32,10 @@ class FlipList:
 
 
 def flip_list(comparison: Comparison) -> FlipList:
-    """The flipped items of a comparison; each prompt stands once, not once for every variant."""
+    """The flipped items of a comparison; each prompt stands once, not once for every variant.
+
+    The answers stand word by word, see `words_diff`.
+    """
     tasks, variants = list(comparison.tasks), comparison.variants[1:]
     listed = {(t, v): flips(comparison, t, v) for t in tasks for v in variants}
     sizes = [len(some) for some in listed.values()]
@@ -46,7 +50,8 @@ def flip_list(comparison: Comparison) -> FlipList:
         for one in some[:each]:
             rest = one.prompt[len(shared[task]) :]
             item = items.setdefault((task, one.id, rest, one.expected, one.before), len(items))
-            rows.append([item, variants.index(variant), int(one.gained), _cut(one.after)])
+            parts = words_diff(_cut(one.before), _cut(one.after))
+            rows.append([item, variants.index(variant), int(one.gained), parts])
     data = {
         "tasks": tasks,
         "variants": variants,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from typing import Any
@@ -11,16 +12,23 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from lirefs.comparison.controls import CONTROL_WORDS
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.report import tables
 from lirefs.comparison.report.flip_list import FlipList
+from lirefs.comparison.report.verdict import verdict
 from lirefs.comparison.summary import Summary
 
 _MOST_SETTINGS = 120
 
 
-def html_page(summary: Summary, flips: FlipList, figures: Sequence[Figure]) -> str:
-    """The report as one HTML page; the same arguments give the same bytes."""
+def html_page(
+    summary: Summary, flips: FlipList, figures: Sequence[Figure], left_out: Sequence[str] = ()
+) -> str:
+    """The report as one HTML page; the same arguments give the same bytes.
+
+    The figure named `retained`, or else the first, stands on the first screen.
+    """
     environment = Environment(
         loader=PackageLoader("lirefs.comparison.report", ""),
         autoescape=True,
@@ -31,12 +39,22 @@ def html_page(summary: Summary, flips: FlipList, figures: Sequence[Figure]) -> s
     groups: dict[str, list[tables.Table]] = {}
     for task, info in summary.tasks.items():
         groups.setdefault(info.group, []).append(tables.task_table(summary, task))
+    main_figure = next(
+        (one for one in figures if one.name == "retained"), next(iter(figures), None)
+    )
     return environment.get_template("report.html.j2").render(
         title=summary.title,
-        findings=summary.findings,
+        about=tables.about_run(summary),
+        verdict=verdict(summary),
+        notes=summary.notes,
+        legend=tables.legend(summary),
+        control_words=CONTROL_WORDS,
+        findings=list(map(_claim_and_rest, summary.findings)),
         overview=tables.overview_table(summary),
-        legend=tables.LEGEND,
-        figures=figures,
+        statistics=tables.STATISTICS,
+        main_figure=main_figure,
+        figures=[one for one in figures if one is not main_figure],
+        left_out=left_out,
         groups=groups,
         flips=flips,
         flip_data=_in_script(flips.data),
@@ -46,6 +64,13 @@ def html_page(summary: Summary, flips: FlipList, figures: Sequence[Figure]) -> s
         script=_source("report.js"),
         finite=math.isfinite,
     )
+
+
+def _claim_and_rest(finding: str) -> tuple[str, str]:
+    """A finding's first sentence, which may have a number before it, and its others."""
+    found = re.match(r"(?:\d+\. )?.*?\.(?= |$)", finding, re.DOTALL)
+    end = found.end() if found else len(finding)
+    return finding[:end], finding[end:]
 
 
 def _setting_lines(settings: Mapping[str, Any]) -> list[tuple[str, str]]:

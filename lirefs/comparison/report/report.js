@@ -36,6 +36,27 @@
     button.addEventListener("click", () => sort(button.closest("th")));
   }
 
+  // Sections: a link opens the one that it leads to, print opens all.
+  const sections = [...document.querySelectorAll("details.section")];
+  const openTarget = () => {
+    const target = sections.find((one) => `#${one.id}` === location.hash);
+    if (target) target.open = true;
+    target?.scrollIntoView();
+  };
+  addEventListener("hashchange", openTarget);
+  for (const link of document.querySelectorAll("nav a")) {
+    link.addEventListener("click", () => setTimeout(openTarget)); // a second click changes no hash
+  }
+  let folded = [];
+  addEventListener("beforeprint", () => {
+    folded = sections.filter((one) => !one.open);
+    for (const one of folded) one.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const one of folded) one.open = false;
+  });
+  openTarget();
+
   // Flipped items: filtered all at once, drawn a page at a time.
   const data = JSON.parse(byId("flip-data").textContent);
   const item = (flip) => data.items[flip[0]];
@@ -48,10 +69,13 @@
     });
   fill(boxes[0], data.tasks);
   fill(boxes[1], data.variants);
+  const SAME = 0, BEFORE = 1, AFTER = 2; // as in words_diff.py
+  const textAfter = (flip) =>
+    flip[3].filter(([kind]) => kind !== BEFORE).map(([, text]) => text).join("");
   const texts = [];
   const textOf = (place) => {
     const [, id, prompt, expected, before] = item(data.flips[place]);
-    return (texts[place] ??= [id, prompt, expected, before, data.flips[place][3]]
+    return (texts[place] ??= [id, prompt, expected, before, textAfter(data.flips[place])]
       .join("\n").toLowerCase());
   };
   let chosen = [];
@@ -68,14 +92,17 @@
     page = 0;
     draw();
   };
-  const side = (name, text, kind) => {
+  const side = (name, parts, kind) => {
     const box = make("div", undefined, kind);
-    box.append(make("dt", name), make("dd", text === "" ? "(nothing)" : text, "text"));
+    const shown = make("dd", parts.length ? undefined : "(nothing)", "text");
+    const names = { [SAME]: "span", [BEFORE]: "del", [AFTER]: "ins" };
+    shown.append(...parts.map(([where, text]) => make(names[where], text)));
+    box.append(make("dt", name), shown);
     return box;
   };
   const card = (flip) => {
-    const [task, id, prompt, expected, before] = item(flip);
-    const [, variant, gained, after] = flip;
+    const [task, id, prompt, expected] = item(flip);
+    const [, variant, gained, parts] = flip;
     const box = make("article", undefined, "flip");
     const heading = make("h4");
     heading.append(
@@ -91,9 +118,10 @@
     }
     const sides = make("dl", undefined, "sides");
     sides.append(
-      side("expected", expected, ""),
-      side("unchanged", before, gained ? "wrong" : "right"),
-      side(data.variants[variant], after, gained ? "right" : "wrong"));
+      side("expected", expected === "" ? [] : [[SAME, expected]], ""),
+      side("unchanged", parts.filter(([where]) => where !== AFTER), gained ? "wrong" : "right"),
+      side(data.variants[variant], parts.filter(([where]) => where !== BEFORE),
+        gained ? "right" : "wrong"));
     box.append(make("p", prompt, "text"), sides);
     return box;
   };
@@ -132,7 +160,7 @@
         ...chosen.map((flip) => {
           const [task, id, prompt, expected, before] = item(flip);
           return [data.tasks[task], data.variants[flip[1]], flip[2] ? "gained" : "lost",
-            id, prompt, expected, before, flip[3]];
+            id, prompt, expected, before, textAfter(flip)];
         })].map(inLine).join("\n"),
   };
   const copyBySelection = (text) => {

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 
 from lirefs.comparison.cell import LEVEL, Cell
 from lirefs.comparison.summary import Summary
+from lirefs.comparison.wording import as_duration, as_number, percent_interval
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
 
-LEGEND = (
+STATISTICS = (
     "95 % intervals over items: Wilson intervals for shares, score intervals for their paired "
     "differences and ratios, bootstrap intervals for other scores. p (Holm): p-value of no "
     "difference from the unchanged model on the same items (McNemar's test where each item is "
@@ -21,7 +22,7 @@ LEGEND = (
 )
 OVERVIEW = (
     "Score over the unchanged model's on the same items, mean over a group's tasks, with its "
-    "95 % interval, paired over items; 1 means no change. For language: perplexity of the "
+    "95 % interval, paired over items; 100 % means no change. For language: perplexity of the "
     "unchanged model over the variant's."
 )
 
@@ -46,33 +47,58 @@ _NONE = Entry("-", math.nan)
 
 @dataclass(frozen=True)
 class Table:
-    """A table; `note` is what a reader must know, `marked` has the rows that stand out."""
+    """A table; `note` is what a reader must know.
+
+    `marked` has the rows that stand out, `grey` those of controls.
+    """
 
     name: str
     note: str
     head: Sequence[str]
     rows: Sequence[Sequence[Entry]]
     marked: frozenset[int] = frozenset()
+    grey: frozenset[int] = frozenset()
+
+
+def about_run(summary: Summary) -> list[tuple[str, str]]:
+    """What a reader asks first: the model, and when, how and for how long it was run."""
+    run = summary.run
+    time = as_duration(run["seconds"]) if "seconds" in run else ""
+    about = {
+        "model": summary.model,
+        "date": run.get("started", "")[:16].replace("T", " "),
+        "command": run.get("command", ""),
+        "run time": f"{time} after it was resumed" if time and run.get("resumed") else time,
+    }
+    return [(name, value) for name, value in about.items() if value]
+
+
+def legend(summary: Summary) -> list[tuple[str, list[str]]]:
+    """Which variants are methods and which are controls; without a kind that has none."""
+    controls = [name for name in summary.methods_first if name in summary.controls]
+    kinds = {"Methods": summary.methods, "Controls": controls}
+    return [(name, some) for name, some in kinds.items() if some]
 
 
 def overview_table(summary: Summary) -> Table:
-    """Retained share of every variant in every group."""
-    base, *variants = summary.variants
+    """Retained share of every variant in every group, in percent."""
+    base, *variants = summary.methods_first
     head = [f"{group} (n\u00a0=\u00a0{summary.means[base, group].n})" for group in summary.groups]
-    rows = [[Entry(base), *(Entry("1", 1.0) for _ in summary.groups)]]
-    rows += [[Entry(v), *(_entry(summary.means[v, g]) for g in summary.groups)] for v in variants]
-    return Table("Retained share by task group", OVERVIEW, ["variant", *head], rows)
+    rows = [[Entry(base), *(Entry("100\u00a0%", 1.0) for _ in summary.groups)]]
+    rows += [[Entry(v), *(_share(summary.means[v, g]) for g in summary.groups)] for v in variants]
+    name = "How much of each group of tasks is retained"
+    return Table(name, OVERVIEW, ["variant", *head], rows, grey=_grey(summary))
 
 
 def task_table(summary: Summary, task: str) -> Table:
     """Every variant on one task."""
-    cells = summary.of_task(task)
+    cells = [summary.cells[variant, task] for variant in summary.methods_first]
     rows = [
         {
             "variant": Entry(cell.variant),
             f"{cell.metric} [95 %]": _entry(cell.value),
             "difference [95 %]": _entry(cell.difference, signed=True),
-            "retained [95 %]": _entry(None if cell.group == CONFLICT else cell.retained),
+            "retained [95 %]": _share(None if cell.group == CONFLICT else cell.retained),
             "p (Holm)": _p(cell),
             "detectable": _number(cell.detectable),
             "n": Entry(str(cell.value.n), cell.value.n),
@@ -86,7 +112,19 @@ def task_table(summary: Summary, task: str) -> Table:
             row["other metrics"] = Entry(other or "-")
     marked = frozenset(row for row, cell in enumerate(cells) if cell.clear)
     entries = [list(row.values()) for row in rows]
-    return Table(task, summary.note(task), list(rows[0]), entries, marked)
+    return Table(task, summary.note(task), list(rows[0]), entries, marked, _grey(summary))
+
+
+def _grey(summary: Summary) -> frozenset[int]:
+    names = enumerate(summary.methods_first)
+    return frozenset(row for row, name in names if name in summary.controls)
+
+
+def _share(share: Estimate | None) -> Entry:
+    """A share as a percentage with two digits."""
+    if share is None or not math.isfinite(share.value):
+        return _entry(share)
+    return Entry(f"{as_number(100 * share.value)}\u00a0%", share.value, percent_interval(share))
 
 
 def markdown_table(table: Table) -> list[str]:

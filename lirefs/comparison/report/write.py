@@ -13,6 +13,7 @@ from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import retained_figures
 from lirefs.comparison.report import csv_latex, page, tables
 from lirefs.comparison.report.flip_list import flip_list
+from lirefs.comparison.report.verdict import verdict
 from lirefs.comparison.summary import Summary
 from lirefs.errors import ResultsFileError, must_be
 from lirefs.files import atomic_write_text
@@ -39,63 +40,87 @@ def write_report(
     must_be(folder, (str, PathLike), "folder")
     folder = Path(folder)
     shown = retained_figures(comparison.summary()) if figures is None else figures
-    atomic_write_text(folder / "results.json", results_file.results_json(comparison, shown))
+    text = results_file.results_json(comparison, shown, comparison.run)
+    atomic_write_text(folder / "results.json", text)
     return write_pages(comparison, folder, shown)
 
 
-def write_pages(comparison: Comparison, folder: Path, figures: Sequence[Figure]) -> Path:
-    """Write everything of a report except `results.json`: see `write_report`."""
+def write_pages(
+    comparison: Comparison, folder: Path, figures: Sequence[Figure], left_out: Sequence[str] = ()
+) -> Path:
+    """Write everything of a report except `results.json`: see `write_report`.
+
+    `left_out` names the pictures that are not shown, and says why.
+    """
     summary = comparison.summary()
     for figure in figures:
         figure.picture.save(folder, figure.name)
     atomic_write_text(folder / "results.csv", csv_latex.csv_text(summary))
     atomic_write_text(folder / "overview.tex", csv_latex.latex_tables(summary))
-    atomic_write_text(folder / "report.md", markdown_report(summary, figures))
-    atomic_write_text(
-        folder / "report.html", page.html_page(summary, flip_list(comparison), figures)
-    )
+    atomic_write_text(folder / "report.md", markdown_report(summary, figures, left_out))
+    text = page.html_page(summary, flip_list(comparison), figures, left_out)
+    atomic_write_text(folder / "report.html", text)
     return folder / "report.html"
 
 
 def load_report_figures(path: Path, summary: Summary) -> tuple[list[Figure], list[str]]:
-    """The figures of a saved report, and the names of missing files.
+    """The figures of a saved report, and which are left out and why.
 
-    The default figures are drawn again, others read from their files.
+    The default figures are drawn again. Others are read from their files, and left out where one is
+    missing, or is not the file that the report was written with: its SHA-256 differs.
 
     Raises:
         ResultsFileError: The list of figures is damaged, or a figure cannot be read.
     """
     file = results_file.results_path(path)
-    saved = results_file.figures_in_results(file)
     again = {one.name: one for one in retained_figures(summary)}
-    figures, missing = [], []
-    for listed in saved:
+    figures, left_out = [], []
+    for listed, digests in results_file.figures_in_results(file):
         if one := again.get(listed["name"]):
             figures.append(one)
             continue
         png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
         try:
             if absent := [path.name for path in (png, svg) if not path.exists()]:
-                missing += absent
+                left_out += [f"{name} is not in the folder of the results" for name in absent]
                 continue
             picture = Picture(png.read_bytes(), svg.read_bytes())
         except OSError as problem:
             raise ResultsFileError(f"{png}: cannot be read ({problem.strerror})") from problem
         if not picture.png.startswith(b"\x89PNG"):
             raise ResultsFileError(f"{png}: not a PNG picture; remove it, or compare again")
-        figures.append(Figure(**listed, picture=picture))
-    return figures, missing
+        figure = Figure(**listed, picture=picture)
+        foreign = [
+            kind for kind, found in figure.sha256.items() if digests.get(kind, found) != found
+        ]
+        left_out += [
+            f"{figure.name}.{kind} is not the picture of this comparison (its SHA-256 differs)"
+            for kind in foreign
+        ]
+        if not foreign:
+            figures.append(figure)
+    return figures, left_out
 
 
-def markdown_report(summary: Summary, figures: Sequence[Figure]) -> str:
+def markdown_report(
+    summary: Summary, figures: Sequence[Figure], left_out: Sequence[str] = ()
+) -> str:
     """The report as Markdown, which links to the files of the figures."""
     overview = tables.overview_table(summary)
-    lines = [f"# {summary.title}", "", *(f"* {finding}" for finding in summary.findings)]
+    run = (f"{name}: {value}" for name, value in tables.about_run(summary))
+    lines = [f"# {summary.title}", "", ", ".join(run), "", " ".join(verdict(summary))]
+    for note in summary.notes:
+        lines += ["", note]
+    lines += ["", *(f"{name}: {', '.join(some)}  " for name, some in tables.legend(summary))]
     lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown_table(overview)]
+    if summary.findings:
+        lines += ["", "## Findings", "", *(f"* {finding}" for finding in summary.findings)]
     for figure in figures:
         picture = f"![{figure.title}]({figure.name}.png)"
         lines += ["", f"## {figure.title}", "", picture, "", figure.caption]
-    lines += ["", "## Every task", "", tables.LEGEND, ""]
+    if left_out:
+        lines += ["", f"Not shown: {'; '.join(left_out)}."]
+    lines += ["", "## Every task", "", tables.STATISTICS, ""]
     for task, info in summary.tasks.items():
         table = tables.task_table(summary, task)
         about = "; ".join(filter(None, (info.group, table.note)))
