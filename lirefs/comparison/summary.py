@@ -41,6 +41,11 @@ class Summary:
     informative: frozenset[str]
     settings: Mapping[str, Any]
 
+    @property
+    def controls(self) -> frozenset[str]:
+        """The variants that are controls: those whose names begin with `random` or `control`."""
+        return frozenset(one for one in self.variants if one.startswith(("random", "control")))
+
     def of_task(self, task: str) -> list[Cell]:
         """Every variant on one task, the unchanged model first."""
         return [self.cells[variant, task] for variant in self.variants]
@@ -76,7 +81,7 @@ class Summary:
             rows.append(row | {f"other: {name}": cell.extra.get(name) for name in others})
         return rows
 
-    def to_frame(self) -> pandas.DataFrame:
+    def to_dataframe(self) -> pandas.DataFrame:
         """One row for each cell, with the columns of `results.csv`; NaN for missing numbers."""
         import pandas
 
