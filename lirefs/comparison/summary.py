@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lirefs.comparison.cell import Cell, TaskInfo
+from lirefs.files import html_table
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
 
@@ -40,6 +41,17 @@ class Summary:
     means: Mapping[tuple[str, str], Estimate]
     informative: frozenset[str]
     settings: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Summary({self.title!r}: {', '.join(self.variants)}; {len(self.tasks)} task(s))"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {"variant": variant}
+            | {f"{group}, %": 100 * self.means[variant, group].value for group in self.groups}
+            for variant in self.variants
+        ]
+        return html_table(f"{self.title}: share of the unchanged model's score", rows)
 
     @property
     def controls(self) -> frozenset[str]:

@@ -122,7 +122,7 @@ class OrganismResults:
         edit: The curvature edit that was chosen.
         steers: Operator to the setting that was chosen for it.
         form: Question set of the direction that was chosen for `add`, with `layer` and `strength`.
-        keep_sweep: The curvature edit at `SWEPT_KEEPS`, on test items; described, never used to choose.
+        keep_sweep: The curvature edit at `SWEPT_KEEPS`, on test items; never used to choose.
         steer_sweep: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, with random
             directions as controls; never used to choose either.
         matched: The finding on the perplexity that SVD was matched to.

@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from lirefs.errors import WriteError
-from lirefs.files import atomic_write_text, cache_dir, parse_json
+from lirefs.files import atomic_write_text, cache_dir, html_table, parse_json
 from lirefs.model.batching import batches_by_tokens, equal_batches
 from lirefs.model.guest import accepts, evaluating, text_config
 from lirefs.model.observe import sample_ids
@@ -83,6 +83,10 @@ class Traits:
         lines = ["causal" if self.causal else "not causal: tokens see later ones"]
         lines += [f"{what}: {said[getattr(self, name)]}" for name, what in names.items()]
         return "\n".join([*lines, f"attention window: {self.window or 'none'}"])
+
+    def _repr_html_(self) -> str:
+        lines = (line.partition(": ") for line in str(self).split("\n"))
+        return html_table("Traits", [{"way": way, "rows": said} for way, _, said in lines])
 
     def side(self, preferred: Literal["left", "right"]) -> Literal["left", "right"]:
         """The side to pad on: the preferred one, unless only the other leaves rows as they are."""

@@ -166,9 +166,7 @@ def retained_by_task(summary: Summary) -> Picture:
     return _grid(rows, marks, variants)
 
 
-def _grid(
-    rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequence[str]
-) -> Picture:
+def _grid(rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequence[str]) -> Picture:
     """Panels side by side with the same rows; a row without marks is a heading."""
     names = max(map(len, rows), default=1) * _CHARACTER
     heads, turned = _headings(columns, (WIDE - names - 0.3) / len(columns) - 0.08)
