@@ -79,6 +79,7 @@ def canvas_of(
     return canvas, np.atleast_1d(canvas.subplots(rows, panels, sharey=sharey)).ravel()
 
 
+@styled
 def _notebook_png(canvas: Canvas) -> bytes:
     png = io.BytesIO()
     canvas.savefig(png, format="png", dpi=144)
@@ -128,6 +129,7 @@ def colour_bar(canvas: Canvas, picture: Any, axes: Any, label: str) -> None:
     bar.ax.tick_params(labelsize=SMALL)
 
 
+@styled
 def picture_of(canvas: Canvas, *, dark: bool = False) -> Picture:
     """Render as PNG (220 dpi) and SVG, with text as text and neither date nor random ids.
 

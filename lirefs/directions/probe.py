@@ -147,9 +147,10 @@ class Probe:
         }
 
     def to_dataframe(self) -> pandas.DataFrame:
-        """One row for each layer: the scores of `LayerScores`, the norm of the direction, `best`.
+        """One row for each layer: the scores of `LayerScores`, and more.
 
-        An estimate is three columns: its value under its name, `_low` and `_high`.
+        The others are the norm of the direction, the number `n` of test questions, and whether the
+        layer is the `best`. An estimate is three columns: its value under its name, `_low` and `_high`.
         """
         import pandas
 
@@ -162,7 +163,9 @@ class Probe:
                     row |= {f"{name}_{end}": value[end] for end in ("low", "high")}
                 else:
                     row[name] = value
-            rows.append({**row, "best": one["layer"] == self.best_layer})
+            rows.append(
+                {**row, "n": one["test_auroc"]["n"], "best": one["layer"] == self.best_layer}
+            )
         return pandas.DataFrame(rows)
 
     def plot(self) -> Canvas:
@@ -179,7 +182,7 @@ class Probe:
             best_layer=self.best_layer,
             shuffled=self.shuffled,
             words=self.bag_of_words.value,
-            names=LABELS,
+            names=("reasoning", "memory"),
         )
 
 

@@ -26,10 +26,10 @@ DOORS = (lirefs, kfac, comparison, directions, lirefs.export, model, organism, s
          steering, tasks, importlib.import_module("lirefs.main_job"))  # fmt: skip
 MOST_LINES, MOST_CHARACTERS = 12, 1200
 ABSTRACT = {
-    "Handle", "Intervention", "ItemTask", "Operator", "Selection", "SpectralEdit", "Task",
+    "EditHandle", "Handle", "Intervention", "ItemTask", "Operator", "Selection", "SpectralEdit", "Task",
     "WeightEdit",
 }  # fmt: skip
-"""Protocols and bases, which have no objects of their own."""
+"""Protocols, bases, and handles, which `attach` returns and nobody reads."""
 TABLES = (
     "Activations", "Comparison", "Direction", "Directions", "Factors", "FilledBlank",
     "LanguageModel", "Layout", "Mined", "MultipleChoice", "Perplexity", "Probe", "Questions",
@@ -59,23 +59,26 @@ def objects():
     spectrum, target = factors.eigen(name), factors.targets(lm.model)[0]
     one = kfac.Estimate(0.5, 0.4, 0.6, 80)
     many, wide = np.zeros((3, 200, 4)), np.ones(3000)
-    found = made_up(40, 10)
-    chosen = tasks.MultipleChoice("choice", "reasoning", [(f"{i}", LONG, ["a", "b"], 0)
-                                                          for i in range(200)])  # fmt: skip
+    found = made_up(12, 4)
+    chosen = [(f"{i}", LONG, ["a", "b"], 0) for i in range(200)]
     texts = [(f"{i}", "some text to recite, as it is") for i in range(30)]
     recited = [(f"{i}", [3, 4, 5], [6, 7, 8]) for i in range(30)]
     window = Window("a/0", list(range(64)), list(range(48)), "prefix", "suffix", 0.5)
     edit = kfac.CurvatureEdit(factors, 0.8)
     steer = lirefs.Steer(probe.best, "add", 1.0)
     stairs = kfac.staircase(spectrum.lam, spectrum.mu, 0.8)
-    side = SideAgreement(wide, wide, wide, wide, wide, wide)
+    side = SideAgreement(wide, wide, wide, wide, wide)
     made = [
         lirefs.capture(lm, split().test.prompts, progress=False), found, found.summary(), probe,
         probe.best, probe.directions, lirefs.Gate(probe.best), lm, lm.layout, lm.traits,
         lirefs.LogisticDirection(), lirefs.MeanDifference(), lirefs.PCADirection(),
-        lirefs.RidgeDirection(), lirefs.WhitenedMeanDifference(), chosen,
+        lirefs.RidgeDirection(), lirefs.WhitenedMeanDifference(),
+        lirefs.MultipleChoice("choice", chosen),
         lirefs.Perplexity("texts", texts), split().train, split().train[0], split(),
-        lirefs.Recitation("recited", recited), lirefs.Schedule([1.0] * 5000),
+        lirefs.Recitation("recited", recited),
+        lirefs.StressTest("stress", recited),
+        tasks.FilledBlank("blank", [("1", ["a", "b"], LONG, 0)]),
+        tasks.RankAgreement("ndcg", [("1", [3, 4, 5], [list(range(10))] * 3)]), lirefs.Schedule([1.0] * 5000),
         lirefs.scope.all_tokens(), steer, steer + edit,
         kfac.BandProfile([name] * 200, ["top", "rest"], many, many, wide),
         kfac.BandRatios([name] * 200, ["top", "rest"], many, many, (5, 6)),
@@ -87,8 +90,9 @@ def objects():
         kfac.Relearning([0, 5], {"arm": [one] * 200}, {"arm": [one] * 200}), stairs,
         kfac.SplitHalf(name, side, side), kfac.TableSelection(torch.ones(500, 500) > 0, 1.0),
         kfac.SubnetEdit({name: torch.ones(50, 50) > 0}, {}, {}), factors.records[name],
+        comparison.SweepChoice("a", one, one, one, 0.5, statistics.BestOf(0.5, one, 0.5, 9)),
         edit.report()[0], kfac.UnionEdit(factors, factors, 0.5),
-        kfac.RemovalEdit(factors, factors, 0.5), *found.cells()[:2],
+        kfac.RemovalEdit(factors, 0.5), *found.cells()[:2],
         Figure("name", "Title", "Caption.", Picture(b"0" * 5000, b"0" * 5000)),
         comparison.Flip("1", LONG[:200], "a", "b", "c", True),
         comparison.TagChanges("task", "variant", (comparison.TagChange("tag", 0.5, one, one),) * 99,
@@ -99,7 +103,7 @@ def objects():
         organism.Language(0).exceptions[0], statistics.BestOf(0.5, one, 0.5, 9),
         next(iter(found.results["unchanged"].values()))[0], window,
         Mined([window] * 200, {"texts": 5, "distinct": 200}, {"tokenizer": "0" * 64}),
-        tasks.ShortAnswer("short", "arithmetic", [("1", LONG, "4")], "number"),
+        tasks.ShortAnswer("short", [("1", LONG, ["4"])]),
         next(iter(tasks.SKILLS.values())),
     ]  # fmt: skip
     return {type(one).__name__: one for one in made}

@@ -113,7 +113,8 @@ def draw_retained(summary: Summary) -> Canvas:
     axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-0.02, top))
     axis.set_yticks(range(len(rows)), map(literal_text, rows))
     axis.tick_params(axis="y", length=0)
-    axis.xaxis.set_major_formatter(lambda x, _: f"{100 * x:.0f} %")
+    ticks = np.arange(0, top, 0.2)
+    axis.set_xticks(ticks, [f"{100 * one:.0f} %" for one in ticks])
     axis.set_xlabel("share of the unchanged model's score")
     base, style = summary.variants[0], {"marker": "o", "ls": "none", "ms": 4.5}
     for group, colour in groups.items():
