@@ -150,7 +150,8 @@ class Probe:
         """One row for each layer: the scores of `LayerScores`, and more.
 
         The others are the norm of the direction, the number `n` of test questions, and whether the
-        layer is the `best`. An estimate is three columns: its value under its name, `_low` and `_high`.
+        layer is the `best`. An estimate has three columns: its value under its name, `_low` and
+        `_high`.
         """
         import pandas
 

@@ -26,8 +26,8 @@ DOORS = (lirefs, kfac, comparison, directions, lirefs.export, model, organism, s
          steering, tasks, importlib.import_module("lirefs.main_job"))  # fmt: skip
 MOST_LINES, MOST_CHARACTERS = 12, 1200
 ABSTRACT = {
-    "EditHandle", "Handle", "Intervention", "ItemTask", "Operator", "Selection", "SpectralEdit", "Task",
-    "WeightEdit",
+    "EditHandle", "Handle", "Intervention", "ItemTask", "Operator", "Selection", "SpectralEdit",
+    "Task", "WeightEdit",
 }  # fmt: skip
 """Protocols, bases, and handles, which `attach` returns and nobody reads."""
 TABLES = (
@@ -78,8 +78,8 @@ def objects():
         lirefs.Recitation("recited", recited),
         lirefs.StressTest("stress", recited),
         tasks.FilledBlank("blank", [("1", ["a", "b"], LONG, 0)]),
-        tasks.RankAgreement("ndcg", [("1", [3, 4, 5], [list(range(10))] * 3)]), lirefs.Schedule([1.0] * 5000),
-        lirefs.scope.all_tokens(), steer, steer + edit,
+        tasks.RankAgreement("ndcg", [("1", [3, 4, 5], [list(range(10))] * 3)]),
+        lirefs.Schedule([1.0] * 5000), lirefs.scope.all_tokens(), steer, steer + edit,
         kfac.BandProfile([name] * 200, ["top", "rest"], many, many, wide),
         kfac.BandRatios([name] * 200, ["top", "rest"], many, many, (5, 6)),
         factors.curvature(name), edit, spectrum, one, factors, edit.choose(name, None),
