@@ -76,7 +76,10 @@ def canvas_of(
     FigureCanvasAgg(canvas)
     # Without pyplot, notebooks do not know by themselves how to show a figure.
     setattr(canvas, "_repr_png_", MethodType(_notebook_png, canvas))  # noqa: B010
-    return canvas, np.atleast_1d(canvas.subplots(rows, panels, sharey=sharey)).ravel()
+    axes = np.atleast_1d(canvas.subplots(rows, panels, sharey=sharey)).ravel()
+    for axis in axes:  # ticks are made when a figure is drawn, perhaps under another style
+        axis.tick_params(which="both", labelsize=SMALL)
+    return canvas, axes
 
 
 @styled

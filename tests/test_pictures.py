@@ -68,6 +68,10 @@ def test_a_figure_can_be_restyled_and_is_shown_by_a_notebook_without_pyplot():
     shown = canvas._repr_png_()
     assert shown.startswith(b"\x89PNG")
     assert not pyplot.get_fignums()
+    with matplotlib.rc_context({"font.size": 20, "xtick.labelsize": 20}):
+        later = drawn()
+        later.draw_without_rendering()
+        assert {one.get_size() for one in later.axes[0].get_xticklabels()} == {pictures.SMALL}
     canvas.axes[0].set_title("another title")
     canvas.set_size_inches(4, 4)
     assert canvas._repr_png_() != shown
