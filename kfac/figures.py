@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,23 +10,34 @@ from sklearn.metrics import roc_curve
 
 from kfac.analysis.bands import BandRatios
 from kfac.analysis.relearning import Relearning
+from kfac.factors.spectrum import Spectrum, draw_spectrum
 from lirefs.errors import SpectrumError
 from lirefs.pictures import (
     COLOURS,
     WIDE,
     Picture,
     canvas_of,
-    colour_bar,
     legend_below,
     legend_outside,
     literal_text,
     picture_of,
+    styled,
 )
 from lirefs.statistics.intervals import Estimate, Floats, auroc
 
+__all__ = [
+    "Spectrum",
+    "bands_figure",
+    "curvature_spectrum_figure",
+    "detector_figure",
+    "pareto_figure",
+    "relearning_figure",
+    "task_curvature_figure",
+]
 MARKERS = "os^DvPX*"
 
 
+@styled
 def bands_figure(ratios: BandRatios, positions: Sequence[int] | None = None) -> Picture:
     """Activation ratio of two sets of texts per band, raw and with inputs of norm 1.
 
@@ -48,6 +58,7 @@ def bands_figure(ratios: BandRatios, positions: Sequence[int] | None = None) -> 
     return picture_of(canvas)
 
 
+@styled
 def task_curvature_figure(
     ratios: Mapping[str, Mapping[str, BandRatios]], positions: Sequence[int] | None = None
 ) -> Picture:
@@ -74,6 +85,7 @@ def task_curvature_figure(
     return picture_of(canvas)
 
 
+@styled
 def detector_figure(scores: Floats, labels: Floats) -> Picture:
     """Scores of both classes and the ROC curve of the detector.
 
@@ -100,6 +112,7 @@ def detector_figure(scores: Floats, labels: Floats) -> Picture:
     return picture_of(canvas)
 
 
+@styled
 def relearning_figure(result: Relearning) -> Picture:
     """Recitation against fine-tuning steps: the texts trained on, and the rest."""
     canvas, axes = canvas_of(2, (WIDE, 3.2), sharey=True)
@@ -117,6 +130,7 @@ def relearning_figure(result: Relearning) -> Picture:
     return picture_of(canvas)
 
 
+@styled
 def pareto_figure(
     curves: Mapping[str, Sequence[tuple[Estimate, Estimate]]],
     xlabel: str,
@@ -170,68 +184,6 @@ def _errors(table: Floats) -> Floats:
     return np.nan_to_num(np.maximum([table[0] - table[1], table[2] - table[0]], 0))
 
 
-@dataclass(frozen=True, eq=False)
-class Spectrum:
-    """Curvature of one target, for the spectrum figure.
-
-    Attributes:
-        name: Name of the target.
-        output_values: Eigenvalues of G, descending, shape (m,).
-        input_values: Eigenvalues of A, descending, shape (n,).
-        counts: Number of pairs kept in each row of the (m, n) mass, shape (m,).
-        curve: Share of pairs and share of mass kept, shape (points, 2), ascending.
-        keep: Share of the mass that was asked for.
-    """
-
-    name: str
-    output_values: Floats
-    input_values: Floats
-    counts: Floats
-    curve: Floats
-    keep: float
-
-
 def curvature_spectrum_figure(spectra: Sequence[Spectrum]) -> Picture:
-    """Mass against share of pairs for every target, and one target's mass with its staircase."""
-    names = _apart([one.name for one in spectra])
-    columns = 1 if max(map(len, names)) > 20 else 2
-    canvas, (left, right) = canvas_of(2, (WIDE, 3.1 + 0.15 * len(names) / columns))
-    for index, (one, name) in enumerate(zip(spectra, names, strict=True)):
-        colour = COLOURS[index % len(COLOURS)]
-        style = "-" if index < len(COLOURS) else "--"
-        left.plot(*one.curve.T, color=colour, ls=style, lw=1.2, label=literal_text(name))
-        share = one.counts.sum() / (len(one.counts) * len(one.input_values))
-        left.plot([share], [one.keep], "o", color=colour, ms=4)
-    left.axhline(spectra[0].keep, color="black", lw=0.6, ls=":")
-    left.set(xscale="log", xlabel="share of pairs kept", ylabel="share of curvature mass kept")
-    left.set_title(f"dots: keep = {spectra[0].keep:g}", fontsize=8)
-    legend_below(left, columns)
-
-    shown = spectra[len(spectra) // 2]
-    rows = np.unique(np.geomspace(1, len(shown.output_values), 300).astype(int)) - 1
-    inputs = np.unique(np.geomspace(1, len(shown.input_values), 300).astype(int)) - 1
-    mass = np.outer(shown.output_values[rows], shown.input_values[inputs])
-    total = shown.output_values.sum() * shown.input_values.sum()
-    shares = np.log10(np.maximum(mass / total, np.finfo(float).tiny))
-    shading: dict[str, Any] = {"cmap": "cividis", "vmin": -12, "rasterized": True}
-    picture = right.pcolormesh(inputs + 1, rows + 1, shares, **shading)
-    kept = np.maximum(shown.counts[rows], 0.5)
-    right.plot(kept, rows + 1, color=COLOURS[1], lw=1.6, label="kept: left of the line")
-    right.set(xscale="log", yscale="log", xlim=(1, None), ylim=(len(shown.output_values), 1))
-    right.set(xlabel="input eigenvector j", ylabel="output eigenvector i")
-    right.set_title(literal_text(shown.name), fontsize=8)
-    legend_below(right, columns=1)
-    colour_bar(canvas, picture, right, "log10 share of mass")
-    for each in (left.xaxis, right.xaxis, right.yaxis):
-        each.set_major_formatter("{x:g}")  # exponents would be too small to read
-        each.set_minor_formatter("")
-    return picture_of(canvas)
-
-
-def _apart(names: Sequence[str]) -> list[str]:
-    """Return dotted names without the parts that all of them share."""
-    parts = [name.split(".") for name in names]
-    if len(names) < 2 or len({len(one) for one in parts}) > 1:
-        return list(names)
-    differ = [index for index, some in enumerate(zip(*parts, strict=True)) if len(set(some)) > 1]
-    return [".".join(one[index] for index in differ) for one in parts]
+    """`draw_spectrum` as a picture: see `Factors.plot`."""
+    return picture_of(draw_spectrum(spectra))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ class Target:
     """
 
     name: str
-    module: nn.Module
+    module: nn.Module = field(repr=False)
     layer: int | None = None
     transposed: bool = False
     attribute: str = "weight"

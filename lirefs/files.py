@@ -1,15 +1,16 @@
-"""Write files atomically; read JSON with errors that name file and line."""
+"""Write files atomically; read JSON with errors that name file and line; rows as HTML."""
 
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import os
 import re
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -174,3 +175,13 @@ def parse_json(text: str, levels: int | None = None) -> Any:
                 raise ValueError("a number with too many digits")
         layer, depth = below, depth + 1
     return value
+
+
+def html_table(title: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """A title and a table, as a notebook shows them; of many rows the first and the last."""
+    import pandas
+
+    table = pandas.DataFrame(list(rows)).to_html(
+        index=False, border=0, max_rows=20, na_rep="", float_format="{:.3g}".format
+    )
+    return f"<p><code>{html.escape(title)}</code></p>\n{table}"

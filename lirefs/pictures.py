@@ -1,11 +1,17 @@
-"""Figures: from arrays to pictures, at most as wide as a page's text, with no text under 7 pt."""
+"""Figures: from arrays to pictures, at most as wide as a page's text, with no text under 7 pt.
+
+`data/figures.mplstyle` holds the style of all of them; `styled` draws under it.
+"""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 import numpy as np
 
@@ -14,12 +20,19 @@ from lirefs.files import atomic_write_bytes
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C8C", "#000000")
 """The Okabe-Ito set, which colour-blind readers can distinguish, with grey for its yellow."""
 WIDE = 7.0
 """Width in inches of a figure that spans both columns of a paper."""
 SMALL = 7.0
 """Size in points of the smallest text."""
+STYLE = Path(__file__).parent / "data" / "figures.mplstyle"
+"""The style of every figure, for `matplotlib.style.use` too."""
+INK, PAPER = 0.9, 0.12
+"""Grey levels of text and background in the dark variant of a figure."""
 
 
 @dataclass(frozen=True)
@@ -35,22 +48,45 @@ class Picture:
         atomic_write_bytes(folder / f"{name}.svg", self.svg)
 
 
+def styled(draw: Callable[P, R]) -> Callable[P, R]:
+    """Let a function draw in this project's style, whatever settings the caller has made."""
+
+    @wraps(draw)
+    def in_style(*args: P.args, **kwargs: P.kwargs) -> R:
+        from matplotlib import style
+
+        with style.context(STYLE, after_reset=True):
+            return draw(*args, **kwargs)
+
+    return in_style
+
+
+@styled
 def canvas_of(
     panels: int, size: tuple[float, float], *, rows: int = 1, sharey: bool = False
 ) -> tuple[Canvas, Any]:
-    """Make a figure of `rows` times `panels` axes without pyplot; `size` is in inches."""
+    """Make a figure of `rows` times `panels` axes without pyplot; `size` is in inches.
+
+    A notebook shows it when it ends a cell.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
     canvas = Canvas(figsize=size, layout="constrained")
     FigureCanvasAgg(canvas)
+    # Without pyplot, notebooks do not know by themselves how to show a figure.
+    setattr(canvas, "_repr_png_", MethodType(_notebook_png, canvas))  # noqa: B010
     axes = np.atleast_1d(canvas.subplots(rows, panels, sharey=sharey)).ravel()
-    for axis in axes:
-        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes:  # ticks are made when a figure is drawn, perhaps under another style
         axis.tick_params(which="both", labelsize=SMALL)
-        axis.xaxis.label.set_size(8)
-        axis.yaxis.label.set_size(8)
     return canvas, axes
+
+
+@styled
+def _notebook_png(canvas: Canvas) -> bytes:
+    png = io.BytesIO()
+    canvas.savefig(png, format="png", dpi=144)
+    return png.getvalue()
 
 
 def integer_layer_ticks(*axes: Any) -> None:
@@ -96,13 +132,53 @@ def colour_bar(canvas: Canvas, picture: Any, axes: Any, label: str) -> None:
     bar.ax.tick_params(labelsize=SMALL)
 
 
-def picture_of(canvas: Canvas) -> Picture:
-    """Render as PNG (220 dpi) and SVG, with text as text and neither date nor random ids."""
+@styled
+def picture_of(canvas: Canvas, *, dark: bool = False) -> Picture:
+    """Render as PNG (220 dpi) and SVG, with text as text and neither date nor random ids.
+
+    The dark variant turns greys around and leaves colours as they are. The figure itself keeps it.
+    """
     import matplotlib
 
+    if dark:
+        _darken(canvas)
     png, svg = io.BytesIO(), io.BytesIO()
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "lirefs"}):
         canvas.savefig(png, format="png", dpi=220)
+        engine = canvas.get_layout_engine()
         canvas.set_layout_engine("none")  # the first call laid it out for both
         canvas.savefig(svg, format="svg", dpi=220, metadata={"Date": None})
+        canvas.set_layout_engine(engine)
     return Picture(png.getvalue(), svg.getvalue())
+
+
+def _darken(canvas: Canvas) -> None:
+    """Turn all greys of a figure around, black to light and white to dark."""
+    from matplotlib.collections import Collection
+    from matplotlib.colors import to_rgba_array
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+    from matplotlib.text import Text
+
+    attributes: dict[type, tuple[str, ...]] = {
+        Text: ("color",),
+        Line2D: ("color", "markerfacecolor", "markeredgecolor"),
+        Patch: ("facecolor", "edgecolor"),
+        Collection: ("facecolor", "edgecolor"),
+    }
+    for artist in canvas.findobj(lambda one: isinstance(one, tuple(attributes))):
+        axis = artist.axes
+        if axis is not None and axis.images and artist in axis.texts:
+            continue  # text in a map of colours is legible there already
+        kind = next(one for one in attributes if isinstance(artist, one))
+        # All are read before one is set: edges may follow the colour of their line.
+        tables = {
+            name: to_rgba_array(getattr(artist, f"get_{name}")()) for name in attributes[kind]
+        }
+        for name, table in tables.items():
+            grey = np.ptp(table[:, :3], axis=1) == 0
+            table[grey, :3] = INK + (PAPER - INK) * table[grey, :3]
+            if grey.any():
+                getattr(artist, f"set_{name}")(table if kind is Collection else table[0])
+    for axis in canvas.axes:  # ticks that are made later have the colour too
+        axis.tick_params(which="both", color=str(INK), labelcolor=str(INK))

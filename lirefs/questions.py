@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from lirefs.errors import QuestionsError, as_list, must_be, whole_number
-from lirefs.files import read_jsonl
+from lirefs.files import html_table, read_jsonl
 
 LABELS = ("memory", "reasoning")
 SIDES = ("train", "validation", "test")
@@ -100,6 +100,10 @@ class Questions(Sequence[Question]):
 
     def __repr__(self) -> str:
         return f"Questions({len(self)} from {self.source!r})"
+
+    def _repr_html_(self) -> str:
+        rows = ({"id": one.id, "label": one.label, "text": one.text} for one in self)
+        return html_table(repr(self), rows)
 
     @property
     def prompts(self) -> list[str]:

@@ -46,6 +46,9 @@ class BandProfile:
     unit_norms: Floats
     tokens: Floats
 
+    def __repr__(self) -> str:
+        return f"BandProfile({len(self)} texts, {len(self.names)} targets, bands {self.labels})"
+
     def __len__(self) -> int:
         return len(self.tokens)
 
@@ -67,6 +70,9 @@ class BandRatios:
     ratio: Floats
     control: Floats
     n: tuple[int, int]
+
+    def __repr__(self) -> str:
+        return f"BandRatios({len(self.names)} targets, bands {self.labels}, n = {self.n})"
 
 
 def band_profile(

@@ -38,6 +38,9 @@ class RecitationScores:
     passages: Floats
     by_target: Floats
 
+    def __repr__(self) -> str:
+        return f"RecitationScores({len(self.passages)} texts, {len(self.names)} targets)"
+
 
 def score_recitation(
     model: nn.Module, batches: Iterable[Any], factors: Factors, *, flat: float = 0.6

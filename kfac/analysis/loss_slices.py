@@ -42,6 +42,9 @@ class LossSlices:
     loss: Floats
     predicted: Floats
 
+    def __repr__(self) -> str:
+        return f"LossSlices({self.name}, {len(self.pairs)} pairs, {len(self.steps)} steps)"
+
 
 def loss_slices(
     model: nn.Module,

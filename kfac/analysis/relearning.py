@@ -35,6 +35,9 @@ class Relearning:
     known: dict[str, list[Estimate]]
     rest: dict[str, list[Estimate]]
 
+    def __repr__(self) -> str:
+        return f"Relearning(arms {list(self.known)}, steps {self.steps})"
+
 
 def relearn(
     model: nn.Module,

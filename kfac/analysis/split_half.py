@@ -32,6 +32,9 @@ class SideAgreement:
     overlap: Floats  # (cuts,) share of one flat subspace (past the cut) that lies in the other
     chance: Floats  # (cuts,) the share expected of random subspaces: 1 - cut
 
+    def __repr__(self) -> str:
+        return f"SideAgreement({len(self.cuts)} cuts)"
+
 
 @dataclass(frozen=True, eq=False)
 class SplitHalf:

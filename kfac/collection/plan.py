@@ -37,6 +37,9 @@ class Plan:
     total: int
     per_token: int
 
+    def __repr__(self) -> str:
+        return f"Plan({self})"
+
     def __str__(self) -> str:
         targets = sum(len(group) for group in self.passes)
         passes = f"{len(self.passes)} passes" if len(self.passes) > 1 else "1 pass"

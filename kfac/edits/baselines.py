@@ -106,6 +106,9 @@ class _DataFreeEdit(WeightEdit):
         if not self.names:
             raise TargetError("no target names were given")
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.names)} targets, keep={self.keep:g})"
+
     def with_keep(self, keep: float) -> Self:
         """Return the same edit at another `keep`; it shares what has been computed already."""
         other = copy.copy(self)

@@ -58,6 +58,11 @@ class OrderedSelection:
     row_ranks: Ints
     column_ranks: Ints
 
+    def __repr__(self) -> str:
+        return (
+            f"OrderedSelection({self.pairs} of {self.total_pairs} pairs, mass {self.kept_mass:.4g})"
+        )
+
     @property
     def pairs(self) -> int:
         """Number of kept pairs."""
@@ -96,6 +101,11 @@ class TableSelection:
 
     table: Tensor
     kept_mass: float
+
+    def __repr__(self) -> str:
+        return (
+            f"TableSelection({self.pairs} of {self.total_pairs} pairs, mass {self.kept_mass:.4g})"
+        )
 
     @property
     def pairs(self) -> int:

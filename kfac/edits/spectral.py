@@ -68,6 +68,11 @@ class SpectralEdit(WeightEdit):
             self.keep = check_keep(keep)
             self._keeps = dict.fromkeys(factors.names, self.keep)
 
+    def __repr__(self) -> str:
+        keeps = sorted(set(self._keeps.values()))
+        shown = f"{keeps[0]:g}" if len(keeps) == 1 else f"{keeps[0]:g} to {keeps[-1]:g}"
+        return f"{type(self).__name__}({len(self._keeps)} targets, keep={shown})"
+
     @abc.abstractmethod
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
         """Return the pairs of a target's (out, in) table that are kept; its keep is below 1.

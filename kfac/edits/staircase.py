@@ -39,6 +39,9 @@ class Staircase:
     threshold: float
     kept_mass: float
 
+    def __repr__(self) -> str:
+        return f"Staircase({self.pairs} of {self.total_pairs} pairs, mass {self.kept_mass:.4g})"
+
     @property
     def pairs(self) -> int:
         """Number of kept pairs."""

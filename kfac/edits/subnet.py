@@ -38,6 +38,9 @@ class SubnetEdit(WeightEdit):
     ) -> None:
         self.masks, self.digests, self.settings = masks, digests, settings
 
+    def __repr__(self) -> str:
+        return f"SubnetEdit({len(self.masks)} targets)"
+
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the masked weights.
 

@@ -26,6 +26,9 @@ class Eigen:
     mu: Tensor
     u_in: Tensor
 
+    def __repr__(self) -> str:
+        return f"Eigen({len(self.lam)} output and {len(self.mu)} input eigenvectors)"
+
 
 def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """Diagonalise a symmetric positive semi-definite matrix.

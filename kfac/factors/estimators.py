@@ -35,6 +35,9 @@ class Curvature:
     table: Tensor | None
     rotated: bool
 
+    def __repr__(self) -> str:
+        return f"Curvature({self.estimator}, rotated={self.rotated})"
+
     @property
     def total(self) -> float:
         """The mass of all coordinates together."""

@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kfac.factors.eigen import Eigen, eigenbasis
 from kfac.factors.estimators import ESTIMATORS, Curvature, marginal_spectra
 from kfac.factors.factors_file import FORMAT, factors_arguments
+from kfac.factors.spectrum import draw_spectrum, spectrum_of
 from kfac.factors.tensor_file import read_tensors, tensor_bytes, write_tensors
 from kfac.target import Target, TargetRecord, weight_digest
 from kfac.targets import named_targets
@@ -26,8 +27,13 @@ from lirefs.errors import (
     TargetError,
     must_be,
 )
+from lirefs.files import html_table
 from lirefs.model.guest import full_precision, widened
 from lirefs.version import __version__
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure as Canvas
 
 _HEADER = "kfac_factors"
 
@@ -82,6 +88,53 @@ class Factors:
 
     def __repr__(self) -> str:
         return f"Factors({len(self.records)} targets, {self.tokens} tokens)"
+
+    def _repr_html_(self) -> str:
+        shown = ["target", "out_features", "in_features", "count", "trace_A", "trace_G"]
+        return html_table(repr(self), self.to_dataframe()[shown].to_dict("records"))
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each target: its `TargetRecord`, and the traces of A and G.
+
+        A trace is the summed curvature of one side, in the units of `A` and `G`.
+        """
+        import pandas
+
+        return pandas.DataFrame(
+            {
+                "target": name,
+                **asdict(record),
+                "trace_A": float(self.A(name).trace()),
+                "trace_G": float(self.G(name).trace()),
+            }
+            for name, record in self.records.items()
+        )
+
+    def plot(self, names: Iterable[str] | None = None, keep: float = 0.8) -> Canvas:
+        """Curvature mass against the share of pairs, and the pairs of one target that are kept.
+
+        Args:
+            names: Target names; None for all, or nine of them from first to last.
+            keep: Share of the mass whose pairs are marked.
+
+        Returns:
+            A matplotlib figure to show, restyle or save; pyplot does not know of it.
+
+        Raises:
+            TargetError: A name has no factors, or none is given.
+            KeepError: `keep` is outside (0, 1].
+        """
+        if names is None:
+            last = len(self.names) - 1
+            some = dict.fromkeys(round(last * part / 8) for part in range(9))
+            names = [self.names[index] for index in some]
+        spectra = []
+        for name in names:
+            eigen = self.eigen(name)
+            spectra.append(spectrum_of(name, eigen.lam.numpy(), eigen.mu.numpy(), keep))
+        if not spectra:
+            raise TargetError("no target names were given to plot")
+        return draw_spectrum(spectra)
 
     @property
     def names(self) -> list[str]:

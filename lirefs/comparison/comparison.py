@@ -6,15 +6,20 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
 from lirefs.comparison.controls import is_control
+from lirefs.comparison.figures.retained import draw_retained
 from lirefs.comparison.summary import Summary, plain_json
-from lirefs.errors import MissingError
+from lirefs.errors import MissingError, SettingError
 from lirefs.statistics.intervals import Estimate, Floats, mean_of_estimates, resample_counts
 from lirefs.statistics.significance import holm
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure as Canvas
 
 BASELINE = "unchanged"
 
@@ -50,6 +55,9 @@ class Comparison:
         items = sum(map(len, self.results[BASELINE].values())) if self.results else 0
         variants, tasks = ", ".join(self.results), len(self.tasks)
         return f"Comparison({variants}; {tasks} task(s), {items} items)"
+
+    def _repr_html_(self) -> str:
+        return self.summary()._repr_html_()
 
     @property
     def variants(self) -> list[str]:
@@ -155,6 +163,44 @@ class Comparison:
             informative=frozenset(informative),
             settings=plain_json({**settings, "bootstrap": bootstrap}),
         )
+
+    def to_dataframe(self, items: bool = False) -> pandas.DataFrame:
+        """One row for each variant and task, see `Summary.to_dataframe`.
+
+        Args:
+            items: One row for each item instead: variant, task, group and metric, the fields of
+                `ItemResult`, and a column for each of its scores.
+        """
+        if not items:
+            return self.summary().to_dataframe()
+        import pandas
+
+        rows = []
+        for variant, by_task in self.results.items():
+            for task, found in by_task.items():
+                info = self.tasks[task]
+                place = {"variant": variant, "task": task, "group": info.group}
+                for one in found:
+                    fields = {name: value for name, value in vars(one).items() if name != "scores"}
+                    rows.append({**place, "metric": info.metric, **fields, **one.scores})
+        return pandas.DataFrame(rows)
+
+    def plot(self) -> Canvas:
+        """What each variant retains of the unchanged model's performance, by task group.
+
+        Returns:
+            A matplotlib figure to show, restyle or save; pyplot does not know of it.
+
+        Raises:
+            SettingError: There is no variant but the unchanged model, or nothing to retain.
+        """
+        summary = self.summary()
+        if len(summary.variants) < 2 or not any(summary.groups.values()):
+            raise SettingError(
+                "there is nothing to plot: a comparison needs an intervention, and a task on which "
+                "the unchanged model is above chance"
+            )
+        return draw_retained(summary)
 
     def _mean(self, variant: str, tasks: Sequence[str]) -> Estimate:
         """Mean retained share on some tasks, n the items of all; not finite without a task."""

@@ -86,6 +86,9 @@ class TagChanges:
     spearman: Estimate | None = None
     p_value: float | None = None
 
+    def __repr__(self) -> str:
+        return f"TagChanges({self.task!r} under {self.variant!r}, {len(self.tags)} tags)"
+
 
 def changes_by_tag(
     comparison: Comparison,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lirefs.comparison.cell import Cell, TaskInfo
+from lirefs.files import html_table
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
 
@@ -60,6 +61,17 @@ class Summary:
         controls = [name for name in self.variants if name in self.controls]
         return [self.variants[0], *self.methods, *controls]
 
+    def __repr__(self) -> str:
+        return f"Summary({self.title!r}: {', '.join(self.variants)}; {len(self.tasks)} task(s))"
+
+    def _repr_html_(self) -> str:
+        rows = [
+            {"variant": variant}
+            | {f"{group}, %": 100 * self.means[variant, group].value for group in self.groups}
+            for variant in self.variants
+        ]
+        return html_table(f"{self.title}: share of the unchanged model's score", rows)
+
     def of_task(self, task: str) -> list[Cell]:
         """Every variant on one task, the unchanged model first."""
         return [self.cells[variant, task] for variant in self.variants]
@@ -95,7 +107,7 @@ class Summary:
             rows.append(row | {f"other: {name}": cell.extra.get(name) for name in others})
         return rows
 
-    def to_frame(self) -> pandas.DataFrame:
+    def to_dataframe(self) -> pandas.DataFrame:
         """One row for each cell, with the columns of `results.csv`; NaN for missing numbers."""
         import pandas
 

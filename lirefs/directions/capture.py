@@ -28,7 +28,7 @@ from lirefs.errors import (
     as_list,
     must_be,
 )
-from lirefs.files import atomic_path
+from lirefs.files import atomic_path, html_table
 from lirefs.model.batching import check_length
 from lirefs.model.guest import eagerly, evaluating
 from lirefs.model.language_model import LanguageModel
@@ -59,6 +59,14 @@ class Activations:
     def __repr__(self) -> str:
         shape = tuple(self.values.shape)
         return f"Activations({shape}; {places_text(self.places)}; positions {self.positions})"
+
+    def _repr_html_(self) -> str:
+        norms = self.values.norm(dim=-1).mean(dim=(0, 2)).tolist()
+        rows = [
+            {"layer": layer, "site": site, "mean norm": norm}
+            for (layer, site), norm in zip(self.places, norms, strict=True)
+        ]
+        return html_table(repr(self), rows)
 
     def __getitem__(self, place: tuple[int, str] | int) -> Tensor:
         """States at (layer, site): (n, width) for one position, else (n, positions, width).

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lirefs.errors import DirectionError, InterventionError, as_list, must_be, whole_number
-from lirefs.files import sha256_of
+from lirefs.files import html_table, sha256_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +48,19 @@ class Direction:
     def __repr__(self) -> str:
         width, norm = len(self.vector), self.norm
         return f"Direction(layer {self.layer}, {self.site}, width {width}, norm {norm:.4g})"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), [self.row()])
+
+    def row(self) -> dict[str, Any]:
+        """Place, norm and statistics as a row of a table: means and spread in activation units."""
+        (low, high), (some, others) = self.means, self.counts
+        return {
+            "layer": self.layer, "site": self.site, "norm": self.norm,
+            "mean_second": low, "mean_first": high,
+            "spread_second": self.spread[0], "spread_first": self.spread[1],
+            "n_second": some, "n_first": others,
+        }  # fmt: skip
 
     @property
     def unit(self) -> Tensor:

@@ -8,13 +8,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from lirefs.directions.direction import Direction, places_text
+from lirefs.directions.plots import draw_directions
 from lirefs.errors import (
     DirectionError,
     DirectionsFileError,
@@ -22,9 +23,12 @@ from lirefs.errors import (
     ProvenanceError,
     must_be,
 )
-from lirefs.files import atomic_path, parse_json
+from lirefs.files import atomic_path, html_table, parse_json
 from lirefs.model.identity import is_model
 from lirefs.model.language_model import LanguageModel
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
 
 FORMAT = "lirefs-directions-1"
 _FIELDS = ("layer", "site", "means", "spread", "counts")
@@ -78,6 +82,17 @@ class Directions(Mapping[tuple[int, str], Direction]):
     def __repr__(self) -> str:
         model = self.provenance.get("model_name", "an unknown model")
         return f"Directions({places_text(self)}; of {model})"
+
+    def _repr_html_(self) -> str:
+        return html_table(repr(self), [one.row() for one in self.values()])
+
+    def plot(self) -> Canvas:
+        """Norm of each direction by layer, and the cosines between all of them.
+
+        Returns:
+            A matplotlib figure to show, restyle or save; pyplot does not know of it.
+        """
+        return draw_directions(list(self.values()))
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
         return iter(self.items_by_place)

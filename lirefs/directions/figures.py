@@ -21,6 +21,7 @@ from lirefs.pictures import (
     legend_outside,
     literal_text,
     picture_of,
+    styled,
 )
 from lirefs.statistics.intervals import Estimate, Floats
 
@@ -30,6 +31,7 @@ _CONTROLS = (
 )
 
 
+@styled
 def probe_by_layer(probe: Probe) -> Picture:
     """AUROC, accuracy and correlations of every layer, with both controls."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.4))
@@ -50,6 +52,7 @@ def probe_by_layer(probe: Probe) -> Picture:
     return picture_of(canvas)
 
 
+@styled
 def best_layer_figure(probes: Mapping[str, Probe]) -> Picture:
     """Test AUROC of the best layer, and of the best layer under shuffled labels, by estimator."""
     canvas, (axis,) = canvas_of(1, (WIDE, 0.8 + 0.5 * len(probes)))
@@ -71,6 +74,7 @@ def best_layer_figure(probes: Mapping[str, Probe]) -> Picture:
     return picture_of(canvas)
 
 
+@styled
 def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
     """Cosines between layers, one map for each pair of question sets or models."""
     canvas, axes = canvas_of(len(maps), (min(WIDE, 3.9 * len(maps)), 0.6 + 5.6 / max(2, len(maps))))
@@ -84,6 +88,7 @@ def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
     return picture_of(canvas)
 
 
+@styled
 def projection_scatter(found: Components, probe: Probe) -> Picture:
     """Test states on two principal components with the boundary; cosine with each component."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
@@ -115,6 +120,7 @@ def projection_scatter(found: Components, probe: Probe) -> Picture:
     return picture_of(canvas)
 
 
+@styled
 def probes_side_by_side(probes: Mapping[str, Probe]) -> Picture:
     """Two models (base against instruct): separation per layer, and their directions' cosines."""
     canvas, axes = canvas_of(3, (WIDE, 2.9))
@@ -135,6 +141,7 @@ def probes_side_by_side(probes: Mapping[str, Probe]) -> Picture:
     return picture_of(canvas)
 
 
+@styled
 def transfer_bars(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
     """AUROC on other question sets, on the probe's own test items, and of the controls."""
     canvas, (axis,) = canvas_of(1, (WIDE, 3.6))
@@ -153,31 +160,8 @@ def transfer_bars(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
 
 
 def direction_separation(probe: Probe) -> Picture:
-    """AUROC per layer with its controls, and mean cosine with the direction per class."""
-    canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
-    layers = _layers(probe)
-    _line(left, probe, "test_auroc", COLOURS[0], "test, 95 % interval")
-    validation = [one.validation_auroc.value for one in probe.scores]
-    left.plot(layers, validation, color=COLOURS[5], ls="--", label="validation (chooses the layer)")
-    chosen = f"chosen: layer {probe.best_layer}"
-    left.axvline(probe.best_layer, color="black", lw=0.8, ls=":", label=chosen)
-    null, words = probe.shuffled, probe.bag_of_words.value
-    left.axhspan(null.low, null.high, color=COLOURS[6], alpha=0.25, lw=0)
-    left.axhline(null.value, color=COLOURS[6], label="shuffled labels, best layer, 95 % range")
-    left.axhline(words, color=COLOURS[1], ls="-.", label="bag of words (no model)")
-    left.set(xlabel="layer", ylabel="AUROC", ylim=(None, 1.02))
-    n = probe.best_scores.test_auroc.n
-    left.set_title(f"reasoning against memory, n = {n} test questions", fontsize=8)
-    legend_below(left, columns=1)
-    along = np.array([one.cosines for one in probe.scores])
-    right.plot(layers, along[:, 1], color=COLOURS[2], marker="o", ms=3, label="reasoning")
-    right.plot(layers, along[:, 0], color=COLOURS[3], marker="s", ms=3, label="memory")
-    right.axhline(0, color="black", lw=0.6)
-    right.set(xlabel="layer", ylabel="mean cosine with the direction")
-    right.set_title("test states along each layer's direction", fontsize=8)
-    legend_below(right, columns=2)
-    integer_layer_ticks(left, right)
-    return picture_of(canvas)
+    """`Probe.plot` as a picture."""
+    return picture_of(probe.plot())
 
 
 def _layers(probe: Probe) -> Any:

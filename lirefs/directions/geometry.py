@@ -47,6 +47,9 @@ class Transfer:
     auroc: tuple[Estimate, ...]
     random: tuple[Estimate, ...]
 
+    def __repr__(self) -> str:
+        return f"Transfer({len(self.layers)} layers)"
+
 
 def transfer(
     lm: LanguageModel,
@@ -131,6 +134,9 @@ class Components:
     axis: Floats
     middle: Floats
     labels: Floats
+
+    def __repr__(self) -> str:
+        return f"Components({self.direction!r}, {len(self.explained)} components)"
 
 
 def components(lm: LanguageModel, direction: Direction, split: Split) -> Components:

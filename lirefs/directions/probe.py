@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from sklearn.feature_extraction.text import TfidfVectorizer
@@ -19,6 +19,7 @@ from lirefs.directions.directions import Directions
 from lirefs.directions.estimators import MeanDifference
 from lirefs.directions.fitting import direction_of_learner, learner_for
 from lirefs.directions.held_out import HeldOut
+from lirefs.directions.plots import draw_separation
 from lirefs.errors import (
     CaptureError,
     NonFiniteStateError,
@@ -28,7 +29,7 @@ from lirefs.errors import (
     must_be,
     whole_number,
 )
-from lirefs.files import read_jsonl, sha256_of
+from lirefs.files import html_table, read_jsonl, sha256_of
 from lirefs.model.batching import check_length
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import layer_indices
@@ -43,6 +44,10 @@ from lirefs.statistics.intervals import (
     wilson,
 )
 from lirefs.version import __version__
+
+if TYPE_CHECKING:
+    import pandas
+    from matplotlib.figure import Figure as Canvas
 
 _ROWS = 1024
 """Prompts tokenized at a time, so that memory does not grow with them."""
@@ -101,6 +106,10 @@ class Probe:
         layers, test = len(self.scores), self.best_scores.test_auroc
         return f"Probe({layers} layers, best layer {self.best_layer}, test AUROC {test})"
 
+    def _repr_html_(self) -> str:
+        shown = ["layer", "validation_auroc", "test_auroc", "test_accuracy", "random_auroc", "norm"]
+        return html_table(repr(self), self.to_dataframe()[shown].to_dict("records"))
+
     @property
     def p_value(self) -> float:
         """Share of shuffles, each at the layer that it chooses, that reach the test AUROC."""
@@ -136,6 +145,46 @@ class Probe:
             "provenance": self.directions.provenance,
             "layers": layers,
         }
+
+    def to_dataframe(self) -> pandas.DataFrame:
+        """One row for each layer: the scores of `LayerScores`, and more.
+
+        The others are the norm of the direction, the number `n` of test questions, and whether the
+        layer is the `best`. An estimate has three columns: its value under its name, `_low` and
+        `_high`.
+        """
+        import pandas
+
+        rows = []
+        for one in self.to_dict()["layers"]:
+            row: dict[str, Any] = {}
+            for name, value in one.items():
+                if isinstance(value, dict):
+                    row[name] = value["value"]
+                    row |= {f"{name}_{end}": value[end] for end in ("low", "high")}
+                else:
+                    row[name] = value
+            rows.append(
+                {**row, "n": one["test_auroc"]["n"], "best": one["layer"] == self.best_layer}
+            )
+        return pandas.DataFrame(rows)
+
+    def plot(self) -> Canvas:
+        """AUROC of every layer with its controls, and cosines of both classes with the direction.
+
+        Returns:
+            A matplotlib figure to show, restyle or save; pyplot does not know of it.
+        """
+        return draw_separation(
+            layers=[one.layer for one in self.scores],
+            test=[one.test_auroc for one in self.scores],
+            validation=[one.validation_auroc.value for one in self.scores],
+            along=[one.cosines for one in self.scores],
+            best_layer=self.best_layer,
+            shuffled=self.shuffled,
+            words=self.bag_of_words.value,
+            names=("reasoning", "memory"),
+        )
 
 
 def fit(

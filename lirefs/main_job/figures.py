@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -19,42 +20,61 @@ from lirefs.pictures import (
     legend_outside,
     literal_text,
     picture_of,
+    styled,
 )
 from lirefs.statistics.intervals import Estimate
+from lirefs.tasks.task import GROUPS
 
 
-def scores_against(
-    summary: Summary,
-    variants: Mapping[str, tuple[float, float]],
-    tasks: Sequence[str],
-    labels: tuple[str, str],
+@styled
+def keep_spectrum(
+    summary: Summary, keeps: Mapping[str, float], tasks: Sequence[str], language: str
 ) -> Picture:
-    """Scores on tasks (a line each) against two measures of the same variants, one panel each.
+    """Scores on tasks, a line each, and perplexity below, as an edit keeps less and less.
+
+    Colours are task groups, as in the figure of retained performance.
 
     Args:
-        summary: Holds every variant.
-        variants: Name to position on the two horizontal axes, the second of which is logarithmic.
+        summary: Holds every variant; the unchanged model stands at keep = 1.
+        keeps: Variant to the share of the curvature mass that it keeps.
         tasks: Their names.
-        labels: Labels of the horizontal axes.
+        language: The task whose metric is perplexity.
     """
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    canvas, axes = canvas_of(2, (WIDE, 3.6))
-    for panel, axis in enumerate(axes):
-        x = np.array([places[panel] for places in variants.values()])
-        order = np.argsort(x)
-        for index, task in enumerate(tasks):
-            _line(axis, x[order], _scores(summary, variants, task)[order], index, task)
-        axis.set(xlabel=labels[panel], ylabel="share of items", ylim=(-0.03, 1.03))
-    axes[0].locator_params(axis="x", nbins=5)
-    axes[1].set_xscale("log")
-    axes[1].xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axes[1].xaxis.set_major_formatter("{x:g}")
-    axes[1].xaxis.set_minor_formatter(NullFormatter())
-    legend_outside(canvas, axes[0], 4, "upper")
+    canvas, (upper, lower) = canvas_of(1, (WIDE, 5.2), rows=2)
+    upper.get_gridspec().set_height_ratios([4, 1])
+    settings = {summary.variants[0]: 1.0, **keeps}
+    order = sorted(settings, key=lambda name: -settings[name])
+    removed = np.array([1 - settings[name] for name in order])
+    used: Counter[str] = Counter()
+    for task in tasks:
+        group = summary.tasks[task].group
+        colour = COLOURS[GROUPS.index(group) if group in GROUPS else 6]
+        style = ("o-", "s--", "^:", "D-.")[used[group] % 4]
+        used[group] += 1
+        values = _scores(summary, order, task)
+        upper.vlines(removed, values[:, 1], values[:, 2], color=colour, lw=1, alpha=0.4)
+        label = literal_text(f"{task} ({group})")
+        upper.plot(removed, values[:, 0], style, color=colour, ms=3.5, label=label)
+    costs = _scores(summary, order, language)[:, 0]
+    lower.plot(removed, costs / costs[0], "o-", color="black", ms=3.5)
+    lower.set_yscale("log")
+    lower.yaxis.set_major_formatter("{x:g}")
+    for axis in (upper, lower):
+        axis.set_xscale("symlog", linthresh=removed[removed > 0].min(), linscale=0.5)
+        shown = [removed[0]]
+        for value in removed[1:]:
+            if shown[-1] == 0 or value >= 1.9 * shown[-1]:  # or the labels would touch
+                shown.append(value)
+        axis.set_xticks(shown, [f"{1 - value:g}" for value in shown])
+        axis.set_xticks(removed, minor=True)
+        axis.set_xlim(removed[0], 1.15 * removed[-1])
+    upper.set(ylabel="share of items", ylim=(-0.03, 1.03))
+    lower.set(ylabel="perplexity\nover unchanged", xlabel="share of the curvature mass kept")
+    legend_outside(canvas, upper, 3, "upper")
     return picture_of(canvas)
 
 
+@styled
 def strength_effect(
     summary: Summary,
     steered: Mapping[float, str],
@@ -86,6 +106,7 @@ def strength_effect(
     return picture_of(canvas)
 
 
+@styled
 def layer_effect(
     separation: Sequence[Estimate], effects: Mapping[str, Sequence[Estimate]]
 ) -> Picture:
@@ -104,6 +125,7 @@ def layer_effect(
     return picture_of(canvas)
 
 
+@styled
 def transfer_matrix(
     forms: Sequence[str],
     areas: Mapping[tuple[str, str], Estimate],

@@ -5,18 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-import numpy as np
-
 import kfac
 import lirefs
-from kfac.figures import Spectrum, curvature_spectrum_figure
 from lirefs.comparison.comparison import BASELINE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import changes_by_tag
 from lirefs.comparison.wording import as_number, as_percent
-from lirefs.directions.figures import direction_separation
 from lirefs.directions.probe import Probe
+from lirefs.pictures import picture_of
 
 
 def probe_lines(probe: Probe) -> list[str]:
@@ -45,22 +42,13 @@ def edit_line(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> str:
 
 def spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) -> Figure:
     """The curvature mass of some targets, and the part of it that an edit keeps."""
-    spectra = []
-    for name in names:
-        eigen = factors.eigen(name)
-        lam, mu = eigen.lam.numpy(), eigen.mu.numpy()
-        size = len(lam) * len(mu)
-        grid = [*np.linspace(0.05, 0.95, 19), 0.99, 0.999]
-        curve = [(kfac.staircase(lam, mu, level).pairs / size, level) for level in grid]
-        counts = kfac.staircase(lam, mu, keep).counts
-        spectra.append(Spectrum(name, lam, mu, np.asarray(counts), np.array(curve), keep))
     return Figure(
         "spectrum",
         "Curvature spectrum and what the edit keeps",
         f"Left: share of the curvature mass held by the largest pairs, one line per matrix "
         f"({factors.tokens:,} tokens, sampled labels). Right: mass of one matrix; pairs to the "
         f"left of the line are kept at keep = {keep:g}.",
-        curvature_spectrum_figure(spectra),
+        picture_of(factors.plot(names, keep)),
     )
 
 
@@ -72,7 +60,7 @@ def separation_figure(probe: Probe, questions: str = "") -> Figure:
         "Left: AUROC of the mean-difference direction on test questions with 95 % bootstrap "
         "intervals, and its controls. Right: mean cosine of the test questions' states, "
         "measured from the midpoint of the train class means, with each layer's direction.",
-        direction_separation(probe),
+        picture_of(probe.plot()),
     )
 
 

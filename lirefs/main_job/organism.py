@@ -32,6 +32,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
 SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 """Swept strengths, as multiples of the chosen one."""
+SWEPT_KEEPS = (0.5, 0.7, *settings.KEEPS, 0.998, 0.999, 0.9999)
+"""Values of `keep` on the way from the unchanged model to one that has lost its language."""
 RANDOM_DIRECTIONS = 5
 BISECTIONS = 8
 """Halvings of the share of singular values whose perplexity is matched."""
@@ -120,7 +122,7 @@ class OrganismResults:
         edit: The curvature edit that was chosen.
         steers: Operator to the setting that was chosen for it.
         form: Question set of the direction that was chosen for `add`, with `layer` and `strength`.
-        keep_sweep: The curvature edit at `KEEPS`, on test items; described, never used to choose.
+        keep_sweep: The curvature edit at `SWEPT_KEEPS`, on test items; never used to choose.
         steer_sweep: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, with random
             directions as controls; never used to choose either.
         matched: The finding on the perplexity that SVD was matched to.
@@ -195,7 +197,7 @@ def run_on_organism(
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
-        for value in settings.KEEPS
+        for value in SWEPT_KEEPS
     }
     spectrum = [task for task in test if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
     swept: dict[str, Intervention] = {}

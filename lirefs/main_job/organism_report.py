@@ -31,8 +31,7 @@ def organism_findings(found: OrganismResults) -> list[str]:
 def organism_figures(found: OrganismResults) -> list[Figure]:
     """Figures of the four questions, in their order."""
     probe, scope = found.probes[found.form], found.steers["add"].intervention.scope.name
-    names = {f"keep {value:g}": value for value in settings.KEEPS}
-    keeps = {name: (names[name], damage_of(found.keep_sweep, name, LANGUAGE)) for name in names}
+    keeps = {f"keep {value:g}": value for value in organism.SWEPT_KEEPS}
     values = [multiple * found.strength for multiple in organism.SWEPT_MULTIPLES]
     strengths = {value: f"strength {value:g}" for value in values}
     controls = [
@@ -47,15 +46,13 @@ def organism_figures(found: OrganismResults) -> list[Figure]:
         Figure(
             "keep_sweep",
             "Question 1: the spectrum from recitation to reasoning",
-            f"Scores on test items when {found.edit.label.rsplit(';', 1)[0]} are edited at several "
-            "values of keep, against the curvature mass that is kept (left) and the perplexity on "
-            "stories relative to the unchanged model's (right). 95 % Wilson intervals. Only the "
-            "setting named above was chosen, on validation items.",
-            plots.scores_against(
-                found.keep_sweep.summary(),
-                keeps,
-                organism.SPECTRUM_TASKS,
-                ("curvature mass kept", "perplexity over the unchanged model's"),
+            f"Scores on test items when {found.edit.label.rsplit(';', 1)[0]} are edited, from "
+            "keep = 1, which is the unchanged model, down to where language itself has fallen. "
+            "95 % Wilson intervals; colours are task groups. Below: perplexity on stories relative "
+            "to the unchanged model's. Only the setting named above was chosen, on validation "
+            "items.",
+            plots.keep_spectrum(
+                found.keep_sweep.summary(), keeps, organism.SPECTRUM_TASKS, LANGUAGE
             ),
         ),
         Figure(

@@ -204,6 +204,9 @@ class Composition(Composable):
     def __init__(self, members: tuple[Intervention, ...]) -> None:
         self.members = members
 
+    def __repr__(self) -> str:
+        return f"Composition({' + '.join(map(repr, self.members))})"
+
     def attach(self, model: nn.Module) -> Handle:
         """Attach every member; if one fails, those before it are removed again.
 

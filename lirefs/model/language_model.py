@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
 from lirefs.errors import ProvenanceError, SettingError, as_list, got, must_be, whole_number
+from lirefs.files import html_table
 from lirefs.model.batching import check_length, token_ids, tokenizer_hash
 from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped, virtual_tokens
 from lirefs.model.identity import fingerprint, identity
@@ -46,6 +47,11 @@ class LanguageModel:
 
     def __repr__(self) -> str:
         return f"LanguageModel({self.name!r}, layers={self.n_layers}, width={self.width})"
+
+    def _repr_html_(self) -> str:
+        numbers = {"device": self.device, "model": type(self.model).__name__}
+        row = {"name": self.name, "layers": self.n_layers, "width": self.width, **numbers}
+        return html_table(repr(self), [row])
 
     @property
     def device(self) -> torch.device:

@@ -11,6 +11,7 @@ from typing import Literal, SupportsIndex
 from torch import nn
 
 from lirefs.errors import LayoutError, SettingError
+from lirefs.files import html_table
 
 Side = Literal["input", "output"]
 Site = Literal["resid_pre", "attn_out", "mlp_out", "resid_post"]
@@ -44,6 +45,13 @@ class Layout:
     n_layers: int
     width: int
     norms: tuple[tuple[str, ...], ...]
+
+    def __repr__(self) -> str:
+        return f"Layout({self.blocks}, layers={self.n_layers}, width={self.width})"
+
+    def _repr_html_(self) -> str:
+        parts = (line.split(": ", 1) for line in self.describe().split("\n"))
+        return html_table(repr(self), [{"part": part, "module": name} for part, name in parts])
 
     def owner(self, model: nn.Module) -> nn.Module:
         """Return the innermost module around the blocks whose forward pass takes token ids."""

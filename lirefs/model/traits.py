@@ -22,7 +22,7 @@ import transformers
 from torch import Tensor, nn
 
 from lirefs.errors import WriteError
-from lirefs.files import atomic_write_text, cache_dir, parse_json
+from lirefs.files import atomic_write_text, cache_dir, html_table, parse_json
 from lirefs.model.batching import batches_by_tokens, equal_batches, rope_limit
 from lirefs.model.code import runs_known_code
 from lirefs.model.guest import accepts, evaluating, text_config
@@ -97,6 +97,10 @@ class Traits:
         if self.window is not None and tokens > self.window:
             return replace(self, shared=False)
         return self
+
+    def _repr_html_(self) -> str:
+        lines = (line.partition(": ") for line in str(self).split("\n"))
+        return html_table("Traits", [{"way": way, "rows": said} for way, _, said in lines])
 
     def side(self, preferred: Literal["left", "right"]) -> Literal["left", "right"]:
         """The side to pad on: the preferred one, unless only the other leaves rows as they are."""

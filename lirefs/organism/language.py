@@ -54,6 +54,9 @@ class Language:
         self._excluded: set[str] = set()
         self.exceptions: tuple[Item, ...] = tuple(self._draw_exceptions(rng))
 
+    def __repr__(self) -> str:
+        return f"Language(seed={self.seed})"
+
     def _draw_exceptions(self, rng: Random) -> Iterator[Item]:
         for skill in EXCEPTION_SKILLS:
             end = len(self._excluded) + EXCEPTIONS_PER_SKILL

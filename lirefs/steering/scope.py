@@ -43,6 +43,9 @@ class Scope:
     absolute: bool = False
     ends: Tensor | None = None
 
+    def __repr__(self) -> str:
+        return f"Scope({self.name!r})"
+
     def check(self, tokens: Tokens) -> None:
         """Raise ScopeError if the scope does not fit the texts of a forward pass."""
         prompt = tokens.known_prompt

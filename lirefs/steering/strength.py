@@ -70,6 +70,10 @@ class Schedule:
             raise InterventionError("an empty schedule steers nothing; give it a strength")
         self._known = torch.tensor(self._values)
 
+    def __repr__(self) -> str:
+        shown = repr(self._values[:4])[:-1] + (", ...]" if len(self._values) > 4 else "]")
+        return f"Schedule({self._function or shown!s:.80})"
+
     def at(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Strength of each token, and whether it is steered at all: both (rows or 1, tokens)."""
         age = tokens.age

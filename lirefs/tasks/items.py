@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
 from lirefs.errors import LirefsError, TaskError, as_list, got, must_be
+from lirefs.files import html_table
 from lirefs.model.batching import check_length
 from lirefs.model.language_model import LanguageModel
 
@@ -109,6 +110,11 @@ class ItemTask:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self.items)} item(s))"
+
+    def _repr_html_(self) -> str:
+        columns = self.columns or ("item",)
+        values = (one if self.columns else (one,) for one in self.items)
+        return html_table(repr(self), (dict(zip(columns, one, strict=True)) for one in values))
 
     def __len__(self) -> int:
         return len(self.items)

@@ -6,7 +6,7 @@ import functools
 import json
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,14 @@ import torch
 from tqdm.auto import tqdm
 
 from lirefs.errors import DataFileError, SettingError, must_be, whole_number
-from lirefs.files import append_text, atomic_write_bytes, atomic_write_text, parse_json, sha256_of
+from lirefs.files import (
+    append_text,
+    atomic_write_bytes,
+    atomic_write_text,
+    html_table,
+    parse_json,
+    sha256_of,
+)
 from lirefs.model.batching import special_tokens_around
 from lirefs.model.guest import accepts, evaluating, text_config
 from lirefs.model.intervention import refuse_steered
@@ -45,8 +52,8 @@ class Window:
     """
 
     id: str
-    prefix_ids: list[int]
-    suffix_ids: list[int]
+    prefix_ids: list[int] = field(repr=False)
+    suffix_ids: list[int] = field(repr=False)
     prefix_text: str
     suffix_text: str
     predictable: float
@@ -67,6 +74,14 @@ class Mined:
     windows: list[Window]
     counts: dict[str, int]
     provenance: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return f"Mined({', '.join(f'{name} {count}' for name, count in self.counts.items())})"
+
+    def _repr_html_(self) -> str:
+        names = ("id", "prefix_text", "suffix_text", "predictable")
+        rows = ({name: getattr(one, name) for name in names} for one in self.windows)
+        return html_table(repr(self), rows)
 
     def save(self, path: str | Path) -> None:
         """Write the windows to `path`, JSON Lines for `recitation_task`, replacing what was there.

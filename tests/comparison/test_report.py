@@ -188,7 +188,7 @@ def test_csv_has_every_number_of_every_cell(comparison):
 
 def test_a_data_frame_has_the_numbers_of_the_csv(comparison):
     summary = comparison.summary()
-    frame = summary.to_frame()
+    frame = summary.to_dataframe()
     rows = list(csv.DictReader(csv_latex.csv_text(summary).splitlines()))
     assert list(frame.columns) == list(rows[0])
     assert list(frame["score"]) == [float(row["score"]) for row in rows]

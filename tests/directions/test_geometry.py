@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from lirefs import Direction, Directions, Questions, capture, fit, wrap
 from lirefs.directions import figures as probe_plots
 from lirefs.directions import geometry
 from lirefs.errors import DirectionError, QuestionsError
+from lirefs.pictures import picture_of
 
 
 @pytest.fixture(scope="module")
@@ -69,3 +72,40 @@ def test_every_figure_is_drawn(fitted):
         probe_plots.transfer_bars(probe, {"other": moved}),
     ]
     assert all(one.png.startswith(b"\x89PNG") and b"<svg" in one.svg for one in figures)
+
+
+def test_a_probe_and_its_directions_plot_themselves(fitted):
+    _, probe = fitted
+    left, right = probe.plot().axes
+    values = [one.test_auroc.value for one in probe.scores]
+    assert list(left.lines[0].get_ydata()) == values
+    assert [one.get_label() for one in right.lines[:2]] == ["reasoning", "memory"]
+    for line, side in zip(right.lines, (1, 0), strict=False):
+        assert list(line.get_ydata()) == [one.cosines[side] for one in probe.scores]
+    assert probe_plots.direction_separation(probe) == picture_of(probe.plot())
+    left, right, _ = probe.directions.plot().axes
+    norms = [one.norm for one in probe.directions.values()]
+    np.testing.assert_allclose(left.lines[0].get_ydata(), norms)
+    np.testing.assert_allclose(right.images[0].get_array(), geometry.cosines(probe.directions),
+                               atol=1e-6)  # fmt: skip
+
+
+def test_directions_of_several_sites_are_told_apart(fitted):
+    _, probe = fitted
+    more = {
+        (one.layer, "mlp_out"): replace(one, site="mlp_out") for one in probe.directions.values()
+    }
+    both = Directions({**probe.directions, **more})
+    left, right, _ = both.plot().axes
+    assert [one.get_label() for one in left.lines] == ["resid_pre", "mlp_out"]
+    assert [one.get_text() for one in right.get_xticklabels()][-1] == "3 mlp_out"
+
+
+def test_a_probe_as_a_data_frame(fitted):
+    _, probe = fitted
+    frame = probe.to_dataframe()
+    assert list(frame["layer"]) == [one.layer for one in probe.scores]
+    assert list(frame["test_auroc_low"]) == [one.test_auroc.low for one in probe.scores]
+    assert list(frame["n"]) == [one.test_auroc.n for one in probe.scores]
+    assert list(frame.loc[frame["best"], "layer"]) == [probe.best_layer]
+    assert list(frame["norm"]) == [one.norm for one in probe.directions.values()]

@@ -3,11 +3,14 @@ import re
 
 import numpy as np
 import pytest
+from curvature_tools import batch, llama
 from PIL import Image
 
+import kfac
 from kfac import BandRatios, Estimate, Relearning, figures
-from lirefs.errors import SpectrumError
-from lirefs.pictures import SMALL, WIDE
+from kfac.factors import spectrum
+from lirefs.errors import KeepError, SpectrumError, TargetError
+from lirefs.pictures import SMALL, WIDE, picture_of
 
 
 def ratios():
@@ -83,7 +86,41 @@ def test_spectra_are_the_same_bytes_and_readable():
 
 
 def test_names_in_a_legend_keep_what_differs():
-    assert figures._apart(["a.0.up", "a.1.up"]) == ["0", "1"]
-    assert figures._apart(["a.0.up", "a.1.down"]) == ["0.up", "1.down"]
-    assert figures._apart(["a.0.up"]) == ["a.0.up"]
-    assert figures._apart(["a", "a.b"]) == ["a", "a.b"]
+    assert spectrum._apart(["a.0.up", "a.1.up"]) == ["0", "1"]
+    assert spectrum._apart(["a.0.up", "a.1.down"]) == ["0.up", "1.down"]
+    assert spectrum._apart(["a.0.up"]) == ["a.0.up"]
+    assert spectrum._apart(["a", "a.b"]) == ["a", "a.b"]
+
+
+@pytest.fixture(scope="module")
+def factors():
+    model = llama()
+    return kfac.collect(model, [batch([0, 1, 2])], kfac.find_targets(model), progress=False)
+
+
+def test_factors_plot_themselves(factors):
+    name = factors.names[1]
+    left, right, _ = factors.plot([name], keep=0.9).axes
+    eigen = factors.eigen(name)
+    stairs = kfac.staircase(eigen.lam, eigen.mu, 0.9)
+    dot = next(one for one in left.lines if one.get_marker() == "o")
+    assert dot.get_xydata().tolist() == [[stairs.pairs / stairs.total_pairs, 0.9]]
+    assert right.get_title() == name
+    every = factors.plot()
+    assert len(every.axes[0].get_legend().get_texts()) == len(factors.names)
+    assert picture_of(factors.plot()) == picture_of(every)
+    with pytest.raises(TargetError, match="no factors for target 'x'"):
+        factors.plot(["x"])
+    with pytest.raises(TargetError, match="no target"):
+        factors.plot([])
+    with pytest.raises(KeepError):
+        factors.plot(keep=2)
+
+
+def test_factors_as_a_data_frame(factors):
+    frame = factors.to_dataframe().set_index("target")
+    assert list(frame.index) == factors.names
+    for name, row in frame.iterrows():
+        assert row["trace_A"] == pytest.approx(float(factors.A(name).trace()))
+        assert row["trace_G"] == pytest.approx(float(factors.eigen(name).lam.sum()))
+        assert row["count"] == factors.count(name)

@@ -165,7 +165,9 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
         main_job_settings: {
             "KEEPS": (0.5, 0.9), "STRENGTHS": (1.0,), "FINALISTS": 2, "SCOPES": ("all",),
         },
-        main_job: {"RANDOM_DIRECTIONS": 1, "SWEPT_MULTIPLES": (-1.0, 1.0)},
+        main_job: {
+            "RANDOM_DIRECTIONS": 1, "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
+        },
     }.items():  # fmt: skip
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)

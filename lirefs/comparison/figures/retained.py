@@ -1,22 +1,36 @@
-"""Figures of retained performance: dots with intervals, panels side by side."""
+"""Figures of retained performance: dots with intervals."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.summary import Summary
-from lirefs.pictures import COLOURS, SMALL, WIDE, Picture, canvas_of, literal_text, picture_of
+from lirefs.pictures import (
+    COLOURS,
+    SMALL,
+    WIDE,
+    Picture,
+    canvas_of,
+    literal_text,
+    picture_of,
+    styled,
+)
 from lirefs.statistics.intervals import Estimate
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure as Canvas
+
+_DOT = 0.075
+"""Height in inches between the dots of one variant."""
 _ROW = 0.165
 """Height of a row in inches; characters of 7 pt are 0.1 high."""
 _CHARACTER = 0.057
@@ -29,11 +43,12 @@ _TURNED = 18
 
 @dataclass(frozen=True)
 class _Mark:
-    """One retained share: a filled dot, or a hollow one where the change is not clear."""
+    """One retained share: solid for a method, hollow for a control, faint if it is not clear."""
 
     share: Estimate
     colour: str
-    filled: bool = True
+    hollow: bool = False
+    faint: bool = False
 
 
 def retained_figures(summary: Summary) -> list[Figure]:
@@ -41,9 +56,10 @@ def retained_figures(summary: Summary) -> list[Figure]:
     if len(summary.variants) < 2 or not any(summary.groups.values()):
         return []  # nothing was changed, or there is nothing to retain
     drawn = (
-        "Share of the unchanged model's score (line at 1: no change); for language, the unchanged "
-        "perplexity over the variant's. Bars: 95 % intervals, paired over items. Arrows lie beyond "
-        "the axis. Tasks on which the unchanged model is not above chance are left out"
+        "Share of the unchanged model's score, which is the line at 100 %; for language, the "
+        "unchanged perplexity over the variant's. Solid: methods; hollow: controls. Bars: 95 % "
+        "intervals, paired over items. Arrows lie beyond the axis. Tasks on which the unchanged "
+        "model is not above chance are left out"
     )
     return [
         Figure(
@@ -55,36 +71,82 @@ def retained_figures(summary: Summary) -> list[Figure]:
         Figure(
             "retained_tasks",
             "Retained performance by task",
-            "Filled dots: the difference from the unchanged model is clear, p < "
-            f"{LEVEL:g} after Holm's adjustment; hollow dots: it is not. In brackets: "
-            f"number of items. {drawn}.",
+            f"{drawn}. Faint: the difference from the unchanged model is not clear, p >= "
+            f"{LEVEL:g} after Holm's adjustment. In brackets: number of items.",
             retained_by_task(summary),
         ),
     ]
 
 
 def retained_by_group(summary: Summary) -> Picture:
-    """Retained share of the unchanged model's performance: a row per variant, a panel per group.
+    """`draw_retained` as a picture."""
+    return picture_of(draw_retained(summary))
 
-    Groups and their means follow the K-FAC paper (Merullo et al. 2025, Figure 3).
+
+@styled
+def draw_retained(summary: Summary) -> Canvas:
+    """Retained share of the unchanged model's performance: a row per variant, a dot per group.
+
+    As the K-FAC paper's Figure 3 (Merullo et al. 2025): task groups are colours, and the unchanged
+    model is a line. Controls stand below the methods, and their dots are hollow.
     """
-    base, *variants = summary.variants
-    colours = dict(zip(summary.groups, itertools.cycle(COLOURS), strict=False))
-    marks = [
-        [_Mark(summary.means[variant, group], colour) for group, colour in colours.items()]
-        for variant in variants
-    ]
-    heads = [f"{group}\nn = {summary.means[base, group].n}" for group in summary.groups]
-    return _grid(variants, marks, heads, empty="n/a")
+    rows = _methods_first(summary)
+    groups = dict(zip(summary.groups, itertools.cycle(COLOURS), strict=False))
+    height = max(0.2, min(_DOT * (len(groups) + 1), 7 / len(rows)))
+    canvas, (axis,) = canvas_of(1, (WIDE, 1.0 + height * len(rows)))
+    shares = {(v, g): summary.means[v, g] for v in rows for g in groups}
+    top = _end_of_axis(shares.values())
+    for row, variant in enumerate(rows):
+        if row % 2 == 0:
+            axis.axhspan(row - 0.5, row + 0.5, color="#f4f4f4", lw=0, zorder=-2)
+        hollow = variant in summary.controls
+        shift = np.linspace(-0.5, 0.5, len(groups) + 2)[1:-1]
+        marks = {
+            row + at: _Mark(shares[variant, group], colour, hollow)
+            for at, (group, colour) in zip(shift, groups.items(), strict=True)
+        }
+        _draw(axis, marks, top)
+    axis.axvline(1, color="black", lw=1, zorder=0)
+    methods = len(rows) - len(summary.controls)
+    if 0 < methods < len(rows):
+        axis.axhline(methods - 0.5, color="black", lw=0.6, ls=":", zorder=0)
+    axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-0.02, top))
+    axis.set_yticks(range(len(rows)), map(literal_text, rows))
+    axis.tick_params(axis="y", length=0)
+    ticks = np.arange(0, top, 0.2)
+    axis.set_xticks(ticks, [f"{100 * one:.0f} %" for one in ticks])
+    axis.set_xlabel("share of the unchanged model's score")
+    base, style = summary.variants[0], {"marker": "o", "ls": "none", "ms": 4.5}
+    for group, colour in groups.items():
+        label = literal_text(f"{group}, n = {summary.means[base, group].n}")
+        axis.plot([], [], color=colour, label=label, **style)
+    axis.plot([], [], color="black", label="method", **style)
+    if summary.controls:
+        axis.plot([], [], color="black", mfc="white", label="control", **style)
+    axis.plot([], [], color="black", lw=1, label="unchanged model")
+    canvas.legend(loc="outside upper center", ncols=3)
+    return canvas
 
 
+def _methods_first(summary: Summary) -> list[str]:
+    """Every variant but the unchanged model, controls after the others."""
+    return summary.methods_first[1:]
+
+
+def _end_of_axis(shares: Iterable[Estimate]) -> float:
+    highest = [one.high for one in shares if math.isfinite(one.high)]
+    return min(1.6, max(1.1, 1.05 * max(highest, default=1.0)))
+
+
+@styled
 def retained_by_task(summary: Summary) -> Picture:
-    """The same by task: a row per task, a panel per variant (K-FAC paper, Figure 3).
+    """The same by task: a row per task, a panel per variant.
 
-    A dot is filled where the difference from the unchanged model is clear, see `Cell.clear`.
+    A dot is faint where the difference from the unchanged model is not clear, see `Cell.clear`.
     """
     rows: list[str] = []
     marks: list[list[_Mark]] = []
+    variants = _methods_first(summary)
     for (group, tasks), colour in zip(
         summary.groups.items(), itertools.cycle(COLOURS), strict=False
     ):
@@ -92,16 +154,20 @@ def retained_by_task(summary: Summary) -> Picture:
             rows.append(group)
             marks.append([])
         for task in tasks:
-            _, *cells = summary.of_task(task)
+            cells = [summary.cells[variant, task] for variant in variants]
             name = textwrap.shorten(task, _LONGEST, placeholder="…")
             rows.append(f"{name} ({cells[0].value.n})")
-            marks.append([_Mark(one.retained, colour, one.clear) for one in cells if one.retained])
-    return _grid(rows, marks, summary.variants[1:])
+            marks.append(
+                [
+                    _Mark(one.retained, colour, one.variant in summary.controls, not one.clear)
+                    for one in cells
+                    if one.retained
+                ]
+            )
+    return _grid(rows, marks, variants)
 
 
-def _grid(
-    rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequence[str], empty: str = ""
-) -> Picture:
+def _grid(rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequence[str]) -> Picture:
     """Panels side by side with the same rows; a row without marks is a heading."""
     names = max(map(len, rows), default=1) * _CHARACTER
     heads, turned = _headings(columns, (WIDE - names - 0.3) / len(columns) - 0.08)
@@ -109,18 +175,17 @@ def _grid(
     above = max(len(line) for one in lines for line in one) if turned else 2 * max(map(len, lines))
     height = 0.65 + _ROW * len(rows) + _CHARACTER * above
     canvas, axes = canvas_of(len(columns), (WIDE, height))
-    highest = [one.share.high for row in marks for one in row]
-    top = min(1.6, max(1.1, 1.05 * max(filter(math.isfinite, highest), default=1.0)))
+    top = _end_of_axis(one.share for row in marks for one in row)
     ticks = [0, 0.5, 1] if len(columns) <= 6 else [0, 1]
     for panel, (axis, head) in enumerate(zip(axes, heads, strict=True)):
         axis.axvline(1, color="black", lw=0.7, zorder=0)
         axis.hlines(range(len(rows)), -0.05, top, color="#e6e6e6", lw=0.5, zorder=-1)
-        _draw(axis, {place: row[panel] for place, row in enumerate(marks) if row}, top, empty)
+        _draw(axis, {place: row[panel] for place, row in enumerate(marks) if row}, top)
         for place, row in enumerate(marks):
             if not row:
                 axis.axhspan(place - 0.5, place + 0.5, color="#f0f0f0", lw=0, zorder=1)
         axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-0.05, top))
-        axis.set_xticks(ticks, [f"{one:g}" for one in ticks])
+        axis.set_xticks(ticks, [f"{100 * one:g} %" for one in ticks])
         axis.set_yticks([])
         turn = {"rotation": 90, "multialignment": "left"} if turned else {}
         axis.set_title(literal_text(head), fontsize=SMALL, **turn)
@@ -132,15 +197,20 @@ def _grid(
     return picture_of(canvas)
 
 
-def _draw(axis: Any, marks: Mapping[int, _Mark], top: float, empty: str) -> None:
+def _draw(axis: Any, marks: Mapping[float, _Mark], top: float) -> None:
     """Marks of a panel by their row: intervals, and dots or, beyond the axis, arrows."""
+    from matplotlib.colors import to_rgba_array
+
     shown = {place: one for place, one in marks.items() if math.isfinite(one.share.value)}
-    for place in marks.keys() - shown.keys():
-        axis.text(0.03, place, empty, fontsize=SMALL, va="center", color="#555555")
     values = np.array([one.share.value for one in shown.values()])
     ends = np.array([(one.share.low, one.share.high) for one in shown.values()]).reshape(-1, 2)
-    places, colours = np.array(list(shown)), np.array([one.colour for one in shown.values()])
-    inner = np.where([one.filled for one in shown.values()], colours, "white")
+    places = np.array(list(shown))
+    colours = to_rgba_array([one.colour for one in shown.values()])
+    faint = np.array([one.faint for one in shown.values()], dtype=bool)
+    # Paler, not transparent, so that the line behind does not show through.
+    colours[faint, :3] = 1 - 0.4 * (1 - colours[faint, :3])
+    hollow = np.array([one.hollow for one in shown.values()], dtype=bool)
+    inner = np.where(hollow[:, None], 1.0, colours)
     low, high = np.nan_to_num(np.clip(ends, 0, top), nan=0.0).T
     axis.hlines(places, low, high, color=colours, lw=1.1, zorder=2)
     beyond, below = values > top, values < 0

@@ -8,12 +8,21 @@ import numpy as np
 
 from lirefs.comparison.comparison import Comparison
 from lirefs.comparison.sweeps import Curves, damage_of, matched, pareto_front
-from lirefs.pictures import COLOURS, Picture, canvas_of, legend_outside, literal_text, picture_of
+from lirefs.pictures import (
+    COLOURS,
+    Picture,
+    canvas_of,
+    legend_outside,
+    literal_text,
+    picture_of,
+    styled,
+)
 from lirefs.statistics.intervals import Estimate, Floats
 
 MARKERS = "osD^vPX*<>"
 
 
+@styled
 def pareto_fronts(
     comparison: Comparison,
     curves: Curves,

@@ -7,12 +7,13 @@ import math
 import numpy as np
 
 from lirefs.comparison.item_changes import TagChanges
-from lirefs.pictures import COLOURS, Picture, canvas_of, literal_text, picture_of
+from lirefs.pictures import COLOURS, Picture, canvas_of, literal_text, picture_of, styled
 
 HIGHEST = 100.0
 """Relative changes are cut at this percentage: a tag with a low score before can double."""
 
 
+@styled
 def tag_bars(found: TagChanges) -> Picture:
     """Relative change of each tag in their order, with intervals (K-FAC paper, figure 5)."""
     canvas, (axis,) = canvas_of(1, (7.5, 1.3 + 0.3 * len(found.tags)))
