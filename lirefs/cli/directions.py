@@ -15,7 +15,6 @@ from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Device, Model, OutFolder, Seed
 from lirefs.directions import estimators, geometry
 from lirefs.directions import figures as probe_plots
-from lirefs.directions.probe import load_grades
 from lirefs.errors import SettingError
 from lirefs.export.gguf import to_gguf
 from lirefs.files import atomic_write_text, cache_dir
@@ -66,7 +65,6 @@ def probe_command(
         other_split = other.split(seed=seed)
     cache = cache_dir() / "activations"
     settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed, "cache": cache}
-    grades = None if questions is None else load_grades(questions)
     lm = lirefs.load(model, device=device)
     second = None if against is None else lirefs.load(against, device=device)
     if second is not None and second.width != lm.width:
@@ -74,7 +72,7 @@ def probe_command(
             f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
             "directions cannot be compared"
         )
-    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), grades=grades, **settings)
+    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
     found.directions.save(out / "directions.safetensors")
     figures = {
         "layers": probe_plots.probe_by_layer(found),
@@ -97,7 +95,7 @@ def probe_command(
         {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
     )
     if second is not None:
-        twin = lirefs.fit(second, split, ESTIMATORS[estimator](), grades=grades, **settings)
+        twin = lirefs.fit(second, split, ESTIMATORS[estimator](), **settings)
         figures["side_by_side"] = probe_plots.probes_side_by_side(
             {lm.name: found, second.name: twin}
         )

@@ -25,6 +25,7 @@ from lirefs.errors import (
 from lirefs.files import atomic_path, parse_json
 from lirefs.model.identity import is_model
 from lirefs.model.language_model import LanguageModel
+from lirefs.questions import LABELS
 
 FORMAT = "lirefs-directions-1"
 _FIELDS = ("layer", "site", "means", "spread", "counts")
@@ -37,7 +38,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
     Attributes:
         items_by_place: The directions.
-        provenance: Hashes of model, tokenizer and data, settings and library version.
+        provenance: Hashes of model, tokenizer and data, settings and library version; `labels`
+            are the two labels of the questions (those of files without them: reasoning, memory).
 
     Raises:
         DirectionError: If a key is not the (layer, site) of its direction.
@@ -74,6 +76,12 @@ class Directions(Mapping[tuple[int, str], Direction]):
             problem = "several directions" if found else "no direction"
             raise MissingError(f"{problem} at {place!r}; there are {places_text(self)}")
         return found[0]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The two labels of the questions, first the one that the directions point to."""
+        first, second = self.provenance.get("labels", LABELS)
+        return first, second
 
     def __repr__(self) -> str:
         model = self.provenance.get("model_name", "an unknown model")
@@ -127,6 +135,9 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 found = [_read_direction(file, one) for one in parse_json(metadata["places"])]
             if not isinstance(provenance, dict):
                 raise ValueError("the provenance is not an object")
+            names = provenance.get("labels", LABELS)
+            if len(names) != 2 or not all(isinstance(one, str) for one in names):
+                raise ValueError(f"the labels are {names!r:.60}, not two names")
             if len({(one.layer, one.site) for one in found}) != len(found):
                 raise ValueError("two directions of the same place")
             if len({len(one.vector) for one in found}) != 1:

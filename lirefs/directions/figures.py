@@ -87,8 +87,8 @@ def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
 def projection_scatter(found: Components, probe: Probe) -> Picture:
     """Test states on two principal components with the boundary; cosine with each component."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
-    for label, name, colour in ((0, "memory", COLOURS[3]), (1, "reasoning", COLOURS[2])):
-        points = found.points[found.labels == label]
+    for label, colour in ((0, COLOURS[3]), (1, COLOURS[2])):
+        points, name = found.points[found.labels == label], literal_text(probe.names[1 - label])
         left.scatter(points[:, 0], points[:, 1], s=10, color=colour, alpha=0.7, label=name)
     limits = left.get_xlim(), left.get_ylim()
     length = float(np.linalg.norm(found.axis))
@@ -167,11 +167,12 @@ def direction_separation(probe: Probe) -> Picture:
     left.axhline(words, color=COLOURS[1], ls="-.", label="bag of words (no model)")
     left.set(xlabel="layer", ylabel="AUROC", ylim=(None, 1.02))
     n = probe.best_scores.test_auroc.n
-    left.set_title(f"reasoning against memory, n = {n} test questions", fontsize=8)
+    first, second = map(literal_text, probe.names)
+    left.set_title(f"{first} against {second}, n = {n} test questions", fontsize=8)
     legend_below(left, columns=1)
     along = np.array([one.cosines for one in probe.scores])
-    right.plot(layers, along[:, 1], color=COLOURS[2], marker="o", ms=3, label="reasoning")
-    right.plot(layers, along[:, 0], color=COLOURS[3], marker="s", ms=3, label="memory")
+    right.plot(layers, along[:, 1], color=COLOURS[2], marker="o", ms=3, label=first)
+    right.plot(layers, along[:, 0], color=COLOURS[3], marker="s", ms=3, label=second)
     right.axhline(0, color="black", lw=0.6)
     right.set(xlabel="layer", ylabel="mean cosine with the direction")
     right.set_title("test states along each layer's direction", fontsize=8)
