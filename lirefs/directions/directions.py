@@ -136,7 +136,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
             if not isinstance(provenance, dict):
                 raise ValueError("the provenance is not an object")
             names = provenance.get("labels", LABELS)
-            if len(names) != 2 or not all(isinstance(one, str) for one in names):
+            pair = isinstance(names, list | tuple) and len(names) == 2
+            if not pair or not all(isinstance(one, str) for one in names):
                 raise ValueError(f"the labels are {names!r:.60}, not two names")
             if len({(one.layer, one.site) for one in found}) != len(found):
                 raise ValueError("two directions of the same place")

@@ -27,6 +27,7 @@ def as_dicts(rows: Any) -> Iterable[Mapping[str, Any]]:
     """Rows as dicts; those of a DataFrame or a Dataset without their missing values."""
     columns = getattr(rows, "features", None)
     if hasattr(rows, "notna"):  # a DataFrame
+        rows = rows.convert_dtypes()  # a whole number beside a missing value had become a float
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     elif not isinstance(columns, Mapping):
         return as_list(rows, "rows", Mapping, QuestionsError)
