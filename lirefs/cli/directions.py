@@ -19,6 +19,7 @@ from lirefs.errors import SettingError
 from lirefs.export.gguf import to_gguf
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.model.layout import SITES
+from lirefs.questions import LABELS
 from lirefs.steering.operators import OPERATORS
 
 ESTIMATORS = {
@@ -38,6 +39,9 @@ def probe_command(
     questions: Annotated[
         Path | None, Option(help="Labelled questions; a `score` in [0, 1] grades them.")
     ] = None,
+    labels: Annotated[
+        str, Option(help="The two labels of the questions; directions point to the first.")
+    ] = ",".join(LABELS),
     estimator: Annotated[str, Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
     site: Annotated[str, Option(help="Where in the block.")] = "resid_pre",
     transfer: Annotated[
@@ -55,12 +59,13 @@ def probe_command(
     options.choice_option(site, "--site", SITES)
     if against == model:
         raise SettingError(f"--against {against}: this is the model itself; name another one")
-    own = lirefs.load_questions("default" if questions is None else questions)
+    names = labels.split(",")
+    own = lirefs.load_questions("default" if questions is None else questions, labels=names)
     split = own.split(seed=seed)
     # A second set and a second model are checked before the first fit.
     other = other_split = None
     if transfer is not None:
-        other = lirefs.load_questions(transfer)
+        other = lirefs.load_questions(transfer, labels=names)
         geometry.refuse_fitted_questions(other, split)
         other_split = other.split(seed=seed)
     cache = cache_dir() / "activations"

@@ -42,7 +42,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
             are the two labels of the questions (those of files without them: reasoning, memory).
 
     Raises:
-        DirectionError: If a key is not the (layer, site) of its direction.
+        DirectionError: If a key is not the (layer, site) of its direction, or the provenance has
+            `labels` that are not two names.
     """
 
     items_by_place: dict[tuple[int, str], Direction]
@@ -51,6 +52,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
     def __post_init__(self) -> None:
         must_be(self.items_by_place, Mapping, "directions", DirectionError)
         must_be(self.provenance, Mapping, "provenance", DirectionError)
+        if problem := _wrong_labels(self.provenance):
+            raise DirectionError(problem)
         for place, one in self.items_by_place.items():
             must_be(one, Direction, f"the direction under {place!r}", DirectionError)
             if place != (one.layer, one.site):
@@ -135,10 +138,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 found = [_read_direction(file, one) for one in parse_json(metadata["places"])]
             if not isinstance(provenance, dict):
                 raise ValueError("the provenance is not an object")
-            names = provenance.get("labels", LABELS)
-            pair = isinstance(names, list | tuple) and len(names) == 2
-            if not pair or not all(isinstance(one, str) for one in names):
-                raise ValueError(f"the labels are {names!r:.60}, not two names")
+            if problem := _wrong_labels(provenance):
+                raise ValueError(problem)
             if len({(one.layer, one.site) for one in found}) != len(found):
                 raise ValueError("two directions of the same place")
             if len({len(one.vector) for one in found}) != 1:
@@ -159,6 +160,15 @@ class Directions(Mapping[tuple[int, str], Direction]):
             name = provenance.get("model_name")
             raise ProvenanceError(f"{path}: fitted on another model ({name!r}, not {lm.name!r})")
         return cls({(one.layer, one.site): one for one in found}, provenance)
+
+
+def _wrong_labels(provenance: Mapping[str, Any]) -> str | None:
+    """What is wrong with the labels of a provenance, if it has any."""
+    names = provenance.get("labels", LABELS)
+    pair = isinstance(names, list | tuple) and len(names) == 2
+    if pair and all(isinstance(one, str) for one in names):
+        return None
+    return f"the labels of the directions are {names!r:.60}, not two names"
 
 
 def _read_direction(file: Any, place: dict[str, Any]) -> Direction:

@@ -7,7 +7,7 @@ from tiny import fresh_model, tiny_tokenizer
 
 from lirefs import Directions, MeanDifference, Questions, capture, fit, wrap
 from lirefs.directions import components, figures, prompts_of, transfer
-from lirefs.errors import DirectionsFileError, QuestionsError, SettingError
+from lirefs.errors import DirectionError, DirectionsFileError, QuestionsError, SettingError
 from lirefs.export import hub
 
 HARM = ("harmful", "harmless")
@@ -91,8 +91,11 @@ def test_files_without_names_have_the_default_ones(probe, tmp_path):
     Directions(probe.directions.items_by_place, made).save(tmp_path / "old.safetensors")
     assert Directions.load(tmp_path / "old.safetensors").names == ("reasoning", "memory")
     for wrong in ("ab", ["a"], ["a", 3], 7):
-        made["labels"] = wrong
-        Directions(probe.directions.items_by_place, made).save(tmp_path / "wrong.safetensors")
+        with pytest.raises(DirectionError, match="not two names"):
+            Directions(probe.directions.items_by_place, {**made, "labels": wrong})
+        directions = Directions(probe.directions.items_by_place, dict(made))
+        directions.provenance["labels"] = wrong
+        directions.save(tmp_path / "wrong.safetensors")
         with pytest.raises(DirectionsFileError, match="cannot be read"):
             Directions.load(tmp_path / "wrong.safetensors")
 
