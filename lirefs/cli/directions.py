@@ -19,7 +19,7 @@ from lirefs.errors import SettingError
 from lirefs.export.gguf import to_gguf
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.model.layout import SITES
-from lirefs.questions import LABELS
+from lirefs.questions.question import LABELS
 from lirefs.steering.operators import OPERATORS
 
 ESTIMATORS = {

@@ -25,7 +25,7 @@ from lirefs.errors import (
 from lirefs.files import atomic_path, parse_json
 from lirefs.model.identity import is_model
 from lirefs.model.language_model import LanguageModel
-from lirefs.questions import LABELS
+from lirefs.questions.question import LABELS
 
 FORMAT = "lirefs-directions-1"
 _FIELDS = ("layer", "site", "means", "spread", "counts")
