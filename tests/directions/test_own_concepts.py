@@ -86,6 +86,19 @@ def test_figures_and_the_card_say_the_names(lm, probe):
     assert "from memory to reasoning" in hub.model_card(Directions(probe.directions.items_by_place))
 
 
+def test_each_name_stands_at_its_own_points(lm, probe, monkeypatch):
+    monkeypatch.setattr(figures, "picture_of", lambda canvas: canvas)
+    found = components(lm, probe.best, own().split())
+    clouds = figures.projection_scatter(found, probe).axes[0].collections
+    drawn = {cloud.get_label(): np.asarray(cloud.get_offsets()) for cloud in clouds}
+    assert drawn.keys() == set(HARM)
+    for label, name in enumerate(reversed(HARM)):
+        np.testing.assert_allclose(drawn[name], found.points[found.labels == label])
+    right = figures.direction_separation(probe).axes[1]
+    lines = {line.get_label(): line.get_ydata()[0] for line in right.lines[:2]}
+    assert lines == {"harmful": probe.scores[0].cosines[1], "harmless": probe.scores[0].cosines[0]}
+
+
 def test_files_without_names_have_the_default_ones(probe, tmp_path):
     made = {key: one for key, one in probe.directions.provenance.items() if key != "labels"}
     Directions(probe.directions.items_by_place, made).save(tmp_path / "old.safetensors")
