@@ -42,6 +42,7 @@ from lirefs.questions import Question, Questions, Split, load_questions
 from lirefs.steering import scope
 from lirefs.steering.gate import Gate
 from lirefs.steering.scope import Scope
+from lirefs.steering.shown_tokens import show_tokens
 from lirefs.steering.steer import Steer
 from lirefs.steering.strength import Schedule
 from lirefs.tasks.default_suite import calibration_texts, default_tasks
@@ -105,6 +106,7 @@ __all__ = [
     "prompt_lengths",
     "recitation_task",
     "scope",
+    "show_tokens",
     "statistics",
     "steering",
     "tasks",

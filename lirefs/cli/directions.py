@@ -15,11 +15,11 @@ from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Device, Model, OutFolder, Seed
 from lirefs.directions import estimators, geometry
 from lirefs.directions import figures as probe_plots
-from lirefs.directions.probe import load_grades
 from lirefs.errors import SettingError
 from lirefs.export.gguf import to_gguf
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.model.layout import SITES
+from lirefs.questions.question import LABELS
 from lirefs.steering.operators import OPERATORS
 
 ESTIMATORS = {
@@ -39,6 +39,9 @@ def probe_command(
     questions: Annotated[
         Path | None, Option(help="Labelled questions; a `score` in [0, 1] grades them.")
     ] = None,
+    labels: Annotated[
+        str, Option(help="The two labels of the questions; directions point to the first.")
+    ] = ",".join(LABELS),
     estimator: Annotated[str, Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
     site: Annotated[str, Option(help="Where in the block.")] = "resid_pre",
     transfer: Annotated[
@@ -56,17 +59,17 @@ def probe_command(
     options.choice_option(site, "--site", SITES)
     if against == model:
         raise SettingError(f"--against {against}: this is the model itself; name another one")
-    own = lirefs.load_questions("default" if questions is None else questions)
+    names = labels.split(",")
+    own = lirefs.load_questions("default" if questions is None else questions, labels=names)
     split = own.split(seed=seed)
     # A second set and a second model are checked before the first fit.
     other = other_split = None
     if transfer is not None:
-        other = lirefs.load_questions(transfer)
+        other = lirefs.load_questions(transfer, labels=names)
         geometry.refuse_fitted_questions(other, split)
         other_split = other.split(seed=seed)
     cache = cache_dir() / "activations"
     settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed, "cache": cache}
-    grades = None if questions is None else load_grades(questions)
     lm = lirefs.load(model, device=device)
     second = None if against is None else lirefs.load(against, device=device)
     if second is not None and second.width != lm.width:
@@ -74,7 +77,7 @@ def probe_command(
             f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
             "directions cannot be compared"
         )
-    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), grades=grades, **settings)
+    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
     found.directions.save(out / "directions.safetensors")
     figures = {
         "layers": probe_plots.probe_by_layer(found),
@@ -97,7 +100,7 @@ def probe_command(
         {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
     )
     if second is not None:
-        twin = lirefs.fit(second, split, ESTIMATORS[estimator](), grades=grades, **settings)
+        twin = lirefs.fit(second, split, ESTIMATORS[estimator](), **settings)
         figures["side_by_side"] = probe_plots.probes_side_by_side(
             {lm.name: found, second.name: twin}
         )

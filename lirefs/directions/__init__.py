@@ -12,7 +12,8 @@ from lirefs.directions.estimators import (
 )
 from lirefs.directions.fitting import fit_directions
 from lirefs.directions.geometry import Components, Transfer, components, cosines, transfer
-from lirefs.directions.probe import LayerScores, Probe, fit, load_grades
+from lirefs.directions.probe import LayerScores, Probe, fit
+from lirefs.directions.prompts import prompts_of
 
 __all__ = [
     "Activations",
@@ -32,6 +33,6 @@ __all__ = [
     "cosines",
     "fit",
     "fit_directions",
-    "load_grades",
+    "prompts_of",
     "transfer",
 ]

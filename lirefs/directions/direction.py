@@ -15,15 +15,18 @@ from lirefs.files import html_table, sha256_of
 
 @dataclass(frozen=True, eq=False)
 class Direction:
-    """A direction at one (layer, site); it points from memory to reasoning.
+    """A direction at one (layer, site); it points to the first of two labels.
+
+    Of the questions that come with the package: from memory to reasoning.
 
     Attributes:
         vector: Difference of the class means, float32, shape (width,).
         layer: Decoder block, from 0.
         site: `resid_pre`, `resid_post`, `attn_out` or `mlp_out`.
-        means: Mean projection on the unit vector of the memory and of the reasoning items.
+        means: Mean projection on the unit vector of the items of the second label (memory) and of
+            the first (reasoning).
         spread: Standard deviation of the projection within each class, same order.
-        counts: Number of memory and reasoning items, same order.
+        counts: Number of items of each, same order.
         model: Fingerprint of the model it was fitted on; empty when unknown.
     """
 

@@ -26,6 +26,7 @@ from lirefs.errors import (
 from lirefs.files import atomic_path, html_table, parse_json
 from lirefs.model.identity import is_model
 from lirefs.model.language_model import LanguageModel
+from lirefs.questions.question import LABELS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
@@ -41,10 +42,12 @@ class Directions(Mapping[tuple[int, str], Direction]):
 
     Attributes:
         items_by_place: The directions.
-        provenance: Hashes of model, tokenizer and data, settings and library version.
+        provenance: Hashes of model, tokenizer and data, settings and library version; `labels`
+            are the two labels of the questions (those of files without them: reasoning, memory).
 
     Raises:
-        DirectionError: If a key is not the (layer, site) of its direction.
+        DirectionError: If a key is not the (layer, site) of its direction, or the provenance has
+            `labels` that are not two names.
     """
 
     items_by_place: dict[tuple[int, str], Direction]
@@ -53,6 +56,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
     def __post_init__(self) -> None:
         must_be(self.items_by_place, Mapping, "directions", DirectionError)
         must_be(self.provenance, Mapping, "provenance", DirectionError)
+        if problem := _wrong_labels(self.provenance):
+            raise DirectionError(problem)
         for place, one in self.items_by_place.items():
             must_be(one, Direction, f"the direction under {place!r}", DirectionError)
             if place != (one.layer, one.site):
@@ -78,6 +83,12 @@ class Directions(Mapping[tuple[int, str], Direction]):
             problem = "several directions" if found else "no direction"
             raise MissingError(f"{problem} at {place!r}; there are {places_text(self)}")
         return found[0]
+
+    @property
+    def names(self) -> tuple[str, str]:
+        """The two labels of the questions, first the one that the directions point to."""
+        first, second = self.provenance.get("labels", LABELS)
+        return first, second
 
     def __repr__(self) -> str:
         model = self.provenance.get("model_name", "an unknown model")
@@ -142,6 +153,8 @@ class Directions(Mapping[tuple[int, str], Direction]):
                 found = [_read_direction(file, one) for one in parse_json(metadata["places"])]
             if not isinstance(provenance, dict):
                 raise ValueError("the provenance is not an object")
+            if problem := _wrong_labels(provenance):
+                raise ValueError(problem)
             if len({(one.layer, one.site) for one in found}) != len(found):
                 raise ValueError("two directions of the same place")
             if len({len(one.vector) for one in found}) != 1:
@@ -162,6 +175,15 @@ class Directions(Mapping[tuple[int, str], Direction]):
             name = provenance.get("model_name")
             raise ProvenanceError(f"{path}: fitted on another model ({name!r}, not {lm.name!r})")
         return cls({(one.layer, one.site): one for one in found}, provenance)
+
+
+def _wrong_labels(provenance: Mapping[str, Any]) -> str | None:
+    """What is wrong with the labels of a provenance, if it has any."""
+    names = provenance.get("labels", LABELS)
+    pair = isinstance(names, list | tuple) and len(names) == 2
+    if pair and all(isinstance(one, str) for one in names):
+        return None
+    return f"the labels of the directions are {names!r:.60}, not two names"
 
 
 def _read_direction(file: Any, place: dict[str, Any]) -> Direction:

@@ -92,8 +92,8 @@ def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
 def projection_scatter(found: Components, probe: Probe) -> Picture:
     """Test states on two principal components with the boundary; cosine with each component."""
     canvas, (left, right) = canvas_of(2, (WIDE, 3.2))
-    for label, name, colour in ((0, "memory", COLOURS[3]), (1, "reasoning", COLOURS[2])):
-        points = found.points[found.labels == label]
+    for label, colour in ((0, COLOURS[3]), (1, COLOURS[2])):
+        points, name = found.points[found.labels == label], literal_text(probe.names[1 - label])
         left.scatter(points[:, 0], points[:, 1], s=10, color=colour, alpha=0.7, label=name)
     limits = left.get_xlim(), left.get_ylim()
     length = float(np.linalg.norm(found.axis))

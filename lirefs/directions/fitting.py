@@ -31,10 +31,11 @@ def fit_directions(
 
     Args:
         states: States of one position each, from `capture` or a backend.
-        labels: 0 for memory and 1 for reasoning, one for each prompt.
+        labels: 1 for prompts of the class that directions point to (reasoning), 0 for the other
+            (memory), one for each prompt; `Questions.labels` are such.
         estimator: As for `fit`; None for `MeanDifference()`.
         provenance: Origin of the states. If it has `model`, the fingerprint of a model, the
-            directions refuse to steer any other.
+            directions refuse to steer any other; `labels` names the two classes, that of 1 first.
 
     Raises:
         CaptureError: If there is not one label for each prompt, or not one position, a label is
@@ -50,7 +51,7 @@ def fit_directions(
         raise CaptureError(f"need one position and {n} labels, got {positions} and {len(labels)}")
     if found := set(labels) ^ {0, 1}:
         raise CaptureError(
-            "labels must hold 0 (memory) and 1 (reasoning), both of them and nothing else; "
+            "labels must hold 0 and 1 (the class to point to), both of them and nothing else; "
             f"wrong or missing: {sorted(found)}"
         )
     check_finite_states(values, states.places, states.positions, range(n))

@@ -11,6 +11,7 @@ from lirefs.directions.capture import capture, stream_states
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.directions.held_out import held_out_sample
+from lirefs.directions.prompts import prompts_of
 from lirefs.errors import DirectionError, QuestionsError, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Questions, Split
@@ -81,10 +82,10 @@ def transfer(
     sites = tuple({site for _, site in directions})
     units = _units(directions)
     noise = np.random.default_rng(seed).normal(size=(units.shape[1], controls))
-    labels = np.array(questions.labels)
+    labels, prompts = np.array(questions.labels), prompts_of(lm, questions)
     projections = np.empty((len(questions), len(layers)))
     random = np.empty((len(questions), len(layers), controls), np.float32)
-    batches = stream_states(lm, questions.prompts, layers=layers, sites=sites, progress=progress)
+    batches = stream_states(lm, prompts, layers=layers, sites=sites, progress=progress)
     for rows, states in batches:
         values = states.double().numpy()
         projections[rows] = np.einsum("npw,pw->np", values, units)
@@ -156,7 +157,7 @@ def components(lm: LanguageModel, direction: Direction, split: Split) -> Compone
         [side[i] for i in held_out_sample(0, len(side), COMPONENT_ITEMS).tolist()]
         for side in (split.train, split.test)
     )
-    prompts = [one.prompt for one in (*train, *test)]
+    prompts = prompts_of(lm, (*train, *test))
     layers, sites = [direction.layer], [direction.site]
     captured = capture(lm, prompts, layers=layers, sites=sites, progress=False)
     states = captured.values[:, 0, 0].double().numpy()
@@ -165,7 +166,7 @@ def components(lm: LanguageModel, direction: Direction, split: Split) -> Compone
     unit = direction.unit.double().numpy()
     noise = np.random.default_rng(0).normal(size=(1000, len(unit)))
     noise /= np.linalg.norm(noise, axis=1, keepdims=True)
-    labels = np.array([one.label == "reasoning" for one in (*train, *test)], np.float64)
+    labels = np.array([one.label == split.train.names[0] for one in (*train, *test)], np.float64)
     classes = [states[: len(train)][labels[: len(train)] == label].mean(0) for label in (0, 1)]
     return Components(
         direction=direction,

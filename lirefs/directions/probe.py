@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +20,7 @@ from lirefs.directions.estimators import MeanDifference
 from lirefs.directions.fitting import direction_of_learner, learner_for
 from lirefs.directions.held_out import HeldOut
 from lirefs.directions.plots import draw_separation
+from lirefs.directions.prompts import prompts_of, token_text
 from lirefs.errors import (
     CaptureError,
     NonFiniteStateError,
@@ -29,14 +30,15 @@ from lirefs.errors import (
     must_be,
     whole_number,
 )
-from lirefs.files import html_table, read_jsonl, sha256_of
+from lirefs.files import html_table, sha256_of
 from lirefs.model.batching import check_length
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import layer_indices
-from lirefs.questions import LABELS, Question, Questions, Split
+from lirefs.questions import Question, Questions, Split
 from lirefs.statistics.intervals import (
     Estimate,
     Floats,
+    Ints,
     auroc,
     correlation,
     interval,
@@ -51,19 +53,21 @@ if TYPE_CHECKING:
 
 _ROWS = 1024
 """Prompts tokenized at a time, so that memory does not grow with them."""
+_TOKENS = 5
+"""How many of the tokens that are read the provenance names, the most common ones."""
 
 
 @dataclass(frozen=True)
 class LayerScores:
-    """How well the direction of one layer separates reasoning from memory questions.
+    """How well the direction of one layer separates the two classes of questions.
 
     Attributes:
         layer: Decoder block.
         validation_auroc: On the items that choose the layer.
         test_auroc: On items that chose nothing.
         test_accuracy: Share of test items on the right side of the midpoint.
-        cosines: Mean cosine with the direction of memory and of reasoning test states, measured
-            from the middle of the train class means.
+        cosines: Mean cosine with the direction of test states of the second label (memory) and of
+            the first (reasoning), measured from the middle of the train class means.
         spearman: Rank correlation of test scores with the grades (the labels, without grades).
         pearson: Their linear correlation.
         shuffled_auroc: Test AUROC of this layer with shuffled labels: mean and 95 % range.
@@ -111,6 +115,11 @@ class Probe:
         return html_table(repr(self), self.to_dataframe()[shown].to_dict("records"))
 
     @property
+    def names(self) -> tuple[str, str]:
+        """The two labels of the questions, first the one that the directions point to."""
+        return self.directions.names
+
+    @property
     def p_value(self) -> float:
         """Share of shuffles, each at the layer that it chooses, that reach the test AUROC."""
         reached = sum(one >= self.best_scores.test_auroc.value for one in self.null)
@@ -129,11 +138,12 @@ class Probe:
     def to_dict(self) -> dict[str, Any]:
         """As a JSON object; an interval is an object of value, low, high and n."""
         layers = []
+        first, second = self.names
         for one in self.scores:
             row: dict[str, Any] = {}
             for name, value in asdict(one).items():
                 if name == "cosines":
-                    row["cosine_memory"], row["cosine_reasoning"] = value
+                    row[f"cosine_{second}"], row[f"cosine_{first}"] = value
                 else:
                     row[name] = value
             layers.append({**row, "norm": self.directions[one.layer].norm})
@@ -183,7 +193,7 @@ class Probe:
             best_layer=self.best_layer,
             shuffled=self.shuffled,
             words=self.bag_of_words.value,
-            names=("reasoning", "memory"),
+            names=self.names,
         )
 
 
@@ -210,14 +220,14 @@ def fit(
         lm: The model.
         split: Train items fit the directions, validation items choose the layer, test items are
             reported. Questions are split first, by `split()`. States are read at the last prompt
-            token.
+            token, which `provenance["tokens_read"]` names.
         estimator: A scikit-learn linear model, or a search over one; None for `MeanDifference()`.
             A regressor is fitted on the grades, a classifier on the labels. Unless it has a
             `direction_`, its direction is as long as the gap between the classes.
         layers: Layers to fit; None for all.
         site: Where in the block; always the raw states, never after the final norm.
-        grades: How much reasoning each question needs, in [0, 1], by question id; None for the
-            labels.
+        grades: How much of the first label each question has (how much reasoning it needs), in
+            [0, 1], by question id; None for the scores of the questions, or else their labels.
         shuffles: Number of label shuffles and of random directions for the controls, at least 1.
         seed: Seed of the controls.
         cache: Folder that keeps the activations (see `capture`).
@@ -248,13 +258,15 @@ def fit(
     estimator = MeanDifference() if estimator is None else estimator
     items = [item for side in split.sides.values() for item in side]
     labels = np.array([label for side in split.sides.values() for label in side.labels])
-    targets = labels.astype(np.float64) if grades is None else _grades(items, grades)
+    targets = _targets(items, labels, grades)
     first = len(split.train)
-    prompts = [item.prompt for item in items]
+    prompts = prompts_of(lm, items)
+    tokens_read: Counter[int] = Counter()
     for start in range(0, len(items), _ROWS):  # of all sides, before the first one is read
         part = slice(start, start + _ROWS)
         for item, ids in zip(items[part], lm.encode(prompts[part]), strict=True):
             check_length(lm.model, len(ids), f"question {item.id!r}", CaptureError)
+            tokens_read.update(ids[-1:])
     settings: dict[str, Any] = {"layers": layers, "sites": [site], "progress": progress}
     states = None
     if cache is not None:
@@ -300,29 +312,15 @@ def fit(
         **made_on,
         "questions": {name: _digest(side) for name, side in split.sides.items()},
         "source": split.train.source,
+        "labels": list(split.train.names),
         "estimator": repr(estimator),
         "position": -1,
+        "tokens_read": {token_text(lm, one): n for one, n in tokens_read.most_common(_TOKENS)},
         "best_layer": best.layer,
     }
     found = Directions(directions, provenance)
     shuffled, words = _range(null, best.shuffled_auroc.n), bag_of_words(split)
     return Probe(found, scores, best.layer, shuffled, words, null=tuple(map(float, null)))
-
-
-def load_grades(path: str | Path) -> dict[str, float] | None:
-    """The `score` of each question in a JSON Lines file, by question id; None if no row has one.
-
-    Raises:
-        QuestionsError: If some rows have a score and others have none, or it is not a number.
-    """
-    rows = read_jsonl(path, error=QuestionsError)
-    if not any("score" in row for _, row in rows):
-        return None
-    for line, row in rows:
-        score: Any = row.get("score")
-        if type(score) not in (int, float) or not math.isfinite(score):
-            raise QuestionsError(f"{path}, line {line}: 'score' is not a finite number")
-    return {str(row.get("id") or f"line-{line}"): float(row["score"]) for line, row in rows}
 
 
 def bag_of_words(split: Split) -> Estimate:
@@ -333,11 +331,15 @@ def bag_of_words(split: Split) -> Estimate:
     return auroc(scores, np.array(split.test.labels))
 
 
-def _grades(items: list[Question], grades: Mapping[str, float]) -> Floats:
-    missing = [item.id for item in items if item.id not in grades]
+def _targets(items: list[Question], labels: Ints, grades: Mapping[str, float] | None) -> Floats:
+    """What regressors are fitted on and scores are correlated with: grades, else the labels."""
+    found = [one.score if grades is None else grades.get(one.id) for one in items]
+    missing = [one.id for one, grade in zip(items, found, strict=True) if grade is None]
+    if grades is None and len(missing) == len(items):
+        return labels.astype(np.float64)
     if missing:
         raise QuestionsError(f"{len(missing)} question(s) have no grade, first {missing[0]!r}")
-    values = np.array([grades[item.id] for item in items], np.float64)
+    values = np.array(found, np.float64)
     if not ((values >= 0) & (values <= 1)).all():
         low, high = values.min(), values.max()
         raise QuestionsError(f"grades must be from 0 to 1, found {low:g} to {high:g}")
@@ -384,5 +386,5 @@ def _range(values: Floats, n: int) -> Estimate:
 
 
 def _digest(side: Questions) -> str:
-    text = "\n".join(f"{LABELS.index(item.label)} {item.key}" for item in side)
+    text = "\n".join(f"{n} {one.key}" for n, one in zip(side.labels, side, strict=True))
     return sha256_of(text.encode())

@@ -19,7 +19,7 @@ library_name: lirefs
 tags: [steering, interpretability, lirefs]
 ---
 
-# Directions from memory to reasoning
+# Directions from {second} to {first}
 
 Linear directions in the hidden states of a language model, for steering.
 
@@ -37,9 +37,9 @@ lm = lirefs.load("{name}")
 directions = load_directions("THIS/REPOSITORY", lm)
 ```
 
-Projections on the unit direction, by class (memory, reasoning):
+Projections on the unit direction, by class ({second}, {first}):
 
-| layer | site | norm | mean m | mean r | spread m | spread r | n m | n r |
+| layer | site | norm | {columns} |
 |---|---|---|---|---|---|---|---|---|
 {rows}
 """
@@ -58,6 +58,9 @@ def model_card(directions: Directions) -> str:
         f"{one.spread[0]:.3g} | {one.spread[1]:.3g} | {one.counts[0]} | {one.counts[1]} |"
         for one in directions.values()
     ]
+    first, second = directions.names
+    columns = [f"{what} {name}" for what in ("mean", "spread", "n") for name in (second, first)]
+    made |= {"first": first, "second": second, "columns": " | ".join(columns)}
     made |= {"name": name, "fingerprint": str(made["model"])[:16], "rows": "\n".join(rows)}
     return _CARD.format_map(made)
 

@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from lirefs.errors import ProvenanceError, SettingError, as_list, got, must_be, whole_number
+from lirefs.errors import (
+    ProvenanceError,
+    SettingError,
+    as_list,
+    first_line_of_error,
+    got,
+    must_be,
+    whole_number,
+)
 from lirefs.files import html_table
 from lirefs.model.batching import check_length, token_ids, tokenizer_hash
 from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped, virtual_tokens
@@ -147,6 +155,37 @@ class LanguageModel:
             if not isinstance(text, str):
                 raise SettingError(f"prompt {index} is not a string but {type(text).__name__}")
         return token_ids(self.tokenizer, texts, add_special_tokens) if texts else []
+
+    def chat(self, messages: str | Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a chat: messages in the tokenizer's template, up to where an answer begins.
+
+        Messages that end with one of the assistant are left open there, to be continued.
+
+        Args:
+            messages: Each with `role` and `content`; or one text, the message of a user.
+
+        Raises:
+            SettingError: The tokenizer has no chat template, or the template refuses the messages.
+        """
+        given = messages
+        if isinstance(messages, str):
+            given = [{"role": "user", "content": messages}]
+        talk = as_list(given, "messages", Mapping)
+        if not talk:
+            raise SettingError("messages are empty: give at least one")
+        opened = talk[-1].get("role") == "assistant"
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(
+                    talk,
+                    tokenize=False,
+                    add_generation_prompt=not opened,
+                    continue_final_message=opened,
+                )
+            )
+        except Exception as problem:  # of the template, which may raise anything
+            reason = first_line_of_error(problem)
+            raise SettingError(f"{self.name}: no prompt for this chat ({reason})") from problem
 
     def pad(self, ids: Sequence[Sequence[int]], side: str = "left") -> dict[str, Tensor]:
         """Return a batch for the model.

@@ -28,8 +28,20 @@ from lirefs.model.gguf_header import check_header
 from lirefs.model.language_model import LanguageModel, wrap
 
 _HUB_SECONDS = 5.0
+_OF_BOTH = (
+    "revision",
+    "token",
+    "subfolder",
+    "cache_dir",
+    "local_files_only",
+    "force_download",
+    "proxies",
+)
+"""What the tokenizer is loaded with as the model is."""
 _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 """Files that every built-in model has."""
+_ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
+"""Files of an adapter of PEFT."""
 _LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 _MOST_LAYERS = 1_000
 """For checkpoints in several files, whose number of weights is unknown."""
@@ -43,25 +55,34 @@ def load(
     device_map: Any = None,
     trust_remote_code: bool = False,
     layout: Mapping[str, str] | None = None,
+    **kwargs: Any,
 ) -> LanguageModel:
     """Load a model by built-in name, folder, ``.gguf`` file or hub id, in evaluation mode.
 
+        lirefs.load("owner/model", attn_implementation="sdpa", revision="main")
+        lirefs.load("owner/model", device_map="auto", max_memory={0: "20GiB"}, offload_folder="off")
+
     Args:
         name: The model. Built-in are ``organism``, part of the package, and ``smollm2-135m``,
-            fetched once and then kept in the cache.
+            fetched once and then kept in the cache. The folder of a PEFT adapter
+            (``adapter_config.json``, needs ``peft``) is loaded with its base model.
         device: CUDA if available, else the CPU, by default. Not used with ``device_map``.
         dtype: float32 on the CPU and the checkpoint's own type on CUDA by default.
         device_map: Passed to ``from_pretrained``, for models on several devices.
         trust_remote_code: Whether to run code that comes with the checkpoint.
         layout: Names of parts, for a model whose parts are not found automatically.
+        **kwargs: For ``from_pretrained`` of ``transformers``: ``attn_implementation``,
+            ``quantization_config``, ``max_memory``, ``offload_folder`` and others. The tokenizer
+            also gets ``revision``, ``token``, ``subfolder``, ``cache_dir``, ``local_files_only``,
+            ``force_download`` and ``proxies``.
 
     Raises:
         ModelNotFoundError: No model has this name, or the hub could not be reached.
         ModelLoadError: A model was found but could not be read.
         DownloadError: A built-in model could not be fetched.
         LayoutError: The parts of the model were not found.
-        SettingError: There is no such device, `device` and `device_map` are both given, or
-            `layout` has an unknown part.
+        SettingError: There is no such device, `device` and `device_map` are both given, `layout`
+            has an unknown part, or the model's class does not know one of ``kwargs``.
     """
     must_be(name, (str, os.PathLike), "the name of a model", ModelNotFoundError)
     if device_map is not None and device is not None:
@@ -69,18 +90,29 @@ def load(
     place = usable_device(device)
     if dtype is None:
         dtype = torch.float32 if place.type == "cpu" and device_map is None else "auto"
+    folder = Path(name).expanduser()
+    if (folder / _ADAPTER[0]).is_file() and not (folder / "config.json").is_file():
+        given = {"device": device, "dtype": dtype, "device_map": device_map, **kwargs}
+        model, tokenizer = _with_adapter(folder, given | {"trust_remote_code": trust_remote_code})
+        return wrap(model, tokenizer, layout=layout, name=str(name))
     source, common = _resolve(os.fspath(name))
     common["trust_remote_code"] = trust_remote_code
-    extra: dict[str, Any] = {"dtype": dtype, "output_loading_info": True}
+    common |= {key: value for key, value in kwargs.items() if key in _OF_BOTH}
+    extra: dict[str, Any] = {"dtype": dtype}
     if "gguf_file" in common:
         # Otherwise a quantizer stays attached, and the model can be neither edited nor saved.
         extra["quantization_config"] = GgufConfig(dequantize=True)
     if device_map is not None:
         extra["device_map"] = device_map
+    elif "quantization_config" in kwargs:  # quantized on its device, as it cannot always be moved
+        extra["device_map"] = {"": place}
+    extra |= {**kwargs, **common, "output_loading_info": True}
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **common, **extra)
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **extra)
     except Exception as problem:
+        if isinstance(problem, TypeError) and "unexpected keyword" in str(problem):
+            raise SettingError(f"{name}: {first_line_of_error(problem)}") from problem
         raise _load_error(str(name), source, common, problem) from problem
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
@@ -88,9 +120,52 @@ def load(
             f"{name}: {len(missing)} weights are missing, first {missing[0]}, and would be random "
             "numbers; the file is damaged, or its configuration is of another model"
         )
-    if device_map is None:
+    if "device_map" not in extra:
         model = model.to(place)
     return wrap(model.eval(), tokenizer, layout=layout, name=str(name))
+
+
+def _with_adapter(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The base model with an adapter of PEFT on it, and the tokenizer.
+
+    Settings are those that `load` gets, for the base model. The tokenizer is that of the adapter's
+    folder, if there is one.
+    """
+    try:
+        from peft import PeftModel, get_peft_model_state_dict
+    except ImportError as problem:
+        raise ModelLoadError(f"{folder}: an adapter; pip install peft, which loads it") from problem
+    try:
+        config = parse_json((folder / _ADAPTER[0]).read_text("utf-8"))
+        name, revision = config["base_model_name_or_path"], config.get("revision")
+        if not isinstance(name, str) or not name:
+            raise ValueError("it does not name its base model")
+        with safe_open(folder / _ADAPTER[1], framework="pt") as weights:
+            saved = set(weights.keys())
+    except Exception as problem:
+        raise _adapter_error(folder, problem) from problem
+    try:
+        base = load(name, **{"revision": revision, **settings} if revision else settings)
+    except ModelNotFoundError as problem:
+        raise ModelNotFoundError(f"{folder}: its base model was not found: {problem}") from problem
+    try:
+        model = PeftModel.from_pretrained(base.model, str(folder)).eval()
+        if missing := sorted(set(get_peft_model_state_dict(model)) - saved):
+            raise ValueError(f"{len(missing)} weights are missing, first {missing[0]}")
+        tokenizer = base.tokenizer
+        if (folder / "tokenizer_config.json").is_file():
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as problem:
+        raise _adapter_error(folder, problem) from problem
+    return model, tokenizer
+
+
+def _adapter_error(folder: Path, problem: Exception) -> ModelLoadError:
+    reason = f"{type(problem).__name__}: {first_line_of_error(problem)}"
+    return ModelLoadError(
+        f"{folder}: the adapter could not be loaded ({reason}); it needs {', '.join(_ADAPTER)} and "
+        "the base model that it was trained on"
+    )
 
 
 def usable_device(device: str | torch.device | None, option: str = "device") -> torch.device:

@@ -212,11 +212,24 @@ class Steer(Composable):
         """Install the hooks until the handle's `remove` is called; raises what `check` raises."""
         return compose(self).attach(model)
 
-    def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
-        """Install the hooks on a model for which `check` has returned this layout."""
+    def token_mask(self) -> TokenMask:
+        """A new mask: which tokens are steered, and how strongly."""
         varying = self.strength if isinstance(self.strength, RowStrengths | Schedule) else None
-        plain = self.scope is ALL and self.gate is None and varying is None
-        mask = None if plain else TokenMask(self.scope, varying, self.gate)
+        return TokenMask(self.scope, varying, self.gate)
+
+    def attach_checked(
+        self, model: nn.Module, layout: Layout, mask: TokenMask | None = None
+    ) -> Handle:
+        """Install the hooks on a model for which `check` has returned this layout.
+
+        Args:
+            model: The model.
+            layout: Its layout.
+            mask: From `token_mask`, for those who want to look at it; None for one of its own.
+        """
+        plain = self.scope is ALL and self.gate is None
+        if mask is None and not (plain and isinstance(self.strength, float | dict)):
+            mask = self.token_mask()
         with UndoStack() as steps:
             steps.add(reserve(model))
             steps.add(start_eager())

@@ -72,6 +72,20 @@ class TokenMask:
                 mask = None
         self.now = PassMask(tokens, mask, strength, idle, current_backward())
 
+    def strengths(self, strength: float) -> Tensor:
+        """How strongly each token of the forward pass that has ended was steered, (rows, tokens).
+
+        It is `strength` where tokens or rows do not bring their own, and 0 where nothing is done.
+        """
+        now = self._current()
+        found = torch.full(now.tokens.position.shape, strength)
+        if now.strength is not None:
+            found = now.strength.float().cpu().expand(found.shape)
+        touched = now.tokens.position.cpu() >= 0
+        for mask in (now.mask, now.passes):
+            touched = touched if mask is None else touched & mask.cpu()
+        return torch.where(touched, found, 0.0)
+
     def confine(self, operator: Operator) -> Change:
         """The operator, confined to the tokens that are steered."""
 

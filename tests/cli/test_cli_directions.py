@@ -26,6 +26,22 @@ def fitted(model_folder, questions, tmp_path, monkeypatch):
     return out
 
 
+def test_probe_of_a_concept_of_ones_own(model_folder, questions, tmp_path, monkeypatch, capsys):
+    own = tmp_path / "own.jsonl"
+    text = questions.read_text()
+    own.write_text(text.replace('"reasoning"', '"harmful"').replace('"memory"', '"harmless"'))
+    arguments = ["probe", "--model", model_folder, "--questions", own, "--shuffles", "2"]
+    assert run(monkeypatch, *arguments, "--out", tmp_path / "a") != 0
+    assert "expected 'reasoning' or 'memory'" in capsys.readouterr().err
+    labels = ["--labels", "harmful,harmless"]
+    assert run(monkeypatch, *arguments, *labels, "--out", tmp_path / "a") == 0
+    assert Directions.load(tmp_path / "a/directions.safetensors").names == ("harmful", "harmless")
+    for file in (tmp_path / "a").glob("*.svg"):
+        assert "reasoning" not in file.read_text()
+    layers = json.loads((tmp_path / "a/probe.json").read_text())["layers"]
+    assert "cosine_harmless" in layers[0]
+
+
 def test_probe_steer_and_export(fitted, model_folder, tmp_path, monkeypatch, capsys):
     assert {path.name for path in fitted.iterdir()} == {
         "directions.safetensors",

@@ -27,7 +27,7 @@ from lirefs import (
     WhitenedMeanDifference,
 )
 from lirefs.errors import QuestionsError
-from lirefs.questions import LABELS
+from lirefs.questions.question import LABELS
 from lirefs.steering.operators import OPERATORS, Operator
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]

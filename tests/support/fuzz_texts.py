@@ -11,7 +11,6 @@ from skill_rows import rows_of
 
 import lirefs
 from lirefs.cli.mine import read_texts
-from lirefs.directions.probe import load_grades
 from lirefs.errors import NoDataError
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
@@ -47,12 +46,12 @@ def read_questions(folder: Path, content: bytes) -> None:
 
 def make_grades(folder: Path) -> list[bytes]:
     rows = [{"id": f"q{i}", "question": "x", "score": i / 7} for i in range(8)]
-    return [lines(rows), lines([{"question": "x", "score": 1} for _ in rows])]
+    return [lines(rows), lines([{"question": "x", "score": i % 2} for i in range(8)])]
 
 
 def read_grades(folder: Path, content: bytes) -> None:
-    found = load_grades(written(folder, "g.jsonl", content))
-    check(found is None or all(text(key) and finite(one) for key, one in found.items()), "grades")
+    found = lirefs.load_questions(written(folder, "g.jsonl", content))
+    check(all(one.score is None or finite(one.score) for one in found), "grades")
 
 
 def make_memorized(folder: Path) -> list[bytes]:
