@@ -214,7 +214,7 @@ def detect_command(
         recited = {key for key, _, _ in _recited(lm, None, 0)}
         rows = [row for row in rows if row["label"] == "clean" or str(row["id"]) in recited]
     ids = lm.encode([row["text"] for row in rows])
-    scores = kfac.score_recitation(lm.model, lm.batches(ids), known, flat=flat)
+    scores = kfac.flat_shares(lm.model, lm.batches(ids), known, flat=flat)
     lines: list[dict[str, Any]] = [
         {
             "id": str(row.get("id", index)),
@@ -323,7 +323,7 @@ def _recited(
     """The memorized texts that the model recites; prints how many, refuses fewer than `least`."""
     items = lirefs.recitation_task(lm, path or DATA / "passages.jsonl").items
     batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in items]
-    flags = kfac.recitation(lm.model.eval(), batches).bool().tolist()
+    flags = kfac.teacher_forced_matches(lm.model.eval(), batches).bool().tolist()
     recited = [item for item, yes in zip(items, flags, strict=True) if yes]
     found = f"the unchanged model recites {len(recited)} of {len(items)} memorized texts"
     if len(recited) < least:

@@ -16,7 +16,7 @@ import lirefs
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import retained_figures
 from lirefs.errors import KeepError, SettingError, must_be
-from lirefs.files import cache_dir, read_jsonl
+from lirefs.files import cache_dir
 from lirefs.main_job import findings, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.settings import Job, console_table
@@ -25,6 +25,7 @@ from lirefs.organism.tasks import training_texts
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
 from lirefs.tasks.papers.suite import Suite, suite_tasks
 from lirefs.tasks.task import Task
+from lirefs.tasks.texts import text_rows
 
 QUICK = 14
 """Items of a task in a quick trial."""
@@ -114,7 +115,7 @@ def run(
     if taught is not None and (own_data or suite == Suite.SKILLS):
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
-        read_jsonl(memorized)
+        text_rows(memorized, "memorized")
     question_set = lirefs.load_questions("default" if questions is None else questions)
     job = Job(
         model=model,
