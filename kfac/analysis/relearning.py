@@ -90,7 +90,7 @@ def relearn(
     if empty := [name for name, batches in sets.items() if not batches]:
         raise BatchError(f"sets of texts without a batch: {', '.join(empty)}")
     result = Relearning(wanted, {}, {})
-    with tqdm(total=len(runs) * wanted[-1], desc="relearn", disable=not progress) as bar:
+    with tqdm(total=len(runs) * wanted[-1], desc="relearn", disable=not progress or None) as bar:
         for name, edit, texts in runs:
             bar.set_postfix_str(name)
             result.known[name], result.rest[name] = [], []

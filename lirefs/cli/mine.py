@@ -1,4 +1,4 @@
-"""`lirefs mine`: find the texts of a corpus that a model recites."""
+"""`lirefs mine`: find the windows of a corpus that a model memorized."""
 
 from __future__ import annotations
 
@@ -8,7 +8,21 @@ from typing import Annotated
 from typer import Argument, Option
 
 import lirefs
-from lirefs.cli.options import DEFAULT_MODEL, Device, Model, file_to_write, say_on_console
+from lirefs.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    DeviceMap,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    Quiet,
+    file_to_write,
+    keep_finished,
+    load_model,
+    print_result,
+    say_on_console,
+)
 from lirefs.errors import SettingError
 from lirefs.tasks.inference import BATCH_TOKENS
 from lirefs.tasks.texts import plain_texts
@@ -20,10 +34,12 @@ COPIED = 0.5
 def mine_command(
     corpus: Annotated[
         list[Path],
-        Argument(help=".jsonl files with `text`, plain texts, or folders of .txt files."),
+        Argument(help="JSON Lines with `text`, files of text, or folders of .txt files."),
     ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     out: Annotated[
         Path,
         Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
@@ -35,19 +51,26 @@ def mine_command(
     ] = None,
     near: Annotated[float, Option(help="Jaccard similarity of near-duplicates, in (0, 1].")] = 0.7,
     batch_tokens: Annotated[int, Option(min=1, help="Tokens per batch.")] = BATCH_TOKENS,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Find the windows of texts that a model recites, and write them to a file.
 
     The same command continues an interrupted run: finished windows are in OUT.partial.
     """
+    keep_finished(out, force)
     texts = plain_texts(corpus, "corpus", SettingError)
-    lm = lirefs.load(model, device=device)
+    lm = load_model(model, device, dtype, device_map)
     journal = Path(f"{out}.partial")
     sizes = (prefix_tokens, suffix_tokens, stride, near)
-    found = lirefs.mine(lm, texts, *sizes, batch_tokens=batch_tokens, journal=journal)
+    found = lirefs.mine(
+        lm, texts, *sizes, batch_tokens=batch_tokens, journal=journal, progress=not quiet
+    )
     found.save(out)
     journal.unlink()
-    say_on_console(", ".join(f"{n:,} {stage}" for stage, n in found.counts.items()))
     copied = sum(one.predictable >= COPIED for one in found.windows)
-    say_on_console(f"{copied} of the distinct ones have half of their 4-grams in the prefix")
+    stages = ", ".join(f"{n:,} {stage}" for stage, n in found.counts.items())
+    line = f"{stages}; {copied} of the distinct ones have half of their 4-grams in the prefix"
+    print_result({**found.counts, "predictable": copied}, line, as_json)
     say_on_console(f"written to {out}, settings to {out}.json")

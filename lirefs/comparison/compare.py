@@ -119,7 +119,7 @@ def compare(
         return [(part_key(digest, variant, settings), piece) for digest, piece in pieces[name]]
 
     total = len(variants) * sum(len(task) for task in tasks)
-    with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
+    with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
         for variant, intervention in variants.items():
             with applied(intervention, lm.model):
                 for name in names:

@@ -203,7 +203,9 @@ class _Request:
         """Prompt indices of each batch, and its states, (rows, places, positions, width)."""
         lengths, traits = [len(row) for row in self.ids], self.lm.traits
         side = traits.side(side)
-        with tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress) as bar:
+        with tqdm(
+            total=sum(lengths), unit="tok", desc="activations", disable=not progress or None
+        ) as bar:
             for rows in traits.groups(lengths, batch_tokens, side):
                 with evaluating(self.lm.model):  # not around the yield, which runs others' code
                     states = self.read([self.ids[row] for row in rows], side)
