@@ -144,7 +144,9 @@ def edit_command(
     --force replaces a folder only if this command wrote it.
     """
     edited_before = (out / "curvature_edit.json").exists()
-    options.keep_finished(out, force and edited_before)
+    if out.exists() and not edited_before:
+        raise SettingError(f"{out}: exists; name a new folder")
+    options.keep_finished(out, force)
     lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
     reports = change.report(lm.model)
@@ -231,7 +233,7 @@ def detect_command(
         Path | None,
         Option(
             help="Texts, or JSON Lines with `text` and, to measure the detector, `label` "
-            "(memorized, clean); default: the project's passages that the model recites, and held-out texts."
+            "(memorized, clean). Default: our passages that the model recites, and held-out texts."
         ),
     ] = None,
     flat: Annotated[float, Option(help="Share of input directions that count as flat.")] = 0.6,
