@@ -32,7 +32,7 @@ def factors_of(
     cache: Path,
     seed: int,
     texts: Sequence[str],
-    progress: bool,
+    progress: bool = True,
 ) -> kfac.Factors:
     """Factors from the file given, from the cache, or collected now and kept."""
     if given is not None and given.exists():

@@ -372,7 +372,7 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(commands, "organism_scores", lambda lm, language, side: {"x": 1.0})
-    assert run(monkeypatch, "organism", "scores") == 0
+    assert run(monkeypatch, "organism", "scores", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"x": 1.0}
     assert run(monkeypatch, "organism", "scores", "--split", "dev") == 2
     assert "expected one of train, validation, test" in capsys.readouterr().err
