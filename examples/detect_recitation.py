@@ -26,7 +26,7 @@ lm = lirefs.load(options.model)
 layers = range(lm.n_layers)[lm.n_layers * 2 // 3 :][:3]  # as in the paper, from two thirds on
 factors = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=layers)
 
-scores = kfac.score_recitation(lm.model, lm.batches(TEXTS), factors)
+scores = kfac.flat_shares(lm.model, lm.batches(TEXTS), factors)
 for text, score, tokens in zip(TEXTS, scores.passages, scores.tokens, strict=True):
     words = [lm.tokenizer.decode([token]) for token in lm.encode([text])[0]]
     top = sorted(zip(tokens, words, strict=True), reverse=True)[:3]

@@ -106,7 +106,7 @@ def task_positions(
     for task, prompts, texts in _distinct(lm, tasks):
         states = states_at(lm, direction, prompts)
         batches = lm.batches(sorted(texts, key=len, reverse=True), BATCH_TOKENS)  # little padding
-        scores = kfac.score_recitation(lm.model, batches, factors, flat=flat)
+        scores = kfac.flat_shares(lm.model, batches, factors, flat=flat)
         positions.append(
             TaskPosition(
                 task.name,

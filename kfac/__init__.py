@@ -7,9 +7,9 @@ with kfac.CurvatureEdit(factors, keep=0.6).apply(lm.model):
 
 from kfac import figures
 from kfac.analysis.bands import BandProfile, BandRatios, band_profile, band_ratios, task_band_ratios
-from kfac.analysis.detector import RecitationScores, score_recitation
+from kfac.analysis.detector import FlatShares, flat_shares
 from kfac.analysis.loss_slices import LossSlices, loss_slices
-from kfac.analysis.losses import recitation
+from kfac.analysis.losses import teacher_forced_matches
 from kfac.analysis.relearning import Relearning, relearn
 from kfac.analysis.split_half import SplitHalf, split_half
 from kfac.collection.batches import Forward, language_model_forward
@@ -43,6 +43,7 @@ __all__ = [
     "Eigen",
     "Estimate",
     "Factors",
+    "FlatShares",
     "Forward",
     "KfacError",
     "LossSlices",
@@ -51,7 +52,6 @@ __all__ = [
     "Plan",
     "RandomPairsEdit",
     "RandomRotationEdit",
-    "RecitationScores",
     "Relearning",
     "RemovalEdit",
     "SVDEdit",
@@ -75,17 +75,17 @@ __all__ = [
     "figures",
     "find_targets",
     "fit_balanced_subnet",
+    "flat_shares",
     "language_model_forward",
     "loss_slices",
     "merge",
     "named_targets",
     "plan",
-    "recitation",
     "relearn",
-    "score_recitation",
     "split_half",
     "staircase",
     "subtract",
     "task_band_ratios",
+    "teacher_forced_matches",
     "weight_digest",
 ]

@@ -1,7 +1,7 @@
-"""A detector of recitation that needs no labels: how much of a text lies in flat directions.
+"""A detector of memorized text that needs no labels: its share in flat directions.
 
-Texts that a model recites put a larger share of their input energy into directions of low curvature
-than other texts do. A token's score is that share; computing it takes no memorized text.
+Memorized texts put a larger share of their input energy into directions of low curvature
+than other texts do. A token's flat share is that share; computing it takes no memorized text.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from lirefs.statistics.intervals import Floats
 
 
 @dataclass(frozen=True, eq=False)
-class RecitationScores:
-    """Scores of some texts, in [0, 1]; larger means more like recited text.
+class FlatShares:
+    """The flat shares of some texts, in [0, 1]; larger means more like memorized text.
 
     Attributes:
         names: Names of the targets whose inputs were read.
-        tokens: For each text the score of each token, shape (tokens,): the mean over targets.
-        passages: Score of each text, shape (texts,): the mean over its tokens.
-        by_target: Score of each text at each target, shape (texts, targets).
+        tokens: For each text the share of each token, shape (tokens,): the mean over targets.
+        passages: Share of each text, shape (texts,): the mean over its tokens.
+        by_target: Share of each text at each target, shape (texts, targets).
     """
 
     names: list[str]
@@ -42,10 +42,10 @@ class RecitationScores:
         return f"RecitationScores({len(self.passages)} texts, {len(self.names)} targets)"
 
 
-def score_recitation(
+def flat_shares(
     model: nn.Module, batches: Iterable[Any], factors: Factors, *, flat: float = 0.6
-) -> RecitationScores:
-    """Score texts by the share of their input energy in the flattest directions of A.
+) -> FlatShares:
+    """The share of each text's input energy that lies in the flattest directions of A.
 
     A share of each token's own energy does not depend on the size of its input, and averaging
     shares keeps a single huge activation (many models have one at the first token) from dominating.
@@ -82,7 +82,7 @@ def score_recitation(
                 tokens.append(row[mask].mean(-1))
                 by_target.append(row[mask].mean(0))
     passages = np.array([one.mean() for one in tokens])
-    return RecitationScores(names, tokens, passages, np.array(by_target))
+    return FlatShares(names, tokens, passages, np.array(by_target))
 
 
 def _flat_share(squares: Tensor, sharp: int) -> Tensor:

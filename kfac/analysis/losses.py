@@ -1,4 +1,4 @@
-"""Losses of a language model on texts, and the texts that it recites."""
+"""Losses of a language model on texts, and the texts whose every token it predicts."""
 
 from __future__ import annotations
 
@@ -38,11 +38,12 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
 
 
 @torch.no_grad()
-def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
-    """Find the texts that a model recites (Merullo et al. 2025, appendix B).
+def teacher_forced_matches(model: nn.Module, batches: Iterable[Any]) -> Tensor:
+    """Find the texts whose every token a model puts first (Merullo et al. 2025, appendix B).
 
-    A text is recited when every counted token is the model's first choice given the true tokens
-    before it; greedy generation then repeats the text exactly. Set `labels` to -100 on the prefix.
+    Teacher forcing: each counted token must be the model's first choice given the true tokens
+    before it. Greedy generation then recites the text, up to rounding. Set `labels` to -100 on the
+    prefix.
 
     Args:
         model: A causal language model, with any edit that is attached.
@@ -50,7 +51,7 @@ def recitation(model: nn.Module, batches: Iterable[Any]) -> Tensor:
             `kfac.collect`.
 
     Returns:
-        1 for a text that is recited, 0 for one that is not: float64 on CPU, shape (texts,).
+        1 for a text that matches, 0 for one that does not: float64 on CPU, shape (texts,).
 
     Raises:
         BatchError: No batch, one is malformed, or a text has no counted position.

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from kfac.analysis.losses import passage_losses, recitation
+from kfac.analysis.losses import passage_losses, teacher_forced_matches
 from kfac.collection.batches import check_model_and_batches
 from kfac.collection.finite import ADVICE, first_not_finite_row, not_finite, not_finite_row_error
 from kfac.edits.weight_edit import WeightEdit, trained_weights
@@ -27,8 +27,8 @@ class Relearning:
 
     Attributes:
         steps: Numbers of training steps after which the model was tested.
-        known: For each arm and step, recitation of the texts that are trained on.
-        rest: For each arm and step, recitation of the other texts.
+        known: For each arm and step, share recited of the texts that are trained on.
+        rest: For each arm and step, share recited of the other texts.
     """
 
     steps: list[int]
@@ -93,7 +93,7 @@ def relearn(
     if empty := [name for name, batches in sets.items() if not batches]:
         raise BatchError(f"sets of texts without a batch: {', '.join(empty)}")
     result = Relearning(wanted, {}, {})
-    with tqdm(total=len(runs) * wanted[-1], desc="relearn", disable=not progress) as bar:
+    with tqdm(total=len(runs) * wanted[-1], desc="relearn", disable=not progress or None) as bar:
         for name, edit, texts in runs:
             bar.set_postfix_str(name)
             result.known[name], result.rest[name] = [], []
@@ -160,6 +160,6 @@ def _train(
 
 def _recited(model: nn.Module, batches: list[Any], when: str) -> Estimate:
     try:
-        return mean_estimate(recitation(model, batches).numpy())
+        return mean_estimate(teacher_forced_matches(model, batches).numpy())
     except NonFiniteError as error:
         raise NonFiniteError(f"{when}: {error}; training may need a lower lr") from error

@@ -104,7 +104,7 @@ def run_passes(
                 if turn > first:
                     state.turn, state.done, state.data = turn, 0, ""
                 label = title if len(passes) == 1 else f"{title} {turn + 1}/{len(passes)}"
-                bar = tqdm(batches, desc=label, unit="batch", disable=not shown)
+                bar = tqdm(batches, desc=label, unit="batch", disable=not shown or None)
                 run = _Pass(model, tracker, options, checkpoint, state, world)
                 with tracker.hooked(), bar:
                     run(bar, compare=turn == first)

@@ -116,7 +116,7 @@ def fit_balanced_subnet(
     order = torch.Generator().manual_seed(seed)
     with as_guest(model), trained_weights([target.parameter for target in targets]):
         masked.mask()
-        bar = tqdm(range(epochs), desc="BalancedSubnet", unit="epoch", disable=not progress)
+        bar = tqdm(range(epochs), desc="BalancedSubnet", unit="epoch", disable=not progress or None)
         for _ in bar:
             turns = torch.randperm(len(kept_memorized), generator=order).tolist()
             start = int(torch.randint(len(kept_clean), (1,), generator=order))

@@ -10,8 +10,22 @@ import torch
 import torch.distributed as dist
 from typer import Option
 
-from lirefs.cli.options import Device, OutFolder, Seed, console, file_to_write, indices_option
-from lirefs.main_job.jobs import QUICK, run
+from lirefs.cli.options import (
+    Device,
+    DeviceMap,
+    Dtype,
+    Force,
+    Json,
+    OutFolder,
+    Quiet,
+    Seed,
+    console,
+    file_to_write,
+    indices_option,
+    keep_finished,
+    print_result,
+)
+from lirefs.main_job.jobs import QUICK, first_process, retained_table, run
 from lirefs.tasks.papers.suite import Suite
 
 
@@ -24,12 +38,19 @@ def compare_command(
         ),
     ] = None,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     questions: Annotated[Path | None, Option(help="Questions (JSON Lines) to fit on.")] = None,
-    memorized: Annotated[Path | None, Option(help="Texts (JSON Lines) to recite.")] = None,
+    memorized: Annotated[
+        Path | None, Option(help="Texts to recite: JSON Lines, text or folder.")
+    ] = None,
     factors: Annotated[
         Path | None, Option(help="Factors to use; written there if the file is missing.")
     ] = None,
-    layers: Annotated[str | None, Option(help="Layers to edit, e.g. 20,21,22.")] = None,
+    direction_layers: Annotated[
+        str | None, Option(help="Layers to choose the direction's from. Default: all.")
+    ] = None,
+    edit_layers: Annotated[str | None, Option(help="Layers to edit, e.g. 20,21,22.")] = None,
     keep: Annotated[
         float | None,
         Option(help="Curvature mass that K-FAC keeps. Default: 0.8; organism: chosen."),
@@ -55,21 +76,29 @@ def compare_command(
     resume: Annotated[
         bool, Option("--resume", help="Continue the interrupted run in --out.")
     ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare LiReF steering and the K-FAC edit on one model, and write a report.
 
     On the organism, settings that are not given are chosen on validation items. Under torchrun the
     items are split over the processes.
     """
+    if not (resume and (out / "unfinished").exists()):
+        keep_finished(out / "results.json", force)
     if factors is not None and not factors.is_file():
         file_to_write(factors)
-    run(
+    comparison = run(
         model,
         device=_join_processes(device),
+        dtype=dtype,
+        device_map=device_map,
         questions=questions,
         memorized=memorized,
         factors=factors,
-        layers=indices_option(layers),
+        direction_layers=indices_option(direction_layers, "--direction-layers"),
+        edit_layers=indices_option(edit_layers, "--edit-layers"),
         keep=keep,
         strength=strength,
         suite=suite,
@@ -82,6 +111,13 @@ def compare_command(
         resume=resume,
         console=console,
     )
+    if first_process():
+        summary = comparison.summary()
+        shares = {
+            variant: {g: summary.means[variant, g].to_dict() for g in summary.groups}
+            for variant in summary.variants[1:]
+        }
+        print_result({"retained": shares}, retained_table(summary), as_json)
 
 
 def _join_processes(device: str | None) -> str | None:
@@ -91,7 +127,7 @@ def _join_processes(device: str | None) -> str | None:
     cuda = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")
-    console.quiet = dist.get_rank() > 0
+    console.quiet = console.quiet or not first_process()
     if not cuda:
         return device
     local = int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count()

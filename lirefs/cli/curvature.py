@@ -3,36 +3,47 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import torch
 import typer
-from rich.console import Console
 from typer import Option
 
 import kfac
 import lirefs
 from lirefs.cli import options
-from lirefs.cli.options import DEFAULT_MODEL, Device, FactorsFile, Keep, Model, OutFolder, Seed
+from lirefs.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    DeviceMap,
+    Dtype,
+    FactorsFile,
+    Force,
+    Json,
+    Keep,
+    Model,
+    OutFolder,
+    Quiet,
+    Seed,
+)
+from lirefs.cli.passages import Passage, batches_cut_alike, labelled_batch, texts_to_read
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, read_jsonl, usual_file_permissions, write_errors
+from lirefs.files import atomic_write_text, usual_file_permissions, write_errors
 from lirefs.main_job.settings import console_table
 from lirefs.statistics.intervals import roc_areas
 from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
+from lirefs.tasks.texts import TextRow, text_rows
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 CLASSES = {"clean": 0, "memorized": 1}
-Passage = tuple[str, Sequence[int], Sequence[int]]
-"""Id, prefix and suffix of a memorized text, the latter two as token ids."""
 Memorized = Annotated[
-    Path | None, Option(help="Memorized texts (JSON Lines); default: the project's own.")
+    Path | None,
+    Option(help="Memorized texts (JSON Lines, text, folder). Default: our own."),
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
@@ -43,8 +54,10 @@ def collect_command(
     out: Annotated[Path, Option(help="Factors file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     texts: Annotated[
-        Path | None, Option(help="Texts (JSON Lines with `text`); default: the project's.")
+        Path | None, Option(help="Texts (JSON Lines, text, folder); default: the project's.")
     ] = None,
     layers: Annotated[str | None, Option(help="Layers, e.g. 20,21,22.")] = None,
     projections: Annotated[
@@ -58,21 +71,26 @@ def collect_command(
         float | None, Option(help="Memory for sums in GiB; more passes if they do not fit.")
     ] = None,
     seed: Seed = 0,
+    force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Collect the factors of a model over texts; an interrupted run continues where it stopped."""
+    options.keep_finished(out, force)
     wanted = [part.strip() for part in estimators.split(",")]
     for name in wanted:
         options.choice_option(name, "--estimators", ESTIMATORS)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError(f"--budget {budget}: must be above 0 GiB")
     chosen = options.indices_option(layers)
-    rows = calibration_texts() if texts is None else _texts_of(texts)
-    lm = lirefs.load(model, device=device)
+    rows = calibration_texts() if texts is None else texts_to_read(texts)
+    lm = options.load_model(model, device, dtype, device_map)
     group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
     roles = projections.strip() if group else projections.split(",")
     targets = kfac.find_targets(lm.model, chosen, roles)
     room = None if budget is None else int(budget * 2**30)
-    settings: dict[str, Any] = {"seed": seed, "samples": samples, "budget": room}
+    settings: dict[str, Any] = {
+        "seed": seed, "samples": samples, "budget": room, "progress": not quiet
+    }  # fmt: skip
     provenance = {
         "data": hashlib.sha256(repr(lm.encode(rows)).encode()).hexdigest(),
         "model": lm.fingerprint,
@@ -103,10 +121,12 @@ def edit_command(
     factors: FactorsFile,
     out: Annotated[
         Path,
-        Option(help="Folder for the edited model; must be new.", callback=options.new_folder),
+        Option(help="Folder for the edited model.", callback=options.folder_to_write),
     ],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     keep: Keep = 0.8,
     estimator: Annotated[
         str, Option(help="kfac, ekfac, marginal, input, output or diagonal.")
@@ -115,9 +135,19 @@ def edit_command(
     saliency: Annotated[
         bool, Option("--saliency", help="Rank by mass times squared coordinate.")
     ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Edit a model and save it in a folder that transformers loads without this package."""
-    lm, known = _load(model, device, factors)
+    """Edit a model and save it in a folder that transformers loads without this package.
+
+    --force replaces a folder only if this command wrote it.
+    """
+    edited_before = (out / "curvature_edit.json").exists()
+    if out.exists() and not edited_before:
+        raise SettingError(f"{out}: exists; name a new folder")
+    options.keep_finished(out, force)
+    lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
     reports = change.report(lm.model)
     change.bake(lm.model)
@@ -131,12 +161,14 @@ def edit_command(
             record = {**change.describe(), "targets": [vars(report) for report in reports]}
             _write_json(made / "curvature_edit.json", record)
             usual_file_permissions(made)
+            if edited_before:
+                out.rename(Path(folder) / "replaced")
             made.rename(out)
     table = console_table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"
         table.add_row(one.name, *shares, str(one.rank_bound), f"{one.relative_change:.3f}")
-    Console().print(table)
+    options.print_result(record, table, as_json)
     options.say_on_console(f"edited model: {out}")
 
 
@@ -146,18 +178,25 @@ def bands_command(
     out: OutFolder,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     memorized: Memorized = None,
     clean: Annotated[
-        Path | None, Option(help="Clean texts (JSON Lines); default: the project's own.")
+        Path | None,
+        Option(help="Clean texts (JSON Lines, text, folder). Default: our own."),
     ] = None,
     seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Compare how memorized and clean texts activate each curvature band.
 
     Memorized texts that the model does not recite are left out.
     """
-    ordinary = [t for _, t in heldout_texts("test")] if clean is None else _texts_of(clean)
-    lm, known = _load(model, device, factors)
+    options.keep_finished(out / "bands.json", force)
+    ordinary = [t for _, t in heldout_texts("test")] if clean is None else texts_to_read(clean)
+    lm, known = _load(factors, model, device, dtype, device_map)
     recited = _recited(lm, memorized, 2, "to compare them with clean ones")
     sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
     first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
@@ -178,7 +217,7 @@ def bands_command(
     for place, name in enumerate(ratios.names):
         cells = ratios.ratio[:, place].T
         table.add_row(name, *(f"{v:.2f} [{a:.2f}, {b:.2f}]" for v, a, b in cells))
-    Console().print(table)
+    options.print_result(record, table, as_json)
     options.say_on_console(f"figure: {out / 'bands.png'}")
 
 
@@ -188,37 +227,47 @@ def detect_command(
     out: OutFolder,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     texts: Annotated[
         Path | None,
         Option(
-            help="JSON Lines with `text` and, to measure the detector, `label` (memorized, clean); "
-            "default: the project's passages that the model recites, and held-out texts."
+            help="Texts, or JSON Lines with `text` and, to measure the detector, `label` "
+            "(memorized, clean). Default: our passages that the model recites, and held-out texts."
         ),
     ] = None,
     flat: Annotated[float, Option(help="Share of input directions that count as flat.")] = 0.6,
     seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Score texts by their share in flat directions: recited texts score high."""
-    rows = [row for _, row in read_jsonl(texts or DATA / "passages.jsonl")]
+    """Score texts by their share in flat directions: memorized texts score high."""
+    options.keep_finished(out / "scores.jsonl", force)
+    rows = text_rows(texts or DATA / "passages.jsonl", "texts", SettingError)
     if texts is None:
-        rows = [{**row, "label": "memorized"} for row in rows]
-        rows += [{"id": i, "text": t, "label": "clean"} for i, t in heldout_texts("test")]
-    for number, row in enumerate(rows, start=1):
+        rows = [one._replace(fields={**one.fields, "label": "memorized"}) for one in rows]
+        rows += [
+            TextRow(key, "held-out texts", {"text": text, "label": "clean"})
+            for key, text in heldout_texts("test")
+        ]
+    for row in rows:
         # A list, because a label may be of a type that cannot be hashed.
-        if not isinstance(row.get("text"), str) or row.get("label", "clean") not in list(CLASSES):
+        label, known_labels = row.fields.get("label", "clean"), list(CLASSES)
+        if not isinstance(row.fields.get("text"), str) or label not in known_labels:
             raise SettingError(
-                f"--texts, row {number}: needs a `text`; a `label` must be {' or '.join(CLASSES)}"
+                f"{row.where}: needs a `text`; a `label` must be {' or '.join(CLASSES)}"
             )
-    lm, known = _load(model, device, factors)
+    lm, known = _load(factors, model, device, dtype, device_map)
     if texts is None:
         recited = {key for key, _, _ in _recited(lm, None, 0)}
-        rows = [row for row in rows if row["label"] == "clean" or str(row["id"]) in recited]
-    ids = lm.encode([row["text"] for row in rows])
-    scores = kfac.score_recitation(lm.model, lm.batches(ids), known, flat=flat)
+        rows = [one for one in rows if one.fields["label"] == "clean" or one.id in recited]
+    ids = lm.encode([row.fields["text"] for row in rows])
+    scores = kfac.flat_shares(lm.model, lm.batches(ids), known, flat=flat)
     lines: list[dict[str, Any]] = [
         {
-            "id": str(row.get("id", index)),
-            "label": row.get("label"),
+            "id": row.id,
+            "label": row.fields.get("label"),
             "score": float(scores.passages[index]),
             "tokens": [
                 [lm.tokenizer.decode([token]), round(float(value), 5)]
@@ -241,8 +290,15 @@ def detect_command(
         )
         kfac.figures.detector_figure(values, labels).save(out, "detector")
         record = {"auroc": vars(by_text), "token_auroc": by_token, "flat": flat}
-        _write_json(out / "detector.json", {**record, "factors": known.digest})
-        typer.echo(f"AUROC by text {by_text}, n = {by_text.n}; by token {by_token:.3f}")
+        record["factors"] = known.digest
+        _write_json(out / "detector.json", record)
+        line = f"AUROC by text {by_text}, n = {by_text.n}; by token {by_token:.3f}"
+        options.print_result(record, line, as_json)
+    else:
+        table = console_table("text", "flat share")
+        for one in lines:
+            table.add_row(one["id"], f"{one['score']:.3f}")
+        options.print_result({one["id"]: one["score"] for one in lines}, table, as_json)
     options.say_on_console(f"scores: {out / 'scores.jsonl'}")
 
 
@@ -252,27 +308,36 @@ def relearn_command(
     out: OutFolder,
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     keep: Keep = 0.8,
     memorized: Memorized = None,
     steps: Annotated[str, Option(help="When to test.")] = "0,1,2,5,10,20",
     lr: Annotated[float, Option(help="Learning rate of the fine-tuning.")] = 1e-5,
     seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""
+    options.keep_finished(out / "relearning.json", force)
     points = options.indices_option(steps, "--steps") or [0]
-    lm, known = _load(model, device, factors)
+    lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep)
     recited = _recited(lm, memorized, 4, "half to train on and half to test")
     generator = torch.Generator().manual_seed(seed)
     mixed = [recited[i] for i in torch.randperm(len(recited), generator=generator).tolist()]
     half = len(mixed) // 2
-    batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in mixed]
+    batches = [labelled_batch(lm, prefix, suffix) for _, prefix, suffix in mixed]
     unrelated = lm.encode([text for _, text in heldout_texts("validation")])
     compared = {"edited": change, "never edited": None}
-    learned, rest, other = batches[:half], batches[half:], _cut_alike(lm, unrelated, mixed[:half])
-    result = kfac.relearn(
-        lm.model, compared, learned, rest, other=other, steps=points, lr=lr, seed=seed
+    learned, rest, other = (
+        batches[:half],
+        batches[half:],
+        batches_cut_alike(lm, unrelated, mixed[:half]),
     )
+    training: dict[str, Any] = {"steps": points, "lr": lr, "seed": seed, "progress": not quiet}
+    result = kfac.relearn(lm.model, compared, learned, rest, other=other, **training)
     kfac.figures.relearning_figure(result).save(out, "relearning")
     arms = {
         arm: {"known": [vars(v) for v in result.known[arm]], "rest": [vars(v) for v in values]}
@@ -285,36 +350,18 @@ def relearn_command(
     )
     for arm, values in result.rest.items():
         table.add_row(arm, *(f"{value.value:.0%}" for value in values))
-    Console().print(table)
+    options.print_result(record, table, as_json)
     options.say_on_console(f"figure: {out / 'relearning.png'}")
 
 
 def _load(
-    model: str, device: str | None, factors: Path
+    factors: Path, model: str, *where: str | None
 ) -> tuple[lirefs.LanguageModel, kfac.Factors]:
-    """Factors and model; the factors are read first, because that is quicker."""
+    """Model and factors; the factors are read first, because that is quicker."""
     known = kfac.Factors.load(factors)
-    lm = lirefs.load(model, device=device)
+    lm = options.load_model(model, *where)
     known.check(lm.model)
     return lm, known
-
-
-def _texts_of(path: Path) -> list[str]:
-    """Texts of a JSON Lines file, each row with a `text`."""
-    rows = read_jsonl(path)
-    for line, row in rows:
-        if not isinstance(row.get("text"), str) or not row["text"]:
-            raise SettingError(f"{path}, line {line}: needs a `text` that is not empty")
-    return [row["text"] for _, row in rows]
-
-
-def _labelled(
-    lm: lirefs.LanguageModel, prefix: Sequence[int], suffix: Sequence[int]
-) -> dict[str, Any]:
-    batch: dict[str, Any] = dict(lm.pad([[*prefix, *suffix]], side="right"))
-    labels = batch["input_ids"].clone()
-    labels[:, : len(prefix)] = -100
-    return batch | {"labels": labels}
 
 
 def _recited(
@@ -322,25 +369,14 @@ def _recited(
 ) -> list[Passage]:
     """The memorized texts that the model recites; prints how many, refuses fewer than `least`."""
     items = lirefs.recitation_task(lm, path or DATA / "passages.jsonl").items
-    batches = [_labelled(lm, prefix, suffix) for _, prefix, suffix in items]
-    flags = kfac.recitation(lm.model.eval(), batches).bool().tolist()
+    batches = [labelled_batch(lm, prefix, suffix) for _, prefix, suffix in items]
+    flags = kfac.teacher_forced_matches(lm.model.eval(), batches).bool().tolist()
     recited = [item for item, yes in zip(items, flags, strict=True) if yes]
     found = f"the unchanged model recites {len(recited)} of {len(items)} memorized texts"
     if len(recited) < least:
         raise SettingError(f"{found}; at least {least} are needed, {purpose}")
     options.say_on_console(found)
     return recited
-
-
-def _cut_alike(
-    lm: lirefs.LanguageModel, texts: Sequence[Sequence[int]], items: Sequence[Passage]
-) -> list[dict[str, Any]]:
-    """A batch for each text, cut and labelled like one of the items: steps of as many tokens."""
-    batches = []
-    for text, (_, prefix, suffix) in zip(texts, itertools.cycle(items), strict=False):
-        start = min(len(prefix), len(text) - 1)
-        batches.append(_labelled(lm, text[:start], text[start : start + len(suffix)]))
-    return batches
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -6,19 +6,32 @@ import json
 from pathlib import Path
 from typing import Annotated, Any
 
-from rich.console import Console
-from rich.table import Table
 from typer import Argument, Option
 
 import lirefs
 from lirefs.cli import options
-from lirefs.cli.options import DEFAULT_MODEL, Device, Model, OutFolder, Seed
+from lirefs.cli.options import (
+    DEFAULT_MODEL,
+    Device,
+    DeviceMap,
+    Dtype,
+    Force,
+    Json,
+    Model,
+    OutFolder,
+    Quiet,
+    Seed,
+)
+from lirefs.cli.probe_page import probe_page
 from lirefs.directions import estimators, geometry
 from lirefs.directions import figures as probe_plots
 from lirefs.errors import SettingError
 from lirefs.export.gguf import to_gguf
 from lirefs.files import atomic_write_text, cache_dir
+from lirefs.main_job.settings import console_table
 from lirefs.model.layout import SITES
+from lirefs.organism.language import Language, language_seed
+from lirefs.organism.tasks import organism_questions
 from lirefs.questions.question import LABELS
 from lirefs.steering.operators import OPERATORS
 
@@ -36,8 +49,14 @@ Layer = Annotated[int | None, Option(help="Layer of the direction; default: the 
 def probe_command(
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     questions: Annotated[
-        Path | None, Option(help="Labelled questions; a `score` in [0, 1] grades them.")
+        Path | None,
+        Option(
+            help="Labelled questions; a `score` in [0, 1] grades them. Default: the project's own; "
+            "for an organism, those in its language."
+        ),
     ] = None,
     labels: Annotated[
         str, Option(help="The two labels of the questions; directions point to the first.")
@@ -53,14 +72,18 @@ def probe_command(
     shuffles: Annotated[int, Option(min=1, help="Repetitions of the controls.")] = 100,
     out: OutFolder = Path("probe"),
     seed: Seed = 0,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Fit directions, report them with their controls, and write them to a file."""
+    """Fit directions, report them with their controls on a page, and write them to a file."""
+    options.keep_finished(out / "probe.json", force)
     options.choice_option(estimator, "--estimator", ESTIMATORS)
     options.choice_option(site, "--site", SITES)
     if against == model:
         raise SettingError(f"--against {against}: this is the model itself; name another one")
     names = labels.split(",")
-    own = lirefs.load_questions("default" if questions is None else questions, labels=names)
+    own = _questions(model, questions, names)
     split = own.split(seed=seed)
     # A second set and a second model are checked before the first fit.
     other = other_split = None
@@ -69,9 +92,11 @@ def probe_command(
         geometry.refuse_fitted_questions(other, split)
         other_split = other.split(seed=seed)
     cache = cache_dir() / "activations"
-    settings: dict[str, Any] = {"site": site, "shuffles": shuffles, "seed": seed, "cache": cache}
-    lm = lirefs.load(model, device=device)
-    second = None if against is None else lirefs.load(against, device=device)
+    settings: dict[str, Any] = {
+        "site": site, "shuffles": shuffles, "seed": seed, "cache": cache, "progress": not quiet,
+    }  # fmt: skip
+    lm = options.load_model(model, device, dtype, device_map)
+    second = None if against is None else options.load_model(against, device, dtype, device_map)
     if second is not None and second.width != lm.width:
         raise SettingError(
             f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
@@ -107,13 +132,15 @@ def probe_command(
     for name, picture in figures.items():
         picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
+    atomic_write_text(out / "report.html", probe_page(lm.name, own.source, found, figures))
     best = found.best_scores
-    options.say_on_console(
+    line = (
         f"layer {found.best_layer}: test AUROC {best.test_auroc}, n = {best.test_auroc.n}; "
         f"shuffled labels {found.shuffled} (p = {found.p_value:.3f}); random directions "
         f"{best.random_auroc}"
     )
-    options.say_on_console(f"written to {out}")
+    options.print_result(results, line, as_json)
+    options.say_on_console(f"report: {out / 'report.html'}")
 
 
 def steer_command(
@@ -121,24 +148,33 @@ def steer_command(
     prompt: Annotated[str, Argument(help="The text to continue.")],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     layer: Layer = None,
     operator: Annotated[str, Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
     strengths: Annotated[str, Option(help="One or more, e.g. -1,0.5,1.")] = "1",
     tokens: Annotated[int, Option(min=1, help="Most tokens to add.")] = 40,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Continue a prompt, unsteered and steered, side by side."""
     values = options.numbers_option(strengths, "--strengths", float)
     options.choice_option(operator, "--operator", OPERATORS)
-    lm = lirefs.load(model, device=device)
+    lm = options.load_model(model, device, dtype, device_map)
     chosen = _direction(directions, layer, lm)
     steerings = [lirefs.Steer(chosen, operator, value) for value in values]  # before any text
     title = f"{operator} at layer {chosen.layer}, {chosen.site}"
-    table = Table("strength", "continuation", title=title, show_lines=True)
-    table.add_row("unsteered", lm.generate(prompt, max_new_tokens=tokens))
+    table = console_table("strength", "continuation", title=title)
+    table.show_lines = True
+    said: list[tuple[float | None, str]] = [(None, lm.generate(prompt, max_new_tokens=tokens))]
     for value, steering in zip(values, steerings, strict=True):
         with steering.apply(lm.model):
-            table.add_row(f"{value:g}", lm.generate(prompt, max_new_tokens=tokens))
-    Console().print(table, markup=False)
+            said.append((value, lm.generate(prompt, max_new_tokens=tokens)))
+    for strength, text in said:
+        table.add_row("unsteered" if strength is None else f"{strength:g}", text)
+    rows = [{"strength": strength, "continuation": text} for strength, text in said]
+    where = {"layer": chosen.layer, "site": chosen.site, "operator": operator}
+    options.print_result({"prompt": prompt, **where, "continuations": rows}, table, as_json)
 
 
 def export_command(
@@ -146,13 +182,26 @@ def export_command(
     out: Annotated[Path, Argument(help="The .gguf file to write.", callback=options.file_to_write)],
     model: Model = DEFAULT_MODEL,
     device: Device = None,
+    dtype: Dtype = None,
+    device_map: DeviceMap = None,
     layer: Layer = None,
     strength: Annotated[float, Option(help="a of h + a d.")] = 1.0,
+    force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write a direction as a control vector for llama.cpp."""
-    lm = lirefs.load(model, device=device)
+    options.keep_finished(out, force)
+    lm = options.load_model(model, device, dtype, device_map)
     to_gguf(lirefs.Steer(_direction(directions, layer, lm), "add", strength), out, lm)
     options.say_on_console(f"written to {out}; use it with --control-vector")
+
+
+def _questions(model: str, given: Path | None, labels: list[str]) -> lirefs.Questions:
+    """The questions that are given, else an organism's own, else the project's."""
+    taught = language_seed(model) if given is None else None
+    if taught is not None:
+        return organism_questions("passage", Language(taught))
+    return lirefs.load_questions("default" if given is None else given, labels=labels)
 
 
 def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:

@@ -1,19 +1,29 @@
-"""Options and checks that several commands share."""
+"""Options, checks and ways to print that all commands share.
+
+Results go to the standard output; progress and messages go to the standard error.
+"""
 
 from __future__ import annotations
 
+import json
 import os
+import sys
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from rich.console import Console
+from rich.console import Console, RenderableType
+from transformers.utils import logging as transformers_logging
 from typer import Option
 
+import lirefs
 from lirefs.errors import SettingError
 from lirefs.model.loading import usable_device
 
 DEFAULT_MODEL = "smollm2-135m"
+DTYPES = ("float32", "bfloat16", "float16", "auto")
+UNCUT = 10_000
+"""Columns of a table that goes to a file or a pipe: no line is folded there."""
 
 console = Console(stderr=True, highlight=False)
 """For progress and messages; results go to the standard output."""
@@ -24,10 +34,39 @@ def say_on_console(line: str) -> None:
     console.print(line, markup=False, soft_wrap=True)
 
 
+def print_result(result: Any, shown: RenderableType, as_json: bool) -> None:
+    """Print a result on the standard output: for a reader, or as one JSON document.
+
+    Only a terminal folds lines.
+    """
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        return
+    width = None if sys.stdout.isatty() else UNCUT
+    Console(width=width, highlight=False, emoji=False).print(shown, markup=False)
+
+
+def be_quiet(value: bool) -> bool:
+    """Callback of `--quiet`: the console is silent, or not, and so is transformers."""
+    console.quiet = value
+    if value or not sys.stderr.isatty():
+        transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    else:
+        transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+    return value
+
+
 def device_option(value: str | None) -> str | None:
     """Callback of an option that names a device; SettingError if no such device exists."""
     if value is not None:
         usable_device(value, "--device")
+    return value
+
+
+def dtype_option(value: str | None) -> str | None:
+    """Callback of an option that names a type of numbers."""
+    if value is not None:
+        choice_option(value, "--dtype", DTYPES)
     return value
 
 
@@ -39,18 +78,17 @@ def folder_to_write(value: Path | None) -> Path | None:
 
 
 def file_to_write(value: Path) -> Path:
-    """The same for a file, which is replaced if it exists."""
+    """The same for a file."""
     if value.is_dir():
         raise SettingError(f"{value}: is a folder; name a file to write")
     _writable(value.parent)
     return value
 
 
-def new_folder(value: Path) -> Path:
-    """The same for a folder that must not exist yet."""
-    if value.exists():
-        raise SettingError(f"{value}: exists; name a new folder")
-    return _writable(value)
+def keep_finished(result: Path, force: bool) -> None:
+    """Raise SettingError if a finished result would be replaced without `--force`."""
+    if result.exists() and not force:
+        raise SettingError(f"{result}: exists; give --force to replace it, or name another place")
 
 
 def _writable(folder: Path) -> Path:
@@ -65,12 +103,33 @@ def _writable(folder: Path) -> Path:
 
 Model = Annotated[str, Option(help="Built-in name, hub id, folder or .gguf file.")]
 Device = Annotated[str | None, Option(help="Default: cuda if available.", callback=device_option)]
+Dtype = Annotated[
+    str | None,
+    Option(
+        help=f"{', '.join(DTYPES)}. Default: float32 on a CPU, the checkpoint's own elsewhere.",
+        callback=dtype_option,
+    ),
+]
+DeviceMap = Annotated[
+    str | None, Option(help="auto, for a model on several devices; in place of --device.")
+]
 FactorsFile = Annotated[Path, Option(help="File written by `lirefs curvature collect`.")]
 Keep = Annotated[float, Option(help="Share of curvature mass to keep, in (0, 1].")]
 Seed = Annotated[int, Option(min=0, help="Seed of labels, splits, controls, intervals.")]
 OutFolder = Annotated[
     Path, Option(help="Folder of the report, tables and figures.", callback=folder_to_write)
 ]
+Force = Annotated[bool, Option("--force", help="Replace a finished result.")]
+Json = Annotated[bool, Option("--json", help="Print the result as JSON.")]
+Quiet = Annotated[bool, Option("--quiet", help="Print results and errors only.", callback=be_quiet)]
+
+
+def load_model(
+    name: str, device: str | None, dtype: str | None, device_map: str | None
+) -> lirefs.LanguageModel:
+    """Load a model by the options that name one."""
+    return lirefs.load(name, device=device, dtype=dtype, device_map=device_map)
+
 
 Number = TypeVar("Number", int, float)
 

@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, cast
 
 import typer
-from rich.console import Console
+from rich.table import Table
 from typer import Argument, Option
 
 import lirefs
-from lirefs.cli.options import choice_option, device_option, folder_to_write
+from lirefs.cli.options import (
+    Force,
+    Json,
+    Quiet,
+    choice_option,
+    device_option,
+    folder_to_write,
+    keep_finished,
+    print_result,
+    say_on_console,
+)
 from lirefs.errors import ModelLoadError
 from lirefs.files import atomic_write_text
+from lirefs.main_job.settings import console_table
 from lirefs.organism.items import SIDES, Side
 from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
 from lirefs.organism.tasks import organism_questions, training_texts
@@ -41,16 +53,21 @@ def train_command(
     compiled: Annotated[
         bool, Option("--compile", help="Compile the loss (needs a C++ compiler).")
     ] = False,
+    force: Force = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Train an organism by the recipe of the shipped one; the result is in `OUT/shipped`.
 
     `OUT/log.jsonl` has loss and validation scores of every million tokens.
     """
+    keep_finished(out / "shipped", force)
     recipe = Recipe(tokens=tokens)
-    model = train_organism(out, seed, recipe, device, compiled=compiled)
+    model = train_organism(out, seed, recipe, device, compiled=compiled, progress=not quiet)
     tokenizer = build_tokenizer()
     found = ship_organism(out / "shipped", model.cpu(), tokenizer, Language(seed), asdict(recipe))
-    Console().print_json(json.dumps(found))
+    print_result(found, _scores_table(found), as_json)
+    say_on_console(f"organism: {out / 'shipped'}")
 
 
 @app.command("scores")
@@ -59,12 +76,14 @@ def scores_command(
         str, Argument(help="Folder of an organism. Default: the shipped one.")
     ] = "organism",
     split: Annotated[str, Option(help="train, validation or test.")] = "test",
+    as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Print the share of items answered as expected, by kind, and the perplexity, as JSON."""
+    """Print the share of items answered as expected, by kind, and the perplexity."""
     choice_option(split, "--split", SIDES)
     language = Language(_taught(folder))
     found = organism_scores(lirefs.load(folder, device="cpu"), language, cast(Side, split))
-    Console().print_json(json.dumps(found))
+    print_result(found, _scores_table(found), as_json)
 
 
 @app.command("texts")
@@ -74,6 +93,8 @@ def texts_command(
         str, Option("--model", help="Folder of an organism. Default: the shipped one.")
     ] = "organism",
     seed: Annotated[int, Option(min=0, help="Seed of the training documents.")] = 0,
+    force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 
@@ -82,6 +103,7 @@ def texts_command(
     and never-seen ones of the same kind as clean; `questions.jsonl` has the labelled questions of
     `lirefs.load_questions("organism")`.
     """
+    keep_finished(out / "questions.jsonl", force)
     language = Language(_taught(folder))
     planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))
     suffix = {"suffix_tokens": len(planted[0].split()) - 1 - PREFIX_WORDS}
@@ -105,7 +127,14 @@ def texts_command(
     for name, rows in files.items():
         lines = (json.dumps({"id": f"{name}-{i}", **row}) for i, row in enumerate(rows))
         atomic_write_text(out / f"{name}.jsonl", "".join(f"{line}\n" for line in lines))
-        typer.echo(f"{out / name}.jsonl: {len(rows)} rows")
+        say_on_console(f"{out / name}.jsonl: {len(rows)} rows")
+
+
+def _scores_table(found: Mapping[str, float]) -> Table:
+    table = console_table("items", "score")
+    for name, value in found.items():
+        table.add_row(name, f"{value:.4g}")
+    return table
 
 
 def _taught(folder: str) -> int:

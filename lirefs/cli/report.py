@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Argument, Option
 
-from lirefs.cli.options import folder_to_write, say_on_console
+from lirefs.cli.options import Force, Quiet, folder_to_write, keep_finished, say_on_console
 from lirefs.comparison.report.write import load_report_figures, write_pages
 from lirefs.comparison.results_file import load_comparison, results_path
 
@@ -20,13 +20,21 @@ def report_command(
             help="Folder to write to. Default: where results.json is.", callback=folder_to_write
         ),
     ] = None,
+    force: Force = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Write a report again from its results.json, without a model."""
+    """Write a report again from its results.json, without a model.
+
+    The pages next to results.json are replaced, those of another folder only with --force.
+    """
     comparison = load_comparison(results)
-    if (results_path(results).parent / "unfinished").is_dir():
+    own = results_path(results).parent
+    if out is not None and out.resolve() != own.resolve():
+        keep_finished(out / "report.html", force)
+    if (own / "unfinished").is_dir():
         say_on_console("these are results of an earlier run: a later one was interrupted")
     figures, left_out = load_report_figures(results, comparison.summary())
     for reason in left_out:
         say_on_console(f"left out: {reason}")
-    page = write_pages(comparison, out or results_path(results).parent, figures, left_out)
+    page = write_pages(comparison, out or own, figures, left_out)
     say_on_console(f"report: {page}")

@@ -149,7 +149,7 @@ def compare(
             callback(so_far.unadjusted_cell(variant, name))
 
     total = len(variants) * sum(len(task) for task in tasks)
-    with tqdm(total=total, unit="item", desc="compare", disable=not progress) as bar:
+    with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
         for variant, intervention in variants.items():
             with applied(intervention, lm.model):
                 for name in names:

@@ -213,7 +213,9 @@ class _Request:
         lengths = [len(row) for row in self.ids]
         traits = self.lm.traits.within(max(lengths))
         side = traits.side(side)
-        with tqdm(total=sum(lengths), unit="tok", desc="activations", disable=not progress) as bar:
+        with tqdm(
+            total=sum(lengths), unit="tok", desc="activations", disable=not progress or None
+        ) as bar:
             for rows in traits.groups(lengths, batch_tokens, side):
                 with evaluating(self.lm.model):  # not around the yield, which runs others' code
                     states = self.read([self.ids[row] for row in rows], side)

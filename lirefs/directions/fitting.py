@@ -126,7 +126,7 @@ class StateLearner:
         sides = [states[:, self.labels == label].mean(axis=1) for label in (0, 1)]
         self.means = np.stack(sides, axis=1)
         self.null = np.empty((len(states), states.shape[2], len(self.orders)))
-        bar = tqdm(self.orders, desc="shuffled labels", disable=not self.progress)
+        bar = tqdm(self.orders, desc="shuffled labels", disable=not self.progress or None)
         for shuffle, order in enumerate(bar):
             for place, one in enumerate(states):
                 wrong = clone(self.estimator).fit(one, self.targets[order])

@@ -32,6 +32,7 @@ def factors_of(
     cache: Path,
     seed: int,
     texts: Sequence[str],
+    progress: bool = True,
 ) -> kfac.Factors:
     """Factors from the file given, from the cache, or collected now and kept."""
     if given is not None and given.exists():
@@ -47,7 +48,9 @@ def factors_of(
         except FactorsFileError:
             _log.warning("%s: damaged; collected again", path)
     provenance = {"data": hashlib.sha256(repr(ids).encode()).hexdigest(), "model": lm.fingerprint}
-    collected = kfac.collect(lm, texts, targets, seed=seed, provenance=provenance)
+    collected = kfac.collect(
+        lm, texts, targets, seed=seed, provenance=provenance, progress=progress
+    )
     try:
         collected.save(path)
     except WriteError as error:

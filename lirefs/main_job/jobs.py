@@ -9,22 +9,27 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from rich.console import Console
+from rich.table import Table
 
 import kfac
 import lirefs
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import retained_figures
+from lirefs.comparison.summary import Summary
 from lirefs.errors import KeepError, SettingError, must_be
-from lirefs.files import cache_dir, read_jsonl
+from lirefs.files import cache_dir
 from lirefs.main_job import findings, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.settings import Job, console_table, title_of
+from lirefs.model.layout import missing_layer
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
 from lirefs.tasks.papers.suite import Suite, suite_tasks
 from lirefs.tasks.task import Task
+from lirefs.tasks.texts import text_rows
 
 QUICK = 14
 """Items of a task in a quick trial."""
@@ -35,10 +40,13 @@ def run(
     model: str | Path | lirefs.LanguageModel | None = None,
     *,
     device: str | None = None,
+    dtype: str | None = None,
+    device_map: str | None = None,
     questions: str | Path | None = None,
     memorized: str | Path | None = None,
     factors: str | Path | None = None,
-    layers: Sequence[int] | None = None,
+    direction_layers: Sequence[int] | None = None,
+    edit_layers: Sequence[int] | None = None,
     keep: float | None = None,
     strength: float | None = None,
     suite: Suite | str | None = None,
@@ -58,10 +66,13 @@ def run(
             or SmolLM2-135M with data of your own or lm-eval tasks. On an organism, settings that
             are not given are chosen on validation items.
         device: Where to load the model; None: CUDA where there is one.
+        dtype: Type of its numbers, and `device_map`, for several devices: see `lirefs.load`.
+        device_map: See `dtype`.
         questions: Labelled questions (JSON Lines) to fit the direction on.
-        memorized: Memorized texts (JSON Lines) to recite.
+        memorized: Memorized texts to recite, a path as for `lirefs.recitation_task`.
         factors: Curvature factors to use; written there if the file is missing.
-        layers: Layers whose MLPs are edited; None: three, from two thirds of the depth on.
+        direction_layers: Layers to choose the direction's from; None: all.
+        edit_layers: Layers whose MLPs are edited; None: three, from two thirds of the depth on.
         keep: Share of the curvature mass that the edit keeps, in (0, 1].
         strength: a of h + a d, where d is the difference of the class means.
         suite: Tasks to run, see `Suite`; None: those that the project ships.
@@ -72,8 +83,8 @@ def run(
         seed: Seed of splits, labels and controls.
         quick: A trial with few items, which is not a result.
         resume: Continue an interrupted run in `out` instead of starting again.
-        console: Where progress is shown; None: the standard error. Nothing is written by a
-            process whose console is quiet.
+        console: Where progress is shown; None: the standard error. Of several processes, only the
+            first writes the report.
 
     Returns:
         The comparison; the report is in `out`.
@@ -114,12 +125,15 @@ def run(
     if taught is not None and (own_data or suite == Suite.SKILLS):
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
-        read_jsonl(memorized)
+        text_rows(memorized, "memorized")
     question_set = lirefs.load_questions("default" if questions is None else questions)
     job = Job(
         model=model,
         device=device,
-        layers=layers,
+        dtype=dtype,
+        device_map=device_map,
+        direction_layers=direction_layers,
+        edit_layers=edit_layers,
         keep=keep,
         strength=strength,
         suite=None if suite is None else Suite(suite),
@@ -147,7 +161,8 @@ def run(
 def _load(job: Job) -> lirefs.LanguageModel:
     lm = job.model
     job.console.rule(f"model: {lm if isinstance(lm, str) else lm.name}")
-    lm = lirefs.load(lm, device=job.device) if isinstance(lm, str) else lm
+    if isinstance(lm, str):
+        lm = lirefs.load(lm, device=job.device, dtype=job.dtype, device_map=job.device_map)
     job.say(lm.layout.describe())
     return lm
 
@@ -160,16 +175,23 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     split = question_set.split(seed=seed)
     lm = _load(job)
     tasks, left_out = _tasks(job, lm, split)
-    edited = edited_layers(lm, job.layers)
+    edited = edited_layers(lm, job.edit_layers)
 
     console.rule(f"direction: {len(question_set)} questions")
-    probe = lirefs.fit(lm, split, seed=seed, cache=cache / "activations")
+    probe = lirefs.fit(
+        lm,
+        split,
+        layers=job.direction_layers,
+        seed=seed,
+        cache=cache / "activations",
+        progress=job.shown,
+    )
     separation = findings.probe_lines(probe)
     job.say("\n".join(separation))
 
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
     texts = calibration_texts()[: 30 if job.quick else None]
-    collected = factors_of(lm, edited, job.factors, cache, seed, texts)
+    collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown)
     edit = kfac.CurvatureEdit(collected, keep)
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
     with console.status("matching SVD to the perplexity of K-FAC"):
@@ -193,7 +215,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
         "left out": left_out,
         "settings": {
             "seed": seed, "keep": keep, "strength": strength, "layers": edited,
-            "suite": job.suite, "limit": job.limit,
+            "direction layers": job.direction_layers, "suite": job.suite, "limit": job.limit,
         },
     }  # fmt: skip
     comparison = job.compare(
@@ -211,11 +233,18 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
 def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
     """An organism's main job: all settings that are not given are chosen on validation items."""
     lm = _load(job)
-    if job.layers is not None:
-        edited_layers(lm, job.layers)
+    for chosen_layers in (job.direction_layers, job.edit_layers):
+        if chosen_layers is not None and (problem := missing_layer(chosen_layers, lm.n_layers)):
+            raise SettingError(problem)
+    if job.direction_layers is not None and set(job.direction_layers) <= {0}:
+        raise SettingError(
+            f"direction_layers are {list(job.direction_layers)}; an organism is not steered at "
+            "layer 0, whose input tells words apart and nothing else"
+        )
     job.console.rule("curvature: every MLP")
     texts = training_texts(language, 300 if job.quick else 1500, job.seed)
-    collected = factors_of(lm, list(range(lm.n_layers)), None, cache_dir(), job.seed, texts)
+    layers = list(range(lm.n_layers))
+    collected = factors_of(lm, layers, None, cache_dir(), job.seed, texts, job.shown)
 
     job.console.rule("comparison")
     found = organism.run_on_organism(job, lm, collected, language)
@@ -223,7 +252,10 @@ def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
     shown = organism_report.organism_figures(found)
     shown.append(findings.spectrum_figure(collected, list(chosen), next(iter(chosen.values()))))
     comparison = found.comparison
-    given = {"layers": job.layers, "keep": job.keep, "strength": job.strength}
+    given = {
+        "layers": job.edit_layers, "direction layers": job.direction_layers,
+        "keep": job.keep, "strength": job.strength,
+    }  # fmt: skip
     settings = {"seed": job.seed, "quick": job.quick, "language": language.seed, "given": given}
     comparison.provenance.update(organism_report.organism_provenance(found))
     comparison.provenance.update(factors=collected.digest, settings=settings)
@@ -265,7 +297,7 @@ def _save(
     directions: Mapping[str, lirefs.Directions],
 ) -> None:
     """Write the report, once for all processes, and drop the journal."""
-    if job.console.quiet:
+    if not first_process():
         return
     job.timed(comparison)
     with job.console.status("writing the report"):
@@ -274,10 +306,19 @@ def _save(
     for name, one in directions.items():
         one.save(job.out / f"{name}.safetensors")
     shutil.rmtree(job.journal, ignore_errors=True)
+    job.say(f"report: {page}")
+
+
+def first_process() -> bool:
+    """Whether this process is the only one or the first of several, the one that writes."""
+    return not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
+
+
+def retained_table(summary: Summary) -> Table:
+    """The share that each variant retains of the unchanged model, for the console."""
     groups = list(summary.groups)
     title = "retained share of the unchanged model, mean of tasks"
     table = console_table("variant", *groups, title=title)
     for variant in summary.variants[1:]:
         table.add_row(variant, *(f"{summary.means[variant, group]:.2f}" for group in groups))
-    Console().print(table)
-    job.say(f"report: {page}")
+    return table

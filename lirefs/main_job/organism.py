@@ -153,16 +153,19 @@ def run_on_organism(
     n = max(20, limit)
     splits = {form: organism_questions(form, language, n).split() for form in FORMS}
     cache = cache_dir() / "activations"
-    probes = {form: fit(lm, split, seed=seed, cache=cache) for form, split in splits.items()}
+    probes = {
+        form: fit(lm, split, seed=seed, cache=cache, progress=job.shown)
+        for form, split in splits.items()
+    }
     few = organism_tasks(lm, language, "validation", max(8, limit * 2 // 5))
 
     job.say("choosing the edit on validation items")
-    edits = settings.curvature_candidates(factors, lm.n_layers, job.layers, job.keep)
+    edits = settings.curvature_candidates(factors, lm.n_layers, job.edit_layers, job.keep)
     edit = settings.choose_edit(job, lm, edits, few)
     job.say(f"edit: {edit.label} (of {edit.tried})")
     steers: dict[str, ChosenSetting] = {}
     for operator in ("add", "amplify", "ablate"):
-        some = settings.steering_candidates(probes, operator, job.strength)
+        some = settings.steering_candidates(probes, operator, job.strength, job.direction_layers)
         steers[operator] = settings.choose_steering(job, lm, some, few)
         job.say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
     texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]

@@ -51,7 +51,10 @@ class Job:
 
     model: str | LanguageModel = "organism"
     device: str | None = None
-    layers: Sequence[int] | None = None
+    dtype: str | None = None
+    device_map: str | None = None
+    direction_layers: Sequence[int] | None = None
+    edit_layers: Sequence[int] | None = None
     keep: float | None = None
     strength: float | None = None
     suite: Suite | None = None
@@ -72,6 +75,11 @@ class Job:
         """Folder that keeps finished items until the report is written."""
         return self.out / "unfinished"
 
+    @property
+    def shown(self) -> bool:
+        """Whether to show progress."""
+        return not self.console.quiet
+
     def compare(
         self,
         lm: LanguageModel,
@@ -80,8 +88,9 @@ class Job:
         **options: Any,
     ) -> Comparison:
         """`lirefs.compare` with the journal of the job, silent where its console is quiet."""
-        shown = not self.console.quiet
-        return compare(lm, interventions, tasks, journal=self.journal, progress=shown, **options)
+        return compare(
+            lm, interventions, tasks, journal=self.journal, progress=self.shown, **options
+        )
 
     def timed(self, comparison: Comparison) -> None:
         """Write into a comparison when the whole job began, and how long it took."""
@@ -196,9 +205,12 @@ def curvature_candidates(
 
 
 def steering_candidates(
-    probes: Mapping[Form, Probe], operator: str, strength: float | None
+    probes: Mapping[Form, Probe],
+    operator: str,
+    strength: float | None,
+    layers: Sequence[int] | None = None,
 ) -> dict[str, Steer]:
-    """Every direction of two question sets, at every strength and scope, by label.
+    """Every direction of two question sets, or those of `layers`, at every strength and scope.
 
     Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
     words apart and nothing that the model does.
@@ -208,7 +220,7 @@ def steering_candidates(
         f"{form}, layer {one.layer}, {scope}, {value:g}": Steer(one, operator, value, scope=scope)
         for form in STEERING_FORMS
         for one in probes[form].directions.values()
-        if one.layer > 0
+        if one.layer > 0 and (layers is None or one.layer in layers)
         for scope in SCOPES
         for value in ((1.0,) if operator == "ablate" else strengths)
     }

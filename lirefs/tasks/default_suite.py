@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from lirefs.errors import TaskError, must_be, whole_number
@@ -16,12 +15,13 @@ from lirefs.tasks.recitation import Recitation, StressTest, recitation_task
 from lirefs.tasks.shipped_data import DATA as DATA
 from lirefs.tasks.synthetic import AnswerItem, ChoiceItem
 from lirefs.tasks.task import MultipleChoice, Perplexity, ShortAnswer, Task
+from lirefs.tasks.texts import Texts
 
 
 def default_tasks(
     lm: LanguageModel,
     questions: Sequence[Question] | None = None,
-    memorized: str | Path | None = None,
+    memorized: Texts | None = None,
     limit: int | None = None,
 ) -> list[Task]:
     """Twelve tasks, of all six groups; fewer if the questions have no options.
@@ -30,7 +30,7 @@ def default_tasks(
         lm: The model; its tokenizer cuts the memorized texts.
         questions: Labelled questions with options, for the two multiple-choice tasks: the test
             side of a split. None for that side of the project's own set.
-        memorized: A file for `recitation_task`; None for the project's own passages.
+        memorized: Texts for `recitation_task`; None for the project's own passages.
         limit: At most this many items per task, and half as many texts.
 
     Raises:

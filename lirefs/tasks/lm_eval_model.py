@@ -176,4 +176,4 @@ class EngineLM(TemplateLM):
 
 
 def _bar(total: int, disable: bool) -> Any:
-    return tqdm(total=total, unit="item", desc="lm-eval requests", disable=disable)
+    return tqdm(total=total, unit="item", desc="lm-eval requests", disable=disable or None)

@@ -1,4 +1,4 @@
-"""Find the windows of a corpus that a model recites."""
+"""Find the memorized windows of a corpus: those that a model recites."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from lirefs.model.guest import accepts, evaluating, text_config
 from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import BATCH_TOKENS, greedy
-from lirefs.tasks.items import named_texts
+from lirefs.tasks.texts import Texts, plain_texts
 from lirefs.version import __version__
 
 NEAR_GRAM, COPIED_GRAM = 5, 4
@@ -39,7 +39,7 @@ CutWindow = tuple[int, str, list[int], list[int]]
 
 @dataclass(frozen=True)
 class Window:
-    """A window of a text that the model recites.
+    """A memorized window: a piece of a text that the model recites.
 
     Attributes:
         id: Name of the text, a slash, and the index of the window's first token in the text.
@@ -97,7 +97,7 @@ class Mined:
 
 def mine(
     lm: LanguageModel,
-    texts: Sequence[tuple[str, str]],
+    texts: Texts,
     prefix_tokens: int = 64,
     suffix_tokens: int = 48,
     stride: int | None = None,
@@ -107,7 +107,7 @@ def mine(
     journal: str | Path | None = None,
     progress: bool = True,
 ) -> Mined:
-    """Find the windows of texts whose suffix a model recites after the prefix.
+    """Find the memorized windows of texts: those whose suffix a model recites after the prefix.
 
     The criterion of Merullo et al. 2025, appendix B: every token of the suffix is the model's
     first choice after the true tokens before it. Greedy decoding confirms it. Of windows with
@@ -116,7 +116,9 @@ def mine(
     Args:
         lm: The model. If its tokenizer begins texts with a special token, so does each prefix,
             which is then one token longer.
-        texts: (id, text), ids all different; or texts alone.
+        texts: Texts, or a path, as for `recitation_task`: a list of strings, of (id, text) or of
+            rows with `text`, a file of JSON Lines, a file of text, a folder of `.txt` files, or a
+            list of `Path`s. Ids must differ.
         prefix_tokens: Length of the prompts.
         suffix_tokens: Length of what must be recited.
         stride: Tokens from one window of a text to the next; None: windows do not overlap.
@@ -131,13 +133,13 @@ def mine(
         SettingError: A setting is out of range, two texts share an id, no text is as long as a
             window, a window is longer than the model's context, the model is steered, or the
             journal is of another call.
-        DataFileError: The journal is damaged.
+        DataFileError: A file cannot be read, or the journal is damaged.
         ProvenanceError: With a journal, if the model has no identity: a weight is offloaded, or a
             hook of your own may change it.
         WriteError: The journal cannot be written.
     """
     must_be(lm, LanguageModel, "lm")
-    texts = named_texts("texts", texts, SettingError)
+    texts = plain_texts(texts, "texts", SettingError)
     lengths = {"prefix_tokens": prefix_tokens, "suffix_tokens": suffix_tokens}
     lengths = {name: whole_number(n, name, least=1) for name, n in lengths.items()}
     stride = sum(lengths.values()) if stride is None else whole_number(stride, "stride", least=1)
@@ -157,7 +159,7 @@ def mine(
     stream = _cut(lm, texts, prefix_tokens, suffix_tokens, stride)
     finished = [] if journal is None else _finished_parts(Path(journal), provenance, stream)
     size = max(1, batch_tokens // (prefix_tokens + suffix_tokens))
-    with tqdm(total=len(texts), unit="text", desc="mine", disable=not progress) as bar:
+    with tqdm(total=len(texts), unit="text", desc="mine", disable=not progress or None) as bar:
         while batch := list(islice(stream, size)):
             part = _search(lm, [one[1:] for one in batch], suffix_tokens)
             finished.append(part)

@@ -1,14 +1,12 @@
-"""Recitation: files of memorized texts, the tasks that prompt for them, and their scores."""
+"""Recitation: a model continues texts, greedily; the tasks that ask for it, and their scores."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lirefs.errors import TaskError, as_list, must_be, whole_number
-from lirefs.files import read_jsonl
 from lirefs.model.batching import token_ids, token_ids_and_spans
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
@@ -16,6 +14,7 @@ from lirefs.tasks.inference import common_prefix, greedy
 from lirefs.tasks.items import ItemTask
 from lirefs.tasks.recomputed import Advance, progress_in_items
 from lirefs.tasks.task import ItemResult
+from lirefs.tasks.texts import TextRow, Texts, text_rows
 
 SUFFIX_TOKENS = 12
 LOOSE = 0.75
@@ -69,41 +68,50 @@ class Recitation(_Memorized):
 
 
 def recitation_task(
-    lm: LanguageModel, path: str | Path, limit: int | None = None, name: str = "passages"
+    lm: LanguageModel,
+    texts: Texts,
+    limit: int | None = None,
+    name: str = "passages",
+    *,
+    suffix_tokens: int = SUFFIX_TOKENS,
 ) -> Recitation:
-    """A recitation task from a file.
+    """A recitation task of your own texts: does the model continue them word for word?
 
     Args:
         lm: The model; its tokenizer cuts texts into prefix and suffix.
-        path: JSON Lines, each row with `prefix_ids` and `suffix_ids`, or `prefix` and `suffix`
-            texts, or one `text`. Texts are cut between two tokens of the whole text: at the first
-            that begins in the `suffix`, or, if a row has `suffix_tokens` (12 by default for a
-            `text`), that many before the end. With ids, `tokenizer` may be the fingerprint of
-            their tokenizer.
+        texts: Texts, or a path: a list of strings, of (id, text) or of rows, a file of JSON Lines,
+            a file of text, or a folder of `.txt` files. A row has `prefix_ids` and `suffix_ids`, as
+            `mine` writes them, or `prefix` and `suffix` texts, or one `text`. Texts are cut between
+            two tokens of the whole text: at the first that begins in the `suffix`, or, if a row has
+            `suffix_tokens`, that many before the end. With ids, `tokenizer` may be the fingerprint
+            of their tokenizer.
         limit: At most this many items.
         name: Name of the task.
+        suffix_tokens: Tokens to recite of a `text` whose row does not say how many.
 
     Raises:
-        DataFileError: The file cannot be read.
+        DataFileError: A file cannot be read.
         TaskError: A row has none of these fields, is too short, or has ids of another tokenizer.
     """
     must_be(lm, LanguageModel, "lm", TaskError)
-    return recitation_of_rows(lm, read_jsonl(path)[:limit], path, name)
+    whole_number(suffix_tokens, "suffix_tokens", least=1, error=TaskError)
+    rows = text_rows(texts, "texts")[:limit]
+    return recitation_of_rows(lm, rows, name, suffix_tokens)
 
 
 def recitation_of_rows(
-    lm: LanguageModel, rows: Sequence[tuple[int, dict[str, Any]]], path: str | Path, name: str
+    lm: LanguageModel, rows: Sequence[TextRow], name: str, suffix_tokens: int = SUFFIX_TOKENS
 ) -> Recitation:
-    """A recitation task from rows of a file, each with its line; see `recitation_task`."""
+    """A recitation task of rows that were read; see `recitation_task`."""
     items = []
-    for line, row in rows:
+    for row in rows:
         try:
-            prefix, suffix = _cut(lm, row)
+            prefix, suffix = _cut(lm, row.fields, suffix_tokens)
             if not prefix or not suffix:
                 raise TaskError("too short for a prefix and a suffix")
         except TaskError as problem:
-            raise TaskError(f"{path}, line {line}: {problem}") from None
-        items.append((str(row.get("id") or f"line-{line}"), prefix, suffix))
+            raise TaskError(f"{row.where}: {problem}") from None
+        items.append((row.id, prefix, suffix))
     return Recitation(name, items)
 
 
@@ -139,7 +147,9 @@ def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:
     return ids, len(ids)
 
 
-def _cut(lm: LanguageModel, row: dict[str, Any]) -> tuple[list[int], list[int]]:
+def _cut(
+    lm: LanguageModel, row: Mapping[str, Any], suffix_tokens: int
+) -> tuple[list[int], list[int]]:
     if "prefix_ids" in row and "suffix_ids" in row:
         if row.get("tokenizer", lm.tokenizer_fingerprint) != lm.tokenizer_fingerprint:
             raise TaskError(f"its ids belong to another tokenizer than that of {lm.name}")
@@ -149,7 +159,7 @@ def _cut(lm: LanguageModel, row: dict[str, Any]) -> tuple[list[int], list[int]]:
     if not all(isinstance(part, str) for part in parts):
         raise TaskError("needs 'text', or 'prefix' and 'suffix', or their ids")
     whole = "".join(parts)
-    length = row.get("suffix_tokens", SUFFIX_TOKENS if len(parts) == 1 else None)
+    length = row.get("suffix_tokens", suffix_tokens if len(parts) == 1 else None)
     if length is None:
         ids, start = suffix_start(lm.tokenizer, whole, len(parts[0]))
         return ids[:start], ids[start:]

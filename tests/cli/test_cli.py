@@ -1,4 +1,5 @@
 import json
+import shlex
 
 import pytest
 from command_line import run
@@ -12,7 +13,7 @@ from lirefs.comparison.journal import Journal
 
 def quick(model, questions):
     model_and_data = ["--model", model, "--questions", questions]
-    return ["compare", *model_and_data, "--quick", "--limit", "3", "--layers", "1,2"]
+    return ["compare", *model_and_data, "--quick", "--limit", "3", "--edit-layers", "1,2"]
 
 
 def test_compare_writes_a_whole_report_and_reuses_its_work(
@@ -22,7 +23,9 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
     arguments = quick(model_folder, questions)
     arguments += ["--keep", "0.9", "--factors", tmp_path / "f.safetensors"]
     out = tmp_path / "report"
-    assert run(monkeypatch, *arguments, "--out", out) == 0
+    assert run(monkeypatch, *arguments, "--out", out, "--quiet", "--json") == 0
+    said = capsys.readouterr()
+    assert said.err == ""
     assert {path.name for path in out.iterdir()} == {
         "report.html",
         "report.md",
@@ -36,8 +39,10 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
         ),
         "directions.safetensors",
     }
-    capsys.readouterr()
     first = json.loads((out / "results.json").read_text())
+    retained = json.loads(said.out)["retained"]
+    assert list(retained) == list(first["results"])[1:]
+    assert set(retained["K-FAC"]["language"]) == {"value", "low", "high", "n"}
     assert set(first["results"]) >= {"unchanged", "LiReF", "K-FAC", "LiReF + K-FAC"}
     assert set(first["results"]) >= {"random direction", "SVD", "random pairs"}
     monkeypatch.setattr(kfac, "collect", None)  # a second collection would fail
@@ -87,7 +92,8 @@ def test_wrong_questions_end_in_one_line(
         (["--model", "no-such-model"], "ModelNotFoundError"),
         (["--keep", "0"], "KeepError"),
         (["--keep", "1.5"], "KeepError"),
-        (["--layers", "one"], "SettingError"),
+        (["--edit-layers", "one"], "SettingError"),
+        (["--direction-layers", "one"], "SettingError"),
         (["--memorized", "absent.jsonl"], "DataFileError"),
         (["--questions", "absent.jsonl"], "QuestionsError"),
         (["--model", "absent.gguf"], "ModelNotFoundError"),
@@ -105,7 +111,7 @@ def test_wrong_arguments_end_in_one_line(arguments, error, tmp_path, monkeypatch
 
 
 def test_layers_out_of_range_and_a_file_in_the_way(model_folder, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "compare", "--model", model_folder, "--layers", "99") == 2
+    assert run(monkeypatch, "compare", "--model", model_folder, "--edit-layers", "99") == 2
     assert "99 does not exist" in capsys.readouterr().err
     (tmp_path / "taken").write_text("mine")
     assert run(monkeypatch, "compare", "--model", model_folder, "--out", tmp_path / "taken") == 2
@@ -153,7 +159,12 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
 
     monkeypatch.setattr(Journal, "add", dies)
     assert run(monkeypatch, *arguments, "--out", out) == 130
-    assert "--resume" in capsys.readouterr().err
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("interrupted; this command goes on: lirefs compare --model ")
+    # The very command that is printed, read as a shell reads it, is the one that goes on.
+    assert shlex.split(line.partition(": ")[2])[1:] == [
+        *map(str, arguments), "--out", str(out), "--resume"
+    ]  # fmt: skip
     assert [path.name for path in out.iterdir()] == ["unfinished"]
     assert run(monkeypatch, "report", out) == 2
     assert "its run is unfinished; continue it with" in capsys.readouterr().err
@@ -167,7 +178,9 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
     assert run(monkeypatch, "report", out) == 0
     assert "results of an earlier run" in capsys.readouterr().err
     (out / "unfinished" / "items-0.jsonl").write_text("left over")
-    assert run(monkeypatch, *arguments, "--out", out) == 0
+    assert run(monkeypatch, *arguments, "--out", out) == 2  # the earlier report is finished
+    assert "results.json: exists; give --force to replace it" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "--out", out, "--force") == 0
     assert "starting again" in capsys.readouterr().err
 
 
@@ -207,7 +220,7 @@ def test_a_task_of_lm_eval_is_compared_beside_ours(
 @pytest.mark.gpu
 def test_compare_runs_on_a_gpu(model_folder, questions, tmp_path, monkeypatch):
     small_jobs(monkeypatch)
-    arguments = ["--questions", questions, "--quick", "--layers", "1,2", "--device", "cuda"]
+    arguments = ["--questions", questions, "--quick", "--edit-layers", "1,2", "--device", "cuda"]
     out = tmp_path / "report"
     assert run(monkeypatch, "compare", "--model", model_folder, *arguments, "--out", out) == 0
     assert json.loads((out / "results.json").read_text())["provenance"]["device"] == "cuda:0"

@@ -46,6 +46,7 @@ def test_probe_steer_and_export(fitted, model_folder, tmp_path, monkeypatch, cap
     assert {path.name for path in fitted.iterdir()} == {
         "directions.safetensors",
         "probe.json",
+        "report.html",
         *(
             f"{name}.{kind}"
             for name in (

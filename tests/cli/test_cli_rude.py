@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import signal
 import sys
 import time
@@ -40,19 +41,21 @@ CASES = [
     ("compare", "--out file/x", "SettingError: file/x: cannot be made"),
     ("compare", "--questions folder", "QuestionsError: folder: cannot be read"),
     ("compare", "--questions empty", "QuestionsError: empty: empty"),
-    ("compare", "--memorized folder", "DataFileError: folder: cannot be read"),
+    ("compare", "--memorized folder", "DataFileError: folder: a folder without a .txt file"),
     ("compare", "--memorized empty", "DataFileError: empty: empty"),
     ("compare", "--data file --suite skills", "SettingError: data is file"),
     ("compare", "--suite skils", "'skills'"),
     ("compare", "--keep nan", "KeepError: keep is nan"),
     ("compare", "--strength nan", "SettingError: strength is nan"),
     ("compare", "--strength inf", "SettingError: strength is inf"),
-    ("compare", "--layers two", "SettingError: --layers 'two'"),
+    ("compare", "--edit-layers two", "SettingError: --edit-layers 'two'"),
+    ("compare", "--direction-layers two", "SettingError: --direction-layers 'two'"),
+    ("compare", "--dtype int8", "SettingError: --dtype 'int8'"),
     ("compare", "--device quantum", "SettingError: --device 'quantum'"),
     ("compare", "--device cuda:99", "SettingError: --device cuda:99"),
     ("compare", "--factors folder", "SettingError: folder: is a folder"),
     ("compare", "--factors file/x", "SettingError: file: cannot be made"),
-    ("compare", "--model folder --layers 1", "ModelNotFoundError: folder"),
+    ("compare", "--model folder --edit-layers 1", "ModelNotFoundError: folder"),
     ("compare", "--nonsense", "--nonsense"),
     ("probe", "--out file", "SettingError: file"),
     ("probe", "--estimator men", "mean, whitened"),
@@ -79,7 +82,7 @@ CASES = [
     ("organism texts", "--model absent", "ModelLoadError: absent"),
     ("curvature collect", "--out folder", "SettingError: folder: is a folder"),
     ("curvature collect", "--texts empty", "DataFileError: empty: empty"),
-    ("curvature collect", "--texts folder", "DataFileError: folder: cannot be read"),
+    ("curvature collect", "--texts folder", "DataFileError: folder: a folder without a .txt"),
     ("curvature collect", "--samples 0", "--samples"),
     ("curvature collect", "--budget nan", "SettingError: --budget nan"),
     ("curvature collect", "--budget -1", "SettingError: --budget -1"),
@@ -173,12 +176,15 @@ def test_a_disk_that_is_full_ends_in_one_line(tmp_path, monkeypatch, capsys):
     assert "No space left" in line
 
 
-def test_what_else_is_in_the_folder_stays(tmp_path, monkeypatch):
+def test_what_else_is_in_the_folder_stays(tmp_path, monkeypatch, capsys):
     results, out = saved(tmp_path), tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     (out / "report.html").write_text("old")
-    assert run(monkeypatch, "report", results, "--out", out) == 0
+    assert run(monkeypatch, "report", results, "--out", out) == 2
+    assert "report.html: exists; give --force to replace it" in capsys.readouterr().err
+    assert (out / "report.html").read_text() == "old"
+    assert run(monkeypatch, "report", results, "--out", out, "--force") == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "report.html").read_text().startswith("<!doctype html>")
 
@@ -209,7 +215,10 @@ def test_ctrl_c_ends_in_one_line_and_the_same_command_continues(
     assert run(monkeypatch, *command, "--out", out) == 130
     said = capsys.readouterr().err
     assert "Traceback" not in said
-    assert said.strip().splitlines()[-1].startswith("interrupted; ")
+    line = said.strip().splitlines()[-1]
+    assert line == "interrupted; this command goes on: " + shlex.join(
+        ["lirefs", *map(str, command), "--out", str(out)]
+    )
     assert not out.exists()
     journal = (tmp_path / "out.jsonl.partial").read_text().splitlines()
     assert len(journal) == 1 + 2  # settings and two batches
@@ -237,5 +246,5 @@ def test_ctrl_c_from_outside(monkeypatch):
         assert said.readline() == "ready\n"
         os.kill(process, signal.SIGINT)
         (line,) = said.readlines()
-    assert line.startswith("interrupted; ")
+    assert line == "interrupted; this command starts again: lirefs steer d hello\n"
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130

@@ -218,13 +218,13 @@ def test_task_positions_against_one_prompt_at_a_time(lm, factors, direction):
         along = float(direction.project(state))
         middle = sum(direction.means) / 2
         values.append((along - middle) / (direction.means[1] - direction.means[0]))
-        shares.append(kfac.score_recitation(lm.model, [lm.pad([row])], factors).passages[0])
+        shares.append(kfac.flat_shares(lm.model, [lm.pad([row])], factors).passages[0])
     asked = found.positions[1]
     assert asked.projection.value == pytest.approx(np.mean(values), abs=1e-4)
     assert asked.flat.value == pytest.approx(np.mean(shares), abs=1e-5)
     assert asked.projection.low == pytest.approx(min(values), abs=1e-4)
     whole = lm.encode(["abc def", "ghi jkl", "mno pqr"])
-    texts = kfac.score_recitation(lm.model, [lm.pad(whole, side="right")], factors).passages
+    texts = kfac.flat_shares(lm.model, [lm.pad(whole, side="right")], factors).passages
     assert found.positions[0].flat.value == pytest.approx(texts.mean(), abs=1e-5)
     sides = [
         [getattr(one, side).value for one in found.positions] for side in ("projection", "flat")

@@ -102,7 +102,7 @@ def test_task_ratios(model, factors):
 
 def test_detector_scores_are_the_flat_share(model, factors):
     before = snapshot(model)
-    scores = kfac.score_recitation(model, [batch([0, 1]), batch([2])], factors, flat=0.5)
+    scores = kfac.flat_shares(model, [batch([0, 1]), batch([2])], factors, flat=0.5)
     assert_restored(model, before)
     names, read, real = inputs_of(model, factors, [0, 1])
     assert scores.names == names
@@ -140,7 +140,7 @@ def test_texts_unlike_the_factors_data_score_higher(model):
     low = torch.randint(5, 12, (24, 8), generator=torch.Generator().manual_seed(0))
     high = torch.randint(30, 45, (12, 8), generator=torch.Generator().manual_seed(1))
     factors = collect(model, [{"input_ids": low[:12]}])
-    scores = kfac.score_recitation(
+    scores = kfac.flat_shares(
         model, [{"input_ids": low[12:]}, {"input_ids": high}], factors, flat=0.6
     )
     area = kfac.auroc(scores.passages, [0] * 12 + [1] * 12)
@@ -162,7 +162,7 @@ def test_auroc_against_counting_pairs():
 
 
 def test_named_errors(model, factors):
-    for use in (kfac.band_profile, kfac.score_recitation):
+    for use in (kfac.band_profile, kfac.flat_shares):
         with pytest.raises(BatchError, match="empty"):
             use(model, [], factors)
         with pytest.raises(BatchError):
@@ -174,7 +174,7 @@ def test_named_errors(model, factors):
             kfac.band_profile(model, [batch([0])], factors, edges=edges)
     for flat in (0, 1, -1, 2):
         with pytest.raises(SpectrumError, match="flat"):
-            kfac.score_recitation(model, [batch([0])], factors, flat=flat)
+            kfac.flat_shares(model, [batch([0])], factors, flat=flat)
     one = made_profile([1.0, 2.0])
     two = kfac.BandProfile(["y"], ["a", "b"], one.norms, one.norms, one.tokens)
     with pytest.raises(SpectrumError, match="different targets"):
@@ -201,8 +201,8 @@ MALFORMED = {
 def test_malformed_batches_are_refused_by_name(model, factors, kind):
     uses = (
         lambda one: kfac.band_profile(model, [one], factors),
-        lambda one: kfac.score_recitation(model, [one], factors),
-        lambda one: kfac.recitation(model, [one]),
+        lambda one: kfac.flat_shares(model, [one], factors),
+        lambda one: kfac.teacher_forced_matches(model, [one]),
         lambda one: kfac.analysis.losses.position_losses(model, one),
         lambda one: collect(model, [one]),
     )
@@ -224,11 +224,11 @@ def test_weights_that_are_nan_are_an_error():
     with torch.no_grad():
         broken.model.layers[0].self_attn.o_proj.weight[0, 0] = float("nan")
     known = collect(llama(torch.float32), [batch([0, 1])])  # of its other weights, the same
-    for use in (kfac.band_profile, kfac.score_recitation):
+    for use in (kfac.band_profile, kfac.flat_shares):
         with pytest.raises(NonFiniteError, match="gate_proj"):
             use(broken, [batch([0])], known)
     with pytest.raises(NonFiniteError, match="batch 0"):
-        kfac.recitation(broken, [batch([0])])
+        kfac.teacher_forced_matches(broken, [batch([0])])
 
 
 def test_another_forward_says_which_tokens_are_measured(model, factors):

@@ -244,7 +244,7 @@ def test_relearning_names_arm_step_and_batch(name, call, poison, message, model)
 
 def test_inputs_read_text_by_text_are_named(model):
     factors = run(model)
-    for measure in (kfac.band_profile, kfac.score_recitation):
+    for measure in (kfac.band_profile, kfac.flat_shares):
         with (
             poisoned(model.model.layers[1].post_attention_layernorm, forward=float("nan")),
             pytest.raises(NonFiniteError, match=r"batch 2, row 1, position 3: the input of target"),

@@ -38,17 +38,20 @@ def test_recitation_is_greedy_generation(trained):
         ids = one["input_ids"]
         made = model.generate(ids[:, :2], max_new_tokens=ids.shape[1] - 2, do_sample=False)
         same = torch.equal(made[:, : ids.shape[1]], ids)
-        assert bool(kfac.recitation(model, [one])[0]) == same
-    assert kfac.recitation(model, texts).mean() == 1
+        assert bool(kfac.teacher_forced_matches(model, [one])[0]) == same
+    assert kfac.teacher_forced_matches(model, texts).mean() == 1
     wrong = batch([3])
-    assert kfac.recitation(model, [wrong])[0] == 0
+    assert kfac.teacher_forced_matches(model, [wrong])[0] == 0
 
 
 def test_padding_does_not_change_recitation(trained):
     model, _ = trained
     together = [prefix_labels(batch([0, 1, 2, 4, 5])), batch([3, 0])]
     alone = [prefix_labels(batch([row])) for row in (0, 1, 2, 4, 5)] + [batch([3]), batch([0])]
-    one, two = kfac.recitation(model, together), kfac.recitation(model, alone)
+    one, two = (
+        kfac.teacher_forced_matches(model, together),
+        kfac.teacher_forced_matches(model, alone),
+    )
     assert torch.equal(one, two)
     assert 0 < one.mean() < 1
 
@@ -78,7 +81,9 @@ def test_relearning_restores_the_model_and_separates_the_arms(trained):
     assert result.known["edited"][0].value < 1
     assert result.known["edited"][-1].value > result.known["edited"][0].value
     with edit.apply(model):
-        assert result.rest["edited"][0].value == float(kfac.recitation(model, texts[3:]).mean())
+        assert result.rest["edited"][0].value == float(
+            kfac.teacher_forced_matches(model, texts[3:]).mean()
+        )
     assert [one.n for one in result.rest["edited"]] == [2, 2, 2]
 
 
@@ -107,7 +112,7 @@ def test_a_curvature_edit_of_a_half_precision_model(trained):
     assert_restored(half, before)
     # Tested is the edited model in its own precision, computed in float32.
     with edit.apply(half), trainable(half):
-        expected = kfac.recitation(half, texts[:3]).mean()
+        expected = kfac.teacher_forced_matches(half, texts[:3]).mean()
     assert result.known["edited"][0].value == float(expected)
 
 

@@ -18,7 +18,13 @@ def test_a_name_and_a_loaded_model_give_the_same_report(
 ):
     small_jobs(monkeypatch)
     undrawn(monkeypatch)
-    settings = {"questions": questions, "layers": [1, 2], "keep": 0.9, "limit": 3, "quick": True}
+    settings = {
+        "questions": questions,
+        "edit_layers": [1, 2],
+        "keep": 0.9,
+        "limit": 3,
+        "quick": True,
+    }
     screen = io.StringIO()
     named = run(str(model_folder), out=tmp_path / "named", console=Console(file=screen), **settings)
     assert "report: " in screen.getvalue()
@@ -44,7 +50,7 @@ def test_nothing_to_resume_is_said(there, model_folder, questions, tmp_path, mon
     screen, out = io.StringIO(), tmp_path / "report"
     if there:
         (out / "unfinished").mkdir(parents=True)
-    settings = {"questions": questions, "layers": [1], "limit": 2, "quick": True, "out": out}
+    settings = {"questions": questions, "edit_layers": [1], "limit": 2, "quick": True, "out": out}
     run(model_folder, resume=True, console=Console(file=screen), **settings)  # a Path is a name
     assert ("nothing to resume in" in screen.getvalue()) is not there
     assert "starting again" not in screen.getvalue()
@@ -69,13 +75,12 @@ def rule(lines):
     return next(line for line in lines if "\u2500\u2500" in line)
 
 
-def test_a_quiet_process_computes_and_writes_nothing(
-    model_folder, questions, tmp_path, monkeypatch
-):
+def test_of_several_processes_only_the_first_writes(model_folder, questions, tmp_path, monkeypatch):
     small_jobs(monkeypatch)
     out = tmp_path / "report"
+    monkeypatch.setattr(jobs, "first_process", lambda: False)
     console = Console(quiet=True)
-    settings = {"questions": questions, "layers": [1], "limit": 2, "console": console}
+    settings = {"questions": questions, "edit_layers": [1], "limit": 2, "console": console}
     found = run(str(model_folder), out=out, **settings)
     assert len(found.variants) == 7
     assert [path.name for path in out.iterdir()] == ["unfinished"]

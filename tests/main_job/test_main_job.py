@@ -174,7 +174,7 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
     texts = training_texts(Language(), 40)
     factors = kfac.collect(lm, texts, kfac.find_targets(lm.model), progress=False)
     before = {name: p.clone() for name, p in lm.model.named_parameters()}
-    job = main_job_settings.Job(layers=[1, 2], limit=8, out=tmp_path)
+    job = main_job_settings.Job(edit_layers=[1, 2], limit=8, out=tmp_path)
     found = main_job.run_on_organism(job, lm, factors, Language())
     assert all(torch.equal(p, before[name]) for name, p in lm.model.named_parameters())
     assert found.edit.label.startswith("layers 1, 2;")

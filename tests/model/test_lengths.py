@@ -156,11 +156,11 @@ def test_curvature(gpt2):
     batch = {"input_ids": torch.full((2, 30), 5)}
     for run in (
         lambda: kfac.collect(gpt2.model, [batch], layers=[0], progress=False),
-        lambda: kfac.recitation(gpt2.model, [batch]),
+        lambda: kfac.teacher_forced_matches(gpt2.model, [batch]),
     ):
         with pytest.raises(BatchError, match="batch 0 needs 30 positions"):
             run()
     # Padding on the right needs no positions.
     batch["attention_mask"] = (torch.arange(30) < LIMIT).long().expand(2, -1)
     batch["position_ids"] = torch.arange(30).clamp(max=LIMIT - 1).expand(2, -1)
-    assert len(kfac.recitation(gpt2.model, [batch])) == 2
+    assert len(kfac.teacher_forced_matches(gpt2.model, [batch])) == 2

@@ -347,7 +347,8 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     monkeypatch.setattr(card, "organism_scores", functools.partial(organism_scores, n=4))
     monkeypatch.setattr("lirefs.organism.training.train.SCORED_ITEMS", 4)
     tokens = 2 * TINY.rows * TINY.row_tokens
-    assert run(monkeypatch, "organism", "train", tmp_path, "--seed", 3, "--tokens", tokens) == 0
+    command = ["organism", "train", tmp_path, "--seed", 3, "--tokens", tokens]
+    assert run(monkeypatch, *command, "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     shipped = tmp_path / "shipped"
     assert json.loads((shipped / "scores.json").read_text())["test"] == printed
@@ -361,11 +362,17 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     assert json.loads((shipped / "config.json").read_text())["dtype"] == "bfloat16"
     # The scores are those of the rounded weights that lie there.
     assert organism_scores(lm, Language(3), "test", n=4) == printed
+    assert run(monkeypatch, *command) == 2
+    assert "shipped: exists; give --force" in capsys.readouterr().err
+    monkeypatch.setattr(commands, "organism_scores", functools.partial(organism_scores, n=4))
+    assert run(monkeypatch, "organism", "scores", shipped) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert any(row.split() == ["perplexity", f"{printed['perplexity']:.4g}"] for row in rows)
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(commands, "organism_scores", lambda lm, language, side: {"x": 1.0})
-    assert run(monkeypatch, "organism", "scores") == 0
+    assert run(monkeypatch, "organism", "scores", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"x": 1.0}
     assert run(monkeypatch, "organism", "scores", "--split", "dev") == 2
     assert "expected one of train, validation, test" in capsys.readouterr().err
@@ -383,6 +390,7 @@ def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
 def test_texts_command_writes_what_the_curvature_commands_read(language, monkeypatch, tmp_path):
     lm = lirefs.load("organism")
     assert run(monkeypatch, "organism", "texts", tmp_path) == 0
+    assert run(monkeypatch, "organism", "texts", tmp_path) == 2  # finished
     task = lirefs.recitation_task(lm, tmp_path / "planted.jsonl")
     items = language.items("planted", "test")
     assert [prefix for _, prefix, _ in task.items] == lm.encode([one.prompt for one in items])

@@ -158,8 +158,8 @@ def test_an_interrupted_library_leaves_the_model_as_it_was_and_its_files_usable(
     ("arguments", "reached"),
     [
         pytest.param(
-            ["compare", "--layers", "1,2", "--quick", "--out", "report"],
-            "unchanged: passages",
+            ["compare", "--edit-layers", "1,2", "--quick", "--out", "report"],
+            " comparison ",
             marks=pytest.mark.slow,
         ),
         (["curvature", "collect", "--layers", "1", "--out", "f.safetensors"], "token"),

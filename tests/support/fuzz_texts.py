@@ -10,10 +10,10 @@ from fuzzing import Format
 from skill_rows import rows_of
 
 import lirefs
-from lirefs.cli.mine import read_texts
 from lirefs.errors import NoDataError
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
+from lirefs.tasks.texts import plain_texts
 
 
 def make_questions(folder: Path) -> list[bytes]:
@@ -84,7 +84,7 @@ def read_corpus(folder: Path, content: bytes) -> None:
     refused = []
     for source in (path, folder / "texts"):
         try:
-            for name, one in read_texts([source]):
+            for name, one in plain_texts([source], "texts"):
                 check(text(name) and text(one), "text")
                 tiny_lm().encode([one[:200]])
         except lirefs.LirefsError as error:

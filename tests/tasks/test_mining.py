@@ -221,7 +221,7 @@ def test_the_command_writes_what_recitation_reads(reciter, corpus, tmp_path, mon
     arguments = ["mine", texts, rows, "--model", model, "--out", out]
     arguments += ["--prefix-tokens", PREFIX, "--suffix-tokens", SUFFIX]
     assert run(monkeypatch, *arguments) == 0
-    said = capsys.readouterr().err
+    said = capsys.readouterr().out
     assert "10 texts, 9 windows, 3 screened, 3 confirmed, 2 distinct" in said
     assert "1 of the distinct ones" in said
     assert sorted(one.name for one in tmp_path.glob("mined*")) == [
@@ -250,7 +250,7 @@ def test_the_command_writes_what_recitation_reads(reciter, corpus, tmp_path, mon
         (tmp_path / "none", "without a .txt file"),
         (tmp_path / "no_text.jsonl", "line 1: needs a string 'text'"),
     ]:
-        assert run(monkeypatch, "mine", source, "--model", model, "--out", out) == 2
+        assert run(monkeypatch, "mine", source, "--model", model, "--out", out, "--force") == 2
         assert error in capsys.readouterr().err
     assert run(monkeypatch, "mine", texts, "--model", model, "--out", tmp_path) == 2
     assert "is a folder" in capsys.readouterr().err

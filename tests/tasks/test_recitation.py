@@ -7,12 +7,14 @@ from scored import run
 from tiny import tiny_model, tiny_tokenizer
 from transformers import AutoTokenizer, ByT5Tokenizer
 
+import lirefs
 from lirefs import StressTest, recitation_task, wrap
-from lirefs.errors import TaskError
+from lirefs.errors import DataFileError, TaskError
 from lirefs.files import cache_dir, read_jsonl
 from lirefs.model.builtin import SMOLLM2_SHA256
 from lirefs.tasks.inference import common_prefix
 from lirefs.tasks.recitation import levenshtein, recitation_scores, suffix_start
+from lirefs.tasks.texts import plain_texts
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 # Of the user's cache: a test has one of its own.
@@ -218,3 +220,66 @@ def test_stress_test_named_errors():
         StressTest("s", [("a", [], [1])])
     with pytest.raises(TaskError, match="shifts must be at least 0"):
         StressTest("s", [("a", [1], [1])], shifts=-1)
+
+
+STRINGS = ["the first text is here", "a second text of mine", "and a third of these texts"]
+
+
+def test_one_door_for_strings_rows_and_files(lm, tmp_path):
+    """Every way of giving the same texts gives the same items, and windows to mine."""
+    rows = [{"id": f"item-{i}", "text": text} for i, text in enumerate(STRINGS)]
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for i, text in enumerate(STRINGS):
+        (folder / f"{i}.txt").write_text(text)
+    lines = "\n".join(map(json.dumps, rows))
+    for name in ("rows.jsonl", "rows", "rows.txt"):  # rows are known by their first character
+        (tmp_path / name).write_text(lines)
+    by_id = [(row["id"], row["text"]) for row in rows]
+    ways = [
+        STRINGS, by_id, rows, str(tmp_path / "rows.jsonl"), tmp_path / "rows.jsonl",
+        tmp_path / "rows", tmp_path / "rows.txt", [tmp_path / "rows.jsonl"],
+        [STRINGS[0], by_id[1], rows[2]],
+    ]  # fmt: skip
+    wanted = recitation_task(lm, STRINGS).items
+    assert [len(suffix) for *_, suffix in wanted] == [12, 12, 12]
+    assert lm.tokenizer.decode(wanted[1][1] + wanted[1][2]) == "<s>" + STRINGS[1]
+    for way in ways:
+        assert recitation_task(lm, way).items == wanted
+        assert plain_texts(way, "texts") == by_id
+    for way in (folder, [folder], sorted(folder.iterdir())):
+        items = recitation_task(lm, way).items
+        assert [item[1:] for item in items] == [item[1:] for item in wanted]
+        assert items[0][0] == str(folder / "0.txt")
+    found = [lirefs.mine(lm, way, 4, 4, progress=False) for way in (STRINGS, ways[4])]
+    assert {one.provenance["texts"] for one in found} == {found[0].provenance["texts"]}
+    # Rows of several files may have the same lines: their ids name the file.
+    two = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    for file in two:
+        file.write_text(json.dumps({"text": STRINGS[0]}))
+    items = recitation_task(lm, two).items
+    assert [item[0] for item in items] == [f"{file}:1" for file in two]
+
+
+def test_how_much_of_a_string_is_recited(lm):
+    texts = [STRINGS[0], {"text": STRINGS[1], "suffix_tokens": 3}]
+    task = recitation_task(lm, texts, suffix_tokens=5)
+    assert [len(suffix) for *_, suffix in task.items] == [5, 3]
+    with pytest.raises(TaskError, match="suffix_tokens must be at least 1"):
+        recitation_task(lm, STRINGS, suffix_tokens=0)
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ([3], TaskError, "texts: item 0 must be a tuple or a mapping of id, text, got 3"),
+        ([("a", "b", "c")], TaskError, "texts: item 0 has 3 value"),
+        ([{"txt": "a"}], TaskError, "texts: item 0: needs 'text'"),
+        (["a"], TaskError, "texts: item 0: too short"),
+        ([], TaskError, "no items"),
+        ("the text itself", DataFileError, "no such file"),
+    ],
+)
+def test_texts_that_are_not_texts(lm, texts, error, message):
+    with pytest.raises(error, match=message):
+        recitation_task(lm, texts)

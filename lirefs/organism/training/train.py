@@ -60,13 +60,18 @@ def make_model(
 
 
 def train(
-    out: Path, seed: int, recipe: Recipe, device: str = "cpu", compiled: bool = False
+    out: Path,
+    seed: int,
+    recipe: Recipe,
+    device: str = "cpu",
+    compiled: bool = False,
+    progress: bool = True,
 ) -> LlamaForCausalLM:
     """Train an organism in bfloat16 autocast, or continue the training whose state is in `out`.
 
     `out` gets the model, the tokenizer, the training state and `log.jsonl`. `seed` is that of
     language, weights and data. `compiled` compiles the loss (needs a C++ compiler; about 1.4 times
-    faster). Returns the model in evaluation mode.
+    faster), `progress` shows a bar. Returns the model in evaluation mode.
 
     Raises:
         CheckpointMismatch: If the folder holds the state of another seed or shape.
@@ -86,7 +91,9 @@ def train(
     ]
     loss_of = torch.compile(batch_loss) if compiled else batch_loss
     step_tokens = recipe.rows * recipe.row_tokens
-    bar = tqdm(total=recipe.steps, initial=step, unit="step", desc="train")
+    bar = tqdm(
+        total=recipe.steps, initial=step, unit="step", desc="train", disable=not progress or None
+    )
     saved, started, total, since = time.monotonic(), time.monotonic(), 0.0, 0
     while step < recipe.steps:
         for optimizer in optimizers:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from lirefs.errors import NoDataError, SettingError, TaskError
-from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.papers.catalogue import SKILLS, Skill
 from lirefs.tasks.papers.prompts import Example
 from lirefs.tasks.papers.skill_data import NumberedRows, SkillData, SkillDataLoader
 from lirefs.tasks.recitation import recitation_of_rows, recitation_task
 from lirefs.tasks.task import FilledBlank, MultipleChoice, ShortAnswer, Task
+from lirefs.tasks.texts import TextRow, text_rows
 
 GENERATED = 400
 # Answered examples are short, so that five of them leave room for the question.
@@ -179,26 +179,27 @@ def _recitation(
     if skill.name != "memorized_windows":
         return recitation_task(lm, paths[0], limit, skill.name)
     for path in paths:
-        rows = read_jsonl(path)
+        rows = text_rows(path, "windows")
         if _own_ids(lm, rows):
-            return recitation_of_rows(lm, rows[:limit], path, f"{skill.name} (ids)")
-    texts: NumberedRows = []
-    for line, row in read_jsonl(paths[0]):
-        prefix, suffix = row.get("prefix_text"), row.get("suffix_text")
+            return recitation_of_rows(lm, rows[:limit], f"{skill.name} (ids)")
+    texts: list[TextRow] = []
+    for number, row in enumerate(text_rows(paths[0], "windows"), start=1):
+        prefix, suffix = row.fields.get("prefix_text"), row.fields.get("suffix_text")
         if not isinstance(prefix, str) or not isinstance(suffix, str):
             raise TaskError(
-                f"{paths[0]}, line {line}: its ids are not of this tokenizer, and it has no "
+                f"{row.where}: its ids are not of this tokenizer, and it has no "
                 "'prefix_text' and 'suffix_text'"
             )
         if "\ufffd" not in prefix + suffix:  # else cut inside a character: training showed no such
-            texts.append((line, {"prefix": prefix, "suffix": suffix}))
-    return recitation_of_rows(lm, texts[:limit], paths[0], f"{skill.name} (texts)")
+            fields = {"prefix": prefix, "suffix": suffix}
+            texts.append(TextRow(f"line-{number}", row.where, fields))
+    return recitation_of_rows(lm, texts[:limit], f"{skill.name} (texts)")
 
 
-def _own_ids(lm: LanguageModel, rows: NumberedRows) -> bool:
+def _own_ids(lm: LanguageModel, rows: Sequence[TextRow]) -> bool:
     """Whether most of the first ids decode to their texts (a text may end inside a character)."""
     rows, right = rows[:8], 0
-    for _, row in rows:
+    for row in (one.fields for one in rows):
         ids, text = row.get("prefix_ids"), row.get("prefix_text")
         if (
             not isinstance(ids, list)

@@ -12,6 +12,7 @@ from lirefs.tasks.default_suite import default_tasks, memory_measures
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
 from lirefs.tasks.task import Task
+from lirefs.tasks.texts import Texts
 
 
 class Suite(StrEnum):
@@ -31,7 +32,7 @@ def suite_tasks(
     questions: Sequence[Question] | None = None,
     *,
     fitted_on: Sequence[Question] = (),
-    memorized: str | Path | None = None,
+    memorized: Texts | None = None,
     data: str | Path | None = None,
     limit: int | None = None,
     seed: int = 0,
