@@ -62,6 +62,12 @@ def load(
         LayoutError: The parts of the model were not found.
         SettingError: There is no such device, `device` and `device_map` are both given, or
             `layout` has an unknown part.
+
+    Examples:
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> lm.generate("Math: 31 + 27 =", max_new_tokens=3)
+        '58.'
     """
     must_be(name, (str, os.PathLike), "the name of a model", ModelNotFoundError)
     if device_map is not None and device is not None:
