@@ -185,8 +185,10 @@ def read_tokens(
     if start and start != past:  # a mask as long as a static cache
         start = min(int(past), start)
     new = torch.arange(width, device=source.device)
-    if known is not None and isinstance(past, int) and past and past == known.columns:
-        # Behind a prompt that was padded, or whose positions did not begin at 0.
+    behind = known is not None and isinstance(past, int) and past and past == known.columns
+    if known is not None and behind and not start:
+        # Behind a prompt that was padded, or whose positions did not begin at 0. A mask of all
+        # tokens says so itself, also where rows of the cache were dropped since.
         before = expand_to_rows(known.position.to(source.device).amax(dim=1, keepdim=True), rows)
         following = before + 1 + new
     else:

@@ -42,7 +42,7 @@ from lirefs.steering.tracker import tracker_of
 class Steer(Composable):
     """Change hidden states along a direction while the model runs; weights stay as they are.
 
-        Let d be the vector of the direction, v = d / |d| and a the strength. At each place and token
+    Let d be the vector of the direction, v = d / |d| and a the strength. At each place and token
     that is steered, the hidden state h becomes
 
     * `"add"`: h + a d. Every state moves alike; a = 1 moves it by the gap between the class means
