@@ -1,10 +1,8 @@
 """The notebooks run, show what they show, and are pages of the site."""
 
-import importlib.util
-
 import nbformat
 import pytest
-from notebooks import NOTEBOOKS, ROOT, run, shown
+from notebooks import NOTEBOOKS, run, shown
 
 
 def test_there_is_a_notebook_for_each_thing_people_do():
