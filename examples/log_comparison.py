@@ -2,9 +2,8 @@
 
     python examples/log_comparison.py [--to mlflow] [--limit N]
 
-Needs `pip install wandb` or `pip install mlflow`, and no account: what they write here is shown by
-`mlflow ui --backend-store-uri sqlite:///mlflow.db` or sent by `wandb sync`. Takes 15 seconds on two
-cores.
+Needs `pip install wandb` or `pip install mlflow`, and no account: both write here. `wandb sync` sends
+it, `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows it. Takes 15 seconds on two cores.
 """
 
 import argparse
@@ -31,7 +30,7 @@ def to_wandb() -> Send:
 
 
 def to_mlflow() -> Send:
-    """Write a run to ./mlflow.db, which `mlflow ui --backend-store-uri` shows."""
+    """Write a run to ./mlflow.db, which `mlflow ui` shows."""
     import mlflow
 
     mlflow.set_tracking_uri("sqlite:///mlflow.db")
