@@ -2,8 +2,9 @@
 
     python examples/log_comparison.py [--to mlflow] [--limit N]
 
-Needs `pip install wandb` or `pip install mlflow`, and no account: both write here. `wandb sync` sends
-it, `mlflow ui --backend-store-uri sqlite:///mlflow.db` shows it. Takes 15 seconds on two cores.
+Needs `pip install wandb` or `pip install mlflow`, and no account: both write here.
+`mlflow ui --backend-store-uri sqlite:///mlflow.db` shows it, `wandb sync` sends it.
+Takes 15 seconds on two cores.
 """
 
 import argparse
