@@ -8,11 +8,11 @@ Takes 15 seconds on two cores.
 """
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import lirefs
+from lirefs.comparison import Cell
 from lirefs.organism import Language, organism_tasks
-from lirefs.tasks import ItemResult
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--to", choices=("wandb", "mlflow"), default="wandb", help="where to send")
@@ -48,15 +48,13 @@ variants = {
 }
 wanted = ("planted sequences", "common facts", "conflicts, answer read")
 tasks = [one for one in organism_tasks(lm, language, "test", options.limit) if one.name in wanted]
-metrics = {task.name: task.metric for task in tasks}
 send = {"wandb": to_wandb, "mlflow": to_mlflow}[options.to]()
 
 
-def finished(variant: str, task: str, items: Sequence[ItemResult]) -> None:
-    """Send the mean score of a variant on a task, as soon as it is known."""
-    score = sum(item.scores[metrics[task]] for item in items) / len(items)
-    send(f"{task}/{variant}".replace(",", ""), score)  # MLflow takes no commas
-    print(f"{task}, {variant}: {score:.2f}")
+def finished(cell: Cell) -> None:
+    """Send the value of a variant on a task, as soon as it is known."""
+    send(f"{cell.task}/{cell.variant}".replace(",", ""), cell.value.value)  # MLflow takes no commas
+    print(f"{cell.task}, {cell.variant}: {cell.value:.2f}")
 
 
 lirefs.compare(lm, variants, tasks, callback=finished, progress=False)
