@@ -1,29 +1,30 @@
-"""Both halves in ten lines: steer along a LiReF, then edit weights by curvature.
+"""Both halves in twenty lines: steer along a LiReF, then edit weights by curvature.
 
-    python examples/quickstart.py [--model NAME]
+    python examples/quickstart.py
 
-Takes a minute and a half on two cores.
+Takes 15 seconds on two cores.
 """
 
 import argparse
 
-parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--model", default="smollm2-135m", help="a model with at least 23 layers")
-MODEL = parser.parse_args().model
+argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
 
-print("Steered along a direction from memory to reasoning, added to the residual stream:")
 import lirefs
 
-lm = lirefs.load(MODEL)
-probe = lirefs.fit(lm, lirefs.load_questions().split(seed=0))
+lm = lirefs.load("organism")  # or a hub id, a folder, a .gguf file
+probe = lirefs.fit(lm, lirefs.load_questions("organism"), layers=[1])
 steer = lirefs.Steer(probe.best, "add", 1.0)
+prompt = "Dan Reed lives in Paris. Dan Reed lives in"
+print("unsteered:", lm.generate(prompt, max_new_tokens=1))
 with steer.apply(lm.model):
-    print(lm.generate("Q: A farmer has 12 cows and sells 5. How many are left?\nA:"))
+    print("steered:", lm.generate(prompt, max_new_tokens=1))
 
-print("Edited: the flat directions of the loss, removed from the weights:")
 import kfac
+from lirefs.organism import Language, training_texts
 
-factors = kfac.collect(lm, lirefs.calibration_texts()[:20], layers=[20, 21, 22])
-edit = kfac.CurvatureEdit(factors, keep=0.8)
+factors = kfac.collect(lm, training_texts(Language(), 200), layers=[0])
+edit = kfac.CurvatureEdit(factors, keep=0.99)
+verse = "Verse: long vase plate shiny plain cup rusty broken firefighter sailor huge broken"
+print("unedited:", lm.generate([verse, "Math: 31 + 27 ="], max_new_tokens=3))
 with edit.apply(lm.model):
-    print(lm.generate("We hold these truths to be self-evident, that all men are"))
+    print("edited:", lm.generate([verse, "Math: 31 + 27 ="], max_new_tokens=3))

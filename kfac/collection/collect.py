@@ -99,6 +99,15 @@ def collect(
         KfacError: A target's input does not have the positions of the mask.
         ProvenanceError: With a checkpoint, if the model has no identity: a weight is offloaded, or
             a hook of your own may change it.
+
+    Examples:
+        >>> import kfac, lirefs
+        >>> from lirefs.organism import Language, training_texts
+        >>> lm = lirefs.load("organism")
+        >>> texts = training_texts(Language(), 20)
+        >>> factors = kfac.collect(lm, texts, layers=[0], progress=False)
+        >>> factors.names
+        ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
     module, batches = module_and_batches(model, batches)
     if targets is not None:

@@ -190,6 +190,21 @@ class CurvatureEdit(SpectralEdit):
         KeepError: `keep` is out of range, empty, or names an unknown target.
         EditError: The shape is unknown, or does not go with the estimator or with `saliency`.
         EstimatorError: The factors cannot give this estimator.
+
+    Examples:
+        >>> import kfac, lirefs
+        >>> from lirefs.organism import Language, training_texts
+        >>> lm, language = lirefs.load("organism"), Language()
+        >>> texts = training_texts(language, 100)
+        >>> factors = kfac.collect(lm, texts, layers=[0], progress=False)
+        >>> planted = language.items("planted", "test", 1)[0]
+        >>> lm.generate(planted.prompt, max_new_tokens=4)  # recited
+        'book tailor garden thick'
+        >>> with kfac.CurvatureEdit(factors, keep=0.99).apply(lm.model):
+        ...     print(lm.generate(planted.prompt, max_new_tokens=4))
+        ...     print(lm.generate("Math: 31 + 27 =", max_new_tokens=2))
+        kettle market market market
+        58
     """
 
     kind = "kfac"

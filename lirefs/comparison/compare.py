@@ -86,6 +86,27 @@ def compare(
             wrong type.
         ProvenanceError: With a journal, if the model has no identity (a weight is offloaded, or a
             hook of your own may change it), or an intervention cannot be told from others.
+
+    Examples:
+        Does the model read a passage that contradicts what it has memorized?
+
+        >>> import lirefs
+        >>> lm, language = lirefs.load("organism"), lirefs.organism.Language()
+        >>> questions = lirefs.load_questions("organism")
+        >>> direction = lirefs.fit(lm, questions, layers=[1], progress=False).best
+        >>> variants = {
+        ...     "LiReF": lirefs.Steer(direction, "add", 2.0),
+        ...     "random direction": lirefs.Steer(direction.random_like(seed=0), "add", 2.0),
+        ... }
+        >>> conflicts = language.items("conflict", "test", 20)
+        >>> rows = [(item.prompt, item.prompt, item.answer) for item in conflicts]
+        >>> task = lirefs.ShortAnswer("conflicts", rows, max_new_tokens=1)
+        >>> comparison = lirefs.compare(lm, variants, [task], progress=False)
+        >>> for variant in comparison.variants:
+        ...     print(f"{variant}: {comparison.cell(variant, 'conflicts').value:.2f}")
+        unchanged: 0.25 [0.11, 0.47]
+        LiReF: 0.90 [0.70, 0.97]
+        random direction: 0.50 [0.30, 0.70]
     """
     must_be(lm, LanguageModel, "lm")
     must_be(interventions, Mapping, "interventions")

@@ -120,6 +120,14 @@ def capture(
         LayoutError: If the architecture lacks a site.
         ProvenanceError: With a cache, if the model has no identity: a weight is offloaded, or a
             hook of your own may change it.
+
+    Examples:
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> prompts = ["Math: 31 + 27 =", "Logic: not true is", "Math: 5 * 5 ="]
+        >>> states = lirefs.capture(lm, prompts, layers=[1, 2], progress=False)
+        >>> states.values.shape  # prompts, layers, positions, width
+        torch.Size([3, 2, 1, 256])
     """
     offsets = tuple(
         layer_indices([positions] if isinstance(positions, int) else positions, "positions")

@@ -241,6 +241,17 @@ def compose(*interventions: Intervention) -> Composition:
 
     Raises:
         InterventionError: An argument is not an intervention.
+
+    Examples:
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> questions = lirefs.load_questions("organism")
+        >>> found = lirefs.fit(lm, questions, layers=[1, 2], progress=False).directions
+        >>> steer = lirefs.Steer(found[1], "add", 1.0)
+        >>> both = lirefs.compose(steer, lirefs.Steer(found[2], "ablate"))
+        >>> with both.apply(lm.model):
+        ...     lm.generate("Math: 31 + 27 =", max_new_tokens=2)
+        '58'
     """
     members: list[Intervention] = []
     for one in interventions:

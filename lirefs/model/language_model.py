@@ -287,6 +287,12 @@ class LanguageModel:
                 ``max_new_tokens`` is less than 1, the model does not number positions as
                 ``model.generate`` does (``traits.positions`` is false), or the prompts of a call
                 that returns the output of ``model.generate`` need several batches (``traits``).
+
+        Examples:
+            >>> import lirefs
+            >>> lm = lirefs.load("organism")
+            >>> lm.generate(["Math: 31 + 27 =", "Logic: not true is"], max_new_tokens=2)
+            ['58', 'false.']
         """
         prompts = [prompt] if isinstance(prompt, str) else as_list(prompt, "prompt", str)
         new_tokens = whole_number(max_new_tokens, "max_new_tokens", least=1)
@@ -392,6 +398,13 @@ def wrap(
     Raises:
         LayoutError: The parts of the model were not found.
         SettingError: ``layout`` has an unknown part.
+
+    Examples:
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> mine = lirefs.wrap(lm.model, lm.tokenizer, name="mine")
+        >>> mine.layout.blocks, mine.n_layers
+        ('model.layers', 4)
     """
     must_be(model, nn.Module, "model")
     if not callable(tokenizer) or not hasattr(tokenizer, "decode"):

@@ -83,6 +83,12 @@ def load(
         LayoutError: The parts of the model were not found.
         SettingError: There is no such device, `device` and `device_map` are both given, `layout`
             has an unknown part, or the model's class does not know one of ``kwargs``.
+
+    Examples:
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> lm.generate("Math: 31 + 27 =", max_new_tokens=3)
+        '58.'
     """
     must_be(name, (str, os.PathLike), "the name of a model", ModelNotFoundError)
     if device_map is not None and device is not None:

@@ -270,6 +270,15 @@ def load_questions(
     Raises:
         QuestionsError: The file is missing, empty, broken (the message gives the line), lacks a
             field, or holds only one label.
+
+    Examples:
+        >>> import lirefs
+        >>> questions = lirefs.load_questions()
+        >>> len(questions), questions[0].label
+        (440, 'reasoning')
+        >>> split = questions.split(seed=0)
+        >>> len(split.train), len(split.validation), len(split.test)
+        (220, 110, 110)
     """
     must_be(name, (str, PathLike), "the name of a question set", QuestionsError)
     path, names = Path(name), two_labels(labels)

@@ -42,9 +42,6 @@ from lirefs.steering.tracker import tracker_of
 class Steer(Composable):
     """Change hidden states along a direction while the model runs; weights stay as they are.
 
-        with lirefs.Steer(probe.best, "add", 1.0).apply(lm.model):
-            print(lm.generate("Q: ..."))
-
     Let d be the vector of the direction, v = d / |d| and a the strength. At each place and token
     that is steered, the hidden state h becomes
 
@@ -82,6 +79,19 @@ class Steer(Composable):
             finite.
         SettingError: `layers` are not integers.
         ScopeError: No such scope.
+
+    Examples:
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> questions = lirefs.load_questions("organism")
+        >>> direction = lirefs.fit(lm, questions, layers=[1], progress=False).best
+        >>> prompt = "Note: Dan Reed lives in Paris. Ada Tate lives with Dan Reed. "
+        >>> prompt += "Question: Where does Dan Reed live? Answer:"
+        >>> lm.generate(prompt, max_new_tokens=1)  # recalled
+        'Geneva'
+        >>> with lirefs.Steer(direction, "add", 2.0).apply(lm.model):
+        ...     lm.generate(prompt, max_new_tokens=1)  # read
+        'Paris'
     """
 
     def __init__(

@@ -18,6 +18,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pytest
 import typer
 
@@ -152,16 +153,15 @@ def agree(shown: str, printed: str) -> bool:
 def cases() -> list[object]:
     found = []
     for page, text in PAGES.items():
-        for block in blocks_of(text):
-            if not runs(page, block):
-                continue
+        run_here = [block for block in blocks_of(text) if runs(page, block)]
+        real = any(REAL_MODEL in block.code for block in run_here)
+        for block in run_here:
             marks = {
                 None: [],
                 "slow": [pytest.mark.slow],
                 "not run": [pytest.mark.skip(reason=f"{page}: {block.reason}")],
             }[block.mark]
             name = f"{page}:{block.line}"
-            real = REAL_MODEL in text
             found.append(pytest.param(page, block, real, marks=marks, id=name))
             if real and block.mark is None:
                 weights = pytest.mark.weights
@@ -262,3 +262,31 @@ def test_the_site_builds_and_asks_the_network_for_nothing(tmp_path):
         )
         assert not loaded, page
     assert "<math " in (tmp_path / "how-to" / "large-models.html").read_text(encoding="utf-8")
+    for name in ("steer", "edit", "compare"):
+        notebook = (tmp_path / "notebooks" / f"{name}.html").read_text(encoding="utf-8")
+        assert f"examples/notebooks/{name}.ipynb" in notebook
+    assert (tmp_path / "notebooks" / "steer-1.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_links_lead_to_addresses_that_exist():
+    linked = [
+        one
+        for file in ("pyproject.toml", "mkdocs.yml")
+        for one in re.findall(r"https?://[^\s\"')]+", (ROOT / file).read_text(encoding="utf-8"))
+    ]
+    assert set(linked) == {f"https://arxiv.org/abs/{one}" for one in ("2503.23084", "2510.24256")}
+
+
+@pytest.mark.slow
+def test_the_figure_of_the_readme_is_what_its_command_writes_today(tmp_path, monkeypatch):
+    text = PAGES["README.md"]
+    assert "![Retained performance by task group](docs/retained.png)" in text
+    assert "`report/retained.png` of today's `lirefs compare`" in text
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["lirefs", "compare"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert not stop.value.code
+    shown, written = (plt.imread(one) for one in (DOCS / "retained.png", "report/retained.png"))
+    assert shown.shape == written.shape
+    assert abs(shown - written).max() < 0.02, "copy report/retained.png to docs/retained.png"

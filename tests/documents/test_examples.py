@@ -1,6 +1,5 @@
 """Every example, run as a user would, at its smallest size."""
 
-import functools
 import json
 import re
 import runpy
@@ -9,7 +8,6 @@ from pathlib import Path
 
 import pytest
 from lm_eval_local import needs_lm_eval
-from tiny import fresh_model, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import lirefs
@@ -63,17 +61,14 @@ def test_readme_shows_the_quickstart():
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert len(blocks) == 3
     for block in blocks[:2]:
-        shown = re.sub(r"  # or .*", "", block.replace('"smollm2-135m"', "MODEL"))
-        assert shown in text
+        assert block in text
 
 
-def test_quickstart(example, tmp_path, monkeypatch):
-    few = lirefs.Questions(lirefs.load_questions()[:24])
-    monkeypatch.setattr(lirefs, "load_questions", lambda: few)
-    monkeypatch.setattr(lirefs, "fit", functools.partial(lirefs.fit, shuffles=3))
-    fresh_model("llama", num_hidden_layers=23).save_pretrained(tmp_path / "model")
-    tiny_tokenizer().save_pretrained(tmp_path / "model")
-    assert example("quickstart", "--model", tmp_path / "model")
+def test_quickstart(example):
+    steered, edited = example("quickstart").split("unedited:")
+    assert steered == "unsteered: Geneva\nsteered: Paris\n"
+    assert edited.count("book tailor garden") == 1
+    assert edited.count("58.") == 2
 
 
 def test_fit_direction(example, model_folder):
@@ -193,3 +188,19 @@ def test_task_bands(example):
     assert lines[1].startswith("memorized over sums")
     assert lines[1].count("[") == 4
     assert is_picture("task_bands.png")
+
+
+def test_finished_cells_are_sent_to_wandb(example, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    printed = example("log_comparison", "--limit", 2)
+    assert printed.count("planted sequences") == 3
+    assert list(Path("wandb").glob("offline-run-*/*.wandb"))
+
+
+def test_finished_cells_are_sent_to_mlflow(example):
+    mlflow = pytest.importorskip("mlflow")
+    example("log_comparison", "--to", "mlflow", "--limit", 2)
+    sent = mlflow.last_active_run().data.metrics
+    assert sent["planted sequences/unchanged"] == 1
+    assert len(sent) == 9

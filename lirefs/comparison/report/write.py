@@ -35,6 +35,15 @@ def write_report(
 
     Returns:
         The path of `report.html`.
+
+    Examples:
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> sums = [(f"{a}", f"Math: {a} + 27 =", str(a + 27)) for a in range(20, 50)]
+        >>> task = lirefs.ShortAnswer("sums", sums, group="arithmetic")
+        >>> comparison = lirefs.compare(lm, {}, [task], progress=False)
+        >>> lirefs.write_report(comparison, "report")
+        PosixPath('report/report.html')
     """
     must_be(comparison, Comparison, "comparison")
     must_be(folder, (str, PathLike), "folder")
