@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import GenerationConfig
 
 from lirefs.errors import SettingError
 
@@ -201,3 +202,18 @@ def _without_tf32() -> Iterator[None]:
         yield
     finally:
         setattr(matmul, name, before)
+
+
+@contextmanager
+def plain_greedy(model: Any) -> Iterator[None]:
+    """Let ``model.generate`` use its own special tokens and the library's defaults otherwise."""
+    models = (model, unwrapped(model))  # PEFT hands its configuration on to the model inside
+    own = [one.generation_config for one in models]
+    names = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+    special = {name: getattr(model.generation_config, name) for name in names}
+    model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for one, config in zip(models, own, strict=True):
+            one.generation_config = config

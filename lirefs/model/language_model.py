@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig
 
 from lirefs.errors import (
     ProvenanceError,
@@ -25,7 +24,13 @@ from lirefs.errors import (
 )
 from lirefs.files import html_table
 from lirefs.model.batching import check_length, token_ids, tokenizer_hash
-from lirefs.model.guest import evaluating, input_device, maybe_call, unwrapped, virtual_tokens
+from lirefs.model.guest import (
+    evaluating,
+    input_device,
+    maybe_call,
+    plain_greedy,
+    virtual_tokens,
+)
 from lirefs.model.identity import fingerprint, identity
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
@@ -333,7 +338,7 @@ class LanguageModel:
         if not cache and not virtual_tokens(self.model):  # which live in the cache
             settings.setdefault("use_cache", False)
         plain = not settings["do_sample"] and "generation_config" not in kwargs
-        with evaluating(self.model), _plain_greedy(self.model) if plain else nullcontext():
+        with evaluating(self.model), plain_greedy(self.model) if plain else nullcontext():
             out = self.model.generate(**batch, max_new_tokens=new_tokens, **settings)
         if not isinstance(out, Tensor):
             return out
@@ -363,21 +368,6 @@ class LanguageModel:
         rows = getattr(embedding, "num_embeddings", math.inf)
         known = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id, 0)
         return next(int(token) for token in known if token is not None and token < rows)
-
-
-@contextmanager
-def _plain_greedy(model: Any) -> Iterator[None]:
-    """Let ``model.generate`` use its own special tokens and the library's defaults otherwise."""
-    models = (model, unwrapped(model))  # PEFT hands its configuration on to the model inside
-    own = [one.generation_config for one in models]
-    names = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
-    special = {name: getattr(model.generation_config, name) for name in names}
-    model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
-        for one, config in zip(models, own, strict=True):
-            one.generation_config = config
 
 
 def wrap(
