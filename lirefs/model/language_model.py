@@ -180,14 +180,8 @@ class LanguageModel:
             raise SettingError("messages are empty: give at least one")
         opened = talk[-1].get("role") == "assistant"
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    talk,
-                    tokenize=False,
-                    add_generation_prompt=not opened,
-                    continue_final_message=opened,
-                )
-            )
+            ends = {"add_generation_prompt": not opened, "continue_final_message": opened}
+            return str(self.tokenizer.apply_chat_template(talk, tokenize=False, **ends))
         except Exception as problem:  # of the template, which may raise anything
             reason = first_line_of_error(problem)
             raise SettingError(f"{self.name}: no prompt for this chat ({reason})") from problem
