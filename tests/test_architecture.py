@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "kfac": GROUND - {"questions"},
 }
 """What each wing of `lirefs`, and `kfac`, may import beside itself."""
-ABOVE = ("main_job", "cli", "experiments")
+ABOVE = ("main_job", "cli", "experiments", "__main__")
 """Wings that may import every wing below them, and those of this list before them."""
 DOORS = ("lirefs", "kfac")
 """The two `__init__.py` that users import; they gather public names from the wings."""

@@ -39,7 +39,7 @@ class FlatShares:
     by_target: Floats
 
     def __repr__(self) -> str:
-        return f"RecitationScores({len(self.passages)} texts, {len(self.names)} targets)"
+        return f"FlatShares({len(self.passages)} texts, {len(self.names)} targets)"
 
 
 def flat_shares(

@@ -122,6 +122,9 @@ def _text_of(value: Any) -> str:
         return f"{value.dtype} {value.shape} {sha256_of(value.tobytes())}"
     if type(value) in (list, tuple):
         return f"[{', '.join(map(_text_of, value))}]"
+    if is_dataclass(value) and not isinstance(value, type):  # its own `repr` may be short
+        parts = [f"{one.name}={_text_of(getattr(value, one.name))}" for one in fields(value)]
+        return f"{type(value).__qualname__}({', '.join(parts)})"
     return repr(value)
 
 

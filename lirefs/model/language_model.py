@@ -119,7 +119,7 @@ class LanguageModel:
             ProvenanceError: As for `fingerprint`; or a module has a forward hook, or a replaced
                 forward method, of which nothing is known.
         """
-        return identity(self.model, repr(self.layout))
+        return identity(self.model, self.layout.describe())
 
     @property
     def provenance(self) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -247,3 +248,10 @@ def test_a_real_process_writes_no_bar_into_a_file(model_folder, questions, tmp_p
     )  # fmt: skip
     assert "%|" not in done.stderr
     assert "\r" not in done.stderr
+
+
+def test_python_m_lirefs(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["lirefs", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("lirefs", run_name="__main__", alter_sys=True)
+    assert capsys.readouterr().out == f"lirefs {lirefs.__version__}\n"

@@ -86,7 +86,7 @@ def objects():
         kfac.LossSlices(name, np.zeros((9, 2)), wide, wide, wide, many, many),
         kfac.MagnitudeEdit(factors.names, 0.5), kfac.SVDEdit(factors.names, 0.5),
         kfac.RandomPairsEdit(factors, 0.5), kfac.RandomRotationEdit(factors, 0.5), target,
-        kfac.plan([target]), kfac.RecitationScores([name] * 200, [wide] * 50, wide, many),
+        kfac.plan([target]), kfac.FlatShares([name] * 200, [wide] * 50, wide, many),
         kfac.Relearning([0, 5], {"arm": [one] * 200}, {"arm": [one] * 200}), stairs,
         kfac.SplitHalf(name, side, side), kfac.TableSelection(torch.ones(500, 500) > 0, 1.0),
         kfac.SubnetEdit({name: torch.ones(50, 50) > 0}, {}, {}), factors.records[name],
