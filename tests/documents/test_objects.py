@@ -104,6 +104,7 @@ def objects():
         next(iter(found.results["unchanged"].values()))[0], window,
         Mined([window] * 200, {"texts": 5, "distinct": 200}, {"tokenizer": "0" * 64}),
         tasks.ShortAnswer("short", [("1", LONG, ["4"])]),
+        lirefs.show_tokens(lm, "a prompt " * 12, steer),
         next(iter(tasks.SKILLS.values())),
     ]  # fmt: skip
     return {type(one).__name__: one for one in made}
