@@ -22,6 +22,7 @@ def run(path: Path, folder: Path) -> Any:
     found = nbformat.read(path, as_version=4)
     known = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     settings = {"PYTHONPATH": os.pathsep.join(known), "MPLBACKEND": "inline"}
+    settings["OMP_NUM_THREADS"] = "1"  # several crawl where other tests run at the same time
     client = NotebookClient(
         found,
         timeout=300,
