@@ -192,7 +192,7 @@ class Comparison:
             A matplotlib figure to show, restyle or save; pyplot does not know of it.
 
         Raises:
-            SettingError: There is no variant but the unchanged model, or nothing to retain.
+            SettingError: Nothing but the unchanged model was run, or nothing to retain.
         """
         summary = self.summary()
         if len(summary.variants) < 2 or not any(summary.groups.values()):

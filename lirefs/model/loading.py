@@ -81,7 +81,7 @@ def load(
         ModelLoadError: A model was found but could not be read.
         DownloadError: A built-in model could not be fetched.
         LayoutError: The parts of the model were not found.
-        SettingError: There is no such device, `device` and `device_map` are both given, `layout`
+        SettingError: The device does not exist, `device` and `device_map` are both given, `layout`
             has an unknown part, or the model's class does not know one of ``kwargs``.
 
     Examples:

@@ -191,7 +191,7 @@ def _causal_traits(lm: LanguageModel) -> Traits:
 
 
 def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> None:
-    """Raise TaskError if `lm` is no model, or has no positions for the tokens of an item."""
+    """Raise TaskError if `lm` is not a model, or lacks positions for the tokens of an item."""
     must_be(lm, LanguageModel, "lm", TaskError)
     for index, item in enumerate(as_list(items, "items", Sequence, TaskError)):
         check_length(lm.model, tokens(item), f"item {index}", TaskError)
