@@ -10,8 +10,7 @@ import peft
 import pytest
 import torch
 from states import KINDS, TOKENIZER, added_to, direction, set_to, steerings, with_adapters
-from tiny import FAMILIES, fresh_model, tiny_model, tiny_tokenizer
-from tokenizers import normalizers, pre_tokenizers, processors
+from tiny import FAMILIES, fresh_model, tiny_model
 from transformers.integrations.bitnet import BitLinear
 
 import kfac
@@ -403,33 +402,3 @@ def test_a_swapped_setting_is_seen_with_the_same_weights():
     with set_to(lm.model.config, "rms_norm_eps", 3.0):
         other = lm.fingerprint
     assert lm.fingerprint != other
-
-
-def joins_words(tokenizer):
-    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-
-
-def begins_otherwise(tokenizer):
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="</s> $A", special_tokens=[("</s>", 1)]
-    )
-
-
-def writes_small(tokenizer):
-    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
-
-
-@pytest.mark.parametrize("change", [joins_words, begins_otherwise, writes_small])
-def test_a_tokenizer_that_was_changed_is_another(change, tmp_path):
-    lm = wrap(tiny_model("llama"), tiny_tokenizer())
-    task = Perplexity("texts", [("0", "A b C")])
-
-    def score(**settings):
-        found = compare(lm, {}, [task], resamples=1, progress=False, **settings)
-        return found.score("unchanged", "texts")
-
-    before, first = lm.tokenizer_fingerprint, score(journal=tmp_path)
-    assert lm.tokenizer_fingerprint == before
-    change(lm.tokenizer)
-    assert lm.tokenizer_fingerprint != before
-    assert score(journal=tmp_path) == score() != first

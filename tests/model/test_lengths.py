@@ -60,7 +60,10 @@ def test_the_limit_is_where_the_model_fails(learned):
     ("family", "settings"),
     [
         ("llama", {"max_position_embeddings": LIMIT}),
-        ("llama", {"max_position_embeddings": VOCABULARY}),  # the embedding of words is no table
+        (
+            "llama",
+            {"max_position_embeddings": VOCABULARY},
+        ),  # word embeddings are not a table of positions
         ("gpt_neox", {"max_position_embeddings": LIMIT}),
         ("falcon", {"max_position_embeddings": LIMIT}),
         ("bloom", {}),
