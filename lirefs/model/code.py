@@ -84,7 +84,14 @@ def class_of(kind: type) -> list[Any]:
 
 def _text_of(code: types.CodeType) -> str:
     """What a function does, as text that is the same in every process."""
-    constants = [_text_of(c) if isinstance(c, types.CodeType) else c for c in code.co_consts]
+    constants = [
+        _text_of(one)
+        if isinstance(one, types.CodeType)
+        else sorted(map(repr, one))  # whose order is another in every process
+        if isinstance(one, frozenset)
+        else repr(one)
+        for one in code.co_consts
+    ]
     return f"{code.co_code.hex()} {code.co_names} {constants}"
 
 

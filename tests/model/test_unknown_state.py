@@ -1,6 +1,9 @@
 """States that cannot be read: refused where something would rely on them, and nowhere else."""
 
 import functools
+import os
+import subprocess
+import sys
 
 import accelerate
 import numpy as np
@@ -365,3 +368,21 @@ def test_traits_found_under_hooks_of_others_are_not_kept(lm, monkeypatch):
     )
     for model, right in ((mixed, False), (clean, True), (mixed, False)):
         assert wrap(model, tiny_tokenizer()).traits.right is right
+
+
+def test_the_code_of_a_function_reads_alike_in_every_process():
+    script = (
+        "from lirefs.model.code import _text_of\n"
+        "print(_text_of((lambda x: x in {'one', 'two', 'three', 'four'}).__code__))"
+    )
+    texts = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(texts) == 1
