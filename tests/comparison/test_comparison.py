@@ -89,6 +89,7 @@ def test_saved_report_is_whole_and_self_contained(comparison, tmp_path):
     assert names == {
         *("report.html", "report.md", "results.json", "results.csv", "overview.tex"),
         *("retained.png", "retained.svg", "retained_tasks.png", "retained_tasks.svg"),
+        *("retained-dark.png", "retained-dark.svg"),
     }
     html = page.read_text()
     assert "data:image/png;base64," in html

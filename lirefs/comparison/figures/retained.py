@@ -67,6 +67,7 @@ def retained_figures(summary: Summary) -> list[Figure]:
             "Retained performance by task group",
             f"Mean over the tasks of a group. {drawn}; n counts the items of the others.",
             retained_by_group(summary),
+            retained_by_group(summary, dark=True),
         ),
         Figure(
             "retained_tasks",
@@ -78,9 +79,9 @@ def retained_figures(summary: Summary) -> list[Figure]:
     ]
 
 
-def retained_by_group(summary: Summary) -> Picture:
+def retained_by_group(summary: Summary, *, dark: bool = False) -> Picture:
     """`draw_retained` as a picture."""
-    return picture_of(draw_retained(summary))
+    return picture_of(draw_retained(summary), dark=dark)
 
 
 @styled

@@ -63,7 +63,7 @@ def write_pages(
     """
     summary = comparison.summary()
     for figure in figures:
-        figure.picture.save(folder, figure.name)
+        figure.save(folder)
     atomic_write_text(folder / "results.csv", csv_latex.csv_text(summary))
     atomic_write_text(folder / "overview.tex", csv_latex.latex_tables(summary))
     atomic_write_text(folder / "report.md", markdown_report(summary, figures, left_out))
