@@ -41,7 +41,9 @@ _TOKENS = 2048
 
 
 def model(
-    lm: LanguageModel, intervention: Intervention | None = None, config: GenerateConfig | None = None
+    lm: LanguageModel,
+    intervention: Intervention | None = None,
+    config: GenerateConfig | None = None,
 ) -> Model:
     """A model for `inspect_ai.eval(task, model=...)`; the log tells how it was changed.
 
@@ -125,9 +127,7 @@ class LirefsAPI(ModelAPI):
             text = text.partition(stop)[0]
         answer = ChatMessageAssistant(content=text, model=self.model_name, source="generate")
         choice = ChatCompletionChoice(message=answer, stop_reason="stop" if ended else "max_tokens")
-        usage = ModelUsage(
-            input_tokens=read, output_tokens=len(new), total_tokens=read + len(new)
-        )
+        usage = ModelUsage(input_tokens=read, output_tokens=len(new), total_tokens=read + len(new))
         return ModelOutput(model=self.model_name, choices=[choice], usage=usage)
 
     def _prompt(self, messages: list[ChatMessage]) -> str:

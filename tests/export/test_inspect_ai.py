@@ -39,9 +39,7 @@ def evaluated(tmp_path):
             solver=solver or generate(),
             scorer=includes(),
         )
-        (log,) = eval(
-            task, model=lm, log_dir=str(tmp_path), display="none", max_tokens=6, **config
-        )
+        (log,) = eval(task, model=lm, log_dir=str(tmp_path), display="none", max_tokens=6, **config)
         return log
 
     return run
