@@ -22,7 +22,7 @@ IDS = torch.tensor([[5, 60, 70, 80, 9], [11, 12, 13, 14, 15]])
 @pytest.fixture(scope="module", params=KINDS)
 def kind(request):
     package = KINDS[request.param]
-    pytest.importorskip(package, reason=f"{package} is not part of the test extra")
+    pytest.importorskip(package, reason=f"{package} is not installed")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a warning at each product
     return request.param
 
