@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -137,6 +138,33 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
         else:
             result[name] = _matrix(name, _wrapped(name, modules[name]), layer)
     return list(result.values())
+
+
+def must_pass_gradients(model: nn.Module) -> None:
+    """Raise TargetError if a quantized matrix passes no gradient to what is before it.
+
+    bitsandbytes runs 4-bit weights by a kernel without a backward pass on some CPUs, and autograd
+    then goes on without its gradient.
+    """
+    kinds: dict[tuple[type, type], tuple[str, nn.Linear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module.weight) not in (Tensor, nn.Parameter):
+            kinds.setdefault((type(module), type(module.weight)), (name, module))
+    for name, module in kinds.values():
+        if module.weight.is_meta or type(module.weight).__name__ == "DTensor":
+            continue
+        dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that the kernel has no backward pass
+            state = torch.ones(1, module.in_features, device=module.weight.device, dtype=dtype)
+            output = module.forward(state.requires_grad_())  # without hooks
+            passed = torch.autograd.grad(output.sum(), state, allow_unused=True)[0]
+        if passed is None:
+            raise TargetError(
+                f"module {name!r} ({type(module).__name__}) has a weight of type "
+                f"{type(module.weight).__name__}, through which no gradient passes on this device, "
+                "so curvature before it would be wrong; load the model without quantization_config"
+            )
 
 
 def _wrapped(name: str, module: nn.Module) -> nn.Module:

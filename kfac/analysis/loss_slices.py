@@ -15,6 +15,7 @@ from kfac.collection.batches import check_model_and_batches
 from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
+from kfac.targets import must_pass_gradients
 from lirefs.errors import BatchError, KfacError, SpectrumError, must_be
 from lirefs.model.guest import as_guest
 from lirefs.statistics.intervals import Floats, Ints
@@ -101,6 +102,7 @@ def loss_slices(
     outs, ins = basis.u_out[:, i], basis.u_in[:, j]
     masses = (basis.lam[i] * basis.mu[j]).numpy()
     with as_guest(model):
+        must_pass_gradients(model)
         start, gradient = _gradient(model, kept, target)
         slopes = torch.einsum("op,oi,ip->p", outs, gradient, ins).numpy()
         planes = (torch.outer(out, inside) for out, inside in zip(outs.T, ins.T, strict=True))

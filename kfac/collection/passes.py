@@ -30,6 +30,7 @@ from kfac.collection.hooks import TargetTracker
 from kfac.collection.plan import Plan
 from kfac.collection.sampling import RowSeeds, batch_digest, label_gradients, row_contents
 from kfac.target import Target, TargetRecord
+from kfac.targets import must_pass_gradients
 from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError
 from lirefs.model.guest import as_guest
 from lirefs.model.identity import identity
@@ -97,6 +98,7 @@ def run_passes(
     state = checkpoint.load(len(passes), partial(_shapes, passes, make_sums), options.dtype)
     trackers: list[TargetTracker] = []
     with as_guest(model), checkpoint.guarded(state):
+        must_pass_gradients(model)
         first = state.turn
         for turn, targets in enumerate(passes):
             tracker = _resumed(targets, make_sums(), options.dtype, state, on_cpu=turn < first)

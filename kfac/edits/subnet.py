@@ -17,7 +17,7 @@ from kfac.collection.batches import check_model_and_batches
 from kfac.edits.baselines import largest_of_smallest
 from kfac.edits.weight_edit import WeightEdit, check_weight, trained_weights
 from kfac.target import Target, weight_digest
-from kfac.targets import named_targets
+from kfac.targets import must_pass_gradients, named_targets
 from lirefs.errors import BatchError, EditError, NonFiniteError, as_list
 from lirefs.model.guest import as_guest
 
@@ -115,6 +115,7 @@ def fit_balanced_subnet(
     masked = _Masked(targets, ratio, lr, seed)
     order = torch.Generator().manual_seed(seed)
     with as_guest(model), trained_weights([target.parameter for target in targets]):
+        must_pass_gradients(model)
         masked.mask()
         bar = tqdm(range(epochs), desc="BalancedSubnet", unit="epoch", disable=not progress or None)
         for _ in bar:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,7 +32,7 @@ from lirefs.cli.options import (
 )
 from lirefs.cli.passages import Passage, batches_cut_alike, labelled_batch, texts_to_read
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, usual_file_permissions, write_errors
+from lirefs.files import atomic_write_text
 from lirefs.main_job.settings import console_table
 from lirefs.statistics.intervals import roc_areas
 from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
@@ -143,27 +142,13 @@ def edit_command(
 
     --force replaces a folder only if this command wrote it.
     """
-    edited_before = (out / "curvature_edit.json").exists()
-    if out.exists() and not edited_before:
-        raise SettingError(f"{out}: exists; name a new folder")
-    options.keep_finished(out, force)
+    options.keep_folder(out, "curvature_edit.json", force)
     lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
     reports = change.report(lm.model)
     change.bake(lm.model)
-    with write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
-            made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
-            made.mkdir()
-            lm.model.save_pretrained(made)
-            lm.tokenizer.save_pretrained(made)
-            record = {**change.describe(), "targets": [vars(report) for report in reports]}
-            _write_json(made / "curvature_edit.json", record)
-            usual_file_permissions(made)
-            if edited_before:
-                out.rename(Path(folder) / "replaced")
-            made.rename(out)
+    record = {**change.describe(), "targets": [vars(report) for report in reports]}
+    options.save_model(lm.model, lm.tokenizer, out, "curvature_edit.json", record)
     table = console_table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"

@@ -26,6 +26,7 @@ from lirefs.main_job.settings import Job, console_table, title_of
 from lirefs.model.layout import missing_layer
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
+from lirefs.questions.question import LABELS
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
 from lirefs.tasks.papers.suite import Suite, suite_tasks
 from lirefs.tasks.task import Task
@@ -43,6 +44,7 @@ def run(
     dtype: str | None = None,
     device_map: str | None = None,
     questions: str | Path | None = None,
+    labels: Sequence[str] = LABELS,
     memorized: str | Path | None = None,
     factors: str | Path | None = None,
     direction_layers: Sequence[int] | None = None,
@@ -69,6 +71,7 @@ def run(
         dtype: Type of its numbers, and `device_map`, for several devices: see `lirefs.load`.
         device_map: See `dtype`.
         questions: Labelled questions (JSON Lines) to fit the direction on.
+        labels: Their two labels; the direction points to the first.
         memorized: Memorized texts to recite, a path as for `lirefs.recitation_task`.
         factors: Curvature factors to use; written there if the file is missing.
         direction_layers: Layers to choose the direction's from; None: all.
@@ -126,7 +129,9 @@ def run(
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
         text_rows(memorized, "memorized")
-    question_set = lirefs.load_questions("default" if questions is None else questions)
+    question_set = lirefs.load_questions(
+        "default" if questions is None else questions, labels=labels
+    )
     job = Job(
         model=model,
         device=device,

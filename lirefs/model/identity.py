@@ -263,6 +263,12 @@ def _saved_apart(module: nn.Module) -> Iterator[tuple[str, Any]]:
     names = ("_save_to_state_dict", "get_extra_state")
     if all(getattr(type(module), name) is getattr(nn.Module, name) for name in names):
         return
+    packed = getattr(getattr(module, "weight", None), "quant_state", None)
+    if getattr(packed, "packing_format_for_cpu", False):
+        # Saving would unpack the weight in place, and the next pass round its scales once more.
+        for key in ("absmax", "code", "blocksize", "quant_type", "shape", "dtype"):
+            yield key, getattr(packed, key)
+        return
     saved: dict[str, Any] = {}
     module._save_to_state_dict(saved, "", keep_vars=True)
     known = {id(one) for one in (*module._parameters.values(), *module._buffers.values())}

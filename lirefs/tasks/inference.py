@@ -16,7 +16,7 @@ from lirefs.model.batching import batches_by_tokens, check_length
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
-from lirefs.model.traits import Traits, cache_name
+from lirefs.model.traits import Traits, cache_name, quantizes_tokens_together
 from lirefs.tasks.recomputed import (
     Advance,
     Recomputed,
@@ -183,9 +183,13 @@ def token_nlls(
 def _causal_traits(lm: LanguageModel) -> Traits:
     """The traits of a model whose log-likelihoods mean something; TaskError for others."""
     if not lm.traits.causal:
+        reason, remedy = "tokens see later ones in this model", "use tasks that generate"
+        if quantizes_tokens_together(lm.model):
+            reason = "LLM.int8() with outliers quantizes the tokens of a batch together"
+            remedy = "load the model with llm_int8_threshold=0.0, or use tasks that generate"
         raise TaskError(
-            f"{lm.name}: tokens see later ones in this model, so the likelihood of a text cannot "
-            "be scored; use tasks that generate their answer (ShortAnswer, Recitation)"
+            f"{lm.name}: {reason}, so the likelihood of a text cannot be scored; {remedy} their "
+            "answer (ShortAnswer, Recitation)"
         )
     return lm.traits
 

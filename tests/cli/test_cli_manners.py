@@ -53,7 +53,7 @@ def test_one_rule_for_all_commands():
             assert {"--model", "--dtype", "--device-map"} <= given, name
         writes = "--out" in given or any(one.name == "out" for one in command.params)
         assert ("--force" in given) == writes, name
-        silent = {"export", "report", "organism texts", "curvature collect"}
+        silent = {"report", "organism texts", "curvature collect"}
         assert ("--json" in given) == (name not in silent), name
 
 
@@ -70,6 +70,8 @@ def test_one_rule_for_all_commands():
         ("curvature detect --factors f", "out/scores.jsonl"),
         ("curvature relearn --factors f", "out/relearning.json"),
         ("export d", "out"),
+        ("export --to vllm d", "out"),
+        ("export --to baked d", "out/steering.json"),
         ("organism texts", "out/questions.jsonl"),
         ("organism train", "out/shipped/config.json"),
     ],
@@ -149,6 +151,7 @@ def test_the_type_of_numbers_and_the_map_reach_the_model(tmp_path, monkeypatch):
         ["probe", "--model", "organism", "--out", tmp_path / "p"],
         ["steer", "d", "x"],
         ["export", "d", tmp_path / "d.gguf"],
+        ["export", "d", tmp_path / "d", "--to", "baked"],
         ["curvature", "collect", "--out", tmp_path / "f"],
     ):
         assert run(monkeypatch, *command, *where) == 2
