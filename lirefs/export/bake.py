@@ -17,9 +17,11 @@ from lirefs.errors import BakeError
 from lirefs.export.baked_weights import (
     add_biases,
     bake_embedding,
-    bake_projection,
-    projections,
+    bake_writer,
+    bias_switches,
+    must_be_dense,
     shift_of,
+    writers,
 )
 from lirefs.export.operators import varies_by
 from lirefs.model.guest import evaluating
@@ -72,18 +74,22 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
     """
     must_be_module(model)
     refuse_steered(model, BakeError, "baked")
+    must_be_dense(model)
     steerings = _steerings(intervention)
     for steer in steerings:
         layout = steer.check(model)
     plan = _plan(steerings, layout)
+    embedding = plan.pop(EMBEDDING, [])
+    changes = list(zip(writers(model, layout, list(plan)), plan.values(), strict=True))
+    shifted = [them for them, ops in changes if any(shift_of(one).any() for one in ops)]
+    switches = bias_switches(model, shifted)
     baked = copy.deepcopy(model)
-    if EMBEDDING in plan:
-        bake_embedding(baked, layout, plan.pop(EMBEDDING))
-    changes = dict(zip(projections(baked, layout, list(plan)), plan.values(), strict=True))
-    shifted = [name for name, ops in changes.items() if any(shift_of(one).any() for one in ops)]
-    add_biases(baked, shifted)
-    for name, ops in changes.items():
-        bake_projection(baked.get_submodule(name), ops)
+    if embedding:
+        bake_embedding(baked, layout, embedding)
+    add_biases(baked, switches)
+    for them, ops in changes:
+        for writer in them:
+            bake_writer(baked, writer, ops)
     find_layout(baked)
     _verify(intervention, model, baked)
     return baked

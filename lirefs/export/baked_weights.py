@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,14 +29,44 @@ def _linear(operator: Operator, states: Tensor) -> Tensor:
     return Operator(name, operator.direction, operator.strength)(states)
 
 
-def projections(model: nn.Module, layout: Layout, writers: list[tuple[int, str]]) -> list[str]:
-    """The name of the matrix whose output is written at each (layer, site), else BakeError."""
+@dataclass(frozen=True)
+class Writer:
+    """A weight whose product is written to the residual stream, or a stack of them (experts).
+
+    Attributes:
+        module: The name of the module that holds it.
+        weight: Its name there; (out, in), stacks have an axis before these.
+        bias: The name of its bias there.
+        transposed: Whether it is (in, out).
+    """
+
+    module: str
+    weight: str = "weight"
+    bias: str = "bias"
+    transposed: bool = False
+
+    def has_bias(self, model: nn.Module) -> bool:
+        """Whether the model has a bias here."""
+        return getattr(model.get_submodule(self.module), self.bias, None) is not None
+
+
+def writers(
+    model: nn.Module, layout: Layout, places: list[tuple[int, str]]
+) -> list[tuple[Writer, ...]]:
+    """The weights that write what each (layer, site) adds to the stream, else BakeError.
+
+    Several for experts, which write together: whatever is linear passes through the router's
+    weights.
+    """
     inside: dict[str, list[str]] = {}
     watched: dict[str, nn.Module] = {}
-    for layer, site in writers:
+    for layer, site in places:
         part = (layout.attention if site == "attn_out" else layout.mlp)[layer]
         if not part:
-            raise BakeError(f"no module of layer {layer} writes {site}")
+            raise BakeError(
+                f"no module of layer {layer} gives {site}: the block scales or mixes what its "
+                "parts write before adding it to the stream"
+            )
         top = f"{layout.blocks}.{layer}.{part}"
         module = watched[top] = model.get_submodule(top)
         inside[top] = [
@@ -44,16 +75,40 @@ def projections(model: nn.Module, layout: Layout, writers: list[tuple[int, str]]
         watched |= {name: model.get_submodule(name) for name in inside[top]}
     seen = observe(model, watched) if watched else {}
     found = []
-    for (layer, site), (top, names) in zip(writers, inside.items(), strict=True):
+    for (layer, site), (top, names) in zip(places, inside.items(), strict=True):
         fitting = [name for name in names if _same_output(seen[name], seen[top])]
-        if not fitting:
-            raise BakeError(
-                f"{site} of layer {layer} is not written by one matrix but by "
-                f"{type(watched[top]).__name__} (a norm or experts stand behind it), so no weight "
-                "can hold the change"
-            )
-        found.append(fitting[-1])
+        if fitting:
+            name = fitting[-1]
+            conv1d = type(watched[name]).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
+            found.append((Writer(name, transposed=conv1d),))
+        elif experts := _experts(watched[top], top, layout.width):
+            found.append(experts)
+        else:
+            raise BakeError(_why_none(watched[top], f"{site} of layer {layer}"))
     return found
+
+
+def _experts(module: nn.Module, top: str, width: int) -> tuple[Writer, ...]:
+    """The down projections of all experts, routed and shared, as transformers names them."""
+    found = []
+    for name, one in module.named_modules(prefix=top):
+        stack = one._parameters.get("down_proj")
+        if name.endswith("down_proj") and _is_matrix(one):
+            found.append(Writer(name))
+        elif stack is not None and stack.ndim == 3 and stack.is_floating_point():
+            transposed = bool(getattr(one, "is_transposed", stack.shape[1] != width))
+            found.append(Writer(name, "down_proj", "down_proj_bias", transposed))
+    return tuple(found)
+
+
+def _why_none(module: nn.Module, what: str) -> str:
+    name = type(module).__name__
+    if "norm" in name.lower():
+        return (
+            f"{what} is written by {name}, a norm behind the projection: it divides by the length "
+            "of what was projected, which the change would alter, so no weight can hold it"
+        )
+    return f"{what} is written by {name}, and not by a matrix in it, so no weight can hold it"
 
 
 def _is_matrix(module: nn.Module) -> bool:
@@ -98,54 +153,92 @@ def _untie(model: Any, token: nn.Embedding) -> None:
         model.all_tied_weights_keys = {}
 
 
-def bake_projection(module: nn.Module, operators: list[Operator]) -> None:
-    """Change what a matrix writes, in its weight and its bias."""
-    transposed = type(module).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
-    parameter: Any = module.weight
-    bias: Any = module.bias
+def bake_writer(model: nn.Module, writer: Writer, operators: list[Operator]) -> None:
+    """Change what a weight, or each weight of a stack, writes, and its bias."""
+    module: Any = model.get_submodule(writer.module)
+    parameter: Any = getattr(module, writer.weight)
+    bias: Any = getattr(module, writer.bias, None)
     with torch.no_grad():
-        weight = parameter.double() if transposed else parameter.double().T  # (in, out)
-        offset = None if bias is None else bias.double()
-        for one in operators:
-            weight = _linear(one, weight)
-            offset = None if offset is None else one(offset)
-        parameter.copy_((weight if transposed else weight.T).to(parameter.dtype))
-        if offset is not None:
+        for matrix in parameter if parameter.ndim == 3 else [parameter]:
+            weight = matrix.double() if writer.transposed else matrix.double().T  # (in, out)
+            for one in operators:
+                weight = _linear(one, weight)
+            matrix.copy_((weight if writer.transposed else weight.T).to(matrix.dtype))
+        if bias is not None:
+            offset = bias.double()
+            for one in operators:
+                offset = one(offset)
             bias.copy_(offset.to(bias.dtype))
 
 
-def add_biases(model: Any, names: list[str]) -> None:
-    """Switch biases of these matrices on in the configuration, so that a plain load finds them."""
-    missing = [name for name in names if model.get_submodule(name).bias is None]
-    if not missing:
-        return
-    present = _parameter_names(model)
-    config = text_config(model)
-    settings = {} if config is None else config.to_dict()
+def bias_switches(model: Any, shifted: list[tuple[Writer, ...]]) -> dict[str, set[str]]:
+    """Settings that give these weights their missing biases, each with all that it switches on.
+
+    Nothing is changed yet. BakeError where no setting does.
+    """
+    without = [
+        (one, together) for together in shifted for one in together if not one.has_bias(model)
+    ]
+    for one, together in without:
+        if len(together) > 1 or one.weight != "weight":
+            raise BakeError(
+                f"{one.module} of {type(model).__name__} holds experts without a bias, so nothing "
+                "can be added to what they write; ablate and amplify can be baked there"
+            )
+    missing = [f"{one.module}.bias" for one, _ in without]
+    found: dict[str, set[str]] = {}
+    present, config = _parameter_names(model), text_config(model)
+    settings = config.to_dict() if missing and config is not None else {}
     for switch in [key for key, value in settings.items() if value is False and "bias" in key]:
         trial = copy.deepcopy(model.config)
-        setattr(trial.get_text_config(), switch, True)
+        for name in (*found, switch):
+            setattr(trial.get_text_config(), name, True)
         try:
             with torch.device("meta"):
-                empty = type(model)(trial)
+                there = _parameter_names(type(model)(trial))
         except Exception:  # its own class may refuse a configuration
             continue
-        there = _parameter_names(empty)
         extra = {name for name in there - present if name.endswith(".bias")}
-        if there != present | extra or extra.isdisjoint(f"{name}.bias" for name in missing):
-            continue
-        setattr(config, switch, True)
-        for name in extra:
-            module = model.get_submodule(name.removesuffix(".bias"))
-            zeros = module.weight.new_zeros(empty.get_parameter(name).shape)
-            module.bias = nn.Parameter(zeros, module.weight.requires_grad)
-        present |= extra
-        missing = [name for name in missing if f"{name}.bias" not in present]
+        if there == present | extra and not extra.isdisjoint(missing):
+            found[switch] = extra
+            present |= extra
+            missing = [name for name in missing if name not in present]
     if missing:
         raise BakeError(
-            f"{type(model).__name__} has no bias at {missing[0]} and no setting that gives it one, "
-            "so a saved model could not hold what is added there"
+            f"{type(model).__name__} has no bias at {missing[0].removesuffix('.bias')} and no "
+            "setting that gives it one, so a saved model could not hold what is added there"
         )
+    return found
+
+
+def add_biases(model: Any, switches: dict[str, set[str]]) -> None:
+    """Switch biases on in the configuration, so that a plain load finds them; they are zero."""
+    for switch, names in switches.items():
+        setattr(text_config(model), switch, True)
+        for name in names:
+            module = model.get_submodule(name.removesuffix(".bias"))
+            out = module.weight.shape[1 if type(module).__name__ == "Conv1D" else 0]
+            module.bias = nn.Parameter(module.weight.new_zeros(out), module.weight.requires_grad)
+
+
+def must_be_dense(model: nn.Module) -> None:
+    """Raise BakeError for weights that a change would not reach whole: quantized, adapted, away."""
+    for name, module in model.named_modules():
+        if any(kind.__module__.split(".")[0] == "peft" for kind in type(module).__mro__):
+            raise BakeError(
+                f"{name or 'the model'} is a {type(module).__name__} of PEFT, and save_pretrained "
+                "would save the adapters alone; merge them (merge_and_unload) and bake the result"
+            )
+    for name, parameter in model.named_parameters():
+        if type(parameter) is not nn.Parameter or parameter.dtype.itemsize == 1:
+            kind = type(parameter).__name__
+            raise BakeError(
+                f"{name} is quantized or sharded ({kind}, {parameter.dtype}), so it cannot hold "
+                "the change exactly; bake the model as loaded in bfloat16, float16 or float32, and "
+                "quantize the result"
+            )
+        if parameter.is_meta:
+            raise BakeError(f"{name} is offloaded; load the model into memory to bake it")
 
 
 def _parameter_names(model: nn.Module) -> set[str]:

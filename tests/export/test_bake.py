@@ -126,7 +126,7 @@ def test_what_cannot_be_baked_says_why():
         ):
             bake(Steer(one, "add"), llama)
     for family in ("olmo2", "gemma2"):
-        with pytest.raises(BakeError, match="a norm or experts stand behind it"):
+        with pytest.raises(BakeError, match="a norm behind the projection"):
             bake(Steer(one, "add"), fresh_model(family))
     for family in ("qwen2", "mistral", "phi3"):
         with pytest.raises(BakeError, match="no setting that gives it one"):
