@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +39,15 @@ class Writer:
         weight: Its name there; (out, in), stacks have an axis before these.
         bias: The name of its bias there.
         transposed: Whether it is (in, out).
+        scale: What the block multiplies its product by before adding it to the stream (Granite's
+            `residual_multiplier`).
     """
 
     module: str
     weight: str = "weight"
     bias: str = "bias"
     transposed: bool = False
+    scale: float = 1.0
 
     def has_bias(self, model: nn.Module) -> bool:
         """Whether the model has a bias here."""
@@ -60,32 +64,56 @@ def writers(
     """
     inside: dict[str, list[str]] = {}
     watched: dict[str, nn.Module] = {}
+    scales: list[float] = []
     for layer, site in places:
-        part = (layout.attention if site == "attn_out" else layout.mlp)[layer]
+        block = f"{layout.blocks}.{layer}"
+        part, scale = (layout.attention if site == "attn_out" else layout.mlp)[layer], 1.0
         if not part:
-            raise BakeError(
-                f"no module of layer {layer} gives {site}: the block scales or mixes what its "
-                "parts write before adding it to the stream"
-            )
-        top = f"{layout.blocks}.{layer}.{part}"
+            part, scale = _scaled_mlp(model, block)
+        scales.append(scale)
+        top = f"{block}.{part}"
         module = watched[top] = model.get_submodule(top)
         inside[top] = [
             f"{top}.{name}".rstrip(".") for name, one in module.named_modules() if _is_matrix(one)
         ]
         watched |= {name: model.get_submodule(name) for name in inside[top]}
     seen = observe(model, watched) if watched else {}
-    found = []
-    for (layer, site), (top, names) in zip(places, inside.items(), strict=True):
+    found: list[tuple[Writer, ...]] = []
+    for (layer, site), scale, (top, names) in zip(places, scales, inside.items(), strict=True):
         fitting = [name for name in names if _same_output(seen[name], seen[top])]
         if fitting:
             name = fitting[-1]
             conv1d = type(watched[name]).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
-            found.append((Writer(name, transposed=conv1d),))
+            found.append((Writer(name, transposed=conv1d, scale=scale),))
         elif experts := _experts(watched[top], top, layout.width):
             found.append(experts)
         else:
             raise BakeError(_why_none(watched[top], f"{site} of layer {layer}"))
     return found
+
+
+def _scaled_mlp(model: nn.Module, block: str) -> tuple[str, float]:
+    """The MLP of a block that adds a multiple of attention and MLP, and the factor."""
+    children = dict(model.get_submodule(block).named_children())
+    seen = observe(model, {"": model.get_submodule(block), **children})
+    before, after = seen[""].input, seen[""].output
+    if before is not None and after is not None:
+        change = (after.double() - before.double()).reshape(-1)
+        parts = {
+            name: one.output.double().reshape(-1)
+            for name, one in seen.items()
+            if name and one.output is not None and one.output.numel() == change.numel()
+        }
+        attentions = [name for name in parts if "attn" in name or "attention" in name]
+        for first, last in itertools.product(attentions, parts.keys() - attentions):
+            both = parts[first] + parts[last]
+            scale = _factor(change, both)
+            if (change - scale * both).norm() <= 1e-3 * change.norm():
+                return last, scale
+    raise BakeError(
+        f"{block} does not add up what its attention and its MLP write, so no weight alone holds "
+        "a change of its output"
+    )
 
 
 def _experts(module: nn.Module, top: str, width: int) -> tuple[Writer, ...]:
@@ -123,21 +151,60 @@ def _same_output(one: Seen, other: Seen) -> bool:
     return torch.equal(one.output.reshape(-1), other.output.reshape(-1))
 
 
-def bake_embedding(model: nn.Module, layout: Layout, operators: list[Operator]) -> None:
-    """Change what layer 0 reads: the sum of the embeddings."""
+def embeddings(model: nn.Module, layout: Layout) -> tuple[dict[str, nn.Embedding], float]:
+    """The embeddings by name, tokens' first, and by how much a token's is scaled for layer 0.
+
+    BakeError where layer 0 does not read their sum, or a multiple of it.
+    """
     token = maybe_call(model, "get_input_embeddings")
     if not isinstance(token, nn.Embedding):
         raise BakeError("the model does not say which module is its token embedding")
-    _untie(model, token)
-    for name, module in model.named_modules():
-        inside = name.startswith(f"{layout.blocks}.")
-        if inside or not isinstance(module, nn.Embedding) or module.embedding_dim != layout.width:
-            continue
+    found = {
+        name: one
+        for name, one in model.named_modules()
+        if isinstance(one, nn.Embedding)
+        and one.embedding_dim == layout.width
+        and not name.startswith(f"{layout.blocks}.")
+    }
+    seen = observe(model, {"": layout.block(model, 0), **found})
+    entered = seen[""].input
+    outputs = [seen[name].output for name in found]
+    if entered is not None:
+        read = entered.double().reshape(-1, layout.width)
+        total = sum(
+            (one.double().reshape(-1, layout.width) for one in outputs if one is not None),
+            torch.zeros_like(read),
+        )
+        scale = _factor(read, total)
+        if (read - scale * total).norm() <= 1e-3 * read.norm():
+            first = next(name for name, one in found.items() if one is token)
+            output, ids = seen[first].output, seen[first].input
+            if output is not None and ids is not None:  # Gemma scales in the embedding itself
+                rows = token.weight.detach()[ids.to(token.weight.device)].cpu().double()
+                scale *= _factor(output.double().reshape(rows.shape), rows)
+            return {first: token, **found}, scale
+    raise BakeError(
+        "layer 0 does not read the sum of the embeddings: a norm, or positions that are not "
+        "learned, stand between, so no weight holds a change of it"
+    )
+
+
+def _factor(one: Tensor, other: Tensor) -> float:
+    """The number by which the second has to be multiplied to come nearest to the first."""
+    return float((one * other).sum() / (other * other).sum())
+
+
+def bake_embedding(model: nn.Module, names: list[str], scale: float, ops: list[Operator]) -> None:
+    """Change what layer 0 reads, given what `embeddings` found."""
+    for name in names:
+        module: Any = model.get_submodule(name)
+        if name == names[0]:
+            _untie(model, module)
         with torch.no_grad():
-            weight = module.weight.double()
-            for one in operators:  # the embeddings are summed, so only one of them is shifted
-                weight = one(weight) if module is token else _linear(one, weight)
-            module.weight.copy_(weight.to(module.weight.dtype))
+            weight = module.weight.double() * scale
+            for one in ops:  # only one of the summands is shifted
+                weight = one(weight) if name == names[0] else _linear(one, weight)
+            module.weight.copy_((weight / scale).to(module.weight.dtype))
 
 
 def _untie(model: Any, token: nn.Embedding) -> None:
@@ -158,6 +225,10 @@ def bake_writer(model: nn.Module, writer: Writer, operators: list[Operator]) -> 
     module: Any = model.get_submodule(writer.module)
     parameter: Any = getattr(module, writer.weight)
     bias: Any = getattr(module, writer.bias, None)
+    if writer.scale != 1.0:  # only `add` can act on a stream whose parts are not at hand
+        operators = [
+            Operator(one.name, one.direction, one.strength / writer.scale) for one in operators
+        ]
     with torch.no_grad():
         for matrix in parameter if parameter.ndim == 3 else [parameter]:
             weight = matrix.double() if writer.transposed else matrix.double().T  # (in, out)

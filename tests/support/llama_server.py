@@ -67,7 +67,9 @@ def converted(lm: lirefs.LanguageModel, folder: Path, model: Any = None) -> Path
     file = folder / "model.gguf"
     given = [str(tree), tokenizer, str(folder / "model"), "--outfile", str(file)]
     subprocess.run(
-        [sys.executable, "-c", _CONVERT, *given, "--outtype", "f32"], check=True, capture_output=True
+        [sys.executable, "-c", _CONVERT, *given, "--outtype", "f32"],
+        check=True,
+        capture_output=True,
     )
     return file
 
