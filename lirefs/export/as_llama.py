@@ -6,15 +6,20 @@ import copy
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM
+import transformers
 
+_SAME = (
+    "transformers.models.mistral.modeling_mistral.MistralForCausalLM",
+    "transformers.models.qwen2.modeling_qwen2.Qwen2ForCausalLM",
+)
 _OWN = ("architectures", "layer_types", "max_window_layers", "model_type", "sliding_window",
         "transformers_version", "use_sliding_window")  # fmt: skip
 
 
 def is_llama_inside(model: Any) -> bool:
     """Whether it is a Mistral or a Qwen2 without a window, which differ from Llama in name only."""
-    if type(model) not in (MistralForCausalLM, Qwen2ForCausalLM):
+    kind = type(model)
+    if f"{kind.__module__}.{kind.__qualname__}" not in _SAME:
         return False
     kinds = set(getattr(model.config, "layer_types", None) or [])
     return model.config.sliding_window is None and kinds <= {"full_attention"}
@@ -25,8 +30,8 @@ def as_llama(model: Any) -> Any:
     settings = {name: value for name, value in model.config.to_dict().items() if name not in _OWN}
     settings |= {"attention_bias": True, "mlp_bias": True}
     with torch.random.fork_rng(devices=[]):
-        llama = LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
-            LlamaConfig(**settings),
+        llama = transformers.LlamaForCausalLM._from_config(  # type: ignore[no-untyped-call]
+            transformers.LlamaConfig(**settings),
             dtype=model.dtype,
             attn_implementation=model.config._attn_implementation,
         )

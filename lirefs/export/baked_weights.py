@@ -73,22 +73,30 @@ def writers(
         scales.append(scale)
         top = f"{block}.{part}"
         module = watched[top] = model.get_submodule(top)
-        inside[top] = [
-            f"{top}.{name}".rstrip(".") for name, one in module.named_modules() if _is_matrix(one)
-        ]
+        parts = module.named_modules(prefix=top)
+        inside[top] = [name for name, one in parts if _is_matrix(one) or _is_norm(one)]
         watched |= {name: model.get_submodule(name) for name in inside[top]}
     seen = observe(model, watched) if watched else {}
     found: list[tuple[Writer, ...]] = []
     for (layer, site), scale, (top, names) in zip(places, scales, inside.items(), strict=True):
         fitting = [name for name in names if _same_output(seen[name], seen[top])]
+        name = fitting[-1] if fitting else top
+        if _is_norm(watched[name]):
+            raise BakeError(
+                f"{site} of layer {layer} is written by {type(watched[name]).__name__}, a norm "
+                "behind the projection: it divides by the length of what was projected, which the "
+                "change would alter, so no weight can hold it"
+            )
         if fitting:
-            name = fitting[-1]
             conv1d = type(watched[name]).__name__ == "Conv1D"  # GPT-2 keeps (in, out)
             found.append((Writer(name, transposed=conv1d, scale=scale),))
         elif experts := _experts(watched[top], top, layout.width):
             found.append(experts)
         else:
-            raise BakeError(_why_none(watched[top], f"{site} of layer {layer}"))
+            raise BakeError(
+                f"{site} of layer {layer} is written by {type(watched[top]).__name__}, and not by "
+                "a matrix in it, so no weight can hold the change"
+            )
     return found
 
 
@@ -129,14 +137,8 @@ def _experts(module: nn.Module, top: str, width: int) -> tuple[Writer, ...]:
     return tuple(found)
 
 
-def _why_none(module: nn.Module, what: str) -> str:
-    name = type(module).__name__
-    if "norm" in name.lower():
-        return (
-            f"{what} is written by {name}, a norm behind the projection: it divides by the length "
-            "of what was projected, which the change would alter, so no weight can hold it"
-        )
-    return f"{what} is written by {name}, and not by a matrix in it, so no weight can hold it"
+def _is_norm(module: nn.Module) -> bool:
+    return "norm" in type(module).__name__.lower()
 
 
 def _is_matrix(module: nn.Module) -> bool:
