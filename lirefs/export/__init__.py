@@ -8,6 +8,7 @@ from lirefs.export.bake import bake
 from lirefs.export.gguf import from_gguf, to_gguf
 from lirefs.export.hub import load_directions, model_card, push_directions
 from lirefs.export.operators import operators
+from lirefs.export.ways import ways
 
 __all__ = [
     "bake",
@@ -17,4 +18,5 @@ __all__ = [
     "operators",
     "push_directions",
     "to_gguf",
+    "ways",
 ]
