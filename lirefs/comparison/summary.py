@@ -25,7 +25,8 @@ class Summary:
         model: Name of the model.
         run: When, for how long and by which command it was run: see `Comparison`.
         notes: Sentences for the top of the report.
-        findings: Conclusions in sentences, if the comparison has any.
+        findings: Conclusions in sentences, if the comparison has any; one that ends with a
+            question mark is the heading of those after it.
         variants: Names, the unchanged model first.
         controls: Variants that are controls; the others, but for the first, are methods.
         tasks: Name of each task to its group, metric and chance level.
@@ -81,7 +82,7 @@ class Summary:
         info = self.tasks[task]
         notes = [f"chance {info.chance:.2f}"] if info.chance else []
         if info.group == CONFLICT:
-            notes.append("one of two competing answers, in no mean")
+            notes.append("one of two competing answers, not part of any mean")
         elif task not in self.informative:
             notes.append("unchanged model not above chance, left out of the group's mean")
         return "; ".join(notes)

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 import kfac
 import lirefs
-from lirefs.comparison.comparison import BASELINE
+from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import changes_by_tag
-from lirefs.comparison.wording import as_number, as_percent
+from lirefs.comparison.wording import as_number, as_p, as_percent, as_points
 from lirefs.directions.probe import Probe
 from lirefs.pictures import picture_of
 
@@ -38,6 +39,45 @@ def edit_line(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> str:
         f"The K-FAC edit keeps {as_number(100 * pairs / total)} % of the curvature pairs. Kept: "
         f"{pairs:,} of {total:,} in {len(rows)} matrices. Relative weight change: {changes}."
     )
+
+
+def largest_changes(comparison: Comparison) -> list[str]:
+    """The task outside memorization that each method changes most in points, a finding each.
+
+    All tasks whose scores are shares are looked at, those with two competing answers too.
+    """
+    summary = comparison.summary()
+    base, lines = summary.variants[0], []
+    tasks = [
+        task
+        for task, info in summary.tasks.items()
+        if info.group != "memorization" and info.metric != "perplexity"
+    ]
+    for variant in summary.methods:
+        cells = [summary.cells[variant, task] for task in tasks]
+        sizes = {
+            cell.task: (abs(cell.difference.value), cell.difference)
+            for cell in cells
+            if cell.difference is not None and math.isfinite(cell.difference.value)
+        }
+        if not sizes:
+            continue
+        task = max(sizes, key=lambda one: sizes[one][0])
+        cell, before = summary.cells[variant, task], summary.cells[base, task].value
+        claim = (
+            f"{variant} changes {task} most."
+            if cell.clear
+            else (
+                f"{variant} clearly changes no task outside memorization; the largest change is in "
+                f"{task}."
+            )
+        )
+        lines.append(
+            f"{claim} From {as_percent(before)} to {as_percent(cell.value)} of {before.n}: "
+            f"{as_points(sizes[task][1])}, p (Holm) {as_p(cell)}. Largest change among "
+            f"{len(tasks)} tasks."
+        )
+    return lines
 
 
 def spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) -> Figure:
