@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lirefs.comparison.cell import Cell, TaskInfo
+from lirefs.comparison.wording import as_number
 from lirefs.files import html_table
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
@@ -80,7 +81,7 @@ class Summary:
     def note(self, task: str) -> str:
         """What a reader must know to interpret a task's scores; may be empty."""
         info = self.tasks[task]
-        notes = [f"chance {info.chance:.2f}"] if info.chance else []
+        notes = [f"chance {as_number(100 * info.chance)} %"] if info.chance else []
         if info.group == CONFLICT:
             notes.append("one of two competing answers, not part of any mean")
         elif task not in self.informative:

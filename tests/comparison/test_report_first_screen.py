@@ -13,7 +13,7 @@ from tiny import tiny_model, tiny_tokenizer
 
 from lirefs import compare, wrap
 from lirefs.comparison import Comparison, Figure, TaskInfo, load_comparison, write_report
-from lirefs.comparison.compare import _command
+from lirefs.comparison.compare import command_line
 from lirefs.comparison.controls import is_control
 from lirefs.comparison.report import page, tables, write
 from lirefs.comparison.report.flip_list import flip_list
@@ -245,4 +245,4 @@ def test_wrong_titles_notes_and_callbacks_are_refused():
 )
 def test_only_commands_of_this_library_are_shown_whole(monkeypatch, arguments, expected):
     monkeypatch.setattr(sys, "argv", arguments)
-    assert _command() == expected
+    assert command_line() == expected

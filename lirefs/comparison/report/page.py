@@ -73,8 +73,8 @@ def html_page(
 
 
 def _whole(text: str) -> str:
-    """A text in which no number is parted from its percent sign, nor this from its interval."""
-    return text.replace(" %", "\u00a0%").replace("% [", "%\u00a0[")
+    """A text in which no line ends within a percentage or an interval."""
+    return re.sub(r" %( \[)?|\[[-+.,\d ]+\]", lambda one: one[0].replace(" ", "\u00a0"), text)
 
 
 def _claim_and_rest(finding: str) -> tuple[str, str]:

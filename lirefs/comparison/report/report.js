@@ -57,16 +57,13 @@
   });
   openTarget();
 
-  // Narrow screens: what is cut off says so, and a tap enlarges a figure.
+  // Tables: what is cut off says so.
   const watch = new ResizeObserver((changes) => {
     for (const { target } of changes) {
       target.classList.toggle("wide", target.scrollWidth > target.clientWidth + 1);
     }
   });
   for (const box of document.querySelectorAll(".scroll")) watch.observe(box);
-  for (const plot of document.querySelectorAll(".plot")) {
-    plot.addEventListener("click", () => plot.classList.toggle("enlarged"));
-  }
 
   // Flipped items: filtered all at once, drawn a page at a time.
   const data = JSON.parse(byId("flip-data").textContent);
