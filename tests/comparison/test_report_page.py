@@ -223,7 +223,7 @@ for (const one of document.querySelectorAll("details.section")) one.open = true;
 document.querySelector(".overview tbody tr").classList.add("control");
 const light = (colour) =>
   colour.match(/[0-9]+/g).slice(0, 3).map(Number).reduce((one, other) => one + other) / 765;
-parent.postMessage(JSON.stringify({
+setTimeout(() => parent.postMessage(JSON.stringify({
   inside: document.documentElement.scrollWidth <= window.innerWidth,
   paper: light(style("body").backgroundColor),
   inks: ["h1", ".note", "tr.control td", "nav a", ".flip p", ".badge"]
@@ -231,11 +231,16 @@ parent.postMessage(JSON.stringify({
   badge: light(style(".badge").backgroundColor),
   menuBeside: box("nav").right <= box("main").left,
   sticky: [style(".overview thead th").position, style(".overview tbody th").position],
-  pictureWidth: box("img").width,
+  pictureFits: box("img").right <= window.innerWidth,
+  enlarged: (document.querySelector(".plot").focus(), box("img").width),
+  hints: [...document.querySelectorAll(".scroll")]
+    .filter((one) => (one.scrollWidth > one.clientWidth + 1) !== one.matches(".wide")).length,
+  copy: Math.max(...[...document.querySelectorAll("caption .copy")]
+    .map((one) => one.getBoundingClientRect().right)) <= window.innerWidth,
   smallest: Math.min(...[...document.querySelectorAll("main *")]
     .filter((one) => one.innerText).map((one) => parseFloat(getComputedStyle(one).fontSize))),
   first: box(".verdict").top,
-}), "*");
+}), "*"), 100);
 """
 FRAME = """<body style="margin:0"><script>
 addEventListener("message", (event) => {
@@ -273,7 +278,10 @@ def test_it_is_legible_at_any_width_in_both_schemes(text, tmp_path, width, schem
         assert abs(ink - paper) > 0.35, look
     assert look["menuBeside"] == (width == 1400)
     assert look["sticky"] == ["sticky", "sticky"]
-    assert look["pictureWidth"] >= 640
+    assert look["pictureFits"]
+    assert look["enlarged"] >= 640
+    assert look["hints"] == 0
+    assert look["copy"]
     assert look["smallest"] >= 10.5
     assert look["first"] < 350
 
