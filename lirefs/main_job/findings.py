@@ -54,27 +54,21 @@ def largest_changes(comparison: Comparison) -> list[str]:
         if info.group != "memorization" and info.metric != "perplexity"
     ]
     for variant in summary.methods:
-        cells = [summary.cells[variant, task] for task in tasks]
-        sizes = {
-            cell.task: (abs(cell.difference.value), cell.difference)
-            for cell in cells
-            if cell.difference is not None and math.isfinite(cell.difference.value)
+        changes = {
+            task: change
+            for task in tasks
+            if (change := summary.cells[variant, task].difference) and math.isfinite(change.value)
         }
-        if not sizes:
+        if not changes:
             continue
-        task = max(sizes, key=lambda one: sizes[one][0])
+        task, change = max(changes.items(), key=lambda pair: abs(pair[1].value))
         cell, before = summary.cells[variant, task], summary.cells[base, task].value
-        claim = (
-            f"{variant} changes {task} most."
-            if cell.clear
-            else (
-                f"{variant} clearly changes no task outside memorization; the largest change is in "
-                f"{task}."
-            )
-        )
+        claim = f"{variant} changes {task} most."
+        if not cell.clear:
+            claim = f"The largest change under {variant}, in {task}, is not clear."
         lines.append(
             f"{claim} From {as_percent(before)} to {as_percent(cell.value)} of {before.n}: "
-            f"{as_points(sizes[task][1])}, p (Holm) {as_p(cell)}. Largest change among "
+            f"{as_points(change)}, p (Holm) {as_p(cell)}. Largest change among "
             f"{len(tasks)} tasks."
         )
     return lines
