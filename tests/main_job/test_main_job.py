@@ -156,11 +156,11 @@ def test_the_largest_change_is_that_of_any_task_but_memorization():
     comparison.tasks["verses"] = TaskInfo("memorization", "accuracy")
     comparison.tasks["b"] = TaskInfo(CONFLICT, "accuracy")
     (line,) = largest_changes(comparison)
-    assert line.startswith("The largest change under v, in b, is not clear.")
-    comparison._cells["v", "b"] = replace(comparison.cell("v", "b"), p_holm=0.01)
-    (line,) = largest_changes(comparison)
     assert line.startswith("v changes b most. From 40 % [")
     assert "+58 points" in line
+    comparison._cells["v", "b"] = replace(comparison.cell("v", "b"), p_holm=0.2)
+    (line,) = largest_changes(comparison)
+    assert line.startswith("The largest change under v, in b, is not clear.")
 
 
 def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):

@@ -74,11 +74,13 @@ def html_page(
 
 def _whole(text: str) -> str:
     """A text in which no line ends within a percentage or an interval."""
-    return re.sub(r" %( \[)?|\[[-+.,\d ]+\]", lambda one: one[0].replace(" ", "\u00a0"), text)
+    return re.sub(r" %(?: (?=\[))?|\[[-+.,\d ]+\]", lambda one: one[0].replace(" ", "\u00a0"), text)
 
 
 def _claim_and_rest(finding: str) -> tuple[str, str]:
     """A finding's first sentence, which may have a number before it, and its others."""
+    if finding.endswith("?"):
+        return finding, ""  # a heading
     found = re.match(r"(?:\d+\. )?.*?\.(?= |$)", finding, re.DOTALL)
     end = found.end() if found else len(finding)
     return finding[:end], finding[end:]

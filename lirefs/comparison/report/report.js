@@ -58,11 +58,11 @@
   openTarget();
 
   // Tables: what is cut off says so.
-  const watch = new ResizeObserver((changes) => {
+  const watch = new ResizeObserver((changes) => requestAnimationFrame(() => {
     for (const { target } of changes) {
       target.classList.toggle("wide", target.scrollWidth > target.clientWidth + 1);
     }
-  });
+  }));
   for (const box of document.querySelectorAll(".scroll")) watch.observe(box);
 
   // Flipped items: filtered all at once, drawn a page at a time.
