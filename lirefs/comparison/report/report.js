@@ -58,12 +58,16 @@
   openTarget();
 
   // Tables: what is cut off says so.
-  const watch = new ResizeObserver((changes) => requestAnimationFrame(() => {
-    for (const { target } of changes) {
-      target.classList.toggle("wide", target.scrollWidth > target.clientWidth + 1);
+  const markWide = () => {
+    for (const box of document.querySelectorAll(".scroll")) {
+      box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
     }
-  }));
-  for (const box of document.querySelectorAll(".scroll")) watch.observe(box);
+  };
+  addEventListener("resize", markWide);
+  for (const one of document.querySelectorAll("details.section")) {
+    one.addEventListener("toggle", markWide); // what is folded has no width
+  }
+  markWide();
 
   // Flipped items: filtered all at once, drawn a page at a time.
   const data = JSON.parse(byId("flip-data").textContent);
