@@ -59,7 +59,7 @@ def test_the_page_says_when_and_how_it_was_made_and_what_is_undefined(probe, tex
     page = probe_page("tiny", "mine", undefined, {}, {})
     assert '<td class="number">n/a</td>' in page
     assert "n/a: all states" in page
-    assert "nan" not in page
+    assert ">nan" not in page
 
 
 def test_figures_leave_out_what_is_undefined(probe, monkeypatch):
