@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from typer import Argument, Option
 import lirefs
 from lirefs.cli import options
 from lirefs.cli.probe_page import probe_page
+from lirefs.comparison.compare import command_line
 from lirefs.directions import estimators, geometry
 from lirefs.directions import figures as probe_plots
 from lirefs.errors import SettingError
@@ -132,7 +134,8 @@ def probe_command(
     for name, picture in figures.items():
         picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
-    atomic_write_text(out / "report.html", probe_page(lm.name, own.source, found, figures))
+    run = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "command": command_line()}
+    atomic_write_text(out / "report.html", probe_page(lm.name, own.source, found, figures, run))
     best = found.best_scores
     line = (
         f"layer {found.best_layer}: test AUROC {best.test_auroc}, n = {best.test_auroc.n}; "

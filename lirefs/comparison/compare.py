@@ -211,13 +211,13 @@ def compare(
         run={
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 1),
-            "command": _command(),
+            "command": command_line(),
             "resumed": kept.resumed,
         },
     )
 
 
-def _command() -> str:
+def command_line() -> str:
     """The whole line of a `lirefs` command; of another program its name alone.
 
     What others are called with may hold a password, and is not ours to publish.

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lirefs.comparison.cell import Cell, TaskInfo
+from lirefs.comparison.wording import as_number
 from lirefs.files import html_table
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
@@ -25,7 +26,8 @@ class Summary:
         model: Name of the model.
         run: When, for how long and by which command it was run: see `Comparison`.
         notes: Sentences for the top of the report.
-        findings: Conclusions in sentences, if the comparison has any.
+        findings: Conclusions in sentences, if the comparison has any; one that ends with a
+            question mark is the heading of those after it.
         variants: Names, the unchanged model first.
         controls: Variants that are controls; the others, but for the first, are methods.
         tasks: Name of each task to its group, metric and chance level.
@@ -79,9 +81,9 @@ class Summary:
     def note(self, task: str) -> str:
         """What a reader must know to interpret a task's scores; may be empty."""
         info = self.tasks[task]
-        notes = [f"chance {info.chance:.2f}"] if info.chance else []
+        notes = [f"chance {as_number(100 * info.chance)} %"] if info.chance else []
         if info.group == CONFLICT:
-            notes.append("one of two competing answers, in no mean")
+            notes.append("one of two competing answers, not part of any mean")
         elif task not in self.informative:
             notes.append("unchanged model not above chance, left out of the group's mean")
         return "; ".join(notes)

@@ -226,6 +226,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     comparison = job.compare(
         lm, interventions, tasks, seed=seed, provenance=settings, title=title_of(lm)
     )
+    comparison.provenance["findings"] += findings.largest_changes(comparison)
     figures = [
         *findings.tag_figures(comparison, ["K-FAC", "LiReF"]),
         findings.separation_figure(probe),

@@ -122,6 +122,12 @@ def test_quiet_says_nothing_but_the_result(model_folder, questions, tmp_path, mo
     best = json.loads(said.out)["layers"][json.loads(said.out)["best_layer"]]["test_auroc"]
     assert f"test AUROC {best['value']:.2f} [{best['low']:.2f}, {best['high']:.2f}]" in page
     assert ", chosen</th>" in page
+    assert not re.search(r">nan|nan \[", page)
+    assert re.search(r"date <strong>20\d\d-", page)
+    shuffled = json.loads(said.out)["shuffled_auroc"]
+    interval = f"[{shuffled['low']:.2f}, {shuffled['high']:.2f}]"
+    assert page.count(f"{shuffled['value']:.2f} {interval}") == 1  # in the verdict
+    assert f'{shuffled["value"]:.2f} <span class="interval">{interval}' in page  # in the table
     assert len(re.findall(r'<tr( class="clear")?><th scope="row">', page)) == 4
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # it needs no other file
     # Errors are never silent.

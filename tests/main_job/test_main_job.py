@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from lirefs.errors import QuestionsError
 from lirefs.main_job import organism as main_job
 from lirefs.main_job import organism_report as main_job_report
 from lirefs.main_job import settings as main_job_settings
+from lirefs.main_job.findings import largest_changes
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
 from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
@@ -135,6 +137,32 @@ def test_against_random_is_the_paired_difference():
     assert found.n == 50
 
 
+def test_a_claim_is_what_its_adjusted_test_allows():
+    comparison = made_up(**{main_job_settings.TRUE: (0.0, 0.2)})
+    for p, words in ((0.01, "returns exceptions"), (0.9, "is not shown to return")):
+        cell = replace(comparison.cell("v", main_job_settings.TRUE), p_holm=p)
+        comparison._cells["v", main_job_settings.TRUE] = cell
+        results = SimpleNamespace(comparison=comparison)
+        line = main_job_report._truth(results, "v", ["unchanged"])
+        assert line.startswith(f"v {words}")
+        assert f"p (Holm) against the unchanged model {p:.3f}" in line
+        assert "+20 points" in line
+        assert "beyond it, unadjusted" in line
+
+
+def test_the_largest_change_is_that_of_any_task_but_memorization():
+    shares = {"a": (0.9, 0.6), "b": (0.4, 0.98), "verses": (1.0, 0.0)}
+    comparison = made_up(**shares)
+    comparison.tasks["verses"] = TaskInfo("memorization", "accuracy")
+    comparison.tasks["b"] = TaskInfo(CONFLICT, "accuracy")
+    (line,) = largest_changes(comparison)
+    assert line.startswith("v changes b most. From 40 % [")
+    assert "+58 points" in line
+    comparison._cells["v", "b"] = replace(comparison.cell("v", "b"), p_holm=0.2)
+    (line,) = largest_changes(comparison)
+    assert line.startswith("The largest change under v, in b, is not clear.")
+
+
 def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
     texts = training_texts(Language(), 12)
     names = [target.name for target in kfac.find_targets(lm.model)]
@@ -180,7 +208,13 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
     assert found.edit.label.startswith("layers 1, 2;")
     assert set(found.steers) == {"add", "amplify", "ablate"}
     lines = main_job_report.organism_findings(found)
-    assert {line[:3] for line in lines} == {"1. ", "2. ", "3. ", "4. "}
+    questions = [line for line in lines if line.endswith("?")]
+    assert [line[:3] for line in questions] == ["1. ", "2. ", "3. ", "4. ", "5. "]
+    assert not any(one in " ".join(lines) for one in ("layers 1, 2;", "its controls", "in no mean"))
+    methods = found.comparison.summary().methods
+    last = lines[lines.index(questions[-1]) + 1 :]
+    assert len(last) == len(methods)
+    assert all(name in line for name, line in zip(methods, last))
     page = lirefs.write_report(found.comparison, tmp_path, main_job_report.organism_figures(found))
     assert page.stat().st_size > 100_000
     saved = json.dumps(main_job_report.organism_provenance(found))

@@ -28,7 +28,7 @@ class Figure:
     dark: Picture | None = None
 
     def save(self, folder: Path) -> None:
-        """Write `name.png` and `name.svg`, and `name-dark` of both where there is such a variant."""
+        """Write `name.png` and `name.svg`, and `name-dark` of both if there is such a variant."""
         self.picture.save(folder, self.name)
         if self.dark is not None:
             self.dark.save(folder, f"{self.name}-dark")
