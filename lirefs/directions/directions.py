@@ -66,10 +66,12 @@ class Directions(Mapping[tuple[int, str], Direction]):
                     "its key must be its own (layer, site)"
                 )
         model = str(self.provenance.get("model", ""))
-        items = {
-            place: replace(one, model=model) if model and one.model != model else one
-            for place, one in self.items_by_place.items()
-        }
+        items = {}
+        for place, one in self.items_by_place.items():
+            own = {"model": model or one.model}
+            own |= {"names": self.names} if self.provenance else {}
+            same = all(getattr(one, name) == value for name, value in own.items())
+            items[place] = one if same else replace(one, **own)
         object.__setattr__(self, "items_by_place", items)
 
     def __getitem__(self, place: tuple[int, str] | int) -> Direction:

@@ -66,8 +66,8 @@ def _encoded(
 ) -> list[tuple[list[int], list[Span]]]:
     extra = {"return_offsets_mapping": True} if spans else {}
     encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, padding=False, **extra)
-    _warn_of_unknown_words(tokenizer, texts, encoded["input_ids"])
     before, after = special_tokens_around(tokenizer) if add_special_tokens else ([], [])
+    _warn_of_unknown_words(tokenizer, texts, encoded["input_ids"], len(before) + len(after))
     found = []
     for row, ids in enumerate(encoded["input_ids"]):
         written = ids[len(before) : 2 * len(before)] == before  # by the text itself
@@ -79,15 +79,18 @@ def _encoded(
 
 
 def _warn_of_unknown_words(
-    tokenizer: Any, texts: Sequence[str], ids: Sequence[Sequence[int]]
+    tokenizer: Any, texts: Sequence[str], ids: Sequence[Sequence[int]], added: int
 ) -> None:
-    """Warn of texts whose words a tokenizer does not know, once for each first such word."""
+    """Warn of texts whose words a tokenizer does not know, once for each first such word.
+
+    `added` is the number of special tokens that it adds to each.
+    """
     unknown = getattr(tokenizer, "unk_token_id", None)
     used_otherwise = ("bos_token_id", "eos_token_id", "pad_token_id")
     if unknown is None or unknown in [getattr(tokenizer, name, None) for name in used_otherwise]:
         return  # byte-level tokenizers know every word, and name another token here
     times = [row.count(unknown) for row in ids]
-    share = sum(times) / max(1, sum(map(len, ids)))
+    share = sum(times) / max(1, sum(len(row) - added for row in ids))
     if share < _UNKNOWN:
         return
     text = next(one for one, n in zip(texts, times, strict=True) if n)

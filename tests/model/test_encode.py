@@ -188,7 +188,7 @@ def test_words_that_a_tokenizer_does_not_know_are_named_once(caplog):
     assert not caplog.messages
     lm.generate([known[0], "Math: is absinthe 31 a drink"], max_new_tokens=1)
     (said,) = caplog.messages
-    assert "does not know 21 %" in said
+    assert "does not know 12 %" in said
     assert "first 'absinthe': the model reads <unk>" in said
     lm.generate("absinthe", max_new_tokens=1)
     assert len(caplog.messages) == 1
