@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
 from lirefs.comparison.controls import is_control
 from lirefs.comparison.figures.retained import draw_retained
-from lirefs.comparison.summary import Summary, plain_json
 from lirefs.comparison.figures.strengths import draw_strengths
+from lirefs.comparison.summary import Summary, plain_json
 from lirefs.errors import MissingError, SettingError, got, must_be
 from lirefs.files import html_table
 from lirefs.statistics.intervals import Estimate, Floats, mean_of_estimates, resample_counts

@@ -68,10 +68,9 @@ class Directions(Mapping[tuple[int, str], Direction]):
         model = str(self.provenance.get("model", ""))
         items = {}
         for place, one in self.items_by_place.items():
-            own = {"model": model or one.model}
-            own |= {"names": self.names} if self.provenance else {}
-            same = all(getattr(one, name) == value for name, value in own.items())
-            items[place] = one if same else replace(one, **own)
+            made_on, names = model or one.model, self.names if self.provenance else one.names
+            same = (one.model, one.names) == (made_on, names)
+            items[place] = one if same else replace(one, model=made_on, names=names)
         object.__setattr__(self, "items_by_place", items)
 
     def __getitem__(self, place: tuple[int, str] | int) -> Direction:

@@ -100,8 +100,8 @@ def _warn_of_unknown_words(
         return  # a text that holds the token itself, as one that was decoded does
     named.add(word)
     _log.warning(
-        "the tokenizer does not know %.0f %% of the tokens of these texts, first %r: the model reads "
-        "%s in their place; is this the model's language?",
+        "the tokenizer does not know %.0f %% of the tokens of these texts, first %r: the model "
+        "reads %s in their place; is this the model's language?",
         100 * share,
         word,
         tokenizer.unk_token,

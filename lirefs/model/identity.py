@@ -212,7 +212,7 @@ def _checksum(tensor: Tensor | None) -> Any:
     if tensor is None or tensor.is_meta:
         return None
     if type(tensor).__name__ == "DTensor":
-        return _checksum(tensor.to_local())  # type: ignore[operator]
+        return _checksum(tensor.to_local())  # type: ignore[attr-defined]
     if hasattr(tensor, "__tensor_flatten__"):
         return [_checksum(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
     try:

@@ -20,7 +20,9 @@ def two_labels(labels: Any) -> tuple[str, str]:
 
 def expected_labels(names: tuple[str, str]) -> str:
     """Which labels were expected, for messages."""
-    return f"expected {names[0]!r} or {names[1]!r}; name labels of your own by labels=(first, second)"
+    return (
+        f"expected {names[0]!r} or {names[1]!r}; name labels of your own by labels=(first, second)"
+    )
 
 
 def as_dicts(rows: Any, label: str = "label") -> Iterable[Mapping[str, Any]]:
@@ -75,7 +77,9 @@ def question_of(
     elif messages:
         raise QuestionsError(f"{where}: has both {text_field!r} and 'messages'; give one of them")
     if not isinstance(text, str) or not text.strip():
-        raise QuestionsError(f"{where}: no {text_field!r} text{_fields_of(row, text_field, 'question')}")
+        raise QuestionsError(
+            f"{where}: no {text_field!r} text{_fields_of(row, text_field, 'question')}"
+        )
     if prompt_format is None and "prompt_format" not in row:
         pass  # the text is the prompt, with the spaces around it
     elif not isinstance(prompt_format, str) or prompt_format.count("{question}") != 1:

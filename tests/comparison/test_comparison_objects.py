@@ -120,7 +120,7 @@ def test_the_figure_of_a_sweep_has_a_line_for_each_task_and_the_unchanged_score(
     x, y, face, style = drawn[labels[1]]
     assert (x, y, face, style) == ([0], [found.score("random C", tasks[0])], "white", "--")
     dotted = [list(one.get_ydata())[:1] for one in left.lines if one.get_linestyle() == ":"]
-    assert sum(dotted, []) == [found.score("unchanged", task) for task in tasks]
+    assert [y for one in dotted for y in one] == [found.score("unchanged", task) for task in tasks]
     bands = [one.get_paths()[0].vertices[:, 1] for one in right.collections]
     cells = [found.cell(name, "texts").value for name in ("variant A", "variant B")]
     assert bands[0].min() == pytest.approx(min(one.low for one in cells))

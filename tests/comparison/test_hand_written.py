@@ -1,4 +1,4 @@
-"""Interventions that users write by hand: those that work, and what is said of those that do not."""
+"""Interventions that users write by hand: those that work, and errors for those that do not."""
 
 from __future__ import annotations
 
