@@ -269,7 +269,7 @@ class Factors:
             if weight_digest(target.weight) != self.records[target.name].digest:
                 raise FactorsMismatchError(
                     f"target {target.name!r}: the factors were collected from other weights "
-                    "(an edit that is baked into this model, another checkpoint, or another dtype); "
+                    "(an edit that is baked into this model, another checkpoint or another dtype); "
                     "use the model that they are of, or collect again"
                 )
 
