@@ -83,7 +83,8 @@ def recitation_task(
         lm: The model; its tokenizer cuts texts into prefix and suffix.
         texts: Texts, or a path: a list of strings, of (id, text) or of rows, a file of JSON Lines,
             a file of text (one item, however many lines it has), or a folder of `.txt` files. A row
-            has `prefix_ids` and `suffix_ids`, as `mine` writes them, or `prefix` and `suffix` texts, or one `text`. Texts are cut between
+            has `prefix_ids` and `suffix_ids`, as `mine` writes them, or `prefix` and `suffix`
+            texts, or one `text`. Texts are cut between
             two tokens of the whole text: at the first that begins in the `suffix`, or, if a row has
             `suffix_tokens`, that many before the end. With ids, `tokenizer` may be the fingerprint
             of their tokenizer.
