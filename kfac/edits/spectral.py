@@ -42,6 +42,15 @@ class TargetReport:
     rank_bound: int
     relative_change: float | None
 
+    def __repr__(self) -> str:
+        text = (
+            f"{self.name}: {self.pairs:,} of {self.total_pairs:,} pairs ({self.kept_share:.1%}), "
+            f"{self.kept_mass:.1%} of the mass, rank at most {self.rank_bound}"
+        )
+        if self.relative_change is not None:
+            text += f", changed by {self.relative_change:.1%}"
+        return f"TargetReport({text})"
+
 
 class SpectralEdit(WeightEdit):
     """Base of edits that keep some entries of C = U_Gᵀ W U_A and zero the rest.

@@ -124,7 +124,7 @@ def check_weight(target: Target, expected: str, origin: str = "the factors were 
         originals = map(target.view, originals_of(target.parameter))
         if expected not in map(weight_digest, originals):
             raise FactorsMismatchError(
-                f"target {target.name!r}: {origin} from other weights (another checkpoint or "
-                "another dtype)"
+                f"target {target.name!r}: {origin} from other weights (an edit that is baked into "
+                "this model, another checkpoint, or another dtype); use the model that they are of"
             )
     return digest

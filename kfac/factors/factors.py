@@ -269,7 +269,8 @@ class Factors:
             if weight_digest(target.weight) != self.records[target.name].digest:
                 raise FactorsMismatchError(
                     f"target {target.name!r}: the factors were collected from other weights "
-                    "(another checkpoint, another dtype, or an edited model)"
+                    "(an edit that is baked into this model, another checkpoint or another dtype); "
+                    "use the model that they are of, or collect again"
                 )
 
     def targets(self, model: nn.Module, names: Iterable[str] | None = None) -> list[Target]:

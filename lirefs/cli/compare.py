@@ -45,7 +45,8 @@ def compare_command(
     questions: Annotated[Path | None, Option(help="Questions (JSON Lines) to fit on.")] = None,
     labels: Labels = DEFAULT_LABELS,
     memorized: Annotated[
-        Path | None, Option(help="Texts to recite: JSON Lines, text or folder.")
+        Path | None,
+        Option(help="Texts to recite: JSON Lines, a file of text (one item) or a folder of them."),
     ] = None,
     factors: Annotated[
         Path | None, Option(help="Factors to use; written there if the file is missing.")

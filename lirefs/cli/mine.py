@@ -20,7 +20,9 @@ COPIED = 0.5
 def mine_command(
     corpus: Annotated[
         list[Path],
-        Argument(help="JSON Lines with `text`, files of text, or folders of .txt files."),
+        Argument(
+            help="JSON Lines with `text`, files of text (one text each), or folders of .txt files."
+        ),
     ],
     model: options.Model = options.DEFAULT_MODEL,
     device: options.Device = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import sys
@@ -14,6 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -30,8 +32,13 @@ from lirefs.errors import (
     must_be,
     whole_number,
 )
-from lirefs.model.identity import must_be_told_apart
-from lirefs.model.intervention import Intervention, applied
+from lirefs.model.identity import first_difference, must_be_told_apart, parts_of
+from lirefs.model.intervention import (
+    Intervention,
+    applied,
+    is_hand_written,
+    must_be_intervention,
+)
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.default_suite import default_tasks
 from lirefs.tasks.items import ItemTask
@@ -60,7 +67,9 @@ def compare(
 
     Args:
         lm: The model.
-        interventions: Name to intervention; the unchanged model is added under `unchanged`.
+        interventions: Name to intervention; the unchanged model is added under `unchanged`. `{}`
+            scores the unchanged model alone. Each is attached and removed once before the first
+            task runs, so that one that does not fit is noticed before hours of work.
         tasks: What to run; None for `default_tasks()`.
         resamples: Bootstrap resamples of the paired intervals.
         seed: Seed of the bootstrap.
@@ -81,7 +90,9 @@ def compare(
     Raises:
         TaskError: No task, two share a name, an item is longer than the model's positions, or a
             variant is called `unchanged`.
-        InterventionError: If an intervention does not fit the model, or is none.
+        InterventionError: If an intervention does not fit the model, or is none; or one of a class
+            of your own leaves a weight, hook or forward method changed, or describes itself by
+            anything but a dict of JSON values.
         SettingError: If the journal is a file, `resamples` is out of range, or an argument has the
             wrong type.
         ProvenanceError: With a journal, if the model has no identity (a weight is offloaded, or a
@@ -117,7 +128,7 @@ def compare(
     started, clock = datetime.now(UTC), time.monotonic()
     for name, one in interventions.items():
         must_be(name, str, "the name of an intervention")
-        must_be(one, Intervention, f"interventions[{name!r}]", InterventionError)
+        must_be_intervention(one, f"interventions[{name!r}]")
     if not 1 <= whole_number(resamples, "resamples") <= MOST_RESAMPLES:
         raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
     tasks = default_tasks(lm) if tasks is None else as_list(tasks, "tasks", error=TaskError)
@@ -132,14 +143,18 @@ def compare(
     if BASELINE in interventions:
         raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
     variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
-    for one in interventions.values():  # all are tried before hours of work begin
+    described = {name: _description(name, one) for name, one in interventions.items()}
+    hand_written = {name for name, one in interventions.items() if is_hand_written(one)}
+    before = parts_of(lm.model) if hand_written else {}
+    for name, one in interventions.items():  # all are tried before hours of work begin
         with applied(one, lm.model):
             pass
+        if name in hand_written:
+            _must_be_restored(name, lm, before)
     for task in tasks:
         if isinstance(task, ItemTask):
             task.encoded(lm)  # raises an error if an item is too long
     kept = Journal(journal)
-    described = {name: one.describe() for name, one in interventions.items()}
     made_on = lm.provenance
     if journal is not None:
         made_on["identity"] = lm.identity
@@ -182,6 +197,8 @@ def compare(
                             kept.add(key, piece.run(lm, bar.update))
                     if kept.size == 1:
                         tell(variant, name)
+            if variant in hand_written:
+                _must_be_restored(variant, lm, before)
     kept.exchange()
     if kept.size > 1:
         for variant in variants:
@@ -215,6 +232,41 @@ def compare(
             "resumed": kept.resumed,
         },
     )
+
+
+def _description(name: str, intervention: Intervention) -> Mapping[str, Any]:
+    """What an intervention says of itself; InterventionError unless it is a dict of JSON values."""
+    described = intervention.describe()
+    whose = f"interventions[{name!r}]: describe()"
+    if not isinstance(described, Mapping):
+        raise InterventionError(
+            f'{whose} must return a dict, such as {{"kind": "my method", "strength": 1.0}}, got '
+            f"{got(described)}"
+        )
+    try:
+        json.dumps(described, default=_number)
+    except (TypeError, ValueError) as problem:
+        raise InterventionError(
+            f"{whose} must return JSON values (texts, numbers, lists, dicts): {problem}"
+        ) from None
+    return described
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _must_be_restored(name: str, lm: LanguageModel, before: Mapping[str, Any]) -> None:
+    """Raise InterventionError if the model is not what it was before a variant."""
+    if lost := first_difference(before, parts_of(lm.model)):
+        raise InterventionError(
+            f"interventions[{name!r}] did not restore the model when it was removed: {lost} is not "
+            "what it was before; remove() of the handle must undo all that attach does (copy a "
+            "weight before you change it, and copy it back). The model is still changed: load it "
+            "again"
+        )
 
 
 def command_line() -> str:

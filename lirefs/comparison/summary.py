@@ -67,12 +67,17 @@ class Summary:
         return f"Summary({self.title!r}: {', '.join(self.variants)}; {len(self.tasks)} task(s))"
 
     def _repr_html_(self) -> str:
-        rows = [
-            {"variant": variant}
-            | {f"{group}, %": 100 * self.means[variant, group].value for group in self.groups}
-            for variant in self.variants
-        ]
-        return html_table(f"{self.title}: share of the unchanged model's score", rows)
+        rows = []
+        for variant in self.variants:
+            row = {"variant": variant}
+            for group in self.groups:
+                mean = self.means[variant, group]
+                ends = "" if variant == self.variants[0] else f" [{_percent(mean.low, mean.high)}]"
+                n = self.means[self.variants[0], group].n
+                row[f"{group}, % (n = {n})"] = _percent(mean.value) + ends
+            rows.append(row)
+        tasks = f"{len(self.tasks)} tasks by group"
+        return html_table(f"{self.title}: share of the unchanged model's score, {tasks}", rows)
 
     def of_task(self, task: str) -> list[Cell]:
         """Every variant on one task, the unchanged model first."""
@@ -114,6 +119,11 @@ class Summary:
         import pandas
 
         return pandas.DataFrame(self.rows())
+
+
+def _percent(*shares: float) -> str:
+    """Shares in percent, with three digits."""
+    return ", ".join(f"{100 * one:.3g}" if math.isfinite(one) else "n/a" for one in shares)
 
 
 def plain_json(value: Any) -> Any:

@@ -12,6 +12,8 @@ There are two views of it.
   each module, and the hooks. It is the key of caches, journals and checkpoints.
 
 What cannot be read (offloaded or opaque weights, hooks of others) is a `ProvenanceError`.
+
+`parts_of` is neither: it tells whether one model, in one process, is what it was a moment ago.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import hashlib
 import json
 import sys
 import weakref
+import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -74,6 +77,7 @@ _MODES = {
     "hf_device_map",
     "prepare_inputs_for_generation",
 }
+_UNREADABLE = (RuntimeError, TypeError, NotImplementedError)
 _OF_EVERY_MODULE = set(vars(nn.Module()))
 
 # Hashes of the last few states of each model, so that a sweep hashes its weights once.
@@ -175,6 +179,53 @@ def must_be_told_apart(described: Any, what: str) -> None:
         raise unknown(f"{what} is described by a {type(described).__name__}, which is not JSON")
 
 
+def parts_of(model: nn.Module) -> dict[str, Any]:
+    """What a model consists of now, by names for messages, to be compared with a moment later.
+
+    Weights and saved buffers count by checksums of their values, as their versions miss what is
+    written to `parameter.data`: 0.2 s for the 538 MB of SmolLM2-135M. Values that cannot be read
+    do not count.
+    """
+    hooks = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+    parts: dict[str, Any] = {"a hook of every module": [list(one.values()) for one in hooks]}
+    for name, module in model.named_modules():
+        where = f"module {name or type(module).__name__}"
+        hooks = (module._forward_hooks, module._forward_pre_hooks)
+        parts[f"a hook of {where}"] = [list(one.values()) for one in hooks]
+        parts[f"the forward method of {where}"] = type(module), vars(module).get("forward")
+        for key, buffer in module._buffers.items():
+            if key not in module._non_persistent_buffers_set:
+                parts[f"buffer {name}.{key}"] = _checksum(buffer)
+    for name, parameter in model.named_parameters():
+        parts[f"parameter {name}"] = _checksum(parameter)
+    return parts
+
+
+def first_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Name of the first of `parts_of` that differs; empty where all are equal."""
+    names = dict.fromkeys([*before, *now])
+    return next((name for name in names if before.get(name) != now.get(name)), "")
+
+
+def _checksum(tensor: Tensor | None) -> Any:
+    """A number that changes with a tensor's values; None if they cannot be read."""
+    if tensor is None or tensor.is_meta:
+        return None
+    if type(tensor).__name__ == "DTensor":
+        return _checksum(tensor.to_local())  # type: ignore[attr-defined]
+    if hasattr(tensor, "__tensor_flatten__"):
+        return [_checksum(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0]]
+    try:
+        return tensor.shape, tensor.dtype, zlib.crc32(_bytes_of(tensor))
+    except _UNREADABLE:
+        return None
+
+
+def _bytes_of(tensor: Tensor) -> memoryview:
+    """The values of a tensor as bytes, in their order."""
+    return tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy().data
+
+
 class _State:
     """Tensors, and texts about them: their hash, computed once for each state of a model."""
 
@@ -227,10 +278,9 @@ class _State:
         for label, tensor in self._tensors:
             digest.update(f"{label} {tuple(tensor.shape)} {tensor.dtype}".encode())
             try:
-                flat = tensor.detach().reshape(-1).contiguous().cpu().view(torch.uint8).numpy()
-            except (RuntimeError, TypeError, NotImplementedError) as problem:
+                digest.update(_bytes_of(tensor))
+            except _UNREADABLE as problem:
                 raise unknown(f"{label} is {tensor.dtype} and cannot be read") from problem
-            digest.update(flat.data)
         for text in self._texts[1:]:
             digest.update(text.encode())
         return digest.hexdigest()

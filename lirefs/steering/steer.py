@@ -287,4 +287,8 @@ class Steer(Composable):
 
     def __str__(self) -> str:
         layers = self.layers or sorted({one.layer for one in self.directions})
-        return f"{self.operator} at layers {layers}, scope {self.scope.name!r}"
+        one = isinstance(self.strength, float)
+        strength = f" {self.strength:g}" if one else f" {self.strength!r:.60}"
+        if self.operator == "ablate" and one:  # which has none
+            strength = ""
+        return f"{self.operator}{strength} at layers {layers}, scope {self.scope.name!r}"

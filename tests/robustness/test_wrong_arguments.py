@@ -308,11 +308,11 @@ def test_what_is_printed_is_short(world):
         "probe": "Probe(4 layers, best layer ",
         "direction": "Direction(layer ",
         "states": "Activations((2, 4, 1, 32); layers 0 to 3 at resid_pre",
-        "comparison": "Comparison(unchanged, s; 1 task(s), 1 items)",
+        "comparison": "Comparison(unchanged, s; 1 task, 1 item\np (perplexity): unchanged ",
         "factors": "Factors(2 targets, ",
         "task": "Perplexity('p', 1 item(s))",
         "questions": "Questions(16 from 'questions')",
-        "steer": "Steer(add at layers ",
+        "steer": "Steer(add 1 at layers ",
     }
     for name, words in shown.items():
         assert repr(getattr(world, name)).startswith(words)
