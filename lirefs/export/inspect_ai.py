@@ -132,5 +132,5 @@ class LirefsAPI(ModelAPI):
 
     def _prompt(self, messages: list[ChatMessage]) -> str:
         if self.lm.tokenizer.chat_template is None and len(messages) == 1:
-            return messages[0].text
+            return str(messages[0].text)
         return self.lm.chat([{"role": one.role, "content": one.text} for one in messages])
