@@ -37,6 +37,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "weights": None
         if config.getoption("--run-weights")
         else "needs the SmolLM2 weights: run with --run-weights",
+        "vllm": None if importlib.util.find_spec("vllm") else "needs vLLM: run .ci/vllm",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
     }
     for item in items:

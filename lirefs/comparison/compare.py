@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -34,6 +36,7 @@ from lirefs.model.identity import must_be_told_apart
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.default_suite import default_tasks
+from lirefs.tasks.inference import Engine, generating_on
 from lirefs.tasks.items import ItemTask
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
@@ -52,6 +55,7 @@ def compare(
     title: str = "",
     notes: Sequence[str] = (),
     callback: Callable[[Cell], object] | None = None,
+    engine: Engine | None = None,
 ) -> Comparison:
     """Run tasks on the unchanged model and under each intervention, on the same items.
 
@@ -74,6 +78,9 @@ def compare(
         callback: Called with each finished cell, for logging. Its `p_holm` is None: the adjustment
             needs all cells. Where `torch.distributed` is running, the first process calls it, once
             all have finished.
+        engine: Another runtime of the same model, which generates the answers, such as
+            `lirefs.export.vllm.Engine(llm)`; `lm` encodes and reads them. Tasks that score
+            likelihoods are refused.
 
     Returns:
         Every variant on every task, item by item.
@@ -132,8 +139,17 @@ def compare(
     if BASELINE in interventions:
         raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
     variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
+    if engine is not None:
+        engine.check(lm)
+
+    def changed(one: Intervention | None) -> AbstractContextManager[Any]:
+        own = one is None or engine is None
+        return applied(one, lm.model) if own else engine.steered(one)
+
     for one in interventions.values():  # all are tried before hours of work begin
         with applied(one, lm.model):
+            pass
+        with changed(one):
             pass
     for task in tasks:
         if isinstance(task, ItemTask):
@@ -145,7 +161,9 @@ def compare(
         made_on["identity"] = lm.identity
         for name, settings in described.items():
             must_be_told_apart(settings, f"the intervention {name!r}")
-    digest_of = partial(task_digest, made_on.get("identity", ""), lm)
+    runtime = {} if engine is None else {"engine": engine.describe()}
+    made_by = made_on.get("identity", "") + (json.dumps(runtime) if runtime else "")
+    digest_of = partial(task_digest, made_by, lm)
     rows = {task.name: task_parts(task) for task in tasks}
     pieces = {
         task.name: [(digest_of(piece), piece) for piece in map(task.subset, rows[task.name])]
@@ -172,7 +190,7 @@ def compare(
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
         for variant, intervention in variants.items():
-            with applied(intervention, lm.model):
+            with changed(intervention), generating_on(engine):
                 for name in names:
                     bar.set_postfix_str(f"{variant}: {name}")
                     for key, piece in keyed(variant, name):
@@ -194,6 +212,7 @@ def compare(
             "lirefs": __version__,
             **made_on,
             "device": str(lm.device),
+            **runtime,
             "environment": {
                 "python": platform.python_version(),
                 "platform": platform.platform(),

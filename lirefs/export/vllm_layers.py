@@ -42,6 +42,15 @@ FAMILIES: dict[str, tuple[str, str]] = {
 }
 """Decoder layers that were compared: where `attn_out` and `mlp_out` are; empty where nowhere."""
 
+_SCOPES: dict[str, Callable[..., Scope]] = {
+    "all": scopes.all_tokens,
+    "prompt": scopes.prompt,
+    "generated": scopes.generated,
+    "last_prompt_token": scopes.last_prompt_token,
+    "first_generated": scopes.first_generated,
+    "from_position": scopes.from_position,
+}
+
 Batch = Callable[[], tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]
 """Gives the prompt length of each request of this pass, and where the tokens of each end."""
 
@@ -93,32 +102,30 @@ def scope_of(described: Mapping[str, Any]) -> Scope:
     """The scope with this description (`Scope.describe`), which holds for every request alike."""
     settings = dict(described)
     name = settings.pop("name")
-    if name in ("mask", "spans") or "unknown" in settings:
+    if name not in _SCOPES:
         raise BackendError(
-            f"the scope {name!r} is made for certain texts, and an engine runs any; use all, "
-            "prompt, generated, last_prompt_token, first_generated or from_position"
+            f"the scope {name!r} is made for certain texts, and an engine runs any; use "
+            f"{', '.join(_SCOPES)}"
         )
-    if name == "all":
-        return scopes.ALL
-    made: Scope = getattr(scopes, name)(**settings)
-    return made
+    return _SCOPES[name](**settings)
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:
     """The decoder layers, those in other processes as placeholders; BackendError if unknown."""
     lists = [list(one) for one in model.modules() if isinstance(one, nn.ModuleList)]
     for layers in sorted(lists, key=len, reverse=True):
-        here = {_family(layer) for layer in layers if not _missing(layer)}
+        here = {family(layer) for layer in layers if not _missing(layer)}
         if here and here <= FAMILIES.keys():
             return layers
-    kinds = {_family(one) for layers in lists for one in layers if not _missing(one)}
+    kinds = {family(one) for layers in lists for one in layers if not _missing(one)}
     raise BackendError(
         f"vLLM runs this model as {type(model).__name__}, whose layers ({', '.join(sorted(kinds))}) "
         "were not compared with those of transformers; use hooks there, or see lirefs.export.ways"
     )
 
 
-def _family(layer: nn.Module) -> str:
+def family(layer: nn.Module) -> str:
+    """The name under which `FAMILIES` has a layer."""
     return f"{type(layer).__module__.rpartition('.')[2]}.{type(layer).__name__}"
 
 
@@ -180,11 +187,11 @@ def _hook(layer: nn.Module, site: str, change: Callable[..., Any]) -> Any:
         return layer.register_forward_pre_hook(_on_input(layer, change), with_kwargs=True)
     if site == "resid_post":
         return layer.register_forward_hook(_on_output(change))
-    attention, mlp = FAMILIES[_family(layer)]
+    attention, mlp = FAMILIES[family(layer)]
     if not (name := attention if site == "attn_out" else mlp):
         having = "resid_pre and resid_post" + (" and mlp_out" if mlp else "")
         raise BackendError(
-            f"vLLM has no module that gives {site} in {_family(layer)}; it has {having}"
+            f"vLLM has no module that gives {site} in {family(layer)}; it has {having}"
         )
     return layer.get_submodule(name).register_forward_hook(_on_part(change))
 

@@ -27,7 +27,7 @@ from lirefs.model.intervention import (
     reserve,
     steerings_of,
 )
-from lirefs.model.layout import SITES, Layout, layer_indices, missing_layer
+from lirefs.model.layout import SITES, Layout, layer_indices, missing_layer, site_must_exist
 from lirefs.model.layout_search import layout_of
 from lirefs.steering.first_pass import FirstPass
 from lirefs.steering.gate import Gate
@@ -191,16 +191,22 @@ class Steer(Composable):
 
         Raises:
             InterventionError: A layer or a width does not fit, or a layer has no strength.
+            SettingError: No such site.
         """
         places = self._places(layout)
         read = [] if self.gate is None else [self.gate.direction]
-        for layer, one in [*((layer, one) for layer, _, one in places), *((g.layer, g) for g in read)]:
+        for layer, one in [
+            *((layer, one) for layer, _, one in places),
+            *((g.layer, g) for g in read),
+        ]:
             if one.vector.shape != (layout.width,):
                 raise InterventionError(
                     f"the direction has width {tuple(one.vector.shape)}, the model {layout.width}"
                 )
             if problem := missing_layer([layer], layout.n_layers):
                 raise InterventionError(problem)
+        for _, site, _ in places:
+            site_must_exist(site)
         if isinstance(self.strength, dict):
             for layer in sorted({layer for layer, _, _ in places} - self.strength.keys()):
                 raise InterventionError(f"no strength for layer {layer}")
