@@ -217,10 +217,8 @@ def rows(runtime: str, models: list[str]) -> Iterator[dict[str, Any]]:
 
 def table(found: list[dict[str, Any]]) -> str:
     """The rows in Markdown."""
-    lines = [
-        "| runtime | model | steering | largest difference | same text |",
-        "|---|---|---|---|---|",
-    ]
+    columns = ("runtime", "model", "steering", "largest difference", "same text")
+    lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [
         f"| {one['runtime']} | {one['model']} | {one['steering']} | {one['difference']:.1e} | "
         f"{'yes' if one['equal'] else 'no'} |"

@@ -143,8 +143,9 @@ def compare(
         engine.check(lm)
 
     def changed(one: Intervention | None) -> AbstractContextManager[Any]:
-        own = one is None or engine is None
-        return applied(one, lm.model) if own else engine.steered(one)
+        if one is None or engine is None:
+            return applied(one, lm.model)
+        return engine.steered(one)
 
     for one in interventions.values():  # all are tried before hours of work begin
         with applied(one, lm.model):

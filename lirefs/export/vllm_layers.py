@@ -9,7 +9,7 @@ stream), so a family is steered only if it was compared with `transformers`.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,9 +117,9 @@ def _layers(model: nn.Module) -> list[nn.Module]:
         here = {family(layer) for layer in layers if not _missing(layer)}
         if here and here <= FAMILIES.keys():
             return layers
-    kinds = {family(one) for layers in lists for one in layers if not _missing(one)}
+    kinds = sorted({family(one) for layers in lists for one in layers if not _missing(one)})
     raise BackendError(
-        f"vLLM runs this model as {type(model).__name__}, whose layers ({', '.join(sorted(kinds))}) "
+        f"vLLM runs this model as {type(model).__name__}, whose layers ({', '.join(kinds)}) "
         "were not compared with those of transformers; use hooks there, or see lirefs.export.ways"
     )
 
@@ -152,12 +152,11 @@ class _Masked:
         def change(hidden: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
             mask = self._mask
             new = operator(hidden if residual is None else hidden + residual)
-            rest = None if residual is None else torch.zeros_like(residual)
             if mask is None:
-                return new, rest
+                return new, None if residual is None else torch.zeros_like(residual)
             # Other tokens keep their pair, whose sum would be rounded here.
-            kept = None if rest is None else torch.where(mask, rest, residual)
-            return torch.where(mask, new, hidden), kept
+            rest = None if residual is None else residual.masked_fill(mask, 0.0)
+            return torch.where(mask, new, hidden), rest
 
         return change
 
@@ -197,16 +196,16 @@ def _hook(layer: nn.Module, site: str, change: Callable[..., Any]) -> Any:
 
 
 def _on_input(layer: nn.Module, change: Callable[..., Any]) -> Callable[..., Any]:
-    names: Sequence[str] = list(inspect.signature(layer.forward).parameters)
+    signature = inspect.signature(layer.forward)
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given, named = list(args), dict(kwargs)
-        at = {name: (given, index) for index, name in enumerate(names[: len(args)])}
-        at |= {name: (named, name) for name in kwargs}  # type: ignore[dict-item]
-        held, key = at["hidden_states"]
-        other: Any = at.get("residual", ([None], 0))
-        held[key], other[0][other[1]] = change(held[key], other[0][other[1]])
-        return tuple(given), named
+        bound = signature.bind(*args, **kwargs)
+        given = bound.arguments
+        hidden, residual = change(given["hidden_states"], given.get("residual"))
+        given["hidden_states"] = hidden
+        if residual is not None:
+            given["residual"] = residual
+        return bound.args, bound.kwargs
 
     return hook
 

@@ -194,11 +194,10 @@ class Steer(Composable):
             SettingError: No such site.
         """
         places = self._places(layout)
-        read = [] if self.gate is None else [self.gate.direction]
-        for layer, one in [
-            *((layer, one) for layer, _, one in places),
-            *((g.layer, g) for g in read),
-        ]:
+        given = [(layer, one) for layer, _, one in places]
+        if self.gate is not None:
+            given.append((self.gate.direction.layer, self.gate.direction))
+        for layer, one in given:
             if one.vector.shape != (layout.width,):
                 raise InterventionError(
                     f"the direction has width {tuple(one.vector.shape)}, the model {layout.width}"

@@ -40,7 +40,7 @@ UNFINISHED = 0.9
 
 
 class Engine(Protocol):
-    """Another runtime that generates in place of `lm.model`, such as `lirefs.export.vllm.Engine`."""
+    """Another runtime that generates for `lm.model`, such as `lirefs.export.vllm.Engine`."""
 
     def check(self, lm: LanguageModel) -> None:
         """Raise an error unless it runs the same model."""

@@ -1,4 +1,4 @@
-"""Operators on layers as vLLM builds them, without vLLM: sums of pairs, tokens of a packed batch."""
+"""Operators on layers as vLLM builds them, without vLLM: sums of pairs, packed batches."""
 
 import math
 import os
@@ -173,7 +173,7 @@ def test_nothing_is_left_where_one_place_fails(decoder, monkeypatch, fault):
         monkeypatch.setitem(FAMILIES, vllm_layers.family(decoder.layers[0]), ("self_attn", ""))
     else:
         plan["places"][2]["layer"] = 7
-    with pytest.raises(BackendError, match="no module that gives mlp_out|layer 7 does not exist"):
+    with pytest.raises(BackendError, match=r"no module that gives mlp_out|layer 7 does not exist"):
         place_operators(decoder, plan, lambda: BATCH)
     assert hooks_on(decoder) == 0
 
@@ -397,6 +397,5 @@ def test_likelihoods_are_not_scored_on_an_engine(lm):
     task = Perplexity("texts", ["some text", "another text"])
     with pytest.raises(TaskError, match="comparison without engine"):
         compare(lm, {}, [task], progress=False, engine=CannedEngine([1]))
-    assert math.isfinite(
-        compare(lm, {}, [task], progress=False).cell("unchanged", "texts").value.value
-    )
+    found = compare(lm, {}, [task], progress=False)
+    assert math.isfinite(found.cell("unchanged", "texts").value.value)
