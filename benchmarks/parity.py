@@ -45,7 +45,7 @@ NEW_TOKENS = 6
 
 @dataclass
 class Run:
-    """Greedy continuations, and the log-probabilities that chose each token: (tokens, vocabulary)."""
+    """Greedy continuations, and the log-probabilities at each step, (tokens, vocabulary)."""
 
     tokens: list[list[int]]
     logprobs: list[Tensor]
@@ -132,7 +132,7 @@ def transformer_lens() -> Callable[[Any], Callable[[lirefs.Steer], Run]]:
 
 
 def nnsight() -> Callable[[Any], Callable[[lirefs.Steer], Run]]:
-    """nnsight's traces."""
+    """Traces of nnsight."""
     from lirefs.export import nnsight as sight
 
     def on(lm: Any) -> Callable[[lirefs.Steer], Run]:

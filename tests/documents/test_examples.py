@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import lirefs
 from kfac import Factors
 from lirefs.export.gguf import from_gguf
+from lirefs.export.vllm import WORKER
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -204,3 +205,10 @@ def test_finished_cells_are_sent_to_mlflow(example):
     sent = mlflow.last_active_run().data.metrics
     assert sent["planted sequences/unchanged"] == 1
     assert len(sent) == 9
+
+
+@pytest.mark.vllm
+def test_serve_vllm(example, tmp_path):
+    printed = example("serve_vllm", "--folder", tmp_path, "--port", 8431)
+    assert "same text: True" in printed
+    assert f"--worker-cls {WORKER}" in printed
