@@ -97,8 +97,7 @@ gap = max(
 )
 print(f"unsteered: {lm.generate(PROMPT, max_new_tokens=4)!r}")
 print(f"served:    {answer['text']!r}")
-print(
-    f"largest difference of log-probabilities from hooks: {gap:.1e}; same text: {greedy == tokens}"
-)
+print(f"largest difference of log-probabilities from hooks: {gap:.1e}")
+print(f"same text: {greedy == tokens}")
 if gap > 1e-3 or greedy != tokens:
     sys.exit("the server does not answer as the hooks do")

@@ -61,7 +61,7 @@ def chunked(organism):
 def caching(organism):
     """An engine that keeps prefixes, and takes prompts whole."""
     lm, folder = organism
-    settings = {"enable_chunked_prefill": False, "enable_prefix_caching": True, "block_size": 16}
+    settings = {"enable_chunked_prefill": False, "enable_prefix_caching": True}
     with engine(folder, **settings) as llm:
         yield lm, llm
 
@@ -95,16 +95,31 @@ def test_operators_sites_and_scopes(chunked, operator, site, scope):
 
 @pytest.mark.parametrize("operator", OPERATORS)
 @pytest.mark.parametrize("scope", ["all", scopes.from_position(7)], ids=str)
-def test_with_cached_prefixes(caching, operator, scope):
+def test_with_cached_prefixes(caching, monkeypatch, operator, scope):
     lm, llm = caching
-    agrees(lm, llm, None)  # the cache holds the prompts, unsteered
+    # A block of the cache has 32 tokens or more.
+    monkeypatch.setattr(parity, "PROMPTS", [" ".join(2 * [one]) for one in parity.PROMPTS[1:2]])
+    agrees(lm, llm, None)
+    assert cached(lm, llm) > 0  # the prompt, unsteered
     steer = Steer(direction(lm), operator, OPERATORS[operator], scope=scope)
-    agrees(lm, llm, steer)
-    with ours.steered(llm, steer):  # from the cache, steered
-        first, second = (parity.generated_by(llm, lm) for _ in range(2))
-    assert first.tokens == second.tokens
-    assert second.difference(first) <= CLOSE
-    agrees(lm, llm, None)  # and nothing of the steering is left in it
+    expected = parity.hooks(lm, steer)
+    with ours.steered(llm, steer):
+        assert cached(lm, llm) == 0
+        assert cached(lm, llm) > 0  # the prompt, steered
+        found = parity.generated_by(llm, lm)
+    assert found.tokens == expected.tokens
+    assert found.difference(expected) <= CLOSE
+    assert cached(lm, llm) == 0
+    agrees(lm, llm, None)
+
+
+def cached(lm, llm):
+    """Tokens of the prompt that the engine does not compute again."""
+    from vllm import SamplingParams
+
+    given = [{"prompt_token_ids": ids} for ids in lm.encode(parity.PROMPTS)]
+    found = llm.generate(given, SamplingParams(max_tokens=1), use_tqdm=False)
+    return found[0].num_cached_tokens
 
 
 def test_scopes_that_a_cached_prefix_would_break(caching):
