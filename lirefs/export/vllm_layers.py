@@ -102,7 +102,7 @@ def scope_of(described: Mapping[str, Any]) -> Scope:
     """The scope with this description (`Scope.describe`), which holds for every request alike."""
     settings = dict(described)
     name = settings.pop("name")
-    if name not in _SCOPES:
+    if name not in _SCOPES or "unknown" in settings:
         raise BackendError(
             f"the scope {name!r} is made for certain texts, and an engine runs any; use "
             f"{', '.join(_SCOPES)}"

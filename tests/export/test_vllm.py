@@ -61,7 +61,7 @@ def chunked(organism):
 def caching(organism):
     """An engine that keeps prefixes, and takes prompts whole."""
     lm, folder = organism
-    settings = {"enable_chunked_prefill": False, "enable_prefix_caching": True}
+    settings = {"enable_chunked_prefill": False, "enable_prefix_caching": True, "block_size": 32}
     with engine(folder, **settings) as llm:
         yield lm, llm
 

@@ -205,7 +205,7 @@ REFUSED = {
         "made for certain texts",
     ),
     "own name": (
-        Steer(direction(), "add", scope=scopes.Scope("mine", lambda t: t.age > 2, {"n": 1})),
+        Steer(direction(), "add", scope=scopes.Scope("prompt", lambda t: t.age > 2)),
         {},
         "made for certain texts",
     ),
