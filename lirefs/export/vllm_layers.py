@@ -23,22 +23,9 @@ from lirefs.steering import scope as scopes
 from lirefs.steering.operators import Operator
 from lirefs.steering.scope import Scope
 
-_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
-_PARTS = ("self_attn", "mlp")
 FAMILIES: dict[str, tuple[str, str]] = {
-    "llama.LlamaDecoderLayer": _PARTS,  # and Phi-3
-    "mistral.MistralDecoderLayer": _PARTS,
-    "qwen2.Qwen2DecoderLayer": _PARTS,
-    "qwen3.Qwen3DecoderLayer": _PARTS,
-    "gemma2.Gemma2DecoderLayer": _NORMS,
-    "gemma3.Gemma3DecoderLayer": _NORMS,
+    "llama.LlamaDecoderLayer": ("self_attn", "mlp"),
     "gpt2.GPT2Block": ("attn", "mlp"),
-    "opt.OPTDecoderLayer": ("self_attn", "fc2"),
-    "bloom.BloomBlock": ("", "mlp"),
-    "falcon.FalconDecoderLayer": ("", ""),
-    # Of transformers itself, which vLLM runs where it has no code of its own.
-    "modeling_olmo2.Olmo2DecoderLayer": ("", ""),
-    "modeling_gpt_neox.GPTNeoXLayer": ("", ""),
 }
 """Decoder layers that were compared: where `attn_out` and `mlp_out` are; empty where nowhere."""
 

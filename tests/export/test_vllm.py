@@ -214,10 +214,7 @@ def test_workers_that_share_each_layer(organism, monkeypatch):
             agrees(lm, llm, steer)
 
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3", "gpt2", "opt"]
-FAMILIES += ["bloom", "falcon", "olmo2", "gpt_neox"]
-PARTS = ("attn_out", "mlp_out")
-ABSENT = {"bloom": ("attn_out",), "falcon": PARTS, "olmo2": PARTS, "gpt_neox": PARTS}
+FAMILIES = ["llama", "gpt2"]
 
 
 def one_head(family):
@@ -235,12 +232,7 @@ def test_families(tmp_path, monkeypatch, family):
     with engine(folder, enable_prefix_caching=False) as llm:
         agrees(lm, llm, None)
         for site in SITES:
-            steer = Steer(direction(lm, site), "clamp", 5.0)
-            if site in ABSENT.get(family, ()):
-                with pytest.raises(BackendError, match=f"no module that gives {site}"):
-                    ours.steered(llm, steer).__enter__()
-            else:
-                agrees(lm, llm, steer)
+            agrees(lm, llm, Steer(direction(lm, site), "clamp", 5.0))
         agrees(lm, llm, Steer(direction(lm), "add", layers="all", scope="prompt"))
 
 
