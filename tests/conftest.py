@@ -40,6 +40,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         if config.getoption("--run-weights")
         else "needs the SmolLM2 weights: run with --run-weights",
         "llama": None if VARIABLE in os.environ else "needs llama-server: run .ci/llama",
+        "vllm": None if importlib.util.find_spec("vllm") else "needs vLLM: run .ci/vllm",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
     }
     for item in items:

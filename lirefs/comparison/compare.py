@@ -8,6 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -41,6 +42,7 @@ from lirefs.model.intervention import (
 )
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.default_suite import default_tasks
+from lirefs.tasks.inference import Engine, generating_on
 from lirefs.tasks.items import ItemTask
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
@@ -59,6 +61,7 @@ def compare(
     title: str = "",
     notes: Sequence[str] = (),
     callback: Callable[[Cell], object] | None = None,
+    engine: Engine | None = None,
 ) -> Comparison:
     """Run tasks on the unchanged model and under each intervention, on the same items.
 
@@ -83,6 +86,9 @@ def compare(
         callback: Called with each finished cell, for logging. Its `p_holm` is None: the adjustment
             needs all cells. Where `torch.distributed` is running, the first process calls it, once
             all have finished.
+        engine: Another runtime of the same model, which generates the answers, such as
+            `lirefs.export.vllm.Engine(llm)`; `lm` encodes and reads them. Tasks that score
+            likelihoods are refused.
 
     Returns:
         Every variant on every task, item by item.
@@ -146,8 +152,18 @@ def compare(
     described = {name: _description(name, one) for name, one in interventions.items()}
     hand_written = {name for name, one in interventions.items() if is_hand_written(one)}
     before = parts_of(lm.model) if hand_written else {}
+    if engine is not None:
+        engine.check(lm)
+
+    def changed(one: Intervention | None) -> AbstractContextManager[Any]:
+        if one is None or engine is None:
+            return applied(one, lm.model)
+        return engine.steered(one)
+
     for name, one in interventions.items():  # all are tried before hours of work begin
         with applied(one, lm.model):
+            pass
+        with changed(one):
             pass
         if name in hand_written:
             _must_be_restored(name, lm, before)
@@ -160,7 +176,9 @@ def compare(
         made_on["identity"] = lm.identity
         for name, settings in described.items():
             must_be_told_apart(settings, f"the intervention {name!r}")
-    digest_of = partial(task_digest, made_on.get("identity", ""), lm)
+    runtime = {} if engine is None else {"engine": engine.describe()}
+    made_by = made_on.get("identity", "") + (json.dumps(runtime) if runtime else "")
+    digest_of = partial(task_digest, made_by, lm)
     rows = {task.name: task_parts(task) for task in tasks}
     pieces = {
         task.name: [(digest_of(piece), piece) for piece in map(task.subset, rows[task.name])]
@@ -187,7 +205,7 @@ def compare(
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
         for variant, intervention in variants.items():
-            with applied(intervention, lm.model):
+            with changed(intervention), generating_on(engine):
                 for name in names:
                     bar.set_postfix_str(f"{variant}: {name}")
                     for key, piece in keyed(variant, name):
@@ -211,6 +229,7 @@ def compare(
             "lirefs": __version__,
             **made_on,
             "device": str(lm.device),
+            **runtime,
             "environment": {
                 "python": platform.python_version(),
                 "platform": platform.platform(),

@@ -1,7 +1,7 @@
 """Steering for other runtimes and file formats.
 
-`lirefs.export.transformer_lens` and `lirefs.export.nnsight` are imported by name, because each
-needs a package that takes seconds to load.
+`lirefs.export.transformer_lens`, `lirefs.export.nnsight` and `lirefs.export.vllm` are imported by
+name: each needs a package that takes seconds to load.
 """
 
 from lirefs.export.bake import bake

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -14,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.batching import batches_by_tokens, check_length
 from lirefs.model.guest import accepts, evaluating
+from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
 from lirefs.model.traits import Traits, cache_name, quantizes_tokens_together
@@ -34,6 +37,41 @@ ENOUGH = 256
 # A batch drops its finished rows once at most this share of its rows is unfinished. Copying the
 # cache of those is cheap compared with a step on a CPU, less so on an accelerator.
 UNFINISHED = 0.9
+
+
+class Engine(Protocol):
+    """Another runtime that generates for `lm.model`, such as `lirefs.export.vllm.Engine`."""
+
+    def check(self, lm: LanguageModel) -> None:
+        """Raise an error unless it runs the same model."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its numbers, as JSON values."""
+
+    def steered(self, intervention: Intervention) -> AbstractContextManager[Any]:
+        """The engine under an intervention, inside a `with`."""
+
+    def greedy(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        ends: Collection[int],
+        until: Sequence[str],
+    ) -> list[list[int]]:
+        """Greedy continuations; it may end them at these tokens and texts, which are kept."""
+
+
+_ENGINE: ContextVar[Engine | None] = ContextVar("engine", default=None)
+
+
+@contextmanager
+def generating_on(engine: Engine | None) -> Iterator[None]:
+    """Let `greedy` run on an engine inside the `with`; None for the model itself."""
+    token = _ENGINE.set(engine)
+    try:
+        yield
+    finally:
+        _ENGINE.reset(token)
 
 
 def greedy(
@@ -72,6 +110,11 @@ def greedy(
 
     whole_number(max_new_tokens, "max_new_tokens", least=1, error=TaskError)
     must_fit(lm, prompts, lambda prompt: len(prompt) + max_new_tokens - 1)
+    if (engine := _ENGINE.get()) is not None:
+        known = [token for token in lm.end_tokens if stop is not None and stop(token)]
+        found = engine.greedy(prompts, max_new_tokens, known, texts)
+        advance(len(prompts))
+        return [_cut(row, ends) for row in found]
     results: dict[int, list[int]] = {}
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     traits = lm.traits.within(max(lengths, default=0))
@@ -182,6 +225,11 @@ def token_nlls(
 
 def _causal_traits(lm: LanguageModel) -> Traits:
     """The traits of a model whose log-likelihoods mean something; TaskError for others."""
+    if _ENGINE.get() is not None:
+        raise TaskError(
+            "an engine runs the tasks that generate their answer (ShortAnswer, Recitation); "
+            "likelihoods are scored on the model itself, in a comparison without engine"
+        )
     if not lm.traits.causal:
         reason, remedy = "tokens see later ones in this model", "use tasks that generate"
         if quantizes_tokens_together(lm.model):
@@ -251,6 +299,12 @@ class _Batch:
         self.mask = self.mask[rows]
         self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
+
+
+def _cut(row: list[int], ends: Callable[[list[int]], bool]) -> list[int]:
+    """A continuation up to the token with which it ends."""
+    lengths = range(1, len(row) + 1)
+    return row[: next((length for length in lengths if ends(row[:length])), len(row))]
 
 
 def _decode(

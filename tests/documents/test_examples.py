@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM
 import lirefs
 from kfac import Factors
 from lirefs.export.gguf import from_gguf
+from lirefs.export.vllm import WORKER
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -217,3 +218,10 @@ def test_serve_llama_gets_the_same_text_over_http(example, tmp_path, monkeypatch
     texts = [line.split(":", 1)[1].strip() for line in printed.splitlines()]
     assert texts[0] == texts[1]
     assert texts[2] == texts[3] != texts[0]
+
+
+@pytest.mark.vllm
+def test_serve_vllm(example, tmp_path):
+    printed = example("serve_vllm", "--folder", tmp_path, "--port", 8431)
+    assert "same text: True" in printed
+    assert f"--worker-cls {WORKER}" in printed
