@@ -34,7 +34,13 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
         "overview.tex",
         *(
             f"{name}.{kind}"
-            for name in ("retained", "retained_tasks", "separation", "spectrum")
+            for name in (
+                "retained",
+                "retained-dark",
+                "retained_tasks",
+                "separation",
+                "spectrum",
+            )
             for kind in ("png", "svg")
         ),
         "directions.safetensors",

@@ -77,7 +77,9 @@ def test_a_task_at_chance_is_marked_and_left_out_of_the_mean(tmp_path):
     assert one.summary().groups == {"reasoning": ("solved",)}
     assert one.summary().means["v", "reasoning"].n == 40
     page = write_report(one, tmp_path)
-    assert "chance 0.25; unchanged model not above chance" in page.read_text()
+    assert "chance 25 %; unchanged model not above chance" in page.read_text().replace(
+        "\u00a0", " "
+    )
     none = scored(guessed=0.3)
     assert math.isnan(none.summary().means["v", "reasoning"].value)
     assert write_report(none, tmp_path).exists()

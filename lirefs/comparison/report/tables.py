@@ -106,7 +106,7 @@ def _guessing(summary: Summary) -> str:
     base, shares = summary.variants[0], []
     for group, some in summary.groups.items():
         scores = {task: summary.cells[base, task].value.value for task in some}
-        kept = [summary.tasks[task].chance / score for task, score in scores.items() if score]
+        kept = [summary.tasks[task].chance / score for task, score in scores.items() if score > 0]
         if any(kept):
             shares.append(f"{as_number(100 * sum(kept) / len(kept))} % of {group}")
     if not shares:
