@@ -12,7 +12,7 @@ import argparse
 import json
 import multiprocessing
 import os
-import resource
+import re
 import tempfile
 import time
 from collections.abc import Callable
@@ -83,6 +83,8 @@ def refined(matrix: Tensor, rounds: int) -> Decomposed:
 
 
 def by_scipy(driver: str, dtype: type) -> Callable[[Tensor], Decomposed]:
+    """One of scipy's drivers of LAPACK."""
+
     def run(matrix: Tensor) -> Decomposed:
         values, vectors = scipy.linalg.eigh(
             matrix.numpy().astype(dtype), driver=driver, overwrite_a=True, check_finite=False
@@ -93,11 +95,13 @@ def by_scipy(driver: str, dtype: type) -> Callable[[Tensor], Decomposed]:
 
 
 def on_cuda(matrix: Tensor) -> Decomposed:
+    """cuSOLVER, with the copies to and from the device."""
     values, vectors = torch.linalg.eigh(matrix.cuda())
     return values.cpu(), vectors.cpu()
 
 
 def ours(matrix: Tensor) -> Decomposed:
+    """What kfac does, in ascending order."""
     values, vectors = eigenbasis(matrix)
     return values.flip(0), vectors.flip(1)
 
@@ -118,6 +122,17 @@ ROUTINES: dict[str, Callable[[Tensor], Decomposed]] = {
     "kfac.eigenbasis": ours,
     "torch CUDA": on_cuda,
 }
+
+
+def peak_memory(reset: bool = False) -> int:
+    """Largest memory of this process in bytes, since the last reset (Linux)."""
+    if reset:
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
+    line = re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text("utf-8"))
+    assert line is not None
+    return int(line[1]) * 1024
+
+
 SLOW = ("scipy syevx", "scipy syev")
 """Routines that are measured up to 2048 alone."""
 
@@ -127,12 +142,11 @@ def measured(routine: str, folder: Path, out: str) -> None:
     matrix = torch.from_numpy(np.load(folder / "matrix.npy"))
     warm = torch.eye(64, dtype=torch.float64)
     ROUTINES[routine](warm)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_memory(reset=True)
     wall, cpu = time.perf_counter(), time.process_time()
     values, vectors = ROUTINES[routine](matrix)
     found = {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-    matrices = matrix.numel() * 8 / 1024
-    found["memory"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / matrices
+    found["memory"] = (peak_memory() - before) / (8 * matrix.numel())  # in matrices
     reference = folder / "reference.npz"
     if not reference.exists():
         np.savez(reference, values=values.numpy(), vectors=vectors.numpy())
@@ -149,6 +163,7 @@ def measured(routine: str, folder: Path, out: str) -> None:
 
 
 def main() -> None:
+    """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sizes", type=int, nargs="+", default=[1024, 2048])
     parser.add_argument("--kinds", nargs="+", default=["decaying"])

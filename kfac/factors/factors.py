@@ -169,9 +169,7 @@ class Factors:
         return self._record(name).count
 
     def eigen(self, name: str) -> Eigen:
-        """Return float64 spectra and eigenvectors of both sides of a target.
-
-        A shared A is decomposed only once. `eigen_A` and `eigen_G` give one side alone.
+        """Return float64 spectra and eigenvectors of a target; a shared A is decomposed only once.
 
         Raises:
             SpectrumError: A factor is not finite.
@@ -194,9 +192,7 @@ class Factors:
         spread: bool = False,
         progress: bool = True,
     ) -> None:
-        """Compute the eigenbases that are still missing, before an edit or analysis needs them.
-
-        Factors with a file write each finished one next to it, so an interrupted run goes on.
+        """Compute missing eigenbases; with a file each is kept at once, so a stopped run goes on.
 
         Args:
             names: Target names; None for all.
@@ -210,15 +206,14 @@ class Factors:
         """
         if not sides or not set(sides) <= {"A", "G"}:
             raise KfacError(f"sides={sides!r}: use 'A', 'G' or 'AG'")
-        names = self.names if names is None else list(names)
-        keys = [self._record(name).key(side, name) for name in names for side in sides]
+        named = [(name, self._record(name)) for name in (self.names if names is None else names)]
+        keys = [record.key(side, name) for name, record in named for side in sides]
         self._bases.compute(keys, spread=spread, progress=progress)
 
     def eigenvectors(self, name: str, like: Tensor) -> tuple[Tensor, Tensor]:
         """Return U_G and U_A of a target on the device and in the dtype of `like`, copied once."""
-        record = self._record(name)
-        u_out, u_in = (self._bases.vectors(record.key(kind, name), like) for kind in "GA")
-        return u_out, u_in
+        output, inside = (self._record(name).key(kind, name) for kind in "GA")
+        return self._bases.vectors(output, like), self._bases.vectors(inside, like)
 
     def curvature(self, name: str, estimator: str = "kfac") -> Curvature:
         """Return the mass that an estimator gives to each coordinate of a target.
