@@ -90,6 +90,11 @@ class Bases:
             self._copies[which] = self[key][1].to(like.device, like.dtype)
         return self._copies[which]
 
+    def forget(self) -> None:
+        """Free the bases that can be had again: from the folder, or else by decomposing."""
+        self._known = {key: one for key, one in self._known.items() if key in self._fixed}
+        self._copies = {}
+
     def keep_in(self, path: str | os.PathLike[str]) -> None:
         """Look for bases next to the factors' file, and keep there what is computed from now on."""
         self._folder = Path(f"{os.fspath(path)}.bases")
@@ -168,7 +173,9 @@ class Bases:
         tensors = {"values": values, "vectors": vectors}
         try:
             write_tensors(path, tensors, {_HEADER: json.dumps(header)})
-        except WriteError as error:
+            # From now on its memory is a cache of the file, which the system can take back.
+            self._known[key] = _read(path, self._digests[key])
+        except (WriteError, FactorsFileError) as error:
             _log.warning("%s; continuing, but the next run decomposes it again", error)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -17,7 +16,7 @@ from kfac.factors.eigen import Eigen
 from kfac.factors.estimators import ESTIMATORS, Curvature, marginal_spectra
 from kfac.factors.factors_file import FORMAT, factors_arguments
 from kfac.factors.spectrum import draw_spectrum, spectrum_of
-from kfac.factors.tensor_file import read_tensors, tensor_bytes, write_tensors
+from kfac.factors.tensor_file import digest_of, read_tensors, write_tensors
 from kfac.target import Target, TargetRecord, weight_digest
 from kfac.targets import named_targets
 from lirefs.errors import (
@@ -125,10 +124,8 @@ class Factors:
             last = len(self.names) - 1
             some = dict.fromkeys(round(last * part / 8) for part in range(9))
             names = [self.names[index] for index in some]
-        spectra = []
-        for name in names:
-            eigen = self.eigen(name)
-            spectra.append(spectrum_of(name, eigen.lam.numpy(), eigen.mu.numpy(), keep))
+        sides = ((name, self.eigen_G(name)[0], self.eigen_A(name)[0]) for name in names)
+        spectra = [spectrum_of(name, lam.numpy(), mu.numpy(), keep) for name, lam, mu in sides]
         if not spectra:
             raise TargetError("no target names were given to plot")
         return draw_spectrum(spectra)
@@ -215,6 +212,11 @@ class Factors:
         output, inside = (self._record(name).key(kind, name) for kind in "GA")
         return self._bases.vectors(output, like), self._bases.vectors(inside, like)
 
+    def forget(self) -> None:
+        """Free eigenvectors and rotated weights that were computed here; they are when needed."""
+        self._bases.forget()
+        self._coordinates = {}
+
     def curvature(self, name: str, estimator: str = "kfac") -> Curvature:
         """Return the mass that an estimator gives to each coordinate of a target.
 
@@ -235,16 +237,13 @@ class Factors:
             table = self._mean("D" if estimator == "diagonal" else "E", name)
             return Curvature(estimator, None, None, table, rotated=estimator == "ekfac")
         record = self._record(name)
-        if estimator == "input":
-            lam, mu = torch.ones(record.out_features, dtype=torch.float64), self.eigen_A(name)[0]
-        elif estimator == "output":
-            lam, mu = self.eigen_G(name)[0], torch.ones(record.in_features, dtype=torch.float64)
-        else:
-            basis = self.eigen(name)
-            lam, mu = basis.lam, basis.mu
         if estimator == "marginal":
-            weighted_a, weighted_g = self._mean("AW", name), self._mean("GW", name)
-            lam, mu = marginal_spectra(weighted_a, weighted_g, basis.u_out, basis.u_in)
+            sums, basis = (self._mean("AW", name), self._mean("GW", name)), self.eigen(name)
+            lam, mu = marginal_spectra(*sums, basis.u_out, basis.u_in)
+        else:
+            ones = torch.ones(max(record.shape("D")), dtype=torch.float64)
+            lam = ones[: record.out_features] if estimator == "input" else self.eigen_G(name)[0]
+            mu = ones[: record.in_features] if estimator == "output" else self.eigen_A(name)[0]
         return Curvature(estimator, lam, mu, None, rotated=True)
 
     def coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
@@ -274,11 +273,7 @@ class Factors:
     def digest(self) -> str:
         """SHA-256 over everything stored except provenance; equal after save and load."""
         if self._digest is None:
-            sha = hashlib.sha256(json.dumps(self._header()).encode())
-            for key, tensor in sorted(self._tensors().items()):
-                sha.update(key.encode())
-                sha.update(tensor_bytes(tensor))
-            self._digest = sha.hexdigest()
+            self._digest = digest_of(self._header(), self._tensors())
         return self._digest
 
     def check(self, model: nn.Module) -> None:
