@@ -40,6 +40,8 @@ from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
 from lirefs.tasks.texts import TextRow, text_rows
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
+SHARD = "1GB"
+"""Size of a file of an edited model: safetensors holds a second copy of a file while it writes."""
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
     Path | None,
@@ -141,7 +143,9 @@ def edit_command(
 ) -> None:
     """Edit a model and save it in a folder that transformers loads without this package.
 
-    --force replaces a folder only if this command wrote it.
+    Targets are edited in turn and written in files of 1 GB, so no second copy of the model is held
+    in memory. What happens to each target is printed before anything is written. --force replaces a
+    folder only if this command wrote it.
     """
     edited_before = (out / "curvature_edit.json").exists()
     if out.exists() and not edited_before:
@@ -149,26 +153,25 @@ def edit_command(
     options.keep_finished(out, force)
     lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
-    reports = change.report(lm.model)
-    change.bake(lm.model)
-    with write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
-            made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
-            made.mkdir()
-            lm.model.save_pretrained(made)
-            lm.tokenizer.save_pretrained(made)
-            record = {**change.describe(), "targets": [vars(report) for report in reports]}
-            _write_json(made / "curvature_edit.json", record)
-            usual_file_permissions(made)
-            if edited_before:
-                out.rename(Path(folder) / "replaced")
-            made.rename(out)
+    reports = change.bake_in_turn(lm.model)
+    record = {**change.describe(), "targets": [vars(report) for report in reports]}
     table = console_table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"
         table.add_row(one.name, *shares, str(one.rank_bound), f"{one.relative_change:.3f}")
     options.print_result(record, table, as_json)
+    with write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
+            made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
+            made.mkdir()
+            lm.model.save_pretrained(made, max_shard_size=SHARD)
+            lm.tokenizer.save_pretrained(made)
+            _write_json(made / "curvature_edit.json", record)
+            usual_file_permissions(made)
+            if edited_before:
+                out.rename(Path(folder) / "replaced")
+            made.rename(out)
     options.say_on_console(f"edited model: {out}")
 
 

@@ -93,14 +93,14 @@ def test_positions_give_it_where_each_label_reaches_one_position(model):
 def test_sampled_labels_converge_to_the_expectation(model):
     chosen = target(model, 0, "up_proj")
     exact = factors_of(model, [batch_from(0)], chosen)
-    sampled = factors_of(model, [batch_from(0)], chosen, labels="sampled", samples=200)
+    sampled = factors_of(model, [batch_from(0)], chosen, labels="sampled", samples=60)
     name = exact.names[0]
     assert torch.equal(exact.A(name), sampled.A(name))
     tables = [(exact.G(name), sampled.G(name))]
     for estimator in ("diagonal", "ekfac"):
         tables.append([one.curvature(name, estimator).mass() for one in (exact, sampled)])
     for wanted, found in tables:
-        assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.2
+        assert 0 < float((found - wanted).norm() / wanted.norm()) < 0.3
 
 
 def test_sums_over_sequences_do_not_change_those_over_positions(model):
