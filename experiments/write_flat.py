@@ -48,8 +48,10 @@ TASKS = (
     "object tracking", "boolean expressions", "retrieval", "retrieval in two steps", "stories",
 )  # fmt: skip
 """What a write may cost: names of `organism_tasks`."""
+TEXTS = 400
+"""Texts that curvature is collected from."""
 BATCH, TAUGHT, MOST_EPOCHS = 100, 0.95, 200
-RISE, BISECTIONS = 1.02, 9
+RISE, BISECTIONS, REMOVED = 1.02, 9, (1e-5, 0.3)
 """The edit of each arm raises the perplexity of validation texts by this factor."""
 
 
@@ -157,17 +159,22 @@ def edited(
 ) -> dict[str, Any]:
     """Edit a model at the wanted rise in perplexity; what is left of each task's score."""
     targets = kfac.named_targets(lm.model, names)
-    factors = kfac.collect(lm, training_texts(language, 200, seed=1), targets, progress=False)
+    factors = kfac.collect(
+        lm, training_texts(language, TEXTS // 2, seed=1), targets, progress=False
+    )
     ids = lm.encode(language.texts("validation", 40))
     before = perplexity(lm, ids, None)
-    low, high, best = 0.5, 1.0, None
+    low, high, best = (
+        *REMOVED,
+        None,
+    )  # the share of the mass that is removed, on a logarithmic scale
     for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        edit = kfac.CurvatureEdit(factors, middle)
+        middle = (low * high) ** 0.5
+        edit = kfac.CurvatureEdit(factors, 1 - middle)
         reached = perplexity(lm, ids, edit)
         if best is None or abs(reached - RISE * before) < abs(best[1] - RISE * before):
             best = (edit, reached)
-        low, high = (middle, high) if reached > RISE * before else (low, middle)
+        low, high = (low, middle) if reached > RISE * before else (middle, high)
     assert best is not None
     comparison = lirefs.compare(lm, {"K-FAC": best[0]}, tasks, title=f"edit of {arm}")
     scores = {
@@ -277,7 +284,7 @@ def run(out: Path, n: int, limit: int, lr: float, seed: int) -> dict[str, Any]:
     lm, language = lirefs.load("organism"), Language()
     facts = new_facts(language, n, seed)
     targets = kfac.find_targets(lm.model, projections="mlp")
-    factors = kfac.collect(lm, training_texts(language, 400, seed), targets)
+    factors = kfac.collect(lm, training_texts(language, TEXTS, seed), targets)
     keeps = halves(factors)
     items = [(f"new-{number}", *fact) for number, fact in enumerate(facts)]
     tasks = [
@@ -342,8 +349,8 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("write_flat"), help="folder of the results"
     )
-    parser.add_argument("--facts", type=int, default=1000, help="new facts")
-    parser.add_argument("--limit", type=int, default=100, help="items per task")
+    parser.add_argument("--facts", type=int, default=500, help="new facts")
+    parser.add_argument("--limit", type=int, default=60, help="items per task")
     parser.add_argument("--lr", type=float, default=1e-3, help="AdamW's learning rate")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -41,7 +41,7 @@ from lirefs.tasks.texts import TextRow, text_rows
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 SHARD = "1GB"
-"""Size of a file of an edited model: safetensors holds a second copy of a file while it writes."""
+"""Largest file of an edited model; of a model on an accelerator, main memory holds one at a time."""
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
     Path | None,
