@@ -60,7 +60,7 @@ def _edited(lm: LanguageModel, factors: kfac.Factors, keep: float) -> list[tuple
 def main() -> None:
     """Parse the arguments, and print a line for each size."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--texts", default="30,100,400", help="numbers of texts")
+    parser.add_argument("--texts", default="100", help="numbers of texts")
     parser.add_argument("--layers", default="2,3", help="whose MLP inputs are edited")
     parser.add_argument("--keep", type=float, default=0.9)
     parser.add_argument("--draws", default="1,4", help="numbers of labels for each position")
