@@ -122,8 +122,8 @@ def projected_training(
     starts = [target.weight.clone() for target in targets]
     with ExitStack() as stack:
         for target in targets:
-            hook = partial(_project_gradient, target, projection)
-            handle = target.parameter.register_post_accumulate_grad_hook(hook)
+            register: Any = target.parameter.register_post_accumulate_grad_hook
+            handle = register(partial(_project_gradient, target, projection))
             stack.callback(handle.remove)
 
         def project_changes(optimizer: Optimizer | None, *_: Any) -> None:

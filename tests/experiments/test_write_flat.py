@@ -45,6 +45,7 @@ def test_halves_are_halves_and_training_stays_on_them(quick):
             assert target.parameter.grad is None
 
 
+@pytest.mark.slow
 def test_a_run_is_written_and_resumed(quick, tmp_path, monkeypatch):
     results = write_flat.run(tmp_path, 6, 3, 1e-3, 0)
     assert set(results["cost"]) == set(write_flat.ARMS)
