@@ -104,16 +104,17 @@ def projected_training(
         EditError: As in `project`.
 
     Examples:
-        >>> import kfac, lirefs, torch
+        >>> import copy, kfac, lirefs, torch
         >>> from lirefs.organism import Language, training_texts
         >>> lm = lirefs.load("organism")
         >>> texts = training_texts(Language(), 20)
         >>> factors = kfac.collect(lm, texts, layers=[0], progress=False)
-        >>> weights = [target.parameter for target in factors.targets(lm.model)]
+        >>> model = copy.deepcopy(lm.model)
+        >>> weights = [target.parameter for target in factors.targets(model)]
         >>> optimizer = torch.optim.AdamW(weights, lr=1e-3)
         >>> batch = lm.pad(lm.encode(["Dan Reed lives in Paris."]))
-        >>> with kfac.projected_training(lm.model, factors, keep=0.9):
-        ...     lm.model(**batch, labels=batch["input_ids"]).loss.backward()
+        >>> with kfac.projected_training(model, factors, keep=0.9):
+        ...     model(**batch, labels=batch["input_ids"]).loss.backward()
         ...     optimizer.step()
     """
     must_be(model, nn.Module, "model", EditError)

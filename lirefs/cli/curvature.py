@@ -41,7 +41,7 @@ from lirefs.tasks.texts import TextRow, text_rows
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 SHARD = "1GB"
-"""Largest file of an edited model; of a model on an accelerator, main memory holds one at a time."""
+"""Largest file of an edited model; main memory holds one of an accelerator's model at a time."""
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
     Path | None,
