@@ -31,6 +31,8 @@ UNCUT = 10_000
 
 console = Console(stderr=True, highlight=False)
 """For progress and messages; results go to the standard output."""
+SHARD = "1GB"
+"""Largest file of an edited model; main memory holds one of an accelerator's model at a time."""
 
 
 def say_on_console(line: str) -> None:
@@ -115,7 +117,7 @@ def save_model(
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
             made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
             made.mkdir()
-            model.save_pretrained(made)
+            model.save_pretrained(made, max_shard_size=SHARD)
             tokenizer.save_pretrained(made)
             atomic_write_text(made / record, json.dumps(content, indent=1))
             usual_file_permissions(made)
