@@ -12,13 +12,22 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from kfac.edits.selection import SHAPES, Selection, TableSelection, select_largest, select_separable
+from kfac.edits.rotation import keep_stairs
+from kfac.edits.selection import (
+    SHAPES,
+    OrderedSelection,
+    Selection,
+    TableSelection,
+    select_largest,
+    select_separable,
+)
 from kfac.edits.staircase import check_keep
 from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, EstimatorError, KeepError, must_be
 from lirefs.model.guest import full_precision, widened
+from lirefs.statistics.intervals import Ints
 
 
 @dataclass(frozen=True)
@@ -170,11 +179,16 @@ class SpectralEdit(WeightEdit):
             # float32 suffices: eigenvectors come from float64, and the two rotations add an error
             # of about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
             with full_precision(weight.device):
-                coordinates = self._coordinates(name, weight, digests[name])
-                chosen = self._selection(name, coordinates)
-                kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
-                result.append((target, self._rotate_back(name, kept).to(weight.dtype), chosen))
+                edited, chosen = self._edited(name, weight, digests[name])
+                result.append((target, edited.to(weight.dtype), chosen))
         return result
+
+    def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
+        """Return a target's weight without the pairs that are not kept, and those that are."""
+        coordinates = self._coordinates(name, weight, digest)
+        chosen = self._selection(name, coordinates)
+        kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
+        return self._rotate_back(name, kept), chosen
 
     def _decompose(self) -> None:
         """Compute the eigenbases that will be needed, with a bar if it takes long."""
@@ -216,7 +230,8 @@ class CurvatureEdit(SpectralEdit):
 
     With G = U_G diag(λ) U_Gᵀ and A = U_A diag(μ) U_Aᵀ, W' = U_G (M ∘ (U_Gᵀ W U_A)) U_Aᵀ. The mask M
     keeps the fewest pairs (i, j) of largest mass λᵢ·μⱼ that hold `keep` of the total mass.
-    The rotated weights are cached in the factors, so a sweep over `keep` is cheap.
+    Where the mass of a pair is a product of two sides, only the kept pairs are computed. Otherwise
+    the rotated weights are cached in the factors for a sweep over `keep`.
 
     Args:
         factors: Factors of the model to be edited.
@@ -290,6 +305,16 @@ class CurvatureEdit(SpectralEdit):
             return select_separable(curvature.lam, curvature.mu, keep, self.shape)
         return select_largest(curvature.mass(), keep)
 
+    def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
+        if self.saliency or self.estimator in ("ekfac", "diagonal"):
+            return super()._edited(name, weight, digest)
+        chosen = self._selection(name, None)
+        assert isinstance(chosen, OrderedSelection)
+        wide = widened(weight)
+        bases = self._bases(name, wide)
+        u_out, u_in = map(_in_order, bases, (chosen.row_ranks, chosen.column_ranks))
+        return keep_stairs(wide, u_out, u_in, chosen.stairs.counts), chosen
+
     def _decompose(self) -> None:
         if self.estimator != "diagonal":
             super()._decompose()
@@ -301,3 +326,10 @@ class CurvatureEdit(SpectralEdit):
 
     def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
         return kept if self.estimator == "diagonal" else super()._rotate_back(name, kept)
+
+
+def _in_order(basis: Tensor, ranks: Ints) -> Tensor:
+    """Return the eigenvectors by rank; they nearly always are so already, and are not copied."""
+    if (ranks[:-1] < ranks[1:]).all():
+        return basis
+    return basis[:, torch.from_numpy(ranks.argsort()).to(basis.device)]

@@ -162,7 +162,7 @@ def test_bad_keep(factors, keep):
 
 
 def test_sweep_shares_the_rotated_weights(model, factors):
-    edit = CurvatureEdit(factors, 0.5)
+    edit = CurvatureEdit(factors, 0.5, saliency=True)
     edit.prepare(model)
     cached = {name: value[1] for name, value in factors._coordinates.items()}
     edit.with_keep(0.7).prepare(model)
