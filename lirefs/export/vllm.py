@@ -15,7 +15,7 @@ import torch
 
 from lirefs.errors import BackendError, TaskError, first_line_of_error
 from lirefs.export.operators import operators
-from lirefs.export.vllm_layers import scope_of
+from lirefs.export.vllm_layers import shared_scope
 from lirefs.model.intervention import Intervention, compose
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import Layout
@@ -113,10 +113,7 @@ def must_carry(config: Any, steerings: Sequence[Steer]) -> None:
             f'worker_cls="{WORKER}" (lirefs.export.vllm.OPTIONS)'
         )
     for one in steerings:
-        if one.gate is not None or not isinstance(one.strength, float | dict):
-            what = "the strength differs by row or token" if one.gate is None else "a gate decides"
-            raise BackendError(f"on vLLM all requests are steered alike, but {what}")
-        scope = scope_of(one.scope.describe())
+        scope = shared_scope(one)
         if scope is not ALL and config.use_v2_model_runner:
             raise BackendError(
                 f"the scope is {scope.name!r}, and the second model runner of vLLM does not say "

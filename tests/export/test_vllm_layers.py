@@ -18,6 +18,7 @@ from lirefs.export import vllm, vllm_layers
 from lirefs.export.vllm_layers import FAMILIES, pass_tokens, place_operators
 from lirefs.steering import OPERATORS, Gate, Schedule
 from lirefs.steering import scope as scopes
+from lirefs.tasks import ndcg_task
 
 WIDTH = 32
 
@@ -203,6 +204,11 @@ REFUSED = {
         Steer(direction(), "add", scope=scopes.Scope("mine", lambda tokens: tokens.age > 2)),
         {},
         "made for certain texts",
+    ),
+    "own with settings": (
+        Steer(direction(), "add", scope=scopes.Scope("first_generated", any, {"n": 2})),
+        {},
+        "by a function of your own",
     ),
     "own name": (
         Steer(direction(), "add", scope=scopes.Scope("prompt", lambda t: t.age > 2)),
@@ -395,7 +401,16 @@ def test_a_comparison_generates_on_the_engine(lm):
 
 def test_likelihoods_are_not_scored_on_an_engine(lm):
     task = Perplexity("texts", ["some text", "another text"])
+    first, engine = ShortAnswer("letters", [("1", "say x", "x")]), CannedEngine([1])
+    for refused in (task, ndcg_task(lm, [("1", "some text")], name="ranks")):
+        with pytest.raises(TaskError, match=f"{refused.name}: .*comparison without engine"):
+            compare(lm, {"steered": Steer(direction(), "add")}, [first, refused], engine=engine)
+    assert engine.seen == engine.under == []  # before anything runs
+
+    class Pretended(Perplexity):
+        generates = True
+
     with pytest.raises(TaskError, match="comparison without engine"):
-        compare(lm, {}, [task], progress=False, engine=CannedEngine([1]))
+        compare(lm, {}, [Pretended("texts", task.items)], progress=False, engine=engine)
     found = compare(lm, {}, [task], progress=False)
     assert math.isfinite(found.cell("unchanged", "texts").value.value)
