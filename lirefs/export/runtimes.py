@@ -62,7 +62,7 @@ RUNTIMES = (
     Runtime(
         "vLLM",
         _vllm,
-        "llm = vllm.LLM(model, **lirefs.export.vllm.OPTIONS); "
+        "llm = vllm.LLM(model, enable_prefix_caching=False, **lirefs.export.vllm.OPTIONS); "
         "with lirefs.export.vllm.steered(llm, steer): llm.generate(prompt)",
     ),
     Runtime(

@@ -6,6 +6,7 @@ vLLM is imported when something here is called. The engine needs `lirefs.export.
 from __future__ import annotations
 
 import importlib
+import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -134,7 +135,7 @@ def _config_of(llm: Any) -> Any:
     except ImportError as problem:
         reason = first_line_of_error(problem)
         raise BackendError(f"vLLM cannot be imported ({reason}); pip install vllm") from problem
-    if tuple(map(int, vllm.__version__.split(".")[:2])) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise BackendError(f"vLLM {vllm.__version__} is too old; install {oldest} or newer")
     if not isinstance(llm, vllm.LLM):

@@ -25,8 +25,15 @@ from lirefs.steering.operators import Operator
 from lirefs.steering.scope import Scope
 from lirefs.steering.steer import Steer
 
+_PARTS = ("self_attn", "mlp")
+_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 FAMILIES: dict[str, tuple[str, str]] = {
-    "llama.LlamaDecoderLayer": ("self_attn", "mlp"),
+    "llama.LlamaDecoderLayer": _PARTS,  # and Phi-3
+    "mistral.MistralDecoderLayer": _PARTS,
+    "qwen2.Qwen2DecoderLayer": _PARTS,
+    "qwen3.Qwen3DecoderLayer": _PARTS,
+    "gemma.GemmaDecoderLayer": _PARTS,
+    "gemma3.Gemma3DecoderLayer": _NORMS,
     "gpt2.GPT2Block": ("attn", "mlp"),
 }
 """Decoder layers that were compared: where `attn_out` and `mlp_out` are; empty where nowhere."""

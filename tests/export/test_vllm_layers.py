@@ -261,6 +261,7 @@ def test_other_interventions(lm):
     [
         (None, "vLLM cannot be imported"),
         (types.SimpleNamespace(__version__="0.9.1"), "vLLM 0.9.1 is too old; install 0.32"),
+        (types.SimpleNamespace(__version__="dev"), "vLLM dev is too old"),
         (types.SimpleNamespace(__version__="0.33.0", LLM=dict), "llm must be a vllm.LLM, got str"),
     ],
 )
