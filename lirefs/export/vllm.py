@@ -124,7 +124,7 @@ def must_carry(config: Any, steerings: Sequence[Steer]) -> None:
             raise BackendError(
                 f"the scope is {scope.name!r}, but this engine caches prefixes, and a cached token "
                 "may be prompt in one request and generated in another; make it with "
-                "enable_prefix_caching=False"
+                "enable_prefix_caching=False (vllm serve --no-enable-prefix-caching)"
             )
 
 

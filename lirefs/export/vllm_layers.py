@@ -33,7 +33,12 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "qwen2.Qwen2DecoderLayer": _PARTS,
     "qwen3.Qwen3DecoderLayer": _PARTS,
     "gemma.GemmaDecoderLayer": _PARTS,
+    "gemma2.Gemma2DecoderLayer": _NORMS,
     "gemma3.Gemma3DecoderLayer": _NORMS,
+    "glm4.Glm4DecoderLayer": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "granite.GraniteDecoderLayer": ("", ""),  # scaled outside of any module
+    "mixtral.MixtralDecoderLayer": ("self_attn", "block_sparse_moe"),
+    "qwen3_moe.Qwen3MoeDecoderLayer": _PARTS,
     "gpt2.GPT2Block": ("attn", "mlp"),
 }
 """Decoder layers that were compared: where `attn_out` and `mlp_out` are; empty where nowhere."""
