@@ -40,6 +40,8 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "mixtral.MixtralDecoderLayer": ("self_attn", "block_sparse_moe"),
     "qwen3_moe.Qwen3MoeDecoderLayer": _PARTS,
     "gpt2.GPT2Block": ("attn", "mlp"),
+    "opt.OPTDecoderLayer": ("self_attn", "fc2"),
+    "modeling_olmo2.Olmo2DecoderLayer": _NORMS,  # of transformers itself
 }
 """Decoder layers that were compared: where `attn_out` and `mlp_out` are; empty where nowhere."""
 
