@@ -41,7 +41,9 @@ FAMILIES: dict[str, tuple[str, str]] = {
     "qwen3_moe.Qwen3MoeDecoderLayer": _PARTS,
     "gpt2.GPT2Block": ("attn", "mlp"),
     "opt.OPTDecoderLayer": ("self_attn", "fc2"),
-    "modeling_olmo2.Olmo2DecoderLayer": _NORMS,  # of transformers itself
+    # Of transformers itself, which vLLM runs where it has no layers of its own.
+    "modeling_gpt_neox.GPTNeoXLayer": ("attention", "mlp"),
+    "modeling_olmo2.Olmo2DecoderLayer": _NORMS,
 }
 """Decoder layers that were compared: where `attn_out` and `mlp_out` are; empty where nowhere."""
 

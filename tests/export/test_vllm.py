@@ -216,7 +216,7 @@ def test_workers_that_share_each_layer(organism, monkeypatch):
 
 
 COMPARED = ["llama", "phi3", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"]
-COMPARED += ["glm4", "granite", "mixtral", "qwen3_moe", "gpt2", "olmo2", "opt"]
+COMPARED += ["glm4", "granite", "mixtral", "qwen3_moe", "gpt2", "gpt_neox", "olmo2", "opt"]
 ABSENT = {"granite": ("attn_out", "mlp_out")}
 
 
