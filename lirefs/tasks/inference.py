@@ -30,10 +30,7 @@ from lirefs.tasks.recomputed import (
 )
 
 BATCH_TOKENS = 4096
-NOT_ON_ENGINE = (
-    "an engine runs the tasks that generate their answer (ShortAnswer, Recitation, and your own "
-    "that say generates = True); run others on the model itself, in a comparison without engine"
-)
+NOT_ON_ENGINE = "an engine runs tasks that say generates = True; compare others without engine"
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
 # A forward pass of fewer tokens takes hardly less time, so padding up to here is free.

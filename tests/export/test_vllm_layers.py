@@ -404,14 +404,14 @@ def test_likelihoods_are_not_scored_on_an_engine(lm):
     task = Perplexity("texts", ["some text", "another text"])
     first, engine = ShortAnswer("letters", [("1", "say x", "x")]), CannedEngine([1])
     for refused in (task, ndcg_task(lm, [("1", "some text")], name="ranks")):
-        with pytest.raises(TaskError, match=f"{refused.name}: .*comparison without engine"):
+        with pytest.raises(TaskError, match=f"{refused.name}: .*compare others without engine"):
             compare(lm, {"steered": Steer(direction(), "add")}, [first, refused], engine=engine)
     assert engine.seen == engine.under == []  # before anything runs
 
     class Pretended(Perplexity):
         generates = True
 
-    with pytest.raises(TaskError, match="comparison without engine"):
+    with pytest.raises(TaskError, match="compare others without engine"):
         compare(lm, {}, [Pretended("texts", task.items)], progress=False, engine=engine)
     found = compare(lm, {}, [task], progress=False)
     assert math.isfinite(found.cell("unchanged", "texts").value.value)
