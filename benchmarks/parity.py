@@ -1,12 +1,13 @@
 """One direction on every runtime: do they compute what the hooks compute?
 
-    python benchmarks/parity.py [--vllm PYTHON] [--model NAME] [--write]
+    python benchmarks/parity.py [--vllm PYTHON] [--llama FOLDER] [--model NAME] [--write]
 
 For each runtime, model and steering: the largest difference of the log-probabilities of all tokens
 of the vocabulary, at every step of a greedy continuation of prompts of different lengths, from
 those under the hooks; and whether the text is equal. `--vllm` names the Python of an environment
-with vLLM, as `.ci/vllm` makes it, which runs this file for its rows. `--write` puts the table into
-docs/how-to/serve.md. Takes three minutes on two cores.
+with vLLM, as `.ci/vllm` makes it, which runs this file for its rows; `--llama` the folder of a
+llama-server, as `.ci/llama` makes it. `--write` puts the table into docs/how-to/serve.md. Takes
+five minutes on two cores.
 """
 
 from __future__ import annotations
@@ -31,7 +32,12 @@ from lirefs.errors import LirefsError
 from lirefs.model.intervention import applied
 from lirefs.tasks import greedy
 
-PAGE = Path(__file__).parents[1] / "docs/how-to/serve.md"
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+
+from llama_server import VARIABLE, converted, llama_server  # noqa: E402
+
+PAGE = ROOT / "docs/how-to/serve.md"
 BEGIN, END = "<!-- parity: made by benchmarks/parity.py -->", "<!-- end of parity -->"
 MODELS = ("organism", "smollm2-135m")
 PROMPTS = [
@@ -171,6 +177,57 @@ def vllm() -> Callable[[Any], Callable[[lirefs.Steer], Run]]:
     return on
 
 
+def control_vector() -> Callable[[Any], Callable[[lirefs.Steer], Run]]:
+    """llama-server with a control vector, on an F32 file of the model."""
+
+    def on(lm: Any) -> Callable[[lirefs.Steer], Run]:
+        folder = Path(tempfile.mkdtemp())
+        model = converted(lm, folder)
+
+        def run(steer: lirefs.Steer) -> Run:
+            lirefs.export.to_gguf(steer, folder / "c.gguf", lm)
+            return _asked(lm, model, "--control-vector", folder / "c.gguf")
+
+        return run
+
+    return on
+
+
+def baked() -> Callable[[Any], Callable[[lirefs.Steer], Run]]:
+    """The steering in the weights, in transformers."""
+
+    def on(lm: Any) -> Callable[[lirefs.Steer], Run]:
+        def run(steer: lirefs.Steer) -> Run:
+            return hooks(lirefs.wrap(lirefs.bake(steer, lm.model), lm.tokenizer), None)
+
+        return run
+
+    return on
+
+
+def baked_llama() -> Callable[[Any], Callable[[lirefs.Steer], Run]]:
+    """The steering in the weights, in llama-server on an F32 file."""
+
+    def on(lm: Any) -> Callable[[lirefs.Steer], Run]:
+        def run(steer: lirefs.Steer) -> Run:
+            model = lirefs.bake(steer, lm.model)
+            with tempfile.TemporaryDirectory() as folder:
+                return _asked(lm, converted(lm, Path(folder), model))
+
+        return run
+
+    return on
+
+
+def _asked(lm: Any, model: Path, *arguments: str | Path) -> Run:
+    """What a llama-server with these arguments answers."""
+    vocabulary = lm.model.config.vocab_size
+    with llama_server(model, *arguments) as client:
+        return _step_by_step(
+            lm, lambda ids: client.logprobs(ids[0].tolist(), vocabulary)[None, None]
+        )
+
+
 def save(lm: Any, folder: Path) -> Path:
     """Save a model and its tokenizer as other runtimes read them."""
     lm.model.save_pretrained(folder)
@@ -194,7 +251,14 @@ def generated_by(llm: Any, lm: Any) -> Run:
     return Run([list(one.token_ids) for one in found], logprobs)
 
 
-RUNTIMES = {"TransformerLens": transformer_lens, "nnsight": nnsight, "vLLM": vllm}
+RUNTIMES = {
+    "TransformerLens": transformer_lens,
+    "nnsight": nnsight,
+    "vLLM": vllm,
+    "llama.cpp, control vector": control_vector,
+    "baked, transformers": baked,
+    "baked, llama.cpp": baked_llama,
+}
 
 
 def rows(runtime: str, models: list[str]) -> Iterator[dict[str, Any]]:
@@ -208,7 +272,7 @@ def rows(runtime: str, models: list[str]) -> Iterator[dict[str, Any]]:
             try:
                 found = run(steer)
             except LirefsError:
-                continue  # a scope, where hooks see no positions
+                continue  # a scope where hooks see no positions, or no weight that could do it
             reference = hooks(lm, steer)
             row["difference"] = found.difference(reference)
             row["equal"] = found.tokens == reference.tokens
@@ -227,6 +291,18 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def _elsewhere(python: str, runtime: str, models: list[str]) -> list[dict[str, Any]]:
+    """The rows of a runtime that another Python has."""
+    command = [python, __file__, "--only", runtime]
+    command += [part for model in models for part in ("--model", model)]
+    done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    # vLLM logs to the same stream, also after the rows.
+    found: list[dict[str, Any]] = json.loads(
+        next(line for line in done.stdout.splitlines() if line[:2] == "[{")
+    )
+    return found
+
+
 def main() -> None:
     """Measure, print the rows as JSON or the table of all."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -234,18 +310,20 @@ def main() -> None:
     parser.add_argument("--model", action="append", help="only this model; may be repeated")
     parser.add_argument("--only", choices=RUNTIMES, help="rows of one runtime, as JSON")
     parser.add_argument("--write", action="store_true", help="put the table into the docs")
+    parser.add_argument("--llama", metavar="FOLDER", help="folder that .ci/llama installed")
     options = parser.parse_args()
+    if options.llama:
+        os.environ[VARIABLE] = options.llama
     models = options.model or list(MODELS)
     if options.only:
         print(json.dumps(list(rows(options.only, models))))
         return
-    found = [row for runtime in ("TransformerLens", "nnsight") for row in rows(runtime, models)]
-    if options.vllm:
-        command = [options.vllm, __file__, "--only", "vLLM"]
-        command += [part for model in models for part in ("--model", model)]
-        done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-        # vLLM logs to the same stream, also after the rows.
-        found += json.loads(next(line for line in done.stdout.splitlines() if line[:2] == "[{"))
+    found = []
+    for runtime in RUNTIMES:
+        if runtime == "vLLM":
+            found += _elsewhere(options.vllm, runtime, models) if options.vllm else []
+        elif "llama" not in runtime or VARIABLE in os.environ:
+            found += rows(runtime, models)
     print(table(found))
     if options.write:
         text = PAGE.read_text("utf-8")

@@ -20,8 +20,10 @@ from lirefs.directions import figures as probe_plots
 from lirefs.errors import SettingError
 from lirefs.export.bake import bake
 from lirefs.export.gguf import to_gguf
+from lirefs.export.vllm import WORKER
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.main_job.settings import console_table
+from lirefs.model.builtin import BUILTIN
 from lirefs.model.layout import SITES
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import organism_questions
@@ -245,8 +247,9 @@ def _next_lines(to: Runtime, model: str, out: Path, operator: str, strength: flo
         # Workers may run in another folder.
         given = {"directions": str(out.absolute()), "operator": operator, "strength": strength}
         settings = ["--additional-config", json.dumps({"lirefs": given})]
-        worker = ["--enforce-eager", "--worker-cls", "lirefs.export.vllm_worker.Worker"]
-        return [shlex.join(["vllm", "serve", model, *worker, *settings])]
+        folder = str(BUILTIN[model]()) if model in BUILTIN else model  # vLLM knows no such name
+        worker = ["--enforce-eager", "--worker-cls", WORKER]
+        return [shlex.join(["vllm", "serve", folder, *worker, *settings])]
     return [
         "import lirefs",
         f"lm = lirefs.load({model!r})",

@@ -42,7 +42,7 @@ from lirefs.model.intervention import (
 )
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.default_suite import default_tasks
-from lirefs.tasks.inference import Engine, generating_on
+from lirefs.tasks.inference import NOT_ON_ENGINE, Engine, generating_on
 from lirefs.tasks.items import ItemTask
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
@@ -87,15 +87,15 @@ def compare(
             needs all cells. Where `torch.distributed` is running, the first process calls it, once
             all have finished.
         engine: Another runtime of the same model, which generates the answers, such as
-            `lirefs.export.vllm.Engine(llm)`; `lm` encodes and reads them. Tasks that score
-            likelihoods are refused.
+            `lirefs.export.vllm.Engine(llm)`; `lm` encodes and reads them. Tasks that do not say
+            `generates = True`, such as those that score likelihoods, are refused.
 
     Returns:
         Every variant on every task, item by item.
 
     Raises:
-        TaskError: No task, two share a name, an item is longer than the model's positions, or a
-            variant is called `unchanged`.
+        TaskError: No task, two share a name, an item is longer than the model's positions, a
+            variant is called `unchanged`, or a task cannot run on the engine.
         InterventionError: If an intervention does not fit the model, or is none; or one of a class
             of your own leaves a weight, hook or forward method changed, or describes itself by
             anything but a dict of JSON values.
@@ -153,6 +153,9 @@ def compare(
     hand_written = {name for name, one in interventions.items() if is_hand_written(one)}
     before = parts_of(lm.model) if hand_written else {}
     if engine is not None:
+        for task in tasks:
+            if not getattr(task, "generates", False):
+                raise TaskError(f"{task.name}: {NOT_ON_ENGINE}")
         engine.check(lm)
 
     def changed(one: Intervention | None) -> AbstractContextManager[Any]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lirefs.errors import BackendError, LirefsError
+from lirefs.errors import LirefsError
 from lirefs.export.gguf import control_vector
-from lirefs.export.operators import operators_on, varies_by
+from lirefs.export.operators import operators_on
+from lirefs.export.vllm_layers import shared_scope
 from lirefs.steering.steer import Steer
 
 
@@ -38,8 +39,7 @@ class Runtime:
 
 def _vllm(steer: Steer, model: nn.Module) -> None:
     steer.check(model)
-    if reason := varies_by(steer, scopes=False):
-        raise BackendError(f"on vLLM all requests are steered alike, but {reason}")
+    shared_scope(steer)
 
 
 RUNTIMES = (
@@ -62,7 +62,7 @@ RUNTIMES = (
     Runtime(
         "vLLM",
         _vllm,
-        "llm = vllm.LLM(model, **lirefs.export.vllm.OPTIONS); "
+        "llm = vllm.LLM(model, enable_prefix_caching=False, **lirefs.export.vllm.OPTIONS); "
         "with lirefs.export.vllm.steered(llm, steer): llm.generate(prompt)",
     ),
     Runtime(

@@ -6,6 +6,7 @@ vLLM is imported when something here is called. The engine needs `lirefs.export.
 from __future__ import annotations
 
 import importlib
+import re
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -15,7 +16,7 @@ import torch
 
 from lirefs.errors import BackendError, TaskError, first_line_of_error
 from lirefs.export.operators import operators
-from lirefs.export.vllm_layers import scope_of
+from lirefs.export.vllm_layers import shared_scope
 from lirefs.model.intervention import Intervention, compose
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import Layout
@@ -113,10 +114,7 @@ def must_carry(config: Any, steerings: Sequence[Steer]) -> None:
             f'worker_cls="{WORKER}" (lirefs.export.vllm.OPTIONS)'
         )
     for one in steerings:
-        if one.gate is not None or not isinstance(one.strength, float | dict):
-            what = "the strength differs by row or token" if one.gate is None else "a gate decides"
-            raise BackendError(f"on vLLM all requests are steered alike, but {what}")
-        scope = scope_of(one.scope.describe())
+        scope = shared_scope(one)
         if scope is not ALL and config.use_v2_model_runner:
             raise BackendError(
                 f"the scope is {scope.name!r}, and the second model runner of vLLM does not say "
@@ -126,7 +124,7 @@ def must_carry(config: Any, steerings: Sequence[Steer]) -> None:
             raise BackendError(
                 f"the scope is {scope.name!r}, but this engine caches prefixes, and a cached token "
                 "may be prompt in one request and generated in another; make it with "
-                "enable_prefix_caching=False"
+                "enable_prefix_caching=False (vllm serve --no-enable-prefix-caching)"
             )
 
 
@@ -137,7 +135,7 @@ def _config_of(llm: Any) -> Any:
     except ImportError as problem:
         reason = first_line_of_error(problem)
         raise BackendError(f"vLLM cannot be imported ({reason}); pip install vllm") from problem
-    if tuple(map(int, vllm.__version__.split(".")[:2])) < OLDEST:
+    if tuple(map(int, re.findall(r"\d+", vllm.__version__)[:2])) < OLDEST:
         oldest = ".".join(map(str, OLDEST))
         raise BackendError(f"vLLM {vllm.__version__} is too old; install {oldest} or newer")
     if not isinstance(llm, vllm.LLM):

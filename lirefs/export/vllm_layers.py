@@ -18,14 +18,32 @@ import torch
 from torch import Tensor, nn
 
 from lirefs.errors import BackendError
+from lirefs.export.operators import varies_by
 from lirefs.model.layout import missing_layer
 from lirefs.steering import scope as scopes
 from lirefs.steering.operators import Operator
 from lirefs.steering.scope import Scope
+from lirefs.steering.steer import Steer
 
+_PARTS = ("self_attn", "mlp")
+_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
 FAMILIES: dict[str, tuple[str, str]] = {
-    "llama.LlamaDecoderLayer": ("self_attn", "mlp"),
+    "llama.LlamaDecoderLayer": _PARTS,  # and Phi-3
+    "mistral.MistralDecoderLayer": _PARTS,
+    "qwen2.Qwen2DecoderLayer": _PARTS,
+    "qwen3.Qwen3DecoderLayer": _PARTS,
+    "gemma.GemmaDecoderLayer": _PARTS,
+    "gemma2.Gemma2DecoderLayer": _NORMS,
+    "gemma3.Gemma3DecoderLayer": _NORMS,
+    "glm4.Glm4DecoderLayer": ("post_self_attn_layernorm", "post_mlp_layernorm"),
+    "granite.GraniteDecoderLayer": ("", ""),  # scaled outside of any module
+    "mixtral.MixtralDecoderLayer": ("self_attn", "block_sparse_moe"),
+    "qwen3_moe.Qwen3MoeDecoderLayer": _PARTS,
     "gpt2.GPT2Block": ("attn", "mlp"),
+    "opt.OPTDecoderLayer": ("self_attn", "fc2"),
+    # Of transformers itself, which vLLM runs where it has no layers of its own.
+    "modeling_gpt_neox.GPTNeoXLayer": ("attention", "mlp"),
+    "modeling_olmo2.Olmo2DecoderLayer": _NORMS,
 }
 """Decoder layers that were compared: where `attn_out` and `mlp_out` are; empty where nowhere."""
 
@@ -65,7 +83,8 @@ def place_operators(model: nn.Module, plan: Mapping[str, Any], batch: Batch) -> 
     layers = _layers(model)
     if problem := missing_layer([place["layer"] for place in plan["places"]], len(layers)):
         raise BackendError(problem)
-    scope = scope_of(plan["scope"])
+    settings = dict(plan["scope"])
+    scope = _SCOPES[settings.pop("name")](**settings)
     hooks: list[Any] = []
     masked = _Masked(scope, batch)
     try:
@@ -85,16 +104,18 @@ def place_operators(model: nn.Module, plan: Mapping[str, Any], batch: Batch) -> 
     return hooks
 
 
-def scope_of(described: Mapping[str, Any]) -> Scope:
-    """The scope with this description (`Scope.describe`), which holds for every request alike."""
-    settings = dict(described)
-    name = settings.pop("name")
-    if name not in _SCOPES or "unknown" in settings:
+def shared_scope(steer: Steer) -> Scope:
+    """The scope of a steering that treats all requests alike, else BackendError."""
+    if reason := varies_by(steer, scopes=False):
+        raise BackendError(f"on vLLM all requests are steered alike, but {reason}")
+    scope = steer.scope
+    own = getattr(scope.touches, "__module__", "") != scopes.__name__
+    if own or scope.name not in _SCOPES:
         raise BackendError(
-            f"the scope {name!r} is made for certain texts, and an engine runs any; use "
-            f"{', '.join(_SCOPES)}"
+            f"the scope {scope.name!r} is made for certain texts, or by a function of your own, "
+            f"and a worker of vLLM knows scopes by name; use {', '.join(_SCOPES)}"
         )
-    return _SCOPES[name](**settings)
+    return scope
 
 
 def _layers(model: nn.Module) -> list[nn.Module]:

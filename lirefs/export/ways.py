@@ -26,7 +26,8 @@ class Way:
         runtime: Its name.
         possible: Whether it can carry the steering. Whether it knows the architecture, only the
             runtime itself can say, when it loads the model.
-        exact: Whether its numbers are those of the hooks, up to the rounding of its arithmetic.
+        exact: Whether its numbers are those of the hooks on the same weights, up to the rounding of
+            its arithmetic.
         reason: Why it is not possible; empty where it is.
         run: The lines or the command to run.
     """

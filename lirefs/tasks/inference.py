@@ -30,6 +30,7 @@ from lirefs.tasks.recomputed import (
 )
 
 BATCH_TOKENS = 4096
+NOT_ON_ENGINE = "an engine runs tasks that say generates = True; compare others without engine"
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
 # A forward pass of fewer tokens takes hardly less time, so padding up to here is free.
@@ -226,10 +227,7 @@ def token_nlls(
 def _causal_traits(lm: LanguageModel) -> Traits:
     """The traits of a model whose log-likelihoods mean something; TaskError for others."""
     if _ENGINE.get() is not None:
-        raise TaskError(
-            "an engine runs the tasks that generate their answer (ShortAnswer, Recitation); "
-            "likelihoods are scored on the model itself, in a comparison without engine"
-        )
+        raise TaskError(NOT_ON_ENGINE)
     if not lm.traits.causal:
         reason, remedy = "tokens see later ones in this model", "use tasks that generate"
         if quantizes_tokens_together(lm.model):

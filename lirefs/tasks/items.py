@@ -97,6 +97,11 @@ class ItemTask:
         """The values of an item after its id, or a TaskError that begins with `where`."""
         return values
 
+    @property
+    def generates(self) -> bool:
+        """Whether it asks the model by `lirefs.tasks.greedy` alone, as an engine needs it."""
+        return False
+
     def encoded(self, lm: LanguageModel) -> Any:
         """What `run` needs as token ids; TaskError if an item is too long for the model.
 

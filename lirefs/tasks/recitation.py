@@ -32,6 +32,7 @@ class _Memorized(ItemTask):
     chance: float = 0.0
 
     columns = ("id", "prefix_ids", "suffix_ids")
+    generates = True
 
     def _checked(self, where: str, *values: Any) -> Iterable[Any]:
         for name, ids in zip(self.columns[1:], values, strict=True):

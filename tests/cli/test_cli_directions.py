@@ -1,6 +1,7 @@
 import ast
 import json
 import shlex
+from pathlib import Path
 
 import pytest
 import torch
@@ -168,6 +169,16 @@ def test_the_command_that_serves_with_vllm(exported, tmp_path, monkeypatch, mode
         "lirefs": {"directions": str(tmp_path / "one"), "operator": "clamp", "strength": 3.0}
     }
     assert list(Directions.load(tmp_path / "one")) == [(1, "mlp_out")]
+
+
+def test_the_server_gets_the_folder_of_a_built_in_model(tmp_path, monkeypatch, capsys):
+    lm = lirefs.load("organism")
+    found = {(1, "resid_pre"): lirefs.Direction(torch.ones(lm.width), 1)}
+    Directions(found, {"model": lm.fingerprint}).save(tmp_path / "d")
+    settings = ("--to", "vllm", "--model", "organism", "--layer", 1)
+    assert run(monkeypatch, "export", tmp_path / "d", tmp_path / "one", *settings) == 0
+    folder = Path(shlex.split(capsys.readouterr().out)[2])
+    assert (folder / "config.json").is_file()
 
 
 def test_wrong_settings_end_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):

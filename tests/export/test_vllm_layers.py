@@ -18,6 +18,7 @@ from lirefs.export import vllm, vllm_layers
 from lirefs.export.vllm_layers import FAMILIES, pass_tokens, place_operators
 from lirefs.steering import OPERATORS, Gate, Schedule
 from lirefs.steering import scope as scopes
+from lirefs.tasks import ndcg_task
 
 WIDTH = 32
 
@@ -204,6 +205,11 @@ REFUSED = {
         {},
         "made for certain texts",
     ),
+    "own with settings": (
+        Steer(direction(), "add", scope=scopes.Scope("first_generated", any, {"n": 2})),
+        {},
+        "by a function of your own",
+    ),
     "own name": (
         Steer(direction(), "add", scope=scopes.Scope("prompt", lambda t: t.age > 2)),
         {},
@@ -255,6 +261,7 @@ def test_other_interventions(lm):
     [
         (None, "vLLM cannot be imported"),
         (types.SimpleNamespace(__version__="0.9.1"), "vLLM 0.9.1 is too old; install 0.32"),
+        (types.SimpleNamespace(__version__="dev"), "vLLM dev is too old"),
         (types.SimpleNamespace(__version__="0.33.0", LLM=dict), "llm must be a vllm.LLM, got str"),
     ],
 )
@@ -395,7 +402,16 @@ def test_a_comparison_generates_on_the_engine(lm):
 
 def test_likelihoods_are_not_scored_on_an_engine(lm):
     task = Perplexity("texts", ["some text", "another text"])
-    with pytest.raises(TaskError, match="comparison without engine"):
-        compare(lm, {}, [task], progress=False, engine=CannedEngine([1]))
+    first, engine = ShortAnswer("letters", [("1", "say x", "x")]), CannedEngine([1])
+    for refused in (task, ndcg_task(lm, [("1", "some text")], name="ranks")):
+        with pytest.raises(TaskError, match=f"{refused.name}: .*compare others without engine"):
+            compare(lm, {"steered": Steer(direction(), "add")}, [first, refused], engine=engine)
+    assert engine.seen == engine.under == []  # before anything runs
+
+    class Pretended(Perplexity):
+        generates = True
+
+    with pytest.raises(TaskError, match="compare others without engine"):
+        compare(lm, {}, [Pretended("texts", task.items)], progress=False, engine=engine)
     found = compare(lm, {}, [task], progress=False)
     assert math.isfinite(found.cell("unchanged", "texts").value.value)

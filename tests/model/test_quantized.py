@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import re
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from transformers import BitsAndBytesConfig, QuantoConfig, TorchAoConfig
 
 import kfac
 import lirefs
-from lirefs.errors import TargetError, TaskError
+from lirefs.errors import BakeError, TargetError, TaskError
 from lirefs.model.identity import identity
 
 KINDS = {"int8": "bitsandbytes", "nf4": "bitsandbytes", "quanto": "optimum.quanto", "ao": "torchao"}
@@ -212,3 +213,17 @@ def test_tokens_that_are_quantized_together_are_named(kind, folder):
     assert (logits(lm.model, row)[:, :2] - logits(lm.model, row[:, :2])).abs().max() > 1e-3
     with pytest.raises(TaskError, match=r"llm_int8_threshold=0\.0"):
         lirefs.Perplexity("texts", [("1", "some text")]).run(lm, lambda items: None)
+
+
+def test_baking_names_the_quantized_weight_before_anything_is_copied(
+    loaded, direction, monkeypatch
+):
+    monkeypatch.setattr(type(loaded.model), "__deepcopy__", None, raising=False)
+    steer = lirefs.Steer(direction, "add")
+    weight = loaded.model.model.layers[0].self_attn.q_proj.weight
+    reason = rf"^\S+self_attn.q_proj.weight is quantized or sharded \({type(weight).__name__}, "
+    found = {one.runtime: one for one in lirefs.export.ways(loaded, steer)}
+    assert found["transformers hooks"].possible
+    assert re.search(reason, found["baked weights"].reason)
+    with pytest.raises(BakeError, match=reason + r".*these can do it: transformers hooks"):
+        lirefs.bake(steer, loaded.model)

@@ -97,21 +97,24 @@ class Client:
         with urllib.request.urlopen(request, timeout=300) as answer:
             return json.load(answer)
 
-    def ask(self, ids: Sequence[int], vocabulary: int, new: int = 8) -> Answer:
-        """What follows these token ids."""
-        asked = {
-            "prompt": list(ids),
-            "temperature": 0,
-            "cache_prompt": False,
-            "return_tokens": True,
-        }
+    def logprobs(self, ids: Sequence[int], vocabulary: int) -> Tensor:
+        """Log-probabilities of the token after these ids, (vocabulary,)."""
         every = {"n_predict": 1, "n_probs": vocabulary, "post_sampling_probs": False}
-        (first,) = self.get("/completion", asked | every)["completion_probabilities"]
+        (first,) = self.get("/completion", _asked(ids) | every)["completion_probabilities"]
         logprobs = torch.full((vocabulary,), torch.nan)
         for one in first["top_logprobs"]:
             logprobs[one["id"]] = one["logprob"]
         assert logprobs.isfinite().all()
-        return Answer(logprobs, self.get("/completion", asked | {"n_predict": new})["tokens"])
+        return logprobs
+
+    def ask(self, ids: Sequence[int], vocabulary: int, new: int = 8) -> Answer:
+        """What follows these token ids."""
+        tokens = self.get("/completion", _asked(ids) | {"n_predict": new})["tokens"]
+        return Answer(self.logprobs(ids, vocabulary), tokens)
+
+
+def _asked(ids: Sequence[int]) -> dict[str, Any]:
+    return {"prompt": list(ids), "temperature": 0, "cache_prompt": False, "return_tokens": True}
 
 
 @contextmanager
