@@ -196,7 +196,12 @@ def run_on_organism(
     if job.suite is not None:
         test += memory_measures(lm, test)
     title = settings.title_of(lm)
-    comparison = job.compare(lm, interventions, test, seed=seed, title=title)
+    size = sum(one.numel() for one in lm.model.parameters()) / 1e6
+    about = (
+        f"The organism is a model of {size:.1f} million parameters that comes with this package. It "
+        "was trained on a language made for it, so what it has memorized is known."
+    )
+    comparison = job.compare(lm, interventions, test, seed=seed, title=title, notes=[about])
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))

@@ -64,7 +64,15 @@ def test_the_verdict_is_over_all_methods_tasks_and_controls():
     assert found[2].startswith(
         "Of the controls, random direction lowers memorization to 50\u00a0%\u00a0["
     )
+    assert found[2].endswith("].")
     assert all(len(re.findall(r"\d+\u00a0%\u00a0\[\d+, ?\u00a0?\d+\]", one)) == 1 for one in found)
+
+
+def test_the_verdict_says_where_a_control_does_the_same():
+    shares = {"unchanged": (1.0, 0.9, 0.8), "m": (0.1, 0.9, 0.8), "SVD": (0.1, 0.5, 0.8)}
+    assert verdict(scored(shares, GROUPS).summary())[2].endswith(
+        ", so what tells a method from them is how much else it keeps."
+    )
 
 
 def test_the_verdict_claims_no_change_that_is_not_clear():

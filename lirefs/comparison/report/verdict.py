@@ -54,6 +54,7 @@ def verdict(summary: Summary) -> list[str]:
     return lines
 
 
+_NOT_ALONE = "so what tells a method from them is how much else it keeps"
 _NO_CONTROL = "No control was run, so a random change of the same size may do the same."
 
 
@@ -81,11 +82,12 @@ def _of_recitation(summary: Summary, controls: Sequence[str]) -> list[str]:
     rivals = _lowest(summary, controls, others)
     if not rivals:
         return [*lines, _NO_CONTROL]
-    share = summary.means[rivals[0], RECITED]
+    reached, share = share.high, summary.means[rivals[0], RECITED]
     names = as_list_of_words(rivals)
     if share.high < 1:
         verb = "lowers" if len(rivals) == 1 else "lower"
-        return [*lines, f"Of the controls, {names} {verb} {RECITED} to {_percent(share)}."]
+        line = f"Of the controls, {names} {verb} {RECITED} to {_percent(share)}"
+        return [*lines, f"{line}, {_NOT_ALONE}." if share.value <= reached else f"{line}."]
     return [
         *lines,
         f"No control clearly lowers {RECITED}: {names}, the lowest, at {_percent(share)}.",
