@@ -132,8 +132,8 @@ def draw_retained(summary: Summary) -> Canvas:
     for group, colour in groups.items():
         label = literal_text(f"{group}, n = {summary.means[base, group].n}")
         axis.plot([], [], color=colour, label=label, **style)
-    axis.plot([], [], color="black", label="method", **style)
     if summary.controls:
+        axis.plot([], [], color="black", label="method", **style)
         axis.plot([], [], color="black", mfc="white", label="control", **style)
     axis.plot([], [], color="black", lw=1, label="unchanged model")
     canvas.legend(loc="outside upper center", ncols=3)
