@@ -198,8 +198,8 @@ def run_on_organism(
     title = settings.title_of(lm)
     size = sum(one.numel() for one in lm.model.parameters()) / 1e6
     about = (
-        f"The organism is a model of {size:.1f} million parameters that comes with this package. It "
-        "was trained on a language made for it, so what it has memorized is known."
+        f"The organism is a model of {size:.1f} million parameters that comes with this package. "
+        "It was trained on a language made for it, so what it has memorized is known."
     )
     comparison = job.compare(lm, interventions, test, seed=seed, title=title, notes=[about])
     job.say("sweeping keep, strength and layer")
