@@ -4,6 +4,7 @@ import math
 import os
 import sys
 import types
+import zipfile
 from contextlib import contextmanager
 
 import numpy as np
@@ -350,11 +351,12 @@ def test_what_vllm_lens_cannot_do(lm, steer, message):
         vllm.to_vllm_lens(steer, lm)
 
 
-def test_the_types_of_vllm_lens_take_it(lm, monkeypatch):
+def test_the_types_of_vllm_lens_take_it(lm, tmp_path, monkeypatch):
     wheel = os.environ.get("VLLM_LENS_WHEEL", "")
     if not wheel:
         pytest.skip("needs the wheel of vllm-lens: name it in VLLM_LENS_WHEEL (.ci/vllm does)")
-    monkeypatch.syspath_prepend(wheel)
+    zipfile.ZipFile(wheel).extractall(tmp_path)  # a folder in it cannot be imported from the file
+    monkeypatch.syspath_prepend(tmp_path)
     lens = pytest.importorskip("vllm_lens")
     given = vllm.to_vllm_lens(Steer(direction(site="resid_post"), "add", 2.0), lm)
     vector = lens.SteeringVector(**given)
