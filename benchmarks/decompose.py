@@ -1,6 +1,6 @@
 """Decompositions of a symmetric matrix that are at hand: time, memory and accuracy of each.
 
-python benchmarks/decompose.py --sizes 2048 4096 11008 --kinds decaying clustered deficient
+    python benchmarks/decompose.py --sizes 2048 4096 11008 --kinds decaying clustered deficient
 
 Every routine runs in a process of its own, on all cores or on CUDA, on the same matrix. Errors are
 against `torch.linalg.eigh` in float64, which is the first one listed.

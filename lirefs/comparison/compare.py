@@ -166,8 +166,9 @@ def compare(
     for name, one in interventions.items():  # all are tried before hours of work begin
         with applied(one, lm.model):
             pass
-        with changed(one):
-            pass
+        if engine is not None:
+            with engine.steered(one):
+                pass
         if name in hand_written:
             _must_be_restored(name, lm, before)
     for task in tasks:

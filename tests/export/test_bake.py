@@ -127,7 +127,7 @@ def test_what_cannot_be_baked_says_why():
             bake(steer, llama)
     for attached in (Steer(one, "add"), Steer(one, "add", scope="prompt")):
         with (
-            pytest.raises(BakeError, match=r"add at layers \[1\], scope .* is attached"),
+            pytest.raises(BakeError, match=r"add 1 at layers \[1\], scope .* is attached"),
             attached.apply(llama),
         ):
             bake(Steer(one, "add"), llama)
