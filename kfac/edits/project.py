@@ -87,9 +87,9 @@ def projected_training(
     products of its size with the eigenvectors for each step. Optimizers need no change; hooks are
     gone after the context, also after an error, and the trained weights stay.
 
-    Weights that are no targets train freely: freeze them unless they should. Train float32 weights:
-    in bfloat16 the projected change is rounded. Names and shapes of the factors are checked, and
-    not the weights' values, so that a run can be resumed, or train a float32 copy.
+    Weights that are not among the targets train freely: freeze them if they should not. Train
+    float32 weights: in bfloat16 the projected change is rounded. Names and shapes of the factors
+    are checked, and not the weights' values, so that a run can be resumed, or train a float32 copy.
 
     Args:
         model: A model whose targets are parameters of their own (not sharded).

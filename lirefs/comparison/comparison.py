@@ -113,7 +113,7 @@ class Comparison:
         The thousands of resamples behind them are made at the first call only.
 
         Raises:
-            MissingError: There is no such variant or task; a KeyError too.
+            MissingError: The comparison has no such variant or task (it is also a KeyError).
         """
         self._known(variant, task)
         if (variant, task) not in self._cells:
@@ -242,7 +242,7 @@ class Comparison:
         Raises:
             SettingError: Nothing but the unchanged model was run, or nothing to retain; or `x` is
                 empty, or has something that is not a number.
-            MissingError: `x` names a variant that there is not; a KeyError too.
+            MissingError: `x` names an unknown variant (it is also a KeyError).
         """
         summary = self.summary()
         if x is not None:

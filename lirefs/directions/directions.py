@@ -77,7 +77,7 @@ class Directions(Mapping[tuple[int, str], Direction]):
         """The direction at (layer, site), or at a layer that has only one direction.
 
         Raises:
-            MissingError: There is none, or the layer has several; a KeyError too.
+            MissingError: There is none, or the layer has several (it is also a KeyError).
         """
         found = [one for key, one in self.items_by_place.items() if place in (key, key[0])]
         if len(found) != 1:
