@@ -163,7 +163,7 @@ class SpectralEdit(WeightEdit):
             part = self.with_keep({name: self._keeps[name] for name in names})
             reports += part.report(model)
             part.bake(model)
-            self.factors.forget()
+            self.factors.forget(part._keeps)
         return reports
 
     def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:

@@ -6,7 +6,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -90,9 +90,10 @@ class Bases:
             self._copies[which] = self[key][1].to(like.device, like.dtype)
         return self._copies[which]
 
-    def forget(self) -> None:
-        """Free the bases that can be had again: from the folder, or else by decomposing."""
-        self._known = {key: one for key, one in self._known.items() if key in self._fixed}
+    def forget(self, keys: Collection[str]) -> None:
+        """Free bases that can be had again: from the folder, or else by decomposing."""
+        for key in set(keys) - self._fixed:
+            self._known.pop(key, None)
         self._copies = {}
 
     def keep_in(self, path: str | os.PathLike[str]) -> None:

@@ -218,9 +218,9 @@ class Factors:
         output, inside = (self._record(name).key(kind, name) for kind in "GA")
         return self._bases.vectors(output, like), self._bases.vectors(inside, like)
 
-    def forget(self) -> None:
-        """Free eigenvectors and rotated weights that were computed here; they are when needed."""
-        self._bases.forget()
+    def forget(self, names: Iterable[str]) -> None:
+        """Free the eigenvectors and rotated weights of targets; they are computed when needed."""
+        self._bases.forget({self._record(name).key(kind, name) for name in names for kind in "AG"})
         self._coordinates = {}
 
     def curvature(self, name: str, estimator: str = "kfac") -> Curvature:

@@ -78,7 +78,7 @@ def test_files_are_read_when_needed_and_mapped_into_memory(saved):
     first, again = Factors.load(saved), Factors.load(saved)
     first.decompose(progress=False)
     assert mapped() == 10  # so the memory of a finished basis can be taken back
-    first.forget()
+    first.forget(first.names)
     assert mapped() == 0
     assert again.eigen_A(again.names[0])[1].isfinite().all()
     assert mapped() == 1

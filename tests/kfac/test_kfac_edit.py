@@ -10,6 +10,7 @@ from torch import nn
 
 import kfac
 from kfac import CurvatureEdit, RandomPairsEdit, SVDEdit
+from kfac.factors import bases
 from lirefs.errors import (
     EditError,
     EditOrderError,
@@ -334,6 +335,15 @@ def test_descriptions_tell_every_two_edits_apart(model, factors):
     assert len(set(described)) == len(edits)
 
 
+def test_baking_in_turn_decomposes_nothing_twice(monkeypatch):
+    model = llama(torch.float32)
+    factors = collect(model, [batch(range(6))], kfac.find_targets(model, projections="mlp"))
+    factors.decompose(progress=False)  # kept in memory alone: no file, no folder
+    monkeypatch.setattr(bases, "eigenbasis", lambda matrix: pytest.fail("decomposed again"))
+    CurvatureEdit(factors, 0.7).bake_in_turn(model)
+    assert not factors._bases
+
+
 def test_baking_in_turn_is_baking():
     model, other = llama(torch.float32), llama(torch.float32)
     targets = kfac.find_targets(model, projections="mlp")
@@ -341,13 +351,13 @@ def test_baking_in_turn_is_baking():
     edit = kfac.CurvatureEdit(factors, 0.7, estimator="marginal", shape="output")
     expected = edit.report(other)
     edit.bake(other)
-    factors.forget()
+    factors.forget(factors.names)
     held = []
     release = kfac.Factors.forget
 
-    def forget(self):
+    def forget(self, names):
         held.append(len(self._bases))
-        release(self)
+        release(self, names)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kfac.Factors, "forget", forget)
