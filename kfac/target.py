@@ -115,7 +115,7 @@ class TargetRecord:
         return f"{kind}.{self.source if kind == 'A' else name}"
 
     def shape(self, kind: str) -> tuple[int, int]:
-        """Return the shape of the sums of a kind: "A", "G", "AW", "GW", "D" or "E"."""
+        """Return the shape of the sums of a kind: "A", "G", "AW", "GW", "D", "DS" or "E"."""
         rows = self.in_features if kind in ("A", "AW") else self.out_features
         return rows, self.out_features if kind in ("G", "GW") else self.in_features
 

@@ -10,13 +10,13 @@ import torch
 from torch import nn
 
 from kfac.collection.batches import Forward, module_and_batches
-from kfac.collection.covariance import CovarianceSums
+from kfac.collection.covariance import DIAGONALS, CovarianceSums
 from kfac.collection.passes import Options, run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
 from kfac.targets import find_targets
-from lirefs.errors import TargetError, as_list
+from lirefs.errors import KfacError, TargetError, as_list
 from lirefs.model.language_model import LanguageModel
 
 
@@ -33,6 +33,7 @@ def collect(
     dtype: torch.dtype = torch.float32,
     marginals: bool = False,
     diagonal: bool = False,
+    per: str = "position",
     budget: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 300.0,
@@ -63,8 +64,10 @@ def collect(
             in `layers`.
         layers: Block indices from 0, instead of targets; None takes all.
         seed: Seed of the sampled labels.
-        labels: "sampled", or "data" for the empirical Fisher: the batch's labels, else the next
-            tokens.
+        labels: "sampled"; "data" for the empirical Fisher: the batch's labels, else the next
+            tokens; or "exact" for the expectation over all labels, without noise. It costs a
+            backward pass for each class at each position, so it is for tests and small
+            vocabularies (at most 256 classes).
         samples: Labels drawn for each position; each costs a backward pass, and the sums are means
             over them.
         forward: For models that are not causal language models: called as forward(model, batch),
@@ -76,6 +79,8 @@ def collect(
         dtype: Dtype of the sums, float32 or float64.
         marginals: Also sum what the "marginal" estimator needs: two more matrices for each target.
         diagonal: Also sum what the "diagonal" estimator needs: one matrix of the weight's shape.
+        per: Which gradients the "diagonal" estimator squares: "position" or "sequence", as in
+            `correct`. All other sums are over positions.
         budget: Bytes that the sums may take at a time; targets are spread over several passes.
         checkpoint: File for the state of the collection. If it exists, the collection resumes
             from it. Ctrl-C writes it too. It is not deleted. Each process has its own, named by its
@@ -116,17 +121,23 @@ def collect(
         targets = find_targets(module, layers)
     elif layers is not None:
         raise TargetError("give targets or layers, not both")
+    if per not in DIAGONALS or (per != "position" and not diagonal):
+        raise KfacError(
+            f"per={per!r}: use 'position' or 'sequence', which needs diagonal=True: no other sums "
+            "of a collection are over sequences"
+        )
     options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
     planned = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
     if len({target.name for target in targets}) < len(targets):
         raise TargetError("a target is given twice")
     digests = {target.name: weight_digest(target.weight) for target in targets}
     settings = {"task": "collect", "marginals": marginals, "diagonal": diagonal, "digests": digests}
+    settings |= {} if per == "position" else {"per": per}
     records, tables, tokens = run_passes(
         module,
         batches,
         planned,
-        lambda: CovarianceSums(marginals=marginals, diagonal=diagonal),
+        lambda: CovarianceSums(marginals=marginals, diagonal=diagonal and per),
         options,
         digests,
         settings,

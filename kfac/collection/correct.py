@@ -36,16 +36,22 @@ def correct(
 ) -> Factors:
     """Add EK-FAC's corrected eigenvalues to factors (George et al. 2018, arXiv 1806.03884).
 
-    In the eigenbases of G and A, each coordinate gets the mean square of its gradient: the exact
-    diagonal of the Fisher there, where K-FAC has the product of two means.
+    In the eigenbases of G and A, each coordinate gets the mean square of its gradient, where K-FAC
+    has the product of two means. With `per="sequence"` this is the diagonal of the Fisher there, up
+    to the noise of the sampled labels (none with `labels="exact"`). With `per="position"` it is so
+    only where the loss of each label reaches one position of the target: one position per sequence,
+    or the MLP of the last block. Elsewhere products of different positions are left out, as in
+    K-FAC.
 
     Args:
         model: The model that the factors were collected from.
         batches: As in `collect`; usually the same.
         factors: From `collect`; they are not changed.
-        per: Which gradients are squared: "position" (g aᵀ of each position, as K-FAC assumes) or
-            "sequence" (the sum over a sequence's positions, with the cross terms that K-FAC leaves
-            out). For one position per sequence both are the same.
+        per: Which gradients are squared: "position" (g aᵀ of each counted position, as K-FAC
+            assumes) or "sequence" (∂L/∂W: the sum over all attended positions of a sequence, with
+            the cross terms that K-FAC leaves out, and with the part of prompts labelled -100; with
+            `forward`, over all positions unless the batch has an attention_mask). For one position
+            per sequence both are the same.
         seed: As in `collect`.
         labels: As in `collect`.
         samples: As in `collect`.
@@ -112,11 +118,10 @@ class _CorrectionSums(Sums):
         bases: Mapping[str, tuple[Tensor, Tensor]],
         whole_sequences: bool,
     ) -> None:
-        super().__init__(["E"])
+        super().__init__(["E"], whole_sequences=whole_sequences)
         self._records = records
         self._bases = bases
         self._moved: dict[str, Tensor] = {}
-        self._whole_sequences = whole_sequences
 
     def add_input(self, source: str, a: InputRows) -> None:
         """Do nothing: inputs are used only together with gradients."""
@@ -127,15 +132,11 @@ class _CorrectionSums(Sums):
         with full_precision(g.device):
             inputs = a.derived("rotated", lambda: a.values @ self._basis(source, a.values))
             outputs = g @ self._basis("G." + name, g)
-            if not self._whole_sequences:
-                squares = a.derived("squares", inputs.square)
-                self.add_product(key, outputs.square(), squares, share)
+            if self.whole_sequences:
+                self.add_sequence_squares(key, outputs, inputs, a, share)
                 return
-            sequences = a.positions // max(1, a.shape[1:].numel())
-            for sequence in sorted(set(sequences.tolist())):
-                rows = sequences == sequence
-                gradient = outputs[rows].T @ inputs[rows]
-                self.table(key, outputs, inputs).addcmul_(gradient, gradient, value=share)
+            squares = a.derived("squares", inputs.square)
+            self.add_product(key, outputs.square(), squares, share)
 
     def leave_device(self) -> None:
         """Move the tables to the CPU and free the bases: the next pass needs the memory."""

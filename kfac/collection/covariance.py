@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,14 +19,18 @@ from lirefs.model.guest import full_precision
 # right: 9/16 of the work of the full product at eight panels.
 _PANELS, _PANEL_WIDTH = 8, 192
 
+DIAGONALS = {"position": "D", "sequence": "DS"}
+"""The kind of sums of the "diagonal" estimator, by what the squared gradients belong to."""
+
 
 @dataclass(eq=False)
 class InputRows:
-    """The counted input rows of one use of a target, and tensors derived from them."""
+    """The input rows of one use of a target, and tensors derived from them."""
 
     values: Tensor  # (rows, in), in the dtype of the sums
     positions: Tensor  # int64 index of each row among the batch's positions
     shape: torch.Size  # of the batch's positions, sequences first
+    counted: Tensor | None = None  # indices of the rows that are counted; None when all are
     _derived: dict[str, Tensor] = field(default_factory=dict)
 
     def derived(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -34,12 +39,31 @@ class InputRows:
             self._derived[name] = compute()
         return self._derived[name]
 
+    @property
+    def count(self) -> int:
+        """Number of counted rows."""
+        return len(self.values if self.counted is None else self.counted)
+
+    def counted_of(self, rows: Tensor) -> Tensor:
+        """Return the counted ones of these rows, of `values` or of gradients."""
+        return rows if self.counted is None else rows[self.counted.to(rows.device)]
+
+    @property
+    def counted_values(self) -> Tensor:
+        """The counted ones of `values`."""
+        return self.derived("counted", lambda: self.counted_of(self.values))
+
 
 class Sums(abc.ABC):
-    """The sums that the hooks add to: `tables` holds them by "<kind>.<target>"."""
+    """The sums that the hooks add to: `tables` holds them by "<kind>.<target>".
 
-    def __init__(self, kinds: Iterable[str]) -> None:
+    With `whole_sequences` the rows of all positions are needed, not of the counted ones alone: the
+    loss of a counted position has a gradient at positions before it, counted or not.
+    """
+
+    def __init__(self, kinds: Iterable[str], *, whole_sequences: bool = False) -> None:
         self.kinds = tuple(kinds)
+        self.whole_sequences = whole_sequences
         self.tables: dict[str, Tensor] = {}
 
     def shapes(self, name: str, record: TargetRecord) -> dict[str, tuple[int, int]]:
@@ -87,6 +111,17 @@ class Sums(abc.ABC):
         with full_precision(left.device):
             self.table(key, left, right).addmm_(left.T, right, alpha=share)
 
+    def add_sequence_squares(
+        self, key: str, left: Tensor, right: Tensor, a: InputRows, share: float
+    ) -> None:
+        """Add share · (leftᵀ right)², entry by entry, of each sequence's own rows to a table."""
+        sequences = a.positions // max(1, a.shape[1:].numel())
+        with full_precision(left.device):
+            for sequence in sorted(set(sequences.tolist())):
+                rows = sequences == sequence
+                gradient = left[rows].T @ right[rows]
+                self.table(key, left, right).addcmul_(gradient, gradient, value=share)
+
     def add_symmetric(self, key: str, left: Tensor, right: Tensor, share: float) -> None:
         """Add share · leftᵀ right, which is symmetric, to the upper triangle of a table."""
         with full_precision(left.device):
@@ -98,23 +133,32 @@ class Sums(abc.ABC):
 
 
 class CovarianceSums(Sums):
-    """Sums of a aᵀ and g gᵀ; with `marginals` and `diagonal` those of their estimators as well."""
+    """Sums of a aᵀ and g gᵀ; with `marginals` and `diagonal` those of their estimators as well.
 
-    def __init__(self, *, marginals: bool, diagonal: bool) -> None:
-        super().__init__(["A", "G", *(["AW", "GW"] if marginals else []), *(["D"] * diagonal)])
+    `diagonal` is False, "position" or "sequence": of what the gradients are squared.
+    """
+
+    def __init__(self, *, marginals: bool, diagonal: str | Literal[False]) -> None:
+        kinds = ["A", "G", *(["AW", "GW"] if marginals else [])]
+        if diagonal:
+            kinds.append(DIAGONALS[diagonal])
+        super().__init__(kinds, whole_sequences=diagonal == "sequence")
 
     def add_input(self, source: str, a: InputRows) -> None:
         """Add a aᵀ."""
-        self.add_symmetric("A." + source, a.values, a.values, 1.0)
+        self.add_symmetric("A." + source, a.counted_values, a.counted_values, 1.0)
 
     def add_gradient(self, name: str, g: Tensor, a: InputRows, share: float) -> None:
         """Add g gᵀ, and the sums that need both sides."""
+        if "DS" in self.kinds:
+            self.add_sequence_squares("DS." + name, g, a.values, a, share)
+        g, values = a.counted_of(g), a.counted_values
         self.add_symmetric("G." + name, g, g, share)
         if "AW" in self.kinds:
-            a_norms = a.values.square().sum(1, keepdim=True)
+            a_norms = values.square().sum(1, keepdim=True)
             g_norms = g.square().sum(1, keepdim=True)
             self.add_symmetric("GW." + name, g * a_norms, g, share)
-            self.add_symmetric("AW." + name, a.values * g_norms, a.values, share)
+            self.add_symmetric("AW." + name, values * g_norms, values, share)
         if "D" in self.kinds:
             squares = a.derived("squares", a.values.square)
             self.add_product("D." + name, g.square(), squares, share)

@@ -28,7 +28,13 @@ from kfac.collection.distributed import World
 from kfac.collection.finite import not_finite_logits_error
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.plan import Plan
-from kfac.collection.sampling import RowSeeds, batch_digest, label_gradients, row_contents
+from kfac.collection.sampling import (
+    RowSeeds,
+    batch_digest,
+    exact_gradients,
+    label_gradients,
+    row_contents,
+)
 from kfac.target import Target, TargetRecord
 from kfac.targets import must_pass_gradients
 from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError
@@ -50,10 +56,10 @@ class Options:
     progress: bool
 
     def __post_init__(self) -> None:
-        if self.labels not in ("sampled", "data"):
-            raise KfacError(f"labels={self.labels!r}: use 'sampled' or 'data'")
-        if self.samples < 1 or (self.labels == "data" and self.samples != 1):
-            raise KfacError(f"samples={self.samples}: at least 1, and 1 with the data's labels")
+        if self.labels not in ("sampled", "data", "exact"):
+            raise KfacError(f"labels={self.labels!r}: use 'sampled', 'data' or 'exact'")
+        if self.samples < 1 or (self.labels != "sampled" and self.samples != 1):
+            raise KfacError(f"samples={self.samples}: at least 1, and 1 unless labels are sampled")
         if self.dtype not in (torch.float32, torch.float64):
             raise KfacError(f"dtype={self.dtype}: sums are float32 or float64")
 
@@ -235,7 +241,10 @@ class _Pass:
         mask = mask.bool()
         labelled = mask if mask.shape == shape else torch.ones(shape, dtype=torch.bool)
         uniforms = labels = None
-        if self.options.labels == "data":
+        real = attended(batch)
+        if self.options.labels == "exact":
+            seeds.skip(contents)
+        elif self.options.labels == "data":
             seeds.skip(contents)
             labels = self._given_labels(batch, rest, shape, place)[labelled].long()
             if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
@@ -245,7 +254,6 @@ class _Pass:
                 )
         else:
             # A draw at every real token, counted or not, makes labels independent of the mask.
-            real = attended(batch)
             drawn = real if real is not None and real.shape == shape else labelled
             where = drawn | labelled.to(drawn.device)
             uniforms = seeds.draw(contents, where, samples)[:, labelled.cpu()]
@@ -253,13 +261,18 @@ class _Pass:
             return 0
         if not logits.requires_grad:
             raise TargetError("the logits depend on no target: the forward pass calls none of them")
-        self.tracker.read(mask, place)
-        rows = labelled.flatten().nonzero()[:, 0]
-        gradients = label_gradients(logits.detach(), rows, uniforms, labels)
+        same = real is not None and real.shape == mask.shape
+        self.tracker.read(mask, real if same and real is not None else torch.ones_like(mask), place)
+        if self.options.labels == "exact":
+            gradients = exact_gradients(logits.detach(), labelled, place)
+        else:
+            rows = labelled.flatten().nonzero()[:, 0]
+            gradients = label_gradients(logits.detach(), rows, uniforms, labels)
         if gradients is None:
             raise not_finite_logits_error(logits, labelled, place)
         for draw, gradient in enumerate(gradients, 1):
-            torch.autograd.backward(logits, gradient, retain_graph=draw < samples)
+            more = draw < samples or self.options.labels == "exact"
+            torch.autograd.backward(logits, gradient, retain_graph=more)
         self.tracker.check_gradients(place)
         return counted
 

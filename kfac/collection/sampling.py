@@ -13,11 +13,15 @@ from torch import Tensor
 
 from kfac.collection.batches import attended
 from kfac.factors.tensor_file import tensor_bytes
+from lirefs.errors import BatchError
 
 # Elements of softmax worked on at a time: 16 MB in float32, about what a processor cache holds.
 # On one core and a vocabulary of 49,152 this takes 0.15 s for 1,016 positions; 2**26 takes 0.32 s.
 _CHUNK = 2**22
 _BLOCK = 256
+
+EXACT_CLASSES = 256
+"""Most classes whose labels are all enumerated: each costs a backward pass at each position."""
 
 
 class RowSeeds:
@@ -100,6 +104,43 @@ def label_gradients(
             gradient[rows, label] = chance.to(gradient.dtype)
 
     return with_labels()
+
+
+def exact_gradients(logits: Tensor, labelled: Tensor, place: str) -> Iterator[Tensor] | None:
+    """Return the gradients whose outer products sum to the expectation over all labels.
+
+    There is one for each class y and each position of a sequence: √p(y) · (softmax − one-hot of y)
+    at this position of all sequences, and zero elsewhere. So no two positions of a sequence mix, as
+    they do not in expectation, because their labels are drawn independently. Arguments and result
+    are as for `label_gradients`, `labelled` is the bool mask (...) of rows.
+
+    Raises:
+        BatchError: There are more than `EXACT_CLASSES` classes.
+    """
+    classes = logits.shape[-1]
+    if classes > EXACT_CLASSES:
+        raise BatchError(
+            f"{place}: labels='exact' needs a backward pass for each of {classes} classes at each "
+            f"position, and takes at most {EXACT_CLASSES}; use labels='sampled' with more samples"
+        )
+    # (sequences, positions of one sequence, classes)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    chances = torch.softmax(logits, dim=-1, dtype=dtype).reshape(len(logits), -1, classes)
+    rows = labelled.to(logits.device).reshape(chances.shape[:2])
+    if not bool(chances[rows].isfinite().all()):
+        return None
+
+    def each() -> Iterator[Tensor]:
+        for position in rows.any(0).nonzero()[:, 0].tolist():
+            chance = chances[:, position] * rows[:, position, None]
+            for label in range(classes):
+                gradient = torch.zeros_like(chances)
+                gradient[:, position] = chance
+                gradient[:, position, label] -= rows[:, position].to(dtype)
+                gradient[:, position] *= chance[:, label, None].sqrt()
+                yield gradient.reshape(logits.shape).to(logits.dtype)
+
+    return each()
 
 
 def sample_labels(probabilities: Tensor, uniforms: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import copy
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -130,6 +131,29 @@ class SpectralEdit(WeightEdit):
             counts = (one.pairs, one.total_pairs, one.pairs / one.total_pairs)
             rows.append(TargetReport(name, *counts, one.kept_mass, one.rank_bound, moved))
         return rows
+
+    def bake_in_turn(self, model: nn.Module) -> list[TargetReport]:
+        """Put the edited weights in place for good, one input at a time, and report on each target.
+
+        The weights are those of `bake`. The decompositions, rotated weights and edited weights of
+        targets that read one input are freed before those of the next are computed, so beside model
+        and factors there is never more than these in memory. An error leaves the model edited in
+        part: load it again.
+
+        Raises:
+            FactorsMismatchError: The factors do not belong to this model; nothing is changed.
+            EditError: As for `bake`.
+        """
+        records = self.factors.records
+        for target in self.factors.targets(model, self._keeps):
+            check_weight(target, records[target.name].digest)
+        reports = []
+        for _, names in itertools.groupby(self._keeps, key=lambda name: records[name].source):
+            part = self.with_keep({name: self._keeps[name] for name in names})
+            reports += part.report(model)
+            part.bake(model)
+            self.factors.forget()
+        return reports
 
     def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:
         records = self.factors.records

@@ -49,10 +49,11 @@ class Factors:
     Args:
         records: One `TargetRecord` for each target name, in collection order.
         sums: By kind and target: "A.<source>" sums a aᵀ, "G.<name>" g gᵀ, "AW." ‖g‖² a aᵀ, "GW."
-            ‖a‖² g gᵀ, "D." the squared entries of g aᵀ, "E." the same in the eigenbases.
+            ‖a‖² g gᵀ, "D." the squared entries of g aᵀ, "DS." those of its sum over a sequence,
+            "E." the squared entries in the eigenbases.
         seeds: Seeds of the sampled labels, one for each collection that was merged.
         tokens: Counted positions of the data.
-        labels: "sampled" (Fisher), "data" (empirical Fisher) or "mixed".
+        labels: "sampled" or "exact" (Fisher), "data" (empirical Fisher) or "mixed".
         provenance: The user's notes about the data; JSON values.
         bases: Eigenvalues and eigenvectors of the basis in which the sums "E." were collected.
         weighted: Parts were merged with weights, so none of them can be subtracted.
@@ -149,12 +150,17 @@ class Factors:
     @property
     def estimators(self) -> list[str]:
         """The estimators that `curvature` can give for every target."""
-        kinds = {"marginal": "AW", "diagonal": "D", "ekfac": "E"}
+        kinds = {"marginal": "AW", "diagonal": self._diagonal, "ekfac": "E"}
         return [
             one
             for one in ESTIMATORS
             if all(f"{kinds.get(one, 'G')}.{name}" in self.sums for name in self.records)
         ]
+
+    @property
+    def _diagonal(self) -> str:
+        """The kind of sums of the "diagonal" estimator."""
+        return "DS" if any(key.startswith("DS.") for key in self.sums) else "D"
 
     def A(self, name: str) -> Tensor:
         """Return E[a aᵀ] of a target, shape (in, in), in squared units of the activations."""
@@ -195,16 +201,22 @@ class Factors:
             copies.append(self._copies[key])
         return copies[0], copies[1]
 
+    def forget(self) -> None:
+        """Free eigenvectors and rotated weights that were computed here; they are when needed."""
+        self._bases = {key: one for key, one in self._bases.items() if key in self._stored_bases}
+        self._copies, self._coordinates = {}, {}
+
     def curvature(self, name: str, estimator: str = "kfac") -> Curvature:
         """Return the mass that an estimator gives to each coordinate of a target.
 
         Args:
             name: Target name.
-            estimator: "kfac": λᵢ μⱼ. "ekfac": E[(uᵢ·g)² (vⱼ·a)²], the exact diagonal of the Fisher
-                in K-FAC's eigenbasis (George et al. 2018, arXiv 1806.03884), after `correct`.
-                "marginal": the separable table with EK-FAC's row and column sums, without a second
-                pass. "input": μⱼ, with G the identity. "output": λᵢ, with A the identity.
-                "diagonal": E[(∂L/∂W)²], the mean squared gradient of each entry of W itself.
+            estimator: "kfac": λᵢ μⱼ. "ekfac": the mean squared gradient of each coordinate in
+                K-FAC's eigenbasis (George et al. 2018, arXiv 1806.03884), after `correct`, whose
+                `per` says of what gradient. "marginal": the separable table with EK-FAC's row and
+                column sums for `per="position"`, without a second pass. "input": μⱼ, with G the
+                identity. "output": λᵢ, with A the identity. "diagonal": the mean squared gradient
+                of each entry of W itself; `per` of `collect` says of what gradient.
 
         Raises:
             EstimatorError: The estimator is unknown, or its sums were not collected.
@@ -212,7 +224,7 @@ class Factors:
         if estimator not in ESTIMATORS:
             raise EstimatorError(f"estimator={estimator!r} is unknown: use one of {ESTIMATORS}")
         if estimator in ("diagonal", "ekfac"):
-            table = self._mean("D" if estimator == "diagonal" else "E", name)
+            table = self._mean(self._diagonal if estimator == "diagonal" else "E", name)
             return Curvature(estimator, None, None, table, rotated=estimator == "ekfac")
         basis = self.eigen(name)
         lam, mu = basis.lam, basis.mu

@@ -39,6 +39,8 @@ from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
 from lirefs.tasks.texts import TextRow, text_rows
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
+SHARD = "1GB"
+"""Largest file of an edited model; of a model on an accelerator, main memory holds one at a time."""
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
     Path | None,
@@ -140,20 +142,23 @@ def edit_command(
 ) -> None:
     """Edit a model and save it in a folder that transformers loads without this package.
 
-    --force replaces a folder only if this command wrote it.
+    Targets are edited in turn and written in files of 1 GB, so no second copy of the model is held
+    in memory. What happens to each target is printed before anything is written. --force replaces a
+    folder only if this command wrote it.
     """
     options.keep_folder(out, "curvature_edit.json", force)
     lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
-    reports = change.report(lm.model)
-    change.bake(lm.model)
+    reports = change.bake_in_turn(lm.model)
     record = {**change.describe(), "targets": [vars(report) for report in reports]}
-    options.save_model(lm.model, lm.tokenizer, out, "curvature_edit.json", record)
     table = console_table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"
         table.add_row(one.name, *shares, str(one.rank_bound), f"{one.relative_change:.3f}")
     options.print_result(record, table, as_json)
+    options.save_model(
+        lm.model, lm.tokenizer, out, "curvature_edit.json", record, max_shard_size=SHARD
+    )
     options.say_on_console(f"edited model: {out}")
 
 

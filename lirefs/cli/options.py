@@ -107,15 +107,18 @@ def keep_folder(out: Path, record: str, force: bool) -> None:
 
 
 def save_model(
-    model: Any, tokenizer: Any, out: Path, record: str, content: Mapping[str, Any]
+    model: Any, tokenizer: Any, out: Path, record: str, content: Mapping[str, Any], **how: Any
 ) -> None:
-    """Write a model, its tokenizer and a record of its changes to a folder, whole or not at all."""
+    """Write a model, its tokenizer and a record of its changes to a folder, whole or not at all.
+
+    `how` is given to `save_pretrained` of the model.
+    """
     with write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
             made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
             made.mkdir()
-            model.save_pretrained(made)
+            model.save_pretrained(made, **how)
             tokenizer.save_pretrained(made)
             atomic_write_text(made / record, json.dumps(content, indent=1))
             usual_file_permissions(made)

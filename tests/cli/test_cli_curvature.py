@@ -7,7 +7,7 @@ import command_line
 import pytest
 import torch
 from tiny import fresh_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 import kfac
 from kfac.collection import batches
@@ -106,6 +106,28 @@ def test_edit_saves_a_model_for_transformers(made, factors, tmp_path, monkeypatc
     assert [path.name for path in out.parent.iterdir()] == ["edited"]
     assert run(monkeypatch, "edit", *arguments) == 2  # the folder exists now
     assert "SettingError" in capsys.readouterr().err
+
+
+def test_edit_writes_small_files_and_reports_first(made, factors, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lirefs.cli.curvature.SHARD", "20KB")
+    out = tmp_path / "edited"
+    arguments = ["--model", made / "model", "--factors", factors, "--keep", "0.5", "--out", out]
+    printed = []
+    written = PreTrainedModel.save_pretrained
+
+    def save(model, *folder, **options):
+        printed.append(capsys.readouterr().out)
+        written(model, *folder, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    assert run(monkeypatch, "edit", *arguments) == 0
+    assert "pairs kept" in printed[0]
+    assert len(list(out.glob("*.safetensors"))) > 2
+    edited = AutoModelForCausalLM.from_pretrained(out)
+    plain = AutoModelForCausalLM.from_pretrained(made / "model")
+    kfac.CurvatureEdit(kfac.Factors.load(factors), 0.5).bake(plain)
+    for a, b in zip(edited.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_bands(made, factors, tmp_path, monkeypatch, capsys):

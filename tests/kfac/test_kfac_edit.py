@@ -332,3 +332,40 @@ def test_descriptions_tell_every_two_edits_apart(model, factors):
         edits += [kind(names, 0.5), kind(names, 0.6), kind(names[:2], 0.5)]
     described = [json.dumps(one.describe(), sort_keys=True) for one in edits]
     assert len(set(described)) == len(edits)
+
+
+def test_baking_in_turn_is_baking():
+    model, other = llama(torch.float32), llama(torch.float32)
+    targets = kfac.find_targets(model, projections="mlp")
+    factors = collect(model, [batch(range(6))], targets, marginals=True)
+    edit = kfac.CurvatureEdit(factors, 0.7, estimator="marginal", shape="output")
+    expected = edit.report(other)
+    edit.bake(other)
+    factors.forget()
+    held = []
+    release = kfac.Factors.forget
+
+    def forget(self):
+        held.append(len(self._bases))
+        release(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kfac.Factors, "forget", forget)
+        assert edit.bake_in_turn(model) == expected
+    assert held == [3, 2] * 2  # gate and up with the input they share; down
+    assert not factors._bases
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(FactorsMismatchError, match="other weights"):
+        edit.bake_in_turn(model)
+
+
+def test_baking_in_turn_refuses_other_weights_before_it_changes_any():
+    model = llama(torch.float32)
+    targets = kfac.find_targets(model, projections="mlp")
+    factors = collect(model, [batch(range(6))], targets)
+    targets[-1].weight.add_(1)
+    before = snapshot(model)
+    with pytest.raises(FactorsMismatchError, match="other weights"):
+        kfac.CurvatureEdit(factors, 0.7).bake_in_turn(model)
+    assert_restored(model, before)
