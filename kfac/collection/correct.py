@@ -77,6 +77,7 @@ def correct(
     options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
     targets = factors.targets(module)
     planned = plan(targets, budget, dtype=dtype, correction=True)
+    factors.decompose(spread=True, progress=progress)
     bases = {}
     for name, record in factors.records.items():
         basis = factors.eigen(name)

@@ -124,6 +124,8 @@ class SpectralEdit(WeightEdit):
                 original = target.weight.double()
                 change = float((weight - original).norm() / original.norm())
                 found[target.name] = (selection, change)
+        else:
+            self._decompose()
         unchanged = None if model is None else 0.0
         rows = []
         for name in self._keeps:
@@ -159,6 +161,7 @@ class SpectralEdit(WeightEdit):
         records = self.factors.records
         targets = self.factors.targets(model, self._keeps)
         digests = {one.name: check_weight(one, records[one.name].digest) for one in targets}
+        self._decompose()
         result = []
         for target in targets:
             name, weight = target.name, target.weight
@@ -172,6 +175,10 @@ class SpectralEdit(WeightEdit):
                 kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
                 result.append((target, self._rotate_back(name, kept).to(weight.dtype), chosen))
         return result
+
+    def _decompose(self) -> None:
+        """Compute the eigenbases that will be needed, with a bar if it takes long."""
+        self.factors.decompose(name for name, keep in self._keeps.items() if keep < 1)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         return self.factors.coordinates(name, weight, digest)
@@ -282,6 +289,10 @@ class CurvatureEdit(SpectralEdit):
         if curvature.lam is not None and curvature.mu is not None:
             return select_separable(curvature.lam, curvature.mu, keep, self.shape)
         return select_largest(curvature.mass(), keep)
+
+    def _decompose(self) -> None:
+        if self.estimator != "diagonal":
+            super()._decompose()
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         if self.estimator == "diagonal":

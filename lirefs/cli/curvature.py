@@ -149,6 +149,8 @@ def edit_command(
     options.keep_folder(out, "curvature_edit.json", force)
     lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
+    if estimator != "diagonal":
+        known.decompose(progress=not quiet)
     reports = change.bake_in_turn(lm.model)
     record = {**change.describe(), "targets": [vars(report) for report in reports]}
     table = console_table("target", "pairs kept", "mass kept", "rank at most", "weight change")
@@ -189,6 +191,7 @@ def bands_command(
     lm, known = _load(factors, model, device, dtype, device_map)
     recited = _recited(lm, memorized, 2, "to compare them with clean ones")
     sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
+    known.decompose(sides="A", progress=not quiet)
     first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
     ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
@@ -253,6 +256,7 @@ def detect_command(
         recited = {key for key, _, _ in _recited(lm, None, 0)}
         rows = [one for one in rows if one.fields["label"] == "clean" or one.id in recited]
     ids = lm.encode([row.fields["text"] for row in rows])
+    known.decompose(sides="A", progress=not quiet)
     scores = kfac.flat_shares(lm.model, lm.batches(ids), known, flat=flat)
     lines: list[dict[str, Any]] = [
         {
@@ -327,6 +331,7 @@ def relearn_command(
         batches_cut_alike(lm, unrelated, mixed[:half]),
     )
     training: dict[str, Any] = {"steps": points, "lr": lr, "seed": seed, "progress": not quiet}
+    known.decompose(progress=not quiet)
     result = kfac.relearn(lm.model, compared, learned, rest, other=other, **training)
     kfac.figures.relearning_figure(result).save(out, "relearning")
     arms = {

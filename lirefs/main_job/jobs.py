@@ -197,6 +197,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
     texts = calibration_texts()[: 30 if job.quick else None]
     collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown)
+    collected.decompose(spread=True, progress=job.shown)
     edit = kfac.CurvatureEdit(collected, keep)
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
     with console.status("matching SVD to the perplexity of K-FAC"):
@@ -251,6 +252,7 @@ def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
     texts = training_texts(language, 300 if job.quick else 1500, job.seed)
     layers = list(range(lm.n_layers))
     collected = factors_of(lm, layers, None, cache_dir(), job.seed, texts, job.shown)
+    collected.decompose(spread=True, progress=job.shown)
 
     job.console.rule("comparison")
     found = organism.run_on_organism(job, lm, collected, language)

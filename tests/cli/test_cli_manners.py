@@ -104,7 +104,7 @@ def test_an_edited_model_is_replaced_by_force_and_nothing_else_is(
     assert run(monkeypatch, *command, "--keep", 0.5, "--force") == 0
     assert json.loads((out / "curvature_edit.json").read_text())["keep"] == 0.5
     assert {one.name for one in tmp_path.iterdir()} - {"lirefs-cache"} == {
-        "edited", "f.safetensors"
+        "edited", "f.safetensors", "f.safetensors.bases"
     }  # fmt: skip
     (out / "curvature_edit.json").unlink()  # then it may be anybody's folder
     assert run(monkeypatch, *command, "--force") == 2

@@ -1,5 +1,6 @@
 import multiprocessing
 import traceback
+from dataclasses import astuple
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch import nn
 
 import kfac
 from kfac import Factors
+from kfac.factors import bases
 from lirefs.errors import DistributedError
 
 BATCHES = [batch([0, 1]), batch([2]), batch([0, 4], "left", 1), batch([5]), batch([3])]
@@ -64,6 +66,33 @@ def work(rank, folder):
     # The forward pass of the wrapper would wait for the process that has one batch less.
     wrapped = nn.parallel.DistributedDataParallel(llama(torch.float32))
     everything(model=wrapped).save(f"{folder}/wrapped-{rank}.safetensors")
+    decompose_together(everything(), rank)
+
+
+def decompose_together(factors, rank):
+    """Each process decomposes its share, all have all bases, and a failure reaches them all."""
+    mine, alone = [], kfac.merge([factors])
+    right = {name: alone.eigen(name) for name in alone.names}
+
+    def counted(matrix):
+        mine.append(len(matrix))
+        return kfac.eigenbasis(matrix)
+
+    def failing(matrix):
+        raise MemoryError
+
+    bases.eigenbasis = counted
+    shared = kfac.merge([factors])
+    if rank == 1:
+        shared.eigen_A(shared.names[-1])  # what one has already is sent by it
+    shared.decompose(spread=True, progress=False)
+    assert mine == ([16, 24] if rank == 0 else [24, 24, 16])
+    for name, basis in right.items():
+        assert all(torch.equal(*both) for both in zip(*map(astuple, (basis, shared.eigen(name)))))
+    bases.eigenbasis = failing if rank == 1 else counted
+    with pytest.raises(DistributedError if rank == 0 else MemoryError):
+        kfac.merge([factors]).decompose(spread=True, progress=False)
+    bases.eigenbasis = kfac.eigenbasis
 
 
 def test_two_processes_give_what_one_gives_and_refuse_different_batches(tmp_path):
