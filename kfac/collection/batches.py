@@ -51,11 +51,18 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
         raise BatchError(
             f"the model returned a {type(output).__name__} without logits; pass `forward`"
         )
+    return logits, counted_positions(batch)
+
+
+def counted_positions(batch: Mapping[str, Any]) -> Tensor:
+    """Return the bool mask (B, T) of positions that predict a counted token."""
+    real = attended(batch)
+    assert real is not None  # callers have checked that there are input_ids
     counted = torch.zeros_like(real)
     torch.logical_and(real[:, :-1], real[:, 1:], out=counted[:, :-1])
     if isinstance(batch.get("labels"), Tensor):
         counted[:, :-1].logical_and_(batch["labels"][:, 1:] != -100)
-    return logits, counted
+    return counted
 
 
 def module_and_batches(

@@ -30,7 +30,7 @@ def collect(
     labels: str = "sampled",
     samples: int = 1,
     forward: Forward | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     marginals: bool = False,
     diagonal: bool = False,
     per: str = "position",
@@ -76,7 +76,11 @@ def collect(
             a transformer. If the logits have that shape too, a label is drawn for each counted
             position; otherwise (a ViT: one row of logits for each image) for each row of logits.
             With `labels="data"` it returns int64 labels (B, ...) as a third value.
-        dtype: Dtype of the sums, float32 or float64.
+        dtype: None computes the products of a batch in float32 (float64 for a model with float64
+            targets) and sums them in float64, where a massive activation cannot round the rest
+            away. torch.float32 does both in float32: half the memory, but such an activation makes
+            flat directions wrong by percents. torch.float64 does both in float64. On MPS, which has
+            no float64, None is float32.
         marginals: Also sum what the "marginal" estimator needs: two more matrices for each target.
         diagonal: Also sum what the "diagonal" estimator needs: one matrix of the weight's shape.
         per: Which gradients the "diagonal" estimator squares: "position" or "sequence", as in
@@ -137,7 +141,7 @@ def collect(
         module,
         batches,
         planned,
-        lambda: CovarianceSums(marginals=marginals, diagonal=diagonal and per),
+        lambda dtype: CovarianceSums(dtype, marginals=marginals, diagonal=diagonal and per),
         options,
         digests,
         settings,

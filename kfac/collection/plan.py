@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kfac.target import Target
-from lirefs.errors import BudgetError, TargetError, as_list
+from lirefs.errors import BudgetError, KfacError, TargetError, as_list
 
 # Projections of one parent module that read one input.
 _SHARED = (
@@ -30,12 +30,16 @@ class Plan:
         total: Memory of all sums together, in main memory at the end.
         per_token: Memory for each position of a batch: the targets' inputs and output gradients
             (for one label a position), and values derived from them. The model is not included.
+        dtype: Of the sums.
+        rows: Of inputs and gradients, in which products are computed before they are added.
     """
 
     passes: tuple[tuple[Target, ...], ...]
     bytes: tuple[int, ...]
     total: int
     per_token: int
+    dtype: torch.dtype
+    rows: torch.dtype
 
     def __repr__(self) -> str:
         return f"Plan({self})"
@@ -54,7 +58,7 @@ def plan(
     targets: Sequence[Target],
     budget: int | None = None,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     marginals: bool = False,
     diagonal: bool = False,
     correction: bool = False,
@@ -68,7 +72,7 @@ def plan(
     Args:
         targets: At least one.
         budget: Bytes that the sums of one pass may take; None puts all targets into one pass.
-        dtype: Of the sums.
+        dtype: As in `collect`.
         marginals: As in `collect`.
         diagonal: As in `collect`.
         correction: Plan `correct` instead of `collect`.
@@ -76,11 +80,12 @@ def plan(
     Raises:
         BudgetError: The targets of one input alone need more than the budget.
         TargetError: No targets were given.
+        KfacError: `dtype` is not None, float32 or float64.
     """
     targets = as_list(targets, "targets", Target, TargetError)
     if not targets:
         raise TargetError("no targets were given")
-    size = dtype.itemsize
+    of_sums, of_rows = _dtypes(targets, dtype)
 
     def need(group: Sequence[Target]) -> int:
         entries = 0
@@ -90,12 +95,14 @@ def plan(
             for out in (target.out_features for target in sharing):
                 entries += out**2 + marginals * (out**2 + inputs**2)
                 entries += (diagonal or correction) * out * inputs
-        return size * entries
+        return of_sums.itemsize * entries
 
     def per_token(group: Sequence[Target]) -> int:
         copies = 1 + (marginals or diagonal or correction)
         outs = [target.out_features for target in group]
-        return size * (copies * sum(t.in_features for t in group) + sum(outs) + max(outs))
+        return of_rows.itemsize * (
+            copies * sum(t.in_features for t in group) + sum(outs) + max(outs)
+        )
 
     passes: list[list[Target]] = [[]]
     for group in _groups(targets):
@@ -108,7 +115,23 @@ def plan(
             passes.append([])
         passes[-1] += group
     needs = tuple(map(need, passes))
-    return Plan(tuple(map(tuple, passes)), needs, sum(needs), max(map(per_token, passes)))
+    most = max(map(per_token, passes))
+    return Plan(tuple(map(tuple, passes)), needs, sum(needs), most, of_sums, of_rows)
+
+
+def _dtypes(
+    targets: Sequence[Target], dtype: torch.dtype | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """Return the dtypes of the sums and of the rows whose products are added to them."""
+    if dtype not in (None, torch.float32, torch.float64):
+        raise KfacError(f"dtype={dtype}: use torch.float32, torch.float64 or None")
+    if dtype is not None:
+        return dtype, dtype
+    parameters = [target.parameter for target in targets]
+    if any(one.device.type == "mps" for one in parameters):  # which has no float64
+        return torch.float32, torch.float32
+    wide = any(one.dtype == torch.float64 for one in parameters)
+    return torch.float64, torch.float64 if wide else torch.float32
 
 
 def _groups(targets: Sequence[Target]) -> list[list[Target]]:

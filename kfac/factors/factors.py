@@ -223,11 +223,6 @@ class Factors:
         self._bases.forget()
         self._coordinates = {}
 
-    def forget(self) -> None:
-        """Free eigenvectors and rotated weights that were computed here; they are when needed."""
-        self._bases = {key: one for key, one in self._bases.items() if key in self._stored_bases}
-        self._copies, self._coordinates = {}, {}
-
     def curvature(self, name: str, estimator: str = "kfac") -> Curvature:
         """Return the mass that an estimator gives to each coordinate of a target.
 

@@ -40,7 +40,7 @@ from lirefs.tasks.texts import TextRow, text_rows
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 SHARD = "1GB"
-"""Largest file of an edited model; of a model on an accelerator, main memory holds one at a time."""
+"""Largest file of an edited model; one on an accelerator is in main memory a file at a time."""
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
     Path | None,
