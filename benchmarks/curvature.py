@@ -9,7 +9,8 @@ factors are compared, with the data's labels (sampled labels differ by chance).
 
 `forward` is the bare forward pass. `floor` is the work that no method can avoid: forward, backward
 to the first target, and one plain product for each covariance. `kfac32` has sums in float32.
-`--peers` creates a virtual environment for kronfluence and curvlinops; it borrows torch and transformers from this one.
+`--peers` creates a virtual environment for kronfluence and curvlinops; it borrows torch and
+transformers from this one.
 """
 
 from __future__ import annotations

@@ -66,7 +66,7 @@ def counted_positions(batch: Mapping[str, Any]) -> Tensor:
 
 
 def module_and_batches(
-    model: nn.Module | LanguageModel, batches: Iterable[Any]
+    model: nn.Module | LanguageModel, batches: Iterable[Any], tokens: int = BATCH_TOKENS
 ) -> tuple[nn.Module, Iterable[Any]]:
     """Return the module, and texts of an `lm` as batches of similar length, longest first."""
     must_be(model, (nn.Module, LanguageModel), "model", BatchError)
@@ -83,7 +83,7 @@ def module_and_batches(
     for index, row in enumerate(ids):
         check_length(model.model, len(row), f"text {index}", BatchError)
     lengths = [len(row) for row in ids]
-    groups = model.traits.within(max(lengths)).groups(lengths, BATCH_TOKENS, "right")
+    groups = model.traits.within(max(lengths)).groups(lengths, tokens, "right")
     return model.model, [model.pad([ids[row] for row in rows], side="right") for rows in groups]
 
 

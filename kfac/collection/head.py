@@ -36,13 +36,20 @@ class Head:
         self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
     @classmethod
-    def find(cls, model: nn.Module, targets: Sequence[Target]) -> Head | None:
-        """Return the head of a model; None if it is not a plain matrix, or if it is a target."""
+    def find(
+        cls, model: nn.Module, targets: Sequence[Target], *, planned: bool = False
+    ) -> Head | None:
+        """Return the head of a model; None if it is not a plain matrix, or if it is a target.
+
+        One without data will do if a collection is only `planned`.
+        """
         linear = maybe_call(model, "get_output_embeddings")
         if type(linear) is not nn.Linear or type(linear.weight) is not nn.Parameter:
             return None
         watched = linear._forward_hooks or linear._forward_pre_hooks or "forward" in vars(linear)
-        if watched or linear.weight.is_meta or any(one.module is linear for one in targets):
+        if watched or any(one.module is linear for one in targets):
+            return None
+        if linear.weight.is_meta and not planned:
             return None
         config = getattr(model, "config", None)
         return cls(linear, getattr(config, "get_text_config", lambda: config)())
@@ -78,7 +85,7 @@ class Head:
     ) -> tuple[Tensor | None, Tensor]:
         """Return the head's input (B, T, width), and the mask of counted positions (B, T)."""
         seen: list[Tensor] = []
-        with self._watching(seen):
+        with self.watching(seen):
             language_model_forward(model, batch)
         return (seen[0] if len(seen) == 1 else None), counted_positions(batch)
 
@@ -98,26 +105,46 @@ class Head:
         draws = 1 if uniforms is None else len(uniforms)
         result = [torch.zeros_like(flat) for _ in range(draws)]
         step = max(1, self._at_once // self.linear.out_features)
-        weight = self.linear.weight.detach()
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
-            logits = self._logits(flat[rows[part]])
-            with torch.enable_grad():
-                raw = logits.detach().requires_grad_()
-                after = self._after(raw)
-            every = torch.arange(len(logits), device=flat.device)
             drawn = None if uniforms is None else uniforms[:, part]
             given = None if labels is None else labels[part]
-            found = label_gradients(after.detach(), every, drawn, given)
-            if found is None:
-                bad = first_not_finite_row(after.detach().amax(-1, keepdim=True))
-                position = int(rows[start + bad])
+            found = self._pulled_back(flat[rows[part]], drawn, given)
+            if isinstance(found, int):
+                position = int(rows[start + found])
                 raise not_finite_row_error(place, position, labelled.shape, "the logits hold")
             for whole, gradient in zip(result, found, strict=True):
-                if after is not raw:
-                    (gradient,) = torch.autograd.grad(after, raw, gradient, retain_graph=True)
-                whole[rows[part]] = gradient.to(weight.dtype) @ weight
+                whole[rows[part]] = gradient
         return [one.reshape(hidden.shape) for one in result]
+
+    def _pulled_back(
+        self, hidden: Tensor, uniforms: Tensor | None, labels: Tensor | None
+    ) -> list[Tensor] | int:
+        """Return the gradients with respect to a few hidden states (n, width), for each draw.
+
+        Or the first row whose logits are not finite. The logits are freed before the next are made.
+        """
+        weight = self.linear.weight.detach()
+        with torch.enable_grad():
+            raw = self._logits(hidden).requires_grad_()
+            after = self._after(raw)
+        every = torch.arange(len(hidden), device=hidden.device)
+        found = label_gradients(after.detach(), every, uniforms, labels)
+        if found is None:
+            return first_not_finite_row(after.detach().amax(-1, keepdim=True))
+        result = []
+        for gradient in found:
+            if after is not raw:
+                (gradient,) = torch.autograd.grad(after, raw, gradient, retain_graph=True)
+            result.append(gradient.to(weight.dtype) @ weight)
+        return result
+
+    def bytes_at_once(self, positions: int) -> int:
+        """Return the bytes of the logits that are computed at a time, and of their gradients."""
+        rows = min(positions, max(1, self._at_once // self.linear.out_features))
+        wide = (self._scale, self._divisor, self._cap) != (None, None, None)
+        tables = 6 if wide else 2
+        return tables * rows * self.linear.out_features * self.linear.weight.element_size()
 
     @property
     def _at_once(self) -> int:
@@ -138,7 +165,7 @@ class Head:
         return logits if self._cap is None else torch.tanh(logits / self._cap) * self._cap
 
     @contextmanager
-    def _watching(self, seen: list[Tensor]) -> Iterator[None]:
+    def watching(self, seen: list[Tensor]) -> Iterator[None]:
         """Keep what the head is given; it returns one column, so that the model can go on."""
 
         def forward(hidden: Tensor) -> Tensor:
