@@ -172,7 +172,7 @@ class Head:
             seen.append(hidden)
             return hidden.detach()[..., :1]
 
-        self.linear.forward = forward  # type: ignore[method-assign]
+        self.linear.forward = forward  # type: ignore[method-assign, assignment]
         try:
             yield
         finally:

@@ -121,11 +121,11 @@ def _rehearse(
     return {"graph": graph, "logits": logits, "rows": max(0, live.peak - graph - logits)}
 
 
-class _Live(TorchDispatchMode):
+class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Adds up the storages that operations make, until they are freed."""
 
     def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = {one.untyped_storage()._cdata for one in before}  # which are not counted
 

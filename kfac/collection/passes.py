@@ -236,13 +236,14 @@ class _Pass:
         forward, samples = self.options.forward or language_model_forward, self.options.samples
         head = self._needed_head(batch)
         self.tracker.begin()
+        rest: Sequence[Tensor] = ()
         if head is None:
             end, mask, *rest = forward(self.model, batch)
             classes = end.shape[-1]
         else:
-            (end, mask), rest = head.hidden_states(self.model, batch), []
-            classes = head.linear.out_features
-            assert end is not None  # `agrees` has seen one call
+            hidden, mask = head.hidden_states(self.model, batch)
+            assert hidden is not None  # `agrees` has seen one call
+            end, classes = hidden, head.linear.out_features
         shape = end.shape[:-1]
         if not shape or mask.ndim == 0 or mask.shape[0] != shape[0] or len(contents) != shape[0]:
             raise BatchError(

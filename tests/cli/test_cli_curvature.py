@@ -7,7 +7,7 @@ import command_line
 import pytest
 import torch
 from tiny import fresh_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import kfac
 from kfac.collection import batches
@@ -243,7 +243,7 @@ def test_wrong_values_end_in_one_line(made, factors, tmp_path, monkeypatch, caps
 
 
 def test_plan_reads_the_configuration_alone(tmp_path, monkeypatch, capsys):
-    config = transformers.LlamaConfig(
+    config = LlamaConfig(
         hidden_size=16, intermediate_size=33_000, num_hidden_layers=2, num_attention_heads=2
     )
     config.save_pretrained(tmp_path)
