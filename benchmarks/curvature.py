@@ -8,8 +8,9 @@ so that changes in the machine's load affect all of them alike. Before anything 
 factors are compared, with the data's labels (sampled labels differ by chance).
 
 `forward` is the bare forward pass. `floor` is the work that no method can avoid: forward, backward
-to the first target, and one plain product for each covariance. `--peers` creates a virtual
-environment for kronfluence and curvlinops; it borrows torch and transformers from this one.
+to the first target, and one plain product for each covariance. `kfac32` has sums in float32.
+`--peers` creates a virtual environment for kronfluence and curvlinops; it borrows torch and
+transformers from this one.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from measuring import environment, synchronize
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the peers' environment lacks this library
-OURS = ("forward", "floor", "kfac")
+OURS = ("forward", "floor", "kfac32", "kfac")
 PEERS = ("kronfluence", "curvlinops")
 # With dependencies, pip would install another torch, for a torchvision that is never imported.
 PACKAGES = (
@@ -122,7 +123,14 @@ def run_floor(model: Any, names: list[str], ids: torch.Tensor, size: int, labels
         handle.remove()
 
 
-def run_kfac(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
+def run_kfac(
+    model: Any,
+    names: list[str],
+    ids: torch.Tensor,
+    size: int,
+    labels: str,
+    dtype: torch.dtype | None = None,
+) -> Any:
     """Collect with this library."""
     import kfac
 
@@ -136,9 +144,15 @@ def run_kfac(model: Any, names: list[str], ids: torch.Tensor, size: int, labels:
         kfac.named_targets(model, names),
         forward=forward,
         labels=labels,
+        dtype=dtype,
         progress=False,
     )
     return {name: (factors.A(name), factors.G(name)) for name in names}
+
+
+def run_kfac32(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
+    """Collect with this library, with float32 sums."""
+    return run_kfac(model, names, ids, size, labels, torch.float32)
 
 
 def contender(name: str) -> Any:

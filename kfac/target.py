@@ -123,6 +123,11 @@ class TargetRecord:
 def weight_digest(weight: Tensor) -> str:
     """Return the SHA-256 of a weight's dtype, shape and bytes, as 64 hex digits."""
     must_be(weight, Tensor, "weight", TargetError)
+    if weight.is_meta:
+        raise TargetError(
+            "a weight is on the meta device, without data: such a model can be planned only; load "
+            "it to collect or edit"
+        )
     sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
     sha.update(tensor_bytes(weight))
     return sha.hexdigest()

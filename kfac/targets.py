@@ -185,7 +185,7 @@ def _matrix(name: str, module: nn.Module, layer: int | None) -> Target:
             f"module {name!r} is a {type(module).__name__}; only nn.Linear and Conv1D are "
             "supported (load quantized models dequantized)"
         )
-    _check_weight(f"module {name!r} ({type(module).__name__})", module.weight, 2)
+    _check_weight(f"module {name!r} ({type(module).__name__})", module, module.weight, 2)
     return Target(name, module, layer, transposed=isinstance(module, Conv1D))
 
 
@@ -198,7 +198,7 @@ def _expert(name: str, module: nn.Module, layer: int | None, attribute: str, ind
         )
     check_expert_stack(name, module)
     stack = getattr(module, attribute)
-    _check_weight(f"target {full!r}", stack, 3)
+    _check_weight(f"target {full!r}", module, stack, 3)
     if not 0 <= index < len(stack):
         raise TargetError(f"target {full!r} does not exist: the stack has {len(stack)} experts")
     return Target(full, module, layer, bool(module.is_transposed), attribute, index)
@@ -208,7 +208,7 @@ def _ends(text: str, endings: tuple[str, ...]) -> bool:
     return any(text == end or text.endswith("." + end) for end in endings)
 
 
-def _check_weight(what: str, weight: object, dimensions: int) -> None:
+def _check_weight(what: str, module: nn.Module, weight: object, dimensions: int) -> None:
     """Refuse weights that are not one dense matrix in this process's memory."""
     # Quantized and sharded tensors (torchao, DTensor) are subclasses that report a float dtype.
     if type(weight) not in (Tensor, nn.Parameter):
@@ -222,9 +222,9 @@ def _check_weight(what: str, weight: object, dimensions: int) -> None:
             f"{what} has a weight of {weight.dtype}, {tuple(weight.shape)}; a dense floating-point "
             "matrix is needed (load quantized models dequantized, gather sharded ones)"
         )
-    if weight.is_meta:
+    if weight.is_meta and hasattr(module, "_hf_hook"):
         raise TargetError(
-            f"{what} has its weight on the meta device (offloaded or not loaded); "
+            f"{what} has its weight on the meta device (offloaded by accelerate); "
             "load the model fully on its devices"
         )
 

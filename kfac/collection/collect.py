@@ -12,12 +12,12 @@ from torch import nn
 from kfac.collection.batches import Forward, module_and_batches
 from kfac.collection.covariance import DIAGONALS, CovarianceSums
 from kfac.collection.passes import Options, run_passes
-from kfac.collection.plan import plan
+from kfac.collection.plan import fitting_tokens, plan
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
 from kfac.targets import find_targets
-from lirefs.errors import KfacError, TargetError, as_list
-from lirefs.model.language_model import LanguageModel
+from lirefs.errors import BatchError, KfacError, TargetError, as_list, must_be, whole_number
+from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 
 
 def collect(
@@ -30,10 +30,11 @@ def collect(
     labels: str = "sampled",
     samples: int = 1,
     forward: Forward | None = None,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = None,
     marginals: bool = False,
     diagonal: bool = False,
     per: str = "position",
+    batch_tokens: int | str = BATCH_TOKENS,
     budget: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 300.0,
@@ -76,11 +77,17 @@ def collect(
             a transformer. If the logits have that shape too, a label is drawn for each counted
             position; otherwise (a ViT: one row of logits for each image) for each row of logits.
             With `labels="data"` it returns int64 labels (B, ...) as a third value.
-        dtype: Dtype of the sums, float32 or float64.
+        dtype: None computes the products of a batch in float32 (float64 for a model with float64
+            targets) and sums them in float64, where a massive activation cannot round the rest
+            away. torch.float32 does both in float32: half the memory, but such an activation makes
+            flat directions wrong by percents. torch.float64 does both in float64. On MPS, which has
+            no float64, None is float32.
         marginals: Also sum what the "marginal" estimator needs: two more matrices for each target.
         diagonal: Also sum what the "diagonal" estimator needs: one matrix of the weight's shape.
         per: Which gradients the "diagonal" estimator squares: "position" or "sequence", as in
             `correct`. All other sums are over positions.
+        batch_tokens: Most tokens of a batch that is made of texts, padding included; "auto" takes
+            as many as fit into half of the memory that is free now, by `plan`.
         budget: Bytes that the sums may take at a time; targets are spread over several passes.
         checkpoint: File for the state of the collection. If it exists, the collection resumes
             from it. Ctrl-C writes it too. It is not deleted. Each process has its own, named by its
@@ -114,11 +121,12 @@ def collect(
         >>> factors.names
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
-    module, batches = module_and_batches(model, batches)
+    whole = model.model if isinstance(model, LanguageModel) else model
     if targets is not None:
         targets = as_list(targets, "targets", Target, TargetError)
     if targets is None:
-        targets = find_targets(module, layers)
+        must_be(whole, nn.Module, "model", BatchError)
+        targets = find_targets(whole, layers)
     elif layers is not None:
         raise TargetError("give targets or layers, not both")
     if per not in DIAGONALS or (per != "position" and not diagonal):
@@ -128,6 +136,10 @@ def collect(
         )
     options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
     planned = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
+    if batch_tokens == "auto":
+        batch_tokens = fitting_tokens(whole, planned)
+    tokens_of_batch = whole_number(batch_tokens, "batch_tokens", 1, error=BatchError)
+    module, batches = module_and_batches(model, batches, tokens_of_batch)
     if len({target.name for target in targets}) < len(targets):
         raise TargetError("a target is given twice")
     digests = {target.name: weight_digest(target.weight) for target in targets}
@@ -137,7 +149,7 @@ def collect(
         module,
         batches,
         planned,
-        lambda: CovarianceSums(marginals=marginals, diagonal=diagonal and per),
+        lambda dtype: CovarianceSums(dtype, marginals=marginals, diagonal=diagonal and per),
         options,
         digests,
         settings,

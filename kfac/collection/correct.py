@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfac.collection.batches import Forward, module_and_batches
@@ -29,6 +30,7 @@ def correct(
     labels: str = "sampled",
     samples: int = 1,
     forward: Forward | None = None,
+    dtype: torch.dtype | None = None,
     budget: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 300.0,
@@ -56,6 +58,7 @@ def correct(
         labels: As in `collect`.
         samples: As in `collect`.
         forward: As in `collect`.
+        dtype: As in `collect`; None is float32 for factors with sums in float32.
         budget: As in `collect`; the rotated bases count as well.
         checkpoint: As in `collect`.
         checkpoint_every: As in `collect`.
@@ -73,21 +76,22 @@ def correct(
     if per not in ("position", "sequence"):
         raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
     factors.check(module)
-    dtype = factors.dtype
+    if dtype is None and factors.dtype == torch.float32:
+        dtype = torch.float32
     options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
     targets = factors.targets(module)
     planned = plan(targets, budget, dtype=dtype, correction=True)
     factors.decompose(spread=True, progress=progress)
     bases = {}
     for name, record in factors.records.items():
-        basis = factors.eigen(name)
-        bases["A." + record.source] = (basis.mu, basis.u_in.to(dtype))
-        bases["G." + name] = (basis.lam, basis.u_out.to(dtype))
+        basis = factors.eigen(name)  # rotations are products, in the dtype of the rows
+        bases["A." + record.source] = (basis.mu, basis.u_in.to(planned.rows))
+        bases["G." + name] = (basis.lam, basis.u_out.to(planned.rows))
     records, tables, _ = run_passes(
         module,
         batches,
         planned,
-        lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
+        lambda dtype: _CorrectionSums(dtype, factors.records, bases, per == "sequence"),
         options,
         {name: record.digest for name, record in factors.records.items()},
         {"task": "correct", "per": per, "factors": factors.digest},
@@ -115,11 +119,12 @@ class _CorrectionSums(Sums):
 
     def __init__(
         self,
+        dtype: torch.dtype,
         records: Mapping[str, TargetRecord],
         bases: Mapping[str, tuple[Tensor, Tensor]],
         whole_sequences: bool,
     ) -> None:
-        super().__init__(["E"], whole_sequences=whole_sequences)
+        super().__init__(["E"], dtype, whole_sequences=whole_sequences)
         self._records = records
         self._bases = bases
         self._moved: dict[str, Tensor] = {}

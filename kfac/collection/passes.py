@@ -26,6 +26,7 @@ from kfac.collection.checkpoint import Checkpoint, State
 from kfac.collection.covariance import Sums
 from kfac.collection.distributed import World
 from kfac.collection.finite import not_finite_logits_error
+from kfac.collection.head import Head
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.plan import Plan
 from kfac.collection.sampling import (
@@ -50,7 +51,7 @@ class Options:
     labels: str
     samples: int
     forward: Forward | None
-    dtype: torch.dtype
+    dtype: torch.dtype | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: float
     progress: bool
@@ -60,15 +61,13 @@ class Options:
             raise KfacError(f"labels={self.labels!r}: use 'sampled', 'data' or 'exact'")
         if self.samples < 1 or (self.labels != "sampled" and self.samples != 1):
             raise KfacError(f"samples={self.samples}: at least 1, and 1 unless labels are sampled")
-        if self.dtype not in (torch.float32, torch.float64):
-            raise KfacError(f"dtype={self.dtype}: sums are float32 or float64")
 
 
 def run_passes(
     model: nn.Module,
     batches: Iterable[Any],
     planned: Plan,
-    make_sums: Callable[[], Sums],
+    make_sums: Callable[[torch.dtype], Sums],
     options: Options,
     digests: Mapping[str, str],
     settings: Mapping[str, Any],
@@ -95,25 +94,28 @@ def run_passes(
     if path is not None and world.size > 1:
         path = f"{os.fspath(path)}.{world.rank}-of-{world.size}"
     names = [[target.name for target in targets] for targets in passes]
+    empty = partial(make_sums, planned.dtype)
     drawn = {"seed": options.seed, "labels": options.labels, "samples": options.samples}
     split = {"passes": names, "processes": world.size}
     needed = {**drawn, "dtype": str(options.dtype), **settings, **split}
     if path is not None:
         needed["model"] = identity(model)
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
-    state = checkpoint.load(len(passes), partial(_shapes, passes, make_sums), options.dtype)
+    state = checkpoint.load(len(passes), partial(_shapes, passes, empty), planned.dtype)
     trackers: list[TargetTracker] = []
     with as_guest(model), checkpoint.guarded(state):
         must_pass_gradients(model)
+        own = options.forward is None and options.labels != "exact"
+        head = Head.find(model, [one for some in passes for one in some]) if own else None
         first = state.turn
         for turn, targets in enumerate(passes):
-            tracker = _resumed(targets, make_sums(), options.dtype, state, on_cpu=turn < first)
+            tracker = _resumed(targets, empty(), planned.rows, state, on_cpu=turn < first)
             if turn >= first:
                 if turn > first:
                     state.turn, state.done, state.data = turn, 0, ""
                 label = title if len(passes) == 1 else f"{title} {turn + 1}/{len(passes)}"
                 bar = tqdm(batches, desc=label, unit="batch", disable=not shown or None)
-                run = _Pass(model, tracker, options, checkpoint, state, world)
+                run = _Pass(model, tracker, options, checkpoint, state, world, head)
                 with tracker.hooked(), bar:
                     run(bar, compare=turn == first)
                 tracker.sums.leave_device()
@@ -177,6 +179,8 @@ class _Pass:
     checkpoint: Checkpoint
     state: State
     world: World
+    head: Head | None  # of a language model whose logits may be computed a few at a time
+    head_agrees: bool = False
 
     def __call__(self, bar: Any, *, compare: bool) -> None:
         """Sum over the batches that the state lacks; `compare` the first with other processes'."""
@@ -209,7 +213,7 @@ class _Pass:
                 if counted:
                     self.checkpoint.changing = True
                     self.tracker.add(self.options.samples)
-                    sums.check_overflow(place)
+                    sums.check_overflow(place, self.tracker.dtype)
                 summed += counted
                 state.tokens += counted if state.turn == 0 else 0
                 state.done, state.data = seen, data.hexdigest()
@@ -230,12 +234,20 @@ class _Pass:
     ) -> int:
         """Run the model, choose labels, backpropagate; return the number of counted positions."""
         forward, samples = self.options.forward or language_model_forward, self.options.samples
+        head = self._needed_head(batch)
         self.tracker.begin()
-        logits, mask, *rest = forward(self.model, batch)
-        shape = logits.shape[:-1]
+        rest: Sequence[Tensor] = ()
+        if head is None:
+            end, mask, *rest = forward(self.model, batch)
+            classes = end.shape[-1]
+        else:
+            hidden, mask = head.hidden_states(self.model, batch)
+            assert hidden is not None  # `agrees` has seen one call
+            end, classes = hidden, head.linear.out_features
+        shape = end.shape[:-1]
         if not shape or mask.ndim == 0 or mask.shape[0] != shape[0] or len(contents) != shape[0]:
             raise BatchError(
-                f"{place}: logits {tuple(logits.shape)} and mask {tuple(mask.shape)} must both "
+                f"{place}: logits {tuple(end.shape)} and mask {tuple(mask.shape)} must both "
                 f"begin with the number of sequences, {len(contents)}"
             )
         mask = mask.bool()
@@ -247,10 +259,10 @@ class _Pass:
         elif self.options.labels == "data":
             seeds.skip(contents)
             labels = self._given_labels(batch, rest, shape, place)[labelled].long()
-            if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+            if bool(((labels < 0) | (labels >= classes)).any()):
                 raise BatchError(
                     f"{place}: a label of a counted position is not in the vocabulary of "
-                    f"{logits.shape[-1]}; -100 marks positions that are not counted"
+                    f"{classes}; -100 marks positions that are not counted"
                 )
         else:
             # A draw at every real token, counted or not, makes labels independent of the mask.
@@ -259,22 +271,34 @@ class _Pass:
             uniforms = seeds.draw(contents, where, samples)[:, labelled.cpu()]
         if not (counted := int(mask.sum())):
             return 0
-        if not logits.requires_grad:
+        if not end.requires_grad:
             raise TargetError("the logits depend on no target: the forward pass calls none of them")
         same = real is not None and real.shape == mask.shape
         self.tracker.read(mask, real if same and real is not None else torch.ones_like(mask), place)
-        if self.options.labels == "exact":
-            gradients = exact_gradients(logits.detach(), labelled, place)
+        gradients: Iterable[Tensor] | None
+        if head is not None:
+            gradients = head.gradients(end, labelled, uniforms, labels, place)
+        elif self.options.labels == "exact":
+            gradients = exact_gradients(end.detach(), labelled, place)
         else:
             rows = labelled.flatten().nonzero()[:, 0]
-            gradients = label_gradients(logits.detach(), rows, uniforms, labels)
+            gradients = label_gradients(end.detach(), rows, uniforms, labels)
         if gradients is None:
-            raise not_finite_logits_error(logits, labelled, place)
+            raise not_finite_logits_error(end, labelled, place)
         for draw, gradient in enumerate(gradients, 1):
             more = draw < samples or self.options.labels == "exact"
-            torch.autograd.backward(logits, gradient, retain_graph=more)
+            torch.autograd.backward(end, gradient, retain_graph=more)
         self.tracker.check_gradients(place)
         return counted
+
+    def _needed_head(self, batch: Any) -> Head | None:
+        """Return the head if all logits of a batch are too many, and it gives the same ones."""
+        if self.head is None or not self.head.is_needed(batch):
+            return None
+        if not self.head_agrees:
+            self.head_agrees = self.head.agrees(self.model, batch)
+            self.head = self.head if self.head_agrees else None
+        return self.head
 
     def _given_labels(
         self, batch: Any, rest: Sequence[Tensor], shape: torch.Size, place: str
@@ -311,7 +335,7 @@ def _finish(
             raise TargetError(f"targets whose output never reaches the logits: {[name]}")
         for key, shape in shapes.items():
             if key not in sums.tables:
-                sums.tables[key] = torch.zeros(shape, dtype=tracker.dtype)
+                sums.tables[key] = torch.zeros(shape, dtype=sums.dtype)
     world.add(sums.tables)
     sums.finish()
     return records

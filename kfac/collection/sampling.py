@@ -15,9 +15,10 @@ from kfac.collection.batches import attended
 from kfac.factors.tensor_file import tensor_bytes
 from lirefs.errors import BatchError
 
-# Elements of softmax worked on at a time: 16 MB in float32, about what a processor cache holds.
-# On one core and a vocabulary of 49,152 this takes 0.15 s for 1,016 positions; 2**26 takes 0.32 s.
-_CHUNK = 2**22
+# Elements of softmax worked on at a time. On a CPU 16 MB in float32, about what its cache holds: on
+# one core and a vocabulary of 49,152 this takes 0.15 s for 1,016 positions; 2**26 takes 0.32 s. On
+# a GPU few large kernels are faster than many small ones.
+_CHUNK = {"cpu": 2**22, "cuda": 2**26}
 _BLOCK = 256
 
 EXACT_CLASSES = 256
@@ -83,7 +84,7 @@ def label_gradients(
         assert labels is not None
         drawn = labels.to(flat.device)[None]
     chances = torch.empty(drawn.shape, dtype=dtype, device=flat.device)
-    step = max(1, _CHUNK // classes)
+    step = max(1, _CHUNK.get(flat.device.type, _CHUNK["cpu"]) // classes)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         index = part if every else rows[part]

@@ -16,6 +16,7 @@ from typer import Option
 import kfac
 import lirefs
 from lirefs.cli import options
+from lirefs.cli.curvature_plan import ESTIMATORS, Projections, plan_command, roles
 from lirefs.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -38,7 +39,6 @@ from lirefs.statistics.intervals import roc_areas
 from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
 from lirefs.tasks.texts import TextRow, text_rows
 
-ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
     Path | None,
@@ -46,6 +46,7 @@ Memorized = Annotated[
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
+app.command("plan")(plan_command)
 
 
 @app.command("collect")
@@ -59,9 +60,7 @@ def collect_command(
         Path | None, Option(help="Texts (JSON Lines, text, folder); default: the project's.")
     ] = None,
     layers: Annotated[str | None, Option(help="Layers, e.g. 20,21,22.")] = None,
-    projections: Annotated[
-        str, Option(help="mlp_in, mlp_out, mlp, or name endings: gate_proj,q_proj.")
-    ] = "mlp_in",
+    projections: Projections = "mlp_in",
     estimators: Annotated[
         str, Option(help="kfac, and any of marginal, diagonal, ekfac (a second pass).")
     ] = "kfac",
@@ -83,9 +82,7 @@ def collect_command(
     chosen = options.indices_option(layers)
     rows = calibration_texts() if texts is None else texts_to_read(texts)
     lm = options.load_model(model, device, dtype, device_map)
-    group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
-    roles = projections.strip() if group else projections.split(",")
-    targets = kfac.find_targets(lm.model, chosen, roles)
+    targets = kfac.find_targets(lm.model, chosen, roles(projections))
     room = None if budget is None else int(budget * 2**30)
     settings: dict[str, Any] = {
         "seed": seed, "samples": samples, "budget": room, "progress": not quiet

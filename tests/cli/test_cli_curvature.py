@@ -7,7 +7,7 @@ import command_line
 import pytest
 import torch
 from tiny import fresh_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import kfac
 from kfac.collection import batches
@@ -240,3 +240,19 @@ def test_wrong_values_end_in_one_line(made, factors, tmp_path, monkeypatch, caps
         assert run(monkeypatch, command, *common, *options) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
         assert not (tmp_path / "o").exists()
+
+
+def test_plan_reads_the_configuration_alone(tmp_path, monkeypatch, capsys):
+    config = LlamaConfig(
+        hidden_size=16, intermediate_size=33_000, num_hidden_layers=2, num_attention_heads=2
+    )
+    config.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--dtype", "float32", "--layers", "1"]
+    assert run(monkeypatch, "plan", *arguments, "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["targets"] == [f"model.layers.1.mlp.{one}_proj" for one in ("gate", "up")]
+    assert found["phases"]["collect"]["sums"] == 8 * (16**2 + 2 * 33_000**2)
+    assert "LAPACK" in found["impossible"][-1]
+    assert "impossible here: a side of 33000" in printed.err
+    assert run(monkeypatch, "plan", *arguments, "--length", "64", "--layers", "7") == 2

@@ -1,0 +1,112 @@
+"""Logits a few positions at a time give the same factors as all logits at once."""
+
+import pytest
+import torch
+from curvature_tools import HEADS, IDS, SMALL, assert_same, batch, collect, llama
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+import kfac
+from kfac.collection import head as head_module
+from kfac.collection.head import Head
+from lirefs.errors import NonFiniteError
+
+BATCHES = [batch([0, 1, 2]), batch([3, 4]), batch([5], "right", 2)]
+
+
+def family(kind, **settings):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SMALL, **HEADS, pad_token_id=0, **settings)
+    return AutoModelForCausalLM.from_config(config).double()
+
+
+MODELS = {
+    "llama": llama,
+    "gemma2": lambda: family("gemma2", final_logit_softcapping=0.05),
+    "granite": lambda: family("granite", logits_scaling=3.0),
+    "cohere": lambda: family("cohere", logit_scale=0.25),
+}
+
+
+@pytest.fixture
+def few_at_a_time(monkeypatch):
+    """Three positions at a time; the list has the number of rows of each product."""
+    monkeypatch.setattr(head_module, "_LOGITS", {"cpu": 150})
+    sizes, logits = [], Head._logits
+    monkeypatch.setattr(
+        Head, "_logits", lambda self, hidden: sizes.append(len(hidden)) or logits(self, hidden)
+    )
+    return sizes
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("options", [{}, {"samples": 3}, {"labels": "data"}])
+def test_the_factors_are_those_of_all_logits_at_once(kind, options, few_at_a_time):
+    model = MODELS[kind]()
+    ours = collect(model, BATCHES, **options)
+    assert len(few_at_a_time) > 5
+    assert max(few_at_a_time) <= 3
+    assert "forward" not in vars(model.get_output_embeddings())
+    head_module._LOGITS["cpu"] = 2**25
+    count = len(few_at_a_time)
+    assert_same(collect(model, BATCHES, **options), ours, 1e-12)
+    assert len(few_at_a_time) == count
+
+
+def test_the_correction_takes_the_same_way(few_at_a_time):
+    model = llama()
+    factors = collect(model, BATCHES)
+    ours = kfac.correct(model, BATCHES, factors, progress=False)
+    head_module._LOGITS["cpu"] = 2**25
+    whole = kfac.correct(model, BATCHES, factors, progress=False)
+    for key in (key for key in whole.sums if key.startswith("E.")):
+        assert (ours.sums[key] - whole.sums[key]).norm() < 1e-9 * whole.sums[key].norm()
+
+
+class Odd(nn.Module):
+    """A head that does more than its configuration says."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.config = model, model.config
+        self.get_output_embeddings = model.get_output_embeddings
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask).logits * 1.05
+
+
+def test_a_model_that_does_more_with_its_logits_computes_them_itself(few_at_a_time):
+    model = Odd(llama())
+    targets = kfac.named_targets(model, ["model.model.layers.0.mlp.gate_proj"])
+    batches = [{"input_ids": IDS}]
+    ours = collect(model, batches, targets)
+    assert few_at_a_time == [1]  # the comparison, of one sequence
+    head_module._LOGITS["cpu"] = 2**25
+    assert_same(collect(model, batches, targets), ours, 1e-12)
+
+
+def test_a_head_that_is_a_target_or_has_hooks_is_run_by_the_model(few_at_a_time):
+    model = llama()
+    targets = kfac.named_targets(model, ["lm_head"])
+    assert Head.find(model, targets) is None
+    handle = model.lm_head.register_forward_hook(lambda module, args, output: 2 * output)
+    assert Head.find(model, kfac.find_targets(model)) is None
+    handle.remove()
+    assert Head.find(model, kfac.find_targets(model)) is not None
+    collect(model, BATCHES, targets)
+    assert not few_at_a_time
+
+
+def test_logits_that_are_not_finite_are_named_by_their_position(few_at_a_time):
+    model = llama()
+
+    def spoil(module, args, output):
+        if len(output) == 3:
+            output = output.clone()
+            output[1, 6] = float("inf")
+        return output
+
+    handle = model.model.norm.register_forward_hook(spoil)
+    with pytest.raises(NonFiniteError, match="batch 0, row 1, position 6: the logits hold"):
+        collect(model, [{"input_ids": IDS[:3]}])
+    handle.remove()
