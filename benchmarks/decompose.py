@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import scipy.linalg
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 
 from kfac import eigenbasis
+from kfac.factors import eigen
 
 Decomposed = tuple[Tensor, Tensor]
 
@@ -106,6 +108,12 @@ def ours(matrix: Tensor) -> Decomposed:
     return values.flip(0), vectors.flip(1)
 
 
+def ours_through_torch(matrix: Tensor) -> Decomposed:
+    """What kfac did before: the same with torch's `eigh`."""
+    with mock.patch.object(eigen, "_on_cpu", torch.linalg.eigh):
+        return ours(matrix)
+
+
 ROUTINES: dict[str, Callable[[Tensor], Decomposed]] = {
     "torch syevd": lambda matrix: tuple(torch.linalg.eigh(matrix)),
     "numpy syevd": lambda matrix: tuple(map(torch.from_numpy, np.linalg.eigh(matrix.numpy()))),
@@ -119,6 +127,7 @@ ROUTINES: dict[str, Callable[[Tensor], Decomposed]] = {
     "scipy float32": by_scipy("evd", np.float32),
     "refined once": lambda matrix: refined(matrix, 1),
     "refined twice": lambda matrix: refined(matrix, 2),
+    "kfac (torch)": ours_through_torch,
     "kfac.eigenbasis": ours,
     "torch CUDA": on_cuda,
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 
 import scipy.linalg
@@ -53,10 +54,10 @@ def eigenbasis(matrix: Tensor) -> tuple[Tensor, Tensor]:
         SpectrumError: The matrix is not square or not finite.
     """
     must_be(matrix, Tensor, "matrix", SpectrumError)
-    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1]:
+    if matrix.ndim != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise SpectrumError(f"a square matrix is needed, not one of shape {tuple(matrix.shape)}")
     wide = matrix.detach().to("cpu", torch.float64)
-    if not bool(wide.isfinite().all()):
+    if not all(map(math.isfinite, wide.aminmax())):  # without a table of flags
         raise SpectrumError("the matrix holds NaN or infinity")
     symmetric = (wide + wide.T).div_(2)
     values, vectors = _on_cuda(symmetric, matrix) or _on_cpu(symmetric)

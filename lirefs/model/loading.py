@@ -202,6 +202,8 @@ def without_weights(name: str | os.PathLike[str], dtype: str | torch.dtype) -> A
         raise ModelLoadError(f"{name}: a GGUF file cannot be read without its weights")
     try:
         config = AutoConfig.from_pretrained(source, **common)
+        if dtype == "auto":
+            dtype = config.dtype or torch.float32
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
     except Exception as problem:

@@ -244,7 +244,11 @@ def test_wrong_values_end_in_one_line(made, factors, tmp_path, monkeypatch, caps
 
 def test_plan_reads_the_configuration_alone(tmp_path, monkeypatch, capsys):
     config = LlamaConfig(
-        hidden_size=16, intermediate_size=33_000, num_hidden_layers=2, num_attention_heads=2
+        hidden_size=16,
+        intermediate_size=33_000,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        dtype="bfloat16",
     )
     config.save_pretrained(tmp_path)
     arguments = ["--model", str(tmp_path), "--dtype", "float32", "--layers", "1"]
@@ -256,3 +260,7 @@ def test_plan_reads_the_configuration_alone(tmp_path, monkeypatch, capsys):
     assert "LAPACK" in found["impossible"][-1]
     assert "impossible here: a side of 33000" in printed.err
     assert run(monkeypatch, "plan", *arguments, "--length", "64", "--layers", "7") == 2
+    capsys.readouterr()
+    assert run(monkeypatch, "plan", *arguments[:2], "--layers", "1", "--json") == 0
+    own = json.loads(capsys.readouterr().out)["phases"]["collect"]["weights"]
+    assert 2 * own == pytest.approx(found["phases"]["collect"]["weights"], rel=1e-3)

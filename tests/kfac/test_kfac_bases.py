@@ -294,3 +294,13 @@ def test_not_finite_factors_are_refused(collected):
     factors.sums["G." + factors.names[0]][0, 0] = torch.inf
     with pytest.raises(SpectrumError, match="NaN or infinity"):
         factors.decompose()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_an_eigenbasis_needs_a_finite_matrix(value):
+    matrix = torch.eye(5)
+    matrix[3, 1] = value
+    with pytest.raises(SpectrumError, match="NaN or infinity"):
+        kfac.eigenbasis(matrix)
+    with pytest.raises(SpectrumError, match=r"not one of shape \(0, 0\)"):
+        kfac.eigenbasis(torch.zeros(0, 0))
