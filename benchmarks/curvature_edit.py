@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from measuring import synchronize
 from safetensors.torch import load_file, save_file
-from selection import heap
 
 Basis = tuple[torch.Tensor, torch.Tensor]
 KEEP = 0.6
@@ -80,6 +79,8 @@ def _descending(matrix: torch.Tensor) -> Basis:
 
 def _published(weight: torch.Tensor, out: Basis, inner: Basis) -> torch.Tensor:
     """Return the edited weight."""
+    from selection import heap  # needs kfac, which the peers' environment lacks
+
     (lam, u_out), (mu, u_in) = out, inner
     counts, _ = heap(lam.cpu().numpy(), mu.cpu().numpy(), KEEP, float("inf"))
     u_out, u_in = u_out.to(weight.device, torch.float32), u_in.to(weight.device, torch.float32)
