@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from kfac.collection.batches import counted_positions, language_model_forward
 from kfac.collection.finite import first_not_finite_row, not_finite_row_error
@@ -17,9 +16,9 @@ from kfac.target import Target
 from lirefs.model.guest import maybe_call
 from lirefs.model.traits import PROBING
 
-# Logits computed at a time: at least 128 rows of the largest vocabularies, because each product
-# reads the whole matrix; 128 MB in float32.
-_LOGITS = {"cpu": 2**25, "cuda": 2**28}
+# Logits computed at a time: at least 256 rows of the largest vocabularies, because each product
+# reads the whole matrix; 256 MB in float32.
+_LOGITS = {"cpu": 2**26, "cuda": 2**28}
 
 
 class Head:
@@ -114,12 +113,14 @@ class Head:
         rows = labelled.flatten().nonzero()[:, 0].to(flat.device)
         draws = 1 if uniforms is None else len(uniforms)
         result = [torch.zeros_like(flat) for _ in range(draws)]
-        step = max(1, self._at_once // self.linear.out_features)
-        for start in range(0, len(rows), step):
+        step = min(len(rows), max(1, self._at_once // self.linear.out_features))
+        # One table for all: on a CPU, fresh pages cost a sixth of the product that fills them.
+        table = self._weight.new_empty(step, self.linear.out_features)
+        for start in range(0, len(rows), max(1, step)):
             part = slice(start, start + step)
             drawn = None if uniforms is None else uniforms[:, part]
             given = None if labels is None else labels[part]
-            found = self._pulled_back(flat[rows[part]], drawn, given)
+            found = self._pulled_back(flat[rows[part]], drawn, given, table)
             if isinstance(found, int):
                 position = int(rows[start + found])
                 raise not_finite_row_error(place, position, labelled.shape, "the logits hold")
@@ -128,42 +129,46 @@ class Head:
         return [one.reshape(hidden.shape) for one in result]
 
     def _pulled_back(
-        self, hidden: Tensor, uniforms: Tensor | None, labels: Tensor | None
+        self, hidden: Tensor, uniforms: Tensor | None, labels: Tensor | None, table: Tensor
     ) -> list[Tensor] | int:
         """Return the gradients with respect to a few hidden states (n, width), for each draw.
 
-        Or the first row whose logits are not finite. The logits are freed before the next are made.
+        Or the first row whose logits are not finite. The logits are written to the `table`.
         """
+        raw = self._logits(hidden, table[: len(hidden)]).requires_grad_()
         with torch.enable_grad():
-            raw = self._logits(hidden).requires_grad_()
             after = self._after(raw)
+        plain = after is raw
         every = torch.arange(len(hidden), device=hidden.device)
-        found = label_gradients(after.detach(), every, uniforms, labels)
+        found = label_gradients(after.detach(), every, uniforms, labels, in_place=plain)
         if found is None:
-            return first_not_finite_row(after.detach().amax(-1, keepdim=True))
+            shown = after.detach()  # where it was overwritten, a softmax: all of a bad row is NaN
+            return first_not_finite_row(shown[:, :1] if plain else shown.amax(-1, keepdim=True))
         result = []
         for gradient in found:
-            if after is not raw:
+            if not plain:
                 (gradient,) = torch.autograd.grad(after, raw, gradient, retain_graph=True)
-            result.append((gradient.to(self._weight.dtype) @ self._weight).to(hidden.dtype))
+            result.append((gradient @ self._weight).to(hidden.dtype))
         return result
 
     def bytes_at_once(self, positions: int) -> int:
-        """Return the bytes of the logits that are computed at a time, and of their gradients."""
+        """Return the bytes of the logits that are computed at a time, and of what follows them."""
         rows = min(positions, max(1, self._at_once // self.linear.out_features))
         wide = (self._scale, self._divisor, self._cap) != (None, None, None)
-        tables = 6 if wide else 2
+        tables = 6 if wide else 1
         return tables * rows * self.linear.out_features * self.linear.weight.element_size()
 
     @property
     def _at_once(self) -> int:
         return _LOGITS.get(self.linear.weight.device.type, _LOGITS["cpu"])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        bias: Tensor | None = self.linear.bias
-        if bias is not None:
-            bias = bias.detach().to(self._weight.dtype)
-        return functional.linear(hidden.to(self._weight.dtype), self._weight, bias)
+    def _logits(self, hidden: Tensor, table: Tensor | None = None) -> Tensor:
+        hidden = hidden.to(self._weight.dtype)
+        with torch.no_grad():
+            logits = torch.mm(hidden.flatten(0, -2), self._weight.T, out=table)
+            if self.linear.bias is not None:
+                logits += self.linear.bias.to(logits.dtype)
+        return logits.reshape(*hidden.shape[:-1], -1)
 
     def _after(self, logits: Tensor) -> Tensor:
         if self._scale is not None:

@@ -61,20 +61,26 @@ class RowSeeds:
 
 
 def label_gradients(
-    logits: Tensor, rows: Tensor, uniforms: Tensor | None, labels: Tensor | None
+    logits: Tensor,
+    rows: Tensor,
+    uniforms: Tensor | None,
+    labels: Tensor | None,
+    *,
+    in_place: bool = False,
 ) -> Iterator[Tensor] | None:
     """Return the gradients of the summed negative log-likelihood of labels, one for each draw.
 
     Labels are int64 (n,), or sampled with `uniforms`, float64 (draws, n), for the `rows`, int64
     (n,), of the flattened logits (..., C). Gradients are softmax minus one-hot, like the logits and
     zero outside `rows`; each is valid until the next. None if a counted row is not finite.
+    `in_place` writes them over the logits, of which all rows must be counted.
     """
     classes = logits.shape[-1]
     flat = logits.reshape(-1, classes)
     dtype = torch.promote_types(flat.dtype, torch.float32)
     rows = rows.to(flat.device)
     every = len(rows) == len(flat)
-    gradient = torch.empty_like(flat) if every else torch.zeros_like(flat)
+    gradient = flat if in_place else torch.empty_like(flat) if every else torch.zeros_like(flat)
     finite = torch.ones((), dtype=torch.bool, device=flat.device)
     if uniforms is not None:
         on_mps = flat.device.type == "mps"  # which has no float64
