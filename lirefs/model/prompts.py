@@ -252,8 +252,9 @@ def with_prompts(
 
 def tokens_before(model: nn.Module, tokenizer: Any) -> int:
     """Tokens that the texts of every attached `Prompted` add to a row."""
-    first, _ = special_tokens_around(tokenizer)
-    return sum(len(one.tokens(tokenizer, len(first))[0]) for one in _attached(model))
+    attached = _attached(model)
+    first, _ = special_tokens_around(tokenizer) if attached else ([], [])
+    return sum(len(one.tokens(tokenizer, len(first))[0]) for one in attached)
 
 
 def _attached(model: nn.Module) -> list[Prompted]:
