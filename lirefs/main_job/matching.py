@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy.optimize import brentq
@@ -29,39 +29,11 @@ NEAR = 0.001
 FAR = 0.005
 """From this share on, the strength that was found is called the nearest, and no match."""
 TRIES = 12
-SUBNETS = 5
-"""Tries of a search, and of one in which each try is a training."""
+"""Perplexities of a search."""
+FIRST_SHARE = 0.03
+"""Share of weights that BalancedSubnet prunes when it is trained first: 20 times the paper's."""
 WORST = 5.0
 """Largest logarithm of a perplexity over another that a search tells from larger ones."""
-
-
-@dataclass(frozen=True)
-class Rival:
-    """Another way to do some damage.
-
-    Attributes:
-        make: From a strength to an intervention, which does more damage the larger it is.
-        low: A strength that does hardly any damage.
-        high: One that does more than enough.
-        words: A strength in words.
-        tries: Most perplexities that a search may ask for.
-    """
-
-    make: Callable[[float], Any]
-    low: float
-    high: float
-    words: Callable[[float], str]
-    tries: int = TRIES
-
-
-@dataclass(frozen=True)
-class Match:
-    """A rival at the strength whose perplexity is nearest to a goal; `equal` if it is near."""
-
-    intervention: Any
-    reached: float
-    setting: str
-    equal: bool
 
 
 @dataclass(frozen=True)
@@ -79,28 +51,82 @@ class Damage:
         """Perplexity per token over all texts."""
         return perplexity(self.lm, self.lm.encode(self.texts), intervention)
 
-    def match(self, rival: Rival, goal: float) -> Match:
-        """A rival at the strength whose perplexity is nearest to the goal.
 
-        The search is Brent's, on logarithms of strength and perplexity.
-        """
-        low, high = math.log(rival.low), math.log(rival.high)
-        tried = {low: (rival.make(rival.low), self.unchanged)}
+@dataclass(frozen=True)
+class Match:
+    """A rival at the strength whose perplexity is nearest to a goal; `equal` if it is near."""
+
+    intervention: Any
+    strength: float
+    reached: float
+    setting: str
+    equal: bool
+
+
+class Rival(Protocol):
+    """Another way to do some damage."""
+
+    def at(self, damage: Damage, goal: float) -> Match:
+        """Itself at the strength whose perplexity is nearest to the goal."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A rival of one strength.
+
+    Attributes:
+        make: From a strength to an intervention, which does more damage the larger it is.
+        low: A strength that does hardly any damage.
+        high: One that does more than enough.
+        words: A strength in words.
+    """
+
+    make: Callable[[float], Any]
+    low: float
+    high: float
+    words: Callable[[float], str]
+
+    def at(self, damage: Damage, goal: float) -> Match:
+        """Brent's search, on logarithms of strength and perplexity."""
+        low, high = math.log(self.low), math.log(self.high)
+        tried = {low: damage.unchanged}
 
         def off(strength: float) -> float:
             if strength not in tried:
-                made = rival.make(math.exp(strength))
-                tried[strength] = made, self.of(made)
-            ratio = tried[strength][1] / goal
+                tried[strength] = damage.of(self.make(math.exp(strength)))
+            ratio = tried[strength] / goal
             found = min(math.log(ratio), WORST) if math.isfinite(ratio) else WORST
             return 0.0 if abs(found) < NEAR else found
 
         if off(low) * off(high) < 0:
-            brentq(off, low, high, xtol=1e-4, maxiter=rival.tries, disp=False)
+            brentq(off, low, high, xtol=1e-4, maxiter=TRIES, disp=False)
         best = min(tried, key=lambda strength: abs(off(strength)))
-        made, reached = tried[best]
-        equal = abs(math.log(reached / goal)) < FAR
-        return Match(made, reached, rival.words(math.exp(best)), equal)
+        strength, reached = math.exp(best), tried[best]
+        equal = abs(off(best)) < FAR
+        return Match(self.make(strength), strength, reached, self.words(strength), equal)
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """BalancedSubnet; `train` learns it for a share of weights to prune.
+
+    It is trained twice: the share at which the first scores reach the goal is that of the second
+    training, whose scores then need another share that is hardly different.
+    """
+
+    train: Callable[[float], kfac.SubnetEdit]
+
+    def at(self, damage: Damage, goal: float) -> Match:
+        """The second training, pruned as far as the goal needs."""
+        first = self._pruned(self.train(FIRST_SHARE)).at(damage, goal)
+        return self._pruned(self.train(first.strength)).at(damage, goal)
+
+    def _pruned(self, trained: kfac.SubnetEdit) -> Scaled:
+        words = "{} % of the weights pruned"
+        return Scaled(
+            trained.with_ratio, 1e-4, 0.9, lambda share: words.format(as_number(100 * share))
+        )
 
 
 def perplexity(
@@ -117,13 +143,13 @@ def rivals_of_edit(factors: kfac.Factors, names: Sequence[str], seed: int) -> di
     svd = kfac.SVDEdit(names, 1.0)
     pairs = kfac.RandomPairsEdit(factors, dict.fromkeys(names, 1.0), seed, of="pairs")
     return {
-        "SVD": Rival(
+        "SVD": Scaled(
             lambda share: svd.with_keep(1 - share),
             1e-3,
             0.999,
             lambda share: f"{as_number(100 * share)} % of the singular values removed",
         ),
-        f"random pairs, K-FAC{SAME_DAMAGE}": Rival(
+        f"random pairs, K-FAC{SAME_DAMAGE}": Scaled(
             lambda share: pairs.with_keep(dict.fromkeys(names, 1 - share)),
             1e-6,
             0.999,
@@ -135,7 +161,7 @@ def rivals_of_edit(factors: kfac.Factors, names: Sequence[str], seed: int) -> di
 def subnet_rival(
     lm: LanguageModel, names: Sequence[str], clean: Sequence[str], forget: Sequence[str], seed: int
 ) -> Rival:
-    """BalancedSubnet on these matrices, trained again for each share of weights that it prunes.
+    """BalancedSubnet on these matrices.
 
     Args:
         lm: The model.
@@ -149,20 +175,19 @@ def subnet_rival(
         for ids in (lm.encode(clean), lm.encode(forget))
     )
 
-    def trained(ratio: float) -> kfac.SubnetEdit:
+    def train(ratio: float) -> kfac.SubnetEdit:
         targets = kfac.named_targets(lm.model, names)
         return kfac.fit_balanced_subnet(
             lm.model, kept, forgotten, targets, ratio=ratio, seed=seed, progress=False
         )
 
-    words = "{} % of the weights pruned"
-    return Rival(trained, 0.0015, 0.5, lambda r: words.format(as_number(100 * r)), SUBNETS)
+    return Subnet(train)
 
 
 def steering_rival(make: Callable[[float], Steer], strength: float) -> Rival:
     """A steering around a strength, with its sign."""
     sign, size = math.copysign(1.0, strength), abs(strength) or 1.0
-    return Rival(
+    return Scaled(
         lambda factor: make(sign * factor),
         size / 100,
         size * 30,
@@ -217,5 +242,5 @@ def at_equal_damage(
 ) -> EqualDamage:
     """Every rival at the perplexity of a variant."""
     goal = damage.of(intervention)
-    matches = {key: damage.match(one, goal) for key, one in rivals.items()}
+    matches = {key: one.at(damage, goal) for key, one in rivals.items()}
     return EqualDamage(name, goal, matches, damage)

@@ -186,7 +186,7 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
             "RANDOM_DIRECTIONS": 1, "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
             "FORGOTTEN": 8,
         },
-        matching: {"TEXTS": 8, "TRIES": 4, "SUBNETS": 2},
+        matching: {"TEXTS": 8, "TRIES": 4},
     }.items():  # fmt: skip
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)

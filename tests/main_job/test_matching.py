@@ -9,7 +9,7 @@ import torch
 import kfac
 import lirefs
 from lirefs.main_job import matching
-from lirefs.main_job.matching import Damage, EqualDamage, Match, Rival, at_equal_damage
+from lirefs.main_job.matching import Damage, EqualDamage, Match, Scaled, at_equal_damage
 from lirefs.organism import Language, training_texts
 
 
@@ -40,10 +40,10 @@ def test_a_search_finds_the_strength_and_asks_few_times(monkeypatch, lm):
             return 10.0 * (1 + strength**1.5)
 
     model = Model(lm, [])
-    rival = Rival(lambda strength: strength, 1e-5, 100.0, "at {:.4f}".format)
+    rival = Scaled(lambda strength: strength, 1e-5, 100.0, "at {:.4f}".format)
     for goal in (10.2, 11.0, 15.0):
         asked.clear()
-        found = model.match(rival, goal)
+        found = rival.at(model, goal)
         assert found.equal
         assert abs(found.reached / goal - 1) < matching.NEAR
         assert found.setting == f"at {found.intervention:.4f}"
@@ -67,7 +67,7 @@ def test_a_goal_out_of_reach_gives_the_nearest(lm, values, reached):
         def of(self, strength):
             return values[0 if strength < 1 else 1 if strength < 2 else 2]
 
-    found = Model(lm, []).match(Rival(lambda one: one, 0.01, 10.0, str), 12.0)
+    found = Scaled(lambda one: one, 0.01, 10.0, str).at(Model(lm, []), 12.0)
     assert found.reached == reached
     assert not found.equal
     equal = EqualDamage("K-FAC", 12.0, {"SVD": replace(found, setting="here")}, Model(lm, ["a"]))
@@ -102,21 +102,28 @@ def test_edits_and_steerings_reach_the_perplexity_of_another_edit(lm, factors, d
     assert "n = 6 texts" in found.finding
 
 
-def test_a_subnet_is_trained_for_each_share(lm, factors):
+def test_a_subnet_is_trained_at_the_share_that_it_prunes(lm, factors, damage):
     language, names = Language(), factors.names[:1]
     forget = [one.text for one in language.items("planted", "train", 4)]
     rival = matching.subnet_rival(lm, names, language.texts("train", 4), forget, seed=0)
     before = {name: one.clone() for name, one in lm.model.named_parameters()}
-    for ratio in (0.01, 0.2):
-        (mask,) = rival.make(ratio).masks.values()
-        assert 1 - float(mask.float().mean()) == pytest.approx(ratio, abs=1e-3)
-    assert rival.words(0.2) == "20 % of the weights pruned"
+    goal = 1.02 * damage.unchanged
+    found = rival.at(damage, goal)
+    assert found.equal
+    assert damage.of(found.intervention) == found.reached == pytest.approx(goal, rel=0.002)
+    (mask,) = found.intervention.masks.values()
+    assert 1 - float(mask.float().mean()) == pytest.approx(found.strength, abs=1e-4)
+    settings = found.intervention.settings
+    assert settings["ratio"] == found.strength
+    assert settings["learned at"] != matching.FIRST_SHARE  # the second training
+    assert settings["learned at"] == pytest.approx(found.strength, rel=0.5)
+    assert found.setting.endswith(" % of the weights pruned")
     assert all(torch.equal(one, before[name]) for name, one in lm.model.named_parameters())
 
 
 def test_what_was_matched_is_said_apart_from_what_was_not(lm):
     damage = Damage(lm, Language().texts("validation", 2))
-    near, far = Match(None, 4.001, "a", True), Match(None, 5.0, "b", False)
+    near, far = Match(None, 1.0, 4.001, "a", True), Match(None, 1.0, 5.0, "b", False)
     line = EqualDamage("X", 4.0, {"SVD": near, "BalancedSubnet": far}, damage).finding
     assert line.startswith("SVD stands at the perplexity of X. Validation perplexity: 4.000 for X")
     assert line.endswith("BalancedSubnet could not be set to it; the nearest is 5.000 (b).")
