@@ -29,17 +29,36 @@ class SubnetEdit(WeightEdit):
         masks: For each target name the kept entries, bool (out, in), on CPU.
         digests: For each target name the digest of the weight that the mask was learned on.
         settings: How the masks were learned; JSON values.
+        scores: For each target name the scores that the mask was made of, float32 (out, in), on
+            CPU; None if they are not known.
     """
 
     kind = "balanced_subnet"
 
     def __init__(
-        self, masks: dict[str, Tensor], digests: dict[str, str], settings: dict[str, Any]
+        self,
+        masks: dict[str, Tensor],
+        digests: dict[str, str],
+        settings: dict[str, Any],
+        scores: dict[str, Tensor] | None = None,
     ) -> None:
         self.masks, self.digests, self.settings = masks, digests, settings
+        self.scores = scores
 
     def __repr__(self) -> str:
         return f"SubnetEdit({len(self.masks)} targets)"
+
+    def with_ratio(self, ratio: float) -> SubnetEdit:
+        """Return the edit that prunes another fraction by the same scores, in (0, 1).
+
+        Raises:
+            EditError: The scores are not known, or the fraction is out of range.
+        """
+        if self.scores is None or not 0 < ratio < 1:
+            raise EditError(f"with_ratio needs scores, and ratio={ratio} in (0, 1)")
+        masks = {name: _kept(score, ratio) for name, score in self.scores.items()}
+        learned = {"learned at": self.settings.get("ratio"), **self.settings}
+        return SubnetEdit(masks, self.digests, learned | {"ratio": ratio}, self.scores)
 
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the masked weights.
@@ -133,8 +152,15 @@ def fit_balanced_subnet(
                 masked.step()
                 bar.set_postfix_str(f"loss {total:.3f}")
     settings = {"ratio": ratio, "weight": weight, "epochs": epochs, "lr": lr, "seed": seed}
-    masks = {target.name: masked.kept(score).cpu() for target, _, score in masked.parts}
-    return SubnetEdit(masks, masked.digests, settings)
+    scores = {target.name: score.cpu() for target, _, score in masked.parts}
+    masks = {name: _kept(score, ratio) for name, score in scores.items()}
+    return SubnetEdit(masks, masked.digests, settings, scores)
+
+
+def _kept(score: Tensor, ratio: float) -> Tensor:
+    """Return the mask of a target from its scores, bool (out, in)."""
+    sizes = score.abs()
+    return sizes > largest_of_smallest(sizes.flatten(), round(ratio * sizes.numel()))
 
 
 class _Masked:
@@ -170,12 +196,7 @@ class _Masked:
         self.optimizer.step()
         self.mask()
 
-    def kept(self, score: Tensor) -> Tensor:
-        """Return the mask of a target from its scores, bool (out, in)."""
-        sizes = score.abs().flatten()
-        return score.abs() > largest_of_smallest(sizes, round(self.ratio * len(sizes)))
-
     def mask(self) -> None:
         """Put the masked weights in place."""
         for target, original, score in self.parts:
-            target.parameter.data = original * target.orient(self.kept(score))
+            target.parameter.data = original * target.orient(_kept(score, self.ratio))
