@@ -85,7 +85,8 @@ def load(options: argparse.Namespace) -> tuple[Any, list[str], torch.Tensor]:
         ).to(options.device)
         layers = [int(layer) for layer in options.layers.split(",")]
     model = model.eval()
-    names = [target.name for target in kfac.find_targets(model, layers, "mlp")]
+    projections = "mlp_in" if options.model == "blocks" else "mlp"  # as the published edit
+    names = [target.name for target in kfac.find_targets(model, layers, projections)]
     generator = torch.Generator().manual_seed(0)
     shape = (options.sequences, options.length + 1)
     ids = torch.randint(0, model.config.vocab_size, shape, generator=generator)

@@ -29,7 +29,7 @@ def work(options: argparse.Namespace, model: Any, names: list[str], ids: torch.T
     import kfac
 
     torch.set_num_threads(options.threads)
-    targets = [one for one in kfac.named_targets(model, names) if "down" not in one.name]
+    targets = kfac.named_targets(model, names)
     if options.only == "factors":
         batches = [{"input_ids": part[:, :-1]} for part in ids.split(options.batch)]
         kfac.collect(model, batches, targets, progress=False).save(options.factors)
