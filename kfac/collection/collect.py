@@ -31,6 +31,7 @@ def collect(
     samples: int = 1,
     forward: Forward | None = None,
     dtype: torch.dtype | None = None,
+    head_dtype: torch.dtype | None = None,
     marginals: bool = False,
     diagonal: bool = False,
     per: str = "position",
@@ -82,6 +83,8 @@ def collect(
             away. torch.float32 does both in float32: half the memory, but such an activation makes
             flat directions wrong by percents. torch.float64 does both in float64. On MPS, which has
             no float64, None is float32.
+        head_dtype: Dtype of the output layer's two products and of the logits, torch.bfloat16 for
+            example: with a large vocabulary they are most of the work. None is that of the weights.
         marginals: Also sum what the "marginal" estimator needs: two more matrices for each target.
         diagonal: Also sum what the "diagonal" estimator needs: one matrix of the weight's shape.
         per: Which gradients the "diagonal" estimator squares: "position" or "sequence", as in
@@ -134,7 +137,17 @@ def collect(
             f"per={per!r}: use 'position' or 'sequence', which needs diagonal=True: no other sums "
             "of a collection are over sequences"
         )
-    options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
+    options = Options(
+        seed=seed,
+        labels=labels,
+        samples=samples,
+        forward=forward,
+        dtype=dtype,
+        head_dtype=head_dtype,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
     planned = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
     if batch_tokens == "auto":
         batch_tokens = fitting_tokens(whole, planned)

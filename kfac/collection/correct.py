@@ -31,6 +31,7 @@ def correct(
     samples: int = 1,
     forward: Forward | None = None,
     dtype: torch.dtype | None = None,
+    head_dtype: torch.dtype | None = None,
     budget: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 300.0,
@@ -59,6 +60,7 @@ def correct(
         samples: As in `collect`.
         forward: As in `collect`.
         dtype: As in `collect`; None is float32 for factors with sums in float32.
+        head_dtype: As in `collect`.
         budget: As in `collect`; the rotated bases count as well.
         checkpoint: As in `collect`.
         checkpoint_every: As in `collect`.
@@ -78,7 +80,17 @@ def correct(
     factors.check(module)
     if dtype is None and factors.dtype == torch.float32:
         dtype = torch.float32
-    options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
+    options = Options(
+        seed=seed,
+        labels=labels,
+        samples=samples,
+        forward=forward,
+        dtype=dtype,
+        head_dtype=head_dtype,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
     targets = factors.targets(module)
     planned = plan(targets, budget, dtype=dtype, correction=True)
     factors.decompose(spread=True, progress=progress)

@@ -27,17 +27,24 @@ class Head:
 
     What follows is a scaling or soft capping by the configuration's fields. `agrees` compares both
     with the model's own logits; where it is false, or `find` returns None, the model computes them.
+    With a `dtype`, the products with the matrix are computed in it.
     """
 
-    def __init__(self, linear: nn.Linear, config: Any) -> None:
-        self.linear = linear
+    def __init__(self, linear: nn.Linear, config: Any, dtype: torch.dtype | None) -> None:
+        self.linear, self._chosen = linear, dtype is not None
+        self._weight = linear.weight.detach().to(dtype or linear.weight.dtype)
         self._scale = getattr(config, "logit_scale", None)  # Cohere
         self._divisor = getattr(config, "logits_scaling", None)  # Granite
         self._cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
 
     @classmethod
     def find(
-        cls, model: nn.Module, targets: Sequence[Target], *, planned: bool = False
+        cls,
+        model: nn.Module,
+        targets: Sequence[Target],
+        dtype: torch.dtype | None = None,
+        *,
+        planned: bool = False,
     ) -> Head | None:
         """Return the head of a model; None if it is not a plain matrix, or if it is a target.
 
@@ -52,11 +59,14 @@ class Head:
         if linear.weight.is_meta and not planned:
             return None
         config = getattr(model, "config", None)
-        return cls(linear, getattr(config, "get_text_config", lambda: config)())
+        return cls(linear, getattr(config, "get_text_config", lambda: config)(), dtype)
 
     def is_needed(self, batch: Mapping[str, Any]) -> bool:
-        """Whether the logits of a batch are more than are computed at a time."""
-        return int(batch["input_ids"].numel()) * self.linear.out_features > self._at_once
+        """Whether a dtype was chosen, or the logits are more than are computed at a time."""
+        return (
+            self._chosen
+            or int(batch["input_ids"].numel()) * self.linear.out_features > self._at_once
+        )
 
     def agrees(self, model: nn.Module, batch: Mapping[str, Any]) -> bool:
         """Whether a few tokens of a batch get the logits that the model gives them."""
@@ -76,7 +86,7 @@ class Head:
         if found.shape != expected.shape:
             return False
         # A wrong scale or cap is off by percents; the model may continue in a wider type.
-        tolerance = 4 * torch.finfo(hidden.dtype).eps
+        tolerance = 4 * torch.finfo(self._weight.dtype).eps
         error = (found - expected).abs().amax()
         return bool(error <= tolerance * expected.abs().amax().clamp(min=1e-30))
 
@@ -124,7 +134,6 @@ class Head:
 
         Or the first row whose logits are not finite. The logits are freed before the next are made.
         """
-        weight = self.linear.weight.detach()
         with torch.enable_grad():
             raw = self._logits(hidden).requires_grad_()
             after = self._after(raw)
@@ -136,7 +145,7 @@ class Head:
         for gradient in found:
             if after is not raw:
                 (gradient,) = torch.autograd.grad(after, raw, gradient, retain_graph=True)
-            result.append(gradient.to(weight.dtype) @ weight)
+            result.append((gradient.to(self._weight.dtype) @ self._weight).to(hidden.dtype))
         return result
 
     def bytes_at_once(self, positions: int) -> int:
@@ -151,11 +160,10 @@ class Head:
         return _LOGITS.get(self.linear.weight.device.type, _LOGITS["cpu"])
 
     def _logits(self, hidden: Tensor) -> Tensor:
-        return functional.linear(hidden, self.linear.weight.detach(), self._bias)
-
-    @property
-    def _bias(self) -> Tensor | None:
-        return None if self.linear.bias is None else self.linear.bias.detach()
+        bias: Tensor | None = self.linear.bias
+        if bias is not None:
+            bias = bias.detach().to(self._weight.dtype)
+        return functional.linear(hidden.to(self._weight.dtype), self._weight, bias)
 
     def _after(self, logits: Tensor) -> Tensor:
         if self._scale is not None:

@@ -38,7 +38,7 @@ from kfac.collection.sampling import (
 )
 from kfac.target import Target, TargetRecord
 from kfac.targets import must_pass_gradients
-from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError
+from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError, must_be
 from lirefs.model.guest import as_guest
 from lirefs.model.identity import identity
 
@@ -52,6 +52,7 @@ class Options:
     samples: int
     forward: Forward | None
     dtype: torch.dtype | None
+    head_dtype: torch.dtype | None
     checkpoint: str | os.PathLike[str] | None
     checkpoint_every: float
     progress: bool
@@ -61,6 +62,10 @@ class Options:
             raise KfacError(f"labels={self.labels!r}: use 'sampled', 'data' or 'exact'")
         if self.samples < 1 or (self.labels != "sampled" and self.samples != 1):
             raise KfacError(f"samples={self.samples}: at least 1, and 1 unless labels are sampled")
+        if self.head_dtype is not None:
+            must_be(self.head_dtype, torch.dtype, "head_dtype", KfacError)
+            if self.forward is not None or self.labels == "exact":
+                raise KfacError("head_dtype cannot be used with `forward` or labels='exact'")
 
 
 def run_passes(
@@ -98,6 +103,8 @@ def run_passes(
     drawn = {"seed": options.seed, "labels": options.labels, "samples": options.samples}
     split = {"passes": names, "processes": world.size}
     needed = {**drawn, "dtype": str(options.dtype), **settings, **split}
+    if options.head_dtype is not None:
+        needed["head_dtype"] = str(options.head_dtype)
     if path is not None:
         needed["model"] = identity(model)
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
@@ -106,7 +113,8 @@ def run_passes(
     with as_guest(model), checkpoint.guarded(state):
         must_pass_gradients(model)
         own = options.forward is None and options.labels != "exact"
-        head = Head.find(model, [one for some in passes for one in some]) if own else None
+        every = [one for some in passes for one in some]
+        head = Head.find(model, every, options.head_dtype) if own else None
         first = state.turn
         for turn, targets in enumerate(passes):
             tracker = _resumed(targets, empty(), planned.rows, state, on_cpu=turn < first)
@@ -292,13 +300,16 @@ class _Pass:
         return counted
 
     def _needed_head(self, batch: Any) -> Head | None:
-        """Return the head if all logits of a batch are too many, and it gives the same ones."""
-        if self.head is None or not self.head.is_needed(batch):
-            return None
-        if not self.head_agrees:
+        """Return the head if it is to compute the logits of a batch, and gives the model's."""
+        if self.head is not None and self.head.is_needed(batch) and not self.head_agrees:
             self.head_agrees = self.head.agrees(self.model, batch)
             self.head = self.head if self.head_agrees else None
-        return self.head
+        if self.head is None and self.options.head_dtype is not None:
+            raise KfacError(
+                "head_dtype: the logits of this model are not those of one matrix that is not a "
+                "target, so their dtype cannot be chosen"
+            )
+        return self.head if self.head is not None and self.head.is_needed(batch) else None
 
     def _given_labels(
         self, batch: Any, rest: Sequence[Tensor], shape: torch.Size, place: str

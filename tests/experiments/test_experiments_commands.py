@@ -20,6 +20,7 @@ COMMANDS = [
     "experiments.arithmetic",
     "experiments.counterfactual",
     "experiments.label_noise",
+    "experiments.loss_positions",
     "experiments.sharpness",
     "experiments.spectra",
     "experiments.vision",
@@ -82,6 +83,14 @@ def test_label_noise(experiment):
     ] * 2
     errors = [float(line.rpartition(" by ")[2].rstrip(".")) for line in lines]
     assert errors[0] > errors[1] > 0
+
+
+def test_loss_positions(experiment):
+    arguments = ["--model", "organism", "--layers", 3, "--shares", "1,0.25", "--rows", 4]
+    lines = experiment("experiments.loss_positions", *arguments, "--rounds", 2).splitlines()
+    assert [line.split(" of the")[0] for line in lines] == ["losses at 100%", "losses at 25%"]
+    whole, part = (float(line.split("of G ")[1].split(",")[0]) for line in lines)
+    assert 0 < whole < part  # a quarter of the losses saves little where the vocabulary is small
 
 
 def test_one_network(experiment, tmp_path, monkeypatch):

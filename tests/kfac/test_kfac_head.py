@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import kfac
 from kfac.collection import head as head_module
 from kfac.collection.head import Head
-from lirefs.errors import NonFiniteError
+from lirefs.errors import CheckpointError, KfacError, NonFiniteError
 
 BATCHES = [batch([0, 1, 2]), batch([3, 4]), batch([5], "right", 2)]
 
@@ -110,3 +110,37 @@ def test_logits_that_are_not_finite_are_named_by_their_position(few_at_a_time):
     with pytest.raises(NonFiniteError, match="batch 0, row 1, position 6: the logits hold"):
         collect(model, [{"input_ids": IDS[:3]}])
     handle.remove()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "low", "high"), [(torch.float64, 0, 1e-12), (torch.bfloat16, 1e-5, 0.02)]
+)
+def test_the_dtype_of_the_heads_products_can_be_chosen(dtype, low, high):
+    model = llama()
+    whole = collect(model, BATCHES, labels="data")
+    ours = collect(model, BATCHES, labels="data", head_dtype=dtype)
+    corrected = kfac.correct(model, BATCHES, whole, labels="data", head_dtype=dtype, progress=False)
+    exact = kfac.correct(model, BATCHES, whole, labels="data", progress=False)
+    pairs = [(ours.sums[key], whole.sums[key]) for key in whole.sums if key.startswith("G.")]
+    pairs += [(corrected.sums[key], exact.sums[key]) for key in exact.sums if key.startswith("E.")]
+    for one, other in pairs:
+        assert low <= (one - other).norm() / other.norm() <= high
+    for key in (key for key in whole.sums if key.startswith("A.")):
+        assert torch.equal(ours.sums[key], whole.sums[key])
+
+
+def test_a_dtype_that_cannot_be_chosen_is_refused(tmp_path):
+    model, odd = llama(), Odd(llama())
+    targets = kfac.named_targets(odd, ["model.model.layers.0.mlp.gate_proj"])
+    with pytest.raises(KfacError, match="head_dtype: the logits of this model"):
+        collect(odd, [{"input_ids": IDS}], targets, head_dtype=torch.bfloat16)
+    with pytest.raises(KfacError, match="head_dtype: the logits of this model"):
+        collect(model, BATCHES, kfac.named_targets(model, ["lm_head"]), head_dtype=torch.bfloat16)
+    with pytest.raises(KfacError, match="labels='exact'"):
+        collect(model, BATCHES, labels="exact", head_dtype=torch.bfloat16)
+    with pytest.raises(KfacError, match="head_dtype"):
+        collect(model, BATCHES, head_dtype="bfloat16")
+    path = tmp_path / "state"
+    collect(model, BATCHES, checkpoint=path)
+    with pytest.raises(CheckpointError, match="head_dtype"):
+        collect(model, BATCHES, checkpoint=path, head_dtype=torch.bfloat16)
