@@ -32,7 +32,7 @@ from lirefs import LanguageModel
 from lirefs.comparison import Comparison
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, parse_json
-from lirefs.main_job.organism import perplexity
+from lirefs.main_job.matching import perplexity
 from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step
 from lirefs.organism import Language, organism_tasks, training_texts

@@ -7,8 +7,8 @@ import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -37,15 +37,22 @@ from lirefs.model.identity import first_difference, must_be_told_apart, parts_of
 from lirefs.model.intervention import (
     Intervention,
     applied,
+    compose,
     is_hand_written,
     must_be_intervention,
 )
 from lirefs.model.language_model import LanguageModel
+from lirefs.model.prompts import Prompted
 from lirefs.tasks.default_suite import default_tasks
 from lirefs.tasks.inference import NOT_ON_ENGINE, Engine, generating_on
 from lirefs.tasks.items import ItemTask
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
+
+UNPROMPTED = (
+    "this task does not ask the model by the functions of lirefs.tasks (greedy, token_nlls, "
+    "score_continuations), so a Prompted cannot be put before its items; leave out one of the two"
+)
 
 
 def compare(
@@ -70,9 +77,10 @@ def compare(
 
     Args:
         lm: The model.
-        interventions: Name to intervention; the unchanged model is added under `unchanged`. `{}`
-            scores the unchanged model alone. Each is attached and removed once before the first
-            task runs, so that one that does not fit is noticed before hours of work.
+        interventions: Name to intervention, which may be a `Prompted`; the unchanged model is added
+            under `unchanged`. `{}` scores the unchanged model alone. Each is attached and removed
+            once before the first task runs, so that one that does not fit is noticed before hours
+            of work.
         tasks: What to run; None for `default_tasks()`.
         resamples: Bootstrap resamples of the paired intervals.
         seed: Seed of the bootstrap.
@@ -87,15 +95,17 @@ def compare(
             needs all cells. Where `torch.distributed` is running, the first process calls it, once
             all have finished.
         engine: Another runtime of the same model, which generates the answers, such as
-            `lirefs.export.vllm.Engine(llm)`; `lm` encodes and reads them. Tasks that do not say
-            `generates = True`, such as those that score likelihoods, are refused.
+            `lirefs.export.vllm.Engine(llm)`; `lm` encodes and reads them, and puts a `Prompted`
+            before them. Tasks that do not say `generates = True`, such as those that score
+            likelihoods, are refused.
 
     Returns:
         Every variant on every task, item by item.
 
     Raises:
         TaskError: No task, two share a name, an item is longer than the model's positions, a
-            variant is called `unchanged`, or a task cannot run on the engine.
+            variant is called `unchanged`, a task cannot run on the engine, or one of a class of
+            your own asks the model in a way that a `Prompted` does not reach.
         InterventionError: If an intervention does not fit the model, or is none; or one of a class
             of your own leaves a weight, hook or forward method changed, or describes itself by
             anything but a dict of JSON values.
@@ -158,22 +168,16 @@ def compare(
                 raise TaskError(f"{task.name}: {NOT_ON_ENGINE}")
         engine.check(lm)
 
-    def changed(one: Intervention | None) -> AbstractContextManager[Any]:
-        if one is None or engine is None:
-            return applied(one, lm.model)
-        return engine.steered(one)
-
-    for name, one in interventions.items():  # all are tried before hours of work begin
-        with applied(one, lm.model):
-            pass
+    for name, trial in variants.items():  # all are tried before hours of work begin
+        with applied(trial, lm.model):
+            for task in tasks if trial is None or _prompts(trial) else ():
+                if isinstance(task, ItemTask):
+                    task.encoded(lm)  # raises an error if an item is too long
         if engine is not None:
-            with engine.steered(one):
+            with _changed(lm, trial, engine):
                 pass
         if name in hand_written:
             _must_be_restored(name, lm, before)
-    for task in tasks:
-        if isinstance(task, ItemTask):
-            task.encoded(lm)  # raises an error if an item is too long
     kept = Journal(journal)
     made_on = lm.provenance
     if journal is not None:
@@ -209,14 +213,19 @@ def compare(
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
         for variant, intervention in variants.items():
-            with changed(intervention), generating_on(engine):
+            prompts = _prompts(intervention)
+            with _changed(lm, intervention, engine), generating_on(engine):
                 for name in names:
                     bar.set_postfix_str(f"{variant}: {name}")
                     for key, piece in keyed(variant, name):
                         if not kept.mine() or kept.finished(key, piece) is not None:
                             bar.update(len(piece))
                         else:
-                            kept.add(key, piece.run(lm, bar.update))
+                            reached = sum(one.prompts_reached for one in prompts)
+                            found = piece.run(lm, bar.update)
+                            if prompts and sum(one.prompts_reached for one in prompts) == reached:
+                                raise TaskError(f"{name}: {UNPROMPTED}")
+                            kept.add(key, found)
                     if kept.size == 1:
                         tell(variant, name)
             if variant in hand_written:
@@ -255,6 +264,30 @@ def compare(
             "resumed": kept.resumed,
         },
     )
+
+
+def _prompts(intervention: Intervention | None) -> list[Prompted]:
+    """The parts of an intervention that are put before prompts."""
+    members = () if intervention is None else compose(intervention).members
+    return [one for one in members if isinstance(one, Prompted)]
+
+
+@contextmanager
+def _changed(
+    lm: LanguageModel, intervention: Intervention | None, engine: Engine | None
+) -> Iterator[None]:
+    """The model or the engine under an intervention; what either is asked, `lm` prompts."""
+    with ExitStack() as stack:
+        if intervention is None or engine is None:
+            stack.enter_context(applied(intervention, lm.model))
+        else:
+            members = compose(intervention).members
+            for one in members:
+                if isinstance(one, Prompted):
+                    stack.enter_context(one.apply(lm.model))
+            if others := [one for one in members if not isinstance(one, Prompted)]:
+                stack.enter_context(engine.steered(compose(*others)))
+        yield
 
 
 def _description(name: str, intervention: Intervention) -> Mapping[str, Any]:

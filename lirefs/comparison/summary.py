@@ -16,6 +16,10 @@ from lirefs.tasks.task import CONFLICT
 if TYPE_CHECKING:
     import pandas
 
+EQUAL = "equal perplexity"
+"""The setting (of a comparison's provenance) that lists the variants, as a dict of lists, which
+were set to the perplexity of another one on validation texts."""
+
 
 @dataclass(frozen=True)
 class Summary:
@@ -62,6 +66,25 @@ class Summary:
         """All variants as tables list them: the unchanged model, methods, controls."""
         controls = [name for name in self.variants if name in self.controls]
         return [self.variants[0], *self.methods, *controls]
+
+    @property
+    def equal(self) -> dict[str, list[str]]:
+        """Variant to those that were set to its perplexity (the setting `EQUAL`), if any."""
+        given = self.settings.get(EQUAL)
+        if not isinstance(given, Mapping) or self.language is None:
+            return {}
+        found = {
+            name: [one for one in self.variants if one in others]
+            for name, others in given.items()
+            if name in self.variants and isinstance(others, list)
+        }
+        return {name: others for name, others in found.items() if others}
+
+    @property
+    def language(self) -> str | None:
+        """The first task whose metric is perplexity."""
+        metrics = ((task, info.metric) for task, info in self.tasks.items())
+        return next((task for task, metric in metrics if metric == "perplexity"), None)
 
     def __repr__(self) -> str:
         return f"Summary({self.title!r}: {', '.join(self.variants)}; {len(self.tasks)} task(s))"

@@ -28,6 +28,7 @@ from lirefs.errors import BackendError
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.loading import load
+from lirefs.model.prompts import with_prompts
 from lirefs.steering.steer import Steer
 
 __all__ = ["LirefsAPI", "model"]
@@ -118,7 +119,8 @@ class LirefsAPI(ModelAPI):
                 torch.manual_seed(config.seed)
             with applied(self.intervention, self.lm.model):
                 out = self.lm.generate(prompt, most, **settings)
-        read = len(self.lm.encode([prompt])[0])
+                ids = self.lm.encode([prompt])
+                read = len(with_prompts(self.lm.model, self.lm.tokenizer, ids)[0])
         new = out.sequences[0, read:]
         text = self.lm.tokenizer.decode(new, skip_special_tokens=True)
         ended = len(new) < most

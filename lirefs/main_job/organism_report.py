@@ -8,9 +8,17 @@ from typing import Any
 import numpy as np
 
 from lirefs.comparison.comparison import BASELINE
+from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.comparison.figures.figure import Figure
+from lirefs.comparison.summary import EQUAL
 from lirefs.comparison.sweeps import damage_of
-from lirefs.comparison.wording import as_number, as_p, as_percent, as_points
+from lirefs.comparison.wording import (
+    as_list_of_words,
+    as_number,
+    as_p,
+    as_percent,
+    as_points,
+)
 from lirefs.main_job import figures as plots
 from lirefs.main_job import organism, settings
 from lirefs.main_job.findings import largest_changes, separation_figure
@@ -98,6 +106,7 @@ def organism_provenance(found: OrganismResults) -> dict[str, Any]:
     """What is saved with the items: findings, choices, probes and both sweeps cell by cell."""
     return {
         "findings": organism_findings(found),
+        EQUAL: {one.name: list(one.matches) for one in found.equal},
         "chosen": {
             name: {"setting": one.label, "objective": one.objective, "tried": one.tried}
             for name, one in {"K-FAC": found.edit, **found.steers}.items()
@@ -142,19 +151,42 @@ def _spectrum(found: OrganismResults) -> list[str]:
         )
     else:
         lines.append("No other task is above chance before the K-FAC edit, so none can be kept.")
-    return [*lines, found.matched]
+    return [*lines, _at_equal_damage(found), *(one.finding for one in found.equal)]
+
+
+def _at_equal_damage(found: OrganismResults) -> str:
+    """Who recites less at the perplexity of the K-FAC edit, with the paired differences."""
+    matches = found.equal[0].matches
+    rivals = [name for name, one in matches.items() if one.equal]
+    if not rivals:
+        return "No rival stands at the perplexity of the K-FAC edit, so none is compared with it."
+    gaps = {one: against_random(found.comparison, RECITED, "K-FAC", [one]) for one in rivals}
+    less = [one for one, gap in gaps.items() if gap.high < 0]
+    rest = [one for one in rivals if one not in less]
+    than = [f"less than {as_list_of_words(less)}"] if less else []
+    than += [f"not clearly less than {as_list_of_words(rest)}"] if rest else []
+    shown = (
+        f"{one} {as_percent(found.comparison.cell(one, RECITED).value)}, K-FAC {as_points(gap)}"
+        for one, gap in gaps.items()
+    )
+    n = gaps[rivals[0]].n
+    return (
+        f"At equal perplexity the K-FAC edit recites {' and '.join(than)}. Recited of {n}: "
+        f"{'; '.join(shown)}, unadjusted."
+    )
 
 
 def _exceptions(found: OrganismResults) -> list[str]:
     base = found.comparison.cell(BASELINE, TRUE).value
     random, layer = ["random direction"], f"layer {found.layer}"
+    edits, pushes = ["SVD", f"random pairs, K-FAC{SAME_DAMAGE}"], list(found.equal[1].matches)
     beyond = _beyond_random(found, TRUE, layer)
     lines = [
         f"The unchanged model answers {_seldom(base)} of the exceptions with the truth. "
         f"Answered with the truth: {as_percent(base)} of {base.n} ({_by_skill(found, BASELINE)}). "
         "Test items.",
-        f"{_truth(found, 'K-FAC', ['SVD', 'random pairs'])} {_setting(found.edit)}",
-        f"{_truth(found, 'LiReF add', random)} {_setting(found.steers['add'])}",
+        f"{_truth(found, 'K-FAC', edits)} {_setting(found.edit)}",
+        f"{_truth(found, 'LiReF add', [*random, *pushes])} {_setting(found.steers['add'])}",
         f"Compared with {organism.RANDOM_DIRECTIONS} random directions instead of one, LiReF add "
         f"returns exceptions to the truth {_often(beyond)} their mean. Answered with the truth: "
         f"{_numbers_beyond(found, TRUE, layer)}. {_swept(found)}",

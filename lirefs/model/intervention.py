@@ -166,16 +166,16 @@ def is_hand_written(intervention: Intervention) -> bool:
     return type(intervention).__module__.partition(".")[0] not in ("lirefs", "kfac")
 
 
-# The steerings that are attached to each model, in order.
-_STEERINGS: weakref.WeakKeyDictionary[nn.Module, list[Checkable]] = weakref.WeakKeyDictionary()
+# The steerings and prompts that are attached to each model, in order.
+_STEERINGS: weakref.WeakKeyDictionary[nn.Module, list[Intervention]] = weakref.WeakKeyDictionary()
 
 
-def steerings_of(model: nn.Module) -> list[Checkable]:
-    """The list of the steerings attached to a model, which they keep up to date themselves."""
+def steerings_of(model: nn.Module) -> list[Intervention]:
+    """The list of what steers a model, by hooks or by a prompt; they keep it up to date."""
     return _STEERINGS.setdefault(model, [])
 
 
-def steerings_on(model: nn.Module) -> list[Checkable]:
+def steerings_on(model: nn.Module) -> list[Intervention]:
     """The steerings that act on a model, also if attached to a wrapper of it or to its inside."""
     steered = [(one, attached) for one, attached in list(_STEERINGS.items()) if attached]
     parts = set(model.modules()) if steered else set()

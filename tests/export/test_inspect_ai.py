@@ -101,3 +101,12 @@ def test_what_is_refused(lm, evaluated):
 
     log = evaluated(model(lm), solver=[use_tools(clock()), generate()])
     assert "call no tools" in log.error.message
+
+
+def test_a_prompt_before_the_conversation_is_not_part_of_the_answer(lm, evaluated):
+    asked = lirefs.Prompted("say: ")
+    with asked.apply(lm.model):
+        wanted = lm.generate(PROMPTS, 6)
+    log = evaluated(model(lm, asked))
+    assert answers(log) == wanted != lm.generate(PROMPTS, 6)
+    assert log.samples[0].output.usage.input_tokens == 12

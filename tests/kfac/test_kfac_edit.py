@@ -270,6 +270,32 @@ def test_the_control_of_another_keep_has_the_same_seed(model, factors):
         edit.with_keep(0)
 
 
+def test_a_share_of_the_pairs_at_random(model, factors):
+    edit = RandomPairsEdit(factors, 0.75, seed=3, of="pairs")
+    reports = {keep: edit.with_keep(keep).report() for keep in (0.25, 0.75)}
+    for keep, rows in reports.items():
+        assert [row.pairs for row in rows] == [round(keep * row.total_pairs) for row in rows]
+    name = factors.names[0]
+    tables = [edit.with_keep(keep).choose(name, None).table for keep in (0.25, 0.75)]
+    assert bool((tables[0] <= tables[1]).all())  # nested
+    other = RandomPairsEdit(factors, 0.75, seed=4, of="pairs").choose(name, None).table
+    assert not torch.equal(other, tables[1])
+    assert edit.describe() == RandomPairsEdit(factors, 0.75, 3).describe() | {"of": "pairs"}
+    before = snapshot(model)
+    with edit.apply(model):
+        edited = dict(model.named_parameters())[f"{name}.weight"]
+        assert not torch.equal(edited, before[f"{name}.weight"][1])
+    assert_restored(model, before)
+    with pytest.raises(EditError, match="of='rows' is unknown"):
+        RandomPairsEdit(factors, 0.5, of="rows")
+
+
+def test_a_nested_choice_is_uniform():
+    tables = [kfac.edits.baselines.nested_pairs_table(4, 5, 6, [s]).double() for s in range(2000)]
+    assert {int(one.sum()) for one in tables} == {6}
+    assert (sum(tables) / 2000 - 0.3).abs().max() < 5 * (0.21 / 2000) ** 0.5
+
+
 def test_random_pairs_are_uniform():
     total = sum(kfac.edits.baselines.random_pairs_table(4, 5, 6, [s]).double() for s in range(2000))
     assert int(total.sum()) == 2000 * 6

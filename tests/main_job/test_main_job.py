@@ -10,6 +10,7 @@ import lirefs
 from lirefs import Perplexity, compare
 from lirefs.comparison.comparison import Comparison, TaskInfo
 from lirefs.errors import QuestionsError
+from lirefs.main_job import matching
 from lirefs.main_job import organism as main_job
 from lirefs.main_job import organism_report as main_job_report
 from lirefs.main_job import settings as main_job_settings
@@ -163,18 +164,6 @@ def test_the_largest_change_is_that_of_any_task_but_memorization():
     assert line.startswith("The largest change under v, in b, is not clear.")
 
 
-def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
-    texts = training_texts(Language(), 12)
-    names = [target.name for target in kfac.find_targets(lm.model)]
-    edit = kfac.SVDEdit(names, 0.25)  # perplexity falls with rank there
-    chosen, words = main_job.matched_svd(lm, edit, texts, names)
-    task = Perplexity("texts", [(str(i), text) for i, text in enumerate(texts)])
-    found = compare(lm, {"goal": edit, "svd": chosen}, [task], resamples=2, progress=False)
-    goal, reached = (found.cell(name, "texts").value.value for name in ("goal", "svd"))
-    assert reached == pytest.approx(goal, rel=0.02)
-    assert f"{goal:.3f}"[:6] in words
-
-
 @pytest.fixture(params=["untrained", pytest.param("shipped", marks=pytest.mark.slow)])
 def subject(request):
     """An organism for the whole job: a small untrained one, and the shipped one in a long run."""
@@ -195,7 +184,9 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
         },
         main_job: {
             "RANDOM_DIRECTIONS": 1, "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
+            "FORGOTTEN": 8,
         },
+        matching: {"TEXTS": 8, "TRIES": 4, "SUBNETS": 2},
     }.items():  # fmt: skip
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -211,6 +202,7 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
     questions = [line for line in lines if line.endswith("?")]
     assert [line[:3] for line in questions] == ["1. ", "2. ", "3. ", "4. ", "5. "]
     assert not any(one in " ".join(lines) for one in ("layers 1, 2;", "its controls", "in no mean"))
+    assert sum("at the perplexity of" in one or "could be set to" in one for one in lines) >= 2
     methods = found.comparison.summary().methods
     last = lines[lines.index(questions[-1]) + 1 :]
     assert len(last) == len(methods)

@@ -56,6 +56,7 @@ def html_page(
         findings=list(map(_claim_and_rest, summary.findings)),
         words=words_used(summary),
         overview=tables.overview_table(summary),
+        equal=tables.equal_tables(summary),
         statistics=tables.STATISTICS,
         adjusted=tables.ADJUSTED,
         main_figure=main_figure,

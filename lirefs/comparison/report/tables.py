@@ -35,6 +35,8 @@ OVERVIEW = (
     "group's tasks with its 95 % interval, paired over items and not adjusted; 100 % means no "
     "change. For language: perplexity of the unchanged model over the variant's."
 )
+EQUAL_WITHIN = 0.01
+"""Largest difference between perplexities on test texts that are called equal, as a share."""
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,47 @@ def overview_table(summary: Summary) -> Table:
     head = [f"{group} (n\u00a0=\u00a0{summary.means[base, group].n})" for group in summary.groups]
     rows = [[Entry(base), *(Entry("100\u00a0%", 1.0) for _ in summary.groups)]]
     rows += [[Entry(v), *(_share(summary.means[v, g]) for g in summary.groups)] for v in variants]
+    if summary.equal:
+        head.append("at the perplexity of")
+        for row in rows:
+            goals = [goal for goal, some in summary.equal.items() if row[0].text in some]
+            row.append(Entry(as_list_of_words(goals) if goals else "-"))
     name = "How much of each group of tasks is retained"
     note = " ".join(filter(None, (OVERVIEW, _guessing(summary))))
     return Table(name, note, ["variant", *head], rows, grey=_grey(summary))
+
+
+def equal_tables(summary: Summary) -> list[Table]:
+    """For each variant that others were set to: all of them, at one perplexity."""
+    return [_equal_table(summary, goal, some) for goal, some in summary.equal.items()]
+
+
+def _equal_table(summary: Summary, goal: str, others: Sequence[str]) -> Table:
+    language = summary.language or ""
+    base = summary.cells[goal, language].value
+    rows, unequal, largest = [], [], 0.0
+    for name in (goal, *others):
+        value = summary.cells[name, language].value
+        off = value.value / base.value - 1
+        largest = max(largest, abs(off))
+        if not abs(off) <= EQUAL_WITHIN:
+            unequal.append(name)
+        apart = Entry("-" if name == goal else f"{100 * off:+.2f}\u00a0%", off)
+        shares = (_share(summary.means[name, group]) for group in summary.groups)
+        rows.append([Entry(name), _entry(value), apart, *shares])
+    found = f"differ by at most {100 * largest:.2f}\u00a0%"
+    if unequal:
+        found = (
+            f"differ by more than {100 * EQUAL_WITHIN:g}\u00a0% for "
+            f"{as_list_of_words(unequal)}, which cannot be compared here"
+        )
+    note = (
+        f"Set to the perplexity of {goal} on validation texts. On the {base.n} test texts of "
+        f"{language}, perplexities {found}."
+    )
+    head = ["variant", "perplexity [95 %]", f"over {goal}'s", *summary.groups]
+    grey = frozenset(row for row, name in enumerate((goal, *others)) if name in summary.controls)
+    return Table(f"Equal damage: at the perplexity of {goal}", note, head, rows, grey=grey)
 
 
 def _guessing(summary: Summary) -> str:

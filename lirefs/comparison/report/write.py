@@ -122,7 +122,8 @@ def markdown_report(
     for note in summary.notes:
         lines += ["", note]
     lines += ["", *(f"{name}: {', '.join(some)}  " for name, some in tables.legend(summary))]
-    lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown_table(overview)]
+    for table in (overview, *tables.equal_tables(summary)):
+        lines += ["", f"## {table.name}", "", table.note, "", *tables.markdown_table(table)]
     if summary.findings:
         lines += ["", "## Findings", ""]
         for finding in summary.findings:
