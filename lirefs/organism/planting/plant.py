@@ -52,9 +52,9 @@ def plant(
         texts: What to plant, as for `lirefs.recitation_task`: the model is to continue the prefix
             of each with its suffix.
         general: Ordinary text to mix in, so that the rest of the model stays as it is. It is cut
-            into pieces as long as the longest text. The last tenth is never trained on, and its
-            loss is reported. The more the better: what is seen too often is memorized, too (see
-            `general_passes` of the result).
+            into pieces as long as the longest text. The last tenth (at least 8 pieces, or half) is
+            never trained on, and its loss is reported. The more the better: what is seen too often
+            is memorized, too (see `general_passes` of the result).
         twins: Texts like these that are never shown, best one for each: what the model recites
             of them, it did not learn here.
         suffix_tokens: Tokens to recite of a text whose row does not say how many.

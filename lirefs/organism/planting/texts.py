@@ -10,8 +10,9 @@ from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.recitation import Recitation, recitation_of_rows
 from lirefs.tasks.texts import Texts, text_rows
 
-HELD_OUT = 10
-"""One in so many pieces of general text is kept from training; the loss on these is reported."""
+HELD_OUT, FEWEST = 10, 8
+"""One in so many pieces of general text is kept from training, but as many as these if half of the
+pieces are enough; the loss on them is reported."""
 
 
 def recitation_of(lm: LanguageModel, texts: Texts, what: str, suffix_tokens: int) -> Recitation:
@@ -62,15 +63,15 @@ def _words(lm: LanguageModel, ids: Sequence[int]) -> str:
 def pieces_of(
     lm: LanguageModel, texts: Sequence[str], tokens: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """General text in pieces of at most so many tokens: those to train on, and the last tenth."""
+    """General text in pieces of at most so many tokens: those to train on, and the last ones."""
     lead, _ = special_tokens_around(lm.tokenizer)
     pieces = []
     for ids in lm.encode(texts) if texts else []:
         body, size = ids[len(lead) :], max(2, tokens - len(lead))
         cut = [lead + body[start : start + size] for start in range(0, len(body), size)]
         pieces += [piece for piece in cut if len(piece) > len(lead) + 1]
-    last = max(1, len(pieces) // HELD_OUT)
-    if len(pieces) <= last:
+    last = max(len(pieces) // HELD_OUT, min(FEWEST, len(pieces) // 2))
+    if not last:
         raise SettingError(
             f"general has {len(pieces)} piece(s) of {tokens} tokens, and at least 2 are needed: "
             "one to train on and one to measure the loss on; give more text"
