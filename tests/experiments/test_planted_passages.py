@@ -34,7 +34,7 @@ def test_passages_and_twins_are_neighbours_in_length_and_drawn_by_chance():
     planted, twins = planting.passages(lm, [*stories, stories[0]], 40, 0)
     assert len({row["id"] for row in planted + twins}) == 80
     lengths = [[len(row["prefix_ids"]) for row in rows] for rows in (planted, twins)]
-    assert all(abs(one - other) <= 6 for one, other in zip(*lengths))
+    assert sum(abs(one - other) for one, other in zip(*lengths)) < 2 * 40
     longer = {one > other for one, other in zip(*lengths)}
     assert longer == {False, True}  # not always the shorter of two is planted
     for row in planted:
