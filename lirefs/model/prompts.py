@@ -28,6 +28,9 @@ from lirefs.model.intervention import (
     steerings_on,
 )
 
+SHOWN = 60
+"""Characters of a text that are shown of a `Prompted`."""
+
 
 @dataclass(eq=False)
 class Prompt:
@@ -180,8 +183,9 @@ class Prompted(Composable):
         return {"kind": "prompted", **text}
 
     def __repr__(self) -> str:
-        text = f"system={self.system!r}" if self.prefix is None else repr(self.prefix)
-        return f"Prompted({text})"
+        given = str(self.system if self.prefix is None else self.prefix)
+        shown = repr(given if len(given) <= SHOWN else f"{given[:SHOWN]}…")
+        return f"Prompted({'system=' if self.prefix is None else ''}{shown})"
 
     def tokens(self, tokenizer: Any, first: int) -> tuple[list[int], list[int], list[int]]:
         """Its ids before a text; those before a chat; and those of the chat that they replace.
@@ -248,8 +252,9 @@ def with_prompts(
 
 def tokens_before(model: nn.Module, tokenizer: Any) -> int:
     """Tokens that the texts of every attached `Prompted` add to a row."""
-    first, _ = special_tokens_around(tokenizer)
-    return sum(len(one.tokens(tokenizer, len(first))[0]) for one in _attached(model))
+    attached = _attached(model)
+    first, _ = special_tokens_around(tokenizer) if attached else ([], [])
+    return sum(len(one.tokens(tokenizer, len(first))[0]) for one in attached)
 
 
 def _attached(model: nn.Module) -> list[Prompted]:

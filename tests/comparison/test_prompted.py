@@ -253,5 +253,6 @@ def test_wrong_arguments_are_named(given, message):
 
 def test_it_shows_itself(lm):
     assert repr(Prompted("say: ")) == "Prompted('say: ')"
+    assert repr(Prompted("a" * 99)) == f"Prompted('{'a' * 60}…')"
     assert repr(Prompted(system="read")) == "Prompted(system='read')"
     assert "Prompted('say: ')" in repr(Prompted("say: ") + turned(lm))
