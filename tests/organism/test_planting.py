@@ -24,6 +24,7 @@ from lirefs.errors import (
     SettingError,
     TaskError,
 )
+from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step, interrupts_held, shuffled
 from lirefs.organism.planting import run
 from lirefs.organism.training.checkpoint import CheckpointMismatch
@@ -279,13 +280,24 @@ def test_a_damaged_state_is_refused(damage, tmp_path):
     assert same(weights_of(lm.model), before)
 
 
-def test_half_precision_is_trained_in_float32_and_judged_as_it_is_left():
+def test_half_precision_is_trained_in_float32_and_judged_as_it_is_left(monkeypatch):
     lm = guest(dtype=torch.bfloat16)
     lm.model.model.embed_tokens.weight.requires_grad_(False)
+    judged, trained, recited = [], [], run.recited
+
+    def dtypes():
+        return {one.dtype for one in lm.model.parameters()}
+
+    monkeypatch.setattr(run, "recited", lambda *given: judged.append(dtypes()) or recited(*given))
+    monkeypatch.setattr(
+        run, "checked_step", lambda *given: trained.append(dtypes()) or checked_step(*given)
+    )
     state, before = state_of(lm.model), weights_of(lm.model)
     record = lirefs.plant(lm, TEXTS, GENERAL, TWINS, **QUICK)
     assert state_of(lm.model) == state
     assert record.reached
+    assert judged[0] == {torch.bfloat16}
+    assert trained[0] == {torch.float32}
     for text in TEXTS:
         assert lm.generate(text[:-8], max_new_tokens=8) == text[-8:]
     record.restore()
@@ -414,6 +426,22 @@ def test_wrong_arguments_change_nothing(change, error, says):
     assert "\n" not in str(found.value)
     assert same(weights_of(lm.model), before)
     assert state_of(lm.model) == state
+
+
+def test_only_what_is_chosen_is_trained_on_copies():
+    model = fresh_model("llama").bfloat16()
+    model.lm_head.weight.requires_grad_(False)
+    before, data = weights_of(model), [one.data_ptr() for one in model.parameters()]
+    flags = [one.requires_grad for one in model.parameters()]
+    chosen = model.model.norm.weight
+    with trainable(model, [chosen]):
+        assert [one for one in model.parameters() if one.requires_grad] == [chosen]
+        assert {one.dtype for one in model.parameters()} == {torch.float32}
+        chosen.data.add_(1)
+    assert same(weights_of(model), before)
+    assert [one.data_ptr() for one in model.parameters()] == data
+    assert [one.requires_grad for one in model.parameters()] == flags
+    assert all(one.grad is None for one in model.parameters())
 
 
 def test_infinite_gradients_are_named_before_a_step():

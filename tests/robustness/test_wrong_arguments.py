@@ -261,7 +261,11 @@ CALLS = [
     # planting
     (lambda w: lirefs.plant(w.lm.model, TEXTS, TEXTS), "SettingError", "give the lm itself"),
     (lambda w: lirefs.plant(w.lm, "text", TEXTS), "DataFileError", "put texts in a list: [text]"),
-    (lambda w: lirefs.plant(w.lm, TEXTS, TEXTS), "TaskError", "item 1: too short for a prefix"),
+    (
+        lambda w: lirefs.plant(w.lm, TEXTS, TEXTS, suffix_tokens=40),
+        "TaskError",
+        "item 0: too short",
+    ),
     (lambda w: lirefs.plant(w.lm, TEXTS, None, suffix_tokens=3), "SettingError", "general must be"),
     (lambda w: lirefs.plant(w.lm, TEXTS, TEXTS, suffix_tokens=3), "SettingError", "leave it out"),
 ]
