@@ -33,6 +33,8 @@ from lirefs.comparison import Comparison
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, parse_json
 from lirefs.main_job.matching import perplexity
+from lirefs.model.training.copies import trainable
+from lirefs.model.training.steps import checked_step
 from lirefs.organism import Language, organism_tasks, training_texts
 from lirefs.organism.people import ATTRIBUTES, stranger
 from lirefs.pictures import COLOURS, canvas_of, picture_of
@@ -102,45 +104,42 @@ def teach(
     lr: float,
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Train the targets with AdamW until the facts are known, and restore their weights.
+    """Train copies of the targets with AdamW until the facts are known.
 
     Returns the change of each target (out, in), and what the run was like.
     """
     batches = [_labelled(lm, facts[i : i + BATCH]) for i in range(0, len(facts), BATCH)]
     targets = factors.targets(lm.model)
+    weights = [target.parameter for target in targets]
     starts = [target.weight.clone() for target in targets]
-    lm.model.requires_grad_(False)
-    weights = [target.parameter.requires_grad_() for target in targets]
     optimizer = torch.optim.AdamW(weights, lr=lr, weight_decay=0.0)
     rng, known, epoch = Random(f"order {seed}"), 0.0, 0
+    began = time.process_time()
     projected = nullcontext() if arm == "free" else kfac.projected_training(
         lm.model, factors, keeps, onto=arm, seed=seed
     )  # fmt: skip
-    began = time.process_time()
-    with projected, tqdm(total=len(facts), desc=f"{arm}: facts known", disable=None) as bar:
-        while known < TAUGHT and epoch < MOST_EPOCHS:
-            hits = 0  # before the step of each batch, so that the facts are known at least so well
-            for batch in rng.sample(batches, len(batches)):
-                optimizer.zero_grad()
-                output = lm.model(**batch)
-                hits += _known(output.logits.detach(), batch["labels"])
-                output.loss.backward()
-                optimizer.step()
-            epoch, known = epoch + 1, hits / len(facts)
-            bar.n = hits
-            bar.set_postfix_str(f"epoch {epoch}")
-    changes = {t.name: t.weight - start for t, start in zip(targets, starts, strict=True)}
-    for target, start in zip(targets, starts, strict=True):
-        target.weight.copy_(start)
-        target.parameter.grad = None
-    lm.model.requires_grad_(True)
+    with trainable(lm.model, weights):
+        with projected, tqdm(total=len(facts), desc=f"{arm}: facts known", disable=None) as bar:
+            while known < TAUGHT and epoch < MOST_EPOCHS:
+                hits = 0  # before the step of each batch: the facts are known at least so well
+                for batch in rng.sample(batches, len(batches)):
+                    optimizer.zero_grad()
+                    output = lm.model(**batch)
+                    hits += _known(output.logits.detach(), batch["labels"])
+                    output.loss.backward()
+                    checked_step(lm.model, optimizer, f"arm {arm!r}, epoch {epoch}", "lower --lr")
+                epoch, known = epoch + 1, hits / len(facts)
+                bar.n = hits
+                bar.set_postfix_str(f"epoch {epoch}")
+        trained = {target.name: target.weight.clone() for target in targets}
+    changes = {t.name: trained[t.name] - start for t, start in zip(targets, starts, strict=True)}
     inside = kfac.project(factors, dict(keeps), changes)
     size, flat = (
         sum(float(one.square().sum()) for one in each.values()) for each in (changes, inside)
     )
     cost = sum(
-        0.5 * float(torch.trace(factors.G(name) @ one @ factors.A(name) @ one.T))
-        for name, one in changes.items()
+        0.5 * float((factors.G(name).double() @ one @ factors.A(name).double() * one).sum())
+        for name, one in ((name, one.double()) for name, one in changes.items())
     )
     record = {
         "epochs": epoch,

@@ -38,6 +38,7 @@ from lirefs.model.language_model import LanguageModel, wrap
 from lirefs.model.layout import Layout
 from lirefs.model.loading import load
 from lirefs.model.prompts import Prompted, prompt_lengths
+from lirefs.organism.planting.plant import plant
 from lirefs.questions import Question, Questions, Split, load_questions
 from lirefs.steering import scope
 from lirefs.steering.gate import Gate
@@ -104,6 +105,7 @@ __all__ = [
     "model",
     "ndcg_task",
     "organism",
+    "plant",
     "prompt_lengths",
     "recitation_task",
     "scope",

@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from kfac.analysis.losses import passage_losses
 from kfac.collection.batches import check_model_and_batches
 from kfac.edits.baselines import largest_of_smallest
-from kfac.edits.weight_edit import WeightEdit, check_weight, trained_weights
+from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.target import Target, weight_digest
 from kfac.targets import must_pass_gradients, named_targets
 from lirefs.errors import BatchError, EditError, NonFiniteError, as_list
 from lirefs.model.guest import as_guest
+from lirefs.model.training.copies import trained_weights
 
 
 class SubnetEdit(WeightEdit):

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -101,20 +100,6 @@ class WeightEdit(Composable, abc.ABC):
                 raise EditError(f"target {target.name!r}: its edited weight is not finite")
             changes[id(parameter)] = (target, stored)
         return list(changes.values())
-
-
-@contextmanager
-def trained_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let parameters be trained or moved inside a `with` block; then restore data and gradients."""
-    before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, data, gradient in before:
-            parameter.data, parameter.grad = data, gradient
 
 
 def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:

@@ -103,6 +103,7 @@ def objects():
         directions.components(lm, probe.best, split()), probe.scores[0],
         directions.Transfer(tuple(range(99)), (one,) * 99, (one,) * 99), organism.Language(0),
         organism.Language(0).exceptions[0], statistics.BestOf(0.5, one, 0.5, 9),
+        organism.Planted(one, one, one, one, one, one, one, 5, 5000, 2.0, 1.5, 0.9, lm.model, []),
         next(iter(found.results["unchanged"].values()))[0], window,
         Mined([window] * 200, {"texts": 5, "distinct": 200}, {"tokenizer": "0" * 64}),
         tasks.ShortAnswer("short", [("1", LONG, ["4"])]),

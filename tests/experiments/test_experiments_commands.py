@@ -21,6 +21,7 @@ COMMANDS = [
     "experiments.counterfactual",
     "experiments.label_noise",
     "experiments.loss_positions",
+    "experiments.planting",
     "experiments.sharpness",
     "experiments.spectra",
     "experiments.vision",

@@ -7,8 +7,8 @@ from curvature_tools import assert_restored, batch, llama, snapshot
 import kfac
 from kfac import fit_balanced_subnet
 from kfac.analysis.losses import passage_losses
-from kfac.edits.weight_edit import trained_weights
 from lirefs.errors import BatchError, EditError, FactorsMismatchError
+from lirefs.model.training.copies import trained_weights
 
 
 @pytest.fixture(scope="module")

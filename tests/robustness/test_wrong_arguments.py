@@ -258,6 +258,16 @@ CALLS = [
     (lambda w: kfac.eigenbasis([1]), "SpectrumError", "matrix must be a Tensor"),
     (lambda w: kfac.weight_digest(None), "TargetError", "weight must be a Tensor"),
     (lambda w: w.edit.attach(w.lm), "InterventionError", "give lm.model"),
+    # planting
+    (lambda w: lirefs.plant(w.lm.model, TEXTS, TEXTS), "SettingError", "give the lm itself"),
+    (lambda w: lirefs.plant(w.lm, "text", TEXTS), "DataFileError", "put texts in a list: [text]"),
+    (
+        lambda w: lirefs.plant(w.lm, TEXTS, TEXTS, suffix_tokens=40),
+        "TaskError",
+        "item 0: too short",
+    ),
+    (lambda w: lirefs.plant(w.lm, TEXTS, None, suffix_tokens=3), "SettingError", "general must be"),
+    (lambda w: lirefs.plant(w.lm, TEXTS, TEXTS, suffix_tokens=3), "SettingError", "leave it out"),
 ]
 
 
