@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from kfac.analysis.losses import position_losses
 from kfac.collection.batches import check_model_and_batches
-from kfac.edits.weight_edit import check_weight
+from kfac.edits.weight_edit import check_weight, must_be_whole
 from kfac.factors.factors import Factors
 from kfac.target import Target
 from kfac.targets import must_pass_gradients
@@ -72,12 +72,14 @@ def loss_slices(
     Raises:
         BatchError: No batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.
+        EditError: The target is sharded over processes.
         SpectrumError: A pair does not exist, a step is not finite, or the loss does not depend on
             the target.
     """
     check_model_and_batches(model, batches)
     must_be(factors, Factors, "factors", KfacError)
     target = factors.targets(model, [name])[0]
+    must_be_whole([target.parameter])
     check_weight(target, factors.records[name].digest)
     kept = list(batches)
     if not kept:

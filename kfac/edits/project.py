@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from kfac.edits.baselines import RandomPairsEdit
 from kfac.edits.selection import Selection
 from kfac.edits.spectral import CurvatureEdit
+from kfac.edits.weight_edit import must_be_whole
 from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, must_be
@@ -101,7 +102,7 @@ def projected_training(
     Raises:
         FactorsMismatchError: A target is missing or has another shape.
         KeepError: As in `project`.
-        EditError: As in `project`.
+        EditError: As in `project`, or a target is sharded over processes.
 
     Examples:
         >>> import copy, kfac, lirefs, torch
@@ -120,6 +121,7 @@ def projected_training(
     must_be(model, nn.Module, "model", EditError)
     projection = _Projection(factors, keep, onto, seed)
     targets = factors.targets(model, projection.names)
+    must_be_whole(target.parameter for target in targets)
     starts = [target.weight.clone() for target in targets]
     with ExitStack() as stack:
         for target in targets:

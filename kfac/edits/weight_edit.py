@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, ClassVar
 
@@ -13,7 +13,13 @@ from torch import Tensor, nn
 from kfac.target import Target, weight_digest
 from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
 from lirefs.model.intervention import Composable, reserve
-from lirefs.model.weight_swap import EditHandle, SwappedWeight, originals_of
+from lirefs.model.weight_swap import (
+    EditHandle,
+    SwappedWeight,
+    is_sharded,
+    originals_of,
+    put,
+)
 
 
 class WeightEdit(Composable, abc.ABC):
@@ -34,6 +40,10 @@ class WeightEdit(Composable, abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return the kind and all parameters as JSON values; they tell this edit from any other."""
+
+    def prepare_in_turn(self, model: nn.Module) -> Iterable[tuple[Target, Tensor]]:
+        """What `prepare` returns; a subclass may compute each new weight when it is taken."""
+        return self.prepare(model)
 
     def attach(self, model: nn.Module) -> EditHandle:
         """Put the edited weights in place.
@@ -75,7 +85,7 @@ class WeightEdit(Composable, abc.ABC):
                     "an edit of the same weight is attached; remove it before baking"
                 )
             for target, stored in changes:
-                target.parameter.data = stored
+                put(target.parameter, stored)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -83,7 +93,7 @@ class WeightEdit(Composable, abc.ABC):
         """Return a target of each parameter to change, and the parameter's new tensor."""
         changes: dict[int, tuple[Target, Tensor]] = {}
         owners: dict[tuple[int, int | None], str] = {}
-        for target, weight in self.prepare(model):
+        for target, weight in self.prepare_in_turn(model):
             parameter = target.parameter
             key = (id(parameter), target.expert)
             if key in owners or (target.expert is None and id(parameter) in changes):
@@ -106,6 +116,7 @@ class WeightEdit(Composable, abc.ABC):
 @contextmanager
 def trained_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let parameters be trained or moved inside a `with` block; then restore data and gradients."""
+    must_be_whole(parameters)
     before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
     try:
         for parameter in parameters:
@@ -115,6 +126,15 @@ def trained_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     finally:
         for parameter, data, gradient in before:
             parameter.data, parameter.grad = data, gradient
+
+
+def must_be_whole(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise EditError if a parameter is sharded over processes."""
+    if any(map(is_sharded, parameters)):
+        raise EditError(
+            "the weights are sharded over processes: factors are collected and edits applied there, "
+            "but training and moving single weights is not possible; load the model in one process"
+        )
 
 
 def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:

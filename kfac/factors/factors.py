@@ -308,7 +308,8 @@ class Factors:
         except TargetError as error:
             raise FactorsMismatchError(f"the factors do not fit this model: {error}") from error
         for target in targets:
-            shape, expected = tuple(target.weight.shape), self._record(target.name).shape("D")
+            shape = (target.out_features, target.in_features)
+            expected = self._record(target.name).shape("D")
             if shape != expected:
                 raise FactorsMismatchError(
                     f"target {target.name!r} has shape {shape}, the factors are for {expected}"
