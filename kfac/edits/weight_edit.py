@@ -132,8 +132,8 @@ def must_be_whole(parameters: Iterable[nn.Parameter]) -> None:
     """Raise EditError if a parameter is sharded over processes."""
     if any(map(is_sharded, parameters)):
         raise EditError(
-            "the weights are sharded over processes: factors are collected and edits applied there, "
-            "but training and moving single weights is not possible; load the model in one process"
+            "the weights are sharded over processes: factors can be collected and edits applied, "
+            "but single weights cannot be trained or moved; load the model in one process"
         )
 
 

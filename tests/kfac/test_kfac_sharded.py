@@ -7,6 +7,7 @@ import pytest
 import torch
 from curvature_tools import assert_same, batch, build, llama
 from processes import run
+from tiny import fresh_model, tiny_tokenizer
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -16,6 +17,7 @@ import kfac
 from kfac import CurvatureEdit, Factors
 from kfac.collection.hooks import TargetTracker
 from kfac.edits.baselines import SVDEdit
+from lirefs.comparison.compare import compare
 from lirefs.errors import (
     ChangedWeightsError,
     DistributedError,
@@ -23,10 +25,13 @@ from lirefs.errors import (
     KfacError,
     NonFiniteError,
     ProvenanceError,
+    SettingError,
     TargetError,
 )
 from lirefs.model.identity import fingerprint, first_difference, identity, parts_of
+from lirefs.model.language_model import LanguageModel
 from lirefs.model.weight_swap import gathered
+from lirefs.tasks.task import ShortAnswer
 
 # An odd number; one has a row less, and one no position that is counted.
 ONE_TOKEN = {"input_ids": torch.tensor([[7]]), "attention_mask": torch.tensor([[1]])}
@@ -46,6 +51,9 @@ MODELS = {
     "gpt2": lambda: build("gpt2").eval(),
     "mixtral": mixtral,
 }
+
+
+FIVE = [*BATCHES[:3], BATCHES[4], BATCHES[0]]
 
 
 def sharded(model, **policy):
@@ -83,24 +91,64 @@ def assert_close(one, two):
         assert (weight - two[name]).norm() <= 1e-6 * weight.norm(), name
 
 
-def test_factors_edits_and_restored_weights_equal_those_of_one_process(tmp_path):
+def test_two_processes_do_what_one_does_after_a_kill_as_well(tmp_path):
+    """One test, because it takes seconds to start a process."""
     for name, make in MODELS.items():
         factors_of(make(), correct=True).save(tmp_path / f"{name}.safetensors")
+    factors_of(llama(torch.float32), FIVE).save(tmp_path / "five.safetensors")
+    run(killed, tmp_path, exits=[0, 9])
     run(work, tmp_path)
 
 
 def work(rank, folder):
+    resumed(folder)
+    hybrid = init_device_mesh("cpu", (1, 2), mesh_dim_names=("replicate", "shard"))
+    policies = {"gpt2": {"reshard_after_forward": False}, "mixtral": {"mesh": hybrid}}
     for name, make in MODELS.items():
-        plain = make()
-        one, model = Factors.load(f"{folder}/{name}.safetensors"), sharded(make())
-        found = factors_of(model, correct=True)
-        check_factors(one, found)
-        check_edits(one, plain, model)
+        one = Factors.load(f"{folder}/{name}.safetensors")
+        model = sharded(make(), **policies.get(name, {}))
+        check_factors(one, factors_of(model, correct=True))
+        check_edits(one, make(), model)
     checkpoints(rank, folder)
+    texts()
     failures(rank)
     training()
     refusals()
     other_ways()
+
+
+def counted_adds(and_then=None):
+    """Count the batches that are added to sums."""
+    add, calls = TargetTracker.add, []
+
+    def counted(self, draws):
+        calls.append(draws)
+        if len(calls) == and_then:
+            os._exit(9)
+        add(self, draws)
+
+    TargetTracker.add = counted
+    return calls
+
+
+def killed(rank, folder):
+    """The second process ends in its second batch; the first has added its own by then."""
+    added = counted_adds(and_then=2 if rank == 1 else None)
+    settings = {"checkpoint": f"{folder}/state", "checkpoint_every": 0}
+    with pytest.raises(RuntimeError, match=r"(?i)connection"):
+        factors_of(sharded(llama(torch.float32)), FIVE, **settings)
+    assert added == [1, 1]
+    os._exit(0)  # the group cannot be destroyed: one of it is gone
+
+
+def resumed(folder):
+    """Of batches 0 to 4 the processes lack 4 and 3; both run the rounds of 2 to 4."""
+    added = counted_adds()
+    found = factors_of(sharded(llama(torch.float32)), FIVE, checkpoint=f"{folder}/state")
+    assert added == [1]
+    one = Factors.load(f"{folder}/five.safetensors")
+    assert_same(one, found)
+    assert (one.tokens, one.records) == (found.tokens, found.records)
 
 
 def check_factors(one, found):
@@ -194,6 +242,17 @@ def training():
     assert not first_difference(parts, parts_of(models[0]))
 
 
+def texts():
+    """Whether a model may be padded is found out by running it, in all processes."""
+    some = ["Dan Reed lives in Paris.", "Paris", "17 + 4 = 21", "a", "bc"]
+    lms = [LanguageModel(fresh_model("llama"), tiny_tokenizer()) for _ in range(2)]
+    sharded(lms[1].model)
+    one, found = (kfac.collect(lm, some, layers=[1], batch_tokens=16, progress=False) for lm in lms)
+    assert_same(one, found)
+    with pytest.raises(SettingError, match="gives each its own items"):
+        compare(lms[1], {}, [ShortAnswer("sums", [("a", "17 + 4 =", ["21"])])], progress=False)
+
+
 def refusals():
     """What cannot be done on a sharded model is refused by name, and it stays as it was."""
     model = sharded(llama(torch.float32))
@@ -234,46 +293,3 @@ def other_ways():
                 call(model)
         with pytest.raises(ProvenanceError, match=why):
             fingerprint(model)
-
-
-FIVE = [*BATCHES[:3], BATCHES[4], BATCHES[0]]
-
-
-def test_a_killed_collection_resumes(tmp_path):
-    factors_of(llama(torch.float32), FIVE).save(tmp_path / "one.safetensors")
-    run(killed, tmp_path, exits=[0, 9])
-    run(resumed, tmp_path)
-
-
-def counted_adds(and_then=None):
-    """Count the batches that are added to sums."""
-    add, calls = TargetTracker.add, []
-
-    def counted(self, draws):
-        calls.append(draws)
-        if len(calls) == and_then:
-            os._exit(9)
-        add(self, draws)
-
-    TargetTracker.add = counted
-    return calls
-
-
-def killed(rank, folder):
-    """The second process ends in its second batch; the first has added its own by then."""
-    added = counted_adds(and_then=2 if rank == 1 else None)
-    settings = {"checkpoint": f"{folder}/state", "checkpoint_every": 0}
-    with pytest.raises(RuntimeError, match="(?i)connection"):
-        factors_of(sharded(llama(torch.float32)), FIVE, **settings)
-    assert added == [1, 1]
-    os._exit(0)  # the group cannot be destroyed: one of it is gone
-
-
-def resumed(rank, folder):
-    """Of batches 0 to 4 the processes lack 4 and 3; both run the rounds of 2 to 4."""
-    added = counted_adds()
-    found = factors_of(sharded(llama(torch.float32)), FIVE, checkpoint=f"{folder}/state")
-    assert added == [1]
-    one = Factors.load(f"{folder}/one.safetensors")
-    assert_same(one, found)
-    assert (one.tokens, one.records) == (found.tokens, found.records)

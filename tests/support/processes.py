@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +17,8 @@ import torch.distributed as dist
 def run(work: Callable[[int, str], None], folder: Path, exits: Sequence[int] = (0, 0)) -> None:
     """Call ``work(rank, folder)`` in as many processes as there are expected exit codes.
 
-    Raises the failure of the first process that fails, with its traceback.
+    The test fails with the traceback of the first process that fails, or after ten minutes: it is
+    a common fault that processes wait for each other.
     """
     context = multiprocessing.get_context("spawn")
     failures = context.Queue()
@@ -29,13 +31,17 @@ def run(work: Callable[[int, str], None], folder: Path, exits: Sequence[int] = (
     for process in workers:
         process.start()
     # One that fails leaves the others waiting for it, so failures are looked for first.
-    while any(process.is_alive() for process in workers) and failures.empty():
+    end = time.monotonic() + 600
+    while any(one.is_alive() for one in workers) and failures.empty() and time.monotonic() < end:
         for process in workers:
             process.join(0.2)
-    if not failures.empty():
-        for process in workers:
-            process.kill()
-        pytest.fail(failures.get())
+    failure = None if failures.empty() else failures.get()
+    waiting = [rank for rank, process in enumerate(workers) if process.is_alive()]
+    for process in workers:
+        process.kill()
+    if failure is not None:
+        pytest.fail(failure)
+    assert not waiting, f"processes {waiting} still wait"
     assert [process.exitcode for process in workers] == list(exits)
 
 
