@@ -86,8 +86,8 @@ def run_passes(
     world, passes = World(sharded=bool(fsdp_modules(model))), planned.passes
     if world.in_step and options.labels == "exact":
         raise KfacError(
-            "labels='exact' takes another number of backward passes for each batch, and processes "
-            "that share the weights of a model need the same: load the model in one process"
+            "labels='exact' takes a different number of backward passes for each batch, and "
+            "processes that share a model's weights run in step: load the model in one process"
         )
     shown = options.progress and world.rank == 0
     if shown:
@@ -113,6 +113,7 @@ def run_passes(
     trackers: list[TargetTracker] = []
     with as_guest(model), checkpoint.guarded(state), world.failing_together():
         must_pass_gradients(model)
+        # In step, processes make the same passes, and a head is tried out where it is needed.
         own = options.forward is None and options.labels != "exact" and not world.in_step
         head = Head.find(model, [one for some in passes for one in some]) if own else None
         first = state.turn

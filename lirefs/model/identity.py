@@ -11,7 +11,8 @@ There are two views of it.
   implementation, autocast, buffers that are not saved, the class, settings and forward method of
   each module, and the hooks. It is the key of caches, journals and checkpoints.
 
-What cannot be read (offloaded or opaque weights, hooks of others) is a `ProvenanceError`.
+What cannot be read (offloaded or opaque weights, hooks of others) is a `ProvenanceError`. Weights
+that FSDP2 shards are read one at a time, by all processes together.
 
 `parts_of` is neither: it tells whether one model, in one process, is what it was a moment ago.
 """

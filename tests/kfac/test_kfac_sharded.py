@@ -29,7 +29,7 @@ from lirefs.errors import (
     TargetError,
 )
 from lirefs.model.identity import fingerprint, first_difference, identity, parts_of
-from lirefs.model.language_model import LanguageModel
+from lirefs.model.language_model import wrap
 from lirefs.model.weight_swap import gathered
 from lirefs.tasks.task import ShortAnswer
 
@@ -245,11 +245,11 @@ def training():
 def texts():
     """Whether a model may be padded is found out by running it, in all processes."""
     some = ["Dan Reed lives in Paris.", "Paris", "17 + 4 = 21", "a", "bc"]
-    lms = [LanguageModel(fresh_model("llama"), tiny_tokenizer()) for _ in range(2)]
-    sharded(lms[1].model)
+    models = fresh_model("llama"), sharded(fresh_model("llama"))
+    lms = [wrap(model, tiny_tokenizer(), name="tiny") for model in models]
     one, found = (kfac.collect(lm, some, layers=[1], batch_tokens=16, progress=False) for lm in lms)
     assert_same(one, found)
-    with pytest.raises(SettingError, match="gives each its own items"):
+    with pytest.raises(SettingError, match="its own items"):
         compare(lms[1], {}, [ShortAnswer("sums", [("a", "17 + 4 =", ["21"])])], progress=False)
 
 
@@ -257,7 +257,7 @@ def refusals():
     """What cannot be done on a sharded model is refused by name, and it stays as it was."""
     model = sharded(llama(torch.float32))
     factors = factors_of(model)
-    with pytest.raises(KfacError, match="labels='exact' takes another number"):
+    with pytest.raises(KfacError, match="labels='exact' takes a different number"):
         factors_of(model, labels="exact")
     with pytest.raises(KfacError, match="before it is sharded"):
         kfac.plan(kfac.find_targets(model), model=model)
