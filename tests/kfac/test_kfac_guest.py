@@ -148,7 +148,7 @@ def test_weights_on_the_disk_are_refused_by_name_and_others_are_edited(tmp_path)
         kfac.collect(model, BATCHES, layers=[0])
     targets = kfac.find_targets(model, layers=[1])
     assert_same(factors, collect(model, BATCHES, targets), 1e-6)
-    with pytest.raises(ProvenanceError, match="layers.0.* is offloaded"):
+    with pytest.raises(ProvenanceError, match=r"layers.0.* is offloaded"):
         collect(model, BATCHES, targets, checkpoint=tmp_path / "state")
     edit, ids = kfac.CurvatureEdit(factors, 0.6), BATCHES[0]["input_ids"]
     before = model(ids).logits
