@@ -199,11 +199,11 @@ def check_edits(factors, plain, model):
 
 def checkpoints(rank, folder):
     """One process is ahead by a whole pass: it runs along, and counts nothing twice."""
-    settings = {"budget": 32_000, "checkpoint": f"{folder}/state", "samples": 2}
+    settings = {"budget": 32_000, "checkpoint": f"{folder}/two", "samples": 2}
     model = sharded(llama(torch.float32))
     whole = factors_of(model, **settings)
     if rank == 1:
-        Path(f"{folder}/state.1-of-2").unlink()
+        Path(f"{folder}/two.1-of-2").unlink()
     again = factors_of(model, **settings)
     assert_same(whole, factors_of(model, samples=2))
     assert_same(whole, again)
