@@ -309,10 +309,9 @@ class Factors:
             raise FactorsMismatchError(f"the factors do not fit this model: {error}") from error
         for target in targets:
             shape = (target.out_features, target.in_features)
-            expected = self._record(target.name).shape("D")
-            if shape != expected:
+            if shape != (wanted := self._record(target.name).shape("D")):
                 raise FactorsMismatchError(
-                    f"target {target.name!r} has shape {shape}, the factors are for {expected}"
+                    f"target {target.name!r} has shape {shape}, the factors are for {wanted}"
                 )
         return targets
 
