@@ -220,8 +220,9 @@ def _sharding_problem(model: nn.Module) -> str:
                 sharded: Any = parameter
                 parts = [one for one in sharded.placements if not one.is_replicate()]
                 if name not in by_fsdp or len(parts) > 1:
+                    called = f"{name}.{key}".strip(".")
                     return (
-                        f"parameter {f'{name}.{key}'.strip('.')} is sharded, and not by FSDP2 alone (tensor "
+                        f"parameter {called} is sharded, and not by FSDP2 alone (tensor "
                         "parallelism?), so a process sees a part of each output; load the model "
                         "without tp_plan, and shard it with torch.distributed.fsdp.fully_shard"
                     )
