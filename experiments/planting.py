@@ -31,7 +31,7 @@ from lirefs.comparison import Comparison
 from lirefs.errors import SettingError, TaskError
 from lirefs.files import atomic_write_text, parse_json
 from lirefs.main_job.factors import edited_layers
-from lirefs.main_job.matching import Damage, Match, Rival, rivals_of_edit
+from lirefs.main_job.matching import Damage, Match, Rival, Scaled, rivals_of_edit
 from lirefs.organism import Language, language_seed, training_texts
 from lirefs.tasks import Perplexity, Recitation, Task, heldout_texts
 from lirefs.tasks.texts import text_rows
@@ -182,13 +182,13 @@ def matched(
     damage = Damage(lm, texts)
     edit = kfac.CurvatureEdit(factors, 1.0)
     others = rivals_of_edit(factors, factors.names, seed)
-    rivals = {
-        "K-FAC": Rival(
+    rivals: dict[str, Rival] = {
+        "K-FAC": Scaled(
             lambda removed: edit.with_keep(1 - removed), 1e-6, 0.7, lambda r: f"keep {1 - r:.5f}"
         )
     } | {name.partition(",")[0]: one for name, one in others.items()}
     matches = {
-        f"{name}, {rise - 1:+.0%}": damage.match(rival, rise * damage.unchanged)
+        f"{name}, {rise - 1:+.0%}": rival.at(damage, rise * damage.unchanged)
         for rise in RISES
         for name, rival in rivals.items()
     }

@@ -15,6 +15,7 @@ from kfac.target import Target
 from lirefs.errors import TargetError, as_list, must_be, whole_number
 from lirefs.model.layout import missing_layer
 from lirefs.model.layout_search import decoder_blocks
+from lirefs.model.weight_swap import is_sharded, must_be_readable
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
 _MATRICES = (nn.Linear, Conv1D)
@@ -61,9 +62,10 @@ def find_targets(
     Raises:
         TargetError: A layer is out of range, nothing matches, a name ending matches nothing, an
             expert does not exist, or a match is not a dense floating-point Linear or Conv1D. The
-            message lists what the model has.
+            message lists what the model has. Or the model is sharded, and not by FSDP2 alone.
     """
     must_be(model, nn.Module, "model", TargetError)
+    must_be_readable(model, TargetError)
     if not isinstance(projections, str):
         projections = as_list(projections, "projections", str, TargetError)
     prefix, blocks = _main_blocks(model)
@@ -119,6 +121,7 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
         TargetError: A name is missing, repeated, or not a dense floating-point matrix.
     """
     must_be(model, nn.Module, "model", TargetError)
+    must_be_readable(model, TargetError)
     prefix, _ = _main_blocks(model)
     modules = dict(model.named_modules())
     result: dict[str, Target] = {}
@@ -151,7 +154,7 @@ def must_pass_gradients(model: nn.Module) -> None:
         if isinstance(module, nn.Linear) and type(module.weight) not in (Tensor, nn.Parameter):
             kinds.setdefault((type(module), type(module.weight)), (name, module))
     for name, module in kinds.values():
-        if module.weight.is_meta or type(module.weight).__name__ == "DTensor":
+        if module.weight.is_meta or is_sharded(module.weight):
             continue
         dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
         with torch.enable_grad(), warnings.catch_warnings():
@@ -209,18 +212,18 @@ def _ends(text: str, endings: tuple[str, ...]) -> bool:
 
 
 def _check_weight(what: str, module: nn.Module, weight: object, dimensions: int) -> None:
-    """Refuse weights that are not one dense matrix in this process's memory."""
-    # Quantized and sharded tensors (torchao, DTensor) are subclasses that report a float dtype.
-    if type(weight) not in (Tensor, nn.Parameter):
+    """Refuse weights that are not one dense matrix, in memory or sharded by FSDP2."""
+    # Quantized tensors (torchao) are subclasses that report a float dtype.
+    if type(weight) not in (Tensor, nn.Parameter) and not is_sharded(weight):
         raise TargetError(
-            f"{what} has a weight of type {type(weight).__name__}: quantized or sharded weights "
-            "are out of reach; load the model dequantized, or gather its shards"
+            f"{what} has a weight of type {type(weight).__name__}: quantized weights "
+            "are out of reach; load the model dequantized"
         )
     assert isinstance(weight, Tensor)
     if weight.dtype not in _FLOATS or weight.ndim != dimensions or not weight.numel():
         raise TargetError(
             f"{what} has a weight of {weight.dtype}, {tuple(weight.shape)}; a dense floating-point "
-            "matrix is needed (load quantized models dequantized, gather sharded ones)"
+            "matrix is needed (load quantized models dequantized)"
         )
     if weight.is_meta and hasattr(module, "_hf_hook"):
         raise TargetError(

@@ -11,13 +11,15 @@ from torch import nn
 
 from kfac.collection.batches import Forward, module_and_batches
 from kfac.collection.covariance import DIAGONALS, CovarianceSums
-from kfac.collection.passes import Options, run_passes
+from kfac.collection.options import Options
+from kfac.collection.passes import run_passes
 from kfac.collection.plan import fitting_tokens, plan
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
 from kfac.targets import find_targets
 from lirefs.errors import BatchError, KfacError, TargetError, as_list, must_be, whole_number
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
+from lirefs.model.weight_swap import must_be_readable
 
 
 def collect(
@@ -53,7 +55,9 @@ def collect(
     restored, no gradient stored, also after an error or an interrupt.
 
     Under `torch.distributed` give every process the same batches; each takes its share of them, the
-    sums are added once, at the end, and every process returns the same factors.
+    sums are added once, at the end, and every process returns the same factors. The model may be
+    sharded over all processes by FSDP2 (`torch.distributed.fsdp.fully_shard`): they then run in
+    step, and the model computes all logits at a time.
 
     Args:
         model: An `lm` or any module; its own device and dtype are used. TF32 is off during the
@@ -107,7 +111,8 @@ def collect(
         BatchError: No batch, a malformed batch, texts without an `lm`, or no counted position.
         BudgetError: One target alone needs more than the budget.
         CheckpointError: The checkpoint belongs to other data or settings.
-        DistributedError: The processes were given different batches.
+        DistributedError: The processes were given different batches, or, of a sharded model,
+            another process failed.
         NonFiniteError: NaN or infinity in logits, activations or gradients.
         TargetError: No targets, targets and layers together, a target that is never called, or one
             that cannot reach the logits.
@@ -125,10 +130,11 @@ def collect(
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
     whole = model.model if isinstance(model, LanguageModel) else model
+    must_be(whole, nn.Module, "model", BatchError)
+    must_be_readable(whole, TargetError)
     if targets is not None:
         targets = as_list(targets, "targets", Target, TargetError)
     if targets is None:
-        must_be(whole, nn.Module, "model", BatchError)
         targets = find_targets(whole, layers)
     elif layers is not None:
         raise TargetError("give targets or layers, not both")

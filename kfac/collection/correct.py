@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from kfac.collection.batches import Forward, module_and_batches
 from kfac.collection.covariance import InputRows, Sums
-from kfac.collection.passes import Options, run_passes
+from kfac.collection.options import Options
+from kfac.collection.passes import run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import TargetRecord

@@ -18,6 +18,7 @@ from kfac.collection.hooks import first_argument
 from kfac.target import Target
 from lirefs.errors import KfacError
 from lirefs.model.guest import accepts, as_guest
+from lirefs.model.weight_swap import fsdp_modules
 
 _SOFTMAX = 3 * 4 * 2**22
 """Bytes of a softmax that is worked on at a time, and of what a draw derives from it."""
@@ -41,6 +42,11 @@ def activation_bytes(
         KfacError: The model cannot run on tensors without data: what it does depends on them (a
             mixture of experts does).
     """
+    if fsdp_modules(model):
+        raise KfacError(
+            "a sharded model does not run on tensors without data, so its memory cannot be "
+            "planned; plan it from its configuration (torch.device('meta')), before it is sharded"
+        )
     head = Head.find(model, targets, planned=True)
     ids = torch.zeros(shape, dtype=torch.int64)
     if head is not None and not head.is_needed({"input_ids": ids}):

@@ -6,17 +6,17 @@ import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kfac.collection.batches import (
-    Forward,
     attended,
     check_tokens,
     language_model_forward,
@@ -28,6 +28,7 @@ from kfac.collection.distributed import World
 from kfac.collection.finite import not_finite_logits_error
 from kfac.collection.head import Head
 from kfac.collection.hooks import TargetTracker
+from kfac.collection.options import Options
 from kfac.collection.plan import Plan
 from kfac.collection.sampling import (
     RowSeeds,
@@ -38,34 +39,10 @@ from kfac.collection.sampling import (
 )
 from kfac.target import Target, TargetRecord
 from kfac.targets import must_pass_gradients
-from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError, must_be
+from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError
 from lirefs.model.guest import as_guest
 from lirefs.model.identity import identity
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run the passes; `collect` explains each field."""
-
-    seed: int
-    labels: str
-    samples: int
-    forward: Forward | None
-    dtype: torch.dtype | None
-    head_dtype: torch.dtype | None
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: float
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.labels not in ("sampled", "data", "exact"):
-            raise KfacError(f"labels={self.labels!r}: use 'sampled', 'data' or 'exact'")
-        if self.samples < 1 or (self.labels != "sampled" and self.samples != 1):
-            raise KfacError(f"samples={self.samples}: at least 1, and 1 unless labels are sampled")
-        if self.head_dtype is not None:
-            must_be(self.head_dtype, torch.dtype, "head_dtype", KfacError)
-            if self.forward is not None or self.labels == "exact":
-                raise KfacError("head_dtype cannot be used with `forward` or labels='exact'")
+from lirefs.model.weight_swap import fsdp_modules
 
 
 def run_passes(
@@ -86,7 +63,12 @@ def run_passes(
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         # Its forward pass waits for the other processes, which may have fewer batches.
         model = model.module
-    world, passes = World(), planned.passes
+    world, passes = World(sharded=bool(fsdp_modules(model))), planned.passes
+    if world.in_step and options.labels == "exact":
+        raise KfacError(
+            "labels='exact' takes a different number of backward passes for each batch, and "
+            "processes that share a model's weights run in step: load the model in one process"
+        )
     shown = options.progress and world.rank == 0
     if shown:
         tqdm.write(str(planned), file=sys.stderr)
@@ -108,27 +90,30 @@ def run_passes(
     if path is not None:
         needed["model"] = identity(model)
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
-    state = checkpoint.load(len(passes), partial(_shapes, passes, empty), planned.dtype)
+    with world.failing_together():
+        state = checkpoint.load(len(passes), partial(_shapes, passes, empty), planned.dtype)
     trackers: list[TargetTracker] = []
-    with as_guest(model), checkpoint.guarded(state):
+    with as_guest(model), checkpoint.guarded(state), world.failing_together():
         must_pass_gradients(model)
-        own = options.forward is None and options.labels != "exact"
+        # In step, processes make the same passes, and a head is tried out where it is needed.
+        own = options.forward is None and options.labels != "exact" and not world.in_step
         every = [one for some in passes for one in some]
         head = Head.find(model, every, options.head_dtype) if own else None
         first = state.turn
+        start = min(world.gather(first)) if world.in_step else first
         for turn, targets in enumerate(passes):
             tracker = _resumed(targets, empty(), planned.rows, state, on_cpu=turn < first)
-            if turn >= first:
+            if turn >= start:
                 if turn > first:
                     state.turn, state.done, state.data = turn, 0, ""
                 label = title if len(passes) == 1 else f"{title} {turn + 1}/{len(passes)}"
                 bar = tqdm(batches, desc=label, unit="batch", disable=not shown or None)
                 run = _Pass(model, tracker, options, checkpoint, state, world, head)
                 with tracker.hooked(), bar:
-                    run(bar, compare=turn == first)
+                    run(bar, compare=turn == start, over=turn < first)
                 tracker.sums.leave_device()
                 state.whole = state.whole or state.data
-                if state.data != state.whole:
+                if turn >= first and state.data != state.whole:
                     raise BatchError(
                         f"the batches of pass {turn + 1} differ from those of pass 1, so the sums "
                         "would be of different data: give the same in the same order each time (a "
@@ -177,6 +162,19 @@ def _resumed(
     return tracker
 
 
+class _Given(NamedTuple):
+    """A batch of the data."""
+
+    number: int  # from 1
+    batch: Any
+    contents: Sequence[bytes]  # of its rows
+    digest: str  # of this batch and all before it
+
+    @property
+    def place(self) -> str:
+        return f"batch {self.number - 1}"
+
+
 @dataclass
 class _Pass:
     """One pass over the data for one group of targets."""
@@ -190,63 +188,95 @@ class _Pass:
     head: Head | None  # of a language model whose logits may be computed a few at a time
     head_agrees: bool = False
 
-    def __call__(self, bar: Any, *, compare: bool) -> None:
-        """Sum over the batches that the state lacks; `compare` the first with other processes'."""
+    def __call__(self, bar: Any, *, compare: bool, over: bool) -> None:
+        """Sum over the batches that the state lacks; `compare` the first with other processes'.
+
+        If this pass is `over` here, and not for all processes, the model is run along with them.
+        """
         state, world, sums = self.state, self.world, self.tracker.sums
         seeds = RowSeeds(self.options.seed)
-        data = hashlib.sha256()
         began, summed, seen = time.perf_counter(), 0, 0
+        done = sys.maxsize if over else state.done
+        # In step all go back to the least that one of them has done, by whole rounds.
+        start = min(world.gather(done)) // world.size * world.size if world.in_step else done
         state.tables = state.tables | sums.tables
-        for seen, batch in enumerate(bar, 1):
-            place = f"batch {seen - 1}"
-            if self.options.forward is None:
-                check_tokens(self.model, batch, place)
-            contents = row_contents(batch)
-            data.update(batch_digest(batch, contents))
-            if seen == 1 and compare:
-                world.check_same_batches(data.hexdigest())
-            if seen <= state.done or (seen - 1) % world.size != world.rank:
-                seeds.skip(contents)
-                if seen == state.done and state.data != data.hexdigest():
+        for given in self._rounds(bar, compare=compare):
+            for one in given:
+                seen = one.number
+                if seen == done and state.data != one.digest:
                     raise CheckpointError(
                         f"{self.checkpoint.path} was written with other data, or in another order: "
                         f"its first {seen} batches differ from those given now"
                     )
-                if seen > state.done:
-                    state.done, state.data = seen, data.hexdigest()
-                continue
-            with self.checkpoint.batch(state):
-                ready = on_its_device(batch, self.model)
-                counted = self._backpropagate(ready, contents, seeds, place)
-                if counted:
-                    self.checkpoint.changing = True
-                    self.tracker.add(self.options.samples)
-                    sums.check_overflow(place, self.tracker.dtype)
-                summed += counted
-                state.tokens += counted if state.turn == 0 else 0
-                state.done, state.data = seen, data.hexdigest()
-                state.counts |= self.tracker.counts
-                state.sources |= self.tracker.sources
-                state.tables = state.tables | sums.tables
-                bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
+                if seen <= start or (seen - 1) % world.size != world.rank:
+                    seeds.skip(one.contents)
+                    if seen > done:
+                        state.done, state.data = seen, one.digest
+                    continue
+                with self.checkpoint.batch(state):
+                    counted = self._backpropagate(one, seeds, given[-1].digest)
+                    if seen <= done:
+                        continue
+                    if counted:
+                        self.checkpoint.changing = True
+                        self.tracker.add(self.options.samples)
+                        sums.check_overflow(one.place, self.tracker.dtype)
+                    summed += counted
+                    state.tokens += counted if state.turn == 0 else 0
+                    state.done, state.data = seen, one.digest
+                    state.counts |= self.tracker.counts
+                    state.sources |= self.tracker.sources
+                    state.tables = state.tables | sums.tables
+                    bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
+            if world.in_step and start < seen and world.rank >= len(given):
+                # The last round has no batch for this process, which the others wait for.
+                with self.checkpoint.batch(state):
+                    self._backpropagate(given[-1], seeds, given[-1].digest)
         if not seen:
             raise BatchError("the iterable of batches is empty")
-        if seen < state.done:
+        if not over and seen < done:
             raise CheckpointError(
-                f"{self.checkpoint.path} was written after {state.done} batches, but only {seen} "
+                f"{self.checkpoint.path} was written after {done} batches, but only {seen} "
                 "are given"
             )
+        if world.in_step:
+            world.check_same_batches(given[-1].digest)
 
-    def _backpropagate(
-        self, batch: Any, contents: Sequence[bytes], seeds: RowSeeds, place: str
-    ) -> int:
-        """Run the model, choose labels, backpropagate; return the number of counted positions."""
+    def _rounds(self, bar: Any, *, compare: bool) -> Iterator[list[_Given]]:
+        """Check the batches, and give them one by one; in step, one for each process at a time.
+
+        A check can run the model, so all processes make those of a round before they begin it.
+        """
+        data = hashlib.sha256()
+        numbered = enumerate(bar, 1)
+        length = self.world.size if self.world.in_step else 1
+        while some := list(islice(numbered, length)):
+            given = []
+            for number, batch in some:
+                one = _Given(number, batch, [], "")
+                if self.options.forward is None:
+                    check_tokens(self.model, batch, one.place)
+                contents = row_contents(batch)
+                data.update(batch_digest(batch, contents))
+                given.append(one._replace(contents=contents, digest=data.hexdigest()))
+                if number == 1 and compare:
+                    self.world.check_same_batches(data.hexdigest())
+            yield given
+
+    def _backpropagate(self, given: _Given, seeds: RowSeeds, data: str) -> int:
+        """Run the model, choose labels, backpropagate; return the number of counted positions.
+
+        `data` is the digest of all batches of this round and before.
+        """
+        contents, place = given.contents, given.place
+        batch = on_its_device(given.batch, self.model)
         forward, samples = self.options.forward or language_model_forward, self.options.samples
         head = self._needed_head(batch)
         self.tracker.begin()
         rest: Sequence[Tensor] = ()
         if head is None:
-            end, mask, *rest = forward(self.model, batch)
+            with self.world.model_pass(data):
+                end, mask, *rest = forward(self.model, batch)
             classes = end.shape[-1]
         else:
             hidden, mask = head.hidden_states(self.model, batch)
@@ -277,7 +307,8 @@ class _Pass:
             drawn = real if real is not None and real.shape == shape else labelled
             where = drawn | labelled.to(drawn.device)
             uniforms = seeds.draw(contents, where, samples)[:, labelled.cpu()]
-        if not (counted := int(mask.sum())):
+        counted = int(mask.sum())
+        if not counted and not self.world.in_step:
             return 0
         if not end.requires_grad:
             raise TargetError("the logits depend on no target: the forward pass calls none of them")
@@ -293,9 +324,10 @@ class _Pass:
             gradients = label_gradients(end.detach(), rows, uniforms, labels)
         if gradients is None:
             raise not_finite_logits_error(end, labelled, place)
-        for draw, gradient in enumerate(gradients, 1):
-            more = draw < samples or self.options.labels == "exact"
-            torch.autograd.backward(end, gradient, retain_graph=more)
+        with self.world.model_pass(data):
+            for draw, gradient in enumerate(gradients, 1):
+                more = draw < samples or self.options.labels == "exact"
+                torch.autograd.backward(end, gradient, retain_graph=more)
         self.tracker.check_gradients(place)
         return counted
 

@@ -25,6 +25,7 @@ from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, must_be
 from lirefs.model.guest import full_precision, widened
+from lirefs.model.training.copies import must_be_whole
 
 Update = Tensor | tuple[Tensor, Tensor]
 """ΔW (out, in), or a LoRA pair B (out, rank), A (rank, in) that stands for B A."""
@@ -101,7 +102,7 @@ def projected_training(
     Raises:
         FactorsMismatchError: A target is missing or has another shape.
         KeepError: As in `project`.
-        EditError: As in `project`.
+        EditError: As in `project`, or a target is sharded over processes.
 
     Examples:
         >>> import copy, kfac, lirefs, torch
@@ -120,6 +121,7 @@ def projected_training(
     must_be(model, nn.Module, "model", EditError)
     projection = _Projection(factors, keep, onto, seed)
     targets = factors.targets(model, projection.names)
+    must_be_whole(target.parameter for target in targets)
     starts = [target.weight.clone() for target in targets]
     with ExitStack() as stack:
         for target in targets:

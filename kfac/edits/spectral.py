@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import copy
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -27,6 +27,7 @@ from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, EstimatorError, KeepError, must_be
 from lirefs.model.guest import full_precision, widened
+from lirefs.model.weight_swap import is_sharded
 from lirefs.statistics.intervals import Ints
 
 
@@ -114,7 +115,11 @@ class SpectralEdit(WeightEdit):
             FactorsMismatchError: The factors do not belong to this model.
             EditError: A target has no curvature mass.
         """
-        return [(target, weight) for target, weight, _ in self._prepare(model)]
+        return list(self.prepare_in_turn(model))
+
+    def prepare_in_turn(self, model: nn.Module) -> Iterator[tuple[Target, Tensor]]:
+        """Compute each edited weight when it is taken, so that one at a time is in memory."""
+        return ((target, weight) for target, weight, _ in self._prepare(model))
 
     def describe(self) -> dict[str, Any]:
         """Return kind, keep and the digest of the factors."""
@@ -166,12 +171,12 @@ class SpectralEdit(WeightEdit):
             self.factors.forget(part._keeps)
         return reports
 
-    def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:
+    def _prepare(self, model: nn.Module) -> Iterator[tuple[Target, Tensor, Selection]]:
         records = self.factors.records
         targets = self.factors.targets(model, self._keeps)
         digests = {one.name: check_weight(one, records[one.name].digest) for one in targets}
-        self._decompose()
-        result = []
+        # All processes of a sharded model are here, and each writes a part of the same weights.
+        self._decompose(spread=any(is_sharded(target.parameter) for target in targets))
         for target in targets:
             name, weight = target.name, target.weight
             if self._keeps[name] == 1:
@@ -180,8 +185,7 @@ class SpectralEdit(WeightEdit):
             # of about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
             with full_precision(weight.device):
                 edited, chosen = self._edited(name, weight, digests[name])
-                result.append((target, edited.to(weight.dtype), chosen))
-        return result
+            yield target, edited.to(weight.dtype), chosen
 
     def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
         """Return a target's weight without the pairs that are not kept, and those that are."""
@@ -190,9 +194,10 @@ class SpectralEdit(WeightEdit):
         kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
         return self._rotate_back(name, kept), chosen
 
-    def _decompose(self) -> None:
+    def _decompose(self, *, spread: bool = False) -> None:
         """Compute the eigenbases that will be needed, with a bar if it takes long."""
-        self.factors.decompose(name for name, keep in self._keeps.items() if keep < 1)
+        needed = (name for name, keep in self._keeps.items() if keep < 1)
+        self.factors.decompose(needed, spread=spread)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         return self.factors.coordinates(name, weight, digest)
@@ -315,9 +320,9 @@ class CurvatureEdit(SpectralEdit):
         u_out, u_in = map(_in_order, bases, (chosen.row_ranks, chosen.column_ranks))
         return keep_stairs(wide, u_out, u_in, chosen.stairs.counts), chosen
 
-    def _decompose(self) -> None:
+    def _decompose(self, *, spread: bool = False) -> None:
         if self.estimator != "diagonal":
-            super()._decompose()
+            super()._decompose(spread=spread)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         if self.estimator == "diagonal":

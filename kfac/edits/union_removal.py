@@ -63,7 +63,7 @@ class UnionEdit(SpectralEdit):
         """Keep the pairs of largest score."""
         return select_largest(self._union(name)[2], self._keeps[name])
 
-    def _decompose(self) -> None:
+    def _decompose(self, *, spread: bool = False) -> None:
         """Do nothing: the bases are those of the two sets together."""
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any, ClassVar
 
@@ -12,7 +13,12 @@ from torch import Tensor, nn
 from kfac.target import Target, weight_digest
 from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
 from lirefs.model.intervention import Composable, reserve
-from lirefs.model.weight_swap import EditHandle, SwappedWeight, originals_of
+from lirefs.model.weight_swap import (
+    EditHandle,
+    SwappedWeight,
+    originals_of,
+    put,
+)
 
 
 class WeightEdit(Composable, abc.ABC):
@@ -33,6 +39,10 @@ class WeightEdit(Composable, abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return the kind and all parameters as JSON values; they tell this edit from any other."""
+
+    def prepare_in_turn(self, model: nn.Module) -> Iterable[tuple[Target, Tensor]]:
+        """What `prepare` returns; a subclass may compute each new weight when it is taken."""
+        return self.prepare(model)
 
     def attach(self, model: nn.Module) -> EditHandle:
         """Put the edited weights in place.
@@ -74,7 +84,7 @@ class WeightEdit(Composable, abc.ABC):
                     "an edit of the same weight is attached; remove it before baking"
                 )
             for target, stored in changes:
-                target.parameter.data = stored
+                put(target.parameter, stored)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -82,7 +92,7 @@ class WeightEdit(Composable, abc.ABC):
         """Return a target of each parameter to change, and the parameter's new tensor."""
         changes: dict[int, tuple[Target, Tensor]] = {}
         owners: dict[tuple[int, int | None], str] = {}
-        for target, weight in self.prepare(model):
+        for target, weight in self.prepare_in_turn(model):
             parameter = target.parameter
             key = (id(parameter), target.expert)
             if key in owners or (target.expert is None and id(parameter) in changes):

@@ -308,10 +308,10 @@ class Factors:
         except TargetError as error:
             raise FactorsMismatchError(f"the factors do not fit this model: {error}") from error
         for target in targets:
-            shape, expected = tuple(target.weight.shape), self._record(target.name).shape("D")
-            if shape != expected:
+            shape = (target.out_features, target.in_features)
+            if shape != (wanted := self._record(target.name).shape("D")):
                 raise FactorsMismatchError(
-                    f"target {target.name!r} has shape {shape}, the factors are for {expected}"
+                    f"target {target.name!r} has shape {shape}, the factors are for {wanted}"
                 )
         return targets
 

@@ -43,6 +43,7 @@ from lirefs.model.intervention import (
 )
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompted
+from lirefs.model.weight_swap import fsdp_modules
 from lirefs.tasks.default_suite import default_tasks
 from lirefs.tasks.inference import NOT_ON_ENGINE, Engine, generating_on
 from lirefs.tasks.items import ItemTask
@@ -179,6 +180,11 @@ def compare(
         if name in hand_written:
             _must_be_restored(name, lm, before)
     kept = Journal(journal)
+    if kept.size > 1 and fsdp_modules(lm.model):
+        raise SettingError(
+            "the model is sharded over the processes (FSDP2), so all run each of its passes, but "
+            "a comparison gives each process its own items; load the whole model in each, or in one"
+        )
     made_on = lm.provenance
     if journal is not None:
         made_on["identity"] = lm.identity

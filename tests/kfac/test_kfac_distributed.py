@@ -1,11 +1,9 @@
-import multiprocessing
-import traceback
 from dataclasses import astuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from curvature_tools import assert_same, batch, llama
+from processes import run
 from torch import nn
 
 import kfac
@@ -24,38 +22,6 @@ def everything(batches=BATCHES, model=None, **kwargs):
         model, batches, targets, marginals=True, diagonal=True, progress=False, **kwargs
     )
     return kfac.correct(model, batches, factors, progress=False)
-
-
-def worker(rank, size, folder, failures):
-    try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
-        )
-        work(rank, folder)
-        dist.destroy_process_group()
-    except BaseException:
-        failures.put(traceback.format_exc())
-        raise
-
-
-def run(folder, size=2):
-    context = multiprocessing.get_context("spawn")
-    failures = context.Queue()
-    workers = [
-        context.Process(target=worker, args=(rank, size, str(folder), failures), daemon=True)
-        for rank in range(size)
-    ]
-    for process in workers:
-        process.start()
-    # One that fails leaves the others waiting for it, so failures are looked for first.
-    while any(process.is_alive() for process in workers) and failures.empty():
-        for process in workers:
-            process.join(0.2)
-    if not failures.empty():
-        for process in workers:
-            process.kill()
-        pytest.fail(failures.get())
-    assert [process.exitcode for process in workers] == [0] * size
 
 
 def work(rank, folder):
@@ -96,7 +62,7 @@ def decompose_together(factors, rank):
 
 
 def test_two_processes_give_what_one_gives_and_refuse_different_batches(tmp_path):
-    run(tmp_path)
+    run(work, tmp_path)
     for stem, batches in (("", BATCHES), ("short-", BATCHES[:1])):
         one = everything(batches)
         zero, other = (Factors.load(tmp_path / f"{stem}{rank}.safetensors") for rank in (0, 1))

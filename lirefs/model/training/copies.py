@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import nn
 
+from lirefs.errors import EditError
 from lirefs.model.guest import as_guest
+from lirefs.model.weight_swap import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -16,6 +18,7 @@ _HALF = (torch.float16, torch.bfloat16)
 @contextmanager
 def trained_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let parameters be trained or moved inside a `with` block; then restore data and gradients."""
+    must_be_whole(parameters)
     before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
     try:
         for parameter in parameters:
@@ -44,3 +47,12 @@ def trainable(model: nn.Module, parameters: Sequence[nn.Parameter] | None = None
             one.data = one.data.float() if one.dtype in _HALF else one.data.clone()
             one.requires_grad_(id(one) in chosen)
         yield
+
+
+def must_be_whole(parameters: Iterable[nn.Parameter]) -> None:
+    """Raise EditError if a parameter is sharded over processes."""
+    if any(map(is_sharded, parameters)):
+        raise EditError(
+            "the weights are sharded over processes: factors can be collected and edits applied, "
+            "but single weights cannot be trained or moved; load the model in one process"
+        )
