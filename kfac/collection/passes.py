@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +16,6 @@ from tqdm.auto import tqdm
 
 from kfac.collection.batches import (
     attended,
-    check_tokens,
     language_model_forward,
     on_its_device,
 )
@@ -30,12 +27,11 @@ from kfac.collection.head import Head
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.options import Options
 from kfac.collection.plan import Plan
+from kfac.collection.rounds import Given, rounds
 from kfac.collection.sampling import (
     RowSeeds,
-    batch_digest,
     exact_gradients,
     label_gradients,
-    row_contents,
 )
 from kfac.target import Target, TargetRecord
 from kfac.targets import must_pass_gradients
@@ -162,19 +158,6 @@ def _resumed(
     return tracker
 
 
-class _Given(NamedTuple):
-    """A batch of the data."""
-
-    number: int  # from 1
-    batch: Any
-    contents: Sequence[bytes]  # of its rows
-    digest: str  # of this batch and all before it
-
-    @property
-    def place(self) -> str:
-        return f"batch {self.number - 1}"
-
-
 @dataclass
 class _Pass:
     """One pass over the data for one group of targets."""
@@ -200,7 +183,8 @@ class _Pass:
         # In step all go back to the least that one of them has done, by whole rounds.
         start = min(world.gather(done)) // world.size * world.size if world.in_step else done
         state.tables = state.tables | sums.tables
-        for given in self._rounds(bar, compare=compare):
+        checked = self.model if self.options.forward is None else None
+        for given in rounds(bar, world, checked, compare=compare):
             for one in given:
                 seen = one.number
                 if seen == done and state.data != one.digest:
@@ -242,28 +226,7 @@ class _Pass:
         if world.in_step:
             world.check_same_batches(given[-1].digest)
 
-    def _rounds(self, bar: Any, *, compare: bool) -> Iterator[list[_Given]]:
-        """Check the batches, and give them one by one; in step, one for each process at a time.
-
-        A check can run the model, so all processes make those of a round before they begin it.
-        """
-        data = hashlib.sha256()
-        numbered = enumerate(bar, 1)
-        length = self.world.size if self.world.in_step else 1
-        while some := list(islice(numbered, length)):
-            given = []
-            for number, batch in some:
-                one = _Given(number, batch, [], "")
-                if self.options.forward is None:
-                    check_tokens(self.model, batch, one.place)
-                contents = row_contents(batch)
-                data.update(batch_digest(batch, contents))
-                given.append(one._replace(contents=contents, digest=data.hexdigest()))
-                if number == 1 and compare:
-                    self.world.check_same_batches(data.hexdigest())
-            yield given
-
-    def _backpropagate(self, given: _Given, seeds: RowSeeds, data: str) -> int:
+    def _backpropagate(self, given: Given, seeds: RowSeeds, data: str) -> int:
         """Run the model, choose labels, backpropagate; return the number of counted positions.
 
         `data` is the digest of all batches of this round and before.
