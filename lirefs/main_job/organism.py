@@ -155,14 +155,14 @@ def run_on_organism(
             "BalancedSubnet": matching.subnet_rival(
                 lm, names, training_texts(language, len(planted), seed), planted, seed
             ),
-            f"LiReF add, K-FAC{SAME_DAMAGE}": matching.steering_rival(
+            f"LiReF add at K-FAC{SAME_DAMAGE}": matching.steering_rival(
                 lambda a: added(direction, a), strength
             ),
-            f"random direction, K-FAC{SAME_DAMAGE}": random,
+            f"random direction at K-FAC{SAME_DAMAGE}": random,
         },
     )
     of_add = matching.at_equal_damage(
-        damage, "LiReF add", add, {f"random direction, LiReF{SAME_DAMAGE}": random}
+        damage, "LiReF add", add, {f"random direction at LiReF{SAME_DAMAGE}": random}
     )
     job.say(f"{of_edit.finding}\n{of_add.finding}")
     interventions: dict[str, Any] = {
