@@ -112,7 +112,7 @@ class Subnet:
     """BalancedSubnet; `train` learns it for a share of weights to prune.
 
     It is trained twice: the share at which the first scores reach the goal is that of the second
-    training, whose scores then need another share that is hardly different.
+    training. Its own scores then reach the goal at another share, often a larger one.
     """
 
     train: Callable[[float], kfac.SubnetEdit]

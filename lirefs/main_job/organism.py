@@ -35,7 +35,7 @@ SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 SWEPT_KEEPS = (0.5, 0.7, *settings.KEEPS, 0.998, 0.999, 0.9999)
 """Values of `keep` on the way from the unchanged model to one that has lost its language."""
 RANDOM_DIRECTIONS = 5
-FORGOTTEN = 80
+FORGOTTEN = 40
 """Planted sequences of the train side that BalancedSubnet is told to forget."""
 LIMIT = 80
 """Test items of a task where no limit is given."""
