@@ -17,7 +17,7 @@ CONTROL_REASONS = {
 }
 """What a control does, by words of its name."""
 SAME_DAMAGE = "'s damage"
-"""Ends the name of a variant that was set to the perplexity of another: "SVD, K-FAC's damage"."""
+"""Ends the name of a variant that was set to the perplexity of another: "SVD at K-FAC's damage"."""
 _WORDS = re.compile(rf"(?<![a-z])(?:{'|'.join(CONTROL_WORDS)})(?![a-z])", re.IGNORECASE)
 
 
@@ -40,7 +40,7 @@ def control_reasons(controls: Sequence[str]) -> list[str]:
         combined = name.partition(" + ")[2]
         reason = known[0] + (f", together with {combined}" if combined else "") if known else ""
         if name.endswith(SAME_DAMAGE):
-            rival = name.removesuffix(SAME_DAMAGE).rpartition(", ")[2]
+            rival = name.removesuffix(SAME_DAMAGE).rpartition(" at ")[2]
             reason = f"the same at the strength that costs as much perplexity as {rival}"
         reasons.append(f"{name} ({reason})" if reason else name)
     return reasons

@@ -267,10 +267,10 @@ def _at_equal_damage(
     )
     rivals = {
         **matching.rivals_of_edit(factors, factors.names, job.seed),
-        f"LiReF, K-FAC{SAME_DAMAGE}": pushed,
-        f"random direction, K-FAC{SAME_DAMAGE}": random,
+        f"LiReF at K-FAC{SAME_DAMAGE}": pushed,
+        f"random direction at K-FAC{SAME_DAMAGE}": random,
     }
-    of_steer = {f"random direction, LiReF{SAME_DAMAGE}": random}
+    of_steer = {f"random direction at LiReF{SAME_DAMAGE}": random}
     return (
         matching.at_equal_damage(damage, "K-FAC", edit, rivals),
         matching.at_equal_damage(damage, "LiReF", steer, of_steer),

@@ -112,7 +112,7 @@ class Subnet:
     """BalancedSubnet; `train` learns it for a share of weights to prune.
 
     It is trained twice: the share at which the first scores reach the goal is that of the second
-    training, whose scores then need another share that is hardly different.
+    training. Its own scores then reach the goal at another share, often a larger one.
     """
 
     train: Callable[[float], kfac.SubnetEdit]
@@ -149,7 +149,7 @@ def rivals_of_edit(factors: kfac.Factors, names: Sequence[str], seed: int) -> di
             0.999,
             lambda share: f"{as_number(100 * share)} % of the singular values removed",
         ),
-        f"random pairs, K-FAC{SAME_DAMAGE}": Scaled(
+        f"random pairs at K-FAC{SAME_DAMAGE}": Scaled(
             lambda share: pairs.with_keep(dict.fromkeys(names, 1 - share)),
             1e-6,
             0.999,

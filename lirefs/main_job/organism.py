@@ -35,7 +35,7 @@ SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 SWEPT_KEEPS = (0.5, 0.7, *settings.KEEPS, 0.998, 0.999, 0.9999)
 """Values of `keep` on the way from the unchanged model to one that has lost its language."""
 RANDOM_DIRECTIONS = 5
-FORGOTTEN = 80
+FORGOTTEN = 40
 """Planted sequences of the train side that BalancedSubnet is told to forget."""
 LIMIT = 80
 """Test items of a task where no limit is given."""
@@ -155,14 +155,14 @@ def run_on_organism(
             "BalancedSubnet": matching.subnet_rival(
                 lm, names, training_texts(language, len(planted), seed), planted, seed
             ),
-            f"LiReF add, K-FAC{SAME_DAMAGE}": matching.steering_rival(
+            f"LiReF add at K-FAC{SAME_DAMAGE}": matching.steering_rival(
                 lambda a: added(direction, a), strength
             ),
-            f"random direction, K-FAC{SAME_DAMAGE}": random,
+            f"random direction at K-FAC{SAME_DAMAGE}": random,
         },
     )
     of_add = matching.at_equal_damage(
-        damage, "LiReF add", add, {f"random direction, LiReF{SAME_DAMAGE}": random}
+        damage, "LiReF add", add, {f"random direction at LiReF{SAME_DAMAGE}": random}
     )
     job.say(f"{of_edit.finding}\n{of_add.finding}")
     interventions: dict[str, Any] = {

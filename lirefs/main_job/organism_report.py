@@ -179,7 +179,7 @@ def _at_equal_damage(found: OrganismResults) -> str:
 def _exceptions(found: OrganismResults) -> list[str]:
     base = found.comparison.cell(BASELINE, TRUE).value
     random, layer = ["random direction"], f"layer {found.layer}"
-    edits, pushes = ["SVD", f"random pairs, K-FAC{SAME_DAMAGE}"], list(found.equal[1].matches)
+    edits, pushes = ["SVD", f"random pairs at K-FAC{SAME_DAMAGE}"], list(found.equal[1].matches)
     beyond = _beyond_random(found, TRUE, layer)
     lines = [
         f"The unchanged model answers {_seldom(base)} of the exceptions with the truth. "

@@ -73,6 +73,6 @@ def test_without_texts_there_is_no_equal_damage():
 
 
 def test_controls_at_equal_damage_are_explained():
-    first, second = control_reasons(["random pairs", "random pairs, K-FAC's damage"])
+    first, second = control_reasons(["random pairs", "random pairs at K-FAC's damage"])
     assert "as many curvature pairs" in first
     assert second.endswith("(the same at the strength that costs as much perplexity as K-FAC)")

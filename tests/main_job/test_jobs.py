@@ -34,8 +34,9 @@ def test_a_name_and_a_loaded_model_give_the_same_report(
     assert loaded.results == named.results
     assert loaded.variants == [
         "unchanged", "LiReF", "K-FAC", "LiReF + K-FAC", "random direction",
-        "random direction, LiReF's damage", "random pairs", "SVD", "random pairs, K-FAC's damage",
-        "LiReF, K-FAC's damage", "random direction, K-FAC's damage", "prompt",
+        "random direction at LiReF's damage", "random pairs", "SVD",
+        "random pairs at K-FAC's damage", "LiReF at K-FAC's damage",
+        "random direction at K-FAC's damage", "prompt",
     ]  # fmt: skip
     assert "Equal damage: at the perplexity of K-FAC" in screen.getvalue()
     assert {len(items) for items in loaded.results["K-FAC"].values()} <= {1, 3}

@@ -88,14 +88,14 @@ def test_edits_and_steerings_reach_the_perplexity_of_another_edit(lm, factors, d
         "direction": matching.steering_rival(lambda a: lirefs.Steer(direction, "add", a), -1.0),
     }
     found = at_equal_damage(damage, "edit", edit, rivals)
-    assert list(found.matches) == ["SVD", "random pairs, K-FAC's damage", "direction"]
+    assert list(found.matches) == ["SVD", "random pairs at K-FAC's damage", "direction"]
     for name, one in found.interventions.items():
         assert found.matches[name].equal
         assert abs(damage.of(one) / found.goal - 1) < 2 * matching.NEAR
     assert found.interventions["SVD"].keep == pytest.approx(0.25, abs=0.03)
     assert found.interventions["direction"].strength < 0
     assert set(found.interventions["SVD"].names) == set(names)
-    claim = "SVD, random pairs, K-FAC's damage and direction stand at the perplexity of edit."
+    claim = "SVD, random pairs at K-FAC's damage and direction stand at the perplexity of edit."
     assert found.finding.startswith(claim)
     assert f"{found.goal:.3f} for edit" in found.finding
     assert "% of the singular values removed)" in found.finding
