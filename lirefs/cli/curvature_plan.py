@@ -8,7 +8,7 @@ from typer import Option
 
 import kfac
 from lirefs.cli import options
-from lirefs.cli.options import DEFAULT_MODEL, Json, Model
+from lirefs.cli.options import DEFAULT_MODEL, Json, Model, Quiet
 from lirefs.main_job.settings import console_table
 from lirefs.model.loading import without_weights
 
@@ -32,6 +32,7 @@ def plan_command(
     sequences: Annotated[int, Option(min=1, help="Sequences of a batch.")] = 4,
     length: Annotated[int, Option(min=2, help="Tokens of a sequence.")] = 256,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what memory a collection, its eigenbases and an edit take, and what cannot run here.
 

@@ -292,7 +292,9 @@ def _changed(
                 if isinstance(one, Prompted):
                     stack.enter_context(one.apply(lm.model))
             if others := [one for one in members if not isinstance(one, Prompted)]:
-                stack.enter_context(engine.steered(compose(*others)))
+                stack.enter_context(
+                    engine.steered(others[0] if len(others) == 1 else compose(*others))
+                )
         yield
 
 

@@ -65,7 +65,8 @@ def test_an_interrupted_collection_continues_in_both_passes(made, factors, tmp_p
     out = tmp_path / "f.safetensors"
     arguments = ["--model", made / "model", "--texts", made / "texts.jsonl", "--layers", "0,1"]
     arguments += ["--estimators", "kfac,ekfac", "--out", out]
-    monkeypatch.setattr(batches, "BATCH_TOKENS", 64)
+    monkeypatch.setitem(kfac.collect.__kwdefaults__, "batch_tokens", 64)
+    monkeypatch.setattr(batches.module_and_batches, "__defaults__", (64,))
     add, calls = kfac.collection.correct._CorrectionSums.add_gradient, []
 
     def counted(*call):
