@@ -186,7 +186,7 @@ def matched(
         "K-FAC": Scaled(
             lambda removed: edit.with_keep(1 - removed), 1e-6, 0.7, lambda r: f"keep {1 - r:.5f}"
         )
-    } | {name.partition(",")[0]: one for name, one in others.items()}
+    } | {name.partition(" at K-FAC")[0]: one for name, one in others.items()}
     matches = {
         f"{name}, {rise - 1:+.0%}": rival.at(damage, rise * damage.unchanged)
         for rise in RISES
