@@ -51,6 +51,11 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
         raise BatchError(
             f"the model returned a {type(output).__name__} without logits; pass `forward`"
         )
+    if logits.ndim != 3 or logits.shape[:2] != real.shape:
+        raise BatchError(
+            f"the logits have shape {tuple(logits.shape)} for tokens of shape {tuple(real.shape)}, "
+            "so the model is not a causal language model; pass `forward`"
+        )
     return logits, counted_positions(batch)
 
 

@@ -85,7 +85,8 @@ class Head:
         if found.shape != expected.shape:
             return False
         # A wrong scale or cap is off by percents; the model may continue in a wider type.
-        tolerance = 4 * torch.finfo(self._weight.dtype).eps
+        coarser = max(torch.finfo(one.dtype).eps for one in (self._weight, hidden))
+        tolerance = 4 * coarser
         error = (found - expected).abs().amax()
         return bool(error <= tolerance * expected.abs().amax().clamp(min=1e-30))
 

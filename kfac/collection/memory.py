@@ -48,7 +48,7 @@ def activation_bytes(
             "planned; plan it from its configuration (torch.device('meta')), before it is sharded"
         )
     head = Head.find(model, targets, planned=True)
-    ids = torch.zeros(shape, dtype=torch.int64)
+    ids = torch.zeros(shape, dtype=torch.int64, device="meta")
     if head is not None and not head.is_needed({"input_ids": ids}):
         head = None
     try:
@@ -59,7 +59,8 @@ def activation_bytes(
     except Exception as error:  # of many kinds, because it comes from inside the model
         raise KfacError(
             f"the memory of {type(model).__name__} cannot be planned, because it does not run on "
-            f"tensors without data ({type(error).__name__}: {str(error)[:200]}); plan without model"
+            f"tensors without data ({type(error).__name__}: {str(error)[:200]}); plan without "
+            "model, and give batch_tokens as a number"
         ) from error
 
 

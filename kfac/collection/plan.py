@@ -11,8 +11,8 @@ from torch import nn
 
 from kfac.collection.memory import activation_bytes, weights_bytes
 from kfac.target import Target
-from lirefs.errors import BudgetError, KfacError, TargetError, as_list
-from lirefs.model.language_model import BATCH_TOKENS
+from lirefs.errors import BudgetError, KfacError, TargetError, as_list, must_be, whole_number
+from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 
 LAPACK_SIDE = 32_766
 """Widest matrix whose workspace, 1 + 6 d + 2 d² numbers, a 32-bit whole number can count."""
@@ -78,7 +78,7 @@ def plan(
     targets: Sequence[Target],
     budget: int | None = None,
     *,
-    model: nn.Module | None = None,
+    model: nn.Module | LanguageModel | None = None,
     batch: tuple[int, int] = (4, BATCH_TOKENS // 4),
     dtype: torch.dtype | None = None,
     marginals: bool = False,
@@ -105,12 +105,17 @@ def plan(
     Raises:
         BudgetError: The targets of one input alone need more than the budget.
         TargetError: No targets were given.
-        KfacError: `dtype` is not None, float32 or float64, or the model cannot be planned, because
-            what it does depends on its data (a mixture of experts).
+        KfacError: `dtype` is not None, float32 or float64, `batch` is not two whole numbers, or
+            the model cannot be planned, because what it does depends on its data (some mixtures of
+            experts).
     """
     targets = as_list(targets, "targets", Target, TargetError)
     if not targets:
         raise TargetError("no targets were given")
+    if model is not None:
+        must_be(model, (nn.Module, LanguageModel), "model", KfacError)
+        model = model.model if isinstance(model, LanguageModel) else model
+        shape = _checked(batch)
     of_sums, of_rows = _dtypes(targets, dtype)
 
     def need(group: Sequence[Target]) -> int:
@@ -145,11 +150,21 @@ def plan(
     total, phases = sum(needs), {}
     if model is not None:
         # What the sums of earlier passes take stays in main memory.
-        phases = _phases(model, targets, total, of_sums, of_rows, batch)
+        phases = _phases(model, targets, total, of_sums, of_rows, shape)
     widest = max(max(target.in_features, target.out_features) for target in targets)
     impossible = _impossible(phases or {"collect": {"sums": total}}, widest)
     grouped = tuple(map(tuple, passes))
     return Plan(grouped, needs, total, most, of_sums, of_rows, phases, impossible)
+
+
+def _checked(batch: object) -> tuple[int, int]:
+    """Return the numbers of sequences and of tokens of each."""
+    numbers = as_list(batch, "batch", int, KfacError)
+    if len(numbers) != 2 or not all(
+        0 < whole_number(one, "batch", error=KfacError) < 2**40 for one in numbers
+    ):
+        raise KfacError(f"batch={batch!r}: give numbers of sequences and of tokens, each above 0")
+    return int(numbers[0]), int(numbers[1])
 
 
 def _phases(

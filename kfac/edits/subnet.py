@@ -55,7 +55,8 @@ class SubnetEdit(WeightEdit):
         Raises:
             EditError: The scores are not known, or the fraction is out of range.
         """
-        if self.scores is None or not 0 < ratio < 1:
+        number = isinstance(ratio, int | float)
+        if self.scores is None or not number or not 0 < ratio < 1:
             raise EditError(f"with_ratio needs scores, and ratio={ratio} in (0, 1)")
         masks = {name: _kept(score, ratio) for name, score in self.scores.items()}
         learned = {"learned at": self.settings.get("ratio"), **self.settings}

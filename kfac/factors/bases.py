@@ -182,7 +182,7 @@ class Bases:
 
 def _read(path: Path, digest: str) -> Basis:
     """Return the basis in a file; FactorsFileError unless it is whole and of this matrix."""
-    header, tensors = read_tensors(path, _HEADER, "eigenbasis")
+    header, tensors = read_tensors(path, _HEADER, "basis")
     found = {key: weight_digest(tensor) for key, tensor in tensors.items()}
     if header != {"format": _FORMAT, "matrix": digest, **found} or len(found) != 2:
         raise FactorsFileError(f"{path} is not a whole eigenbasis of its matrix")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated
 
 from typer import Option
@@ -9,6 +10,7 @@ from typer import Option
 import kfac
 from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Json, Model, Quiet
+from lirefs.errors import SettingError
 from lirefs.main_job.settings import console_table
 from lirefs.model.loading import without_weights
 
@@ -42,6 +44,8 @@ def plan_command(
     for name in wanted:
         options.choice_option(name, "--estimators", ESTIMATORS)
     options.choice_option(dtype, "--dtype", options.DTYPES)
+    if budget is not None and not 0 < budget < math.inf:
+        raise SettingError(f"--budget {budget}: must be above 0 GiB")
     empty = without_weights(model, dtype)
     targets = kfac.find_targets(empty, options.indices_option(layers), roles(projections))
     planned = kfac.plan(

@@ -128,7 +128,8 @@ class Prompted(Composable):
     curvature (`kfac.collect`) are read from texts as they are given, without it.
 
     A beginning-of-sequence token stays in front. Text and prompt are tokenized apart and nothing is
-    put between them, so end the text with the space or newline that it needs.
+    put between them. End the text with the space or newline that it needs, but leave a space out if
+    the tokenizer puts one before every text itself, as SentencePiece's and the organism's do.
 
     Args:
         prefix: The text, as it is.
@@ -149,7 +150,7 @@ class Prompted(Composable):
         >>> direction = lirefs.fit(lm, lirefs.load_questions("organism"), progress=False).best
         >>> variants = {
         ...     "LiReF": lirefs.Steer(direction, "add", 1.0),
-        ...     "prompt": lirefs.Prompted("Dan Reed lives in Paris. "),
+        ...     "prompt": lirefs.Prompted("Dan Reed lives in Paris."),
         ... }
         >>> task = lirefs.ShortAnswer("homes", [("dan", "Dan Reed lives in", "Paris")])
         >>> lirefs.compare(lm, variants, [task], progress=False).variants

@@ -94,6 +94,8 @@ CASES = [
     ("curvature edit", "--out folder", "SettingError: folder: exists"),
     ("curvature plan", "--model folder", "ModelNotFoundError: folder"),
     ("curvature plan", "--length 1", "--length"),
+    ("curvature plan", "--budget nan", "SettingError: --budget nan"),
+    ("curvature plan", "--budget inf", "SettingError: --budget inf"),
     ("curvature plan", "--estimators all", "SettingError: --estimators 'all'"),
     ("curvature edit", "--out file/x", "SettingError: file/x: cannot be made"),
     ("curvature edit", "--factors folder", "FactorsFileError: folder"),

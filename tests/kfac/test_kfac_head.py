@@ -4,12 +4,12 @@ import pytest
 import torch
 from curvature_tools import HEADS, IDS, SMALL, assert_same, batch, collect, llama
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import kfac
 from kfac.collection import head as head_module
 from kfac.collection.head import Head
-from lirefs.errors import CheckpointError, KfacError, NonFiniteError
+from lirefs.errors import BatchError, CheckpointError, KfacError, NonFiniteError
 
 BATCHES = [batch([0, 1, 2]), batch([3, 4]), batch([5], "right", 2)]
 
@@ -144,3 +144,22 @@ def test_a_dtype_that_cannot_be_chosen_is_refused(tmp_path):
     collect(model, BATCHES, checkpoint=path)
     with pytest.raises(CheckpointError, match="head_dtype"):
         collect(model, BATCHES, checkpoint=path, head_dtype=torch.bfloat16)
+
+
+def test_a_wider_dtype_than_the_weights_can_be_chosen():
+    model = llama().to(torch.bfloat16)
+    whole = collect(model, BATCHES, labels="data")
+    ours = collect(model, BATCHES, labels="data", head_dtype=torch.float32)
+    for name in whole.names:
+        assert 0 < (ours.G(name) - whole.G(name)).norm() < 0.05 * whole.G(name).norm()
+    with pytest.raises(KfacError, match=r"torch.int32: use a floating-point type"):
+        collect(model, BATCHES, head_dtype=torch.int32)
+    with pytest.raises(KfacError, match="samples must be a whole number"):
+        collect(model, BATCHES, samples=1.5)
+
+
+def test_logits_that_are_not_of_each_token_are_not_those_of_a_language_model():
+    config = AutoConfig.for_model("bert", **SMALL, num_attention_heads=2)
+    model = AutoModelForSequenceClassification.from_config(config)
+    with pytest.raises(BatchError, match="not a causal language model; pass `forward`"):
+        collect(model, [{"input_ids": IDS}])

@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 from curvature_tools import batch, llama
+from tiny import tiny_tokenizer
 
 import kfac
+import lirefs
 from lirefs.errors import BatchError, BudgetError, KfacError, TargetError
 
 MEASURED = """
@@ -127,3 +129,21 @@ def test_automatic_batches_fill_the_memory_that_is_free(monkeypatch):
         kfac.collect(lm, texts, batch_tokens="auto", **settings)
     with pytest.raises(BatchError, match="batch_tokens"):
         kfac.collect(lm, texts, batch_tokens=0, **settings)
+
+
+@pytest.mark.parametrize("batch", [(0, 4), (2,), (2, 3, 4), (-1, 4), (2.5, 3), "ab", None, 4])
+def test_a_batch_is_two_numbers(batch):
+    model = llama()
+    with pytest.raises(KfacError, match="batch"):
+        kfac.plan(kfac.find_targets(model), model=model, batch=batch)
+
+
+def test_a_plan_takes_a_language_model_and_says_that_a_batch_is_too_large():
+    model = llama()
+    targets = kfac.find_targets(model)
+    lm = lirefs.wrap(model, tiny_tokenizer())
+    assert kfac.plan(targets, model=lm).phases == kfac.plan(targets, model=model).phases
+    with pytest.raises(KfacError, match="model must be"):
+        kfac.plan(targets, model="x")
+    huge = kfac.plan(targets, model=model, batch=(10**9, 8))
+    assert huge.impossible[0].startswith("collect needs")
