@@ -20,11 +20,18 @@ def family(kind, **settings):
     return AutoModelForCausalLM.from_config(config).double()
 
 
+def biased():
+    model = family("phi")
+    torch.nn.init.normal_(model.lm_head.bias)
+    return model
+
+
 MODELS = {
     "llama": llama,
     "gemma2": lambda: family("gemma2", final_logit_softcapping=0.05),
     "granite": lambda: family("granite", logits_scaling=3.0),
     "cohere": lambda: family("cohere", logit_scale=0.25),
+    "phi": biased,
 }
 
 

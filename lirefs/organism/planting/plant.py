@@ -74,7 +74,7 @@ def plant(
         stopped below its goal says so and logs a warning.
 
     Raises:
-        TaskError: There is no text, one is too short, or a row is malformed.
+        TaskError: No text was given, a text is too short, or a row is malformed.
         SettingError: A setting is out of range; there is too little general text; a text is also
             a twin, or stands in the general text; or two texts have one prefix.
         InterventionError: The model is steered, edited, or being changed by another thread.
