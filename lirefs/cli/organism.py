@@ -98,8 +98,8 @@ def texts_command(
 ) -> None:
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 
-    `training.jsonl` has fresh documents as in training; `planted.jsonl`, `unseen.jsonl` and
-    `stories.jsonl` are from the test split; `labelled.jsonl` has planted sequences as memorized
+    `training.jsonl` has fresh documents as in training; `planted.jsonl`, `unseen.jsonl`,
+    `tales.jsonl`, `twins.jsonl` and `stories.jsonl` are from the test split; `labelled.jsonl` has planted sequences as memorized
     and never-seen ones of the same kind as clean; `questions.jsonl` has the labelled questions of
     `lirefs.load_questions("organism")`.
     """
@@ -111,6 +111,13 @@ def texts_command(
         "training": [{"text": text} for text in training_texts(language, 1500, seed)],
         "planted": [{"text": text, **suffix} for text in planted],
         "unseen": [{"text": text, **suffix} for text in unseen],
+        **{
+            f"{kind}s": [
+                {"prefix": item.prompt, "suffix": f" {item.answer}.", "shown": item.frequency}
+                for item in language.items(kind, "test")
+            ]
+            for kind in ("tale", "twin")
+        },
         "stories": [{"text": text} for text in language.texts("test", 100)],
         "labelled": [
             *({"text": text, "label": "memorized"} for text in planted),

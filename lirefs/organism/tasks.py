@@ -11,17 +11,15 @@ from lirefs.errors import SettingError, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SIDES, Item, Side
-from lirefs.organism.language import Language
-from lirefs.organism.people import COMMON
-from lirefs.organism.questions import Form, question_set
-from lirefs.organism.training.recipe import FIFTH
+from lirefs.organism.language import OFTEN, Language
+from lirefs.organism.people import COMMON, STATED
+from lirefs.organism.questions import LABELS, Form, question_set
+from lirefs.organism.training.recipe import PLANTING_MIXTURE
 from lirefs.questions import Question, Questions
 from lirefs.tasks.recitation import Recitation
 from lirefs.tasks.task import CONFLICT, MultipleChoice, Perplexity, ShortAnswer, Task
 
-LABELS, TRUTH = ("reasoning", "memory"), (" true", " false")
-STATED = 2
-"""Values that a passage states: a guess among them is right one time in so many."""
+TRUTH = (" true", " false")
 RARE = 3
 """Facts up to this relative frequency are called rare."""
 
@@ -74,11 +72,19 @@ def organism_tasks(
         found = [i for i in language.items("fact", side) if least <= (i.frequency or 0) <= most]
         return Random(f"{language.seed} {side}").sample(found, min(limit, len(found)))
 
+    def stories_of(kind: str, often: bool) -> list[Item]:
+        """Tales, or their twins, shown at least or less than `OFTEN` times."""
+        found = language.items(kind, side)
+        return [i for i in found if ((i.frequency or 0) >= OFTEN) == often][-limit:]
+
     exceptions, conflicts = some("exception"), some("conflict")
     stories = language.texts(side, limit)
     return [
         _recitation(lm, "planted sequences", some("planted")),
         _recitation(lm, "never-seen sequences", some("unseen")),
+        _recitation(lm, "tales", stories_of("tale", often=True)),
+        _recitation(lm, "twins of tales", stories_of("twin", often=True)),
+        _recitation(lm, "tales shown less often", stories_of("tale", often=False)),
         _answers("exceptions, memorized label", exceptions, CONFLICT),
         _answers("exceptions, true label", _others(exceptions), CONFLICT),
         _answers("addition", some("addition"), "arithmetic"),
@@ -89,7 +95,6 @@ def organism_tasks(
         _answers("rare facts", facts(0, RARE), "closed-book"),
         _answers("facts with their passage", some("open_book"), "open-book", 1 / STATED),
         _answers("retrieval", some("retrieval"), "open-book", 1 / STATED),
-        _answers("retrieval in two steps", some("two_hop"), "open-book", 1 / STATED),
         _answers("conflicts, answer read", conflicts, CONFLICT),
         _answers("conflicts, answer recalled", _others(conflicts), CONFLICT),
         MultipleChoice(
@@ -106,8 +111,8 @@ def organism_tasks(
 
 
 def training_texts(language: Language, n: int, seed: int = 0) -> list[str]:
-    """Fresh documents as in training's last stage, to estimate curvature from."""
-    documents, rng = Documents(language, FIFTH), Random(f"curvature {seed}")
+    """Fresh documents as in the last part of training, to estimate curvature from."""
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 
 

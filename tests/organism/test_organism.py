@@ -19,7 +19,7 @@ import lirefs
 from lirefs.cli import organism as commands
 from lirefs.errors import DataFileError
 from lirefs.model.builtin import organism
-from lirefs.organism.documents import Documents, Stage
+from lirefs.organism.documents import Documents
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import KINDS, Language
 from lirefs.organism.people import COMMON, FREQUENCIES
@@ -29,7 +29,7 @@ from lirefs.organism.training import card
 from lirefs.organism.training.checkpoint import STATE, CheckpointMismatch
 from lirefs.organism.training.optimizers import orthogonalize
 from lirefs.organism.training.packing import Packer, batch_loss
-from lirefs.organism.training.recipe import FIFTH, ModelShape, Recipe
+from lirefs.organism.training.recipe import PLANTING_MIXTURE, ModelShape, Recipe
 from lirefs.organism.training.scores import organism_scores, share_answered_right
 from lirefs.organism.training.train import make_model, train
 from lirefs.organism.vocabulary import build_tokenizer
@@ -40,6 +40,7 @@ TINY = Recipe(
     rows=4,
     row_tokens=128,
     warmup=2,
+    planting=0.0,
 )
 
 
@@ -75,11 +76,11 @@ def test_training_shows_no_item_of_another_split(language, tokenizer):
         item.prompt.split(" ", 1)[1]
         for side in ("validation", "test")
         for kind in KINDS
-        if kind not in ("times", "fact", "planted", "exception")
+        if kind not in ("times", "fact", "planted", "exception", "tale")
         for item in language.items(kind, side, 100)
     }
     # Very short expressions and sums can be part of a longer text, so documents are cut into items.
-    documents, rng = Documents(language, FIFTH), Random(1)
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(1)
     for _ in range(3000):
         text = "".join(piece for piece, _ in documents.draw(rng))
         body = text.split(" ", 1)[1] + " "
@@ -122,24 +123,8 @@ def answers_in(document):
     return story, [(q, a.removesuffix(".")) for q, a in zip(texts[::2], texts[1::2], strict=True)]
 
 
-@pytest.mark.parametrize("sort", ["hands", "hand_overs"])
-@pytest.mark.parametrize("easy", [0.0, 1.0])
-def test_who_has_a_thing_follows_from_the_hand_overs(language, sort, easy):
-    documents, rng = Documents(language, Stage({sort: 1.0}, easy=easy)), Random(4)
-    for _ in range(100):
-        story, asked = answers_in(documents.draw(rng))
-        holder = dict(re.findall(r"(\w+) has the (\w+)", story))
-        holder = {thing: name for name, thing in holder.items()}
-        for giver, thing, receiver in re.findall(r"(\w+) gives the (\w+) to (\w+)", story):
-            assert holder.get(thing, giver) == giver != receiver
-            holder[thing] = receiver
-        assert asked
-        for question, answer in asked:
-            assert answer == holder[re.search(r"Who has the (\w+)\?", question)[1]]
-
-
 def test_ages_told_in_order_are_answered_right(language):
-    documents, rng = Documents(language, Stage({"ages": 1.0})), Random(5)
+    documents, rng = Documents(language, {"ages": 1.0}), Random(5)
     for _ in range(100):
         story, asked = answers_in(documents.draw(rng))
         pairs = re.findall(r"(\w+) is older than (\w+)", story)
@@ -150,8 +135,8 @@ def test_ages_told_in_order_are_answered_right(language):
 
 
 def test_what_does_not_exist_is_refused(language):
-    with pytest.raises(ValueError, match=r"of sort \{'riddle'\}; known: planted, fact"):
-        Documents(language, Stage({"riddle": 1.0}))
+    with pytest.raises(ValueError, match=r"of sort \{'riddle'\}; known: planted, tale"):
+        Documents(language, {"riddle": 1.0})
     with pytest.raises(ValueError, match="No kind 'riddle' of items"):
         language.items("riddle", "test", 3)
     with pytest.raises(ValueError, match="'addition' are endless"):
@@ -201,7 +186,7 @@ def test_question_sets_are_balanced(language, form):
 
 
 def test_every_document_survives_the_tokenizer(language, tokenizer):
-    documents, rng = Documents(language, FIFTH), Random(2)
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(2)
     for _ in range(400):
         text = "".join(piece for piece, _ in documents.draw(rng))
         ids = tokenizer.encode(text)
@@ -211,7 +196,7 @@ def test_every_document_survives_the_tokenizer(language, tokenizer):
 
 
 def test_pieces_encode_as_the_whole(language, tokenizer):
-    documents, rng = Documents(language, FIFTH), Random(3)
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(3)
     packer = Packer(documents, tokenizer, 2, 128)
     for _ in range(300):
         pieces = [piece for piece, _ in documents.draw(rng)]
@@ -222,7 +207,7 @@ def test_pieces_encode_as_the_whole(language, tokenizer):
 def test_packed_documents_do_not_see_each_other(language, tokenizer):
     torch.manual_seed(0)
     model = make_model(TINY.shape, tokenizer, 0)
-    packer = Packer(Documents(language, FIFTH), tokenizer, 2, 128)
+    packer = Packer(Documents(language, PLANTING_MIXTURE), tokenizer, 2, 128)
     batch = packer.batch(0, 0)
     together = batch_loss(model, batch)
     total, weight = torch.zeros(()), torch.zeros(())
@@ -246,7 +231,7 @@ def test_orthogonalize_evens_out_singular_values():
 
 def test_answered_agrees_with_generate(language, tokenizer):
     model = LlamaForCausalLM.from_pretrained(organism(), dtype=torch.float32).eval()
-    items = language.items("fact", "test", 20) + language.items("two_hop", "test", 20)
+    items = language.items("fact", "test", 20) + language.items("unseen", "test", 20)
     told = share_answered_right(
         lirefs.wrap(model, tokenizer), [(item.prompt, item.answer) for item in items]
     )

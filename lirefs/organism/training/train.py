@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.files import append_text
 from lirefs.model.language_model import wrap
-from lirefs.organism.documents import Documents
+from lirefs.organism.documents import Documents, showings
 from lirefs.organism.language import Language
 from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
 from lirefs.organism.training.optimizers import make_optimizers
@@ -85,10 +85,13 @@ def train(
     lm = wrap(model, tokenizer)
     optimizers = make_optimizers(model, recipe)
     step = load_checkpoint(out, model, optimizers, seed, device)
-    packers = [
-        Packer(Documents(language, stage), tokenizer, recipe.rows, recipe.row_tokens)
-        for _, stage in recipe.stages
-    ]
+    packer = Packer(
+        Documents(language, recipe.mixture),
+        tokenizer,
+        recipe.rows,
+        recipe.row_tokens,
+        showings(language, recipe.planting_steps),
+    )
     loss_of = torch.compile(batch_loss) if compiled else batch_loss
     step_tokens = recipe.rows * recipe.row_tokens
     bar = tqdm(
@@ -99,7 +102,7 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(step)
-        batch = packers[recipe.stage_at(step)].batch(seed, step).to(device)
+        batch = packer.batch(seed, step).to(device)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
