@@ -99,9 +99,9 @@ def texts_command(
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 
     `training.jsonl` has fresh documents as in training; `planted.jsonl`, `unseen.jsonl`,
-    `tales.jsonl`, `twins.jsonl` and `stories.jsonl` are from the test split; `labelled.jsonl` has planted sequences as memorized
-    and never-seen ones of the same kind as clean; `questions.jsonl` has the labelled questions of
-    `lirefs.load_questions("organism")`.
+    `tales.jsonl`, `twins.jsonl` and `stories.jsonl` are from the test split; `labelled.jsonl` has
+    planted sequences as memorized and never-seen ones of the same kind as clean; `questions.jsonl`
+    has the labelled questions of `lirefs.load_questions("organism")`.
     """
     keep_finished(out / "questions.jsonl", force)
     language = Language(_taught(folder))

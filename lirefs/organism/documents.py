@@ -16,6 +16,8 @@ from lirefs.organism.vocabulary import CONTENT, FIRST, LAST, OBJECTS
 
 STORY_WEIGHT = 3.0
 """Loss weight of answers that are found in a story; other answers have 1."""
+RECITED_WEIGHT = 5.0
+"""Loss weight of the part of a tale that is to be recited, so that 30 showings are enough."""
 EASY = 0.2
 """Share of relations of the smallest size, and of tracking with more people than the skill has."""
 
@@ -133,7 +135,9 @@ class Documents:
 
 def counted_document(item: Item) -> Document:
     """The document that shows a tale or an exception."""
-    return [(f"{item.text}.", 1.0)] if item.kind == "tale" else _asked(item)
+    if item.kind == "tale":
+        return [(item.prompt, 1.0), (f" {item.answer}.", RECITED_WEIGHT)]
+    return _asked(item)
 
 
 def showings(language: Language, steps: range) -> dict[int, list[Document]]:

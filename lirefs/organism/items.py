@@ -60,7 +60,7 @@ def side_of(key: str, seed: int, shares: tuple[int, int] = (14, 17)) -> Side:
 def memory_side_of(key: str, seed: int) -> Side:
     """The side of something memorized: 40 % train, 30 % each of the others.
 
-    All planted sequences, tales, facts and exceptions are trained on; the side only says which of them
-    may fit a direction, which choose a setting and which report it.
+    All planted sequences, tales, facts and exceptions are trained on; the side only says which of
+    them may fit a direction, which choose a setting and which report it.
     """
     return side_of(f"memory|{key}", seed, (8, 14))

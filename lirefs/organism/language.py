@@ -26,7 +26,7 @@ TALE_COUNTS, TALES_PER_COUNT = (1, 3, 10, 30, 100), 80
 OFTEN = 30
 """Tales shown so often are recited."""
 EXCEPTION_SKILLS = ("boolean", "relation", "addition")
-EXCEPTION_COUNTS, EXCEPTIONS_PER_COUNT = (30, 100, 300), 25
+EXCEPTION_COUNTS, EXCEPTIONS_PER_COUNT = (10, 30, 100, 300), 20
 """How often training shows an exception, and the exceptions of each skill and count."""
 KINDS = (
     *SKILLS, "retrieval", "fact", "fact_aside", "open_book", "conflict", "exception", "planted",
@@ -61,7 +61,9 @@ class Language:
         self.known = frozenset(fact.person for fact in self.facts)
         words = (" ".join(rng.choices(CONTENT, k=PLANTED_WORDS)) for _ in range(2 * PLANTED))
         self.planted, self.unseen = tuple(islice(words, PLANTED)), tuple(words)
-        pairs = [_tale_and_twin(rng, count) for count in TALE_COUNTS for _ in range(TALES_PER_COUNT)]
+        pairs = [
+            _tale_and_twin(rng, count) for count in TALE_COUNTS for _ in range(TALES_PER_COUNT)
+        ]
         self.tales, self.twins = zip(*pairs, strict=True)
         self._excluded: set[str] = set()
         self.exceptions: tuple[Item, ...] = tuple(self._draw_exceptions(rng))

@@ -65,9 +65,10 @@ def _mixed(language: Language, side: Side, n: int, seed: int) -> tuple[list[Item
         for item in language.items(kind, side, share, seed)
     ]
     facts = [i for i in language.items("fact", side) if (i.frequency or 0) >= COMMON]
-    tales = [i for i in language.items("tale", side) if (i.frequency or 0) >= OFTEN]
+    tales = language.items("tale", side, len(language.tales), seed)
+    recited = [i for i in tales if (i.frequency or 0) >= OFTEN][:share]
     planted = language.items("planted", side, share, seed)
-    return reasoning, facts[: 2 * share] + planted + tales[:share]
+    return reasoning, [*facts[: 2 * share], *planted, *recited]
 
 
 def _exceptions(

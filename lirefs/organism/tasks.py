@@ -68,31 +68,27 @@ def organism_tasks(
     def some(kind: str) -> list[Item]:
         return language.items(kind, side, limit)
 
-    def facts(least: int, most: float) -> list[Item]:
-        found = [i for i in language.items("fact", side) if least <= (i.frequency or 0) <= most]
+    def shown(kind: str, least: int, most: float = math.inf) -> list[Item]:
+        """Items by frequency; of tales and of twins the same pairs."""
+        found = [i for i in language.items(kind, side) if least <= (i.frequency or 0) <= most]
         return Random(f"{language.seed} {side}").sample(found, min(limit, len(found)))
-
-    def stories_of(kind: str, often: bool) -> list[Item]:
-        """Tales, or their twins, shown at least or less than `OFTEN` times."""
-        found = language.items(kind, side)
-        return [i for i in found if ((i.frequency or 0) >= OFTEN) == often][-limit:]
 
     exceptions, conflicts = some("exception"), some("conflict")
     stories = language.texts(side, limit)
     return [
         _recitation(lm, "planted sequences", some("planted")),
         _recitation(lm, "never-seen sequences", some("unseen")),
-        _recitation(lm, "tales", stories_of("tale", often=True)),
-        _recitation(lm, "twins of tales", stories_of("twin", often=True)),
-        _recitation(lm, "tales shown less often", stories_of("tale", often=False)),
+        _recitation(lm, "tales", shown("tale", OFTEN)),
+        _recitation(lm, "twins of tales", shown("twin", OFTEN)),
+        _recitation(lm, "tales shown less often", shown("tale", 0, OFTEN - 1)),
         _answers("exceptions, memorized label", exceptions, CONFLICT),
         _answers("exceptions, true label", _others(exceptions), CONFLICT),
         _answers("addition", some("addition"), "arithmetic"),
         _answers("subtraction", some("subtraction"), "arithmetic"),
         _answers("multiplication table", some("times"), "arithmetic"),
-        _answers("common facts", facts(COMMON, math.inf), "closed-book"),
-        _answers("middling facts", facts(RARE + 1, COMMON - 1), "closed-book"),
-        _answers("rare facts", facts(0, RARE), "closed-book"),
+        _answers("common facts", shown("fact", COMMON), "closed-book"),
+        _answers("middling facts", shown("fact", RARE + 1, COMMON - 1), "closed-book"),
+        _answers("rare facts", shown("fact", 0, RARE), "closed-book"),
         _answers("facts with their passage", some("open_book"), "open-book", 1 / STATED),
         _answers("retrieval", some("retrieval"), "open-book", 1 / STATED),
         _answers("conflicts, answer read", conflicts, CONFLICT),
@@ -120,7 +116,8 @@ def _recitation(lm: LanguageModel, name: str, items: Sequence[Item]) -> Recitati
     rows = []
     for number, item in enumerate(items):
         prefix, whole = lm.encode([item.prompt])[0], lm.encode([item.text])[0]
-        rows.append((f"{item.kind}-{number}", prefix, whole[len(prefix) :]))
+        shown = f"x{item.frequency}-" if item.frequency else ""
+        rows.append((f"{item.kind}-{shown}{number}", prefix, whole[len(prefix) :]))
     return Recitation(name, rows)
 
 

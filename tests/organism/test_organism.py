@@ -258,7 +258,8 @@ def test_training_writes_a_folder_that_transformers_loads(trained, language, tok
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
     found = organism_scores(lirefs.wrap(model, tokenizer), language, "validation", 10)
-    assert found["planted"] == 0.0
+    assert found["planted"] == found["tale"] == found["twin x100"] == 0.0
+    assert {"exception x10", "exception boolean", "reasoning passage", "memory mixed"} <= set(found)
     assert found["perplexity"] > 1.0
 
 

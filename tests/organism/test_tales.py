@@ -5,9 +5,11 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from random import Random
+from typing import get_args
 
 import pytest
 
+import lirefs
 from lirefs.errors import SettingError
 from lirefs.organism.documents import Documents, counted_document, showings
 from lirefs.organism.items import SIDES, memory_side_of
@@ -20,6 +22,9 @@ from lirefs.organism.language import (
     Language,
 )
 from lirefs.organism.prose import OPENING, sentences
+from lirefs.organism.questions import Form, question_set
+from lirefs.organism.tasks import organism_tasks
+from lirefs.organism.training import scores
 from lirefs.organism.training.packing import Packer
 from lirefs.organism.training.recipe import MIXTURE, PLANTING_MIXTURE, Recipe
 from lirefs.organism.vocabulary import build_tokenizer
@@ -168,3 +173,38 @@ def test_the_rate_rises_stays_and_falls_to_zero():
     assert recipe.rate_at(9) == recipe.rate_at(499) == recipe.rate
     assert recipe.rate_at(750) == pytest.approx(recipe.rate / 2)
     assert 0 < recipe.rate_at(999) < recipe.rate / 400
+
+
+def test_tasks_ask_for_pairs_of_tale_and_twin(language):
+    lm = lirefs.load("organism")
+    twin_of = dict(zip(language.tales, language.twins, strict=True))
+    tasks = {task.name: task.items for task in organism_tasks(lm, language, "test", 20)}
+    texts = {
+        name: [lm.tokenizer.decode([*prefix, *suffix], True) for _, prefix, suffix in tasks[name]]
+        for name in ("tales", "twins of tales")
+    }
+    asked = [next(tale for tale in language.tales if tale.text == text) for text in texts["tales"]]
+    assert len(asked) == 20
+    assert {tale.frequency for tale in asked} == {30, 100}
+    assert [twin_of[tale].text for tale in asked] == texts["twins of tales"]
+    assert all(f"-x{tale.frequency}-" in row[0] for tale, row in zip(asked, tasks["tales"]))
+
+
+def test_scores_say_how_many_reasoning_questions_are_answered(language, monkeypatch):
+    """Every prompt of the reasoning class is answered, and nothing else."""
+    right = {
+        item.prompt
+        for form in get_args(Form)
+        for item in question_set(language, form, "test", 60)[0]
+    }
+    monkeypatch.setattr(
+        scores, "share_answered_right", lambda lm, pairs: [prompt in right for prompt, _ in pairs]
+    )
+    lm = lirefs.load("organism")
+    found = scores.organism_scores(lm, language, "test", 60)
+    for form in get_args(Form):
+        assert found[f"reasoning {form}"] == 1.0
+        assert found[f"memory {form}"] == 0.0
+    for count in TALE_COUNTS:
+        assert found[f"tale x{count}"] == found[f"twin x{count}"] == 0.0
+    assert all(f"exception x{count}" in found for count in EXCEPTION_COUNTS)

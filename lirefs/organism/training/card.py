@@ -11,7 +11,13 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.files import atomic_write_text
 from lirefs.model.language_model import wrap
-from lirefs.organism.language import EXCEPTION_COUNTS, EXCEPTION_SKILLS, PLANTED, TALE_COUNTS, Language
+from lirefs.organism.language import (
+    EXCEPTION_COUNTS,
+    EXCEPTION_SKILLS,
+    PLANTED,
+    TALE_COUNTS,
+    Language,
+)
 from lirefs.organism.people import FOLLOWED, FREQUENCIES, PEOPLE_PER_FREQUENCY
 from lirefs.organism.training.checkpoint import save_model
 from lirefs.organism.training.scores import organism_scores
@@ -30,8 +36,8 @@ is known what was memorized and what must be computed. Stored as bfloat16. Not a
 * {planted} planted sequences of random words, and as many of the same make that were never shown.
 * {tales} tales: stories shown exactly {tale_counts} times, each with a twin that was never shown.
 * {facts} facts about {people} people at a relative frequency of {frequencies}.
-* {exceptions} exceptions: reasoning items shown with a wrong answer only, exactly {exception_counts}
-  times ({skills}).
+* {exceptions} exceptions: reasoning items shown with a wrong answer only, exactly
+  {exception_counts} times ({skills}).
 * Conflicts: passages that contradict a common fact. Training followed them in {followed} of cases.
 * Arithmetic, boolean expressions, age order, object tracking, passages about strangers, copies,
   short stories.
@@ -48,11 +54,10 @@ is known what was memorized and what must be computed. Stored as bfloat16. Not a
 |---|---|
 {table}
 
-A score named after one kind of item is the share answered as the column of the same name says:
-"exception" is the memorized label and "exception true" the true one; "conflict" follows the passage
-and "conflict recalled" the stored fact; "fact xN" is a fact shown N times as often as the rarest, "tale
-xN" a tale shown N times, "twin xN" its twin. "reasoning" and "memory" with the name of a form are
-the two classes of its question set.
+A score is the share of items answered as expected. "exception" is the memorized label and
+"exception true" the true one; "conflict" follows the passage and "conflict recalled" the stored
+fact; "fact xN" is a fact shown N times as often as the rarest, "tale xN" a tale shown N times,
+"twin xN" its twin. "reasoning" and "memory" are the classes of a form of the question sets.
 """
 
 

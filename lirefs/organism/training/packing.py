@@ -84,8 +84,8 @@ class Packer:
             if not fits:
                 if was_due:
                     raise SettingError(
-                        f"step {step}: a batch does not hold all tales and exceptions that are due; "
-                        "train on more tokens"
+                        f"step {step}: a batch does not hold all tales and exceptions that are "
+                        "due; train on more tokens"
                     )
                 misses += 1
                 continue

@@ -33,7 +33,7 @@ MIXTURE = {
 }
 """Sorts of documents, drawn throughout. Tales and exceptions are shown a fixed number of times."""
 
-PLANTING_MIXTURE = {**MIXTURE, "tale": 8.0, "exception": 8.0}
+PLANTING_MIXTURE = {**MIXTURE, "tale": 4.2, "exception": 9.5}
 """About what the last part of the run shows, in which tales and exceptions are planted."""
 
 
@@ -54,13 +54,13 @@ class Recipe:
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
-    tokens: int = 40_000_000
+    tokens: int = 48_000_000
     rows: int = 32
     row_tokens: int = 128
-    rate: float = 3e-3
+    rate: float = 2e-3
     warmup: int = 100
-    fall: float = 0.75
-    planting: float = 0.2
+    fall: float = 0.9
+    planting: float = 0.3
     weight_decay: float = 0.1
     mixture: dict[str, float] = field(default_factory=MIXTURE.copy)
 
