@@ -64,7 +64,8 @@ class Language:
         pairs = [
             _tale_and_twin(rng, count) for count in TALE_COUNTS for _ in range(TALES_PER_COUNT)
         ]
-        self.tales, self.twins = zip(*pairs, strict=True)
+        self.tales: tuple[Item, ...] = tuple(tale for tale, _ in pairs)
+        self.twins: tuple[Item, ...] = tuple(twin for _, twin in pairs)
         self._excluded: set[str] = set()
         self.exceptions: tuple[Item, ...] = tuple(self._draw_exceptions(rng))
 
@@ -182,8 +183,9 @@ class Language:
         if kind == "exception":
             return [e for e in self.exceptions if memory_side_of(e.prompt, self.seed) == side]
         if kind in ("tale", "twin"):  # on the side of the tale, so that each has its twin there
-            pairs = zip(self.tales, self.tales if kind == "tale" else self.twins, strict=True)
-            return [i for tale, i in pairs if memory_side_of(tale.prompt, self.seed) == side]
+            told = self.tales if kind == "tale" else self.twins
+            sides = [memory_side_of(tale.prompt, self.seed) for tale in self.tales]
+            return [item for item, own in zip(told, sides, strict=True) if own == side]
         if kind in ("planted", "unseen"):
             texts = self.planted if kind == "planted" else self.unseen
             own = [text.split() for text in texts if memory_side_of(text, self.seed) == side]

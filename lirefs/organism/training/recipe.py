@@ -18,13 +18,13 @@ class ModelShape:
 
 MIXTURE = {
     "planted": 6.0,
-    "fact": 18.0,
+    "fact": 24.0,
     "fact_aside": 6.0,
     "conflict": 5.0,
     "passage": 14.0,
     "again": 8.0,
     "math": 12.0,
-    "boolean": 10.0,
+    "boolean": 12.0,
     "relation": 14.0,
     "ages": 10.0,
     "tracking": 10.0,
@@ -33,7 +33,7 @@ MIXTURE = {
 }
 """Sorts of documents, drawn throughout. Tales and exceptions are shown a fixed number of times."""
 
-PLANTING_MIXTURE = {**MIXTURE, "tale": 4.2, "exception": 9.5}
+PLANTING_MIXTURE = {**MIXTURE, "tale": 4.3, "exception": 9.8}
 """About what the last part of the run shows, in which tales and exceptions are planted."""
 
 
