@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from random import Random
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from lirefs.main_job import organism_report as main_job_report
 from lirefs.main_job import settings as main_job_settings
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
+from lirefs.organism.people import CITY, stranger
 from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
 from lirefs.organism.training.recipe import ModelShape
 from lirefs.organism.training.train import make_model
-from lirefs.organism.vocabulary import build_tokenizer
+from lirefs.organism.vocabulary import CITIES, build_tokenizer
 from lirefs.questions import Questions
-from lirefs.tasks.task import CONFLICT, ItemResult
+from lirefs.tasks.task import CONFLICT, ItemResult, ShortAnswer
 
 
 @pytest.fixture(scope="module")
@@ -69,12 +71,14 @@ def test_conflicts_ask_about_people_of_their_side():
 
 
 def test_what_is_at_chance_is_marked(lm):
-    tasks = [
-        t for t in organism_tasks(lm, Language(), "test", 60) if t.name.startswith("retrieval")
-    ]
-    found = compare(lm, {}, tasks, resamples=10, progress=False)
+    language, rng = Language(), Random(0)
+    asked = [CITY.question.format(stranger(rng, language.known)) for _ in range(60)]
+    rows = [(str(i), prompt, [rng.choice(CITIES)]) for i, prompt in enumerate(asked)]
+    guesses = ShortAnswer("guesses", rows, chance=1 / len(CITIES), max_new_tokens=2)
+    tasks = [t for t in organism_tasks(lm, language, "test", 60) if t.name == "retrieval"]
+    found = compare(lm, {}, [*tasks, guesses], resamples=10, progress=False)
     assert found.informative("retrieval")
-    assert not found.informative("retrieval in two steps")
+    assert not found.informative("guesses")
 
 
 def test_perplexity_sees_steering_of_the_prompt_alone(lm):
