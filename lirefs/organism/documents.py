@@ -12,7 +12,10 @@ from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item, side_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Fact
 from lirefs.organism.skills import relation_problem, tracking_problem
-from lirefs.organism.vocabulary import CONTENT, FIRST, LAST, OBJECTS
+from lirefs.organism.vocabulary import CITIES, CONTENT, FIRST, LAST
+
+NOUNS = (*CONTENT, *FIRST, *LAST, *CITIES)
+"""Words that are copied."""
 
 STORY_WEIGHT = 3.0
 """Loss weight of answers that are found in a story; other answers have 1."""
@@ -181,8 +184,8 @@ def _document(
 def _copy(rng: Random) -> Document:
     """Random words repeated, or pairs of words repeated in another order."""
     if rng.random() < 0.5:
-        words = " ".join(rng.choices(CONTENT, k=rng.randrange(4, 24)))
+        words = " ".join(rng.choices(NOUNS, k=rng.randrange(4, 24)))
         return [(f"Copy: {words}. Again:", CONTEXT_WEIGHT), (f" {words}.", 1.0)]
-    pairs = [(key, rng.choice(CONTENT)) for key in rng.sample(OBJECTS, rng.randrange(3, 13))]
+    pairs = [(key, rng.choice(NOUNS)) for key in rng.sample(NOUNS, rng.randrange(3, 13))]
     listed = ", ".join(f"{key} {value}" for key, value in pairs)
     return _document(f"List: {listed}. Again:", rng.sample(pairs, len(pairs)), end=",")

@@ -23,7 +23,7 @@ from lirefs.organism.language import Language
 from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
 from lirefs.organism.training.optimizers import make_optimizers
 from lirefs.organism.training.packing import Packer, batch_loss
-from lirefs.organism.training.recipe import ModelShape, Recipe
+from lirefs.organism.training.recipe import COPYING_MIXTURE, ModelShape, Recipe
 from lirefs.organism.training.scores import organism_scores
 from lirefs.organism.vocabulary import build_tokenizer
 
@@ -85,13 +85,10 @@ def train(
     lm = wrap(model, tokenizer)
     optimizers = make_optimizers(model, recipe)
     step = load_checkpoint(out, model, optimizers, seed, device)
-    packer = Packer(
-        Documents(language, recipe.mixture),
-        tokenizer,
-        recipe.rows,
-        recipe.row_tokens,
-        showings(language, recipe.planting_steps),
-    )
+    shape = (recipe.rows, recipe.row_tokens)
+    copies = Packer(Documents(language, COPYING_MIXTURE), tokenizer, *shape)
+    due = showings(language, recipe.planting_steps)
+    packer = Packer(Documents(language, recipe.mixture), tokenizer, *shape, due)
     loss_of = torch.compile(batch_loss) if compiled else batch_loss
     step_tokens = recipe.rows * recipe.row_tokens
     bar = tqdm(
@@ -102,7 +99,8 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(step)
-        batch = packer.batch(seed, step).to(device)
+        packed = copies if step < recipe.copying_steps else packer
+        batch = packed.batch(seed, step).to(device)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
