@@ -24,7 +24,7 @@ import torch
 import kfac
 import lirefs
 from lirefs.files import atomic_write_text
-from lirefs.main_job.organism import perplexity
+from lirefs.main_job.matching import perplexity
 from lirefs.organism import Language, language_seed, organism_tasks, training_texts
 from lirefs.tasks import Recitation, calibration_texts, heldout_texts
 

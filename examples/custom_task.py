@@ -26,6 +26,7 @@ class Variety(ItemTask):
     metric: str = "distinct"
     chance: float = 0.0
     tokens: int = 24
+    generates = True  # by `greedy` alone, so compare(engine=...) can run it
 
     def run(self, lm, advance):
         """Score each (id, prompt) by its continuation."""

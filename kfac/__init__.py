@@ -17,6 +17,7 @@ from kfac.collection.collect import collect
 from kfac.collection.correct import correct
 from kfac.collection.plan import Plan, plan
 from kfac.edits.baselines import MagnitudeEdit, RandomPairsEdit, RandomRotationEdit, SVDEdit
+from kfac.edits.project import project, projected_training
 from kfac.edits.selection import OrderedSelection, Selection, TableSelection
 from kfac.edits.spectral import CurvatureEdit, SpectralEdit, TargetReport
 from kfac.edits.staircase import Staircase, staircase
@@ -81,6 +82,8 @@ __all__ = [
     "merge",
     "named_targets",
     "plan",
+    "project",
+    "projected_training",
     "relearn",
     "split_half",
     "staircase",

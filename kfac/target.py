@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kfac.factors.tensor_file import tensor_bytes
 from lirefs.errors import TargetError, must_be
+from lirefs.model.weight_swap import gathered, is_sharded, sharded_like
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,18 +47,21 @@ class Target:
 
     @property
     def weight(self) -> Tensor:
-        """The weight, detached, as a view of shape (out_features, in_features)."""
+        """The weight, detached, as a view of shape (out_features, in_features).
+
+        Of a weight that is sharded over processes it is a whole copy, which all must ask for.
+        """
         return self.view(self.parameter)
 
     @property
     def out_features(self) -> int:
         """Number of outputs."""
-        return int(self.weight.shape[0])
+        return int(self.parameter.shape[-1 if self.transposed else -2])
 
     @property
     def in_features(self) -> int:
         """Number of inputs."""
-        return int(self.weight.shape[1])
+        return int(self.parameter.shape[-2 if self.transposed else -1])
 
     def record(self, count: int, source: str, digest: str) -> TargetRecord:
         """Return the record of this target in factors."""
@@ -70,9 +74,9 @@ class Target:
     def view(self, stored: Tensor) -> Tensor:
         """Return the target's weight (out, in) inside a tensor with the shape of its parameter.
 
-        It is a detached view, so that writing to it writes to `stored`.
+        It is a detached view, so that writing to it writes to `stored`, unless that is sharded.
         """
-        stored = stored.detach()
+        stored = gathered(stored.detach())
         return self.orient(stored if self.expert is None else stored[self.expert])
 
     def placed(self, weight: Tensor, into: Tensor | None = None) -> Tensor:
@@ -84,12 +88,14 @@ class Target:
                 None makes one.
 
         Returns:
-            Same shape, dtype and device as the parameter; other experts are unchanged.
+            Same shape, dtype and device as the parameter, sharded in the same way; other experts
+            are unchanged.
         """
         if into is None:
             into = self.parameter.detach().clone()
-        self.view(into).copy_(weight)
-        return into
+        whole = gathered(into)
+        self.view(whole).copy_(weight)
+        return sharded_like(whole, into) if is_sharded(into) else whole
 
 
 @dataclass(frozen=True)
@@ -115,14 +121,22 @@ class TargetRecord:
         return f"{kind}.{self.source if kind == 'A' else name}"
 
     def shape(self, kind: str) -> tuple[int, int]:
-        """Return the shape of the sums of a kind: "A", "G", "AW", "GW", "D" or "E"."""
+        """Return the shape of the sums of a kind: "A", "G", "AW", "GW", "D", "DS" or "E"."""
         rows = self.in_features if kind in ("A", "AW") else self.out_features
         return rows, self.out_features if kind in ("G", "GW") else self.in_features
 
 
 def weight_digest(weight: Tensor) -> str:
-    """Return the SHA-256 of a weight's dtype, shape and bytes, as 64 hex digits."""
+    """Return the SHA-256 of a weight's dtype, shape and bytes, as 64 hex digits.
+
+    That of a sharded weight is the one of the whole weight; all processes must ask for it.
+    """
     must_be(weight, Tensor, "weight", TargetError)
+    if weight.is_meta:
+        raise TargetError(
+            "a weight is on the meta device, without data: such a model can be planned only; load "
+            "it to collect or edit"
+        )
     sha = hashlib.sha256(f"{weight.dtype} {tuple(weight.shape)}".encode())
-    sha.update(tensor_bytes(weight))
+    sha.update(tensor_bytes(gathered(weight)))
     return sha.hexdigest()

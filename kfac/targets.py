@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -14,6 +15,7 @@ from kfac.target import Target
 from lirefs.errors import TargetError, as_list, must_be, whole_number
 from lirefs.model.layout import missing_layer
 from lirefs.model.layout_search import decoder_blocks
+from lirefs.model.weight_swap import is_sharded, must_be_readable
 
 _EXPERT = re.compile(r"(?P<module>.+)\.(?P<attribute>\w+)\[(?P<expert>\d+)\]")
 _MATRICES = (nn.Linear, Conv1D)
@@ -60,9 +62,10 @@ def find_targets(
     Raises:
         TargetError: A layer is out of range, nothing matches, a name ending matches nothing, an
             expert does not exist, or a match is not a dense floating-point Linear or Conv1D. The
-            message lists what the model has.
+            message lists what the model has. Or the model is sharded, and not by FSDP2 alone.
     """
     must_be(model, nn.Module, "model", TargetError)
+    must_be_readable(model, TargetError)
     if not isinstance(projections, str):
         projections = as_list(projections, "projections", str, TargetError)
     prefix, blocks = _main_blocks(model)
@@ -118,6 +121,7 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
         TargetError: A name is missing, repeated, or not a dense floating-point matrix.
     """
     must_be(model, nn.Module, "model", TargetError)
+    must_be_readable(model, TargetError)
     prefix, _ = _main_blocks(model)
     modules = dict(model.named_modules())
     result: dict[str, Target] = {}
@@ -139,6 +143,33 @@ def named_targets(model: nn.Module, names: Iterable[str]) -> list[Target]:
     return list(result.values())
 
 
+def must_pass_gradients(model: nn.Module) -> None:
+    """Raise TargetError if a quantized matrix passes no gradient to what is before it.
+
+    bitsandbytes runs 4-bit weights by a kernel without a backward pass on some CPUs, and autograd
+    then goes on without its gradient.
+    """
+    kinds: dict[tuple[type, type], tuple[str, nn.Linear]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and type(module.weight) not in (Tensor, nn.Parameter):
+            kinds.setdefault((type(module), type(module.weight)), (name, module))
+    for name, module in kinds.values():
+        if module.weight.is_meta or is_sharded(module.weight):
+            continue
+        dtype = module.weight.dtype if module.weight.is_floating_point() else torch.float32
+        with torch.enable_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch says that the kernel has no backward pass
+            state = torch.ones(1, module.in_features, device=module.weight.device, dtype=dtype)
+            output = module.forward(state.requires_grad_())  # without hooks
+            passed = torch.autograd.grad(output.sum(), state, allow_unused=True)[0]
+        if passed is None:
+            raise TargetError(
+                f"module {name!r} ({type(module).__name__}) has a weight of type "
+                f"{type(module.weight).__name__}, through which no gradient passes on this device, "
+                "so curvature before it would be wrong; load the model without quantization_config"
+            )
+
+
 def _wrapped(name: str, module: nn.Module) -> nn.Module:
     """Return the module inside an adapter of PEFT or a compiled module."""
     if "original_module" in module._modules:
@@ -157,7 +188,7 @@ def _matrix(name: str, module: nn.Module, layer: int | None) -> Target:
             f"module {name!r} is a {type(module).__name__}; only nn.Linear and Conv1D are "
             "supported (load quantized models dequantized)"
         )
-    _check_weight(f"module {name!r} ({type(module).__name__})", module.weight, 2)
+    _check_weight(f"module {name!r} ({type(module).__name__})", module, module.weight, 2)
     return Target(name, module, layer, transposed=isinstance(module, Conv1D))
 
 
@@ -170,7 +201,7 @@ def _expert(name: str, module: nn.Module, layer: int | None, attribute: str, ind
         )
     check_expert_stack(name, module)
     stack = getattr(module, attribute)
-    _check_weight(f"target {full!r}", stack, 3)
+    _check_weight(f"target {full!r}", module, stack, 3)
     if not 0 <= index < len(stack):
         raise TargetError(f"target {full!r} does not exist: the stack has {len(stack)} experts")
     return Target(full, module, layer, bool(module.is_transposed), attribute, index)
@@ -180,23 +211,23 @@ def _ends(text: str, endings: tuple[str, ...]) -> bool:
     return any(text == end or text.endswith("." + end) for end in endings)
 
 
-def _check_weight(what: str, weight: object, dimensions: int) -> None:
-    """Refuse weights that are not one dense matrix in this process's memory."""
-    # Quantized and sharded tensors (torchao, DTensor) are subclasses that report a float dtype.
-    if type(weight) not in (Tensor, nn.Parameter):
+def _check_weight(what: str, module: nn.Module, weight: object, dimensions: int) -> None:
+    """Refuse weights that are not one dense matrix, in memory or sharded by FSDP2."""
+    # Quantized tensors (torchao) are subclasses that report a float dtype.
+    if type(weight) not in (Tensor, nn.Parameter) and not is_sharded(weight):
         raise TargetError(
-            f"{what} has a weight of type {type(weight).__name__}: quantized or sharded weights "
-            "are out of reach; load the model dequantized, or gather its shards"
+            f"{what} has a weight of type {type(weight).__name__}: quantized weights "
+            "are out of reach; load the model dequantized"
         )
     assert isinstance(weight, Tensor)
     if weight.dtype not in _FLOATS or weight.ndim != dimensions or not weight.numel():
         raise TargetError(
             f"{what} has a weight of {weight.dtype}, {tuple(weight.shape)}; a dense floating-point "
-            "matrix is needed (load quantized models dequantized, gather sharded ones)"
+            "matrix is needed (load quantized models dequantized)"
         )
-    if weight.is_meta:
+    if weight.is_meta and hasattr(module, "_hf_hook"):
         raise TargetError(
-            f"{what} has its weight on the meta device (offloaded or not loaded); "
+            f"{what} has its weight on the meta device (offloaded by accelerate); "
             "load the model fully on its devices"
         )
 

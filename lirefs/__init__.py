@@ -37,7 +37,8 @@ from lirefs.model.intervention import Intervention, compose
 from lirefs.model.language_model import LanguageModel, wrap
 from lirefs.model.layout import Layout
 from lirefs.model.loading import load
-from lirefs.model.prompts import prompt_lengths
+from lirefs.model.prompts import Prompted, prompt_lengths
+from lirefs.organism.planting.plant import plant
 from lirefs.questions import Question, Questions, Split, load_questions
 from lirefs.steering import scope
 from lirefs.steering.gate import Gate
@@ -70,6 +71,7 @@ __all__ = [
     "PCADirection",
     "Perplexity",
     "Probe",
+    "Prompted",
     "Question",
     "Questions",
     "Recitation",
@@ -103,6 +105,7 @@ __all__ = [
     "model",
     "ndcg_task",
     "organism",
+    "plant",
     "prompt_lengths",
     "recitation_task",
     "scope",

@@ -226,6 +226,9 @@ _ADVICE = {
     ("Intervention", "Probe"): 'give lirefs.Steer(probe.best, "add", 1.0)',
     ("Intervention", "Tensor"): 'give lirefs.Steer(lirefs.Direction(vector, layer), "add", 1.0)',
     ("Intervention", "Factors"): "give kfac.CurvatureEdit(factors, keep=0.8)",
+    ("Intervention", "object"): (
+        "it needs attach(model) -> handle with remove(), and describe() -> dict"
+    ),
     ("Mapping", "Composable"): 'give it a name: {{"steered": steer}}',
     ("Mapping", "list"): 'give each a name: {{"steered": steer}}',
     ("Factors", "str"): "read the file first: kfac.Factors.load({value!r})",

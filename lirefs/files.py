@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import math
 import os
 import re
 import stat
@@ -12,6 +13,7 @@ import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
@@ -177,11 +179,33 @@ def parse_json(text: str, levels: int | None = None) -> Any:
     return value
 
 
-def html_table(title: str, rows: Iterable[Mapping[str, Any]]) -> str:
-    """A title and a table, as a notebook shows them; of many rows the first and the last."""
-    import pandas
+_SHOWN, _LONGEST = 12, 60
+"""Rows of a table in a notebook, and characters of a cell."""
 
-    table = pandas.DataFrame(list(rows)).to_html(
-        index=False, border=0, max_rows=20, na_rep="", float_format="{:.3g}".format
-    )
-    return f"<p><code>{html.escape(title)}</code></p>\n{table}"
+
+def html_table(title: str, rows: Iterable[Mapping[str, Any]]) -> str:
+    """A title and a table, as a notebook shows them; of many rows the first and the last.
+
+    Numbers are on the right, with three digits, and texts on the left, where a notebook's own
+    style would put both on the right.
+    """
+    shown = list(rows)
+    columns = list(dict.fromkeys(name for row in shown for name in row))
+    if len(shown) > _SHOWN:
+        half = _SHOWN // 2
+        shown = [*shown[:half], dict.fromkeys(columns, "…"), *shown[-half:]]
+    lines = ["".join(_cell("th", name) for name in columns)]
+    lines += ["".join(_cell("td", row.get(name)) for name in columns) for row in shown]
+    body = "\n".join(f"<tr>{line}</tr>" for line in lines)
+    return f"<p><code>{html.escape(title)}</code></p>\n<table>\n{body}\n</table>"
+
+
+def _cell(tag: str, value: Any) -> str:
+    side, text = "left", "" if value is None else str(value)
+    if isinstance(value, Real) and not isinstance(value, bool):
+        side = "right"
+        if not isinstance(value, Integral):
+            text = "" if math.isnan(value) else f"{float(value):.3g}"
+    if len(text) > _LONGEST:
+        text = f"{text[: _LONGEST - 1]}…"
+    return f'<{tag} style="text-align: {side}">{html.escape(text)}</{tag}>'

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -41,6 +42,11 @@ class Picture:
 
     png: bytes = field(repr=False)
     svg: bytes = field(repr=False)
+
+    @property
+    def data_uri(self) -> str:
+        """The PNG as a `data:` address, so that a page needs no other file."""
+        return "data:image/png;base64," + base64.b64encode(self.png).decode()
 
     def save(self, folder: Path, name: str) -> None:
         """Write `name.png` and `name.svg`."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import importlib.util
 import json
+import os
 import signal
 
 import datasets
 import pytest
 import torch
+from llama_server import VARIABLE
 from lm_eval_local import write_tasks
 from skill_rows import write
 from tiny import fresh_model, tiny_model, tiny_tokenizer
@@ -37,6 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         "weights": None
         if config.getoption("--run-weights")
         else "needs the SmolLM2 weights: run with --run-weights",
+        "llama": None if VARIABLE in os.environ else "needs llama-server: run .ci/llama",
+        "vllm": None if importlib.util.find_spec("vllm") else "needs vLLM: run .ci/vllm",
         "gpu": None if torch.cuda.is_available() else "needs a CUDA device",
     }
     for item in items:

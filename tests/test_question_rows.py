@@ -76,6 +76,41 @@ def test_a_file_takes_the_same_settings(tmp_path):
     assert list(found) == list(Questions.from_rows(rows(), labels=HARM, prompt_format=None))
 
 
+def test_text_and_label_may_have_names_of_their_own(tmp_path):
+    given = [{"text": one["question"], "tone": one["label"], "id": one["id"], "subject": "s"}
+             for one in rows()]  # fmt: skip
+    names = {"question": "text", "label": "tone", "labels": HARM}
+    expected = list(Questions.from_rows(rows(), labels=HARM))
+    path = tmp_path / "q.jsonl"
+    pd.DataFrame(given).to_json(path, orient="records", lines=True)
+    for table in (given, pd.DataFrame(given), datasets.Dataset.from_list(given)):
+        assert list(Questions.from_rows(table, **names)) == expected
+    assert list(load_questions(path, **names)) == expected
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "tone": datasets.ClassLabel(names=list(HARM))}
+    )
+    table = datasets.Dataset.from_dict({"text": ["a", "b"], "tone": [1, 0]}, features=features)
+    assert [one.label for one in Questions.from_rows(table, **names)] == ["harmless", "harmful"]
+
+
+@pytest.mark.parametrize(
+    ("row", "names", "message"),
+    [
+        ({"text": "a", "tone": "x"}, {}, r"no 'question' text; the row has 'text', 'tone': .*"
+         r"question="),
+        ({"text": "a", "tone": "x"}, {"question": "text"},
+         r"'label' is missing; the row has 'text', 'tone': .*label="),
+        ({"question": "a"}, {"question": "txt"}, r"no 'txt' text; the row has 'question'"),
+        ({"question": "", "label": "x"}, {}, r"no 'question' text$"),
+        ({"question": "a", "label": "upbeat"}, {}, r"'label' is 'upbeat'; .*labels="),
+        ({"question": "a", "label": "upbeat"}, {"question": 3}, r"question= must be a str"),
+    ],
+)  # fmt: skip
+def test_a_field_that_is_not_found_is_told_how_to_be_named(row, names, message):
+    with pytest.raises(QuestionsError, match=message):
+        Questions.from_rows([row], **names)
+
+
 def test_messages_and_questions_as_chats():
     talk = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
     given = [{"messages": talk, "label": "harmful"}, {"question": " Why? ", "label": "harmless"}]

@@ -202,10 +202,11 @@ def band_input_energies(
     targets = factors.targets(model, distinct_inputs(factors))
     for target in targets:
         check_weight(target, factors.records[target.name].digest)
+    factors.decompose(distinct_inputs(factors), sides="A")
 
     @functools.cache
     def basis(name: str, device: torch.device) -> Tensor:
-        return factors.eigen(name).u_in.to(device, torch.float32)
+        return factors.eigen_A(name)[1].to(device, torch.float32)
 
     for inputs, real in target_inputs(model, batches, targets, forward):
         states = ((target.name, inputs[target.name]) for target in targets)

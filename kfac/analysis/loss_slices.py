@@ -15,8 +15,10 @@ from kfac.collection.batches import check_model_and_batches
 from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
+from kfac.targets import must_pass_gradients
 from lirefs.errors import BatchError, KfacError, SpectrumError, must_be
 from lirefs.model.guest import as_guest
+from lirefs.model.training.copies import must_be_whole
 from lirefs.statistics.intervals import Floats, Ints
 
 
@@ -71,12 +73,14 @@ def loss_slices(
     Raises:
         BatchError: No batch, or no position to predict.
         FactorsMismatchError: The factors are not of this model.
+        EditError: The target is sharded over processes.
         SpectrumError: A pair does not exist, a step is not finite, or the loss does not depend on
             the target.
     """
     check_model_and_batches(model, batches)
     must_be(factors, Factors, "factors", KfacError)
     target = factors.targets(model, [name])[0]
+    must_be_whole([target.parameter])
     check_weight(target, factors.records[name].digest)
     kept = list(batches)
     if not kept:
@@ -101,6 +105,7 @@ def loss_slices(
     outs, ins = basis.u_out[:, i], basis.u_in[:, j]
     masses = (basis.lam[i] * basis.mu[j]).numpy()
     with as_guest(model):
+        must_pass_gradients(model)
         start, gradient = _gradient(model, kept, target)
         slopes = torch.einsum("op,oi,ip->p", outs, gradient, ins).numpy()
         planes = (torch.outer(out, inside) for out, inside in zip(outs.T, ins.T, strict=True))

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,9 +14,10 @@ from tqdm.auto import tqdm
 from kfac.analysis.losses import passage_losses, teacher_forced_matches
 from kfac.collection.batches import check_model_and_batches
 from kfac.collection.finite import ADVICE, first_not_finite_row, not_finite, not_finite_row_error
-from kfac.edits.weight_edit import WeightEdit, trained_weights
+from kfac.edits.weight_edit import WeightEdit
 from lirefs.errors import BatchError, EditError, NonFiniteError, must_be
-from lirefs.model.guest import as_guest
+from lirefs.model.training.copies import trainable
+from lirefs.model.training.steps import checked_step, shuffled
 from lirefs.statistics.intervals import Estimate, mean_estimate
 
 
@@ -109,30 +109,12 @@ def relearn(
     return result
 
 
-@contextmanager
-def trainable(model: nn.Module) -> Iterator[None]:
-    """Let all parameters of a model be trained on copies, in evaluation mode.
-
-    Half-precision weights are copied to float32, since rounding would swallow a step of 1e-5. After
-    the context the model holds its original tensors, gradients, flags and modes again.
-    """
-    parameters = list(model.parameters())
-    with as_guest(model), trained_weights(parameters):
-        for parameter in parameters:
-            half = parameter.dtype in (torch.float16, torch.bfloat16)
-            parameter.data = parameter.data.float() if half else parameter.data.clone()
-        yield
-
-
 def _train(
     model: nn.Module, batches: list[Any], steps: list[int], lr: float, seed: int, bar: Any, arm: str
 ) -> Iterator[int]:
     """Train, and yield after each of the wanted numbers of steps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0)
-    generator = torch.Generator().manual_seed(seed)
-    order = itertools.chain.from_iterable(
-        torch.randperm(len(batches), generator=generator).tolist() for _ in itertools.count()
-    )
+    order = shuffled(len(batches), seed)
     done = 0
     for wanted in steps:
         while done < wanted:
@@ -145,14 +127,7 @@ def _train(
                 raise not_finite_row_error(step, row, losses.shape, "the loss holds", advice)
             optimizer.zero_grad()
             losses.mean().backward()  # type: ignore[no-untyped-call]
-            trained = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-            if bad := not_finite([gradient for _, gradient in trained]):
-                # The backward pass starts at the last block, where the first broken gradient is.
-                raise NonFiniteError(
-                    f"{step}: the gradients of {len(bad)} parameters hold NaN or infinity, the "
-                    f"deepest in the model being {trained[bad[-1]][0]!r}; {advice}"
-                )
-            optimizer.step()
+            checked_step(model, optimizer, step, advice)
             done += 1
             bar.update()
         yield done

@@ -51,15 +51,27 @@ def language_model_forward(model: nn.Module, batch: Mapping[str, Any]) -> tuple[
         raise BatchError(
             f"the model returned a {type(output).__name__} without logits; pass `forward`"
         )
+    if logits.ndim != 3 or logits.shape[:2] != real.shape:
+        raise BatchError(
+            f"the logits have shape {tuple(logits.shape)} for tokens of shape {tuple(real.shape)}, "
+            "so the model is not a causal language model; pass `forward`"
+        )
+    return logits, counted_positions(batch)
+
+
+def counted_positions(batch: Mapping[str, Any]) -> Tensor:
+    """Return the bool mask (B, T) of positions that predict a counted token."""
+    real = attended(batch)
+    assert real is not None  # callers have checked that there are input_ids
     counted = torch.zeros_like(real)
     torch.logical_and(real[:, :-1], real[:, 1:], out=counted[:, :-1])
     if isinstance(batch.get("labels"), Tensor):
         counted[:, :-1].logical_and_(batch["labels"][:, 1:] != -100)
-    return logits, counted
+    return counted
 
 
 def module_and_batches(
-    model: nn.Module | LanguageModel, batches: Iterable[Any]
+    model: nn.Module | LanguageModel, batches: Iterable[Any], tokens: int = BATCH_TOKENS
 ) -> tuple[nn.Module, Iterable[Any]]:
     """Return the module, and texts of an `lm` as batches of similar length, longest first."""
     must_be(model, (nn.Module, LanguageModel), "model", BatchError)
@@ -76,7 +88,7 @@ def module_and_batches(
     for index, row in enumerate(ids):
         check_length(model.model, len(row), f"text {index}", BatchError)
     lengths = [len(row) for row in ids]
-    groups = model.traits.within(max(lengths)).groups(lengths, BATCH_TOKENS, "right")
+    groups = model.traits.within(max(lengths)).groups(lengths, tokens, "right")
     return model.model, [model.pad([ids[row] for row in rows], side="right") for rows in groups]
 
 

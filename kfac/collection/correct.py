@@ -6,11 +6,13 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kfac.collection.batches import Forward, module_and_batches
 from kfac.collection.covariance import InputRows, Sums
-from kfac.collection.passes import Options, run_passes
+from kfac.collection.options import Options
+from kfac.collection.passes import run_passes
 from kfac.collection.plan import plan
 from kfac.factors.factors import Factors
 from kfac.target import TargetRecord
@@ -29,6 +31,8 @@ def correct(
     labels: str = "sampled",
     samples: int = 1,
     forward: Forward | None = None,
+    dtype: torch.dtype | None = None,
+    head_dtype: torch.dtype | None = None,
     budget: int | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     checkpoint_every: float = 300.0,
@@ -36,20 +40,28 @@ def correct(
 ) -> Factors:
     """Add EK-FAC's corrected eigenvalues to factors (George et al. 2018, arXiv 1806.03884).
 
-    In the eigenbases of G and A, each coordinate gets the mean square of its gradient: the exact
-    diagonal of the Fisher there, where K-FAC has the product of two means.
+    In the eigenbases of G and A, each coordinate gets the mean square of its gradient, where K-FAC
+    has the product of two means. With `per="sequence"` this is the diagonal of the Fisher there, up
+    to the noise of the sampled labels (none with `labels="exact"`). With `per="position"` it is so
+    only where the loss of each label reaches one position of the target: one position per sequence,
+    or the MLP of the last block. Elsewhere products of different positions are left out, as in
+    K-FAC.
 
     Args:
         model: The model that the factors were collected from.
         batches: As in `collect`; usually the same.
         factors: From `collect`; they are not changed.
-        per: Which gradients are squared: "position" (g aᵀ of each position, as K-FAC assumes) or
-            "sequence" (the sum over a sequence's positions, with the cross terms that K-FAC leaves
-            out). For one position per sequence both are the same.
+        per: Which gradients are squared: "position" (g aᵀ of each counted position, as K-FAC
+            assumes) or "sequence" (∂L/∂W: the sum over all attended positions of a sequence, with
+            the cross terms that K-FAC leaves out, and with the part of prompts labelled -100; with
+            `forward`, over all positions unless the batch has an attention_mask). For one position
+            per sequence both are the same.
         seed: As in `collect`.
         labels: As in `collect`.
         samples: As in `collect`.
         forward: As in `collect`.
+        dtype: As in `collect`; None is float32 for factors with sums in float32.
+        head_dtype: As in `collect`.
         budget: As in `collect`; the rotated bases count as well.
         checkpoint: As in `collect`.
         checkpoint_every: As in `collect`.
@@ -67,20 +79,32 @@ def correct(
     if per not in ("position", "sequence"):
         raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
     factors.check(module)
-    dtype = factors.dtype
-    options = Options(seed, labels, samples, forward, dtype, checkpoint, checkpoint_every, progress)
+    if dtype is None and factors.dtype == torch.float32:
+        dtype = torch.float32
+    options = Options(
+        seed=seed,
+        labels=labels,
+        samples=samples,
+        forward=forward,
+        dtype=dtype,
+        head_dtype=head_dtype,
+        checkpoint=checkpoint,
+        checkpoint_every=checkpoint_every,
+        progress=progress,
+    )
     targets = factors.targets(module)
     planned = plan(targets, budget, dtype=dtype, correction=True)
+    factors.decompose(spread=True, progress=progress)
     bases = {}
     for name, record in factors.records.items():
-        basis = factors.eigen(name)
-        bases["A." + record.source] = (basis.mu, basis.u_in.to(dtype))
-        bases["G." + name] = (basis.lam, basis.u_out.to(dtype))
+        basis = factors.eigen(name)  # rotations are products, in the dtype of the rows
+        bases["A." + record.source] = (basis.mu, basis.u_in.to(planned.rows))
+        bases["G." + name] = (basis.lam, basis.u_out.to(planned.rows))
     records, tables, _ = run_passes(
         module,
         batches,
         planned,
-        lambda: _CorrectionSums(factors.records, bases, per == "sequence"),
+        lambda dtype: _CorrectionSums(dtype, factors.records, bases, per == "sequence"),
         options,
         {name: record.digest for name, record in factors.records.items()},
         {"task": "correct", "per": per, "factors": factors.digest},
@@ -108,15 +132,15 @@ class _CorrectionSums(Sums):
 
     def __init__(
         self,
+        dtype: torch.dtype,
         records: Mapping[str, TargetRecord],
         bases: Mapping[str, tuple[Tensor, Tensor]],
         whole_sequences: bool,
     ) -> None:
-        super().__init__(["E"])
+        super().__init__(["E"], dtype, whole_sequences=whole_sequences)
         self._records = records
         self._bases = bases
         self._moved: dict[str, Tensor] = {}
-        self._whole_sequences = whole_sequences
 
     def add_input(self, source: str, a: InputRows) -> None:
         """Do nothing: inputs are used only together with gradients."""
@@ -127,15 +151,11 @@ class _CorrectionSums(Sums):
         with full_precision(g.device):
             inputs = a.derived("rotated", lambda: a.values @ self._basis(source, a.values))
             outputs = g @ self._basis("G." + name, g)
-            if not self._whole_sequences:
-                squares = a.derived("squares", inputs.square)
-                self.add_product(key, outputs.square(), squares, share)
+            if self.whole_sequences:
+                self.add_sequence_squares(key, outputs, inputs, a, share)
                 return
-            sequences = a.positions // max(1, a.shape[1:].numel())
-            for sequence in sorted(set(sequences.tolist())):
-                rows = sequences == sequence
-                gradient = outputs[rows].T @ inputs[rows]
-                self.table(key, outputs, inputs).addcmul_(gradient, gradient, value=share)
+            squares = a.derived("squares", inputs.square)
+            self.add_product(key, outputs.square(), squares, share)
 
     def leave_device(self) -> None:
         """Move the tables to the CPU and free the bases: the next pass needs the memory."""

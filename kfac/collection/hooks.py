@@ -49,7 +49,7 @@ class TargetTracker:
         self._calls: dict[str, list[_Call]] = {}  # in the order of the forward pass
         self._gradients: list[tuple[str, _Call, Tensor]] = []  # in the order of the backward passes
         self._open = False
-        self._mask = torch.empty(0, dtype=torch.bool)
+        self._mask = self._reached = torch.empty(0, dtype=torch.bool)
         self._anchor = torch.zeros((), requires_grad=True)
 
     @contextmanager
@@ -76,11 +76,16 @@ class TargetTracker:
         self._forget()
         self._open = True
 
-    def read(self, mask: Tensor, place: str) -> None:
-        """Take the rows of all inputs since `begin` where the bool mask is true; all finite."""
+    def read(self, mask: Tensor, reached: Tensor, place: str) -> None:
+        """Take the rows of all inputs since `begin` that the sums need; all finite.
+
+        Those are the counted ones, where the bool mask is true. Sums over whole sequences need all
+        that a counted loss may reach, where the mask `reached` is true.
+        """
         # From here to `begin` a forward call is the recomputation of an activation checkpoint.
         self._open = False
         self._mask = mask
+        self._reached = mask | reached.to(mask.device) if self.sums.whole_sequences else mask
         known = set(self.sources)
         read: dict[str, list[int]] = {}
         common: dict[torch.device, Tensor | None] = {}
@@ -114,7 +119,7 @@ class TargetTracker:
             for call in self._calls.get(name, []):
                 if self.sources[name] == name:
                     self.sums.add_input(name, call.rows)
-                self.counts[name] += len(call.rows.values)
+                self.counts[name] += call.rows.count
         for name, call, gradient in self._gradients:
             self.sums.add_gradient(name, gradient, call.rows, 1.0 / draws)
         self._forget()
@@ -193,7 +198,7 @@ class TargetTracker:
         rows, device = tensor.numel() // tensor.shape[-1], tensor.device
         positions = call.positions
         if positions is not None:
-            call.chosen = _true(self._mask.flatten().to(device)[positions])
+            call.chosen = _true(self._reached.flatten().to(device)[positions])
         elif rows != self._mask.numel():
             raise KfacError(
                 f"target {name!r} was given {rows} rows, but the mask has {self._mask.numel()} "
@@ -202,12 +207,16 @@ class TargetTracker:
             )
         else:
             if device not in common:
-                common[device] = _true(self._mask.flatten().to(device))
+                common[device] = _true(self._reached.flatten().to(device))
             call.chosen = common[device]
             positions = torch.arange(rows, device=device)
         if call.chosen is not None:
             positions = positions[call.chosen]
-        call.rows = InputRows(self._pick(tensor, call.chosen), positions, self._mask.shape)
+        counted = None
+        if self.sums.whole_sequences:
+            counted = _true(self._mask.flatten().to(device)[positions])
+        values = self._pick(tensor, call.chosen)
+        call.rows = InputRows(values, positions, self._mask.shape, counted)
 
     def _pick(self, tensor: Tensor, chosen: Tensor | None) -> Tensor:
         flat = tensor.detach().reshape(-1, tensor.shape[-1])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 import time
@@ -16,9 +15,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kfac.collection.batches import (
-    Forward,
     attended,
-    check_tokens,
     language_model_forward,
     on_its_device,
 )
@@ -26,42 +23,29 @@ from kfac.collection.checkpoint import Checkpoint, State
 from kfac.collection.covariance import Sums
 from kfac.collection.distributed import World
 from kfac.collection.finite import not_finite_logits_error
+from kfac.collection.head import Head
 from kfac.collection.hooks import TargetTracker
+from kfac.collection.options import Options
 from kfac.collection.plan import Plan
-from kfac.collection.sampling import RowSeeds, batch_digest, label_gradients, row_contents
+from kfac.collection.rounds import Given, rounds
+from kfac.collection.sampling import (
+    RowSeeds,
+    exact_gradients,
+    label_gradients,
+)
 from kfac.target import Target, TargetRecord
+from kfac.targets import must_pass_gradients
 from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError
 from lirefs.model.guest import as_guest
 from lirefs.model.identity import identity
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to run the passes; `collect` explains each field."""
-
-    seed: int
-    labels: str
-    samples: int
-    forward: Forward | None
-    dtype: torch.dtype
-    checkpoint: str | os.PathLike[str] | None
-    checkpoint_every: float
-    progress: bool
-
-    def __post_init__(self) -> None:
-        if self.labels not in ("sampled", "data"):
-            raise KfacError(f"labels={self.labels!r}: use 'sampled' or 'data'")
-        if self.samples < 1 or (self.labels == "data" and self.samples != 1):
-            raise KfacError(f"samples={self.samples}: at least 1, and 1 with the data's labels")
-        if self.dtype not in (torch.float32, torch.float64):
-            raise KfacError(f"dtype={self.dtype}: sums are float32 or float64")
+from lirefs.model.weight_swap import fsdp_modules
 
 
 def run_passes(
     model: nn.Module,
     batches: Iterable[Any],
     planned: Plan,
-    make_sums: Callable[[], Sums],
+    make_sums: Callable[[torch.dtype], Sums],
     options: Options,
     digests: Mapping[str, str],
     settings: Mapping[str, Any],
@@ -75,7 +59,12 @@ def run_passes(
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         # Its forward pass waits for the other processes, which may have fewer batches.
         model = model.module
-    world, passes = World(), planned.passes
+    world, passes = World(sharded=bool(fsdp_modules(model))), planned.passes
+    if world.in_step and options.labels == "exact":
+        raise KfacError(
+            "labels='exact' takes a different number of backward passes for each batch, and "
+            "processes that share a model's weights run in step: load the model in one process"
+        )
     shown = options.progress and world.rank == 0
     if shown:
         tqdm.write(str(planned), file=sys.stderr)
@@ -88,29 +77,39 @@ def run_passes(
     if path is not None and world.size > 1:
         path = f"{os.fspath(path)}.{world.rank}-of-{world.size}"
     names = [[target.name for target in targets] for targets in passes]
+    empty = partial(make_sums, planned.dtype)
     drawn = {"seed": options.seed, "labels": options.labels, "samples": options.samples}
     split = {"passes": names, "processes": world.size}
     needed = {**drawn, "dtype": str(options.dtype), **settings, **split}
+    if options.head_dtype is not None:
+        needed["head_dtype"] = str(options.head_dtype)
     if path is not None:
         needed["model"] = identity(model)
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
-    state = checkpoint.load(len(passes), partial(_shapes, passes, make_sums), options.dtype)
+    with world.failing_together():
+        state = checkpoint.load(len(passes), partial(_shapes, passes, empty), planned.dtype)
     trackers: list[TargetTracker] = []
-    with as_guest(model), checkpoint.guarded(state):
+    with as_guest(model), checkpoint.guarded(state), world.failing_together():
+        must_pass_gradients(model)
+        # In step, processes make the same passes, and a head is tried out where it is needed.
+        own = options.forward is None and options.labels != "exact" and not world.in_step
+        every = [one for some in passes for one in some]
+        head = Head.find(model, every, options.head_dtype) if own else None
         first = state.turn
+        start = min(world.gather(first)) if world.in_step else first
         for turn, targets in enumerate(passes):
-            tracker = _resumed(targets, make_sums(), options.dtype, state, on_cpu=turn < first)
-            if turn >= first:
+            tracker = _resumed(targets, empty(), planned.rows, state, on_cpu=turn < first)
+            if turn >= start:
                 if turn > first:
                     state.turn, state.done, state.data = turn, 0, ""
                 label = title if len(passes) == 1 else f"{title} {turn + 1}/{len(passes)}"
                 bar = tqdm(batches, desc=label, unit="batch", disable=not shown or None)
-                run = _Pass(model, tracker, options, checkpoint, state, world)
+                run = _Pass(model, tracker, options, checkpoint, state, world, head)
                 with tracker.hooked(), bar:
-                    run(bar, compare=turn == first)
+                    run(bar, compare=turn == start, over=turn < first)
                 tracker.sums.leave_device()
                 state.whole = state.whole or state.data
-                if state.data != state.whole:
+                if turn >= first and state.data != state.whole:
                     raise BatchError(
                         f"the batches of pass {turn + 1} differ from those of pass 1, so the sums "
                         "would be of different data: give the same in the same order each time (a "
@@ -169,97 +168,143 @@ class _Pass:
     checkpoint: Checkpoint
     state: State
     world: World
+    head: Head | None  # of a language model whose logits may be computed a few at a time
+    head_agrees: bool = False
 
-    def __call__(self, bar: Any, *, compare: bool) -> None:
-        """Sum over the batches that the state lacks; `compare` the first with other processes'."""
+    def __call__(self, bar: Any, *, compare: bool, over: bool) -> None:
+        """Sum over the batches that the state lacks; `compare` the first with other processes'.
+
+        If this pass is `over` here, and not for all processes, the model is run along with them.
+        """
         state, world, sums = self.state, self.world, self.tracker.sums
         seeds = RowSeeds(self.options.seed)
-        data = hashlib.sha256()
         began, summed, seen = time.perf_counter(), 0, 0
+        done = sys.maxsize if over else state.done
+        # In step all go back to the least that one of them has done, by whole rounds.
+        start = min(world.gather(done)) // world.size * world.size if world.in_step else done
         state.tables = state.tables | sums.tables
-        for seen, batch in enumerate(bar, 1):
-            place = f"batch {seen - 1}"
-            if self.options.forward is None:
-                check_tokens(self.model, batch, place)
-            contents = row_contents(batch)
-            data.update(batch_digest(batch, contents))
-            if seen == 1 and compare:
-                world.check_same_batches(data.hexdigest())
-            if seen <= state.done or (seen - 1) % world.size != world.rank:
-                seeds.skip(contents)
-                if seen == state.done and state.data != data.hexdigest():
+        checked = self.model if self.options.forward is None else None
+        for given in rounds(bar, world, checked, compare=compare):
+            for one in given:
+                seen = one.number
+                if seen == done and state.data != one.digest:
                     raise CheckpointError(
                         f"{self.checkpoint.path} was written with other data, or in another order: "
                         f"its first {seen} batches differ from those given now"
                     )
-                if seen > state.done:
-                    state.done, state.data = seen, data.hexdigest()
-                continue
-            with self.checkpoint.batch(state):
-                ready = on_its_device(batch, self.model)
-                counted = self._backpropagate(ready, contents, seeds, place)
-                if counted:
-                    self.checkpoint.changing = True
-                    self.tracker.add(self.options.samples)
-                    sums.check_overflow(place)
-                summed += counted
-                state.tokens += counted if state.turn == 0 else 0
-                state.done, state.data = seen, data.hexdigest()
-                state.counts |= self.tracker.counts
-                state.sources |= self.tracker.sources
-                state.tables = state.tables | sums.tables
-                bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
+                if seen <= start or (seen - 1) % world.size != world.rank:
+                    seeds.skip(one.contents)
+                    if seen > done:
+                        state.done, state.data = seen, one.digest
+                    continue
+                with self.checkpoint.batch(state):
+                    counted = self._backpropagate(one, seeds, given[-1].digest)
+                    if seen <= done:
+                        continue
+                    if counted:
+                        self.checkpoint.changing = True
+                        self.tracker.add(self.options.samples)
+                        sums.check_overflow(one.place, self.tracker.dtype)
+                    summed += counted
+                    state.tokens += counted if state.turn == 0 else 0
+                    state.done, state.data = seen, one.digest
+                    state.counts |= self.tracker.counts
+                    state.sources |= self.tracker.sources
+                    state.tables = state.tables | sums.tables
+                    bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
+            if world.in_step and start < seen and world.rank >= len(given):
+                # The last round has no batch for this process, which the others wait for.
+                with self.checkpoint.batch(state):
+                    self._backpropagate(given[-1], seeds, given[-1].digest)
         if not seen:
             raise BatchError("the iterable of batches is empty")
-        if seen < state.done:
+        if not over and seen < done:
             raise CheckpointError(
-                f"{self.checkpoint.path} was written after {state.done} batches, but only {seen} "
+                f"{self.checkpoint.path} was written after {done} batches, but only {seen} "
                 "are given"
             )
+        if world.in_step:
+            world.check_same_batches(given[-1].digest)
 
-    def _backpropagate(
-        self, batch: Any, contents: Sequence[bytes], seeds: RowSeeds, place: str
-    ) -> int:
-        """Run the model, choose labels, backpropagate; return the number of counted positions."""
+    def _backpropagate(self, given: Given, seeds: RowSeeds, data: str) -> int:
+        """Run the model, choose labels, backpropagate; return the number of counted positions.
+
+        `data` is the digest of all batches of this round and before.
+        """
+        contents, place = given.contents, given.place
+        batch = on_its_device(given.batch, self.model)
         forward, samples = self.options.forward or language_model_forward, self.options.samples
+        head = self._needed_head(batch)
         self.tracker.begin()
-        logits, mask, *rest = forward(self.model, batch)
-        shape = logits.shape[:-1]
+        rest: Sequence[Tensor] = ()
+        if head is None:
+            with self.world.model_pass(data):
+                end, mask, *rest = forward(self.model, batch)
+            classes = end.shape[-1]
+        else:
+            hidden, mask = head.hidden_states(self.model, batch)
+            assert hidden is not None  # `agrees` has seen one call
+            end, classes = hidden, head.linear.out_features
+        shape = end.shape[:-1]
         if not shape or mask.ndim == 0 or mask.shape[0] != shape[0] or len(contents) != shape[0]:
             raise BatchError(
-                f"{place}: logits {tuple(logits.shape)} and mask {tuple(mask.shape)} must both "
+                f"{place}: logits {tuple(end.shape)} and mask {tuple(mask.shape)} must both "
                 f"begin with the number of sequences, {len(contents)}"
             )
         mask = mask.bool()
         labelled = mask if mask.shape == shape else torch.ones(shape, dtype=torch.bool)
         uniforms = labels = None
-        if self.options.labels == "data":
+        real = attended(batch)
+        if self.options.labels == "exact":
+            seeds.skip(contents)
+        elif self.options.labels == "data":
             seeds.skip(contents)
             labels = self._given_labels(batch, rest, shape, place)[labelled].long()
-            if bool(((labels < 0) | (labels >= logits.shape[-1])).any()):
+            if bool(((labels < 0) | (labels >= classes)).any()):
                 raise BatchError(
                     f"{place}: a label of a counted position is not in the vocabulary of "
-                    f"{logits.shape[-1]}; -100 marks positions that are not counted"
+                    f"{classes}; -100 marks positions that are not counted"
                 )
         else:
             # A draw at every real token, counted or not, makes labels independent of the mask.
-            real = attended(batch)
             drawn = real if real is not None and real.shape == shape else labelled
             where = drawn | labelled.to(drawn.device)
             uniforms = seeds.draw(contents, where, samples)[:, labelled.cpu()]
-        if not (counted := int(mask.sum())):
+        counted = int(mask.sum())
+        if not counted and not self.world.in_step:
             return 0
-        if not logits.requires_grad:
+        if not end.requires_grad:
             raise TargetError("the logits depend on no target: the forward pass calls none of them")
-        self.tracker.read(mask, place)
-        rows = labelled.flatten().nonzero()[:, 0]
-        gradients = label_gradients(logits.detach(), rows, uniforms, labels)
+        same = real is not None and real.shape == mask.shape
+        self.tracker.read(mask, real if same and real is not None else torch.ones_like(mask), place)
+        gradients: Iterable[Tensor] | None
+        if head is not None:
+            gradients = head.gradients(end, labelled, uniforms, labels, place)
+        elif self.options.labels == "exact":
+            gradients = exact_gradients(end.detach(), labelled, place)
+        else:
+            rows = labelled.flatten().nonzero()[:, 0]
+            gradients = label_gradients(end.detach(), rows, uniforms, labels)
         if gradients is None:
-            raise not_finite_logits_error(logits, labelled, place)
-        for draw, gradient in enumerate(gradients, 1):
-            torch.autograd.backward(logits, gradient, retain_graph=draw < samples)
+            raise not_finite_logits_error(end, labelled, place)
+        with self.world.model_pass(data):
+            for draw, gradient in enumerate(gradients, 1):
+                more = draw < samples or self.options.labels == "exact"
+                torch.autograd.backward(end, gradient, retain_graph=more)
         self.tracker.check_gradients(place)
         return counted
+
+    def _needed_head(self, batch: Any) -> Head | None:
+        """Return the head if it is to compute the logits of a batch, and gives the model's."""
+        if self.head is not None and self.head.is_needed(batch) and not self.head_agrees:
+            self.head_agrees = self.head.agrees(self.model, batch)
+            self.head = self.head if self.head_agrees else None
+        if self.head is None and self.options.head_dtype is not None:
+            raise KfacError(
+                "head_dtype: the logits of this model are not those of one matrix that is not a "
+                "target, so their dtype cannot be chosen"
+            )
+        return self.head if self.head is not None and self.head.is_needed(batch) else None
 
     def _given_labels(
         self, batch: Any, rest: Sequence[Tensor], shape: torch.Size, place: str
@@ -296,7 +341,7 @@ def _finish(
             raise TargetError(f"targets whose output never reaches the logits: {[name]}")
         for key, shape in shapes.items():
             if key not in sums.tables:
-                sums.tables[key] = torch.zeros(shape, dtype=tracker.dtype)
+                sums.tables[key] = torch.zeros(shape, dtype=sums.dtype)
     world.add(sums.tables)
     sums.finish()
     return records

@@ -13,11 +13,16 @@ from torch import Tensor
 
 from kfac.collection.batches import attended
 from kfac.factors.tensor_file import tensor_bytes
+from lirefs.errors import BatchError
 
-# Elements of softmax worked on at a time: 16 MB in float32, about what a processor cache holds.
-# On one core and a vocabulary of 49,152 this takes 0.15 s for 1,016 positions; 2**26 takes 0.32 s.
-_CHUNK = 2**22
+# Elements of softmax worked on at a time. On a CPU 16 MB in float32, about what its cache holds: on
+# one core and a vocabulary of 49,152 this takes 0.15 s for 1,016 positions; 2**26 takes 0.32 s. On
+# a GPU few large kernels are faster than many small ones.
+_CHUNK = {"cpu": 2**22, "cuda": 2**26}
 _BLOCK = 256
+
+EXACT_CLASSES = 256
+"""Most classes whose labels are all enumerated: each costs a backward pass at each position."""
 
 
 class RowSeeds:
@@ -56,20 +61,26 @@ class RowSeeds:
 
 
 def label_gradients(
-    logits: Tensor, rows: Tensor, uniforms: Tensor | None, labels: Tensor | None
+    logits: Tensor,
+    rows: Tensor,
+    uniforms: Tensor | None,
+    labels: Tensor | None,
+    *,
+    in_place: bool = False,
 ) -> Iterator[Tensor] | None:
     """Return the gradients of the summed negative log-likelihood of labels, one for each draw.
 
     Labels are int64 (n,), or sampled with `uniforms`, float64 (draws, n), for the `rows`, int64
     (n,), of the flattened logits (..., C). Gradients are softmax minus one-hot, like the logits and
     zero outside `rows`; each is valid until the next. None if a counted row is not finite.
+    `in_place` writes them over the logits, of which all rows must be counted.
     """
     classes = logits.shape[-1]
     flat = logits.reshape(-1, classes)
     dtype = torch.promote_types(flat.dtype, torch.float32)
     rows = rows.to(flat.device)
     every = len(rows) == len(flat)
-    gradient = torch.empty_like(flat) if every else torch.zeros_like(flat)
+    gradient = flat if in_place else torch.empty_like(flat) if every else torch.zeros_like(flat)
     finite = torch.ones((), dtype=torch.bool, device=flat.device)
     if uniforms is not None:
         on_mps = flat.device.type == "mps"  # which has no float64
@@ -79,7 +90,7 @@ def label_gradients(
         assert labels is not None
         drawn = labels.to(flat.device)[None]
     chances = torch.empty(drawn.shape, dtype=dtype, device=flat.device)
-    step = max(1, _CHUNK // classes)
+    step = max(1, _CHUNK.get(flat.device.type, _CHUNK["cpu"]) // classes)
     for start in range(0, len(rows), step):
         part = slice(start, start + step)
         index = part if every else rows[part]
@@ -100,6 +111,43 @@ def label_gradients(
             gradient[rows, label] = chance.to(gradient.dtype)
 
     return with_labels()
+
+
+def exact_gradients(logits: Tensor, labelled: Tensor, place: str) -> Iterator[Tensor] | None:
+    """Return the gradients whose outer products sum to the expectation over all labels.
+
+    There is one for each class y and each position of a sequence: √p(y) · (softmax − one-hot of y)
+    at this position of all sequences, and zero elsewhere. So no two positions of a sequence mix, as
+    they do not in expectation, because their labels are drawn independently. Arguments and result
+    are as for `label_gradients`, `labelled` is the bool mask (...) of rows.
+
+    Raises:
+        BatchError: There are more than `EXACT_CLASSES` classes.
+    """
+    classes = logits.shape[-1]
+    if classes > EXACT_CLASSES:
+        raise BatchError(
+            f"{place}: labels='exact' needs a backward pass for each of {classes} classes at each "
+            f"position, and takes at most {EXACT_CLASSES}; use labels='sampled' with more samples"
+        )
+    # (sequences, positions of one sequence, classes)
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    chances = torch.softmax(logits, dim=-1, dtype=dtype).reshape(len(logits), -1, classes)
+    rows = labelled.to(logits.device).reshape(chances.shape[:2])
+    if not bool(chances[rows].isfinite().all()):
+        return None
+
+    def each() -> Iterator[Tensor]:
+        for position in rows.any(0).nonzero()[:, 0].tolist():
+            chance = chances[:, position] * rows[:, position, None]
+            for label in range(classes):
+                gradient = torch.zeros_like(chances)
+                gradient[:, position] = chance
+                gradient[:, position, label] -= rows[:, position].to(dtype)
+                gradient[:, position] *= chance[:, label, None].sqrt()
+                yield gradient.reshape(logits.shape).to(logits.dtype)
+
+    return each()
 
 
 def sample_labels(probabilities: Tensor, uniforms: Tensor) -> Tensor:

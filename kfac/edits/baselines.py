@@ -7,7 +7,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from kfac.edits.weight_edit import WeightEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
 from kfac.targets import named_targets
-from lirefs.errors import TargetError, as_list
+from lirefs.errors import EditError, TargetError, as_list
 from lirefs.model.guest import full_precision, widened
 
 
@@ -48,19 +48,51 @@ class _RandomEdit(SpectralEdit):
 class RandomPairsEdit(_RandomEdit):
     """Keep as many pairs as `CurvatureEdit`, drawn uniformly at random in the same eigenbasis.
 
+    Or keep a share of all pairs, so that another number than the edit's can be compared with it,
+    such as one that does the same damage.
+
     Args:
         factors: Factors of the model to be edited.
         keep: Fraction of the curvature mass that fixes the number of pairs; or one for each target.
         seed: Seed of the random choice.
+        of: What `keep` is a fraction of: `"mass"`, or `"pairs"`, which keeps that fraction of the
+            pairs themselves, at least one. Of the same seed, a smaller set is then part of every
+            larger one.
+
+    Raises:
+        KeepError: `keep` is out of range, empty, or names an unknown target.
+        EditError: `of` is neither.
     """
 
     kind = "random_pairs"
 
+    def __init__(
+        self,
+        factors: Factors,
+        keep: float | Mapping[str, float],
+        seed: int = 0,
+        *,
+        of: Literal["mass", "pairs"] = "mass",
+    ) -> None:
+        super().__init__(factors, keep, seed)
+        if of not in ("mass", "pairs"):
+            raise EditError(f"of={of!r} is unknown: use 'mass' or 'pairs'")
+        self.of = of
+
+    def describe(self) -> dict[str, Any]:
+        """Return kind, keep, seed, the digest of the factors, and `of` unless it is "mass"."""
+        return super().describe() | ({} if self.of == "mass" else {"of": self.of})
+
     def choose(self, name: str, coordinates: Tensor | None) -> Selection:
         """Keep as many random pairs; `kept_mass` is the mass that these happen to hold."""
         basis = self.factors.eigen(name)
-        pairs = self._by_curvature(name).pairs
-        table = random_pairs_table(len(basis.lam), len(basis.mu), pairs, self._seeds(name))
+        rows, columns = len(basis.lam), len(basis.mu)
+        if self.of == "pairs":
+            pairs = max(1, round(self._keeps[name] * rows * columns))
+            table = nested_pairs_table(rows, columns, pairs, self._seeds(name))
+        else:
+            pairs = self._by_curvature(name).pairs
+            table = random_pairs_table(rows, columns, pairs, self._seeds(name))
         held = basis.lam @ table.double() @ basis.mu
         return TableSelection(table, float(held / (basis.lam.sum() * basis.mu.sum())))
 
@@ -202,6 +234,12 @@ def random_pairs_table(rows: int, columns: int, pairs: int, seeds: list[int]) ->
         picked = generator.choice(columns, count, replace=False, shuffle=False)
         table[row, torch.from_numpy(picked)] = True
     return table
+
+
+def nested_pairs_table(rows: int, columns: int, pairs: int, seeds: list[int]) -> Tensor:
+    """Return the same, but a smaller table of the same seeds is part of every larger one."""
+    drawn = torch.from_numpy(np.random.default_rng(seeds).random((rows, columns)))
+    return drawn <= largest_of_smallest(drawn.flatten(), pairs)
 
 
 def random_rotation(size: int, generator: torch.Generator) -> Tensor:

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from kfac.edits.selection import SHAPES, Selection, TableSelection, select_largest, select_separable
+from kfac.edits.rotation import keep_stairs
+from kfac.edits.selection import (
+    SHAPES,
+    OrderedSelection,
+    Selection,
+    TableSelection,
+    select_largest,
+    select_separable,
+)
 from kfac.edits.staircase import check_keep
 from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, EstimatorError, KeepError, must_be
 from lirefs.model.guest import full_precision, widened
+from lirefs.model.weight_swap import is_sharded
+from lirefs.statistics.intervals import Ints
 
 
 @dataclass(frozen=True)
@@ -41,6 +52,15 @@ class TargetReport:
     kept_mass: float
     rank_bound: int
     relative_change: float | None
+
+    def __repr__(self) -> str:
+        text = (
+            f"{self.name}: {self.pairs:,} of {self.total_pairs:,} pairs ({self.kept_share:.1%}), "
+            f"{self.kept_mass:.1%} of the mass, rank at most {self.rank_bound}"
+        )
+        if self.relative_change is not None:
+            text += f", changed by {self.relative_change:.1%}"
+        return f"TargetReport({text})"
 
 
 class SpectralEdit(WeightEdit):
@@ -95,7 +115,11 @@ class SpectralEdit(WeightEdit):
             FactorsMismatchError: The factors do not belong to this model.
             EditError: A target has no curvature mass.
         """
-        return [(target, weight) for target, weight, _ in self._prepare(model)]
+        return list(self.prepare_in_turn(model))
+
+    def prepare_in_turn(self, model: nn.Module) -> Iterator[tuple[Target, Tensor]]:
+        """Compute each edited weight when it is taken, so that one at a time is in memory."""
+        return ((target, weight) for target, weight, _ in self._prepare(model))
 
     def describe(self) -> dict[str, Any]:
         """Return kind, keep and the digest of the factors."""
@@ -114,6 +138,8 @@ class SpectralEdit(WeightEdit):
                 original = target.weight.double()
                 change = float((weight - original).norm() / original.norm())
                 found[target.name] = (selection, change)
+        else:
+            self._decompose()
         unchanged = None if model is None else 0.0
         rows = []
         for name in self._keeps:
@@ -122,11 +148,35 @@ class SpectralEdit(WeightEdit):
             rows.append(TargetReport(name, *counts, one.kept_mass, one.rank_bound, moved))
         return rows
 
-    def _prepare(self, model: nn.Module) -> list[tuple[Target, Tensor, Selection]]:
+    def bake_in_turn(self, model: nn.Module) -> list[TargetReport]:
+        """Put the edited weights in place for good, one input at a time, and report on each target.
+
+        The weights are those of `bake`. The decompositions, rotated weights and edited weights of
+        targets that read one input are freed before those of the next are computed, so beside model
+        and factors there is never more than these in memory. An error leaves the model edited in
+        part: load it again.
+
+        Raises:
+            FactorsMismatchError: The factors do not belong to this model; nothing is changed.
+            EditError: As for `bake`.
+        """
+        records = self.factors.records
+        for target in self.factors.targets(model, self._keeps):
+            check_weight(target, records[target.name].digest)
+        reports = []
+        for _, names in itertools.groupby(self._keeps, key=lambda name: records[name].source):
+            part = self.with_keep({name: self._keeps[name] for name in names})
+            reports += part.report(model)
+            part.bake(model)
+            self.factors.forget(part._keeps)
+        return reports
+
+    def _prepare(self, model: nn.Module) -> Iterator[tuple[Target, Tensor, Selection]]:
         records = self.factors.records
         targets = self.factors.targets(model, self._keeps)
         digests = {one.name: check_weight(one, records[one.name].digest) for one in targets}
-        result = []
+        # All processes of a sharded model are here, and each writes a part of the same weights.
+        self._decompose(spread=any(is_sharded(target.parameter) for target in targets))
         for target in targets:
             name, weight = target.name, target.weight
             if self._keeps[name] == 1:
@@ -134,11 +184,20 @@ class SpectralEdit(WeightEdit):
             # float32 suffices: eigenvectors come from float64, and the two rotations add an error
             # of about 1e-6 of the weight, a thousandth of a bfloat16 rounding step.
             with full_precision(weight.device):
-                coordinates = self._coordinates(name, weight, digests[name])
-                chosen = self._selection(name, coordinates)
-                kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
-                result.append((target, self._rotate_back(name, kept).to(weight.dtype), chosen))
-        return result
+                edited, chosen = self._edited(name, weight, digests[name])
+            yield target, edited.to(weight.dtype), chosen
+
+    def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
+        """Return a target's weight without the pairs that are not kept, and those that are."""
+        coordinates = self._coordinates(name, weight, digest)
+        chosen = self._selection(name, coordinates)
+        kept = coordinates.masked_fill(~chosen.mask(coordinates.device), 0.0)
+        return self._rotate_back(name, kept), chosen
+
+    def _decompose(self, *, spread: bool = False) -> None:
+        """Compute the eigenbases that will be needed, with a bar if it takes long."""
+        needed = (name for name, keep in self._keeps.items() if keep < 1)
+        self.factors.decompose(needed, spread=spread)
 
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         return self.factors.coordinates(name, weight, digest)
@@ -176,7 +235,8 @@ class CurvatureEdit(SpectralEdit):
 
     With G = U_G diag(λ) U_Gᵀ and A = U_A diag(μ) U_Aᵀ, W' = U_G (M ∘ (U_Gᵀ W U_A)) U_Aᵀ. The mask M
     keeps the fewest pairs (i, j) of largest mass λᵢ·μⱼ that hold `keep` of the total mass.
-    The rotated weights are cached in the factors, so a sweep over `keep` is cheap.
+    Where the mass of a pair is a product of two sides, only the kept pairs are computed. Otherwise
+    the rotated weights are cached in the factors for a sweep over `keep`.
 
     Args:
         factors: Factors of the model to be edited.
@@ -250,6 +310,20 @@ class CurvatureEdit(SpectralEdit):
             return select_separable(curvature.lam, curvature.mu, keep, self.shape)
         return select_largest(curvature.mass(), keep)
 
+    def _edited(self, name: str, weight: Tensor, digest: str) -> tuple[Tensor, Selection]:
+        if self.saliency or self.estimator in ("ekfac", "diagonal"):
+            return super()._edited(name, weight, digest)
+        chosen = self._selection(name, None)
+        assert isinstance(chosen, OrderedSelection)
+        wide = widened(weight)
+        bases = self._bases(name, wide)
+        u_out, u_in = map(_in_order, bases, (chosen.row_ranks, chosen.column_ranks))
+        return keep_stairs(wide, u_out, u_in, chosen.stairs.counts), chosen
+
+    def _decompose(self, *, spread: bool = False) -> None:
+        if self.estimator != "diagonal":
+            super()._decompose(spread=spread)
+
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         if self.estimator == "diagonal":
             return widened(weight)
@@ -257,3 +331,10 @@ class CurvatureEdit(SpectralEdit):
 
     def _rotate_back(self, name: str, kept: Tensor) -> Tensor:
         return kept if self.estimator == "diagonal" else super()._rotate_back(name, kept)
+
+
+def _in_order(basis: Tensor, ranks: Ints) -> Tensor:
+    """Return the eigenvectors by rank; they nearly always are so already, and are not copied."""
+    if (ranks[:-1] < ranks[1:]).all():
+        return basis
+    return basis[:, torch.from_numpy(ranks.argsort()).to(basis.device)]

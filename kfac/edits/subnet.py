@@ -15,11 +15,12 @@ from tqdm.auto import tqdm
 from kfac.analysis.losses import passage_losses
 from kfac.collection.batches import check_model_and_batches
 from kfac.edits.baselines import largest_of_smallest
-from kfac.edits.weight_edit import WeightEdit, check_weight, trained_weights
+from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.target import Target, weight_digest
-from kfac.targets import named_targets
+from kfac.targets import must_pass_gradients, named_targets
 from lirefs.errors import BatchError, EditError, NonFiniteError, as_list
 from lirefs.model.guest import as_guest
+from lirefs.model.training.copies import trained_weights
 
 
 class SubnetEdit(WeightEdit):
@@ -29,17 +30,37 @@ class SubnetEdit(WeightEdit):
         masks: For each target name the kept entries, bool (out, in), on CPU.
         digests: For each target name the digest of the weight that the mask was learned on.
         settings: How the masks were learned; JSON values.
+        scores: For each target name the scores that the mask was made of, float32 (out, in), on
+            CPU; None if they are not known.
     """
 
     kind = "balanced_subnet"
 
     def __init__(
-        self, masks: dict[str, Tensor], digests: dict[str, str], settings: dict[str, Any]
+        self,
+        masks: dict[str, Tensor],
+        digests: dict[str, str],
+        settings: dict[str, Any],
+        scores: dict[str, Tensor] | None = None,
     ) -> None:
         self.masks, self.digests, self.settings = masks, digests, settings
+        self.scores = scores
 
     def __repr__(self) -> str:
         return f"SubnetEdit({len(self.masks)} targets)"
+
+    def with_ratio(self, ratio: float) -> SubnetEdit:
+        """Return the edit that prunes another fraction by the same scores, in (0, 1).
+
+        Raises:
+            EditError: The scores are not known, or the fraction is out of range.
+        """
+        number = isinstance(ratio, int | float)
+        if self.scores is None or not number or not 0 < ratio < 1:
+            raise EditError(f"with_ratio needs scores, and ratio={ratio} in (0, 1)")
+        masks = {name: _kept(score, ratio) for name, score in self.scores.items()}
+        learned = {"learned at": self.settings.get("ratio"), **self.settings}
+        return SubnetEdit(masks, self.digests, learned | {"ratio": ratio}, self.scores)
 
     def prepare(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Compute the masked weights.
@@ -115,6 +136,7 @@ def fit_balanced_subnet(
     masked = _Masked(targets, ratio, lr, seed)
     order = torch.Generator().manual_seed(seed)
     with as_guest(model), trained_weights([target.parameter for target in targets]):
+        must_pass_gradients(model)
         masked.mask()
         bar = tqdm(range(epochs), desc="BalancedSubnet", unit="epoch", disable=not progress or None)
         for _ in bar:
@@ -132,8 +154,15 @@ def fit_balanced_subnet(
                 masked.step()
                 bar.set_postfix_str(f"loss {total:.3f}")
     settings = {"ratio": ratio, "weight": weight, "epochs": epochs, "lr": lr, "seed": seed}
-    masks = {target.name: masked.kept(score).cpu() for target, _, score in masked.parts}
-    return SubnetEdit(masks, masked.digests, settings)
+    scores = {target.name: score.cpu() for target, _, score in masked.parts}
+    masks = {name: _kept(score, ratio) for name, score in scores.items()}
+    return SubnetEdit(masks, masked.digests, settings, scores)
+
+
+def _kept(score: Tensor, ratio: float) -> Tensor:
+    """Return the mask of a target from its scores, bool (out, in)."""
+    sizes = score.abs()
+    return sizes > largest_of_smallest(sizes.flatten(), round(ratio * sizes.numel()))
 
 
 class _Masked:
@@ -169,12 +198,7 @@ class _Masked:
         self.optimizer.step()
         self.mask()
 
-    def kept(self, score: Tensor) -> Tensor:
-        """Return the mask of a target from its scores, bool (out, in)."""
-        sizes = score.abs().flatten()
-        return score.abs() > largest_of_smallest(sizes, round(self.ratio * len(sizes)))
-
     def mask(self) -> None:
         """Put the masked weights in place."""
         for target, original, score in self.parts:
-            target.parameter.data = original * target.orient(self.kept(score))
+            target.parameter.data = original * target.orient(_kept(score, self.ratio))

@@ -63,6 +63,9 @@ class UnionEdit(SpectralEdit):
         """Keep the pairs of largest score."""
         return select_largest(self._union(name)[2], self._keeps[name])
 
+    def _decompose(self, *, spread: bool = False) -> None:
+        """Do nothing: the bases are those of the two sets together."""
+
     def _coordinates(self, name: str, weight: Tensor, digest: str) -> Tensor:
         key = (name, digest, weight.device)
         if key not in self._rotated:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack
 from typing import Any, ClassVar
 
 import torch
@@ -13,7 +13,12 @@ from torch import Tensor, nn
 from kfac.target import Target, weight_digest
 from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
 from lirefs.model.intervention import Composable, reserve
-from lirefs.model.weight_swap import EditHandle, SwappedWeight, originals_of
+from lirefs.model.weight_swap import (
+    EditHandle,
+    SwappedWeight,
+    originals_of,
+    put,
+)
 
 
 class WeightEdit(Composable, abc.ABC):
@@ -34,6 +39,10 @@ class WeightEdit(Composable, abc.ABC):
     @abc.abstractmethod
     def describe(self) -> dict[str, Any]:
         """Return the kind and all parameters as JSON values; they tell this edit from any other."""
+
+    def prepare_in_turn(self, model: nn.Module) -> Iterable[tuple[Target, Tensor]]:
+        """What `prepare` returns; a subclass may compute each new weight when it is taken."""
+        return self.prepare(model)
 
     def attach(self, model: nn.Module) -> EditHandle:
         """Put the edited weights in place.
@@ -75,7 +84,7 @@ class WeightEdit(Composable, abc.ABC):
                     "an edit of the same weight is attached; remove it before baking"
                 )
             for target, stored in changes:
-                target.parameter.data = stored
+                put(target.parameter, stored)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -83,7 +92,7 @@ class WeightEdit(Composable, abc.ABC):
         """Return a target of each parameter to change, and the parameter's new tensor."""
         changes: dict[int, tuple[Target, Tensor]] = {}
         owners: dict[tuple[int, int | None], str] = {}
-        for target, weight in self.prepare(model):
+        for target, weight in self.prepare_in_turn(model):
             parameter = target.parameter
             key = (id(parameter), target.expert)
             if key in owners or (target.expert is None and id(parameter) in changes):
@@ -103,20 +112,6 @@ class WeightEdit(Composable, abc.ABC):
         return list(changes.values())
 
 
-@contextmanager
-def trained_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """Let parameters be trained or moved inside a `with` block; then restore data and gradients."""
-    before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
-    try:
-        for parameter in parameters:
-            parameter.grad = None
-            parameter.requires_grad_(True)
-        yield
-    finally:
-        for parameter, data, gradient in before:
-            parameter.data, parameter.grad = data, gradient
-
-
 def check_weight(target: Target, expected: str, origin: str = "the factors were collected") -> str:
     """Return the digest of a target's weight, expected as it is or was before attached edits."""
     digest = weight_digest(target.weight)
@@ -124,7 +119,7 @@ def check_weight(target: Target, expected: str, origin: str = "the factors were 
         originals = map(target.view, originals_of(target.parameter))
         if expected not in map(weight_digest, originals):
             raise FactorsMismatchError(
-                f"target {target.name!r}: {origin} from other weights (another checkpoint or "
-                "another dtype)"
+                f"target {target.name!r}: {origin} from other weights (an edit that is baked into "
+                "this model, another checkpoint, or another dtype); use the model that they are of"
             )
     return digest

@@ -64,8 +64,8 @@ def _check_fields(fields: Mapping[str, Any]) -> None:
         raise ValueError("it has no targets, or counts that are not whole numbers of at least 0")
     if not isinstance(fields["seeds"], list) or not all(type(n) is int for n in fields["seeds"]):
         raise ValueError("its seeds are not a list of whole numbers")
-    if fields["labels"] not in ("sampled", "data", "mixed"):
-        raise ValueError("its labels are not 'sampled', 'data' or 'mixed'")
+    if fields["labels"] not in ("sampled", "exact", "data", "mixed"):
+        raise ValueError("its labels are not 'sampled', 'exact', 'data' or 'mixed'")
     if not isinstance(fields["provenance"], dict) or type(fields["weighted"]) is not bool:
         raise ValueError("its provenance is not an object, or `weighted` is not true or false")
 

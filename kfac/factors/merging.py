@@ -100,7 +100,7 @@ def subtract(whole: Factors, part: Factors) -> Factors:
     sums = _combine([whole, part], lambda key, _: whole.sums[key] - part.sums[key])
     for key, difference in sums.items():
         squares, before = (
-            table if key.startswith("D.") else table.diagonal()
+            table if key.startswith("D") else table.diagonal()
             for table in (difference, whole.sums[key])
         )
         if bool((squares < -_ROUNDING * before).any()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -47,6 +48,15 @@ def read_tensors(
     if not isinstance(values, dict):
         raise FactorsFileError(f"{path} has a damaged header: it is not a JSON object")
     return values, tensors
+
+
+def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over a header of JSON values and all tensors, as 64 hex digits."""
+    sha = hashlib.sha256(json.dumps(header).encode())
+    for key, tensor in sorted(tensors.items()):
+        sha.update(key.encode())
+        sha.update(tensor_bytes(tensor))
+    return sha.hexdigest()
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

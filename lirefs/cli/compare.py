@@ -11,11 +11,13 @@ import torch.distributed as dist
 from typer import Option
 
 from lirefs.cli.options import (
+    DEFAULT_LABELS,
     Device,
     DeviceMap,
     Dtype,
     Force,
     Json,
+    Labels,
     OutFolder,
     Quiet,
     Seed,
@@ -41,8 +43,10 @@ def compare_command(
     dtype: Dtype = None,
     device_map: DeviceMap = None,
     questions: Annotated[Path | None, Option(help="Questions (JSON Lines) to fit on.")] = None,
+    labels: Labels = DEFAULT_LABELS,
     memorized: Annotated[
-        Path | None, Option(help="Texts to recite: JSON Lines, text or folder.")
+        Path | None,
+        Option(help="Texts to recite: JSON Lines, a file of text (one item) or a folder of them."),
     ] = None,
     factors: Annotated[
         Path | None, Option(help="Factors to use; written there if the file is missing.")
@@ -95,6 +99,7 @@ def compare_command(
         dtype=dtype,
         device_map=device_map,
         questions=questions,
+        labels=labels.split(","),
         memorized=memorized,
         factors=factors,
         direction_layers=indices_option(direction_layers, "--direction-layers"),

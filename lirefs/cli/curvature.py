@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +16,7 @@ from typer import Option
 import kfac
 import lirefs
 from lirefs.cli import options
+from lirefs.cli.curvature_plan import ESTIMATORS, Projections, plan_command, roles
 from lirefs.cli.options import (
     DEFAULT_MODEL,
     Device,
@@ -33,13 +33,12 @@ from lirefs.cli.options import (
 )
 from lirefs.cli.passages import Passage, batches_cut_alike, labelled_batch, texts_to_read
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, usual_file_permissions, write_errors
+from lirefs.files import atomic_write_text
 from lirefs.main_job.settings import console_table
 from lirefs.statistics.intervals import roc_areas
 from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
 from lirefs.tasks.texts import TextRow, text_rows
 
-ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
     Path | None,
@@ -47,6 +46,7 @@ Memorized = Annotated[
 ]
 
 app = typer.Typer(no_args_is_help=True, help="Curvature of the weights, and edits by it.")
+app.command("plan")(plan_command)
 
 
 @app.command("collect")
@@ -60,9 +60,7 @@ def collect_command(
         Path | None, Option(help="Texts (JSON Lines, text, folder); default: the project's.")
     ] = None,
     layers: Annotated[str | None, Option(help="Layers, e.g. 20,21,22.")] = None,
-    projections: Annotated[
-        str, Option(help="mlp_in, mlp_out, mlp, or name endings: gate_proj,q_proj.")
-    ] = "mlp_in",
+    projections: Projections = "mlp_in",
     estimators: Annotated[
         str, Option(help="kfac, and any of marginal, diagonal, ekfac (a second pass).")
     ] = "kfac",
@@ -84,9 +82,7 @@ def collect_command(
     chosen = options.indices_option(layers)
     rows = calibration_texts() if texts is None else texts_to_read(texts)
     lm = options.load_model(model, device, dtype, device_map)
-    group = projections.strip() in ("mlp_in", "mlp_out", "mlp")
-    roles = projections.strip() if group else projections.split(",")
-    targets = kfac.find_targets(lm.model, chosen, roles)
+    targets = kfac.find_targets(lm.model, chosen, roles(projections))
     room = None if budget is None else int(budget * 2**30)
     settings: dict[str, Any] = {
         "seed": seed, "samples": samples, "budget": room, "progress": not quiet
@@ -141,34 +137,23 @@ def edit_command(
 ) -> None:
     """Edit a model and save it in a folder that transformers loads without this package.
 
-    --force replaces a folder only if this command wrote it.
+    Targets are edited in turn and written in files of 1 GB, so no second copy of the model is held
+    in memory. What happens to each target is printed before anything is written. --force replaces a
+    folder only if this command wrote it.
     """
-    edited_before = (out / "curvature_edit.json").exists()
-    if out.exists() and not edited_before:
-        raise SettingError(f"{out}: exists; name a new folder")
-    options.keep_finished(out, force)
+    options.keep_folder(out, "curvature_edit.json", force)
     lm, known = _load(factors, model, device, dtype, device_map)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
-    reports = change.report(lm.model)
-    change.bake(lm.model)
-    with write_errors(out):
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
-            made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
-            made.mkdir()
-            lm.model.save_pretrained(made)
-            lm.tokenizer.save_pretrained(made)
-            record = {**change.describe(), "targets": [vars(report) for report in reports]}
-            _write_json(made / "curvature_edit.json", record)
-            usual_file_permissions(made)
-            if edited_before:
-                out.rename(Path(folder) / "replaced")
-            made.rename(out)
+    if estimator != "diagonal":
+        known.decompose(progress=not quiet)
+    reports = change.bake_in_turn(lm.model)
+    record = {**change.describe(), "targets": [vars(report) for report in reports]}
     table = console_table("target", "pairs kept", "mass kept", "rank at most", "weight change")
     for one in reports:
         shares = f"{one.kept_share:.1%}", f"{one.kept_mass:.1%}"
         table.add_row(one.name, *shares, str(one.rank_bound), f"{one.relative_change:.3f}")
     options.print_result(record, table, as_json)
+    options.save_model(lm.model, lm.tokenizer, out, "curvature_edit.json", record)
     options.say_on_console(f"edited model: {out}")
 
 
@@ -199,6 +184,7 @@ def bands_command(
     lm, known = _load(factors, model, device, dtype, device_map)
     recited = _recited(lm, memorized, 2, "to compare them with clean ones")
     sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
+    known.decompose(sides="A", progress=not quiet)
     first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
     ratios = kfac.band_ratios(first, second, seed=seed)
     layers = [target.layer for target in known.targets(lm.model, ratios.names)]
@@ -263,6 +249,7 @@ def detect_command(
         recited = {key for key, _, _ in _recited(lm, None, 0)}
         rows = [one for one in rows if one.fields["label"] == "clean" or one.id in recited]
     ids = lm.encode([row.fields["text"] for row in rows])
+    known.decompose(sides="A", progress=not quiet)
     scores = kfac.flat_shares(lm.model, lm.batches(ids), known, flat=flat)
     lines: list[dict[str, Any]] = [
         {
@@ -337,6 +324,7 @@ def relearn_command(
         batches_cut_alike(lm, unrelated, mixed[:half]),
     )
     training: dict[str, Any] = {"steps": points, "lr": lr, "seed": seed, "progress": not quiet}
+    known.decompose(progress=not quiet)
     result = kfac.relearn(lm.model, compared, learned, rest, other=other, **training)
     kfac.figures.relearning_figure(result).save(out, "relearning")
     arms = {

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+from datetime import UTC, datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,29 +13,20 @@ from typer import Argument, Option
 
 import lirefs
 from lirefs.cli import options
-from lirefs.cli.options import (
-    DEFAULT_MODEL,
-    Device,
-    DeviceMap,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    OutFolder,
-    Quiet,
-    Seed,
-)
 from lirefs.cli.probe_page import probe_page
+from lirefs.comparison.compare import command_line
 from lirefs.directions import estimators, geometry
 from lirefs.directions import figures as probe_plots
 from lirefs.errors import SettingError
+from lirefs.export.bake import bake
 from lirefs.export.gguf import to_gguf
+from lirefs.export.vllm import WORKER
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.main_job.settings import console_table
+from lirefs.model.builtin import BUILTIN
 from lirefs.model.layout import SITES
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import organism_questions
-from lirefs.questions.question import LABELS
 from lirefs.steering.operators import OPERATORS
 
 ESTIMATORS = {
@@ -42,15 +36,27 @@ ESTIMATORS = {
     "pca": estimators.PCADirection,
     "ridge": estimators.RidgeDirection,
 }
+BAKED = "steering.json"
+"""What was baked, in the folder of the model."""
 DirectionsFile = Annotated[Path, Argument(help="Directions, as `lirefs probe` writes them.")]
 Layer = Annotated[int | None, Option(help="Layer of the direction; default: the best one.")]
+OperatorName = Annotated[str, Option(help=f"One of {', '.join(OPERATORS)}.")]
+
+
+class Runtime(StrEnum):
+    """What a steering is written for."""
+
+    GGUF = "gguf"
+    BAKED = "baked"
+    VLLM = "vllm"
+    TRANSFORMERS = "transformers"
 
 
 def probe_command(
-    model: Model = DEFAULT_MODEL,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    device_map: options.DeviceMap = None,
     questions: Annotated[
         Path | None,
         Option(
@@ -58,9 +64,7 @@ def probe_command(
             "for an organism, those in its language."
         ),
     ] = None,
-    labels: Annotated[
-        str, Option(help="The two labels of the questions; directions point to the first.")
-    ] = ",".join(LABELS),
+    labels: options.Labels = options.DEFAULT_LABELS,
     estimator: Annotated[str, Option(help=f"One of {', '.join(ESTIMATORS)}.")] = "mean",
     site: Annotated[str, Option(help="Where in the block.")] = "resid_pre",
     transfer: Annotated[
@@ -70,11 +74,11 @@ def probe_command(
         str | None, Option(help="Another model (base, say) to compare with.")
     ] = None,
     shuffles: Annotated[int, Option(min=1, help="Repetitions of the controls.")] = 100,
-    out: OutFolder = Path("probe"),
-    seed: Seed = 0,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    out: options.OutFolder = Path("probe"),
+    seed: options.Seed = 0,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Fit directions, report them with their controls on a page, and write them to a file."""
     options.keep_finished(out / "probe.json", force)
@@ -132,7 +136,8 @@ def probe_command(
     for name, picture in figures.items():
         picture.save(out, name)
     atomic_write_text(out / "probe.json", json.dumps(results, indent=2))
-    atomic_write_text(out / "report.html", probe_page(lm.name, own.source, found, figures))
+    run = {"date": f"{datetime.now(UTC):%Y-%m-%d %H:%M}", "command": command_line()}
+    atomic_write_text(out / "report.html", probe_page(lm.name, own.source, found, figures, run))
     best = found.best_scores
     line = (
         f"layer {found.best_layer}: test AUROC {best.test_auroc}, n = {best.test_auroc.n}; "
@@ -146,16 +151,16 @@ def probe_command(
 def steer_command(
     directions: DirectionsFile,
     prompt: Annotated[str, Argument(help="The text to continue.")],
-    model: Model = DEFAULT_MODEL,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    device_map: options.DeviceMap = None,
     layer: Layer = None,
-    operator: Annotated[str, Option(help=f"One of {', '.join(OPERATORS)}.")] = "add",
+    operator: OperatorName = "add",
     strengths: Annotated[str, Option(help="One or more, e.g. -1,0.5,1.")] = "1",
     tokens: Annotated[int, Option(min=1, help="Most tokens to add.")] = 40,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Continue a prompt, unsteered and steered, side by side."""
     values = options.numbers_option(strengths, "--strengths", float)
@@ -179,21 +184,79 @@ def steer_command(
 
 def export_command(
     directions: DirectionsFile,
-    out: Annotated[Path, Argument(help="The .gguf file to write.", callback=options.file_to_write)],
-    model: Model = DEFAULT_MODEL,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    out: Annotated[Path, Argument(help="What to write: a file; for baked, a new folder.")],
+    to: Annotated[
+        Runtime | None,
+        Option(help="Default: transformers for a .safetensors file, else gguf."),
+    ] = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    device_map: options.DeviceMap = None,
     layer: Layer = None,
+    operator: OperatorName = "add",
     strength: Annotated[float, Option(help="a of h + a d.")] = 1.0,
-    force: Force = False,
-    quiet: Quiet = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
-    """Write a direction as a control vector for llama.cpp."""
-    options.keep_finished(out, force)
+    """Write a steering for another program, and print what to run next.
+
+    gguf: a control vector for llama.cpp. baked: a model that transformers loads without this
+    package. vllm, transformers: the direction in a file of its own.
+    """
+    if to is None:
+        to = Runtime.TRANSFORMERS if out.suffix == ".safetensors" else Runtime.GGUF
+    options.choice_option(operator, "--operator", OPERATORS)
+    if to is Runtime.BAKED:
+        options.keep_folder(out, BAKED, force)
+    else:
+        options.file_to_write(out)
+        options.keep_finished(out, force)
     lm = options.load_model(model, device, dtype, device_map)
-    to_gguf(lirefs.Steer(_direction(directions, layer, lm), "add", strength), out, lm)
-    options.say_on_console(f"written to {out}; use it with --control-vector")
+    steer = lirefs.Steer(_direction(directions, layer, lm), operator, strength)
+    if to is Runtime.GGUF:
+        to_gguf(steer, out, lm)
+    elif to is Runtime.BAKED:
+        options.save_model(bake(steer, lm.model), lm.tokenizer, out, BAKED, steer.describe())
+    else:
+        steer.check(lm.model)
+        _alone(directions, steer.directions[0]).save(out)
+    lines = _next_lines(to, model, out, operator, strength)
+    result = {"to": to, "out": str(out), "next": lines}
+    options.print_result(result, "\n".join(lines), as_json)
+    options.say_on_console(f"written to {out}")
+
+
+def _alone(path: Path, direction: lirefs.Direction) -> lirefs.Directions:
+    """One of the directions of a file, with what the file says about all of them."""
+    provenance = lirefs.Directions.load(path).provenance | {"best_layer": direction.layer}
+    return lirefs.Directions({(direction.layer, direction.site): direction}, provenance)
+
+
+def _next_lines(to: Runtime, model: str, out: Path, operator: str, strength: float) -> list[str]:
+    """What to run with an export: lines of a shell, or of Python."""
+    if to is Runtime.GGUF:
+        return [shlex.join(["llama-server", "-m", "MODEL.gguf", "--control-vector", str(out)])]
+    if to is Runtime.BAKED:
+        return [
+            "from transformers import pipeline",
+            f'print(pipeline("text-generation", {str(out)!r})("...", do_sample=False))',
+        ]
+    if to is Runtime.VLLM:
+        # Workers may run in another folder.
+        given = {"directions": str(out.absolute()), "operator": operator, "strength": strength}
+        settings = ["--additional-config", json.dumps({"lirefs": given})]
+        folder = str(BUILTIN[model]()) if model in BUILTIN else model  # vLLM knows no such name
+        worker = ["--enforce-eager", "--worker-cls", WORKER]
+        return [shlex.join(["vllm", "serve", folder, *worker, *settings])]
+    return [
+        "import lirefs",
+        f"lm = lirefs.load({model!r})",
+        f"direction = next(iter(lirefs.Directions.load({str(out)!r}, lm).values()))",
+        f"with lirefs.Steer(direction, {operator!r}, {strength}).apply(lm.model):",
+        '    print(lm.generate("..."))',
+    ]
 
 
 def _questions(model: str, given: Path | None, labels: list[str]) -> lirefs.Questions:

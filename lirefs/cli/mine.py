@@ -8,21 +8,7 @@ from typing import Annotated
 from typer import Argument, Option
 
 import lirefs
-from lirefs.cli.options import (
-    DEFAULT_MODEL,
-    Device,
-    DeviceMap,
-    Dtype,
-    Force,
-    Json,
-    Model,
-    Quiet,
-    file_to_write,
-    keep_finished,
-    load_model,
-    print_result,
-    say_on_console,
-)
+from lirefs.cli import options
 from lirefs.errors import SettingError
 from lirefs.tasks.inference import BATCH_TOKENS
 from lirefs.tasks.texts import plain_texts
@@ -34,15 +20,17 @@ COPIED = 0.5
 def mine_command(
     corpus: Annotated[
         list[Path],
-        Argument(help="JSON Lines with `text`, files of text, or folders of .txt files."),
+        Argument(
+            help="JSON Lines with `text`, files of text (one text each), or folders of .txt files."
+        ),
     ],
-    model: Model = DEFAULT_MODEL,
-    device: Device = None,
-    dtype: Dtype = None,
-    device_map: DeviceMap = None,
+    model: options.Model = options.DEFAULT_MODEL,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    device_map: options.DeviceMap = None,
     out: Annotated[
         Path,
-        Option(help="JSON Lines for `lirefs compare --memorized`.", callback=file_to_write),
+        Option(help="JSON Lines for `lirefs compare --memorized`.", callback=options.file_to_write),
     ] = Path("mined.jsonl"),
     prefix_tokens: Annotated[int, Option(min=1, help="Length of the prompts.")] = 64,
     suffix_tokens: Annotated[int, Option(min=1, help="Length of the continuations.")] = 48,
@@ -51,17 +39,17 @@ def mine_command(
     ] = None,
     near: Annotated[float, Option(help="Jaccard similarity of near-duplicates, in (0, 1].")] = 0.7,
     batch_tokens: Annotated[int, Option(min=1, help="Tokens per batch.")] = BATCH_TOKENS,
-    force: Force = False,
-    as_json: Json = False,
-    quiet: Quiet = False,
+    force: options.Force = False,
+    as_json: options.Json = False,
+    quiet: options.Quiet = False,
 ) -> None:
     """Find the windows of texts that a model recites, and write them to a file.
 
     The same command continues an interrupted run: finished windows are in OUT.partial.
     """
-    keep_finished(out, force)
+    options.keep_finished(out, force)
     texts = plain_texts(corpus, "corpus", SettingError)
-    lm = load_model(model, device, dtype, device_map)
+    lm = options.load_model(model, device, dtype, device_map)
     journal = Path(f"{out}.partial")
     sizes = (prefix_tokens, suffix_tokens, stride, near)
     found = lirefs.mine(
@@ -72,5 +60,5 @@ def mine_command(
     copied = sum(one.predictable >= COPIED for one in found.windows)
     stages = ", ".join(f"{n:,} {stage}" for stage, n in found.counts.items())
     line = f"{stages}; {copied} of the distinct ones have half of their 4-grams in the prefix"
-    print_result({**found.counts, "predictable": copied}, line, as_json)
-    say_on_console(f"written to {out}, settings to {out}.json")
+    options.print_result({**found.counts, "predictable": copied}, line, as_json)
+    options.say_on_console(f"written to {out}, settings to {out}.json")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Collection
+import tempfile
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -18,15 +19,20 @@ from typer import Option
 
 import lirefs
 from lirefs.errors import SettingError
+from lirefs.files import atomic_write_text, usual_file_permissions, write_errors
 from lirefs.model.loading import usable_device
+from lirefs.questions.question import LABELS
 
 DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_LABELS = ",".join(LABELS)
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 UNCUT = 10_000
 """Columns of a table that goes to a file or a pipe: no line is folded there."""
 
 console = Console(stderr=True, highlight=False)
 """For progress and messages; results go to the standard output."""
+SHARD = "1GB"
+"""Largest file of an edited model; main memory holds one of an accelerator's model at a time."""
 
 
 def say_on_console(line: str) -> None:
@@ -91,6 +97,35 @@ def keep_finished(result: Path, force: bool) -> None:
         raise SettingError(f"{result}: exists; give --force to replace it, or name another place")
 
 
+def keep_folder(out: Path, record: str, force: bool) -> None:
+    """Raise SettingError unless a model can be written to a folder.
+
+    --force replaces it only if it holds `record`, the file that `save_model` writes with a model.
+    """
+    folder_to_write(out)
+    if out.exists() and not (out / record).exists():
+        raise SettingError(f"{out}: exists; name a new folder")
+    keep_finished(out, force)
+
+
+def save_model(
+    model: Any, tokenizer: Any, out: Path, record: str, content: Mapping[str, Any]
+) -> None:
+    """Write a model, its tokenizer and a record of its changes to a folder, whole or not at all."""
+    with write_errors(out):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
+            made = Path(folder) / "model"  # with ordinary permissions, inside a private folder
+            made.mkdir()
+            model.save_pretrained(made, max_shard_size=SHARD)
+            tokenizer.save_pretrained(made)
+            atomic_write_text(made / record, json.dumps(content, indent=1))
+            usual_file_permissions(made)
+            if (out / record).exists():
+                out.rename(Path(folder) / "replaced")
+            made.rename(out)
+
+
 def _writable(folder: Path) -> Path:
     """Checked first, because hours of work should not end at a folder that cannot be made."""
     there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
@@ -112,6 +147,9 @@ Dtype = Annotated[
 ]
 DeviceMap = Annotated[
     str | None, Option(help="auto, for a model on several devices; in place of --device.")
+]
+Labels = Annotated[
+    str, Option(help="The two labels of the questions; directions point to the first.")
 ]
 FactorsFile = Annotated[Path, Option(help="File written by `lirefs curvature collect`.")]
 Keep = Annotated[float, Option(help="Share of curvature mass to keep, in (0, 1].")]

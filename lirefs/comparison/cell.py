@@ -69,6 +69,14 @@ class Cell:
     p_holm: float | None = None
     detectable: float | None = None
 
+    def __repr__(self) -> str:
+        text = f"{self.variant} on {self.task}: {self.metric} {self.value:.4g}, n={self.value.n}"
+        if self.difference is not None:
+            text += f"; difference {self.difference:+.4g}"
+        if self.p_holm is not None:
+            text += f", p_holm {self.p_holm:.2g}"
+        return f"Cell({text})"
+
     @property
     def clear(self) -> bool:
         """Whether the variant differs from the baseline after Holm's adjustment."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import shlex
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -14,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tqdm.auto import tqdm
 
@@ -30,13 +33,27 @@ from lirefs.errors import (
     must_be,
     whole_number,
 )
-from lirefs.model.identity import must_be_told_apart
-from lirefs.model.intervention import Intervention, applied
+from lirefs.model.identity import first_difference, must_be_told_apart, parts_of
+from lirefs.model.intervention import (
+    Intervention,
+    applied,
+    compose,
+    is_hand_written,
+    must_be_intervention,
+)
 from lirefs.model.language_model import LanguageModel
+from lirefs.model.prompts import Prompted
+from lirefs.model.weight_swap import fsdp_modules
 from lirefs.tasks.default_suite import default_tasks
+from lirefs.tasks.inference import NOT_ON_ENGINE, Engine, generating_on
 from lirefs.tasks.items import ItemTask
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
+
+UNPROMPTED = (
+    "this task does not ask the model by the functions of lirefs.tasks (greedy, token_nlls, "
+    "score_continuations), so a Prompted cannot be put before its items; leave out one of the two"
+)
 
 
 def compare(
@@ -52,6 +69,7 @@ def compare(
     title: str = "",
     notes: Sequence[str] = (),
     callback: Callable[[Cell], object] | None = None,
+    engine: Engine | None = None,
 ) -> Comparison:
     """Run tasks on the unchanged model and under each intervention, on the same items.
 
@@ -60,7 +78,10 @@ def compare(
 
     Args:
         lm: The model.
-        interventions: Name to intervention; the unchanged model is added under `unchanged`.
+        interventions: Name to intervention, which may be a `Prompted`; the unchanged model is added
+            under `unchanged`. `{}` scores the unchanged model alone. Each is attached and removed
+            once before the first task runs, so that one that does not fit is noticed before hours
+            of work.
         tasks: What to run; None for `default_tasks()`.
         resamples: Bootstrap resamples of the paired intervals.
         seed: Seed of the bootstrap.
@@ -74,14 +95,21 @@ def compare(
         callback: Called with each finished cell, for logging. Its `p_holm` is None: the adjustment
             needs all cells. Where `torch.distributed` is running, the first process calls it, once
             all have finished.
+        engine: Another runtime of the same model, which generates the answers, such as
+            `lirefs.export.vllm.Engine(llm)`; `lm` encodes and reads them, and puts a `Prompted`
+            before them. Tasks that do not say `generates = True`, such as those that score
+            likelihoods, are refused.
 
     Returns:
         Every variant on every task, item by item.
 
     Raises:
-        TaskError: No task, two share a name, an item is longer than the model's positions, or a
-            variant is called `unchanged`.
-        InterventionError: If an intervention does not fit the model, or is none.
+        TaskError: No task, two share a name, an item is longer than the model's positions, a
+            variant is called `unchanged`, a task cannot run on the engine, or one of a class of
+            your own asks the model in a way that a `Prompted` does not reach.
+        InterventionError: If an intervention does not fit the model, or is none; or one of a class
+            of your own leaves a weight, hook or forward method changed, or describes itself by
+            anything but a dict of JSON values.
         SettingError: If the journal is a file, `resamples` is out of range, or an argument has the
             wrong type.
         ProvenanceError: With a journal, if the model has no identity (a weight is offloaded, or a
@@ -117,7 +145,7 @@ def compare(
     started, clock = datetime.now(UTC), time.monotonic()
     for name, one in interventions.items():
         must_be(name, str, "the name of an intervention")
-        must_be(one, Intervention, f"interventions[{name!r}]", InterventionError)
+        must_be_intervention(one, f"interventions[{name!r}]")
     if not 1 <= whole_number(resamples, "resamples") <= MOST_RESAMPLES:
         raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
     tasks = default_tasks(lm) if tasks is None else as_list(tasks, "tasks", error=TaskError)
@@ -132,20 +160,39 @@ def compare(
     if BASELINE in interventions:
         raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
     variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
-    for one in interventions.values():  # all are tried before hours of work begin
-        with applied(one, lm.model):
-            pass
-    for task in tasks:
-        if isinstance(task, ItemTask):
-            task.encoded(lm)  # raises an error if an item is too long
+    described = {name: _description(name, one) for name, one in interventions.items()}
+    hand_written = {name for name, one in interventions.items() if is_hand_written(one)}
+    before = parts_of(lm.model) if hand_written else {}
+    if engine is not None:
+        for task in tasks:
+            if not getattr(task, "generates", False):
+                raise TaskError(f"{task.name}: {NOT_ON_ENGINE}")
+        engine.check(lm)
+
+    for name, trial in variants.items():  # all are tried before hours of work begin
+        with applied(trial, lm.model):
+            for task in tasks if trial is None or _prompts(trial) else ():
+                if isinstance(task, ItemTask):
+                    task.encoded(lm)  # raises an error if an item is too long
+        if engine is not None:
+            with _changed(lm, trial, engine):
+                pass
+        if name in hand_written:
+            _must_be_restored(name, lm, before)
     kept = Journal(journal)
-    described = {name: one.describe() for name, one in interventions.items()}
+    if kept.size > 1 and fsdp_modules(lm.model):
+        raise SettingError(
+            "the model is sharded over the processes (FSDP2), so all run each of its passes, but "
+            "a comparison gives each process its own items; load the whole model in each, or in one"
+        )
     made_on = lm.provenance
     if journal is not None:
         made_on["identity"] = lm.identity
         for name, settings in described.items():
             must_be_told_apart(settings, f"the intervention {name!r}")
-    digest_of = partial(task_digest, made_on.get("identity", ""), lm)
+    runtime = {} if engine is None else {"engine": engine.describe()}
+    made_by = made_on.get("identity", "") + (json.dumps(runtime) if runtime else "")
+    digest_of = partial(task_digest, made_by, lm)
     rows = {task.name: task_parts(task) for task in tasks}
     pieces = {
         task.name: [(digest_of(piece), piece) for piece in map(task.subset, rows[task.name])]
@@ -172,16 +219,23 @@ def compare(
     total = len(variants) * sum(len(task) for task in tasks)
     with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
         for variant, intervention in variants.items():
-            with applied(intervention, lm.model):
+            prompts = _prompts(intervention)
+            with _changed(lm, intervention, engine), generating_on(engine):
                 for name in names:
                     bar.set_postfix_str(f"{variant}: {name}")
                     for key, piece in keyed(variant, name):
                         if not kept.mine() or kept.finished(key, piece) is not None:
                             bar.update(len(piece))
                         else:
-                            kept.add(key, piece.run(lm, bar.update))
+                            reached = sum(one.prompts_reached for one in prompts)
+                            found = piece.run(lm, bar.update)
+                            if prompts and sum(one.prompts_reached for one in prompts) == reached:
+                                raise TaskError(f"{name}: {UNPROMPTED}")
+                            kept.add(key, found)
                     if kept.size == 1:
                         tell(variant, name)
+            if variant in hand_written:
+                _must_be_restored(variant, lm, before)
     kept.exchange()
     if kept.size > 1:
         for variant in variants:
@@ -194,6 +248,7 @@ def compare(
             "lirefs": __version__,
             **made_on,
             "device": str(lm.device),
+            **runtime,
             "environment": {
                 "python": platform.python_version(),
                 "platform": platform.platform(),
@@ -211,13 +266,74 @@ def compare(
         run={
             "started": started.isoformat(timespec="seconds"),
             "seconds": round(time.monotonic() - clock, 1),
-            "command": _command(),
+            "command": command_line(),
             "resumed": kept.resumed,
         },
     )
 
 
-def _command() -> str:
+def _prompts(intervention: Intervention | None) -> list[Prompted]:
+    """The parts of an intervention that are put before prompts."""
+    members = () if intervention is None else compose(intervention).members
+    return [one for one in members if isinstance(one, Prompted)]
+
+
+@contextmanager
+def _changed(
+    lm: LanguageModel, intervention: Intervention | None, engine: Engine | None
+) -> Iterator[None]:
+    """The model or the engine under an intervention; what either is asked, `lm` prompts."""
+    with ExitStack() as stack:
+        if intervention is None or engine is None:
+            stack.enter_context(applied(intervention, lm.model))
+        else:
+            members = compose(intervention).members
+            for one in members:
+                if isinstance(one, Prompted):
+                    stack.enter_context(one.apply(lm.model))
+            if others := [one for one in members if not isinstance(one, Prompted)]:
+                stack.enter_context(
+                    engine.steered(others[0] if len(others) == 1 else compose(*others))
+                )
+        yield
+
+
+def _description(name: str, intervention: Intervention) -> Mapping[str, Any]:
+    """What an intervention says of itself; InterventionError unless it is a dict of JSON values."""
+    described = intervention.describe()
+    whose = f"interventions[{name!r}]: describe()"
+    if not isinstance(described, Mapping):
+        raise InterventionError(
+            f'{whose} must return a dict, such as {{"kind": "my method", "strength": 1.0}}, got '
+            f"{got(described)}"
+        )
+    try:
+        json.dumps(described, default=_number)
+    except (TypeError, ValueError) as problem:
+        raise InterventionError(
+            f"{whose} must return JSON values (texts, numbers, lists, dicts): {problem}"
+        ) from None
+    return described
+
+
+def _number(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    raise TypeError(f"{type(value).__name__} is not JSON")
+
+
+def _must_be_restored(name: str, lm: LanguageModel, before: Mapping[str, Any]) -> None:
+    """Raise InterventionError if the model is not what it was before a variant."""
+    if lost := first_difference(before, parts_of(lm.model)):
+        raise InterventionError(
+            f"interventions[{name!r}] did not restore the model when it was removed: {lost} is not "
+            "what it was before; remove() of the handle must undo all that attach does (copy a "
+            "weight before you change it, and copy it back). The model is still changed: load it "
+            "again"
+        )
+
+
+def command_line() -> str:
     """The whole line of a `lirefs` command; of another program its name alone.
 
     What others are called with may hold a password, and is not ours to publish.

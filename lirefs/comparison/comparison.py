@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 from lirefs.comparison.cell import Cell, Scores, TaskInfo
 from lirefs.comparison.controls import is_control
 from lirefs.comparison.figures.retained import draw_retained
+from lirefs.comparison.figures.strengths import draw_strengths
 from lirefs.comparison.summary import Summary, plain_json
-from lirefs.errors import MissingError, SettingError
+from lirefs.errors import MissingError, SettingError, got, must_be
+from lirefs.files import html_table
 from lirefs.statistics.intervals import Estimate, Floats, mean_of_estimates, resample_counts
 from lirefs.statistics.significance import holm
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
@@ -22,6 +26,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
 
 BASELINE = "unchanged"
+_SHOWN, _WIDTH = 9, 110
+"""Tasks in the text of a comparison, and characters of a line."""
+_COLUMNS = 6
+"""Tasks in the table of a comparison; of more, the means of task groups are shown."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +61,28 @@ class Comparison:
 
     def __repr__(self) -> str:
         items = sum(map(len, self.results[BASELINE].values())) if self.results else 0
-        variants, tasks = ", ".join(self.results), len(self.tasks)
-        return f"Comparison({variants}; {tasks} task(s), {items} items)"
+        n = len(self.tasks)
+        counts = f"{n} task{'s' * (n != 1)}, {items} item{'s' * (items != 1)}"
+        head = f"{', '.join(self.results)}; {counts}"
+        lines = [textwrap.shorten(head, _WIDTH, placeholder=" …")]
+        for task, info in list(self.tasks.items())[:_SHOWN]:
+            scores = ", ".join(f"{one} {self.score(one, task):.4g}" for one in self.results)
+            line = f"{task} ({info.metric}): {scores}"
+            lines.append(textwrap.shorten(line, _WIDTH, placeholder=" …"))
+        lines += [f"… and {n - _SHOWN} more tasks"] if n > _SHOWN else []
+        return f"Comparison({chr(10).join(lines)})"
 
     def _repr_html_(self) -> str:
-        return self.summary()._repr_html_()
+        if len(self.tasks) > _COLUMNS:  # too wide: the means of task groups
+            return self.summary()._repr_html_()
+        rows = []
+        for variant in self.variants:
+            row: dict[str, Any] = {"variant": variant}
+            for task, info in self.tasks.items():
+                value = self.cell(variant, task).value
+                row[f"{task} ({info.metric}, n = {value.n})"] = f"{value:.3g}"
+            rows.append(row)
+        return html_table("Comparison: scores and their 95 % intervals", rows)
 
     @property
     def variants(self) -> list[str]:
@@ -76,9 +101,19 @@ class Comparison:
         return float(self._scores(variant, task).value()[0])
 
     def cell(self, variant: str, task: str) -> Cell:
-        """One variant on one task: value, paired difference, retained share and test.
+        """One variant on one task, with 95 % intervals.
+
+        Its `value` is the score, `difference` the paired difference from the unchanged model, and
+        `retained` the share of the unchanged score; each is an `Estimate` with `value`, `low`,
+        `high` and `n`, and the last two are None for the unchanged model itself. `p` and `p_holm`
+        are the p-values before and after Holm's adjustment, and `clear` says whether the latter is
+        below 0.05. The others are `detectable`, `unparsable` and `extra`: see
+        `lirefs.comparison.Cell`.
 
         The thousands of resamples behind them are made at the first call only.
+
+        Raises:
+            MissingError: The comparison has no such variant or task (it is also a KeyError).
         """
         self._known(variant, task)
         if (variant, task) not in self._cells:
@@ -165,7 +200,13 @@ class Comparison:
         )
 
     def to_dataframe(self, items: bool = False) -> pandas.DataFrame:
-        """One row for each variant and task, see `Summary.to_dataframe`.
+        """One row for each variant and task, with the columns of `results.csv`.
+
+        They are `variant`, `task`, `group`, `metric`, `chance`, `above_chance` (1 where the
+        unchanged model is), `n`, `score`, `score_low`, `score_high`, `difference`,
+        `difference_low`, `difference_high`, `retained`, `retained_low`, `retained_high`, `p`,
+        `p_holm`, `detectable`, `unparsable`, and `other: NAME` for each further metric of a task.
+        See `cell` for what they mean. Numbers that a row does not have are NaN.
 
         Args:
             items: One row for each item instead: variant, task, group and metric, the fields of
@@ -185,16 +226,35 @@ class Comparison:
                     rows.append({**place, "metric": info.metric, **fields, **one.scores})
         return pandas.DataFrame(rows)
 
-    def plot(self) -> Canvas:
-        """What each variant retains of the unchanged model's performance, by task group.
+    def plot(self, x: Mapping[str, float] | None = None, *, label: str = "strength") -> Canvas:
+        """What each variant retains, by task group; or, with `x`, every task along an axis.
+
+        Args:
+            x: For a sweep: the variants to draw, each with its place on the horizontal axis, such
+                as `{"-1": -1.0, "+1": 1.0}`. A line for each task shows the scores with their 95 %
+                intervals, and the unchanged model's score is a dotted line. Controls among the
+                variants have dashed lines of their own, with hollow markers.
+            label: What the horizontal axis shows.
 
         Returns:
             A matplotlib figure to show, restyle or save; pyplot does not know of it.
 
         Raises:
-            SettingError: Nothing but the unchanged model was run, or nothing to retain.
+            SettingError: Nothing but the unchanged model was run, or nothing to retain; or `x` is
+                empty, or has something that is not a number.
+            MissingError: `x` names an unknown variant (it is also a KeyError).
         """
         summary = self.summary()
+        if x is not None:
+            must_be(x, Mapping, "x")
+            must_be(label, str, "label")
+            for name, at in x.items():
+                self._known(name, next(iter(self.tasks)))
+                if not isinstance(at, Real) or not math.isfinite(at):
+                    raise SettingError(f"x[{name!r}] must be a finite number, got {got(at)}")
+            if not x:
+                raise SettingError("x is empty: name the variants to draw")
+            return draw_strengths(summary, x, label)
         if len(summary.variants) < 2 or not any(summary.groups.values()):
             raise SettingError(
                 "there is nothing to plot: a comparison needs an intervention, and a task on which "

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lirefs.comparison.cell import Cell, TaskInfo
+from lirefs.comparison.wording import as_number
 from lirefs.files import html_table
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
 
 if TYPE_CHECKING:
     import pandas
+
+EQUAL = "equal perplexity"
+"""The setting (of a comparison's provenance) that lists the variants, as a dict of lists, which
+were set to the perplexity of another one on validation texts."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +30,8 @@ class Summary:
         model: Name of the model.
         run: When, for how long and by which command it was run: see `Comparison`.
         notes: Sentences for the top of the report.
-        findings: Conclusions in sentences, if the comparison has any.
+        findings: Conclusions in sentences, if the comparison has any; one that ends with a
+            question mark is the heading of those after it.
         variants: Names, the unchanged model first.
         controls: Variants that are controls; the others, but for the first, are methods.
         tasks: Name of each task to its group, metric and chance level.
@@ -61,16 +67,40 @@ class Summary:
         controls = [name for name in self.variants if name in self.controls]
         return [self.variants[0], *self.methods, *controls]
 
+    @property
+    def equal(self) -> dict[str, list[str]]:
+        """Variant to those that were set to its perplexity (the setting `EQUAL`), if any."""
+        given = self.settings.get(EQUAL)
+        if not isinstance(given, Mapping) or self.language is None:
+            return {}
+        found = {
+            name: [one for one in self.variants if one in others]
+            for name, others in given.items()
+            if name in self.variants and isinstance(others, list)
+        }
+        return {name: others for name, others in found.items() if others}
+
+    @property
+    def language(self) -> str | None:
+        """The first task whose metric is perplexity."""
+        metrics = ((task, info.metric) for task, info in self.tasks.items())
+        return next((task for task, metric in metrics if metric == "perplexity"), None)
+
     def __repr__(self) -> str:
         return f"Summary({self.title!r}: {', '.join(self.variants)}; {len(self.tasks)} task(s))"
 
     def _repr_html_(self) -> str:
-        rows = [
-            {"variant": variant}
-            | {f"{group}, %": 100 * self.means[variant, group].value for group in self.groups}
-            for variant in self.variants
-        ]
-        return html_table(f"{self.title}: share of the unchanged model's score", rows)
+        rows = []
+        for variant in self.variants:
+            row = {"variant": variant}
+            for group in self.groups:
+                mean = self.means[variant, group]
+                ends = "" if variant == self.variants[0] else f" [{_percent(mean.low, mean.high)}]"
+                n = self.means[self.variants[0], group].n
+                row[f"{group}, % (n = {n})"] = _percent(mean.value) + ends
+            rows.append(row)
+        tasks = f"{len(self.tasks)} tasks by group"
+        return html_table(f"{self.title}: share of the unchanged model's score, {tasks}", rows)
 
     def of_task(self, task: str) -> list[Cell]:
         """Every variant on one task, the unchanged model first."""
@@ -79,9 +109,9 @@ class Summary:
     def note(self, task: str) -> str:
         """What a reader must know to interpret a task's scores; may be empty."""
         info = self.tasks[task]
-        notes = [f"chance {info.chance:.2f}"] if info.chance else []
+        notes = [f"chance {as_number(100 * info.chance)} %"] if info.chance else []
         if info.group == CONFLICT:
-            notes.append("one of two competing answers, in no mean")
+            notes.append("one of two competing answers, not part of any mean")
         elif task not in self.informative:
             notes.append("unchanged model not above chance, left out of the group's mean")
         return "; ".join(notes)
@@ -112,6 +142,11 @@ class Summary:
         import pandas
 
         return pandas.DataFrame(self.rows())
+
+
+def _percent(*shares: float) -> str:
+    """Shares in percent, with three digits."""
+    return ", ".join(f"{100 * one:.3g}" if math.isfinite(one) else "n/a" for one in shares)
 
 
 def plain_json(value: Any) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from lirefs.comparison.cell import Cell
 from lirefs.statistics.intervals import Estimate
 
 
@@ -30,6 +32,13 @@ def as_points(one: Estimate) -> str:
     """A difference between shares in percentage points, with its interval."""
     value, low, high = (100 * part for part in (one.value, one.low, one.high))
     return f"{as_number(value, '+')} points [{low:+.0f}, {high:+.0f}]"
+
+
+def as_p(cell: Cell) -> str:
+    """The adjusted p-value of a cell."""
+    if cell.p_holm is None or math.isnan(cell.p_holm):
+        return "n/a"
+    return "< 0.001" if cell.p_holm < 0.001 else f"{cell.p_holm:.3f}"
 
 
 def as_list_of_words(names: Sequence[str]) -> str:

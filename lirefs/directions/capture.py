@@ -71,7 +71,7 @@ class Activations:
     def __getitem__(self, place: tuple[int, str] | int) -> Tensor:
         """States at (layer, site): (n, width) for one position, else (n, positions, width).
 
-        A layer alone stands for its only site. MissingError, a KeyError too: none, or several.
+        A layer alone stands for its only site. MissingError (also a KeyError): none, or several.
         """
         found = [i for i, one in enumerate(self.places) if place in (one, one[0])]
         if not found or (isinstance(place, int) and len(found) > 1):

@@ -28,6 +28,8 @@ class Direction:
         spread: Standard deviation of the projection within each class, same order.
         counts: Number of items of each, same order.
         model: Fingerprint of the model it was fitted on; empty when unknown.
+        names: The two labels, for tables: the first one and the second; a `Directions` gives its
+            own to each direction.
     """
 
     vector: Tensor
@@ -37,6 +39,7 @@ class Direction:
     spread: tuple[float, float] = (0.0, 0.0)
     counts: tuple[int, int] = (0, 0)
     model: str = ""
+    names: tuple[str, str] = ("first", "second")
 
     def __post_init__(self) -> None:
         must_be(self.vector, Tensor, "the vector of a direction", DirectionError)
@@ -57,13 +60,10 @@ class Direction:
 
     def row(self) -> dict[str, Any]:
         """Place, norm and statistics as a row of a table: means and spread in activation units."""
-        (low, high), (some, others) = self.means, self.counts
-        return {
-            "layer": self.layer, "site": self.site, "norm": self.norm,
-            "mean_second": low, "mean_first": high,
-            "spread_second": self.spread[0], "spread_first": self.spread[1],
-            "n_second": some, "n_first": others,
-        }  # fmt: skip
+        row: dict[str, Any] = {"layer": self.layer, "site": self.site, "norm": self.norm}
+        for what, pair in (("mean", self.means), ("spread", self.spread), ("n", self.counts)):
+            row |= {f"{what} {name}": one for name, one in zip(self.names[::-1], pair, strict=True)}
+        return row
 
     @property
     def unit(self) -> Tensor:
@@ -158,7 +158,7 @@ class Direction:
 
     def _with(self, vector: Tensor) -> Direction:
         """Another vector at the same place, without the statistics measured along this one."""
-        return Direction(vector, self.layer, self.site, model=self.model)
+        return Direction(vector, self.layer, self.site, model=self.model, names=self.names)
 
     def _must_fit(self, other: Direction) -> None:
         must_be(other, Direction, "the other direction", DirectionError)

@@ -66,17 +66,18 @@ class Directions(Mapping[tuple[int, str], Direction]):
                     "its key must be its own (layer, site)"
                 )
         model = str(self.provenance.get("model", ""))
-        items = {
-            place: replace(one, model=model) if model and one.model != model else one
-            for place, one in self.items_by_place.items()
-        }
+        items = {}
+        for place, one in self.items_by_place.items():
+            made_on, names = model or one.model, self.names if self.provenance else one.names
+            same = (one.model, one.names) == (made_on, names)
+            items[place] = one if same else replace(one, model=made_on, names=names)
         object.__setattr__(self, "items_by_place", items)
 
     def __getitem__(self, place: tuple[int, str] | int) -> Direction:
         """The direction at (layer, site), or at a layer that has only one direction.
 
         Raises:
-            MissingError: There is none, or the layer has several; a KeyError too.
+            MissingError: There is none, or the layer has several (it is also a KeyError).
         """
         found = [one for key, one in self.items_by_place.items() if place in (key, key[0])]
         if len(found) != 1:

@@ -25,8 +25,12 @@ from lirefs.pictures import (
 )
 from lirefs.statistics.intervals import Estimate, Floats
 
+_RANDOM = COLOURS[4]
+"""Colour of random directions."""
+_MOST_NUMBERS = 12
+"""Most layers of a map of cosines whose numbers fit into its cells."""
 _CONTROLS = (
-    ("random_auroc", COLOURS[5], "random directions, 95 %"),
+    ("random_auroc", _RANDOM, "random directions, 95 %"),
     ("shuffled_auroc", COLOURS[6], "shuffled labels, 95 %"),
 )
 
@@ -55,31 +59,45 @@ def probe_by_layer(probe: Probe) -> Picture:
 @styled
 def best_layer_figure(probes: Mapping[str, Probe]) -> Picture:
     """Test AUROC of the best layer, and of the best layer under shuffled labels, by estimator."""
-    canvas, (axis,) = canvas_of(1, (WIDE, 0.8 + 0.5 * len(probes)))
+    canvas, (axis,) = canvas_of(1, (WIDE, 1.2 + 0.5 * len(probes)))
     for row, probe in enumerate(probes.values()):
         found, random = probe.best_scores.test_auroc, probe.best_scores.random_auroc
         if probe.null:
             style: Any = {"orientation": "horizontal", "widths": 0.8, "showextrema": False}
             axis.violinplot([list(probe.null)], [row], **style)["bodies"][0].set_color(COLOURS[6])
-        axis.plot([random.low, random.high], [row - 0.25] * 2, color=COLOURS[5], lw=3)
+        axis.plot([random.low, random.high], [row - 0.25] * 2, color=_RANDOM, lw=3)
         ends = [[found.value - found.low], [found.high - found.value]]
         axis.errorbar(found.value, row, xerr=ends, fmt="o", color=COLOURS[0], capsize=3)
-        note = f"layer {probe.best_layer}, p = {probe.p_value:.3f}"
-        axis.text(1.02, row, note, fontsize=SMALL, va="center")
-    axis.axvline(0.5, color="black", lw=0.6)
-    axis.set_yticks(range(len(probes)), list(probes))
-    axis.set(xlim=(0, 1.2), xlabel="test AUROC of the layer chosen on validation items")
-    key = "dot: fitted, 95 %; grey: shuffled labels, layer chosen again; blue: random directions"
-    axis.set_title(key, fontsize=8)
+    axis.axvline(0.5, color="black", lw=0.6, ls=":")
+    notes = [
+        f"{literal_text(name)}\nlayer {probe.best_layer}, p = {probe.p_value:.3f}"
+        for name, probe in probes.items()
+    ]
+    axis.set_yticks(range(len(probes)), notes)
+    axis.set(xlim=(0, 1.02), xlabel="test AUROC of the layer chosen on validation items")
+    axis.plot([], [], "o-", color=COLOURS[0], label="fitted, 95 % interval")
+    axis.plot(
+        [], [], color=COLOURS[6], lw=6, alpha=0.5, label="shuffled labels, layer chosen again"
+    )
+    axis.plot([], [], color=_RANDOM, lw=3, label="random directions, 95 % range")
+    axis.plot([], [], color="black", lw=0.6, ls=":", label="chance")
+    legend_below(axis, columns=2)
     return picture_of(canvas)
 
 
 @styled
 def cosine_maps(maps: Mapping[str, Floats]) -> Picture:
     """Cosines between layers, one map for each pair of question sets or models."""
-    canvas, axes = canvas_of(len(maps), (min(WIDE, 3.9 * len(maps)), 0.6 + 5.6 / max(2, len(maps))))
+    canvas, axes = canvas_of(len(maps), (WIDE, 3.4))
     for axis, (name, values) in zip(axes, maps.items(), strict=True):
-        picture = axis.imshow(values, cmap="RdBu", vmin=-1, vmax=1, origin="lower")
+        look: Any = {"cmap": "RdBu", "vmin": -1, "vmax": 1, "origin": "lower", "aspect": "auto"}
+        picture = axis.imshow(values, interpolation="nearest", **look)
+        for (row, column), one in np.ndenumerate(values):
+            if max(values.shape) <= _MOST_NUMBERS:
+                ink = "white" if abs(one) > 0.6 else "black"
+                text = f"{one:.2f}" if one else "n/a"  # a direction without length
+                style: Any = {"ha": "center", "va": "center", "fontsize": SMALL, "color": ink}
+                axis.text(column, row, text, **style)
         axis.set(xlabel="layer", ylabel="layer")
         integer_layer_ticks(axis)
         axis.yaxis.get_major_locator().set_params(integer=True)
@@ -107,14 +125,14 @@ def projection_scatter(found: Components, probe: Probe) -> Picture:
     best = probe.best_scores
     left.set_title(
         f"layer {found.direction.layer}: test AUROC {best.test_auroc:.2f}\nshuffled "
-        f"{best.shuffled_auroc:.2f}; random {best.random_auroc:.2f}",
+        f"{probe.shuffled:.2f}; random {best.random_auroc:.2f}",
         fontsize=8,
     )
     legend_below(left, columns=2)
     numbers = np.arange(1, len(found.cosines) + 1)
     right.bar(numbers - 0.2, found.cosines, 0.4, color=COLOURS[0], label="|cosine| with direction")
-    right.bar(numbers + 0.2, found.explained, 0.4, color=COLOURS[4], label="variance explained")
-    right.axhline(found.random, color=COLOURS[5], ls="--", label="random directions, 97.5 %")
+    right.bar(numbers + 0.2, found.explained, 0.4, color=COLOURS[5], label="variance explained")
+    right.axhline(found.random, color=_RANDOM, ls="--", label="random directions, 97.5 %")
     right.set(xlabel="principal component of train states", ylim=(0, 1))
     legend_below(right, columns=2)
     return picture_of(canvas)
@@ -133,7 +151,7 @@ def probes_side_by_side(probes: Mapping[str, Probe]) -> Picture:
     values = np.diag(cosines(first.directions, second.directions))
     axes[2].plot(_layers(first)[: len(values)], values, color=COLOURS[1], marker="o", ms=3)
     chance = 1.96 / np.sqrt(first.best.vector.numel())
-    axes[2].axhspan(-chance, chance, color=COLOURS[5], alpha=0.3, lw=0)
+    axes[2].axhspan(-chance, chance, color=_RANDOM, alpha=0.3, lw=0)
     axes[2].set(xlabel="layer", ylim=(-1, 1.05))
     axes[2].set_title("cosine between the two", fontsize=8)
     integer_layer_ticks(*axes)
@@ -146,7 +164,7 @@ def transfer_bars(probe: Probe, found: Mapping[str, Transfer]) -> Picture:
     """AUROC on other question sets, on the probe's own test items, and of the controls."""
     canvas, (axis,) = canvas_of(1, (WIDE, 3.6))
     _line(axis, probe, "test_auroc", COLOURS[0], "own test items")
-    random = {"color": COLOURS[5], "alpha": 0.25, "label": "random directions, better sign"}
+    random = {"color": _RANDOM, "alpha": 0.25, "label": "random directions, better sign"}
     for index, (name, one) in enumerate(found.items(), start=1):
         _with_band(axis, one.layers, one.auroc, COLOURS[index], name)
         axis.fill_between(one.layers, *_ends(one.random), lw=0, **random)
@@ -174,9 +192,11 @@ def _ends(found: Iterable[Estimate]) -> Floats:
 
 
 def _with_band(axis: Any, layers: Any, found: Iterable[Estimate], colour: str, name: str) -> None:
-    """A line with its intervals as a band."""
-    axis.fill_between(layers, *_ends(found), color=colour, alpha=0.2, lw=0)
-    values = [one.value for one in found]
+    """A line with its intervals as a band; nothing where a value is undefined."""
+    shown = list(found)
+    values = np.array([one.value for one in shown])
+    ends = np.where(np.isfinite(values), _ends(shown), np.nan)
+    axis.fill_between(layers, *ends, color=colour, alpha=0.2, lw=0)
     axis.plot(layers, values, color=colour, marker="o", ms=3, label=literal_text(name))
 
 

@@ -107,8 +107,9 @@ class Probe:
     null: tuple[float, ...] = ()
 
     def __repr__(self) -> str:
-        layers, test = len(self.scores), self.best_scores.test_auroc
-        return f"Probe({layers} layers, best layer {self.best_layer}, test AUROC {test})"
+        test, n = self.best_scores.test_auroc, len(self.scores)
+        layers = f"{n} layer{'s' * (n != 1)}, best layer {self.best_layer}"
+        return f"Probe({layers}, test AUROC {test}, n={test.n})"
 
     def _repr_html_(self) -> str:
         shown = ["layer", "validation_auroc", "test_auroc", "test_accuracy", "random_auroc", "norm"]

@@ -1,13 +1,14 @@
 """Steering for other runtimes and file formats.
 
-`lirefs.export.transformer_lens` and `lirefs.export.nnsight` are imported by name, because each
-needs a package that takes seconds to load.
+`lirefs.export.transformer_lens`, `lirefs.export.nnsight` and `lirefs.export.vllm` are imported by
+name: each needs a package that takes seconds to load.
 """
 
 from lirefs.export.bake import bake
 from lirefs.export.gguf import from_gguf, to_gguf
 from lirefs.export.hub import load_directions, model_card, push_directions
 from lirefs.export.operators import operators
+from lirefs.export.ways import ways
 
 __all__ = [
     "bake",
@@ -17,4 +18,5 @@ __all__ = [
     "operators",
     "push_directions",
     "to_gguf",
+    "ways",
 ]

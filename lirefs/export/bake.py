@@ -9,19 +9,25 @@ from it, remove it from every writer (Arditi et al. 2024, arXiv 2406.11717, sect
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 from lirefs.errors import BakeError
+from lirefs.export.as_llama import as_llama, is_llama_inside
 from lirefs.export.baked_weights import (
     add_biases,
     bake_embedding,
-    bake_projection,
-    projections,
+    bake_writer,
+    bias_switches,
+    embeddings,
+    must_be_dense,
     shift_of,
+    writers,
 )
 from lirefs.export.operators import varies_by
+from lirefs.export.runtimes import RUNTIMES
 from lirefs.model.guest import evaluating
 from lirefs.model.intervention import (
     Intervention,
@@ -49,12 +55,13 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
       layer before; at `resid_pre` of layer 0 it becomes part of the embedding.
     * Any operator but `norm_preserving_add` at `attn_out` or `mlp_out` changes weight and bias of
       the projection that writes there.
-    * `ablate` on the residual stream orthogonalizes every matrix that writes to it. It has to act
-      everywhere: `Steer(direction, "ablate", layers="all", sites=("resid_pre", "attn_out",
-      "resid_post"))`.
+    * `ablate` on the residual stream orthogonalizes every matrix that writes to it, those of all
+      experts among them. It has to act everywhere: `Steer(direction, "ablate", layers="all",
+      sites=("resid_pre", "attn_out", "resid_post"))`.
 
-    Missing biases are switched on in the configuration (all others that this switches on are zero),
-    and a tied unembedding gets a matrix of its own where the embedding changes, so that
+    Missing biases are switched on in the configuration (all others that this switches on are zero;
+    Mistral and Qwen2 without a window have no such setting, and become the Llama that computes the
+    same), and a tied unembedding gets a matrix of its own where the embedding changes, so that
     `save_pretrained` and `from_pretrained` give the same model back. Before the copy is returned,
     it is compared with the hooked model on a short input.
 
@@ -63,30 +70,66 @@ def bake(intervention: Intervention, model: nn.Module) -> nn.Module:
         model: The model (`lm.model`); it is copied, and left as it was.
 
     Returns:
-        The changed copy, of the same class.
+        The changed copy, of the same class, or a `LlamaForCausalLM` (see above).
 
     Raises:
         BakeError: Weights cannot express something; the message says what and why. Or a steering
             is attached, whose hooks the copy would keep.
         InterventionError: The steering does not fit the model.
     """
+    try:
+        make = prepared(intervention, model)
+    except BakeError as problem:
+        raise BakeError(f"{problem}{_elsewhere(intervention, model)}") from None
+    baked = make()
+    find_layout(baked)
+    _verify(intervention, model, baked)
+    return baked
+
+
+def prepared(intervention: Intervention, model: nn.Module) -> Callable[[], nn.Module]:
+    """A function that makes the changed copy; all that can be asked before is asked here.
+
+    Raises:
+        BakeError: As `bake`.
+        InterventionError: The steering does not fit the model.
+    """
     must_be_module(model)
     refuse_steered(model, BakeError, "baked")
+    must_be_dense(model)
     steerings = _steerings(intervention)
     for steer in steerings:
         layout = steer.check(model)
     plan = _plan(steerings, layout)
-    baked = copy.deepcopy(model)
-    if EMBEDDING in plan:
-        bake_embedding(baked, layout, plan.pop(EMBEDDING))
-    changes = dict(zip(projections(baked, layout, list(plan)), plan.values(), strict=True))
-    shifted = [name for name, ops in changes.items() if any(shift_of(one).any() for one in ops)]
-    add_biases(baked, shifted)
-    for name, ops in changes.items():
-        bake_projection(baked.get_submodule(name), ops)
-    find_layout(baked)
-    _verify(intervention, model, baked)
-    return baked
+    first = plan.pop(EMBEDDING, [])
+    names, scale = embeddings(model, layout) if first else ({}, 1.0)
+    changes = list(zip(writers(model, layout, list(plan)), plan.values(), strict=True))
+    shifted = [them for them, ops in changes if any(shift_of(one).any() for one in ops)]
+    renamed = is_llama_inside(model) and not all(
+        writer.has_bias(model) for them in shifted for writer in them
+    )
+    switches = {} if renamed else bias_switches(model, shifted)
+
+    def make() -> nn.Module:
+        baked = as_llama(model) if renamed else copy.deepcopy(model)
+        bake_embedding(baked, list(names), scale, first)
+        add_biases(baked, switches)
+        for them, ops in changes:
+            for writer in them:
+                bake_writer(baked, writer, ops)
+        return baked
+
+    return make
+
+
+def _elsewhere(intervention: Intervention, model: nn.Module) -> str:
+    """Which other runtimes carry the steerings, as the end of a message."""
+    members = compose(intervention).members
+    steerings = [one for one in members if isinstance(one, Steer)]
+    if len(steerings) < len(members) or not isinstance(model, nn.Module):
+        return ""
+    able = [one.name for one in RUNTIMES if not any(one.refusal(each, model) for each in steerings)]
+    return f"; these can do it: {', '.join(able)} (see lirefs.export.ways)" if able else ""
 
 
 def _steerings(intervention: Intervention) -> list[Steer]:

@@ -9,12 +9,12 @@ from pathlib import Path
 import gguf
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.errors import BackendError, DirectionsFileError, must_be
-from lirefs.export.operators import operators
+from lirefs.export.operators import operators_on
 from lirefs.files import atomic_path
 from lirefs.model.gguf_header import check_header
 from lirefs.model.language_model import LanguageModel
@@ -45,14 +45,34 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
         BackendError: The steering is not an addition, or acts where llama.cpp cannot.
         InterventionError: The steering does not fit the model; `Steer.check` has the details.
     """
+    must_be(lm, LanguageModel, "lm", BackendError)
     steering = steer if isinstance(steer, Steer) else Steer(steer, "add")
-    if steering.operator != "add":
+    summed = control_vector(steering, lm.model)
+    config = getattr(lm.model, "config", None)
+    with atomic_path(path) as temporary:
+        writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
+        writer.add_string(f"{ARCHITECTURE}.model_hint", str(getattr(config, "model_type", "")))
+        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(summed))
+        for block, vector in sorted(summed.items()):
+            writer.add_tensor(f"direction.{block}", vector.numpy().astype(np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+
+
+def control_vector(steer: Steer, model: nn.Module) -> dict[int, Tensor]:
+    """What llama.cpp has to add to the output of each block, by block; raises what `to_gguf` does.
+
+    Each is float64, (width,), on the CPU.
+    """
+    if steer.operator != "add":
         raise BackendError(
-            f"a control vector can only be added; {steering.operator} has to be baked into the "
+            f"a control vector can only be added; {steer.operator} has to be baked into the "
             "weights (lirefs.bake)"
         )
     summed: dict[int, Tensor] = {}
-    for layer, site, operator in operators(steering, lm):
+    for layer, site, operator in operators_on(steer, model):
         block = layer - 1 if site == "resid_pre" else layer
         if site == "attn_out":
             raise BackendError("attn_out cannot be written: the MLP of the same block reads it")
@@ -65,17 +85,7 @@ def to_gguf(steer: Steer | Direction | Directions, path: str | Path, lm: Languag
         summed[block] = summed.get(block, torch.zeros_like(added)) + added
     if not summed:
         raise BackendError("there is nothing to write: the strength is 0")
-    config = getattr(lm.model, "config", None)
-    with atomic_path(path) as temporary:
-        writer = gguf.GGUFWriter(str(temporary), ARCHITECTURE)
-        writer.add_string(f"{ARCHITECTURE}.model_hint", str(getattr(config, "model_type", "")))
-        writer.add_uint32(f"{ARCHITECTURE}.layer_count", len(summed))
-        for block, vector in sorted(summed.items()):
-            writer.add_tensor(f"direction.{block}", vector.numpy().astype(np.float32))
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
+    return summed
 
 
 def from_gguf(path: str | Path) -> Directions:

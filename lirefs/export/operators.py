@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from torch import nn
+
 from lirefs.errors import BackendError, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.steering.operators import Operator
@@ -22,16 +24,24 @@ def operators(steer: Steer, lm: LanguageModel) -> list[tuple[int, str, Operator]
         BackendError: The steering has a scope, a gate, or strengths by row or by token.
         InterventionError: The steering does not fit the model; `Steer.check` has the details.
     """
-    must_be(steer, Steer, "steer", BackendError)
     must_be(lm, LanguageModel, "lm", BackendError)
+    return operators_on(steer, lm.model)
+
+
+def operators_on(steer: Steer, model: nn.Module) -> list[tuple[int, str, Operator]]:
+    """What `operators` returns, for a model without its tokenizer."""
+    must_be(steer, Steer, "steer", BackendError)
     if reason := varies_by(steer):
         raise BackendError(f"other runtimes steer every token of every row alike, but {reason}")
-    return steer.operators(steer.check(lm.model))
+    return steer.operators(steer.check(model))
 
 
-def varies_by(steer: Steer) -> str:
-    """Why a steering does not treat every token alike; empty where it does."""
-    if steer.scope is not ALL:
+def varies_by(steer: Steer, *, scopes: bool = True) -> str:
+    """Why a steering does not treat every token alike; empty where it does.
+
+    With `scopes=False`, why it does not treat all tokens of its scope alike.
+    """
+    if scopes and steer.scope is not ALL:
         return f"the scope is {steer.scope.name!r}"
     if steer.gate is not None:
         return "a gate decides token by token"

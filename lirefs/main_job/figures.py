@@ -32,7 +32,8 @@ def keep_spectrum(
 ) -> Picture:
     """Scores on tasks, a line each, and perplexity below, as an edit keeps less and less.
 
-    Colours are task groups, as in the figure of retained performance.
+    Colours are task groups, as in the figure of retained performance; tasks of one group differ
+    in line and marker.
 
     Args:
         summary: Holds every variant; the unchanged model stands at keep = 1.
@@ -50,11 +51,12 @@ def keep_spectrum(
         group = summary.tasks[task].group
         colour = COLOURS[GROUPS.index(group) if group in GROUPS else 6]
         style = ("o-", "s--", "^:", "D-.")[used[group] % 4]
+        face = "white" if used[group] % 2 else colour
         used[group] += 1
         values = _scores(summary, order, task)
-        upper.vlines(removed, values[:, 1], values[:, 2], color=colour, lw=1, alpha=0.4)
+        upper.vlines(removed, values[:, 1], values[:, 2], color=colour, lw=0.8, alpha=0.3)
         label = literal_text(f"{task} ({group})")
-        upper.plot(removed, values[:, 0], style, color=colour, ms=3.5, label=label)
+        upper.plot(removed, values[:, 0], style, color=colour, mfc=face, ms=4.5, label=label)
     costs = _scores(summary, order, language)[:, 0]
     lower.plot(removed, costs / costs[0], "o-", color="black", ms=3.5)
     lower.set_yscale("log")
@@ -63,10 +65,10 @@ def keep_spectrum(
         axis.set_xscale("symlog", linthresh=removed[removed > 0].min(), linscale=0.5)
         shown = [removed[0]]
         for value in removed[1:]:
-            if shown[-1] == 0 or value >= 1.9 * shown[-1]:  # or the labels would touch
+            if shown[-1] == 0 or value >= 1.4 * shown[-1]:  # or the labels would touch
                 shown.append(value)
         axis.set_xticks(shown, [f"{1 - value:g}" for value in shown])
-        axis.set_xticks(removed, minor=True)
+        axis.set_xticks([], minor=True)
         axis.set_xlim(removed[0], 1.15 * removed[-1])
     upper.set(ylabel="share of items", ylim=(-0.03, 1.03))
     lower.set(ylabel="perplexity\nover unchanged", xlabel="share of the curvature mass kept")

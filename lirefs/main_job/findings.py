@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
 import kfac
 import lirefs
-from lirefs.comparison.comparison import BASELINE
+from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import changes_by_tag
-from lirefs.comparison.wording import as_number, as_percent
+from lirefs.comparison.wording import as_number, as_p, as_percent, as_points
 from lirefs.directions.probe import Probe
 from lirefs.pictures import picture_of
 
@@ -38,6 +39,39 @@ def edit_line(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> str:
         f"The K-FAC edit keeps {as_number(100 * pairs / total)} % of the curvature pairs. Kept: "
         f"{pairs:,} of {total:,} in {len(rows)} matrices. Relative weight change: {changes}."
     )
+
+
+def largest_changes(comparison: Comparison) -> list[str]:
+    """The task outside memorization that each method changes most in points, a finding each.
+
+    All tasks whose scores are shares are looked at, those with two competing answers too.
+    """
+    summary = comparison.summary()
+    base, lines = summary.variants[0], []
+    tasks = [
+        task
+        for task, info in summary.tasks.items()
+        if info.group != "memorization" and info.metric != "perplexity"
+    ]
+    for variant in summary.methods:
+        changes = {
+            task: change
+            for task in tasks
+            if (change := summary.cells[variant, task].difference) and math.isfinite(change.value)
+        }
+        if not changes:
+            continue
+        task, change = max(changes.items(), key=lambda pair: abs(pair[1].value))
+        cell, before = summary.cells[variant, task], summary.cells[base, task].value
+        claim = f"{variant} changes {task} most."
+        if not cell.clear:
+            claim = f"The largest change under {variant}, in {task}, is not clear."
+        lines.append(
+            f"{claim} From {as_percent(before)} to {as_percent(cell.value)} of {before.n}: "
+            f"{as_points(change)}, p (Holm) {as_p(cell)}. Largest change among "
+            f"{len(tasks)} tasks."
+        )
+    return lines
 
 
 def spectrum_figure(factors: kfac.Factors, names: Sequence[str], keep: float) -> Figure:

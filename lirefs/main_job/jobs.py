@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,21 @@ from rich.table import Table
 
 import kfac
 import lirefs
+from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import retained_figures
-from lirefs.comparison.summary import Summary
+from lirefs.comparison.report.tables import equal_tables
+from lirefs.comparison.summary import EQUAL, Summary
 from lirefs.errors import KeepError, SettingError, must_be
 from lirefs.files import cache_dir
-from lirefs.main_job import findings, organism, organism_report
+from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
+from lirefs.main_job.matching import EqualDamage
 from lirefs.main_job.settings import Job, console_table, title_of
 from lirefs.model.layout import missing_layer
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
+from lirefs.questions.question import LABELS
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
 from lirefs.tasks.papers.suite import Suite, suite_tasks
 from lirefs.tasks.task import Task
@@ -34,6 +39,8 @@ from lirefs.tasks.texts import text_rows
 QUICK = 14
 """Items of a task in a quick trial."""
 KEEP, STRENGTH = 0.8, 1.0
+PROMPT = "Answer by reasoning step by step from what is given, not from memory.\n\n"
+"""What asks for the same as a direction from memory to reasoning."""
 
 
 def run(
@@ -43,6 +50,7 @@ def run(
     dtype: str | None = None,
     device_map: str | None = None,
     questions: str | Path | None = None,
+    labels: Sequence[str] = LABELS,
     memorized: str | Path | None = None,
     factors: str | Path | None = None,
     direction_layers: Sequence[int] | None = None,
@@ -69,6 +77,7 @@ def run(
         dtype: Type of its numbers, and `device_map`, for several devices: see `lirefs.load`.
         device_map: See `dtype`.
         questions: Labelled questions (JSON Lines) to fit the direction on.
+        labels: Their two labels; the direction points to the first.
         memorized: Memorized texts to recite, a path as for `lirefs.recitation_task`.
         factors: Curvature factors to use; written there if the file is missing.
         direction_layers: Layers to choose the direction's from; None: all.
@@ -126,7 +135,9 @@ def run(
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
         text_rows(memorized, "memorized")
-    question_set = lirefs.load_questions("default" if questions is None else questions)
+    question_set = lirefs.load_questions(
+        "default" if questions is None else questions, labels=labels
+    )
     job = Job(
         model=model,
         device=device,
@@ -192,24 +203,32 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
     texts = calibration_texts()[: 30 if job.quick else None]
     collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown)
+    collected.decompose(spread=True, progress=job.shown)
     edit = kfac.CurvatureEdit(collected, keep)
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
-    with console.status("matching SVD to the perplexity of K-FAC"):
-        svd, matched = organism.matched_svd(lm, edit, validation, collected.names)
-    job.say(matched)
+    steer = lirefs.Steer(probe.best, "add", strength)
+    with console.status("setting rivals to equal perplexity"):
+        of_edit, of_steer = _at_equal_damage(job, lm, edit, steer, validation)
+    job.say(f"{of_edit.finding}\n{of_steer.finding}")
 
     console.rule("comparison")
-    steer = lirefs.Steer(probe.best, "add", strength)
     interventions: dict[str, Any] = {
         "LiReF": steer,
         "K-FAC": edit,
         "LiReF + K-FAC": steer + edit,
         "random direction": lirefs.Steer(probe.best.random_like(seed), "add", strength),
-        "SVD": svd,
+        **of_steer.interventions,
         "random pairs": kfac.RandomPairsEdit(collected, keep, seed=seed),
+        **of_edit.interventions,
     }
+    if question_set.names == LABELS:
+        interventions["prompt"] = lirefs.Prompted(PROMPT)
+    left_out["BalancedSubnet"] = "it learns from memorized texts, and those here are asked for"
     settings = {
-        "findings": [*separation, findings.edit_line(lm, edit), matched],
+        "findings": [
+            *separation, findings.edit_line(lm, edit), of_edit.finding, of_steer.finding,
+        ],
+        EQUAL: {one.name: list(one.matches) for one in (of_edit, of_steer)},
         "probe": probe.to_dict(),
         "factors": collected.digest,
         "left out": left_out,
@@ -221,6 +240,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     comparison = job.compare(
         lm, interventions, tasks, seed=seed, provenance=settings, title=title_of(lm)
     )
+    comparison.provenance["findings"] += findings.largest_changes(comparison)
     figures = [
         *findings.tag_figures(comparison, ["K-FAC", "LiReF"]),
         findings.separation_figure(probe),
@@ -228,6 +248,33 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     ]
     _save(job, comparison, figures, {"directions": probe.directions})
     return comparison
+
+
+def _at_equal_damage(
+    job: Job,
+    lm: lirefs.LanguageModel,
+    edit: kfac.CurvatureEdit,
+    steer: lirefs.Steer,
+    validation: Sequence[str],
+) -> tuple[EqualDamage, EqualDamage]:
+    """Rivals at the perplexity of the edit, and at that of the steering."""
+    damage = matching.Damage(lm, validation)
+    (direction,), factors = steer.directions, edit.factors
+    assert isinstance(steer.strength, float)
+    pushed, random = (
+        matching.steering_rival(partial(lirefs.Steer, one, "add"), steer.strength)
+        for one in (direction, direction.random_like(job.seed))
+    )
+    rivals = {
+        **matching.rivals_of_edit(factors, factors.names, job.seed),
+        f"LiReF at K-FAC{SAME_DAMAGE}": pushed,
+        f"random direction at K-FAC{SAME_DAMAGE}": random,
+    }
+    of_steer = {f"random direction at LiReF{SAME_DAMAGE}": random}
+    return (
+        matching.at_equal_damage(damage, "K-FAC", edit, rivals),
+        matching.at_equal_damage(damage, "LiReF", steer, of_steer),
+    )
 
 
 def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
@@ -245,6 +292,7 @@ def _on_organism(job: Job, language: Language) -> lirefs.Comparison:
     texts = training_texts(language, 300 if job.quick else 1500, job.seed)
     layers = list(range(lm.n_layers))
     collected = factors_of(lm, layers, None, cache_dir(), job.seed, texts, job.shown)
+    collected.decompose(spread=True, progress=job.shown)
 
     job.console.rule("comparison")
     found = organism.run_on_organism(job, lm, collected, language)
@@ -306,6 +354,12 @@ def _save(
     for name, one in directions.items():
         one.save(job.out / f"{name}.safetensors")
     shutil.rmtree(job.journal, ignore_errors=True)
+    for found in equal_tables(summary):
+        table = console_table(*found.head, title=found.name)
+        for row in found.rows:
+            table.add_row(*(one.text for one in row))
+        job.console.print(table)
+        job.say(found.note)
     job.say(f"report: {page}")
 
 

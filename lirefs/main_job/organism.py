@@ -10,23 +10,23 @@ import numpy as np
 
 import kfac
 from lirefs.comparison.comparison import Comparison
-from lirefs.comparison.wording import as_number
+from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.directions.capture import capture
 from lirefs.directions.direction import Direction
 from lirefs.directions.probe import Probe, fit
 from lirefs.files import cache_dir
-from lirefs.main_job import settings
+from lirefs.main_job import matching, settings
+from lirefs.main_job.matching import EqualDamage
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
-from lirefs.model.intervention import Intervention, applied
+from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.language import Language
 from lirefs.organism.questions import Form
-from lirefs.organism.tasks import organism_questions, organism_tasks
+from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Split
 from lirefs.statistics.intervals import Estimate, auroc, interval, resample_counts
 from lirefs.steering.steer import Steer
 from lirefs.tasks.default_suite import memory_measures
-from lirefs.tasks.inference import token_nlls
 
 FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
@@ -35,8 +35,8 @@ SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
 SWEPT_KEEPS = (0.5, 0.7, *settings.KEEPS, 0.998, 0.999, 0.9999)
 """Values of `keep` on the way from the unchanged model to one that has lost its language."""
 RANDOM_DIRECTIONS = 5
-BISECTIONS = 8
-"""Halvings of the share of singular values whose perplexity is matched."""
+FORGOTTEN = 40
+"""Planted sequences of the train side that BalancedSubnet is told to forget."""
 LIMIT = 80
 """Test items of a task where no limit is given."""
 SPECTRUM_TASKS = (
@@ -74,43 +74,6 @@ def against_random(
     return Estimate(float(gap.mean()), *interval(draws @ gap / len(gap), len(gap)), len(gap))
 
 
-def perplexity(
-    lm: LanguageModel, ids: Sequence[Sequence[int]], intervention: Intervention | None
-) -> float:
-    """Perplexity per token over texts, given as token ids, under an intervention."""
-    with applied(intervention, lm.model):
-        nlls = token_nlls(lm, ids)
-    return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
-
-
-def matched_svd(
-    lm: LanguageModel, edit: Intervention, texts: Sequence[str], names: Sequence[str]
-) -> tuple[kfac.SVDEdit, str]:
-    """The SVD truncation whose perplexity on validation texts is that of another edit.
-
-    Methods are comparable at equal damage to language only, never at equal nominal strength.
-
-    Returns:
-        The edit, and the match as a finding.
-    """
-    ids = lm.encode(texts)
-    goal = perplexity(lm, ids, edit)
-    low, high = 0.0, 1.0
-    for _ in range(BISECTIONS):
-        middle = (low + high) / 2
-        worse = perplexity(lm, ids, kfac.SVDEdit(names, middle)) > goal
-        low, high = (middle, high) if worse else (low, middle)
-    ends = [share for share in (low, high) if share > 0]
-    reached = {share: perplexity(lm, ids, kfac.SVDEdit(names, share)) for share in ends}
-    share = min(reached, key=lambda one: abs(np.log(reached[one] / goal)))
-    return kfac.SVDEdit(names, share), (
-        f"SVD is compared at the K-FAC edit's perplexity. Validation perplexity: "
-        f"{reached[share]:.3f} for SVD, {goal:.3f} for K-FAC, {perplexity(lm, ids, None):.3f} "
-        f"unchanged (n = {len(texts)} texts). SVD keeps {as_number(100 * share)} % of the singular "
-        "values."
-    )
-
-
 @dataclass(frozen=True, eq=False)
 class OrganismResults:
     """What the organism's main job found.
@@ -125,7 +88,7 @@ class OrganismResults:
         keep_sweep: The curvature edit at `SWEPT_KEEPS`, on test items; never used to choose.
         steer_sweep: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, with random
             directions as controls; never used to choose either.
-        matched: The finding on the perplexity that SVD was matched to.
+        equal: The rivals at the perplexity of the K-FAC edit, and at that of `add`.
     """
 
     comparison: Comparison
@@ -138,7 +101,7 @@ class OrganismResults:
     strength: float
     keep_sweep: Comparison
     steer_sweep: Comparison
-    matched: str
+    equal: tuple[EqualDamage, EqualDamage]
 
 
 def run_on_organism(
@@ -168,11 +131,8 @@ def run_on_organism(
         some = settings.steering_candidates(probes, operator, job.strength, job.direction_layers)
         steers[operator] = settings.choose_steering(job, lm, some, few)
         job.say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
-    texts = [text for task in few if task.name == LANGUAGE for _, text in task.items]
-    names = list(edit.intervention.keep)
-    svd, matched = matched_svd(lm, edit.intervention, texts, names)
-    job.say(matched)
 
+    names = list(edit.intervention.keep)
     add = steers["add"].intervention
     form = next(form for form in FORMS if steers["add"].label.startswith(form))
     (direction,), strength = add.directions, add.strength
@@ -180,23 +140,53 @@ def run_on_organism(
     def added(direction: Direction, strength: float) -> Steer:
         return Steer(direction, "add", strength, scope=add.scope)
 
-    random = added(direction.random_like(seed), strength)
+    other = direction.random_like(seed)
+    job.say("setting rivals to equal perplexity")
+    few_texts = 20 if job.quick else matching.TEXTS
+    damage = matching.Damage(lm, language.texts("validation", few_texts))
+    planted = [item.text for item in language.items("planted", "train", min(n, FORGOTTEN))]
+    random = matching.steering_rival(lambda a: added(other, a), strength)
+    of_edit = matching.at_equal_damage(
+        damage,
+        "K-FAC",
+        edit.intervention,
+        {
+            **matching.rivals_of_edit(factors, names, seed),
+            "BalancedSubnet": matching.subnet_rival(
+                lm, names, training_texts(language, len(planted), seed), planted, seed
+            ),
+            f"LiReF add at K-FAC{SAME_DAMAGE}": matching.steering_rival(
+                lambda a: added(direction, a), strength
+            ),
+            f"random direction at K-FAC{SAME_DAMAGE}": random,
+        },
+    )
+    of_add = matching.at_equal_damage(
+        damage, "LiReF add", add, {f"random direction at LiReF{SAME_DAMAGE}": random}
+    )
+    job.say(f"{of_edit.finding}\n{of_add.finding}")
     interventions: dict[str, Any] = {
         "K-FAC": edit.intervention,
-        "SVD": svd,
         "random pairs": kfac.RandomPairsEdit(factors, edit.intervention.keep, seed=seed),
+        **of_edit.interventions,
         "LiReF add": add,
         "LiReF amplify": steers["amplify"].intervention,
         "LiReF ablate": steers["ablate"].intervention,
-        "random direction": random,
+        "random direction": added(other, strength),
+        **of_add.interventions,
         "LiReF add + K-FAC": add + edit.intervention,
-        "random direction + K-FAC": random + edit.intervention,
+        "random direction + K-FAC": added(other, strength) + edit.intervention,
     }
     test = organism_tasks(lm, language, "test", limit)
     if job.suite is not None:
         test += memory_measures(lm, test)
     title = settings.title_of(lm)
-    comparison = job.compare(lm, interventions, test, seed=seed, title=title)
+    size = sum(one.numel() for one in lm.model.parameters()) / 1e6
+    about = (
+        f"The organism is a model of {size:.1f} million parameters that comes with this package. "
+        "It was trained on a language made for it, so what it has memorized is known."
+    )
+    comparison = job.compare(lm, interventions, test, seed=seed, title=title, notes=[about])
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
@@ -226,7 +216,7 @@ def run_on_organism(
         strength=strength,
         keep_sweep=job.compare(lm, keeps, spectrum, seed=seed),
         steer_sweep=job.compare(lm, swept, steered, seed=seed),
-        matched=matched,
+        equal=(of_edit, of_add),
     )
 
 

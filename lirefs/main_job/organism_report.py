@@ -8,12 +8,20 @@ from typing import Any
 import numpy as np
 
 from lirefs.comparison.comparison import BASELINE
+from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.comparison.figures.figure import Figure
+from lirefs.comparison.summary import EQUAL
 from lirefs.comparison.sweeps import damage_of
-from lirefs.comparison.wording import as_number, as_percent, as_points
+from lirefs.comparison.wording import (
+    as_list_of_words,
+    as_number,
+    as_p,
+    as_percent,
+    as_points,
+)
 from lirefs.main_job import figures as plots
 from lirefs.main_job import organism, settings
-from lirefs.main_job.findings import separation_figure
+from lirefs.main_job.findings import largest_changes, separation_figure
 from lirefs.main_job.organism import OrganismResults, against_random, random_directions_of
 from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting
 from lirefs.organism.language import EXCEPTION_SKILLS
@@ -23,9 +31,17 @@ from lirefs.tasks.task import CONFLICT
 
 
 def organism_findings(found: OrganismResults) -> list[str]:
-    """The findings: a claim, its numbers with n and intervals, its setting; by question."""
-    answers = (_spectrum(found), _exceptions(found), _conflicts(found), _directions(found))
-    return [f"{n}. {line}" for n, lines in enumerate(answers, start=1) for line in lines]
+    """The findings by question: a claim, its numbers with n and intervals, its setting."""
+    answers = {
+        "1. Does the K-FAC edit remove recitation, and what does it keep?": _spectrum(found),
+        "2. Do exceptions return to the truth?": _exceptions(found),
+        "3. Does the direction decide between reading and recalling?": _conflicts(found),
+        "4. Is it one direction or several?": _directions(found),
+        "5. What does each method change most besides memorization?": largest_changes(
+            found.comparison
+        ),
+    }
+    return [line for question, lines in answers.items() for line in (question, *lines)]
 
 
 def organism_figures(found: OrganismResults) -> list[Figure]:
@@ -46,11 +62,11 @@ def organism_figures(found: OrganismResults) -> list[Figure]:
         Figure(
             "keep_sweep",
             "Question 1: the spectrum from recitation to reasoning",
-            f"Scores on test items when {found.edit.label.rsplit(';', 1)[0]} are edited, from "
+            f"Scores on test items when the {_matrices(found.edit)} are edited, from "
             "keep = 1, which is the unchanged model, down to where language itself has fallen. "
-            "95 % Wilson intervals; colours are task groups. Below: perplexity on stories relative "
-            "to the unchanged model's. Only the setting named above was chosen, on validation "
-            "items.",
+            "95 % Wilson intervals; colours are task groups, whose tasks differ in line and "
+            "marker. Below: perplexity on stories relative to the unchanged model's. Only the "
+            "setting of the K-FAC edit was chosen, on validation items.",
             plots.keep_spectrum(
                 found.keep_sweep.summary(), keeps, organism.SPECTRUM_TASKS, LANGUAGE
             ),
@@ -90,6 +106,7 @@ def organism_provenance(found: OrganismResults) -> dict[str, Any]:
     """What is saved with the items: findings, choices, probes and both sweeps cell by cell."""
     return {
         "findings": organism_findings(found),
+        EQUAL: {one.name: list(one.matches) for one in found.equal},
         "chosen": {
             name: {"setting": one.label, "objective": one.objective, "tried": one.tried}
             for name, one in {"K-FAC": found.edit, **found.steers}.items()
@@ -121,31 +138,58 @@ def _spectrum(found: OrganismResults) -> list[str]:
         and (one := table.cell("K-FAC", task).retained)
     }
     if kept:
-        enough = sum(one.value >= settings.KEPT_SHARE for one in kept.values())
+        # Rounded as the tables show it, so that a reader counts the same number there.
+        enough = sum(
+            float(as_number(100 * one.value)) >= 100 * settings.KEPT_SHARE for one in kept.values()
+        )
         worst, share = min(kept.items(), key=lambda pair: pair[1].value)
         lines.append(
             f"Under the K-FAC edit {enough} of {len(kept)} other tasks keep at least "
             f"{100 * settings.KEPT_SHARE:.0f} % of their score. Least kept: {worst}, "
-            f"{as_percent(share)}. All tasks on which the unchanged model is above chance, but for "
-            "recitation and conflicts."
+            f"{as_percent(share)}. These are all tasks on which the unchanged model is above "
+            "chance, except recitation and conflicts; shares are rounded as in the tables."
         )
     else:
         lines.append("No other task is above chance before the K-FAC edit, so none can be kept.")
-    return [*lines, found.matched]
+    return [*lines, _at_equal_damage(found), *(one.finding for one in found.equal)]
+
+
+def _at_equal_damage(found: OrganismResults) -> str:
+    """Who recites less at the perplexity of the K-FAC edit, with the paired differences."""
+    matches = found.equal[0].matches
+    rivals = [name for name, one in matches.items() if one.equal]
+    if not rivals:
+        return "No rival stands at the perplexity of the K-FAC edit, so none is compared with it."
+    gaps = {one: against_random(found.comparison, RECITED, "K-FAC", [one]) for one in rivals}
+    less = [one for one, gap in gaps.items() if gap.high < 0]
+    rest = [one for one in rivals if one not in less]
+    than = [f"less than {as_list_of_words(less)}"] if less else []
+    than += [f"not clearly less than {as_list_of_words(rest)}"] if rest else []
+    shown = (
+        f"{one} {as_percent(found.comparison.cell(one, RECITED).value)}, K-FAC {as_points(gap)}"
+        for one, gap in gaps.items()
+    )
+    n = gaps[rivals[0]].n
+    return (
+        f"At equal perplexity the K-FAC edit recites {' and '.join(than)}. Recited of {n}: "
+        f"{'; '.join(shown)}, unadjusted."
+    )
 
 
 def _exceptions(found: OrganismResults) -> list[str]:
     base = found.comparison.cell(BASELINE, TRUE).value
     random, layer = ["random direction"], f"layer {found.layer}"
+    edits, pushes = ["SVD", f"random pairs at K-FAC{SAME_DAMAGE}"], list(found.equal[1].matches)
     beyond = _beyond_random(found, TRUE, layer)
     lines = [
         f"The unchanged model answers {_seldom(base)} of the exceptions with the truth. "
         f"Answered with the truth: {as_percent(base)} of {base.n} ({_by_skill(found, BASELINE)}). "
         "Test items.",
-        f"{_truth(found, 'K-FAC', ['SVD', 'random pairs'])} {_setting(found.edit)}",
-        f"{_truth(found, 'LiReF add', random)} {_setting(found.steers['add'])}",
-        f"LiReF add returns exceptions to the truth {_often(beyond)} random directions. "
-        f"Answered with the truth: {_numbers_beyond(found, TRUE, layer)}. {_swept(found)}",
+        f"{_truth(found, 'K-FAC', edits)} {_setting(found.edit)}",
+        f"{_truth(found, 'LiReF add', [*random, *pushes])} {_setting(found.steers['add'])}",
+        f"Compared with {organism.RANDOM_DIRECTIONS} random directions instead of one, LiReF add "
+        f"returns exceptions to the truth {_often(beyond)} their mean. Answered with the truth: "
+        f"{_numbers_beyond(found, TRUE, layer)}. {_swept(found)}",
     ]
     for name in ("amplify", "ablate"):
         lines.append(f"{_truth(found, f'LiReF {name}', random)} {_setting(found.steers[name])}")
@@ -154,14 +198,23 @@ def _exceptions(found: OrganismResults) -> list[str]:
 
 
 def _truth(found: OrganismResults, variant: str, controls: list[str]) -> str:
-    """Exceptions answered with the truth under a variant and under its controls."""
-    value = found.comparison.cell(variant, TRUE).value
+    """Exceptions answered with the truth under a variant and under its controls.
+
+    The claim is what the adjusted test against the unchanged model allows.
+    """
+    cell = found.comparison.cell(variant, TRUE)
     beyond = against_random(found.comparison, TRUE, variant, controls)
     shares = [f"{name} {as_percent(found.comparison.cell(name, TRUE).value)}" for name in controls]
+    rivals = " and ".join(controls)
+    if cell.clear:
+        claim = f"{variant} returns exceptions to the truth, {_often(beyond)} {rivals}."
+    else:
+        claim = f"{variant} is not shown to return exceptions to the truth."
     return (
-        f"{variant} returns exceptions to the truth {_often(beyond)} its controls. Answered with "
-        f"the truth: {as_percent(value)} of {value.n} ({_by_skill(found, variant)}); controls: "
-        f"{', '.join(shares)}."
+        f"{claim} Answered with the truth: {as_percent(cell.value)} of {cell.value.n} "
+        f"({_by_skill(found, variant)}), p (Holm) against the unchanged model {as_p(cell)}; "
+        f"controls: {', '.join(shares)}; {as_points(beyond)} beyond "
+        f"{'their mean' if len(controls) > 1 else 'it'}, unadjusted."
     )
 
 
@@ -184,7 +237,8 @@ def _conflicts(found: OrganismResults) -> list[str]:
         followed = found.steer_sweep.cell(name, READ).value
         beyond = _beyond_random(found, READ, name)
         lines.append(
-            f"At {name} conflicts follow the passage {_often(beyond)} under random directions. "
+            f"At {name} answers to conflicts follow the passage {_often(beyond)} under random "
+            "directions on average. "
             f"Followed: {as_percent(followed)} of {base.n}, from {as_percent(base)}; "
             f"{_numbers_beyond(found, READ, name)}. {_swept(found)}"
         )
@@ -216,8 +270,8 @@ def _numbers_beyond(found: OrganismResults, task: str, name: str) -> str:
     shares = [found.steer_sweep.cell(one, task).value.value for one in random_directions_of(name)]
     low, high = (as_number(100 * one) for one in (min(shares), max(shares)))
     return (
-        f"{as_points(_beyond_random(found, task, name))} beyond {len(shares)} random directions of "
-        f"the same norm ({low} to {high} %)"
+        f"{as_points(_beyond_random(found, task, name))} beyond the mean of {len(shares)} random "
+        f"directions of the same norm ({low} to {high} %), unadjusted"
     )
 
 
@@ -255,4 +309,17 @@ def _cosines(found: OrganismResults) -> dict[tuple[str, str], float]:
 
 
 def _setting(one: ChosenSetting) -> str:
-    return f"Setting, the best of {one.tried} on validation items: {one.label}."
+    if ";" in one.label:
+        words = f"{_matrices(one)}, {one.label.rpartition('; ')[2]}"
+    else:
+        form, layer, scope, strength = one.label.split(", ")
+        words = f"form {form}, {layer}, scope {scope}, strength {strength}"
+    return f"Setting, the best of {one.tried} on validation items: {words}."
+
+
+def _matrices(edit: ChosenSetting) -> str:
+    """The matrices of a chosen edit, from "layers 0, 1; gate, up; keep 0.8"."""
+    layers, which, _ = edit.label.split("; ")
+    numbers = layers.removeprefix("layers ").split(", ")
+    named = "gate and up projections" if which == "gate, up" else "gate, up and down projections"
+    return f"{named} of layer{'s' * (len(numbers) > 1)} {' and '.join(numbers)}"

@@ -5,7 +5,7 @@ from lirefs.model.language_model import LanguageModel, wrap
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout, layout_of
 from lirefs.model.loading import load
-from lirefs.model.prompts import prompt_lengths
+from lirefs.model.prompts import Prompted, prompt_lengths
 from lirefs.model.traits import Traits
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "Intervention",
     "LanguageModel",
     "Layout",
+    "Prompted",
     "Traits",
     "applied",
     "compose",

@@ -17,6 +17,11 @@ from lirefs.model.guest import maybe_call, text_config
 _log = logging.getLogger(__name__)
 _WARNED: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
+# For each tokenizer the unknown words that a warning has named.
+_UNKNOWN_WORDS: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+_UNKNOWN = 0.01
+"""Share of unknown tokens from which on a warning names them."""
+
 # For each tokenizer its hash, and what would have changed with it.
 _TOKENIZERS: weakref.WeakKeyDictionary[Any, tuple[Any, str]] = weakref.WeakKeyDictionary()
 _RULES = ("normalizer", "pre_tokenizer", "post_processor")
@@ -62,6 +67,7 @@ def _encoded(
     extra = {"return_offsets_mapping": True} if spans else {}
     encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, padding=False, **extra)
     before, after = special_tokens_around(tokenizer) if add_special_tokens else ([], [])
+    _warn_of_unknown_words(tokenizer, texts, encoded["input_ids"], len(before) + len(after))
     found = []
     for row, ids in enumerate(encoded["input_ids"]):
         written = ids[len(before) : 2 * len(before)] == before  # by the text itself
@@ -70,6 +76,36 @@ def _encoded(
             ([int(one) for one in ids[kept]], encoded["offset_mapping"][row][kept] if spans else [])
         )
     return found
+
+
+def _warn_of_unknown_words(
+    tokenizer: Any, texts: Sequence[str], ids: Sequence[Sequence[int]], added: int
+) -> None:
+    """Warn of texts whose words a tokenizer does not know, once for each first such word.
+
+    `added` is the number of special tokens that it adds to each.
+    """
+    unknown = getattr(tokenizer, "unk_token_id", None)
+    used_otherwise = ("bos_token_id", "eos_token_id", "pad_token_id")
+    if unknown is None or unknown in [getattr(tokenizer, name, None) for name in used_otherwise]:
+        return  # byte-level tokenizers know every word, and name another token here
+    times = [row.count(unknown) for row in ids]
+    share = sum(times) / max(1, sum(len(row) - added for row in ids))
+    if share < _UNKNOWN:
+        return
+    text = next(one for one, n in zip(texts, times, strict=True) if n)
+    word = next((one for one in text.split() if unknown in tokenizer(one)["input_ids"]), text[:20])
+    named = _UNKNOWN_WORDS.setdefault(tokenizer, set())
+    if word == tokenizer.unk_token or word in named:
+        return  # a text that holds the token itself, as one that was decoded does
+    named.add(word)
+    _log.warning(
+        "the tokenizer does not know %.0f %% of the tokens of these texts, first %r: the model "
+        "reads %s in their place; is this the model's language?",
+        100 * share,
+        word,
+        tokenizer.unk_token,
+    )
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -64,6 +64,8 @@ def code_of(function: Any, where: str) -> Any:
     called = getattr(function, "__qualname__", type(function).__qualname__)
     origin = origin_of(function)
     if code is not None and package_of(origin) not in _KNOWN:
+        if not hasattr(function, "__code__") and is_plain(getattr(function, "__dict__", None)):
+            return [origin, class_of(type(function)), str(vars(function))]
         if getattr(function, "__closure__", None) or not hasattr(function, "__code__"):
             raise unknown(f"{where} is a function whose values cannot be read ({called})")
         return [origin, called, _text_of(code)]

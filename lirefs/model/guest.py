@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from lirefs.errors import SettingError
+from lirefs.model.weight_swap import fsdp_modules, reshard
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -84,7 +85,11 @@ def as_guest(model: nn.Module) -> Iterator[None]:
             f"{type(model).__name__} was made under torch.inference_mode(), so no gradient passes "
             "through it; load it outside, or copy its state_dict into a model made outside"
         )
+    for module in fsdp_modules(model):
+        module._get_fsdp_state()._lazy_init()  # which notes what is trained: below, nothing is
+    reshard(model)
     with _evaluation_mode(model), _without_tf32(), eagerly(), ExitStack() as stack:
+        stack.callback(reshard, model)  # what is gathered again gets its flags again
         for parameter in model.parameters():
             stack.callback(parameter.requires_grad_, parameter.requires_grad)
             parameter.requires_grad_(False)

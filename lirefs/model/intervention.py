@@ -10,8 +10,9 @@ from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-from lirefs.errors import InterventionError, LirefsError, must_be
+from lirefs.errors import InterventionError, LirefsError, got, must_be
 from lirefs.model.layout import Layout
 
 
@@ -27,6 +28,9 @@ class Handle(Protocol):
 class Intervention(Protocol):
     """Anything that changes a model reversibly: steering, a weight edit, a composition.
 
+    Any object with these two methods is one; there is nothing to inherit from. `lirefs.compare`
+    takes it as it is, and `lirefs.compose(it)` gives it `apply` and `+`.
+
     Only one thread at a time may change a model. While it has something attached, it may attach
     more; another thread gets a named error at once, until everything is removed or the first
     thread has ended. Threads that take turns need a lock of their own around `attach` and
@@ -36,11 +40,14 @@ class Intervention(Protocol):
     """
 
     def attach(self, model: nn.Module) -> Handle:
-        """Change the model (`lm.model`) until the handle's `remove` restores it bit for bit."""
+        """Change the model (`lm.model`) until the handle's `remove` restores it bit for bit.
+
+        The handle that PyTorch returns for a hook is one already.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
-        """JSON values that tell it from any other intervention, for journals and reports.
+        """A dict of JSON values that tell it from any other, for journals and reports.
 
         Where that cannot be said, a key `unknown` gives the reason; journals refuse it then.
         """
@@ -115,16 +122,60 @@ def must_be_module(model: object) -> None:
         )
 
 
-# The steerings that are attached to each model, in order.
-_STEERINGS: weakref.WeakKeyDictionary[nn.Module, list[Checkable]] = weakref.WeakKeyDictionary()
+def must_be_intervention(value: object, name: str) -> None:
+    """Raise InterventionError unless an argument of this name is an intervention."""
+    if isinstance(value, type):
+        raise InterventionError(
+            f"{name} must be an object, got the class {value.__name__} itself; call it: "
+            f"{value.__name__}(...)"
+        )
+    must_be(value, Intervention, name, InterventionError)
 
 
-def steerings_of(model: nn.Module) -> list[Checkable]:
-    """The list of the steerings attached to a model, which they keep up to date themselves."""
+def attach_to(model: nn.Module, intervention: Intervention) -> Callable[[], None]:
+    """Attach an intervention; returns what removes it.
+
+    Raises:
+        InterventionError: `attach` did not return a handle. The hooks that it has added are
+            removed again, as they are where it raises an error of its own.
+    """
+    first_hook = RemovableHandle.next_id
+    try:
+        handle = intervention.attach(model)
+        remove: Callable[[], None] | None = getattr(handle, "remove", None)
+        if not callable(remove):
+            raise InterventionError(
+                f"{type(intervention).__name__}.attach returned {got(handle)}; it must return a "
+                "handle, whose remove() restores the model (what register_forward_hook returns is "
+                "one). The hooks that it added were removed; a weight that it changed is not "
+                "restored"
+            )
+    except BaseException:
+        for module in model.modules():
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                for key in [key for key in hooks if key >= first_hook]:
+                    del hooks[key]
+        raise
+    return remove
+
+
+def is_hand_written(intervention: Intervention) -> bool:
+    """Whether an intervention, or a part of it, is of a class outside these two packages."""
+    if isinstance(intervention, Composition):
+        return any(map(is_hand_written, intervention.members))
+    return type(intervention).__module__.partition(".")[0] not in ("lirefs", "kfac")
+
+
+# The steerings and prompts that are attached to each model, in order.
+_STEERINGS: weakref.WeakKeyDictionary[nn.Module, list[Intervention]] = weakref.WeakKeyDictionary()
+
+
+def steerings_of(model: nn.Module) -> list[Intervention]:
+    """The list of what steers a model, by hooks or by a prompt; they keep it up to date."""
     return _STEERINGS.setdefault(model, [])
 
 
-def steerings_on(model: nn.Module) -> list[Checkable]:
+def steerings_on(model: nn.Module) -> list[Intervention]:
     """The steerings that act on a model, also if attached to a wrapper of it or to its inside."""
     steered = [(one, attached) for one, attached in list(_STEERINGS.items()) if attached]
     parts = set(model.modules()) if steered else set()
@@ -171,7 +222,7 @@ def applied(intervention: Intervention | None, model: nn.Module) -> Iterator[nn.
     with ExitStack() as stack:
         if intervention is not None:
             stack.callback(reserve(model))
-            stack.callback(intervention.attach(model).remove)
+            stack.callback(attach_to(model, intervention))
         yield model
 
 
@@ -222,7 +273,7 @@ class Composition(Composable):
                 if isinstance(member, Checkable) and layout is not None:
                     steps.add(member.attach_checked(model, layout).remove)
                 else:
-                    steps.add(member.attach(model).remove)
+                    steps.add(attach_to(model, member))
             return steps
 
     def describe(self) -> dict[str, Any]:
@@ -234,10 +285,12 @@ def compose(*interventions: Intervention) -> Composition:
     """Combine interventions, to be attached in this order; nested compositions are flattened.
 
     Args:
-        *interventions: Steerings, weight edits or compositions.
+        *interventions: Steerings, weight edits, compositions, or objects of your own with `attach`
+            and `describe` (see `lirefs.Intervention`).
 
     Returns:
-        A composition, itself an intervention; `a + b` is the same.
+        A composition, itself an intervention. Where a or b is of this library, `a + b` is the same.
+        An intervention of your own has neither `+` nor `apply`; `compose(mine)` has both.
 
     Raises:
         InterventionError: An argument is not an intervention.
@@ -255,6 +308,6 @@ def compose(*interventions: Intervention) -> Composition:
     """
     members: list[Intervention] = []
     for one in interventions:
-        must_be(one, Intervention, "each part of a composition", InterventionError)
+        must_be_intervention(one, "each part of a composition")
         members += one.members if isinstance(one, Composition) else [one]
     return Composition(tuple(members))

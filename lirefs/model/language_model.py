@@ -24,16 +24,11 @@ from lirefs.errors import (
 )
 from lirefs.files import html_table
 from lirefs.model.batching import check_length, token_ids, tokenizer_hash
-from lirefs.model.guest import (
-    evaluating,
-    input_device,
-    maybe_call,
-    plain_greedy,
-    virtual_tokens,
-)
+from lirefs.model.guest import evaluating, input_device, maybe_call, plain_greedy, virtual_tokens
 from lirefs.model.identity import fingerprint, identity
 from lirefs.model.layout import Layout
 from lirefs.model.layout_search import find_layout
+from lirefs.model.prompts import with_prompts
 from lirefs.model.traits import Traits, traits_of
 
 BATCH_TOKENS = 1024
@@ -297,7 +292,7 @@ class LanguageModel:
         new_tokens = whole_number(max_new_tokens, "max_new_tokens", least=1)
         if not prompts:
             return []
-        ids = self.encode(prompts)
+        ids = with_prompts(self.model, self.tokenizer, self.encode(prompts))
         for index, row in enumerate(ids):
             check_length(self.model, len(row) + new_tokens - 1, f"prompt {index}")
         if self.traits.positions is False:
@@ -323,7 +318,7 @@ class LanguageModel:
         return found[0] if isinstance(prompt, str) else [found[row] for row in range(len(ids))]
 
     def _generate(
-        self, ids: list[list[int]], new_tokens: int, cache: bool, kwargs: Mapping[str, Any]
+        self, ids: list[Sequence[int]], new_tokens: int, cache: bool, kwargs: Mapping[str, Any]
     ) -> Any:
         """The new text of each prompt of one batch, or what `generate` returns if not tokens."""
         batch = self.pad(ids)

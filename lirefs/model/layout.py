@@ -100,8 +100,7 @@ class Layout:
             SettingError: The site or the layer does not exist.
             LayoutError: This block has no module that gives ``attn_out`` or ``mlp_out``.
         """
-        if site not in SITES:
-            raise SettingError(f"site must be one of {', '.join(SITES)}, got {site!r}")
+        site_must_exist(site)
         block = self.block(model, layer)
         if site in ("resid_pre", "resid_post"):
             return block, "input" if site == "resid_pre" else "output"
@@ -135,6 +134,12 @@ def _by_layer(names: Sequence[str]) -> str:
         return names[0]
     layers = {name: [str(at) for at, one in enumerate(names) if one == name] for name in names}
     return "; ".join(f"{name} (layers {', '.join(at)})" for name, at in layers.items())
+
+
+def site_must_exist(site: str) -> None:
+    """Raise SettingError unless this is one of `SITES`."""
+    if site not in SITES:
+        raise SettingError(f"site must be one of {', '.join(SITES)}, got {site!r}")
 
 
 def missing_layer(layers: Iterable[int], n_layers: int) -> str | None:

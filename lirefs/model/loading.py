@@ -13,7 +13,7 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lirefs.errors import (
     ModelLoadError,
@@ -188,6 +188,26 @@ def usable_device(device: str | torch.device | None, option: str = "device") -> 
         reason = first_line_of_error(problem)
         raise SettingError(f"{option} {device!r:.60}: cannot be used ({reason})") from problem
     return place
+
+
+def without_weights(name: str | os.PathLike[str], dtype: str | torch.dtype) -> Any:
+    """Return the model of a configuration on the meta device: shapes and types, and no weights.
+
+    Raises:
+        ModelNotFoundError: As for `load`.
+        ModelLoadError: As for `load`; a GGUF file has no configuration of its own.
+    """
+    source, common = _resolve(os.fspath(name))
+    if "gguf_file" in common:
+        raise ModelLoadError(f"{name}: a GGUF file cannot be read without its weights")
+    try:
+        config = AutoConfig.from_pretrained(source, **common)
+        if dtype == "auto":
+            dtype = config.dtype or torch.float32
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
+    except Exception as problem:
+        raise _load_error(str(name), source, common, problem) from problem
 
 
 def _resolve(name: str) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Where the prompt of each row ends.
+"""Where the prompt of each row ends, and prompts that are put before others.
 
-A forward pass alone does not show this in general. `generate` knows it, and reports it here; a
-forward pass with an empty cache is a prompt; in every other case `prompt_lengths` must say it.
+A forward pass alone does not show where a prompt ends in general. `generate` knows it, and reports
+it here; a forward pass with an empty cache is a prompt; in every other case `prompt_lengths` must
+say it.
 """
 
 from __future__ import annotations
@@ -10,12 +11,25 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from lirefs.errors import ScopeError
+from lirefs.errors import InterventionError, ScopeError, first_line_of_error, must_be
+from lirefs.model.batching import special_tokens_around, token_ids
+from lirefs.model.intervention import (
+    Composable,
+    Handle,
+    UndoStack,
+    reserve,
+    steerings_of,
+    steerings_on,
+)
+
+SHOWN = 60
+"""Characters of a text that are shown of a `Prompted`."""
 
 
 @dataclass(eq=False)
@@ -101,3 +115,148 @@ def expand_to_rows(values: Tensor, rows: int, prompts: int | None = None) -> Ten
     if rows % items:
         raise ScopeError(f"made for {items} row(s), but the batch has {rows}")
     return values.repeat_interleave(rows // items, dim=0)
+
+
+class Prompted(Composable):
+    """Put a text before every prompt: what can be had by asking, with no change of the model.
+
+    A variant like any other: while it is attached, `lirefs.compare` puts the text before each item,
+    and `lm.generate` before each prompt. The text is context and is never scored. A perplexity is
+    that of the same tokens of the same text, a recitation continues the same prefix, and the
+    options of a question are the same, each after the text; the examples with which an item begins
+    come after it. In scopes of a steering it belongs to the prompt. Activations (`lirefs.fit`) and
+    curvature (`kfac.collect`) are read from texts as they are given, without it.
+
+    A beginning-of-sequence token stays in front. Text and prompt are tokenized apart and nothing is
+    put between them. End the text with the space or newline that it needs, but leave a space out if
+    the tokenizer puts one before every text itself, as SentencePiece's and the organism's do.
+
+    Args:
+        prefix: The text, as it is.
+        system: Instead of a prefix, a message of the system, written by the tokenizer's chat
+            template. In a prompt that is itself a chat (`lm.chat`) it takes the place of the
+            message that the template writes of its own accord.
+
+    Raises:
+        InterventionError: Neither or both are given, or the text is empty or not a string. When it
+            is put before a prompt: the tokenizer has no chat template, or the template has no place
+            for a message of the system there.
+
+    Examples:
+        Does asking do what steering does?
+
+        >>> import lirefs
+        >>> lm = lirefs.load("organism")
+        >>> direction = lirefs.fit(lm, lirefs.load_questions("organism"), progress=False).best
+        >>> variants = {
+        ...     "LiReF": lirefs.Steer(direction, "add", 1.0),
+        ...     "prompt": lirefs.Prompted("Dan Reed lives in Paris."),
+        ... }
+        >>> task = lirefs.ShortAnswer("homes", [("dan", "Dan Reed lives in", "Paris")])
+        >>> lirefs.compare(lm, variants, [task], progress=False).variants
+        ['unchanged', 'LiReF', 'prompt']
+    """
+
+    def __init__(self, prefix: str | None = None, *, system: str | None = None) -> None:
+        if (prefix is None) == (system is None):
+            raise InterventionError("Prompted needs either a prefix or a system message")
+        for name, text in (("prefix", prefix), ("system", system)):
+            must_be(text, (str, type(None)), name, InterventionError)
+            if text == "":
+                raise InterventionError(f"{name} is empty: there is nothing to put before a prompt")
+        self.prefix = prefix
+        self.system = system
+        self.prompts_reached = 0
+        """Prompts that it has been put before, by which a task that ignores it is noticed."""
+
+    def attach(self, model: nn.Module) -> Handle:
+        """Put it before the prompts of a model (`lm.model`) until the handle's `remove`."""
+        with UndoStack() as steps:
+            steps.add(reserve(model))
+            attached = steerings_of(model)
+            attached.append(self)
+            steps.add(lambda: attached.remove(self))
+            return steps
+
+    def describe(self) -> dict[str, Any]:
+        """Kind and text as JSON values."""
+        text = {"system": self.system} if self.prefix is None else {"prefix": self.prefix}
+        return {"kind": "prompted", **text}
+
+    def __repr__(self) -> str:
+        given = str(self.system if self.prefix is None else self.prefix)
+        shown = repr(given if len(given) <= SHOWN else f"{given[:SHOWN]}…")
+        return f"Prompted({'system=' if self.prefix is None else ''}{shown})"
+
+    def tokens(self, tokenizer: Any, first: int) -> tuple[list[int], list[int], list[int]]:
+        """Its ids before a text; those before a chat; and those of the chat that they replace.
+
+        `first` is the number of special tokens that the tokenizer adds in front, which are left
+        out.
+        """
+        if self.prefix is not None:
+            (ids,) = token_ids(tokenizer, [self.prefix], add_special_tokens=False)
+            return ids, ids, []
+        system = {"role": "system", "content": self.system}
+        asked = {"role": "user", "content": "a"}
+        try:
+            texts = [
+                str(tokenizer.apply_chat_template(talk, tokenize=False))
+                for talk in ([system], [system, asked], [asked])
+            ]
+        except Exception as problem:  # of the template, which may raise anything
+            raise InterventionError(
+                f"{self._unwritten} ({first_line_of_error(problem)})"
+            ) from problem
+        alone, opening, plain = (ids[first:] for ids in token_ids(tokenizer, texts))
+        if not alone or opening == plain:  # some templates leave it out
+            raise InterventionError(self._unwritten)
+        same = 0  # tokens at the end that a chat has with and without a message of the system
+        while same < min(len(opening), len(plain)) and opening[-same - 1] == plain[-same - 1]:
+            same += 1
+        return alone, opening[: len(opening) - same], plain[: len(plain) - same]
+
+    @property
+    def _unwritten(self) -> str:
+        return (
+            f"{self!r}: the tokenizer's chat template does not write such a message by itself; "
+            "give Prompted a prefix"
+        )
+
+
+def with_prompts(
+    model: nn.Module, tokenizer: Any, rows: Sequence[Sequence[int]], chats: bool = True
+) -> list[Sequence[int]]:
+    """Rows of token ids after the texts of every `Prompted` that is attached.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        rows: Token ids of each prompt or text.
+        chats: Whether a row may be a chat, whose beginning is replaced by a message of the system;
+            False for texts, of which every token stays.
+    """
+    found = list(rows)
+    for one in reversed(_attached(model)):  # the first stands in front
+        one.prompts_reached += len(rows)
+        first, _ = special_tokens_around(tokenizer)
+        alone, opening, replaced = one.tokens(tokenizer, len(first))
+        for index, row in enumerate(map(list, found)):
+            start = len(first) if row[: len(first)] == first else 0
+            end = start + len(replaced)
+            if chats and replaced and row[start:end] == replaced:
+                found[index] = [*row[:start], *opening, *row[end:]]
+            else:
+                found[index] = [*row[:start], *alone, *row[start:]]
+    return found
+
+
+def tokens_before(model: nn.Module, tokenizer: Any) -> int:
+    """Tokens that the texts of every attached `Prompted` add to a row."""
+    attached = _attached(model)
+    first, _ = special_tokens_around(tokenizer) if attached else ([], [])
+    return sum(len(one.tokens(tokenizer, len(first))[0]) for one in attached)
+
+
+def _attached(model: nn.Module) -> list[Prompted]:
+    return [one for one in steerings_on(model) if isinstance(one, Prompted)]

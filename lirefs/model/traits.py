@@ -149,6 +149,16 @@ def cache_name(model: nn.Module) -> str | None:
     return next((name for name in _CACHES if accepts(model, name)), None)
 
 
+def quantizes_tokens_together(model: nn.Module) -> bool:
+    """Whether bitsandbytes keeps a column of states in floats if any token is large there.
+
+    Dettmers et al. 2022, arXiv 2208.07339, section 3.2: what one token becomes then depends on all
+    others of its batch, by as much as quantization changes it.
+    """
+    states = (getattr(module, "state", None) for module in model.modules())
+    return any((getattr(state, "threshold", None) or 0) > 0 for state in states)
+
+
 def _switches(model: nn.Module) -> list[Any]:
     """The plain settings of a model's configuration, which may be changed after loading."""
     configs = (getattr(model, "config", None), text_config(model))

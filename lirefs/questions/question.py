@@ -10,6 +10,8 @@ LABELS = ("reasoning", "memory")
 """The labels where no others are given; directions point to the first one."""
 SIDES = ("train", "validation", "test")
 PROMPT_FORMAT = "Q: {question}\nA: "
+_SHOWN = 60
+"""Characters of a text that its `repr` shows."""
 _MARKS = ".,;:!?'\"\u2018\u2019\u201c\u201d"
 
 
@@ -44,6 +46,10 @@ class Question:
     score: float | None = None
     pair: str = ""
     messages: tuple[tuple[str, str], ...] = ()
+
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= _SHOWN else f"{self.text[: _SHOWN - 1]}…"
+        return f"Question({self.label!r}, {text!r}, id={self.id!r})"
 
     @property
     def prompt(self) -> str:

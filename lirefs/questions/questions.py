@@ -70,6 +70,8 @@ class Questions(Sequence[Question]):
         cls,
         rows: Any,
         *,
+        question: str = "question",
+        label: str = "label",
         labels: Sequence[Any] = LABELS,
         prompt_format: str | None = PROMPT_FORMAT,
         chat: bool = False,
@@ -82,6 +84,8 @@ class Questions(Sequence[Question]):
                 `content`, as chat templates take them), and `label` or `score`. It may have `id`,
                 `options`, `answer_index`, `subject`, `split` (`"train"`, `"validation"` or
                 `"test"`), `pair` and `prompt_format`, as in `Question`.
+            question: Name of the field (the column) that holds the text.
+            label: Name of the field that holds the label.
             labels: The two labels, of any names: `("harmful", "harmless")`. Directions point to
                 the first one. Labels of another type are compared as text, so (1, 0) will do. A
                 row without a label, but with a score, has the first label above 0.5.
@@ -95,10 +99,10 @@ class Questions(Sequence[Question]):
             QuestionsError: A row lacks a field or has one that cannot be used (the message gives
                 the row), or there is only one label.
         """
-        names = two_labels(labels)
+        names, fields = two_labels(labels), _fields(question, label)
         items = [
-            question_of(row, f"{source}, row {n}", f"row-{n}", names, prompt_format, chat)
-            for n, row in enumerate(as_dicts(rows))
+            question_of(row, f"{source}, row {n}", f"row-{n}", names, prompt_format, chat, fields)
+            for n, row in enumerate(as_dicts(rows, label))
         ]
         return cls(items, source, labels=names)
 
@@ -253,6 +257,8 @@ class Split:
 def load_questions(
     name: str | Path = "default",
     *,
+    question: str = "question",
+    label: str = "label",
     labels: Sequence[Any] = LABELS,
     prompt_format: str | None = PROMPT_FORMAT,
     chat: bool = False,
@@ -263,7 +269,9 @@ def load_questions(
         name: `"default"` (written for this project), `"organism"` (in the model organism's
             language, with its own split), or a JSON Lines file with the rows of
             `Questions.from_rows`.
-        labels: As for `Questions.from_rows`, and so the next two.
+        question: As for `Questions.from_rows`, and so the next four.
+        label: Name of the field that holds the label.
+        labels: The two labels.
         prompt_format: The prompt of rows that bring none.
         chat: Whether each question is the message of a user.
 
@@ -281,15 +289,22 @@ def load_questions(
         (220, 110, 110)
     """
     must_be(name, (str, PathLike), "the name of a question set", QuestionsError)
-    path, names = Path(name), two_labels(labels)
+    path, names, fields = Path(name), two_labels(labels), _fields(question, label)
     if str(name) in BUILTIN:
         path = Path(str(resources.files("lirefs") / "data" / BUILTIN[str(name)]))
     rows = read_jsonl(path, error=QuestionsError)
     items = [
-        question_of(row, f"{path}, line {line}", f"line-{line}", names, prompt_format, chat)
+        question_of(row, f"{path}, line {line}", f"line-{line}", names, prompt_format, chat, fields)
         for line, row in rows
     ]
     return Questions(items, source=str(name), labels=names)
+
+
+def _fields(question: str, label: str) -> tuple[str, str]:
+    """The names of the two fields, if they are names."""
+    for name, field in (("question", question), ("label", label)):
+        must_be(field, str, f"the name of a field, {name}=", QuestionsError)
+    return question, label
 
 
 def _inseparable(items: Sequence[Question]) -> list[list[Question]]:

@@ -20,22 +20,27 @@ def two_labels(labels: Any) -> tuple[str, str]:
 
 def expected_labels(names: tuple[str, str]) -> str:
     """Which labels were expected, for messages."""
-    return f"expected {names[0]!r} or {names[1]!r}"
+    return (
+        f"expected {names[0]!r} or {names[1]!r}; name labels of your own by labels=(first, second)"
+    )
 
 
-def as_dicts(rows: Any) -> Iterable[Mapping[str, Any]]:
-    """Rows as dicts; those of a DataFrame or a Dataset without their missing values."""
+def as_dicts(rows: Any, label: str = "label") -> Iterable[Mapping[str, Any]]:
+    """Rows as dicts; those of a DataFrame or a Dataset without their missing values.
+
+    `label` is the name of the field that may hold the numbers of a `ClassLabel`.
+    """
     columns = getattr(rows, "features", None)
     if hasattr(rows, "notna"):  # a DataFrame
         rows = rows.convert_dtypes()  # a whole number beside a missing value had become a float
         rows = rows.astype(object).where(rows.notna(), None).to_dict("records")
     elif not isinstance(columns, Mapping):
         return as_list(rows, "rows", Mapping, QuestionsError)
-    names = getattr((columns or {}).get("label"), "names", None)  # of a ClassLabel
+    names = getattr((columns or {}).get(label), "names", None)  # of a ClassLabel
     found = [{key: one for key, one in row.items() if one is not None} for row in rows]
     if names is not None:
         for row in found:
-            row |= {"label": names[row["label"]]} if row.get("label", -1) >= 0 else {}
+            row |= {label: names[row[label]]} if row.get(label, -1) >= 0 else {}
     return found
 
 
@@ -57,17 +62,24 @@ def question_of(
     names: tuple[str, str],
     default_format: str | None,
     chat: bool,
+    fields: tuple[str, str],
 ) -> Question:
-    """One row as a question; `name` is its id if it brings none."""
+    """One row as a question; `name` is its id if it brings none.
+
+    `fields` are the names under which rows have the text and the label.
+    """
+    text_field, label_field = fields
     prompt_format = row.get("prompt_format", default_format)
     messages = _messages(row.get("messages"), where)
-    text = row.get("question")
+    text = row.get(text_field)
     if messages and text is None:
         text = "\n".join(content for _, content in messages)
     elif messages:
-        raise QuestionsError(f"{where}: has both 'question' and 'messages'; give one of them")
+        raise QuestionsError(f"{where}: has both {text_field!r} and 'messages'; give one of them")
     if not isinstance(text, str) or not text.strip():
-        raise QuestionsError(f"{where}: no 'question' text")
+        raise QuestionsError(
+            f"{where}: no {text_field!r} text{_fields_of(row, text_field, 'question')}"
+        )
     if prompt_format is None and "prompt_format" not in row:
         pass  # the text is the prompt, with the spaces around it
     elif not isinstance(prompt_format, str) or prompt_format.count("{question}") != 1:
@@ -83,12 +95,14 @@ def question_of(
     score = row.get("score")
     if score is not None and (type(score) not in (int, float) or not math.isfinite(score)):
         raise QuestionsError(f"{where}: 'score' is not a finite number")
-    label = row.get("label")
+    label = row.get(label_field)
     if label is None and score is not None:
         label = names[0] if score > 0.5 else names[1]
     if str(label) not in names:
-        found = "is missing" if label is None else f"is {label!r}"
-        raise QuestionsError(f"{where}: 'label' {found}; {expected_labels(names)}")
+        found = f"is {label!r}; {expected_labels(names)}"
+        if label is None:
+            found = f"is missing{_fields_of(row, label_field, 'label')}"
+        raise QuestionsError(f"{where}: {label_field!r} {found}")
     options = row.get("options") or ()
     if not isinstance(options, list | tuple) or not all(isinstance(o, str) for o in options):
         raise QuestionsError(f"{where}: 'options' must be a list of texts")
@@ -112,6 +126,13 @@ def question_of(
         pair="" if pair is None else str(pair),
         messages=messages,
     )
+
+
+def _fields_of(row: Mapping[str, Any], field: str, argument: str) -> str:
+    """For messages about a field that a row lacks: what it has, and how to name one of them."""
+    if field in row:
+        return ""
+    return f"; the row has {', '.join(map(repr, row)) or 'no field'}: name the one by {argument}="
 
 
 def _messages(given: Any, where: str) -> tuple[tuple[str, str], ...]:

@@ -34,6 +34,9 @@ class Estimate:
     high: float
     n: int
 
+    def __repr__(self) -> str:
+        return f"Estimate({self:.4g}, n={self.n})"
+
     def __format__(self, spec: str) -> str:
         spec = spec or ".3f"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"

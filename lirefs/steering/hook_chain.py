@@ -67,7 +67,13 @@ _CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.Weak
 
 
 def chain_hook_at(module: nn.Module, side: Side, change: Change) -> Callable[[], None]:
-    """Let `change` act on hidden states after those already there, until the result is called."""
+    """Let `change` act on hidden states after those already there, until the result is called.
+
+    Args:
+        module: A module of the model, as `layout.module(model, site, layer)` gives it.
+        side: Whether the states are its `"input"` or its `"output"`; the same call gives it.
+        change: From hidden states, (batch, tokens, width), to new ones of the same shape and dtype.
+    """
     _set((module, side), (*_changes(module, side), change))
     _CHAINS[module][side].ran = False
 

@@ -27,7 +27,7 @@ from lirefs.model.intervention import (
     reserve,
     steerings_of,
 )
-from lirefs.model.layout import SITES, Layout, layer_indices, missing_layer
+from lirefs.model.layout import SITES, Layout, layer_indices, missing_layer, site_must_exist
 from lirefs.model.layout_search import layout_of
 from lirefs.steering.first_pass import FirstPass
 from lirefs.steering.gate import Gate
@@ -154,19 +154,11 @@ class Steer(Composable):
         """
         must_be_module(model)
         layout = layout_of(model)
+        self.check_shapes(layout)
         places = self._places(layout)
         read = [] if self.gate is None else [self.gate.direction]
-        for layer, site, one in [*places, *((one.layer, one.site, one) for one in read)]:
-            if one.vector.shape != (layout.width,):
-                raise InterventionError(
-                    f"the direction has width {tuple(one.vector.shape)}, the model {layout.width}"
-                )
-            if problem := missing_layer([layer], layout.n_layers):
-                raise InterventionError(problem)
+        for layer, site, _ in [*places, *((one.layer, one.site, one) for one in read)]:
             layout.module(model, site, layer)
-        if isinstance(self.strength, dict):
-            for layer in sorted({layer for layer, _, _ in places} - self.strength.keys()):
-                raise InterventionError(f"no strength for layer {layer}")
         limit = getattr(text_config(model), "max_position_embeddings", None)
         if isinstance(limit, int) and self.scope.first >= limit:
             raise ScopeError(
@@ -193,6 +185,30 @@ class Steer(Composable):
                         "any_model=True steers this one all the same"
                     )
         return layout
+
+    def check_shapes(self, layout: Layout) -> None:
+        """The part of `check` that needs no model: widths, layers, and strengths by layer.
+
+        Raises:
+            InterventionError: A layer or a width does not fit, or a layer has no strength.
+            SettingError: No such site.
+        """
+        places = self._places(layout)
+        given = [(layer, one) for layer, _, one in places]
+        if self.gate is not None:
+            given.append((self.gate.direction.layer, self.gate.direction))
+        for layer, one in given:
+            if one.vector.shape != (layout.width,):
+                raise InterventionError(
+                    f"the direction has width {tuple(one.vector.shape)}, the model {layout.width}"
+                )
+            if problem := missing_layer([layer], layout.n_layers):
+                raise InterventionError(problem)
+        for _, site, _ in places:
+            site_must_exist(site)
+        if isinstance(self.strength, dict):
+            for layer in sorted({layer for layer, _, _ in places} - self.strength.keys()):
+                raise InterventionError(f"no strength for layer {layer}")
 
     def operators(self, layout: Layout) -> list[tuple[int, str, Operator]]:
         """(layer, site, operator) wherever it changes anything, in the order of the forward pass.
@@ -287,4 +303,8 @@ class Steer(Composable):
 
     def __str__(self) -> str:
         layers = self.layers or sorted({one.layer for one in self.directions})
-        return f"{self.operator} at layers {layers}, scope {self.scope.name!r}"
+        one = isinstance(self.strength, float)
+        strength = f" {self.strength:g}" if one else f" {self.strength!r:.60}"
+        if self.operator == "ablate" and one:  # which has none
+            strength = ""
+        return f"{self.operator}{strength} at layers {layers}, scope {self.scope.name!r}"

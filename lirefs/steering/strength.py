@@ -37,6 +37,9 @@ class RowStrengths:
         with torch.inference_mode(False):  # for autograd, wherever it is made
             self._table = torch.tensor([(value or 0.0, value is not None) for value in self.values])
 
+    def __repr__(self) -> str:
+        return f"{len(self.values)} strengths by row"
+
     def at(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Strength of each token, and whether it is steered at all: both (rows, 1)."""
         # In a local: another thread, with another model, may want it on another device.

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lirefs.errors import TaskError, as_list, must_be, whole_number
-from lirefs.model.batching import batches_by_tokens, check_length
+from lirefs.errors import TaskError, whole_number
+from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, evaluating
+from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
-from lirefs.model.prompts import Prompt, prompt_known
-from lirefs.model.traits import Traits, cache_name
+from lirefs.model.prompts import Prompt, prompt_known, with_prompts
+from lirefs.model.traits import Traits, cache_name, quantizes_tokens_together
+from lirefs.tasks.items import must_fit
 from lirefs.tasks.recomputed import (
     Advance,
     Recomputed,
@@ -27,6 +31,7 @@ from lirefs.tasks.recomputed import (
 )
 
 BATCH_TOKENS = 4096
+NOT_ON_ENGINE = "an engine runs tasks that say generates = True; compare others without engine"
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
 # A forward pass of fewer tokens takes hardly less time, so padding up to here is free.
@@ -34,6 +39,41 @@ ENOUGH = 256
 # A batch drops its finished rows once at most this share of its rows is unfinished. Copying the
 # cache of those is cheap compared with a step on a CPU, less so on an accelerator.
 UNFINISHED = 0.9
+
+
+class Engine(Protocol):
+    """Another runtime that generates for `lm.model`, such as `lirefs.export.vllm.Engine`."""
+
+    def check(self, lm: LanguageModel) -> None:
+        """Raise an error unless it runs the same model."""
+
+    def describe(self) -> dict[str, Any]:
+        """What decides its numbers, as JSON values."""
+
+    def steered(self, intervention: Intervention) -> AbstractContextManager[Any]:
+        """The engine under an intervention, inside a `with`."""
+
+    def greedy(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        ends: Collection[int],
+        until: Sequence[str],
+    ) -> list[list[int]]:
+        """Greedy continuations; it may end them at these tokens and texts, which are kept."""
+
+
+_ENGINE: ContextVar[Engine | None] = ContextVar("engine", default=None)
+
+
+@contextmanager
+def generating_on(engine: Engine | None) -> Iterator[None]:
+    """Let `greedy` run on an engine inside the `with`; None for the model itself."""
+    token = _ENGINE.set(engine)
+    try:
+        yield
+    finally:
+        _ENGINE.reset(token)
 
 
 def greedy(
@@ -72,6 +112,12 @@ def greedy(
 
     whole_number(max_new_tokens, "max_new_tokens", least=1, error=TaskError)
     must_fit(lm, prompts, lambda prompt: len(prompt) + max_new_tokens - 1)
+    prompts = with_prompts(lm.model, lm.tokenizer, prompts)
+    if (engine := _ENGINE.get()) is not None:
+        known = [token for token in lm.end_tokens if stop is not None and stop(token)]
+        found = engine.greedy(prompts, max_new_tokens, known, texts)
+        advance(len(prompts))
+        return [_cut(row, ends) for row in found]
     results: dict[int, list[int]] = {}
     lengths = [len(prompt) + max_new_tokens for prompt in prompts]
     traits = lm.traits.within(max(lengths, default=0))
@@ -130,13 +176,15 @@ def score_continuations(
         of greedy decoding.
     """
     must_fit(lm, items, lambda item: len(item[0]) + max(map(len, item[1])) - 1)
+    prompts = with_prompts(lm.model, lm.tokenizer, [prompt for prompt, _ in items])
+    items = [(prompt, options) for prompt, (_, options) in zip(prompts, items, strict=True)]
     results: dict[int, list[tuple[float, bool]]] = {}
     longest = [len(prompt) + max(map(len, options)) for prompt, options in items]
     traits = _causal_traits(lm).within(max(longest, default=0))
     if not traits.continued:
         return score_whole(lm, items, advance)
     with evaluating(lm.model):
-        prefix = _shared_prefix(lm, [prompt for prompt, _ in items], traits)
+        prefix = _shared_prefix(lm, prompts, traits)
         # In the cache, each option of several tokens has its own copy of the prompt.
         lengths = [
             max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
@@ -155,7 +203,8 @@ def token_nlls(
 ) -> list[Tensor]:
     """Negative log-likelihood of every token but the first of each text.
 
-    For steering in scopes, the first half of a text counts as its prompt.
+    For steering in scopes, the first half of a text counts as its prompt, with all that a
+    `Prompted` puts before it.
 
     Args:
         lm: The model, under whatever intervention is active.
@@ -167,34 +216,35 @@ def token_nlls(
     """
     must_fit(lm, texts, len)
     results: dict[int, Tensor] = {}
+    whole = with_prompts(lm.model, lm.tokenizer, texts, chats=False)
+    before = [len(all_of) - len(text) for all_of, text in zip(whole, texts, strict=True)]
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
-        lengths = list(map(len, texts))
+        lengths = list(map(len, whole))
         traits = _causal_traits(lm).within(max(lengths, default=0))
         for rows in traits.groups(lengths, BATCH_TOKENS // 4, "right"):
-            some = [texts[row] for row in rows]
-            logits = logits_of(lm, some, [max(1, len(text) // 2) for text in some])[:, :-1]
-            nll = nll_of(logits, padded(some)[:, 1:]).cpu()
+            some = [whole[row] for row in rows]
+            prompts = [before[row] + max(1, len(texts[row]) // 2) for row in rows]
+            nll = nll_of(logits_of(lm, some, prompts)[:, :-1], padded(some)[:, 1:]).cpu()
             for index, row in enumerate(rows):
-                results[row] = nll[index, : len(texts[row]) - 1].clone()
+                results[row] = nll[index, before[row] : lengths[row] - 1].clone()
             advance(len(rows))
     return [results[row] for row in range(len(texts))]
 
 
 def _causal_traits(lm: LanguageModel) -> Traits:
     """The traits of a model whose log-likelihoods mean something; TaskError for others."""
+    if _ENGINE.get() is not None:
+        raise TaskError(NOT_ON_ENGINE)
     if not lm.traits.causal:
+        reason, remedy = "tokens see later ones in this model", "use tasks that generate"
+        if quantizes_tokens_together(lm.model):
+            reason = "LLM.int8() with outliers quantizes the tokens of a batch together"
+            remedy = "load the model with llm_int8_threshold=0.0, or use tasks that generate"
         raise TaskError(
-            f"{lm.name}: tokens see later ones in this model, so the likelihood of a text cannot "
-            "be scored; use tasks that generate their answer (ShortAnswer, Recitation)"
+            f"{lm.name}: {reason}, so the likelihood of a text cannot be scored; {remedy} their "
+            "answer (ShortAnswer, Recitation)"
         )
     return lm.traits
-
-
-def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> None:
-    """Raise TaskError if `lm` is not a model, or lacks positions for the tokens of an item."""
-    must_be(lm, LanguageModel, "lm", TaskError)
-    for index, item in enumerate(as_list(items, "items", Sequence, TaskError)):
-        check_length(lm.model, tokens(item), f"item {index}", TaskError)
 
 
 class _Batch:
@@ -247,6 +297,12 @@ class _Batch:
         self.mask = self.mask[rows]
         self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
+
+
+def _cut(row: list[int], ends: Callable[[list[int]], bool]) -> list[int]:
+    """A continuation up to the token with which it ends."""
+    lengths = range(1, len(row) + 1)
+    return row[: next((length for length in lengths if ends(row[:length])), len(row))]
 
 
 def _decode(

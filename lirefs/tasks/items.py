@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Self
 
@@ -11,6 +11,7 @@ from lirefs.errors import LirefsError, TaskError, as_list, got, must_be
 from lirefs.files import html_table
 from lirefs.model.batching import check_length
 from lirefs.model.language_model import LanguageModel
+from lirefs.model.prompts import tokens_before
 
 
 def as_row(
@@ -57,6 +58,14 @@ def named_text(
     return name, text
 
 
+def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> None:
+    """Raise TaskError if `lm` is not a model, or lacks positions for a prompt and an item."""
+    must_be(lm, LanguageModel, "lm", TaskError)
+    more = tokens_before(lm.model, lm.tokenizer)
+    for index, item in enumerate(as_list(items, "items", Sequence, TaskError)):
+        check_length(lm.model, tokens(item) + more, f"item {index}", TaskError)
+
+
 @dataclass(frozen=True, repr=False)
 class ItemTask:
     """Base of the tasks here: name and items; subclasses add the rest of `Task`.
@@ -97,6 +106,11 @@ class ItemTask:
         """The values of an item after its id, or a TaskError that begins with `where`."""
         return values
 
+    @property
+    def generates(self) -> bool:
+        """Whether it asks the model by `lirefs.tasks.greedy` alone, as an engine needs it."""
+        return False
+
     def encoded(self, lm: LanguageModel) -> Any:
         """What `run` needs as token ids; TaskError if an item is too long for the model.
 
@@ -104,9 +118,10 @@ class ItemTask:
         """
 
     def _fit_positions(self, lm: LanguageModel, lengths: Iterable[int]) -> None:
-        """Raise TaskError if the model has no positions for the tokens of an item."""
+        """Raise TaskError if the model has no positions for a prompt and the tokens of an item."""
+        more = tokens_before(lm.model, lm.tokenizer)
         for item, tokens in zip(self.items, lengths, strict=True):
-            check_length(lm.model, tokens, f"{self.name}: item {item[0]!r}", TaskError)
+            check_length(lm.model, tokens + more, f"{self.name}: item {item[0]!r}", TaskError)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name!r}, {len(self.items)} item(s))"

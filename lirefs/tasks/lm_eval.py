@@ -113,6 +113,11 @@ class LMEvalTask(ItemTask):
         options = [len(self.source.doc_to_choice(item[0].doc)) for item in self.items]
         return sum(1 / count for count in options) / len(options)
 
+    @property
+    def generates(self) -> bool:
+        """Whether every request is for a text."""
+        return all(one.request_type == "generate_until" for item in self.items for one in item)
+
     def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
         """Score every item as `lm_eval.simple_evaluate` does."""
         model: Any = lm_eval_model(lm)

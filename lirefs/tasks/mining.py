@@ -117,8 +117,8 @@ def mine(
         lm: The model. If its tokenizer begins texts with a special token, so does each prefix,
             which is then one token longer.
         texts: Texts, or a path, as for `recitation_task`: a list of strings, of (id, text) or of
-            rows with `text`, a file of JSON Lines, a file of text, a folder of `.txt` files, or a
-            list of `Path`s. Ids must differ.
+            rows with `text`, a file of JSON Lines, a file of text (one text, however many lines it
+            has), a folder of `.txt` files, or a list of `Path`s. Ids must differ.
         prefix_tokens: Length of the prompts.
         suffix_tokens: Length of what must be recited.
         stride: Tokens from one window of a text to the next; None: windows do not overlap.

@@ -15,7 +15,7 @@ from lirefs.model.batching import check_length
 from lirefs.model.guest import evaluating
 from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
-from lirefs.model.prompts import Prompt, prompt_known
+from lirefs.model.prompts import Prompt, prompt_known, with_prompts
 from lirefs.model.weight_swap import is_edited
 from lirefs.tasks.items import ItemTask, named_texts
 from lirefs.tasks.recomputed import Advance
@@ -121,9 +121,10 @@ def likeliest(lm: LanguageModel, ids: Sequence[int], k: int) -> Tensor:
 def _ranked(lm: LanguageModel, ids: Sequence[int], k: int) -> torch.return_types.topk:
     """The k highest logits at each position of a text, and their ids, (tokens, k) both."""
     # One text per batch: in a larger batch, rounding would differ and near-ties be reordered.
-    inputs = lm.pad([ids], side="right")
-    with evaluating(lm.model), prompt_known(Prompt(torch.tensor([max(1, len(ids) // 2)]))):
-        logits = lm.model(**inputs, use_cache=False).logits[0]
+    whole = with_prompts(lm.model, lm.tokenizer, [ids], chats=False)
+    prompt = Prompt(torch.tensor([len(whole[0]) - len(ids) + max(1, len(ids) // 2)]))
+    with evaluating(lm.model), prompt_known(prompt):
+        logits = lm.model(**lm.pad(whole, side="right"), use_cache=False).logits[0, -len(ids) :]
     if not 0 < k <= logits.shape[-1]:
         raise TaskError(f"k is {k}, expected 1 to {logits.shape[-1]}")
     return cast("torch.return_types.topk", logits.topk(k, dim=-1))

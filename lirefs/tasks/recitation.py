@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lirefs.errors import TaskError, as_list, must_be, whole_number
-from lirefs.model.batching import token_ids, token_ids_and_spans
+from lirefs.model.batching import position_limit, token_ids, token_ids_and_spans
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import common_prefix, greedy
@@ -16,6 +17,7 @@ from lirefs.tasks.recomputed import Advance, progress_in_items
 from lirefs.tasks.task import ItemResult
 from lirefs.tasks.texts import TextRow, Texts, text_rows
 
+_log = logging.getLogger(__name__)
 SUFFIX_TOKENS = 12
 LOOSE = 0.75
 
@@ -30,6 +32,7 @@ class _Memorized(ItemTask):
     chance: float = 0.0
 
     columns = ("id", "prefix_ids", "suffix_ids")
+    generates = True
 
     def _checked(self, where: str, *values: Any) -> Iterable[Any]:
         for name, ids in zip(self.columns[1:], values, strict=True):
@@ -80,8 +83,9 @@ def recitation_task(
     Args:
         lm: The model; its tokenizer cuts texts into prefix and suffix.
         texts: Texts, or a path: a list of strings, of (id, text) or of rows, a file of JSON Lines,
-            a file of text, or a folder of `.txt` files. A row has `prefix_ids` and `suffix_ids`, as
-            `mine` writes them, or `prefix` and `suffix` texts, or one `text`. Texts are cut between
+            a file of text (one item, however many lines it has), or a folder of `.txt` files. A row
+            has `prefix_ids` and `suffix_ids`, as `mine` writes them, or `prefix` and `suffix`
+            texts, or one `text`. Texts are cut between
             two tokens of the whole text: at the first that begins in the `suffix`, or, if a row has
             `suffix_tokens`, that many before the end. With ids, `tokenizer` may be the fingerprint
             of their tokenizer.
@@ -112,7 +116,21 @@ def recitation_of_rows(
         except TaskError as problem:
             raise TaskError(f"{row.where}: {problem}") from None
         items.append((row.id, prefix, suffix))
+        _warn_of_many_lines(lm, row, len(prefix) + len(suffix))
     return Recitation(name, items)
+
+
+def _warn_of_many_lines(lm: LanguageModel, row: TextRow, tokens: int) -> None:
+    """Warn of a text that is too long for the model because it is a file of many."""
+    limit = position_limit(lm.model)
+    if limit is not None and tokens > limit and "\n" in str(row.fields.get("text", "")).strip():
+        _log.warning(
+            "%s is one item of %d tokens, and the model reads %d: a file of text is one item; if "
+            "each of its lines is a text, give JSON Lines or a list of strings",
+            row.where,
+            tokens,
+            limit,
+        )
 
 
 def suffix_start(tokenizer: Any, text: str, cut: int) -> tuple[list[int], int]:

@@ -281,6 +281,7 @@ class ShortAnswer(ItemTask):
     chance: float = 0.0
 
     columns = ("id", "prompt", "answers")
+    generates = True
 
     def __post_init__(self) -> None:
         kinds = get_args(AnswerKind)

@@ -15,8 +15,8 @@ Texts = str | PathLike[str] | Sequence[str | PathLike[str] | tuple[str, str] | M
 """A path, or a list of texts, (id, text), rows (mappings such as `{"text": ...}`) and `Path`s.
 
 A path names a file of JSON Lines (its name ends in `.jsonl`, or it begins with `{`), a file of
-text, which is one text, or a folder, of which every `.txt` file is one text. A string by itself is
-a path; in a list, strings are texts.
+text, which is one text however many lines it has, or a folder, of which every `.txt` file is one
+text. A string by itself is a path; in a list, strings are texts.
 """
 
 
@@ -39,7 +39,13 @@ def text_rows(texts: Texts, what: str, error: type[LirefsError] = TaskError) -> 
         error: An entry of the list is not a text.
     """
     if isinstance(texts, str | PathLike):
-        return _file_rows(Path(texts), alone=True)
+        path = Path(texts)
+        if not _exists(path):
+            raise DataFileError(
+                f"{' '.join(str(texts).split()):.60}: no such file; a string is a path, so put "
+                "texts in a list: [text]"
+            )
+        return _file_rows(path, alone=True)
     entries = as_list(texts, what, error=error)
     rows: list[TextRow] = []
     for index, one in enumerate(entries):
@@ -83,6 +89,13 @@ def _file_rows(path: Path, alone: bool) -> list[TextRow]:
             for line, fields in read_jsonl(path)
         ]
     return [TextRow(str(path), str(path), {"text": _read(path)})]
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or not one: a text, most likely
+        return False
 
 
 def _id(fields: Mapping[str, Any], otherwise: str) -> str:

@@ -34,7 +34,13 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
         "overview.tex",
         *(
             f"{name}.{kind}"
-            for name in ("retained", "retained_tasks", "separation", "spectrum")
+            for name in (
+                "retained",
+                "retained-dark",
+                "retained_tasks",
+                "separation",
+                "spectrum",
+            )
             for kind in ("png", "svg")
         ),
         "directions.safetensors",
@@ -59,6 +65,19 @@ def test_compare_writes_a_whole_report_and_reuses_its_work(
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("FactorsMismatchError: ")
     assert not (tmp_path / "third").exists()
+
+
+def test_compare_takes_labels_of_ones_own(model_folder, questions, tmp_path, monkeypatch, capsys):
+    small_jobs(monkeypatch)
+    undrawn(monkeypatch)
+    text = questions.read_text()
+    questions.write_text(text.replace('"reasoning"', '"harmful"').replace('"memory"', '"safe"'))
+    arguments = [*quick(model_folder, questions), "--out", tmp_path / "report", "--quiet"]
+    assert run(monkeypatch, *arguments) == 2
+    assert "expected 'reasoning' or 'memory'" in capsys.readouterr().err
+    assert run(monkeypatch, *arguments, "--labels", "harmful,safe") == 0
+    found = lirefs.Directions.load(tmp_path / "report" / "directions.safetensors")
+    assert found.names == ("harmful", "safe")
 
 
 @pytest.mark.parametrize(

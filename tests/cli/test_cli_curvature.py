@@ -7,7 +7,7 @@ import command_line
 import pytest
 import torch
 from tiny import fresh_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import kfac
 from kfac.collection import batches
@@ -65,7 +65,8 @@ def test_an_interrupted_collection_continues_in_both_passes(made, factors, tmp_p
     out = tmp_path / "f.safetensors"
     arguments = ["--model", made / "model", "--texts", made / "texts.jsonl", "--layers", "0,1"]
     arguments += ["--estimators", "kfac,ekfac", "--out", out]
-    monkeypatch.setattr(batches, "BATCH_TOKENS", 64)
+    monkeypatch.setitem(kfac.collect.__kwdefaults__, "batch_tokens", 64)
+    monkeypatch.setattr(batches.module_and_batches, "__defaults__", (64,))
     add, calls = kfac.collection.correct._CorrectionSums.add_gradient, []
 
     def counted(*call):
@@ -106,6 +107,28 @@ def test_edit_saves_a_model_for_transformers(made, factors, tmp_path, monkeypatc
     assert [path.name for path in out.parent.iterdir()] == ["edited"]
     assert run(monkeypatch, "edit", *arguments) == 2  # the folder exists now
     assert "SettingError" in capsys.readouterr().err
+
+
+def test_edit_writes_small_files_and_reports_first(made, factors, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("lirefs.cli.options.SHARD", "20KB")
+    out = tmp_path / "edited"
+    arguments = ["--model", made / "model", "--factors", factors, "--keep", "0.5", "--out", out]
+    printed = []
+    written = PreTrainedModel.save_pretrained
+
+    def save(model, *folder, **options):
+        printed.append(capsys.readouterr().out)
+        written(model, *folder, **options)
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", save)
+    assert run(monkeypatch, "edit", *arguments) == 0
+    assert "pairs kept" in printed[0]
+    assert len(list(out.glob("*.safetensors"))) > 2
+    edited = AutoModelForCausalLM.from_pretrained(out)
+    plain = AutoModelForCausalLM.from_pretrained(made / "model")
+    kfac.CurvatureEdit(kfac.Factors.load(factors), 0.5).bake(plain)
+    for a, b in zip(edited.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_bands(made, factors, tmp_path, monkeypatch, capsys):
@@ -218,3 +241,27 @@ def test_wrong_values_end_in_one_line(made, factors, tmp_path, monkeypatch, caps
         assert run(monkeypatch, command, *common, *options) == 2
         assert capsys.readouterr().err.strip().splitlines()[-1].startswith(f"{error}: ")
         assert not (tmp_path / "o").exists()
+
+
+def test_plan_reads_the_configuration_alone(tmp_path, monkeypatch, capsys):
+    config = LlamaConfig(
+        hidden_size=16,
+        intermediate_size=33_000,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        dtype="bfloat16",
+    )
+    config.save_pretrained(tmp_path)
+    arguments = ["--model", str(tmp_path), "--dtype", "float32", "--layers", "1"]
+    assert run(monkeypatch, "plan", *arguments, "--json") == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["targets"] == [f"model.layers.1.mlp.{one}_proj" for one in ("gate", "up")]
+    assert found["phases"]["collect"]["sums"] == 8 * (16**2 + 2 * 33_000**2)
+    assert "LAPACK" in found["impossible"][-1]
+    assert "impossible here: a side of 33000" in printed.err
+    assert run(monkeypatch, "plan", *arguments, "--length", "64", "--layers", "7") == 2
+    capsys.readouterr()
+    assert run(monkeypatch, "plan", *arguments[:2], "--layers", "1", "--json") == 0
+    own = json.loads(capsys.readouterr().out)["phases"]["collect"]["weights"]
+    assert 2 * own == pytest.approx(found["phases"]["collect"]["weights"], rel=1e-3)

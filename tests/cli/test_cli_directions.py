@@ -1,6 +1,10 @@
+import ast
 import json
+import shlex
+from pathlib import Path
 
 import pytest
+import torch
 from command_line import run
 from tiny import build, fresh_model, tiny_config, tiny_tokenizer
 
@@ -100,6 +104,81 @@ def test_probe_steer_and_export(fitted, model_folder, tmp_path, monkeypatch, cap
     tiny_tokenizer().save_pretrained(other)
     assert run(monkeypatch, "steer", file, "x", "--model", other) == 2
     assert "ProvenanceError" in capsys.readouterr().err
+
+
+@pytest.fixture
+def exported(model_folder, tmp_path, monkeypatch, capsys):
+    """`lirefs export` of a direction in `mlp_out` of layer 1, which this model can hold baked."""
+    lm = lirefs.load(model_folder, device="cpu")
+    items = {
+        (layer, "mlp_out"): lirefs.Direction(torch.arange(32.0) - layer, layer, "mlp_out")
+        for layer in (1, 2)
+    }
+    file = tmp_path / "all.safetensors"
+    Directions(items, {"model": lm.fingerprint, "labels": ["a", "b"]}).save(file)
+
+    def export(*arguments):
+        command = ["export", file, *arguments, "--model", model_folder, "--layer", 1]
+        code = run(monkeypatch, *command, "--json", "--quiet")
+        said = capsys.readouterr()
+        return said.err if code else json.loads(said.out)["next"]
+
+    def steered(**settings):
+        with lirefs.Steer(items[1, "mlp_out"], **settings).apply(lm.model):
+            return lm.generate("...", max_new_tokens=5)
+
+    assert steered(operator="ablate") != lm.generate("...", max_new_tokens=5)
+    return export, steered
+
+
+def test_a_baked_model_is_loaded_by_transformers_alone(exported, tmp_path, capsys):
+    export, steered = exported
+    out = tmp_path / "baked"
+    assert "a control vector can only be added" in export(out, "--operator", "ablate")
+    assert not out.exists()
+    lines = export(out, "--operator", "ablate", "--to", "baked")
+    assert json.loads((out / "steering.json").read_text())["operator"] == "ablate"
+    baked = lirefs.load(out, device="cpu")
+    assert baked.generate("...", max_new_tokens=5) == steered(operator="ablate")
+    exec("\n".join(lines).replace('"...",', '"...", max_new_tokens=5,'))
+    text = ast.literal_eval(capsys.readouterr().out)[0]["generated_text"]
+    assert text == "..." + steered(operator="ablate")
+    assert "give --force" in export(out, "--operator", "ablate", "--to", "baked")
+    assert export(out, "--operator", "ablate", "--to", "baked", "--force") == lines
+    for to, problem in (("baked", "exists; name a new folder"), ("vllm", "is a folder")):
+        assert problem in export(tmp_path, "--to", to, "--force")  # anybody's folder
+
+
+def test_a_direction_in_a_file_of_its_own(exported, tmp_path, capsys):
+    export, steered = exported
+    lines = export(tmp_path / "one.safetensors", "--strength", 2)
+    found = Directions.load(tmp_path / "one.safetensors")
+    assert list(found) == [(1, "mlp_out")]
+    assert found.names == ("a", "b")
+    exec("\n".join(lines).replace('"...")', '"...", max_new_tokens=5)'))
+    assert capsys.readouterr().out == steered(operator="add", strength=2.0) + "\n"
+
+
+def test_the_command_that_serves_with_vllm(exported, tmp_path, monkeypatch, model_folder):
+    monkeypatch.chdir(tmp_path)
+    export, _ = exported
+    (line,) = export("one", "--to", "vllm", "--operator", "clamp", "--strength", 3)
+    words = shlex.split(line)
+    assert words[:3] == ["vllm", "serve", str(model_folder)]
+    assert json.loads(words[-1]) == {
+        "lirefs": {"directions": str(tmp_path / "one"), "operator": "clamp", "strength": 3.0}
+    }
+    assert list(Directions.load(tmp_path / "one")) == [(1, "mlp_out")]
+
+
+def test_the_server_gets_the_folder_of_a_built_in_model(tmp_path, monkeypatch, capsys):
+    lm = lirefs.load("organism")
+    found = {(1, "resid_pre"): lirefs.Direction(torch.ones(lm.width), 1)}
+    Directions(found, {"model": lm.fingerprint}).save(tmp_path / "d")
+    settings = ("--to", "vllm", "--model", "organism", "--layer", 1)
+    assert run(monkeypatch, "export", tmp_path / "d", tmp_path / "one", *settings) == 0
+    folder = Path(shlex.split(capsys.readouterr().out)[2])
+    assert (folder / "config.json").is_file()
 
 
 def test_wrong_settings_end_before_the_model_is_loaded(tmp_path, monkeypatch, capsys):

@@ -53,7 +53,7 @@ def test_one_rule_for_all_commands():
             assert {"--model", "--dtype", "--device-map"} <= given, name
         writes = "--out" in given or any(one.name == "out" for one in command.params)
         assert ("--force" in given) == writes, name
-        silent = {"export", "report", "organism texts", "curvature collect"}
+        silent = {"report", "organism texts", "curvature collect"}
         assert ("--json" in given) == (name not in silent), name
 
 
@@ -70,6 +70,8 @@ def test_one_rule_for_all_commands():
         ("curvature detect --factors f", "out/scores.jsonl"),
         ("curvature relearn --factors f", "out/relearning.json"),
         ("export d", "out"),
+        ("export --to vllm d", "out"),
+        ("export --to baked d", "out/steering.json"),
         ("organism texts", "out/questions.jsonl"),
         ("organism train", "out/shipped/config.json"),
     ],
@@ -102,7 +104,7 @@ def test_an_edited_model_is_replaced_by_force_and_nothing_else_is(
     assert run(monkeypatch, *command, "--keep", 0.5, "--force") == 0
     assert json.loads((out / "curvature_edit.json").read_text())["keep"] == 0.5
     assert {one.name for one in tmp_path.iterdir()} - {"lirefs-cache"} == {
-        "edited", "f.safetensors"
+        "edited", "f.safetensors", "f.safetensors.bases"
     }  # fmt: skip
     (out / "curvature_edit.json").unlink()  # then it may be anybody's folder
     assert run(monkeypatch, *command, "--force") == 2
@@ -120,6 +122,12 @@ def test_quiet_says_nothing_but_the_result(model_folder, questions, tmp_path, mo
     best = json.loads(said.out)["layers"][json.loads(said.out)["best_layer"]]["test_auroc"]
     assert f"test AUROC {best['value']:.2f} [{best['low']:.2f}, {best['high']:.2f}]" in page
     assert ", chosen</th>" in page
+    assert not re.search(r">nan|nan \[", page)
+    assert re.search(r"date <strong>20\d\d-", page)
+    shuffled = json.loads(said.out)["shuffled_auroc"]
+    interval = f"[{shuffled['low']:.2f}, {shuffled['high']:.2f}]"
+    assert page.count(f"{shuffled['value']:.2f} {interval}") == 1  # in the verdict
+    assert f'{shuffled["value"]:.2f} <span class="interval">{interval}' in page  # in the table
     assert len(re.findall(r'<tr( class="clear")?><th scope="row">', page)) == 4
     assert not re.search(r'(src|href)="(?!data:|#)', page)  # it needs no other file
     # Errors are never silent.
@@ -149,6 +157,7 @@ def test_the_type_of_numbers_and_the_map_reach_the_model(tmp_path, monkeypatch):
         ["probe", "--model", "organism", "--out", tmp_path / "p"],
         ["steer", "d", "x"],
         ["export", "d", tmp_path / "d.gguf"],
+        ["export", "d", tmp_path / "d", "--to", "baked"],
         ["curvature", "collect", "--out", tmp_path / "f"],
     ):
         assert run(monkeypatch, *command, *where) == 2

@@ -77,7 +77,9 @@ def test_a_task_at_chance_is_marked_and_left_out_of_the_mean(tmp_path):
     assert one.summary().groups == {"reasoning": ("solved",)}
     assert one.summary().means["v", "reasoning"].n == 40
     page = write_report(one, tmp_path)
-    assert "chance 0.25; unchanged model not above chance" in page.read_text()
+    assert "chance 25 %; unchanged model not above chance" in page.read_text().replace(
+        "\u00a0", " "
+    )
     none = scored(guessed=0.3)
     assert math.isnan(none.summary().means["v", "reasoning"].value)
     assert write_report(none, tmp_path).exists()
@@ -89,6 +91,7 @@ def test_saved_report_is_whole_and_self_contained(comparison, tmp_path):
     assert names == {
         *("report.html", "report.md", "results.json", "results.csv", "overview.tex"),
         *("retained.png", "retained.svg", "retained_tasks.png", "retained_tasks.svg"),
+        *("retained-dark.png", "retained-dark.svg"),
     }
     html = page.read_text()
     assert "data:image/png;base64," in html

@@ -9,7 +9,7 @@ from matplotlib.colors import to_hex
 
 from lirefs.comparison import Comparison
 from lirefs.comparison.figures.retained import draw_retained
-from lirefs.errors import SettingError
+from lirefs.errors import MissingError, SettingError
 from lirefs.pictures import COLOURS, picture_of
 
 
@@ -92,3 +92,52 @@ def test_no_text_of_the_figure_overlaps_at_any_size(tasks, variants):
         assert box.x0 >= 0, name
         for other, another in boxes[:k]:
             assert not box.overlaps(another), (name, other)
+
+
+def lines_of(axis):
+    """Label to the points and the marker's face of each line that is drawn with markers."""
+    return {
+        one.get_label(): (list(one.get_xdata()), list(one.get_ydata()), one.get_markerfacecolor(),
+                          one.get_linestyle())
+        for one in axis.lines if one.get_marker() == "o"
+    }  # fmt: skip
+
+
+def test_the_figure_of_a_sweep_has_a_line_for_each_task_and_the_unchanged_score():
+    found = renamed(made_up(3, 3), variant_C="random C")
+    canvas = found.plot({"variant B": 2, "variant A": -1.0, "random C": 0}, label="step $a")
+    left, right = canvas.axes  # one for each metric
+    assert (left.get_ylabel(), right.get_ylabel()) == ("accuracy", "perplexity")
+    assert left.get_xlabel() == r"step \$a"
+    drawn = lines_of(left)
+    tasks = [name for name in found.tasks if name != "texts"]
+    labels = [f"{task}{kind}, n = 20" for task in tasks for kind in ("", ", control")]
+    assert list(drawn) == labels
+    x, y, face, style = drawn[labels[0]]
+    assert (x, style) == ([-1.0, 2], "-")
+    assert y == [found.score(name, tasks[0]) for name in ("variant A", "variant B")]
+    assert face != "white"
+    x, y, face, style = drawn[labels[1]]
+    assert (x, y, face, style) == ([0], [found.score("random C", tasks[0])], "white", "--")
+    dotted = [list(one.get_ydata())[:1] for one in left.lines if one.get_linestyle() == ":"]
+    assert [y for one in dotted for y in one] == [found.score("unchanged", task) for task in tasks]
+    bands = [one.get_paths()[0].vertices[:, 1] for one in right.collections]
+    cells = [found.cell(name, "texts").value for name in ("variant A", "variant B")]
+    assert bands[0].min() == pytest.approx(min(one.low for one in cells))
+    assert bands[0].max() == pytest.approx(max(one.high for one in cells))
+    assert picture_of(canvas).png
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "message"),
+    [
+        ({"absent": 1.0}, MissingError, "no variant 'absent'; there are unchanged, variant A"),
+        ({"variant A": "1"}, SettingError, r"x\['variant A'\] must be a finite number, got '1'"),
+        ({"variant A": math.nan}, SettingError, "finite"),
+        ({}, SettingError, "x is empty"),
+        (["variant A"], SettingError, "x must be a Mapping"),
+    ],
+)
+def test_a_sweep_that_cannot_be_drawn(x, error, message):
+    with pytest.raises(error, match=message):
+        made_up(2).plot(x)

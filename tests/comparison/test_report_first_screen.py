@@ -13,8 +13,9 @@ from tiny import tiny_model, tiny_tokenizer
 
 from lirefs import compare, wrap
 from lirefs.comparison import Comparison, Figure, TaskInfo, load_comparison, write_report
-from lirefs.comparison.compare import _command
+from lirefs.comparison.compare import command_line
 from lirefs.comparison.controls import is_control
+from lirefs.comparison.figures.retained import retained_figures
 from lirefs.comparison.report import page, tables, write
 from lirefs.comparison.report.flip_list import flip_list
 from lirefs.comparison.report.verdict import verdict
@@ -56,11 +57,22 @@ def test_the_verdict_is_over_all_methods_tasks_and_controls():
     assert len(found) == 3
     assert found[0].startswith("gentle and harsh lower memorization to 10\u00a0%\u00a0[")
     assert found[1].startswith(
-        "Of the 2 other tasks, gentle keeps least of logic: 75\u00a0%\u00a0["
+        "What gentle keeps least of the 2 other tasks is logic, 75\u00a0%\u00a0["
     )
+    assert found[1].endswith("; of all methods, harsh costs most, in sums.")
     assert "not a clear" not in found[1]
-    assert found[2].startswith("Of the controls, random direction lowers it to 50\u00a0%\u00a0[")
+    assert found[2].startswith(
+        "Of the controls, random direction lowers memorization to 50\u00a0%\u00a0["
+    )
+    assert found[2].endswith("].")
     assert all(len(re.findall(r"\d+\u00a0%\u00a0\[\d+, ?\u00a0?\d+\]", one)) == 1 for one in found)
+
+
+def test_the_verdict_says_where_a_control_does_the_same():
+    shares = {"unchanged": (1.0, 0.9, 0.8), "m": (0.1, 0.9, 0.8), "SVD": (0.1, 0.5, 0.8)}
+    assert verdict(scored(shares, GROUPS).summary())[2].endswith(
+        ", so what tells a method from them is how much else it keeps."
+    )
 
 
 def test_the_verdict_claims_no_change_that_is_not_clear():
@@ -68,14 +80,14 @@ def test_the_verdict_claims_no_change_that_is_not_clear():
     first, second, third = verdict(scored(shares, GROUPS).summary())
     assert first.startswith("No method clearly lowers memorization: m, the lowest, at 99")
     assert second.endswith("not a clear change.")
-    assert third.startswith("No control clearly lowers it: SVD")
+    assert third.startswith("No control clearly lowers memorization: SVD")
 
 
 def test_the_verdict_without_recitation_or_controls():
     groups = {"harm": "safety", "sums": "arithmetic"}
     shares = {"unchanged": (0.4, 0.9), "m": (0.8, 0.5), "n": (0.5, 0.9)}
     least, most, control = verdict(scored(shares, groups).summary())
-    assert least.startswith("Of the 2 tasks, m keeps least of sums: 56")
+    assert least.startswith("Of the 2 tasks, sums is retained least, under m: 56")
     assert most.startswith("m raises harm most, to 200")
     assert control.startswith("No control was run")
     nothing = verdict(scored({"unchanged": (0.0, 0.0), "m": (0.0, 0.0)}, groups).summary())
@@ -111,6 +123,67 @@ def test_tables_have_methods_above_and_controls_in_grey():
     text = page.html_page(summary, flip_list(scored(shares, GROUPS)), [])
     assert re.search(r"<dt>Methods</dt><dd>m</dd>.*<dt>Controls</dt><dd>SVD</dd>", text, re.DOTALL)
     assert re.search(r'<tr class="(clear )?control">\s*<th scope="row">SVD</th>', text)
+
+
+def test_the_page_names_the_controls_that_are_here_and_what_each_does():
+    shares = {"unchanged": (1.0,) * 3, "SVD": (0.5,) * 3, "my control": (1.0,) * 3}
+    shares["random direction + m"] = shares["m"] = (0.5,) * 3
+    found = scored(shares, GROUPS)
+    text = page.html_page(found.summary(), flip_list(found), [])
+    assert "SVD (the same matrices cut to fewer singular values" in text
+    assert "; my control; random direction + m (a push" in text
+    assert "together with m)" in text
+    assert "random pairs" not in text
+
+
+def test_the_first_screen_says_what_guessing_would_retain():
+    groups = {"verses": "memorization", "logic": "reasoning"}
+    found = scored({"unchanged": (1.0, 0.8), "m": (0.1, 0.8)}, groups)
+    assert "chance" not in tables.overview_table(found.summary()).note
+    found.tasks["logic"] = TaskInfo("reasoning", "accuracy", 0.4)
+    note = tables.overview_table(found.summary()).note
+    assert note.endswith("guessing would retain 50 % of reasoning.")
+
+
+def test_findings_stand_under_their_questions_and_words_are_explained():
+    asked = ["1. Is it so?", "It is so. Numbers: 5 % [3, 9]. LiReF ablate."]
+    found = replace(made_up(), provenance={"model_name": "x", "findings": asked})
+    summary = found.summary()
+    text = page.html_page(summary, flip_list(found), [])
+    assert "<h3>1. Is it so?</h3>" in text
+    assert (
+        "<p><strong>It is so.</strong> Numbers: 5\u00a0%\u00a0[3,\u00a09]. LiReF ablate.</p>"
+        in text
+    )
+    assert "<dt>ablate</dt>" in text
+    assert "<dt>amplify</dt>" not in text
+    plain = write.markdown_report(summary, [])
+    assert "\n### 1. Is it so?\n" in plain
+    assert "* **ablate**: steering" in plain
+
+
+def test_tables_round_as_sentences_do_and_keep_what_they_sort_by():
+    shares = {"unchanged": (1.0, 0.92, 0.8), "m": (0.5, 0.87, 0.8)}
+    table = tables.task_table(scored(shares, GROUPS).summary(), "sums")
+    row = dict(zip(table.head, table.rows[1]))
+    assert row["accuracy [95 %]"].text == "87\u00a0%"
+    assert row["accuracy [95 %]"].value == 0.87
+    assert row["retained [95 %]"].text == "95\u00a0%"  # 94.57
+    assert row["difference, points [95 %]"].text == "-5"
+    assert str(row["difference, points [95 %]"].interval).startswith("[-")
+    texts = tables.task_table(made_up().summary(), "texts")
+    assert re.fullmatch(r"\d\.\d{3}|\d\d\.\d\d", texts.rows[0][1].text)
+    assert [tables._digits(one) for one in (1.5557, 24.712, 0.5, 12345.6)] == [
+        "1.556", "24.71", "0.500", "12,346",
+    ]  # fmt: skip
+
+
+def test_arrows_are_explained_only_where_there_are_arrows():
+    plain = {"unchanged": (0.9, 0.9, 0.8), "m": (0.5, 0.9, 0.8)}
+    far = {"unchanged": (0.9, 0.3, 0.8), "m": (0.5, 0.9, 0.8)}
+    for shares, expected in ((plain, False), (far, True)):
+        for one in retained_figures(scored(shares, GROUPS).summary()):
+            assert ("Arrows" in one.caption) == expected
 
 
 def test_numbers_as_sentences_say_them():
@@ -245,4 +318,4 @@ def test_wrong_titles_notes_and_callbacks_are_refused():
 )
 def test_only_commands_of_this_library_are_shown_whole(monkeypatch, arguments, expected):
     monkeypatch.setattr(sys, "argv", arguments)
-    assert _command() == expected
+    assert command_line() == expected

@@ -3,10 +3,9 @@
 import html
 import json
 import re
-import shutil
-import subprocess
 
 import pytest
+from browser import BROWSER, browse, seen_in_frame
 from made_up import NASTY, SHARED, made_up
 
 from lirefs.comparison import Figure, flips
@@ -14,14 +13,6 @@ from lirefs.comparison.report.flip_list import MOST_FLIPS, flip_list
 from lirefs.comparison.report.page import html_page as html_of
 from lirefs.pictures import Picture
 
-BROWSER = next(
-    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
-)
-FLAGS = [
-    *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
-    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
-    *("--enable-logging=stderr", "--v=0"),
-]
 PNG = bytes.fromhex(
     "89504e470d0a1a0a0000000d49484452000000010000000108000000003a7e9b55"
     "0000000a49444154789c6360000000020001e221bc330000000049454e44ae426082"
@@ -91,18 +82,6 @@ setTimeout(() => {
   document.body.append(box);
 }, 50);
 """
-
-
-def browse(path, folder, *flags):
-    """What the browser says of a page: its document, and lines of its console."""
-    done = subprocess.run(
-        [BROWSER, *FLAGS, f"--user-data-dir={folder / 'profile'}", *flags, path.as_uri()],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
-    return done.stdout, [line for line in done.stderr.split("\n") if "CONSOLE" in line]
 
 
 @pytest.fixture(scope="module")
@@ -223,7 +202,7 @@ for (const one of document.querySelectorAll("details.section")) one.open = true;
 document.querySelector(".overview tbody tr").classList.add("control");
 const light = (colour) =>
   colour.match(/[0-9]+/g).slice(0, 3).map(Number).reduce((one, other) => one + other) / 765;
-parent.postMessage(JSON.stringify({
+setTimeout(() => parent.postMessage(JSON.stringify({
   inside: document.documentElement.scrollWidth <= window.innerWidth,
   paper: light(style("body").backgroundColor),
   inks: ["h1", ".note", "tr.control td", "nav a", ".flip p", ".badge"]
@@ -231,41 +210,23 @@ parent.postMessage(JSON.stringify({
   badge: light(style(".badge").backgroundColor),
   menuBeside: box("nav").right <= box("main").left,
   sticky: [style(".overview thead th").position, style(".overview tbody th").position],
-  pictureWidth: box("img").width,
+  pictureFits: box("img").right <= window.innerWidth,
+  enlarged: (document.querySelector(".plot").focus(), box("img").width),
+  hints: [...document.querySelectorAll(".scroll")]
+    .filter((one) => (one.scrollWidth > one.clientWidth + 1) !== one.matches(".wide")).length,
+  copy: Math.max(...[...document.querySelectorAll("caption .copy")]
+    .map((one) => one.getBoundingClientRect().right)) <= window.innerWidth,
   smallest: Math.min(...[...document.querySelectorAll("main *")]
     .filter((one) => one.innerText).map((one) => parseFloat(getComputedStyle(one).fontSize))),
   first: box(".verdict").top,
-}), "*");
+}), "*"), 100);
 """
-FRAME = """<body style="margin:0"><script>
-addEventListener("message", (event) => {
-  const box = document.createElement("pre");
-  box.id = "seen";
-  box.textContent = event.data;
-  document.body.append(box);
-});
-</script><iframe src="look.html" style="border:0;width:%dpx;height:1000px"></iframe></body>"""
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1400])
 def test_it_is_legible_at_any_width_in_both_schemes(text, tmp_path, width, scheme):
-    (tmp_path / "look.html").write_text(
-        text.replace("</body>", f"<script>{LOOK}</script></body>"), "utf-8"
-    )
-    frame = tmp_path / "frame.html"
-    frame.write_text(FRAME % width, "utf-8")
-    document, console = browse(
-        frame,
-        tmp_path,
-        "--virtual-time-budget=5000",
-        "--window-size=1500,1000",
-        f"--blink-settings=preferredColorScheme={int(scheme == 'light')}",
-        "--dump-dom",
-    )
-    assert console == []
-    found = re.search(r'<pre id="seen">(.*?)</pre>', document, re.DOTALL)
-    look = json.loads(html.unescape(found.group(1)))
+    look = seen_in_frame(text, LOOK, tmp_path, width, scheme)
     assert look["inside"]
     assert (look["paper"] < 0.2) == (scheme == "dark")
     *inks, badge = look["inks"]
@@ -273,7 +234,10 @@ def test_it_is_legible_at_any_width_in_both_schemes(text, tmp_path, width, schem
         assert abs(ink - paper) > 0.35, look
     assert look["menuBeside"] == (width == 1400)
     assert look["sticky"] == ["sticky", "sticky"]
-    assert look["pictureWidth"] >= 640
+    assert look["pictureFits"]
+    assert look["enlarged"] >= 640
+    assert look["hints"] == 0
+    assert look["copy"]
     assert look["smallest"] >= 10.5
     assert look["first"] < 350
 

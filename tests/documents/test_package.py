@@ -17,7 +17,7 @@ def test_import_leaves_heavy_packages_alone():
     with forked.started(preloaded.modules_of_the_packages) as (_, connection):
         modules = connection.recv()
     assert {"lirefs", "kfac", "torch"} <= modules
-    heavy = {"transformer_lens", "nnsight", "datasets", "matplotlib", "lm_eval"}
+    heavy = {"transformer_lens", "nnsight", "datasets", "matplotlib", "lm_eval", "vllm"}
     assert not heavy & modules
 
 

@@ -19,10 +19,14 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = [
     "experiments.arithmetic",
     "experiments.counterfactual",
+    "experiments.label_noise",
+    "experiments.loss_positions",
+    "experiments.planting",
     "experiments.sharpness",
     "experiments.spectra",
     "experiments.vision",
     "experiments.vision.one_network",
+    "experiments.write_flat",
 ]
 
 
@@ -69,6 +73,25 @@ def test_sharpness(experiment):
 def test_counterfactual(experiment):
     printed = experiment("experiments.counterfactual", "--limit", 6)
     assert printed.count("Spearman of") == 9
+
+
+def test_label_noise(experiment):
+    arguments = ["--texts", "4,8", "--layers", 3, "--reference", 6]
+    lines = experiment("experiments.label_noise", *arguments).splitlines()
+    assert [line.split(" tokens, ")[1].split(":")[0] for line in lines] == [
+        "1 draws against 6",
+        "4 draws against 6",
+    ] * 2
+    errors = [float(line.rpartition(" by ")[2].rstrip(".")) for line in lines]
+    assert errors[0] > errors[1] > 0
+
+
+def test_loss_positions(experiment):
+    arguments = ["--model", "organism", "--layers", 3, "--shares", "1,0.25", "--rows", 4]
+    lines = experiment("experiments.loss_positions", *arguments, "--rounds", 2).splitlines()
+    assert [line.split(" of the")[0] for line in lines] == ["losses at 100%", "losses at 25%"]
+    whole, part = (float(line.split("of G ")[1].split(",")[0]) for line in lines)
+    assert 0 < whole < part  # a quarter of the losses saves little where the vocabulary is small
 
 
 def test_one_network(experiment, tmp_path, monkeypatch):

@@ -135,7 +135,10 @@ def test_states_that_are_not_finite_are_refused():
 
 def test_a_steered_model_is_not_booted():
     lm = wrap(fresh_model("llama"), tiny_tokenizer(), name="tiny")
-    with Steer(direction(), "add").apply(lm.model), pytest.raises(BackendError, match="add at lay"):
+    with (
+        Steer(direction(), "add").apply(lm.model),
+        pytest.raises(BackendError, match="add 1 at lay"),
+    ):
         lens.boot(lm)
 
 

@@ -1,16 +1,22 @@
+import peft
 import pytest
 import torch
-from tiny import fresh_model, tiny_tokenizer
-from transformers import AutoModelForCausalLM
+from families import CORE, FAMILIES, family_lm
+from families import build as build_family
+from tiny import build, fresh_model, tiny_tokenizer
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from lirefs import Direction, Steer, wrap
-from lirefs.errors import BakeError
+from lirefs.errors import BakeError, LayoutError
 from lirefs.export.bake import bake
 from lirefs.model.intervention import applied
 from lirefs.steering import scope
 
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80], [0, 41, 51, 61, 71, 81]])
 EVERYWHERE = ("resid_pre", "attn_out", "resid_post")
+FAMILY_NAMES = [
+    name if name in CORE else pytest.param(name, marks=pytest.mark.slow) for name in FAMILIES
+]
 
 
 def direction(layer=1, site="resid_post", seed=0):
@@ -121,16 +127,131 @@ def test_what_cannot_be_baked_says_why():
             bake(steer, llama)
     for attached in (Steer(one, "add"), Steer(one, "add", scope="prompt")):
         with (
-            pytest.raises(BakeError, match=r"add at layers \[1\], scope .* is attached"),
+            pytest.raises(BakeError, match=r"add 1 at layers \[1\], scope .* is attached"),
             attached.apply(llama),
         ):
             bake(Steer(one, "add"), llama)
     for family in ("olmo2", "gemma2"):
-        with pytest.raises(BakeError, match="a norm or experts stand behind it"):
+        with pytest.raises(BakeError, match="a norm behind the projection"):
             bake(Steer(one, "add"), fresh_model(family))
-    for family in ("qwen2", "mistral", "phi3"):
+    for family in ("qwen3", "phi3", "mistral"):  # by default, Mistral has a window
         with pytest.raises(BakeError, match="no setting that gives it one"):
             bake(Steer(one, "add"), fresh_model(family))
-    with pytest.raises(BakeError, match="differs from the hooked one"):
-        # A norm stands behind the embedding.
+    with pytest.raises(BakeError, match="a norm, or positions that are not learned"):
         bake(Steer(direction(0, "resid_pre"), "add"), fresh_model("bloom"))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("family", ["qwen2", "mistral"])
+def test_add_makes_a_llama_of_its_namesakes(family, tied, tmp_path):
+    model = fresh_model(family, tie_word_embeddings=tied, sliding_window=None)
+    before = torch.random.get_rng_state()
+    loaded = agrees(Steer(direction(), "add", 1.5), model, tmp_path)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert type(loaded) is LlamaForCausalLM
+    assert loaded.generation_config.eos_token_id == model.generation_config.eos_token_id
+    ablate = Steer(direction(), "ablate", layers="all", sites=EVERYWHERE)
+    assert type(bake(ablate, model)) is type(model)
+
+
+FUSED = ["qwen3_moe", "deepseek_v3", "aria_text", "gpt_oss"]
+"""Experts alone, with a shared one, stored (in, out), with biases."""
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_ablation_passes_through_experts(family, tmp_path):
+    steer = Steer(direction(), "ablate", layers="all", sites=EVERYWHERE)
+    agrees(steer, build_family(family), tmp_path)
+
+
+@pytest.mark.parametrize("operator", ["add", "clamp"])
+def test_experts_with_biases_take_what_is_added(operator, tmp_path):
+    agrees(Steer(direction(1, "mlp_out"), operator, 3.0), build_family("gpt_oss"), tmp_path)
+    with pytest.raises(BakeError, match="holds experts without a bias"):
+        bake(Steer(direction(1, "mlp_out"), operator, 3.0), build_family("qwen3_moe"))
+
+
+def test_scaled_residuals_scale_the_bias(tmp_path):
+    config = FAMILIES["granite"].config()
+    config.residual_multiplier = 0.22
+    model = build(config)
+    agrees(Steer(direction(2, "resid_pre"), "add", 1.5), model, tmp_path)
+    with pytest.raises(LayoutError, match="attn_out is not available"):
+        bake(Steer(direction(), "ablate", layers="all", sites=EVERYWHERE), model)
+
+
+@pytest.mark.parametrize("operator", ["add", "ablate"])
+def test_scaled_embeddings_scale_the_change(operator, tmp_path):
+    agrees(Steer(direction(0, "resid_pre"), operator, 1.0), build_family("gemma"), tmp_path)
+
+
+class Quantized(torch.nn.Parameter):
+    """As the packages that quantize make theirs."""
+
+
+def quantized(model):
+    module = model.model.layers[1].mlp.down_proj
+    module.weight = Quantized(module.weight.detach())
+    return model
+
+
+def eight_bits(model):
+    module = model.model.layers[1].mlp.down_proj
+    module.weight = torch.nn.Parameter(module.weight.to(torch.int8), requires_grad=False)
+    return model
+
+
+def offloaded(model):
+    module = model.model.layers[1].mlp.down_proj
+    module.weight = torch.nn.Parameter(module.weight.to("meta"))
+    return model
+
+
+def adapted(model):
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (quantized, "down_proj.weight is quantized or sharded"),
+        (eight_bits, r"quantized or sharded \(Parameter, torch.int8\)"),
+        (offloaded, "down_proj.weight is offloaded"),
+        (adapted, "merge_and_unload"),
+    ],
+)
+def test_what_cannot_hold_a_change_is_refused_before_the_copy(change, says, monkeypatch):
+    model = change(fresh_model("llama"))
+    monkeypatch.setattr(type(model), "__deepcopy__", None, raising=False)
+    with pytest.raises(BakeError, match=says):
+        bake(Steer(direction(), "add"), model)
+
+
+def test_the_error_names_what_can_do_it_instead():
+    qwen = fresh_model("qwen3")
+    with pytest.raises(BakeError, match=r"these can do it: .*vLLM, llama\.cpp control vector"):
+        bake(Steer(direction(), "add"), qwen)
+    with pytest.raises(BakeError) as refused:
+        bake(Steer(direction(), "add", scope="prompt"), qwen)
+    assert "these can do it: transformers hooks, vLLM (" in str(refused.value)
+
+
+@pytest.mark.parametrize("name", FAMILY_NAMES)
+def test_every_family_is_baked_or_refused_with_its_reason(name):
+    """The check of `bake` itself compares with the hooks; no family may fail it."""
+    try:
+        lm = family_lm(name)
+    except LayoutError:
+        return
+    one = Direction(direction().vector.repeat(lm.width // 32), 1, "resid_post")
+    everywhere = Steer(one, "ablate", layers="all", sites=EVERYWHERE)
+    for steer in (Steer(one, "add"), everywhere):
+        assert "differs from the hooked one" not in refusal(steer, lm.model)
+
+
+def refusal(steer, model):
+    try:
+        bake(steer, model)
+    except (BakeError, LayoutError) as refused:
+        return str(refused)
+    return ""

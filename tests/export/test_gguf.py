@@ -1,8 +1,5 @@
-import ctypes
 import dataclasses
-import os
 import struct
-from pathlib import Path
 
 import gguf
 import numpy as np
@@ -139,14 +136,13 @@ def test_strengths_by_layer_are_written(tmp_path):
     torch.testing.assert_close(back[2].vector, -2 * back[1].vector)
 
 
-@pytest.mark.weights
 def test_a_list_longer_than_its_file_is_refused_at_once(tmp_path):
     path = tmp_path / "c.gguf"
     entry = struct.pack("<Q1sIIQ", 1, b"x", 9, 0, 2**60)
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + entry)
-    with pytest.raises(DirectionsFileError, match="ends within its header"):
+    with pytest.raises(DirectionsFileError, match="lists that are too long"):
         from_gguf(path)
-    with pytest.raises(ModelLoadError, match="ends within its header"):
+    with pytest.raises(ModelLoadError, match="lists that are too long"):
         load(path)
 
 
@@ -176,40 +172,3 @@ def test_only_numbered_floats_are_directions(tmp_path, name, kind, says):
     writer.close()
     with pytest.raises(DirectionsFileError, match=says):
         from_gguf(tmp_path / "c.gguf")
-
-
-def test_llama_cpp_moves_the_logits_as_the_hooks_do(tmp_path):
-    """Needs llama-cpp-python, and in LIREFS_SMOLLM2_GGUF the GGUF file that `load` dequantises."""
-    llama = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
-    file = os.environ.get("LIREFS_SMOLLM2_GGUF", "")
-    if not Path(file).is_file():
-        pytest.skip("LIREFS_SMOLLM2_GGUF does not name the GGUF file of SmolLM2")
-    lm = load("smollm2-135m", device="cpu")
-    one = direction(15, width=lm.width)
-    one = Direction(20 * one.vector / one.vector.norm(), 15)
-    to_gguf(one, tmp_path / "c.gguf", lm)
-    (ids,) = lm.encode(["The capital of France is the city of"])
-    with torch.no_grad():
-        plain = lm.model(torch.tensor([ids])).logits[0, -1]
-    ours = (logits_of(lm, ids, Steer(one, "add")) - plain).double().numpy()
-
-    # llama.cpp wants one row per block from block 1 on, zero where nothing is added.
-    rows = np.zeros((lm.n_layers - 1, lm.width), np.float32)
-    for layer, _ in from_gguf(tmp_path / "c.gguf"):
-        rows[layer - 1] = from_gguf(tmp_path / "c.gguf")[layer].vector.numpy()
-    model = llama.Llama(file, n_ctx=64, logits_all=True, verbose=False, n_threads=1)
-    model.eval(ids)
-    before = np.array(model.scores[len(ids) - 1], np.float64)
-    model.reset()
-    apply = getattr(llama, "llama_set_adapter_cvec", None) or llama.llama_apply_adapter_cvec
-    data = rows.ctypes.data_as(ctypes.POINTER(ctypes.c_float))
-    assert apply(model.ctx, data, rows.size, lm.width, 1, lm.n_layers) == 0
-    model.eval(ids)
-    theirs = np.array(model.scores[len(ids) - 1], np.float64) - before
-    cosine = ours @ theirs / (np.linalg.norm(ours) * np.linalg.norm(theirs))
-    assert cosine > 0.95
-
-
-def logits_of(lm, ids, steer):
-    with torch.no_grad(), steer.apply(lm.model):
-        return lm.model(torch.tensor([ids])).logits[0, -1]

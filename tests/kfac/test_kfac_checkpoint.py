@@ -172,7 +172,7 @@ def stop_after(count, batches=BATCHES):
 
 def test_interrupted_in_a_later_pass(model, tmp_path):
     path = tmp_path / "state"
-    need = kfac.plan(targets(model), marginals=True).bytes[0]
+    need = kfac.plan(targets(model), marginals=True, dtype=torch.float32).bytes[0]
     with pytest.raises(Interruption):
         run(model, path, stop_after(9), budget=need - 1)
     assert run(model, path, budget=need - 1).digest == run(model, None).digest
@@ -242,7 +242,7 @@ def test_a_state_that_makes_no_sense_is_refused(model, tmp_path):
 
 
 def test_passes_give_what_one_pass_gives(model):
-    need = kfac.plan(targets(model), marginals=True).bytes[0] - 1
+    need = kfac.plan(targets(model), marginals=True, dtype=torch.float32).bytes[0] - 1
     one, many = run(model, None), run(model, None, budget=need)
     assert many.names == one.names
     assert_same(one, many, 1e-12)
@@ -289,7 +289,7 @@ def test_batches_that_change_between_passes_are_refused(model):
             self.turns += 1
             yield from BATCHES[: 5 - self.turns]
 
-    need = kfac.plan(targets(model), marginals=True).bytes[0] - 1
+    need = kfac.plan(targets(model), marginals=True, dtype=torch.float32).bytes[0] - 1
     with pytest.raises(BatchError, match="pass 2 differ"):
         run(model, None, Changing(), budget=need)
 
@@ -309,7 +309,7 @@ def test_a_correction_lets_go_of_the_bases_after_each_pass(model, monkeypatch):
     factors = run(model, None)
     expected = kfac.correct(model, BATCHES, factors, progress=False)
     monkeypatch.setattr(kfac.collection.correct, "_CorrectionSums", Watched)
-    need = kfac.plan(targets(model), correction=True).bytes[0] - 1
+    need = kfac.plan(targets(model), correction=True, dtype=torch.float32).bytes[0] - 1
     found = kfac.correct(model, BATCHES, factors, progress=False, budget=need)
     assert found.digest == expected.digest
     assert len(made) == 2

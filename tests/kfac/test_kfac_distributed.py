@@ -1,14 +1,14 @@
-import multiprocessing
-import traceback
+from dataclasses import astuple
 
 import pytest
 import torch
-import torch.distributed as dist
 from curvature_tools import assert_same, batch, llama
+from processes import run
 from torch import nn
 
 import kfac
 from kfac import Factors
+from kfac.factors import bases
 from lirefs.errors import DistributedError
 
 BATCHES = [batch([0, 1]), batch([2]), batch([0, 4], "left", 1), batch([5]), batch([3])]
@@ -24,38 +24,6 @@ def everything(batches=BATCHES, model=None, **kwargs):
     return kfac.correct(model, batches, factors, progress=False)
 
 
-def worker(rank, size, folder, failures):
-    try:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
-        )
-        work(rank, folder)
-        dist.destroy_process_group()
-    except BaseException:
-        failures.put(traceback.format_exc())
-        raise
-
-
-def run(folder, size=2):
-    context = multiprocessing.get_context("spawn")
-    failures = context.Queue()
-    workers = [
-        context.Process(target=worker, args=(rank, size, str(folder), failures), daemon=True)
-        for rank in range(size)
-    ]
-    for process in workers:
-        process.start()
-    # One that fails leaves the others waiting for it, so failures are looked for first.
-    while any(process.is_alive() for process in workers) and failures.empty():
-        for process in workers:
-            process.join(0.2)
-    if not failures.empty():
-        for process in workers:
-            process.kill()
-        pytest.fail(failures.get())
-    assert [process.exitcode for process in workers] == [0] * size
-
-
 def work(rank, folder):
     with pytest.raises(DistributedError, match="different batches"):
         everything(BATCHES[rank:])
@@ -64,10 +32,37 @@ def work(rank, folder):
     # The forward pass of the wrapper would wait for the process that has one batch less.
     wrapped = nn.parallel.DistributedDataParallel(llama(torch.float32))
     everything(model=wrapped).save(f"{folder}/wrapped-{rank}.safetensors")
+    decompose_together(everything(), rank)
+
+
+def decompose_together(factors, rank):
+    """Each process decomposes its share, all have all bases, and a failure reaches them all."""
+    mine, alone = [], kfac.merge([factors])
+    right = {name: alone.eigen(name) for name in alone.names}
+
+    def counted(matrix):
+        mine.append(len(matrix))
+        return kfac.eigenbasis(matrix)
+
+    def failing(matrix):
+        raise MemoryError
+
+    bases.eigenbasis = counted
+    shared = kfac.merge([factors])
+    if rank == 1:
+        shared.eigen_A(shared.names[-1])  # what one has already is sent by it
+    shared.decompose(spread=True, progress=False)
+    assert mine == ([16, 24] if rank == 0 else [24, 24, 16])
+    for name, basis in right.items():
+        assert all(torch.equal(*both) for both in zip(*map(astuple, (basis, shared.eigen(name)))))
+    bases.eigenbasis = failing if rank == 1 else counted
+    with pytest.raises(DistributedError if rank == 0 else MemoryError):
+        kfac.merge([factors]).decompose(spread=True, progress=False)
+    bases.eigenbasis = kfac.eigenbasis
 
 
 def test_two_processes_give_what_one_gives_and_refuse_different_batches(tmp_path):
-    run(tmp_path)
+    run(work, tmp_path)
     for stem, batches in (("", BATCHES), ("short-", BATCHES[:1])):
         one = everything(batches)
         zero, other = (Factors.load(tmp_path / f"{stem}{rank}.safetensors") for rank in (0, 1))

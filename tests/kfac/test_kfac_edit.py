@@ -10,6 +10,7 @@ from torch import nn
 
 import kfac
 from kfac import CurvatureEdit, RandomPairsEdit, SVDEdit
+from kfac.factors import bases
 from lirefs.errors import (
     EditError,
     EditOrderError,
@@ -133,7 +134,7 @@ def test_nothing_is_half_edited(model, factors):
     with torch.no_grad():
         factors.targets(model)[-1].parameter.mul_(2)
     before = snapshot(model)
-    with pytest.raises(FactorsMismatchError, match="other weights"):
+    with pytest.raises(FactorsMismatchError, match=r"other weights \(an edit that is baked into"):
         CurvatureEdit(factors, 0.5).attach(model)
     assert_restored(model, before)
 
@@ -162,7 +163,7 @@ def test_bad_keep(factors, keep):
 
 
 def test_sweep_shares_the_rotated_weights(model, factors):
-    edit = CurvatureEdit(factors, 0.5)
+    edit = CurvatureEdit(factors, 0.5, saliency=True)
     edit.prepare(model)
     cached = {name: value[1] for name, value in factors._coordinates.items()}
     edit.with_keep(0.7).prepare(model)
@@ -269,6 +270,32 @@ def test_the_control_of_another_keep_has_the_same_seed(model, factors):
         edit.with_keep(0)
 
 
+def test_a_share_of_the_pairs_at_random(model, factors):
+    edit = RandomPairsEdit(factors, 0.75, seed=3, of="pairs")
+    reports = {keep: edit.with_keep(keep).report() for keep in (0.25, 0.75)}
+    for keep, rows in reports.items():
+        assert [row.pairs for row in rows] == [round(keep * row.total_pairs) for row in rows]
+    name = factors.names[0]
+    tables = [edit.with_keep(keep).choose(name, None).table for keep in (0.25, 0.75)]
+    assert bool((tables[0] <= tables[1]).all())  # nested
+    other = RandomPairsEdit(factors, 0.75, seed=4, of="pairs").choose(name, None).table
+    assert not torch.equal(other, tables[1])
+    assert edit.describe() == RandomPairsEdit(factors, 0.75, 3).describe() | {"of": "pairs"}
+    before = snapshot(model)
+    with edit.apply(model):
+        edited = dict(model.named_parameters())[f"{name}.weight"]
+        assert not torch.equal(edited, before[f"{name}.weight"][1])
+    assert_restored(model, before)
+    with pytest.raises(EditError, match="of='rows' is unknown"):
+        RandomPairsEdit(factors, 0.5, of="rows")
+
+
+def test_a_nested_choice_is_uniform():
+    tables = [kfac.edits.baselines.nested_pairs_table(4, 5, 6, [s]).double() for s in range(2000)]
+    assert {int(one.sum()) for one in tables} == {6}
+    assert (sum(tables) / 2000 - 0.3).abs().max() < 5 * (0.21 / 2000) ** 0.5
+
+
 def test_random_pairs_are_uniform():
     total = sum(kfac.edits.baselines.random_pairs_table(4, 5, 6, [s]).double() for s in range(2000))
     assert int(total.sum()) == 2000 * 6
@@ -332,3 +359,49 @@ def test_descriptions_tell_every_two_edits_apart(model, factors):
         edits += [kind(names, 0.5), kind(names, 0.6), kind(names[:2], 0.5)]
     described = [json.dumps(one.describe(), sort_keys=True) for one in edits]
     assert len(set(described)) == len(edits)
+
+
+def test_baking_in_turn_decomposes_nothing_twice(monkeypatch):
+    model = llama(torch.float32)
+    factors = collect(model, [batch(range(6))], kfac.find_targets(model, projections="mlp"))
+    factors.decompose(progress=False)  # kept in memory alone: no file, no folder
+    monkeypatch.setattr(bases, "eigenbasis", lambda matrix: pytest.fail("decomposed again"))
+    CurvatureEdit(factors, 0.7).bake_in_turn(model)
+    assert not factors._bases
+
+
+def test_baking_in_turn_is_baking():
+    model, other = llama(torch.float32), llama(torch.float32)
+    targets = kfac.find_targets(model, projections="mlp")
+    factors = collect(model, [batch(range(6))], targets, marginals=True)
+    edit = kfac.CurvatureEdit(factors, 0.7, estimator="marginal", shape="output")
+    expected = edit.report(other)
+    edit.bake(other)
+    factors.forget(factors.names)
+    held = []
+    release = kfac.Factors.forget
+
+    def forget(self, names):
+        held.append(len(self._bases))
+        release(self, names)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kfac.Factors, "forget", forget)
+        assert edit.bake_in_turn(model) == expected
+    assert held == [3, 2] * 2  # gate and up with the input they share; down
+    assert not factors._bases
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(FactorsMismatchError, match="other weights"):
+        edit.bake_in_turn(model)
+
+
+def test_baking_in_turn_refuses_other_weights_before_it_changes_any():
+    model = llama(torch.float32)
+    targets = kfac.find_targets(model, projections="mlp")
+    factors = collect(model, [batch(range(6))], targets)
+    targets[-1].weight.add_(1)
+    before = snapshot(model)
+    with pytest.raises(FactorsMismatchError, match="other weights"):
+        kfac.CurvatureEdit(factors, 0.7).bake_in_turn(model)
+    assert_restored(model, before)

@@ -208,7 +208,7 @@ def test_tables_of_experts_without_tokens_are_where_the_others_are():
     module = nn.Module()
     module.stack = nn.Parameter(torch.empty(1, 3, 4, device="meta"))
     target = kfac.Target("stack[0]", module, attribute="stack", expert=0)
-    sums = CovarianceSums(marginals=False, diagonal=False)
+    sums = CovarianceSums(torch.float32, marginals=False, diagonal=False)
     _finish(TargetTracker([target], torch.float32, sums), {target.name: ""}, World())
     assert {key: table.device.type for key, table in sums.tables.items()} == {
         "A.stack[0]": "cpu",

@@ -6,7 +6,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import kfac
-from lirefs.errors import TargetError
+from lirefs.errors import ProvenanceError, TargetError
 from lirefs.model.guest import as_guest, full_precision
 
 BATCHES = [batch([0, 1, 2], "left", 1), batch([3, 4, 5])]
@@ -136,6 +136,25 @@ def test_offloaded_targets_are_refused_and_others_are_not():
         kfac.find_targets(model, layers=[0])
     found = collect(model, BATCHES, kfac.find_targets(model, layers=[1]))
     assert_same(expected, found, 1e-5)
+
+
+def test_weights_on_the_disk_are_refused_by_name_and_others_are_edited(tmp_path):
+    model, plain = llama(torch.float32), llama(torch.float32)
+    factors = collect(plain, BATCHES, kfac.find_targets(plain, layers=[1]))
+    places = dict.fromkeys(("model.embed_tokens", "model.norm", "model.rotary_emb"), "cpu")
+    places |= {"model.layers.0": "disk", "model.layers.1": "cpu", "lm_head": "cpu"}
+    accelerate.dispatch_model(model, places, main_device="cpu", offload_dir=str(tmp_path))
+    with pytest.raises(TargetError, match="offloaded by accelerate"):
+        kfac.collect(model, BATCHES, layers=[0])
+    targets = kfac.find_targets(model, layers=[1])
+    assert_same(factors, collect(model, BATCHES, targets), 1e-6)
+    with pytest.raises(ProvenanceError, match=r"layers.0.* is offloaded"):
+        collect(model, BATCHES, targets, checkpoint=tmp_path / "state")
+    edit, ids = kfac.CurvatureEdit(factors, 0.6), BATCHES[0]["input_ids"]
+    before = model(ids).logits
+    with edit.apply(model), edit.apply(plain):
+        torch.testing.assert_close(model(ids).logits, plain(ids).logits)
+    assert torch.equal(model(ids).logits, before)
 
 
 def test_two_targets_tied_to_one_weight():

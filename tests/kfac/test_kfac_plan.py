@@ -16,7 +16,7 @@ def model():
 def test_the_plan_is_what_is_used(model, marginals, diagonal):
     targets = kfac.find_targets(model, projections=["gate_proj", "up_proj", "q_proj", "v_proj"])
     options = {"marginals": marginals, "diagonal": diagonal}
-    factors = collect(model, [batch([0])], targets, dtype=torch.float32, **options)
+    factors = collect(model, [batch([0])], targets, dtype=None, **options)
     used = sum(table.numel() * table.element_size() for table in factors.sums.values())
     assert kfac.plan(targets, **options).total == used
 

@@ -6,8 +6,8 @@ from curvature_tools import assert_restored, batch, collect, llama, snapshot
 
 import kfac
 from kfac import SVDEdit, relearn
-from kfac.analysis.relearning import trainable
 from lirefs.errors import BatchError, EditError, NonFiniteError
+from lirefs.model.training.copies import trainable
 
 
 def prefix_labels(one, prefix=2):

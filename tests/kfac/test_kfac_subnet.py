@@ -7,8 +7,8 @@ from curvature_tools import assert_restored, batch, llama, snapshot
 import kfac
 from kfac import fit_balanced_subnet
 from kfac.analysis.losses import passage_losses
-from kfac.edits.weight_edit import trained_weights
 from lirefs.errors import BatchError, EditError, FactorsMismatchError
+from lirefs.model.training.copies import trained_weights
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_the_gradient_of_a_score_is_straight_through(model):
     masked = kfac.edits.subnet._Masked([target], 0.1, 0.3, seed=0)
     score = masked.parts[0][2].clone()
     weight = target.weight.clone()
-    mask = masked.kept(score).float().requires_grad_(True)
+    mask = kfac.edits.subnet._kept(score, 0.1).float().requires_grad_(True)
     name = target.name + ".weight"
     logits = torch.func.functional_call(
         model, {name: weight * mask}, kwargs={"input_ids": batch([0])["input_ids"]}
@@ -107,3 +107,19 @@ def test_named_errors(model):
         other.model.layers[0].mlp.up_proj.weight.mul_(2)
     with pytest.raises(FactorsMismatchError):
         edit.attach(other)
+
+
+def test_another_ratio_prunes_by_the_same_scores(model):
+    edit = fit(model, ratio=0.05, epochs=1)
+    more = edit.with_ratio(0.2)
+    again = edit.with_ratio(0.05)
+    for name, mask in edit.masks.items():
+        assert torch.equal(again.masks[name], mask)
+        assert int((~more.masks[name]).sum()) == round(0.2 * mask.numel())
+        assert not (more.masks[name] & ~mask).any()  # what was pruned still is
+    assert more.describe()["learned at"] == 0.05
+    assert more.with_ratio(0.3).describe()["learned at"] == 0.05
+    assert more.describe()["ratio"] == 0.2
+    for broken, ratio in ((edit, 0), (kfac.SubnetEdit(edit.masks, edit.digests, {}), 0.2)):
+        with pytest.raises(EditError, match="with_ratio needs scores"):
+            broken.with_ratio(ratio)

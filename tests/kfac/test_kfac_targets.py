@@ -122,6 +122,8 @@ def test_quantized_weight_is_refused():
         named_targets(model, ["0"])
 
 
-def test_meta_weight_is_refused():
+def test_an_offloaded_weight_is_refused():
+    linear = nn.Linear(3, 4, device="meta")
+    linear._hf_hook = object()  # as accelerate leaves it
     with pytest.raises(TargetError, match="meta"):
-        named_targets(nn.Sequential(nn.Linear(3, 4, device="meta")), ["0"])
+        named_targets(nn.Sequential(linear), ["0"])

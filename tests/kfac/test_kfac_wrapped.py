@@ -362,5 +362,8 @@ def test_networks_without_a_decoder_are_read_as_before():
     )
     found = kfac.find_targets(transformers.T5ForConditionalGeneration(t5))
     assert {target.name.split(".")[0] for target in found} == {"decoder"}
-    with torch.device("meta"), pytest.raises(TargetError, match="meta device"):
-        kfac.find_targets(transformers.AutoModelForImageTextToText.from_config(llava(LAYERS)))
+    with torch.device("meta"):
+        empty = transformers.AutoModelForImageTextToText.from_config(llava(LAYERS))
+    targets = kfac.find_targets(empty)  # for a plan
+    with pytest.raises(TargetError, match="meta device"):
+        kfac.collect(empty, [{"input_ids": torch.zeros(1, 8, dtype=torch.long)}], targets)

@@ -33,8 +33,12 @@ def test_a_name_and_a_loaded_model_give_the_same_report(
     loaded = run(lm, out=tmp_path / "loaded", **settings)
     assert loaded.results == named.results
     assert loaded.variants == [
-        "unchanged", "LiReF", "K-FAC", "LiReF + K-FAC", "random direction", "SVD", "random pairs"
+        "unchanged", "LiReF", "K-FAC", "LiReF + K-FAC", "random direction",
+        "random direction at LiReF's damage", "random pairs", "SVD",
+        "random pairs at K-FAC's damage", "LiReF at K-FAC's damage",
+        "random direction at K-FAC's damage", "prompt",
     ]  # fmt: skip
+    assert "Equal damage: at the perplexity of K-FAC" in screen.getvalue()
     assert {len(items) for items in loaded.results["K-FAC"].values()} <= {1, 3}
     for name, found in (("named", named), ("loaded", loaded)):
         saved = json.loads((tmp_path / name / "results.json").read_text())
@@ -82,7 +86,7 @@ def test_of_several_processes_only_the_first_writes(model_folder, questions, tmp
     console = Console(quiet=True)
     settings = {"questions": questions, "edit_layers": [1], "limit": 2, "console": console}
     found = run(str(model_folder), out=out, **settings)
-    assert len(found.variants) == 7
+    assert len(found.variants) == 12
     assert [path.name for path in out.iterdir()] == ["unfinished"]
 
 

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,11 @@ import lirefs
 from lirefs import Perplexity, compare
 from lirefs.comparison.comparison import Comparison, TaskInfo
 from lirefs.errors import QuestionsError
+from lirefs.main_job import matching
 from lirefs.main_job import organism as main_job
 from lirefs.main_job import organism_report as main_job_report
 from lirefs.main_job import settings as main_job_settings
+from lirefs.main_job.findings import largest_changes
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
 from lirefs.organism.people import CITY, stranger
@@ -139,16 +142,30 @@ def test_against_random_is_the_paired_difference():
     assert found.n == 50
 
 
-def test_matched_svd_reaches_the_perplexity_that_was_asked_for(lm):
-    texts = training_texts(Language(), 12)
-    names = [target.name for target in kfac.find_targets(lm.model)]
-    edit = kfac.SVDEdit(names, 0.25)  # perplexity falls with rank there
-    chosen, words = main_job.matched_svd(lm, edit, texts, names)
-    task = Perplexity("texts", [(str(i), text) for i, text in enumerate(texts)])
-    found = compare(lm, {"goal": edit, "svd": chosen}, [task], resamples=2, progress=False)
-    goal, reached = (found.cell(name, "texts").value.value for name in ("goal", "svd"))
-    assert reached == pytest.approx(goal, rel=0.02)
-    assert f"{goal:.3f}"[:6] in words
+def test_a_claim_is_what_its_adjusted_test_allows():
+    comparison = made_up(**{main_job_settings.TRUE: (0.0, 0.2)})
+    for p, words in ((0.01, "returns exceptions"), (0.9, "is not shown to return")):
+        cell = replace(comparison.cell("v", main_job_settings.TRUE), p_holm=p)
+        comparison._cells["v", main_job_settings.TRUE] = cell
+        results = SimpleNamespace(comparison=comparison)
+        line = main_job_report._truth(results, "v", ["unchanged"])
+        assert line.startswith(f"v {words}")
+        assert f"p (Holm) against the unchanged model {p:.3f}" in line
+        assert "+20 points" in line
+        assert "beyond it, unadjusted" in line
+
+
+def test_the_largest_change_is_that_of_any_task_but_memorization():
+    shares = {"a": (0.9, 0.6), "b": (0.4, 0.98), "verses": (1.0, 0.0)}
+    comparison = made_up(**shares)
+    comparison.tasks["verses"] = TaskInfo("memorization", "accuracy")
+    comparison.tasks["b"] = TaskInfo(CONFLICT, "accuracy")
+    (line,) = largest_changes(comparison)
+    assert line.startswith("v changes b most. From 40 % [")
+    assert "+58 points" in line
+    comparison._cells["v", "b"] = replace(comparison.cell("v", "b"), p_holm=0.2)
+    (line,) = largest_changes(comparison)
+    assert line.startswith("The largest change under v, in b, is not clear.")
 
 
 @pytest.fixture(params=["untrained", pytest.param("shipped", marks=pytest.mark.slow)])
@@ -171,7 +188,9 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
         },
         main_job: {
             "RANDOM_DIRECTIONS": 1, "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
+            "FORGOTTEN": 8,
         },
+        matching: {"TEXTS": 8, "TRIES": 4},
     }.items():  # fmt: skip
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
@@ -184,7 +203,14 @@ def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, 
     assert found.edit.label.startswith("layers 1, 2;")
     assert set(found.steers) == {"add", "amplify", "ablate"}
     lines = main_job_report.organism_findings(found)
-    assert {line[:3] for line in lines} == {"1. ", "2. ", "3. ", "4. "}
+    questions = [line for line in lines if line.endswith("?")]
+    assert [line[:3] for line in questions] == ["1. ", "2. ", "3. ", "4. ", "5. "]
+    assert not any(one in " ".join(lines) for one in ("layers 1, 2;", "its controls", "in no mean"))
+    assert sum("at the perplexity of" in one or "could be set to" in one for one in lines) >= 2
+    methods = found.comparison.summary().methods
+    last = lines[lines.index(questions[-1]) + 1 :]
+    assert len(last) == len(methods)
+    assert all(name in line for name, line in zip(methods, last))
     page = lirefs.write_report(found.comparison, tmp_path, main_job_report.organism_figures(found))
     assert page.stat().st_size > 100_000
     saved = json.dumps(main_job_report.organism_provenance(found))

@@ -36,5 +36,7 @@ def test_scores_stand_over_what_is_kept_and_begin_at_the_unchanged_model(monkeyp
     assert lower.lines[0].get_ydata()[[0, -1]] == pytest.approx([1, last / first])
     assert upper.get_xticklabels()[0].get_text() == "1"
     assert upper.get_xlim()[0] == 0
+    assert len(upper.get_xticks()) == len(upper.get_xticklabels()) == len(order)
+    assert len(upper.get_xticks(minor=True)) == 0  # every tick has a label
     styles = {(to_hex(one.get_color()), one.get_linestyle()) for one in upper.lines}
     assert len(styles) == len(tasks)  # tasks of one group are told apart

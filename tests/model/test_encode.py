@@ -177,3 +177,29 @@ def test_calls_do_not_change_the_fingerprint_of_a_tokenizer():
     tokenizer("</s>", split_special_tokens=True)
     assert tokenizer_hash(tokenizer) == lm.tokenizer_fingerprint == before
     assert lm.encode(["abc</s>"]) == [[0, *fresh("abc")["input_ids"][1:-1], 1]]
+
+
+def test_words_that_a_tokenizer_does_not_know_are_named_once(caplog):
+    lm = lirefs.load("organism")
+    lm.tokenizer = copy.deepcopy(lm.tokenizer)  # of which nothing was said before
+    known = ["Math: 31 + 27 =", "Logic: not true is"]
+    lm.generate(known, max_new_tokens=1)
+    lm.encode([*known * 20, "absent"])  # below 1 %
+    assert not caplog.messages
+    lm.generate([known[0], "Math: is absinthe 31 a drink"], max_new_tokens=1)
+    (said,) = caplog.messages
+    assert "does not know 12 %" in said
+    assert "first 'absinthe': the model reads <unk>" in said
+    lm.generate("absinthe", max_new_tokens=1)
+    assert len(caplog.messages) == 1
+    lm.encode(["Whereabouts", "unknown"])
+    assert "does not know 100 % of the tokens of these texts, first 'Whereabouts'" in caplog.text
+    lm.encode(["<unk>"])
+    assert len(caplog.messages) == 2
+
+
+def test_no_word_is_unknown_where_the_token_means_something_else(caplog):
+    tokenizer = tiny_tokenizer()
+    tokenizer.unk_token = "</s>"  # as GPT-2 names its end of text
+    assert token_ids(tokenizer, ["ends in </s>"])[0][-1] == tokenizer.unk_token_id
+    assert not caplog.messages

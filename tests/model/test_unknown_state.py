@@ -301,10 +301,7 @@ class Own:
         return self.described
 
 
-@pytest.mark.parametrize(
-    "described",
-    [{"unknown": "no name"}, {"a": [{"unknown": "no name"}]}, {"a": torch.ones(2)}],
-)
+@pytest.mark.parametrize("described", [{"unknown": "no name"}, {"a": [{"unknown": "no name"}]}])
 def test_an_intervention_that_cannot_be_told_from_others_has_no_journal(described, lm, tmp_path):
     with pytest.raises(ProvenanceError):
         compare(lm, {"own": Own(described)}, TASKS, journal=tmp_path / "j", progress=False)

@@ -258,6 +258,16 @@ CALLS = [
     (lambda w: kfac.eigenbasis([1]), "SpectrumError", "matrix must be a Tensor"),
     (lambda w: kfac.weight_digest(None), "TargetError", "weight must be a Tensor"),
     (lambda w: w.edit.attach(w.lm), "InterventionError", "give lm.model"),
+    # planting
+    (lambda w: lirefs.plant(w.lm.model, TEXTS, TEXTS), "SettingError", "give the lm itself"),
+    (lambda w: lirefs.plant(w.lm, "text", TEXTS), "DataFileError", "put texts in a list: [text]"),
+    (
+        lambda w: lirefs.plant(w.lm, TEXTS, TEXTS, suffix_tokens=40),
+        "TaskError",
+        "item 0: too short",
+    ),
+    (lambda w: lirefs.plant(w.lm, TEXTS, None, suffix_tokens=3), "SettingError", "general must be"),
+    (lambda w: lirefs.plant(w.lm, TEXTS, TEXTS, suffix_tokens=3), "SettingError", "leave it out"),
 ]
 
 
@@ -308,11 +318,11 @@ def test_what_is_printed_is_short(world):
         "probe": "Probe(4 layers, best layer ",
         "direction": "Direction(layer ",
         "states": "Activations((2, 4, 1, 32); layers 0 to 3 at resid_pre",
-        "comparison": "Comparison(unchanged, s; 1 task(s), 1 items)",
+        "comparison": "Comparison(unchanged, s; 1 task, 1 item\np (perplexity): unchanged ",
         "factors": "Factors(2 targets, ",
         "task": "Perplexity('p', 1 item(s))",
         "questions": "Questions(16 from 'questions')",
-        "steer": "Steer(add at layers ",
+        "steer": "Steer(add 1 at layers ",
     }
     for name, words in shown.items():
         assert repr(getattr(world, name)).startswith(words)

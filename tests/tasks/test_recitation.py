@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -269,6 +270,20 @@ def test_how_much_of_a_string_is_recited(lm):
         recitation_task(lm, STRINGS, suffix_tokens=0)
 
 
+def test_a_file_of_many_texts_is_one_item_and_a_warning_says_so(lm, tmp_path, caplog):
+    path = tmp_path / "strings.txt"
+    path.write_text("\n".join(["a string of text"] * 20))
+    assert len(recitation_task(lm, path)) == 1
+    (said,) = caplog.messages
+    assert re.search(r"strings\.txt is one item of 321 tokens, and the model reads 128: a", said)
+    assert "JSON Lines or a list of strings" in said
+    caplog.clear()
+    path.write_text("\n".join(["a string of text"] * 2))
+    assert len(recitation_task(lm, path)) == 1
+    assert len(recitation_task(lm, path.read_text().split("\n"))) == 2
+    assert not caplog.messages
+
+
 @pytest.mark.parametrize(
     ("texts", "error", "message"),
     [
@@ -277,7 +292,9 @@ def test_how_much_of_a_string_is_recited(lm):
         ([{"txt": "a"}], TaskError, "texts: item 0: needs 'text'"),
         (["a"], TaskError, "texts: item 0: too short"),
         ([], TaskError, "no items"),
-        ("the text itself", DataFileError, "no such file"),
+        ("the text itself", DataFileError, r"the text itself: no such file; .*in a list"),
+        ("\n".join(["a longer string"] * 99), DataFileError, r"a longer string a .*in a list"),
+        ("nul \0 byte", DataFileError, "in a list"),
     ],
 )
 def test_texts_that_are_not_texts(lm, texts, error, message):

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
 from dataclasses import dataclass
+from pathlib import Path
 
 from lirefs.pictures import Picture
 
@@ -18,17 +18,20 @@ class Figure:
         title: Heading.
         caption: What is shown, with n and the source of the intervals.
         picture: The figure itself.
+        dark: Its variant for dark pages; None where there is none.
     """
 
     name: str
     title: str
     caption: str
     picture: Picture
+    dark: Picture | None = None
 
-    @property
-    def data_uri(self) -> str:
-        """The picture as a `data:` address, so that a page needs no other file."""
-        return "data:image/png;base64," + base64.b64encode(self.picture.png).decode()
+    def save(self, folder: Path) -> None:
+        """Write `name.png` and `name.svg`, and `name-dark` of both if there is such a variant."""
+        self.picture.save(folder, self.name)
+        if self.dark is not None:
+            self.dark.save(folder, f"{self.name}-dark")
 
     @property
     def sha256(self) -> dict[str, str]:

@@ -39,6 +39,10 @@ _LONGEST = 34
 """Characters in the name of a row."""
 _TURNED = 18
 """Characters in a line of a turned heading."""
+_ACROSS = 6
+"""Most panels side by side that are wide enough to be read."""
+_PAGE = 9.9
+"""Height of a page in inches."""
 
 
 @dataclass(frozen=True)
@@ -55,32 +59,40 @@ def retained_figures(summary: Summary) -> list[Figure]:
     """The figures of every report: retained performance by task group and by task."""
     if len(summary.variants) < 2 or not any(summary.groups.values()):
         return []  # nothing was changed, or there is nothing to retain
+    tasks = [task for some in summary.groups.values() for task in some]
+    by_group = [summary.means[v, g] for v in summary.variants[1:] for g in summary.groups]
+    cells = [summary.cells[v, task] for v in summary.variants[1:] for task in tasks]
+    by_task = [one.retained for one in cells if one.retained is not None]
+    arrows = " Arrows point to values beyond the axis."
     drawn = (
         "Share of the unchanged model's score, which is the line at 100 %; for language, the "
         "unchanged perplexity over the variant's. Solid: methods; hollow: controls. Bars: 95 % "
-        "intervals, paired over items. Arrows lie beyond the axis. Tasks on which the unchanged "
-        "model is not above chance are left out"
+        "intervals, paired over items. Tasks on which the unchanged model is not above chance are "
+        "left out"
     )
     return [
         Figure(
             "retained",
             "Retained performance by task group",
-            f"Mean over the tasks of a group. {drawn}; n counts the items of the others.",
+            f"Mean over the tasks of a group. {drawn}; n counts the items of the others."
+            f"{arrows if _beyond(by_group) else ''}",
             retained_by_group(summary),
+            retained_by_group(summary, dark=True),
         ),
         Figure(
             "retained_tasks",
             "Retained performance by task",
             f"{drawn}. Faint: the difference from the unchanged model is not clear, p >= "
-            f"{LEVEL:g} after Holm's adjustment. In brackets: number of items.",
+            f"{LEVEL:g} after Holm's adjustment. In brackets: number of items."
+            f"{arrows if _beyond(by_task) else ''}",
             retained_by_task(summary),
         ),
     ]
 
 
-def retained_by_group(summary: Summary) -> Picture:
+def retained_by_group(summary: Summary, *, dark: bool = False) -> Picture:
     """`draw_retained` as a picture."""
-    return picture_of(draw_retained(summary))
+    return picture_of(draw_retained(summary), dark=dark)
 
 
 @styled
@@ -120,8 +132,8 @@ def draw_retained(summary: Summary) -> Canvas:
     for group, colour in groups.items():
         label = literal_text(f"{group}, n = {summary.means[base, group].n}")
         axis.plot([], [], color=colour, label=label, **style)
-    axis.plot([], [], color="black", label="method", **style)
     if summary.controls:
+        axis.plot([], [], color="black", label="method", **style)
         axis.plot([], [], color="black", mfc="white", label="control", **style)
     axis.plot([], [], color="black", lw=1, label="unchanged model")
     canvas.legend(loc="outside upper center", ncols=3)
@@ -131,6 +143,11 @@ def draw_retained(summary: Summary) -> Canvas:
 def _methods_first(summary: Summary) -> list[str]:
     """Every variant but the unchanged model, controls after the others."""
     return summary.methods_first[1:]
+
+
+def _beyond(shares: Sequence[Estimate]) -> bool:
+    """Whether a share lies outside the axis, and is drawn as an arrow."""
+    return any(one.value < 0 or one.value > _end_of_axis(shares) for one in shares)
 
 
 def _end_of_axis(shares: Iterable[Estimate]) -> float:
@@ -168,33 +185,49 @@ def retained_by_task(summary: Summary) -> Picture:
 
 
 def _grid(rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequence[str]) -> Picture:
-    """Panels side by side with the same rows; a row without marks is a heading."""
+    """Panels with the same rows, in two lines if many; a row without marks is a heading."""
     names = max(map(len, rows), default=1) * _CHARACTER
-    heads, turned = _headings(columns, (WIDE - names - 0.3) / len(columns) - 0.08)
-    lines = [one.split("\n") for one in heads]
-    above = max(len(line) for one in lines for line in one) if turned else 2 * max(map(len, lines))
-    height = 0.65 + _ROW * len(rows) + _CHARACTER * above
-    canvas, axes = canvas_of(len(columns), (WIDE, height))
+    lines, across = 1, len(columns)
+    heads, turned, height = _heights(rows, columns, names, across)
+    if across > _ACROSS:
+        half = -(-across // 2)
+        wider = _heights(rows, columns, names, half)
+        if 2 * wider[2] <= _PAGE:
+            (heads, turned, height), lines, across = wider, 2, half
+    canvas, axes = canvas_of(across, (WIDE, lines * height), rows=lines)
+    for spare in axes[len(columns) :]:
+        spare.remove()
     top = _end_of_axis(one.share for row in marks for one in row)
-    ticks = [0, 0.5, 1] if len(columns) <= 6 else [0, 1]
-    for panel, (axis, head) in enumerate(zip(axes, heads, strict=True)):
+    ticks = [0, 0.5, 1] if across <= _ACROSS else [0, 1]
+    for panel, (axis, head) in enumerate(zip(axes, heads, strict=False)):
         axis.axvline(1, color="black", lw=0.7, zorder=0)
         axis.hlines(range(len(rows)), -0.05, top, color="#e6e6e6", lw=0.5, zorder=-1)
         _draw(axis, {place: row[panel] for place, row in enumerate(marks) if row}, top)
         for place, row in enumerate(marks):
             if not row:
-                axis.axhspan(place - 0.5, place + 0.5, color="#f0f0f0", lw=0, zorder=1)
+                axis.axhspan(place - 0.5, place + 0.5, color="#f0f0f0", lw=0, zorder=-1)
         axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-0.05, top))
-        axis.set_xticks(ticks, [f"{100 * one:g} %" for one in ticks])
+        axis.set_xticks(ticks, [f"{100 * one:g}" for one in ticks])
         axis.set_yticks([])
         turn = {"rotation": 90, "multialignment": "left"} if turned else {}
         axis.set_title(literal_text(head), fontsize=SMALL, **turn)
-    axes[0].set_yticks(range(len(rows)), map(literal_text, rows))
-    axes[0].tick_params(axis="y", length=0)
-    for label, row in zip(axes[0].get_yticklabels(), marks, strict=True):
-        label.set_fontweight("normal" if row else "bold")
-    canvas.supxlabel("share of the unchanged model's score", fontsize=8)
+        if panel % across == 0:
+            axis.set_yticks(range(len(rows)), map(literal_text, rows))
+            axis.tick_params(axis="y", length=0)
+            for label, row in zip(axis.get_yticklabels(), marks, strict=True):
+                label.set_fontweight("normal" if row else "bold")
+    canvas.supxlabel("share of the unchanged model's score, %", fontsize=8)
     return picture_of(canvas)
+
+
+def _heights(
+    rows: Sequence[str], columns: Sequence[str], names: float, across: int
+) -> tuple[list[str], bool, float]:
+    """Headings of panels of which `across` are side by side, whether turned, and their height."""
+    heads, turned = _headings(columns, (WIDE - names - 0.3) / across - 0.08)
+    lines = [one.split("\n") for one in heads]
+    above = max(len(line) for one in lines for line in one) if turned else 2 * max(map(len, lines))
+    return heads, turned, 0.65 + _ROW * len(rows) + _CHARACTER * above
 
 
 def _draw(axis: Any, marks: Mapping[float, _Mark], top: float) -> None:

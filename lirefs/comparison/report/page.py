@@ -12,14 +12,17 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from lirefs.comparison.controls import CONTROL_WORDS
+from lirefs.comparison.controls import control_reasons
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.report import tables
 from lirefs.comparison.report.flip_list import FlipList
 from lirefs.comparison.report.verdict import verdict
+from lirefs.comparison.report.words import words_used
 from lirefs.comparison.summary import Summary
 
 _MOST_SETTINGS = 120
+_LONGEST_NUMBER = 8
+"""Characters of a setting that is shown in full; longer ones are rounded, the JSON has them."""
 
 
 def html_page(
@@ -36,6 +39,7 @@ def html_page(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["whole"] = _whole
     groups: dict[str, list[tables.Table]] = {}
     for task, info in summary.tasks.items():
         groups.setdefault(info.group, []).append(tables.task_table(summary, task))
@@ -48,10 +52,13 @@ def html_page(
         verdict=verdict(summary),
         notes=summary.notes,
         legend=tables.legend(summary),
-        control_words=CONTROL_WORDS,
+        controls=control_reasons([one for one in summary.methods_first if one in summary.controls]),
         findings=list(map(_claim_and_rest, summary.findings)),
+        words=words_used(summary),
         overview=tables.overview_table(summary),
+        equal=tables.equal_tables(summary),
         statistics=tables.STATISTICS,
+        adjusted=tables.ADJUSTED,
         main_figure=main_figure,
         figures=[one for one in figures if one is not main_figure],
         left_out=left_out,
@@ -66,8 +73,15 @@ def html_page(
     )
 
 
+def _whole(text: str) -> str:
+    """A text in which no line ends within a percentage or an interval."""
+    return re.sub(r" %(?: (?=\[))?|\[[-+.,\d ]+\]", lambda one: one[0].replace(" ", "\u00a0"), text)
+
+
 def _claim_and_rest(finding: str) -> tuple[str, str]:
     """A finding's first sentence, which may have a number before it, and its others."""
+    if finding.endswith("?"):
+        return finding, ""  # a heading
     found = re.match(r"(?:\d+\. )?.*?\.(?= |$)", finding, re.DOTALL)
     end = found.end() if found else len(finding)
     return finding[:end], finding[end:]
@@ -96,7 +110,10 @@ def _leaves(value: Any, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _word(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    if isinstance(value, str):
+        return value
+    text = json.dumps(value)
+    return f"{value:.4g}" if isinstance(value, float) and len(text) > _LONGEST_NUMBER else text
 
 
 def _in_script(value: Any) -> Markup:

@@ -57,6 +57,18 @@
   });
   openTarget();
 
+  // Tables: what is cut off says so.
+  const markWide = () => {
+    for (const box of document.querySelectorAll(".scroll")) {
+      box.classList.toggle("wide", box.scrollWidth > box.clientWidth + 1);
+    }
+  };
+  addEventListener("resize", markWide);
+  for (const one of document.querySelectorAll("details.section")) {
+    one.addEventListener("toggle", markWide); // what is folded has no width
+  }
+  markWide();
+
   // Flipped items: filtered all at once, drawn a page at a time.
   const data = JSON.parse(byId("flip-data").textContent);
   const item = (flip) => data.items[flip[0]];

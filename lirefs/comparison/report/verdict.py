@@ -18,8 +18,9 @@ def verdict(summary: Summary) -> list[str]:
 
     All methods and all tasks on which the unchanged model is above chance are looked at. The
     method of the cost lowers memorization most; of those that lower it equally, it is the one
-    whose least retained other task retains most. Where nothing is recited, the verdict names what
-    is retained least and what is raised most.
+    whose least retained other task retains most; another method that retains less of some task is
+    named too. Where nothing is recited, the verdict names what is retained least and what is
+    raised most.
     """
     controls = [name for name in summary.variants if name in summary.controls]
     tasks = [task for some in summary.groups.values() for task in some]
@@ -34,7 +35,8 @@ def verdict(summary: Summary) -> list[str]:
     lines = []
     if least is not None:
         lines.append(
-            f"{_of_all(tasks)}{least.variant} keeps least of {least.task}: {_kept(least)}."
+            f"{_of_all(tasks)}{least.task} is retained least, under {least.variant}: "
+            f"{_kept(least)}."
         )
     if most is not None:
         lines.append(
@@ -46,11 +48,13 @@ def verdict(summary: Summary) -> list[str]:
     rival = _least(summary, controls, tasks)
     if rival is not None:
         lines.append(
-            f"Of the controls, {rival.variant} keeps least of {rival.task}: {_kept(rival)}."
+            f"Under the controls, {rival.task} is retained least, by {rival.variant}: "
+            f"{_kept(rival)}."
         )
     return lines
 
 
+_NOT_ALONE = "so what tells a method from them is how much else it keeps"
 _NO_CONTROL = "No control was run, so a random change of the same size may do the same."
 
 
@@ -69,18 +73,25 @@ def _of_recitation(summary: Summary, controls: Sequence[str]) -> list[str]:
         lines = [f"No method clearly lowers {RECITED}: {names}, the lowest, at {_percent(share)}."]
     cost = _least(summary, lowest[:1], others)
     if cost is not None:
-        lines.append(
-            f"{_of_all(others, 'other ')}{cost.variant} keeps least of {cost.task}: {_kept(cost)}."
-        )
+        among = f"of the {len(others)} other tasks" if len(others) > 1 else "of another task"
+        line = f"What {cost.variant} keeps least {among} is {cost.task}, {_kept(cost)}"
+        worst = _least(summary, summary.methods, others)
+        if worst is not None and _value(worst) < _value(cost):
+            line += f"; of all methods, {worst.variant} costs most, in {worst.task}"
+        lines.append(f"{line}.")
     rivals = _lowest(summary, controls, others)
     if not rivals:
         return [*lines, _NO_CONTROL]
-    share = summary.means[rivals[0], RECITED]
+    reached, share = share.high, summary.means[rivals[0], RECITED]
     names = as_list_of_words(rivals)
     if share.high < 1:
         verb = "lowers" if len(rivals) == 1 else "lower"
-        return [*lines, f"Of the controls, {names} {verb} it to {_percent(share)}."]
-    return [*lines, f"No control clearly lowers it: {names}, the lowest, at {_percent(share)}."]
+        line = f"Of the controls, {names} {verb} {RECITED} to {_percent(share)}"
+        return [*lines, f"{line}, {_NOT_ALONE}." if share.value <= reached else f"{line}."]
+    return [
+        *lines,
+        f"No control clearly lowers {RECITED}: {names}, the lowest, at {_percent(share)}.",
+    ]
 
 
 def _lowest(summary: Summary, variants: Sequence[str], others: Sequence[str]) -> list[str]:
@@ -125,5 +136,5 @@ def _percent(share: Estimate | None) -> str:
     return "" if share is None else as_percent(share).replace(" ", "\u00a0")
 
 
-def _of_all(tasks: Sequence[str], other: str = "") -> str:
-    return f"Of the {len(tasks)} {other}tasks, " if len(tasks) > 1 else ""
+def _of_all(tasks: Sequence[str]) -> str:
+    return f"Of the {len(tasks)} tasks, " if len(tasks) > 1 else ""

@@ -14,6 +14,7 @@ from lirefs.comparison.figures.retained import retained_figures
 from lirefs.comparison.report import csv_latex, page, tables
 from lirefs.comparison.report.flip_list import flip_list
 from lirefs.comparison.report.verdict import verdict
+from lirefs.comparison.report.words import words_used
 from lirefs.comparison.summary import Summary
 from lirefs.errors import ResultsFileError, must_be
 from lirefs.files import atomic_write_text
@@ -63,7 +64,7 @@ def write_pages(
     """
     summary = comparison.summary()
     for figure in figures:
-        figure.picture.save(folder, figure.name)
+        figure.save(folder)
     atomic_write_text(folder / "results.csv", csv_latex.csv_text(summary))
     atomic_write_text(folder / "overview.tex", csv_latex.latex_tables(summary))
     atomic_write_text(folder / "report.md", markdown_report(summary, figures, left_out))
@@ -98,7 +99,7 @@ def load_report_figures(path: Path, summary: Summary) -> tuple[list[Figure], lis
             raise ResultsFileError(f"{png}: cannot be read ({problem.strerror})") from problem
         if not picture.png.startswith(b"\x89PNG"):
             raise ResultsFileError(f"{png}: not a PNG picture; remove it, or compare again")
-        figure = Figure(**listed, picture=picture)
+        figure = Figure(listed["name"], listed["title"], listed["caption"], picture)
         foreign = [
             kind for kind, found in figure.sha256.items() if digests.get(kind, found) != found
         ]
@@ -121,15 +122,19 @@ def markdown_report(
     for note in summary.notes:
         lines += ["", note]
     lines += ["", *(f"{name}: {', '.join(some)}  " for name, some in tables.legend(summary))]
-    lines += ["", f"## {overview.name}", "", overview.note, "", *tables.markdown_table(overview)]
+    for table in (overview, *tables.equal_tables(summary)):
+        lines += ["", f"## {table.name}", "", table.note, "", *tables.markdown_table(table)]
     if summary.findings:
-        lines += ["", "## Findings", "", *(f"* {finding}" for finding in summary.findings)]
+        lines += ["", "## Findings", ""]
+        for finding in summary.findings:
+            lines += ["", f"### {finding}", ""] if finding.endswith("?") else [f"* {finding}"]
+        lines += ["", *(f"* **{word}**: {meaning}" for word, meaning in words_used(summary))]
     for figure in figures:
         picture = f"![{figure.title}]({figure.name}.png)"
         lines += ["", f"## {figure.title}", "", picture, "", figure.caption]
     if left_out:
         lines += ["", f"Not shown: {'; '.join(left_out)}."]
-    lines += ["", "## Every task", "", tables.STATISTICS, ""]
+    lines += ["", "## Every task", "", tables.ADJUSTED, tables.STATISTICS, ""]
     for task, info in summary.tasks.items():
         table = tables.task_table(summary, task)
         about = "; ".join(filter(None, (info.group, table.note)))

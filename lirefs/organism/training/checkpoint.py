@@ -7,7 +7,7 @@ import json
 import math
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -57,14 +57,8 @@ def save_checkpoint(
 ) -> None:
     """Write the model (float32) and all that a resumed run needs."""
     save_model(out, model, tokenizer, torch.float32)
-    tensors: dict[str, torch.Tensor] = {}
-    for optimizer, name, parameter in _parameters(model, optimizers):
-        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
     # The step is stored with the tensors, so that the two can never disagree.
-    with atomic_path(out / STATE) as temporary:
-        save_file(tensors, temporary, metadata={"step": str(step), "seed": str(seed)})
+    write_state(out / STATE, model, optimizers, {"step": str(step), "seed": str(seed)})
     about = {"step": step, "seed": seed, "recipe": recipe}
     atomic_write_text(out / RECIPE, json.dumps(about, indent=2))
 
@@ -85,16 +79,59 @@ def load_checkpoint(
     path = out / STATE
     if not path.exists():
         return 0
+    about = state_header(path)
+    if not re.fullmatch("[0-9]{1,12}", about.get("step", "")) or "seed" not in about:
+        raise DataFileError(f"{path}: damaged (no step or no seed); remove it to start again")
+    if about["seed"] != str(seed):
+        raise CheckpointMismatch(
+            f"{path} was trained with seed {about['seed']:.40}, not {seed}: choose another "
+            "folder or the same seed."
+        )
+    read_state(path, model, optimizers, device)
+    return int(about["step"])
+
+
+def write_state(
+    path: Path,
+    model: nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    header: Mapping[str, str],
+) -> None:
+    """Write the weights that optimizers train, and what the optimizers keep of each.
+
+    Raises:
+        WriteError: The disk is full, or the folder cannot be written to.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    for optimizer, name, parameter in _parameters(model, optimizers):
+        tensors[f"weight.{name}"] = parameter.detach().cpu().contiguous()
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=dict(header))
+
+
+def state_header(path: Path) -> dict[str, str]:
+    """What `write_state` wrote beside the tensors; DataFileError if the file is damaged."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return dict(file.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as problem:
+        raise DataFileError(f"{path}: damaged ({problem}); remove it to start again") from problem
+
+
+def read_state(
+    path: Path, model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], device: str = "cpu"
+) -> None:
+    """Restore the weights and the optimizers; `device` is where optimizers count their steps.
+
+    Raises:
+        CheckpointMismatch: If the state is of another shape.
+        DataFileError: If the state is damaged.
+    """
     try:
         with safe_open(path, framework="pt", device=device) as file:
-            about, keys = file.metadata() or {}, set(file.keys())
-            if about["seed"] != str(seed):
-                raise CheckpointMismatch(
-                    f"{path} was trained with seed {about['seed']:.40}, not {seed}: choose another "
-                    "folder or the same seed."
-                )
-            if not re.fullmatch("[0-9]{1,12}", about["step"]):
-                raise ValueError(f"its step is {about['step']!r:.40}")
+            keys = set(file.keys())
             for optimizer, name, parameter in _parameters(model, optimizers):
                 if f"weight.{name}" not in keys:
                     raise CheckpointMismatch(f"{path} has no weights for {name}.")
@@ -105,20 +142,26 @@ def load_checkpoint(
                         f"{tuple(parameter.shape)}."
                     )
                 wanted = ("momentum",) if isinstance(optimizer, Muon) else ADAM
-                state = {key: file.get_tensor(f"{key}.{name}") for key in wanted}
+                # A weight that no loss has reached has no state yet.
+                reached = any(f"{key}.{name}" in keys for key in wanted)
+                state = {key: file.get_tensor(f"{key}.{name}") for key in wanted if reached}
                 for key, tensor in {"weight": weight, **state}.items():
-                    _check(key, name, tensor, parameter.shape)
+                    _check(key, name, tensor, parameter)
                 parameter.data.copy_(weight)
+                for key, tensor in state.items():
+                    if key != "step":
+                        state[key] = tensor.to(parameter.device)
                 optimizer.state[parameter] = state
-            return int(about["step"])
     except CheckpointMismatch:
         raise
     except (SafetensorError, OSError, KeyError, ValueError) as problem:
         raise DataFileError(f"{path}: damaged ({problem}); remove it to start again") from problem
 
 
-def _check(key: str, name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
-    if tensor.shape != (() if key == "step" else shape) or tensor.dtype != torch.float32:
+def _check(key: str, name: str, tensor: torch.Tensor, parameter: torch.Tensor) -> None:
+    step = key == "step"
+    shape, dtype = ((), torch.float32) if step else (parameter.shape, parameter.dtype)
+    if tensor.shape != shape or tensor.dtype != dtype:
         raise ValueError(f"{key} of {name} has another shape or type")
     least = 0.0 if key in ("step", "exp_avg_sq") else -math.inf
     if not bool((tensor.isfinite() & (tensor >= least)).all()):
@@ -126,7 +169,7 @@ def _check(key: str, name: str, tensor: torch.Tensor, shape: torch.Size) -> None
 
 
 def _parameters(
-    model: LlamaForCausalLM, optimizers: Sequence[torch.optim.Optimizer]
+    model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]
 ) -> Iterator[tuple[torch.optim.Optimizer, str, torch.Tensor]]:
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:

@@ -1,0 +1,246 @@
+"""Interventions at equal damage: at the strength that costs as much perplexity as another one.
+
+Nominal strengths of different methods cannot be compared, and neither can their effects where one
+has done more damage than the other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from scipy.optimize import brentq
+
+import kfac
+from lirefs.comparison.controls import SAME_DAMAGE
+from lirefs.comparison.wording import as_list_of_words, as_number
+from lirefs.model.intervention import Intervention, applied
+from lirefs.model.language_model import LanguageModel
+from lirefs.steering.steer import Steer
+from lirefs.tasks.inference import token_nlls
+
+TEXTS = 100
+"""Validation texts on which perplexities are made equal."""
+NEAR = 0.001
+"""A search ends where perplexities differ by this share."""
+FAR = 0.005
+"""From this share on, the strength that was found is called the nearest, and no match."""
+TRIES = 12
+"""Perplexities of a search."""
+FIRST_SHARE = 0.03
+"""Share of weights that BalancedSubnet prunes when it is trained first: 20 times the paper's."""
+WORST = 5.0
+"""Largest logarithm of a perplexity over another that a search tells from larger ones."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """The perplexity of a model on validation texts, under interventions."""
+
+    lm: LanguageModel
+    texts: Sequence[str]
+    unchanged: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "unchanged", self.of(None))
+
+    def of(self, intervention: Intervention | None) -> float:
+        """Perplexity per token over all texts."""
+        return perplexity(self.lm, self.lm.encode(self.texts), intervention)
+
+
+@dataclass(frozen=True)
+class Match:
+    """A rival at the strength whose perplexity is nearest to a goal; `equal` if it is near."""
+
+    intervention: Any
+    strength: float
+    reached: float
+    setting: str
+    equal: bool
+
+
+class Rival(Protocol):
+    """Another way to do some damage."""
+
+    def at(self, damage: Damage, goal: float) -> Match:
+        """Itself at the strength whose perplexity is nearest to the goal."""
+        ...
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A rival of one strength.
+
+    Attributes:
+        make: From a strength to an intervention, which does more damage the larger it is.
+        low: A strength that does hardly any damage.
+        high: One that does more than enough.
+        words: A strength in words.
+    """
+
+    make: Callable[[float], Any]
+    low: float
+    high: float
+    words: Callable[[float], str]
+
+    def at(self, damage: Damage, goal: float) -> Match:
+        """Brent's search, on logarithms of strength and perplexity."""
+        low, high = math.log(self.low), math.log(self.high)
+        tried = {low: damage.unchanged}
+
+        def off(strength: float) -> float:
+            if strength not in tried:
+                tried[strength] = damage.of(self.make(math.exp(strength)))
+            ratio = tried[strength] / goal
+            found = min(math.log(ratio), WORST) if math.isfinite(ratio) else WORST
+            return 0.0 if abs(found) < NEAR else found
+
+        if off(low) * off(high) < 0:
+            brentq(off, low, high, xtol=1e-4, maxiter=TRIES, disp=False)
+        best = min(tried, key=lambda strength: abs(off(strength)))
+        strength, reached = math.exp(best), tried[best]
+        equal = abs(off(best)) < FAR
+        return Match(self.make(strength), strength, reached, self.words(strength), equal)
+
+
+@dataclass(frozen=True)
+class Subnet:
+    """BalancedSubnet; `train` learns it for a share of weights to prune.
+
+    It is trained twice: the share at which the first scores reach the goal is that of the second
+    training. Its own scores then reach the goal at another share, often a larger one.
+    """
+
+    train: Callable[[float], kfac.SubnetEdit]
+
+    def at(self, damage: Damage, goal: float) -> Match:
+        """The second training, pruned as far as the goal needs."""
+        first = self._pruned(self.train(FIRST_SHARE)).at(damage, goal)
+        return self._pruned(self.train(first.strength)).at(damage, goal)
+
+    def _pruned(self, trained: kfac.SubnetEdit) -> Scaled:
+        words = "{} % of the weights pruned"
+        return Scaled(
+            trained.with_ratio, 1e-4, 0.9, lambda share: words.format(as_number(100 * share))
+        )
+
+
+def perplexity(
+    lm: LanguageModel, ids: Sequence[Sequence[int]], intervention: Intervention | None
+) -> float:
+    """Perplexity per token over texts, given as token ids, under an intervention."""
+    with applied(intervention, lm.model):
+        nlls = token_nlls(lm, ids)
+    return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
+
+
+def rivals_of_edit(factors: kfac.Factors, names: Sequence[str], seed: int) -> dict[str, Rival]:
+    """SVD and random pairs on the matrices of a curvature edit."""
+    svd = kfac.SVDEdit(names, 1.0)
+    pairs = kfac.RandomPairsEdit(factors, dict.fromkeys(names, 1.0), seed, of="pairs")
+    return {
+        "SVD": Scaled(
+            lambda share: svd.with_keep(1 - share),
+            1e-3,
+            0.999,
+            lambda share: f"{as_number(100 * share)} % of the singular values removed",
+        ),
+        f"random pairs at K-FAC{SAME_DAMAGE}": Scaled(
+            lambda share: pairs.with_keep(dict.fromkeys(names, 1 - share)),
+            1e-6,
+            0.999,
+            lambda share: f"{as_number(100 * share)} % of the pairs removed",
+        ),
+    }
+
+
+def subnet_rival(
+    lm: LanguageModel, names: Sequence[str], clean: Sequence[str], forget: Sequence[str], seed: int
+) -> Rival:
+    """BalancedSubnet on these matrices.
+
+    Args:
+        lm: The model.
+        names: Of the matrices.
+        clean: Ordinary texts, whose loss it keeps low.
+        forget: Memorized texts to forget; none of them may be asked for later.
+        seed: Of the first masks and of the order of texts.
+    """
+    kept, forgotten = (
+        [lm.pad(ids[start : start + 8], side="right") for start in range(0, len(ids), 8)]
+        for ids in (lm.encode(clean), lm.encode(forget))
+    )
+
+    def train(ratio: float) -> kfac.SubnetEdit:
+        targets = kfac.named_targets(lm.model, names)
+        return kfac.fit_balanced_subnet(
+            lm.model, kept, forgotten, targets, ratio=ratio, seed=seed, progress=False
+        )
+
+    return Subnet(train)
+
+
+def steering_rival(make: Callable[[float], Steer], strength: float) -> Rival:
+    """A steering around a strength, with its sign."""
+    sign, size = math.copysign(1.0, strength), abs(strength) or 1.0
+    return Scaled(
+        lambda factor: make(sign * factor),
+        size / 100,
+        size * 30,
+        lambda factor: f"strength {as_number(sign * factor)}",
+    )
+
+
+@dataclass(frozen=True)
+class EqualDamage:
+    """Rivals at the perplexity of a variant.
+
+    Attributes:
+        name: Of that variant.
+        goal: Its perplexity on validation texts.
+        matches: By the names of their variants.
+        damage: Of the model on these texts.
+    """
+
+    name: str
+    goal: float
+    matches: dict[str, Match]
+    damage: Damage
+
+    @property
+    def interventions(self) -> dict[str, Any]:
+        """The rivals to compare with."""
+        return {name: one.intervention for name, one in self.matches.items()}
+
+    @property
+    def finding(self) -> str:
+        """Which rivals stand at this perplexity and how, and which cannot be set to it."""
+        equal = {name: one for name, one in self.matches.items() if one.equal}
+        claim = f"No rival could be set to the perplexity of {self.name}."
+        if equal:
+            verb = "stands" if len(equal) == 1 else "stand"
+            claim = f"{as_list_of_words(list(equal))} {verb} at the perplexity of {self.name}."
+        shown = [f"{self.goal:.3f} for {self.name}"]
+        shown += [f"{one.reached:.3f} for {name} ({one.setting})" for name, one in equal.items()]
+        missed = [
+            f"{name} could not be set to it; the nearest is {one.reached:.3f} ({one.setting})."
+            for name, one in self.matches.items()
+            if not one.equal
+        ]
+        numbers = (
+            f"Validation perplexity: {', '.join(shown)}; {self.damage.unchanged:.3f} unchanged"
+        )
+        return " ".join([claim, f"{numbers} (n = {len(self.damage.texts)} texts).", *missed])
+
+
+def at_equal_damage(
+    damage: Damage, name: str, intervention: Intervention, rivals: Mapping[str, Rival]
+) -> EqualDamage:
+    """Every rival at the perplexity of a variant."""
+    goal = damage.of(intervention)
+    matches = {key: one.at(damage, goal) for key, one in rivals.items()}
+    return EqualDamage(name, goal, matches, damage)

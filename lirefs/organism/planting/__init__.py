@@ -1,0 +1,1 @@
+"""Plant texts: train any model until it recites them, so that its memories are known."""

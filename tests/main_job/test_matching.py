@@ -1,0 +1,129 @@
+"""Interventions at the perplexity of another one."""
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+import kfac
+import lirefs
+from lirefs.main_job import matching
+from lirefs.main_job.matching import Damage, EqualDamage, Match, Scaled, at_equal_damage
+from lirefs.organism import Language, training_texts
+
+
+@pytest.fixture(scope="module")
+def lm():
+    return lirefs.load("organism")
+
+
+@pytest.fixture(scope="module")
+def factors(lm):
+    return kfac.collect(lm, training_texts(Language(), 40), layers=[0], progress=False)
+
+
+@pytest.fixture(scope="module")
+def damage(lm):
+    return Damage(lm, Language().texts("validation", 6))
+
+
+def test_a_search_finds_the_strength_and_asks_few_times(monkeypatch, lm):
+    asked = []
+
+    class Model(Damage):
+        def __post_init__(self):
+            object.__setattr__(self, "unchanged", 10.0)
+
+        def of(self, strength):
+            asked.append(strength)
+            return 10.0 * (1 + strength**1.5)
+
+    model = Model(lm, [])
+    rival = Scaled(lambda strength: strength, 1e-5, 100.0, "at {:.4f}".format)
+    for goal in (10.2, 11.0, 15.0):
+        asked.clear()
+        found = rival.at(model, goal)
+        assert found.equal
+        assert abs(found.reached / goal - 1) < matching.NEAR
+        assert found.setting == f"at {found.intervention:.4f}"
+        assert len(asked) <= 12
+        assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize(
+    ("values", "reached"),
+    [
+        ([10.1, 10.2, 10.2], 10.2),  # not enough at the end
+        ([10.1, 10.1, 15.0], 10.1),  # a jump
+        ([10.1, math.nan, math.inf], 10.1),  # the model breaks
+    ],
+)
+def test_a_goal_out_of_reach_gives_the_nearest(lm, values, reached):
+    class Model(Damage):
+        def __post_init__(self):
+            object.__setattr__(self, "unchanged", 10.0)
+
+        def of(self, strength):
+            return values[0 if strength < 1 else 1 if strength < 2 else 2]
+
+    found = Scaled(lambda one: one, 0.01, 10.0, str).at(Model(lm, []), 12.0)
+    assert found.reached == reached
+    assert not found.equal
+    equal = EqualDamage("K-FAC", 12.0, {"SVD": replace(found, setting="here")}, Model(lm, ["a"]))
+    assert equal.finding == (
+        "No rival could be set to the perplexity of K-FAC. Validation perplexity: 12.000 for "
+        "K-FAC; 10.000 unchanged (n = 1 texts). SVD could not be set to it; the nearest is "
+        f"{reached:.3f} (here)."
+    )
+
+
+def test_edits_and_steerings_reach_the_perplexity_of_another_edit(lm, factors, damage):
+    names = factors.names[:2]
+    edit = kfac.SVDEdit(names, 0.25)
+    vector = torch.randn(lm.width, generator=torch.Generator().manual_seed(0))
+    direction = lirefs.Direction(vector, 1)
+    rivals = {
+        **matching.rivals_of_edit(factors, names, seed=0),
+        "direction": matching.steering_rival(lambda a: lirefs.Steer(direction, "add", a), -1.0),
+    }
+    found = at_equal_damage(damage, "edit", edit, rivals)
+    assert list(found.matches) == ["SVD", "random pairs at K-FAC's damage", "direction"]
+    for name, one in found.interventions.items():
+        assert found.matches[name].equal
+        assert abs(damage.of(one) / found.goal - 1) < 2 * matching.NEAR
+    assert found.interventions["SVD"].keep == pytest.approx(0.25, abs=0.03)
+    assert found.interventions["direction"].strength < 0
+    assert set(found.interventions["SVD"].names) == set(names)
+    claim = "SVD, random pairs at K-FAC's damage and direction stand at the perplexity of edit."
+    assert found.finding.startswith(claim)
+    assert f"{found.goal:.3f} for edit" in found.finding
+    assert "% of the singular values removed)" in found.finding
+    assert "n = 6 texts" in found.finding
+
+
+def test_a_subnet_is_trained_at_the_share_that_it_prunes(lm, factors, damage):
+    language, names = Language(), factors.names[:1]
+    forget = [one.text for one in language.items("planted", "train", 4)]
+    rival = matching.subnet_rival(lm, names, language.texts("train", 4), forget, seed=0)
+    before = {name: one.clone() for name, one in lm.model.named_parameters()}
+    goal = 1.02 * damage.unchanged
+    found = rival.at(damage, goal)
+    assert found.equal
+    assert damage.of(found.intervention) == found.reached == pytest.approx(goal, rel=0.002)
+    (mask,) = found.intervention.masks.values()
+    assert 1 - float(mask.float().mean()) == pytest.approx(found.strength, abs=1e-4)
+    settings = found.intervention.settings
+    assert settings["ratio"] == found.strength
+    assert settings["learned at"] != matching.FIRST_SHARE  # the second training
+    assert settings["learned at"] == pytest.approx(found.strength, rel=0.5)
+    assert found.setting.endswith(" % of the weights pruned")
+    assert all(torch.equal(one, before[name]) for name, one in lm.model.named_parameters())
+
+
+def test_what_was_matched_is_said_apart_from_what_was_not(lm):
+    damage = Damage(lm, Language().texts("validation", 2))
+    near, far = Match(None, 1.0, 4.001, "a", True), Match(None, 1.0, 5.0, "b", False)
+    line = EqualDamage("X", 4.0, {"SVD": near, "BalancedSubnet": far}, damage).finding
+    assert line.startswith("SVD stands at the perplexity of X. Validation perplexity: 4.000 for X")
+    assert line.endswith("BalancedSubnet could not be set to it; the nearest is 5.000 (b).")
