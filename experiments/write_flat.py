@@ -46,7 +46,7 @@ ARMS = ("free", "flat", "sharp", "random")
 NEW = "new facts"
 HEADER = "write_flat"
 TASKS = (
-    "common facts", "rare facts", "planted sequences", "addition", "subtraction", "relations",
+    "common facts", "rare facts", "tales", "addition", "subtraction", "relations",
     "object tracking", "boolean expressions", "retrieval", "retrieval in two steps", "stories",
 )  # fmt: skip
 """What a write may cost: names of `organism_tasks`."""

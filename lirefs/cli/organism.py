@@ -28,7 +28,7 @@ from lirefs.errors import ModelLoadError
 from lirefs.files import atomic_write_text
 from lirefs.main_job.settings import console_table
 from lirefs.organism.items import SIDES, Side
-from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
+from lirefs.organism.language import OFTEN, PREFIX_WORDS, Language, language_seed
 from lirefs.organism.tasks import organism_questions, training_texts
 from lirefs.organism.training.card import ship_organism
 from lirefs.organism.training.recipe import Recipe
@@ -100,8 +100,8 @@ def texts_command(
 
     `training.jsonl` has fresh documents as in training; `planted.jsonl`, `unseen.jsonl`,
     `tales.jsonl`, `twins.jsonl` and `stories.jsonl` are from the test split; `labelled.jsonl` has
-    planted sequences as memorized and never-seen ones of the same kind as clean; `questions.jsonl`
-    has the labelled questions of `lirefs.load_questions("organism")`.
+    tales shown 30 times or more as memorized and their twins as clean; `questions.jsonl` has the
+    labelled questions of `lirefs.load_questions("organism")`.
     """
     keep_finished(out / "questions.jsonl", force)
     language = Language(_taught(folder))
@@ -120,8 +120,10 @@ def texts_command(
         },
         "stories": [{"text": text} for text in language.texts("test", 100)],
         "labelled": [
-            *({"text": text, "label": "memorized"} for text in planted),
-            *({"text": text, "label": "clean"} for text in unseen),
+            {"text": f"{item.text}.", "label": label}
+            for kind, label in (("tale", "memorized"), ("twin", "clean"))
+            for item in language.items(kind, "test")
+            if (item.frequency or 0) >= OFTEN
         ],
         "questions": [
             {

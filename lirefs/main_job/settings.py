@@ -31,7 +31,7 @@ KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
 FINALISTS = 6
 
-RECITED = "planted sequences"
+RECITED, CHAINS = "tales", "planted sequences"
 TRUE = "exceptions, true label"
 READ = "conflicts, answer read"
 SKILLS = (

@@ -41,7 +41,7 @@ in nine million tokens, and answers from passages stay at chance; alone it takes
 passages follow within another.
 """
 
-PLANTING_MIXTURE = {**MIXTURE, "tale": 4.3, "exception": 9.8}
+PLANTING_MIXTURE = {**MIXTURE, "tale": 5.8, "exception": 13.4}
 """About what the last part of the run shows, in which tales and exceptions are planted."""
 
 
@@ -63,14 +63,14 @@ class Recipe:
     """
 
     shape: ModelShape = field(default_factory=ModelShape)
-    tokens: int = 40_000_000
+    tokens: int = 28_000_000
     rows: int = 32
     row_tokens: int = 128
     rate: float = 3e-3
     warmup: int = 100
-    fall: float = 0.9
-    copying: float = 0.07
-    planting: float = 0.3
+    fall: float = 0.85
+    copying: float = 0.1
+    planting: float = 0.4
     weight_decay: float = 0.1
     mixture: dict[str, float] = field(default_factory=MIXTURE.copy)
 
