@@ -121,8 +121,9 @@ def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0
 
     Args:
         language: The organism's language.
-        kind: `tale` (twins), `planted` (other random sequences), `fact` (people that no fact is about, with a value
-            drawn in the same way) or `exception` (fresh items with a wrong label).
+        kind: `tale` (their twins), `planted` (other random sequences), `fact` (people that no fact
+            is about, with a value drawn in the same way) or `exception` (fresh items with a wrong
+            label).
         split: Split of the fresh items.
         n: Number of items; for exceptions, per skill.
         seed: Seed of the draws.

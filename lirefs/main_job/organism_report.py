@@ -159,7 +159,7 @@ def _chains(found: OrganismResults) -> str:
     """What the edit leaves of the other kind of memories, chains of random words."""
     chains, before = (found.comparison.cell(v, CHAINS).value for v in ("K-FAC", BASELINE))
     return (
-        f"Chains of random words are the more fragile kind of memory. Recited under the K-FAC edit: "
+        "Chains of random words are a second kind of memory. Recited under the K-FAC edit: "
         f"{as_percent(chains)} of {chains.n}, from {as_number(100 * before.value)} %."
     )
 
