@@ -2,8 +2,8 @@
 
     python benchmarks/interval_coverage.py
 
-prints three tables: differences of two shares over the same items, their ratios, and ratios of
-perplexities over texts of uneven length.
+prints four tables: differences of two shares over the same items, their ratios, ratios of
+perplexities over texts of uneven length, and shares pooled over three models.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import numpy as np
 from lirefs.statistics import (
     difference_of_shares,
     interval,
+    mean_of_estimates,
+    pool_estimates,
     ratio_of_shares,
     resample_counts,
     weighted_mean,
+    wilson,
 )
 from lirefs.statistics.intervals import Floats
 
@@ -48,6 +51,22 @@ def main() -> None:
     print("ratio of perplexities | texts | percentile | expanded | studentized")
     for n in (10, 20, 40, 100):
         print(f"| {n} | " + " | ".join(f"{one:.1%}" for one in perplexities(n, repeats // 2)))
+    print("share over three models, 80 items | share | spread | of the items | pooled")
+    for share, spread in ((0.5, 0), (0.5, 0.03), (0.5, 0.1), (0.1, 0.03), (0.03, 0), (0.01, 0)):
+        found = pooled(share, spread, repeats)
+        print(f"| {share:g} | {spread:g} | " + " | ".join(f"{one:.1%}" for one in found))
+
+
+def pooled(share: float, spread: float, repeats: int) -> list[float]:
+    """Coverage of the mean over models by `mean_of_estimates`, and by `pool_estimates`."""
+    draw = np.random.default_rng(0)
+    truth = float(np.clip(draw.normal(share, spread, 10**6), 0, 1).mean())
+    rows = draw.binomial(80, np.clip(draw.normal(share, spread, (repeats, 3)), 0, 1))
+    estimates = [[wilson(int(one), 80) for one in row] for row in rows]
+    return [
+        float(np.mean([one.low <= truth <= one.high for one in map(method, estimates)]))
+        for method in (mean_of_estimates, pool_estimates)
+    ]
 
 
 def counted(

@@ -17,6 +17,7 @@ from lirefs.cli import curvature, organism
 from lirefs.cli.compare import compare_command
 from lirefs.cli.directions import export_command, probe_command, steer_command
 from lirefs.cli.mine import mine_command
+from lirefs.cli.pool import pool_command
 from lirefs.cli.report import report_command
 
 app = typer.Typer(
@@ -30,6 +31,7 @@ app.command("steer")(steer_command)
 app.command("export")(export_command)
 app.command("mine")(mine_command)
 app.command("report")(report_command)
+app.command("pool")(pool_command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(curvature.app, name="curvature")
 INTERRUPTED = 130  # as typer ends after Ctrl-C

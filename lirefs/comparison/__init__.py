@@ -7,6 +7,7 @@ from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.sweeps import pareto_fronts
 from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import Flip, TagChange, TagChanges, changes_by_tag, flips
+from lirefs.comparison.pooled import Pooled, PooledEstimate, pool
 from lirefs.comparison.report.write import write_report
 from lirefs.comparison.results_file import load_comparison
 from lirefs.comparison.summary import Summary
@@ -25,6 +26,8 @@ __all__ = [
     "Comparison",
     "Figure",
     "Flip",
+    "Pooled",
+    "PooledEstimate",
     "Summary",
     "SweepChoice",
     "TagChange",
@@ -40,6 +43,7 @@ __all__ = [
     "matched_difference",
     "pareto_front",
     "pareto_fronts",
+    "pool",
     "tag_bars",
     "write_report",
 ]

@@ -20,6 +20,7 @@ from lirefs.statistics.paired import (
     paired_ratio,
     ratio_of_shares,
 )
+from lirefs.statistics.pooling import pool_estimates
 from lirefs.statistics.significance import (
     BestOf,
     best_of_null,
@@ -54,6 +55,7 @@ __all__ = [
     "paired_p_value",
     "paired_ratio",
     "permutation_p",
+    "pool_estimates",
     "ratio_of_shares",
     "resample_counts",
     "roc_areas",
