@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from kfac.collection.batches import check_tokens
-from kfac.collection.distributed import World
 from kfac.collection.sampling import batch_digest, row_contents
+from lirefs.model.processes.world import World
 
 
 class Given(NamedTuple):
@@ -29,7 +29,12 @@ class Given(NamedTuple):
 
 
 def rounds(
-    batches: Iterable[Any], world: World, model: nn.Module | None, *, compare: bool
+    batches: Iterable[Any],
+    world: World,
+    model: nn.Module | None,
+    *,
+    in_step: bool,
+    compare: bool,
 ) -> Iterator[list[Given]]:
     """Give batches one by one; in step, one for each process at a time.
 
@@ -38,7 +43,7 @@ def rounds(
     """
     data = hashlib.sha256()
     numbered = enumerate(batches, 1)
-    while some := list(islice(numbered, world.size if world.in_step else 1)):
+    while some := list(islice(numbered, world.size if in_step else 1)):
         given = []
         for number, batch in some:
             one = Given(number, batch, [], "")
@@ -48,5 +53,5 @@ def rounds(
             data.update(batch_digest(batch, contents))
             given.append(one._replace(contents=contents, digest=data.hexdigest()))
             if number == 1 and compare:
-                world.check_same_batches(data.hexdigest())
+                world.agree({"batches": data.hexdigest()})
         yield given
