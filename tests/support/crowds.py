@@ -5,6 +5,7 @@ Each is a function of rank and folder that all processes call. It asserts what i
 
 from __future__ import annotations
 
+import importlib
 import json
 import logging
 import os
@@ -30,7 +31,6 @@ import kfac
 import lirefs
 from kfac.collection import passes
 from kfac.collection.hooks import TargetTracker
-from lirefs.comparison import compare as comparing
 from lirefs.comparison import journal
 from lirefs.comparison.results_file import results_json
 from lirefs.errors import DistributedError, SettingError
@@ -180,6 +180,7 @@ def other_factors(rank: int, folder: Path) -> None:
 def other_version_of_a_library(rank: int, folder: Path) -> None:
     with mock.patch.object(torch, "__version__", f"2.{rank}"), both_differ("torch"):
         compared()
+    comparing = importlib.import_module("lirefs.comparison.compare")
     with mock.patch.object(comparing, "__version__", f"0.{rank}"), both_differ("lirefs"):
         compared()
     with mock.patch.object(passes, "__version__", f"0.{rank}"), both_differ("lirefs"):
