@@ -40,7 +40,7 @@ from lirefs.errors import BatchError, CheckpointError, KfacError, ProvenanceErro
 from lirefs.model.guest import as_guest
 from lirefs.model.identity import fingerprint, identity
 from lirefs.model.processes.world import World
-from lirefs.model.weight_swap import fsdp_modules
+from lirefs.model.weight_swap import fsdp_modules, is_sharded
 from lirefs.version import __version__
 
 
@@ -318,10 +318,18 @@ class _Pass:
     @contextmanager
     def _model_pass(self, data: str) -> Iterator[None]:
         """A pass through the model: in step all processes begin it, on the same data, or none."""
-        if self.in_step:
-            self.world.agree({"batches": data})
-        with self.world.connected():
+        if not self.in_step:
             yield
+            return
+        self.world.agree({"batches": data})
+        sharded = filter(is_sharded, self.model.parameters())
+        meshes: list[Any] = [getattr(one, "device_mesh") for one in sharded]  # noqa: B009 (untyped)
+        try:
+            with self.world.telling(), self.world.connected():
+                yield
+        except BaseException:  # the others may be in the middle of the pass
+            self.world.disconnect({group for mesh in meshes for group in mesh.get_all_groups()})
+            raise
 
     def _needed_head(self, batch: Any) -> Head | None:
         """Return the head if it is to compute the logits of a batch, and gives the model's."""

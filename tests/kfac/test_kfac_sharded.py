@@ -119,6 +119,7 @@ def work(rank, folder):
     training()
     refusals()
     other_ways()
+    failure_inside_a_pass(rank)
 
 
 def counted_adds(then=lambda calls: None):
@@ -230,6 +231,21 @@ def failures(rank):
         with pytest.raises(DistributedError, match="differ in batches"):
             factors_of(model, given)
     assert_same(factors_of(model, own), factors_of(llama(torch.float32), own))
+
+
+def failure_inside_a_pass(rank):
+    """The other process waits for weights that never come, and is freed; the groups are lost."""
+    model = sharded(llama(torch.float32))
+
+    def broken(module, inputs):
+        raise MemoryError("no memory for this layer")
+
+    if rank == 1:
+        model.model.layers[1].register_forward_pre_hook(broken, prepend=True)
+    expected, begun = (MemoryError if rank == 1 else DistributedError), time.monotonic()
+    with pytest.raises(expected, match="no memory for this layer"):
+        factors_of(model)
+    assert time.monotonic() - begun < 30
 
 
 def training():

@@ -25,6 +25,8 @@ import torch
 import torch.distributed as dist
 from curvature_tools import assert_same, batch, llama
 from journal_runs import tasks, variants
+from rich.console import Console
+from small_jobs import small_jobs, undrawn
 from tiny import fresh_model, tiny_model, tiny_tokenizer
 
 import kfac
@@ -33,7 +35,8 @@ from kfac.collection import passes
 from kfac.collection.hooks import TargetTracker
 from lirefs.comparison import journal
 from lirefs.comparison.results_file import results_json
-from lirefs.errors import DistributedError, SettingError
+from lirefs.errors import DistributedError, ModelNotFoundError, SettingError
+from lirefs.main_job import run
 from lirefs.main_job.factors import factors_of
 from lirefs.model.processes import heartbeat, world
 
@@ -286,7 +289,7 @@ def one_that_works_far_longer(rank: int, folder: Path) -> None:
         while time.monotonic() < end:
             torch.linalg.eigh(torch.ones(60, 60))
 
-    with mock.patch.multiple(heartbeat, EVERY=0.1, SILENT=10):
+    with mock.patch.object(heartbeat, "EVERY", 0.2):
         with at_call(lirefs.ShortAnswer, "run", 1, work):
             assert compared() == (folder.parent / "alone.json").read_text()
         with at_call(TargetTracker, "add", 1, work):
@@ -354,6 +357,36 @@ def journals_of_which_one_was_lost(rank: int, folder: Path) -> None:
 
 
 @scenario
+def a_resume_with_another_number_of_processes(rank: int, folder: Path) -> None:
+    whole = (folder.parent / "alone.json").read_text()
+    with (
+        mock.patch.object(dist, "is_initialized", return_value=False),
+        at_call(lirefs.ShortAnswer, "run", 6, broken),
+        pytest.raises(ValueError, match="a broken item"),
+    ):
+        compared(journal=folder / str(rank))
+    assert compared(journal=folder / "0") == whole
+    shared = folder / "shared"
+    with (
+        at_call(lirefs.ShortAnswer, "run", 6, broken if rank else lambda: None),
+        failing(rank, 1, ValueError, "a broken item"),
+    ):
+        compared(journal=shared)
+    if rank == 0:
+        with mock.patch.object(dist, "is_initialized", return_value=False):
+            assert compared(journal=shared) == whole
+
+
+@scenario
+def a_resume_after_one_was_killed(rank: int, folder: Path) -> None:
+    """The journals, on two disks, are those of `killed`."""
+    with at_call(lirefs.ShortAnswer, "run", 0, broken) as answers:
+        found = compared(journal=folder.parent / f"killed-{rank}")
+    assert found == (folder.parent / "alone.json").read_text()
+    assert 0 < sum(dist_gather(len(answers))) < 15
+
+
+@scenario
 def caches_of_factors_half_and_half(rank: int, folder: Path) -> None:
     """Found by all, by one, by none; and with other bits in each."""
     texts, calls = ["Dan Reed lives in Paris.", "17 + 4 = 21", "abc", "de"], []
@@ -389,6 +422,77 @@ def caches_of_factors_half_and_half(rank: int, folder: Path) -> None:
     shutil.copy(file, given)
     with pytest.raises(DistributedError, match=r"processes \[0, 1\] have this file"):
         factors_of(lm(), [1], given, own, 0, texts, progress=False)
+
+
+def _told_of_the_kill(folder: Path, call: Callable[[], object]) -> None:
+    with pytest.raises(DistributedError, match="process 1 has given no sign of life"):
+        call()
+    seconds = time.time() - float((folder / "killed").read_text())
+    assert seconds < LONGEST_WAIT
+    (folder / "seconds-killed").write_text(f"{seconds:.1f}")
+    os._exit(0)  # the group cannot be destroyed: one of it is gone
+
+
+def _dies(rank: int, folder: Path) -> Callable[[], None]:
+    def die() -> None:
+        (folder / "killed").write_text(repr(time.time()))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    return die if rank == 1 else lambda: None
+
+
+def killed(rank: int, folder: str) -> None:
+    """One process is killed in the middle of a comparison. Sooner noticed than usual."""
+    heartbeat.EVERY = 0.3
+    killed_and_noticed_as_usual(rank, folder)
+
+
+def killed_and_noticed_as_usual(rank: int, folder: str) -> None:
+    journals = Path(folder) / f"killed-{rank}"
+    with at_call(lirefs.ShortAnswer, "run", 4, _dies(rank, Path(folder))):
+        _told_of_the_kill(Path(folder), lambda: compared(journal=journals))
+
+
+def killed_while_collecting(rank: int, folder: str) -> None:
+    """The checkpoints are on two disks as well."""
+    path = f"{folder}/checkpoint of {rank}"
+    with at_call(TargetTracker, "add", 2, _dies(rank, Path(folder))):
+        _told_of_the_kill(Path(folder), lambda: collected(checkpoint=path, checkpoint_every=0))
+
+
+def collecting_again(rank: int, folder: str) -> None:
+    with at_call(TargetTracker, "add", 0, broken) as added:
+        found = collected(checkpoint=f"{folder}/checkpoint of {rank}")
+    assert len(added) == rank  # the first had added its three, the second one of two
+    assert found.digest == collected().digest
+
+
+def main_jobs(rank: int, folder: str) -> None:
+    """Disks of their own, and factors in the cache of one of them; then the command itself."""
+    own = Path(folder) / str(rank)
+    os.environ["LIREFS_CACHE"] = str(own / "cache")
+    settings = {"questions": f"{folder}/questions.jsonl", "edit_layers": [1], "limit": 2}
+    with pytest.MonkeyPatch.context() as patch:
+        small_jobs(patch)
+        undrawn(patch)
+
+        def job(out: str, **more: Any) -> lirefs.Comparison:
+            console = Console(quiet=True)
+            return run(f"{folder}/model", out=own / out, console=console, **settings, **more)
+
+        if rank == 0:
+            with mock.patch.object(dist, "is_initialized", return_value=False):
+                job("alone")
+        found = job("together")
+        assert sorted(path.name for path in own.iterdir()) == sorted(
+            ["cache", "together"] + ["alone"] * (rank == 0)
+        )
+        assert (own / "together" / "results.json").exists() is (rank == 0)
+        assert not (own / "together" / "unfinished").exists()
+        assert len(set(dist_gather(found.provenance["factors"]))) == 1
+        assert len(set(dist_gather(repr(found.results)))) == 1
+        with failing(rank, 1, ModelNotFoundError, "nowhere"):
+            run("nowhere" if rank else f"{folder}/model", out=own / "failing", **settings)
 
 
 def write_alone(folder: Path) -> None:

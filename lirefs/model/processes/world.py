@@ -12,9 +12,10 @@ import hashlib
 import logging
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from datetime import timedelta
 from importlib import metadata
 from typing import Any
 
@@ -29,6 +30,7 @@ LATE, LATEST = 30.0, 1800.0
 """Seconds until a process that has not begun a call is named, and until the others give up."""
 _SHOWN, _MOST = 40, 4
 """Characters of a value, and differences, that a message shows."""
+_NEVER_SENT = 48_102
 _BROKEN = re.compile("connection|socket|timed out", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
@@ -60,7 +62,7 @@ class World:
         if self.size == 1:
             return
         self._step += 1
-        began, pause, told = time.monotonic(), 0.001, False
+        began, told = time.monotonic(), False
         with self._store_at_hand():
             self.store.set(f"reached {self.rank}", str(self._step))
             while not all(map(self._is_here, range(self.size))):
@@ -74,8 +76,7 @@ class World:
                     )
                 if absent and waited > LATEST:
                     self.fail(f"{_processes(absent)} did not call it within {LATEST:.0f} s")
-                time.sleep(pause)
-                pause = min(2 * pause, 0.2)
+                time.sleep(min(max(waited / 10, 0.001), 0.2))
         self.check()
 
     def _is_here(self, rank: int) -> bool:
@@ -146,10 +147,24 @@ class World:
         except RuntimeError as problem:
             if self.size == 1 or not _BROKEN.search(str(problem)):
                 raise
+            self.check()  # may know why
             raise DistributedError(
                 f"{self._call}: the connection to another process is lost "
                 f"({first_line_of_error(problem)}); start all of them again"
             ) from problem
+
+    def disconnect(self, groups: Iterable[dist.ProcessGroup]) -> None:
+        """Free the processes that wait in operations of these groups; none can use them again.
+
+        Only for gloo, where a receive that times out closes the connections of its group.
+        """
+        for group in groups:
+            others = [rank for rank in dist.get_process_group_ranks(group) if rank != self.rank]
+            if others and dist.get_backend(group) == "gloo":
+                with suppress(RuntimeError):
+                    waiting = dist.irecv(torch.empty(1), others[0], group, tag=_NEVER_SENT)
+                    assert waiting is not None
+                    waiting.wait(timedelta(milliseconds=1))
 
     def fail(self, reason: str) -> None:
         """End the call in all processes, this one included, with a DistributedError."""
