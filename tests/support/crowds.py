@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -244,13 +245,13 @@ def ctrl_c_in_one(rank: int, folder: Path) -> None:
 
     def slow() -> None:
         if rank == 0:
-            time.sleep(1)
+            time.sleep(1.5)
 
-    with at_call(lirefs.ShortAnswer, "run", 1, slow), failing(rank, 1, KeyboardInterrupt, ""):
-        if rank == 1:
-            sleep = time.sleep
-            with mock.patch.object(time, "sleep", lambda s: (sleep(s), s < 0.2 or interrupt())):
-                compared()
+    with (
+        at_call(lirefs.ShortAnswer, "run", 1, slow),
+        at_call(journal.Journal, "exchange", 1, threading.Timer(0.3, interrupt).start),
+        failing(rank, 1, KeyboardInterrupt, ""),
+    ):
         compared()
     assert compared(journal=folder / str(rank)) == (folder.parent / "alone.json").read_text()
 
@@ -289,11 +290,21 @@ def one_that_works_far_longer(rank: int, folder: Path) -> None:
         while time.monotonic() < end:
             torch.linalg.eigh(torch.ones(60, 60))
 
-    with mock.patch.object(heartbeat, "EVERY", 0.2):
-        with at_call(lirefs.ShortAnswer, "run", 1, work):
-            assert compared() == (folder.parent / "alone.json").read_text()
-        with at_call(TargetTracker, "add", 1, work):
-            collected()
+    with (
+        mock.patch.object(heartbeat, "EVERY", 0.2),
+        at_call(lirefs.ShortAnswer, "run", 1, work),
+    ):
+        assert compared() == (folder.parent / "alone.json").read_text()
+
+
+@scenario
+def one_that_leaves_early(rank: int, folder: Path) -> None:
+    """As all but the first do, which writes the report: it is done, and not gone."""
+    with mock.patch.object(heartbeat, "EVERY", 0.1), world.together("a job") as ours:
+        ours.wait()
+        if rank == 0:
+            time.sleep(2)
+            ours.check()
 
 
 @scenario
