@@ -14,6 +14,7 @@ from crowds import (
     killed_while_collecting,
     main_jobs,
     play,
+    three,
     write_alone,
 )
 from processes import run
@@ -46,3 +47,9 @@ def test_a_kill_ends_the_other_process_within_30_seconds(work, tmp_path):
 def test_main_jobs_on_disks_of_their_own(model_folder, questions, tmp_path):
     shutil.copytree(model_folder, tmp_path / "model")
     run(main_jobs, tmp_path)
+
+
+@pytest.mark.slow
+def test_three_processes_of_which_two_share_a_disk(tmp_path):
+    write_alone(tmp_path)
+    run(three, tmp_path, exits=(0, 0, 0))

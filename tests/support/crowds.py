@@ -321,8 +321,9 @@ def an_empty_share(rank: int, folder: Path) -> None:
 
 def _resumed(rank: int, folders: list[Path]) -> None:
     """Stop a comparison in its last parts, then go on: nothing that is on a disk runs again."""
+    fails = broken if rank == 1 else lambda: None
     with (
-        at_call(lirefs.ShortAnswer, "run", 6, broken if rank else lambda: None),
+        at_call(lirefs.ShortAnswer, "run", 12 // len(folders), fails),
         failing(rank, 1, ValueError, "a broken item"),
     ):
         compared(journal=folders[rank])
@@ -476,6 +477,17 @@ def collecting_again(rank: int, folder: str) -> None:
         found = collected(checkpoint=f"{folder}/checkpoint of {rank}")
     assert len(added) == rank  # the first had added its three, the second one of two
     assert found.digest == collected().digest
+
+
+def three(rank: int, folder: str) -> None:
+    """Two of three processes share a disk."""
+    (Path(folder) / "three").mkdir(exist_ok=True)
+    disks = [Path(folder) / "three" / name for name in ("shared", "shared", "own")]
+    _resumed(rank, disks)
+    with pytest.raises(DistributedError, match=r"seed \(0 in process 0; 1 in processes 1, 2\)"):
+        collected(seed=min(rank, 1))
+    factors = collected()
+    assert len(set(dist_gather(kfac.correct(llama(torch.float32), BATCHES, factors).digest))) == 1
 
 
 def main_jobs(rank: int, folder: str) -> None:
