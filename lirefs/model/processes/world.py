@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from datetime import timedelta
 from importlib import metadata
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,7 @@ LATE, LATEST = 30.0, 1800.0
 _SHOWN, _MOST = 40, 4
 """Characters of a value, and differences, that a message shows."""
 _NEVER_SENT = 48_102
+"""Tag of a message that no process sends."""
 _BROKEN = re.compile("connection|socket|timed out", re.IGNORECASE)
 _log = logging.getLogger(__name__)
 
@@ -65,8 +66,12 @@ class World:
         began, told = time.monotonic(), False
         with self._store_at_hand():
             self.store.set(f"reached {self.rank}", str(self._step))
-            while not all(map(self._is_here, range(self.size))):
+            while True:
                 self.check()
+                for rank in range(self.size):
+                    self._ask(rank)
+                if min(self._reached) >= self._step:
+                    break
                 absent = [rank for rank, step in enumerate(self._reached) if not step]
                 waited = time.monotonic() - began
                 if absent and waited > LATE and not told:
@@ -79,13 +84,11 @@ class World:
                 time.sleep(min(max(waited / 10, 0.001), 0.2))
         self.check()
 
-    def _is_here(self, rank: int) -> bool:
-        key = f"reached {rank}"
-        if not self._reached[rank] and not self.store.check([key]):
-            return False
-        if self._reached[rank] < self._step:
+    def _ask(self, rank: int) -> None:
+        """Note how far a process is."""
+        key = f"reached {rank}"  # asking for one that is not there would wait for it
+        if self._reached[rank] < self._step and (self._reached[rank] or self.store.check([key])):
             self._reached[rank] = int(self.store.get(key))
-        return self._reached[rank] >= self._step
 
     def gather(self, value: Any) -> list[Any]:
         """Return the values of all processes, in order of rank."""
@@ -166,7 +169,7 @@ class World:
                     assert waiting is not None
                     waiting.wait(timedelta(milliseconds=1))
 
-    def fail(self, reason: str) -> None:
+    def fail(self, reason: str) -> NoReturn:
         """End the call in all processes, this one included, with a DistributedError."""
         with suppress(RuntimeError):
             self.store.set(FAILED, reason)
