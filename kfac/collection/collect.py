@@ -160,6 +160,7 @@ def collect(
         if batch_tokens == "auto":
             batch_tokens = fitting_tokens(whole, planned)
         tokens_of_batch = whole_number(batch_tokens, "batch_tokens", 1, error=BatchError)
+        world.wait()  # from here on, a sharded model is read by all, or by none
         module, batches = module_and_batches(model, batches, tokens_of_batch)
         if len({target.name for target in targets}) < len(targets):
             raise TargetError("a target is given twice")

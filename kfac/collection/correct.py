@@ -80,7 +80,6 @@ def correct(
         must_be(factors, Factors, "factors", KfacError)
         if per not in ("position", "sequence"):
             raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
-        factors.check(module)
         if dtype is None and factors.dtype == torch.float32:
             dtype = torch.float32
         options = Options(
@@ -94,6 +93,8 @@ def correct(
             checkpoint_every=checkpoint_every,
             progress=progress,
         )
+        world.wait()  # from here on, a sharded model is read by all, or by none
+        factors.check(module)
         targets = factors.targets(module)
         planned = plan(targets, budget, dtype=dtype, correction=True)
         factors.decompose(spread=True, progress=progress)

@@ -93,9 +93,11 @@ def run_passes(
     if path is not None:
         needed["model"] = identity(model)
     if world.size > 1:
-        settings = {key: value for key, value in needed.items() if key != "digests"}
+        settings = {key: value for key, value in needed.items() if key not in ("digests", "model")}
         weights = {f"target {name!r}": digests[name][:12] for name in chain(*names)}
-        world.agree({"lirefs": __version__, **settings, "model": _state(model), **weights})
+        # Reading a sharded model takes all processes, and one that cannot would leave the others.
+        state_of_model = "sharded" if in_step else _state(model)
+        world.agree({"lirefs": __version__, **settings, "model": state_of_model, **weights})
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
     state = checkpoint.load(len(passes), partial(_shapes, passes, empty), planned.dtype)
     trackers: list[TargetTracker] = []

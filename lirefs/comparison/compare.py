@@ -89,7 +89,8 @@ def compare(
         provenance: Settings to save with the results.
         journal: Folder that keeps finished items until you remove it, so that the same call
             resumes after an interruption, with the same result. The model is recognized by
-            `lm.identity`, an intervention by its name and its `describe`.
+            `lm.identity`, an intervention by its name and its `describe`. Of several processes
+            each may have a folder of its own.
         progress: Show a progress bar.
         title: Heading of the report; empty for one that names the model.
         notes: Sentences for the top of the report: what was asked, and what you found.
