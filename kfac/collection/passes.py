@@ -28,7 +28,7 @@ from kfac.collection.head import Head
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.options import Options
 from kfac.collection.plan import Plan
-from kfac.collection.rounds import Given, rounds
+from kfac.collection.rounds import Given, inside_a_pass, rounds
 from kfac.collection.sampling import (
     RowSeeds,
     exact_gradients,
@@ -40,7 +40,7 @@ from lirefs.errors import BatchError, CheckpointError, KfacError, ProvenanceErro
 from lirefs.model.guest import as_guest
 from lirefs.model.identity import fingerprint, identity
 from lirefs.model.processes.world import World
-from lirefs.model.weight_swap import fsdp_modules, is_sharded
+from lirefs.model.weight_swap import fsdp_modules
 from lirefs.version import __version__
 
 
@@ -320,18 +320,10 @@ class _Pass:
     @contextmanager
     def _model_pass(self, data: str) -> Iterator[None]:
         """A pass through the model: in step all processes begin it, on the same data, or none."""
-        if not self.in_step:
+        if self.in_step:
+            self.world.agree({"batches": data})
+        with inside_a_pass(self.model, self.world, in_step=self.in_step):
             yield
-            return
-        self.world.agree({"batches": data})
-        sharded = filter(is_sharded, self.model.parameters())
-        meshes: list[Any] = [getattr(one, "device_mesh") for one in sharded]  # noqa: B009 (untyped)
-        try:
-            with self.world.telling(), self.world.connected():
-                yield
-        except BaseException:  # the others may be in the middle of the pass
-            self.world.disconnect({group for mesh in meshes for group in mesh.get_all_groups()})
-            raise
 
     def _needed_head(self, batch: Any) -> Head | None:
         """Return the head if it is to compute the logits of a batch, and gives the model's."""
