@@ -5,6 +5,7 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
 
     LirefsError
         SettingError, WriteError (also an OSError), DownloadError
+        DistributedError (also a KfacError)
         DataFileError, QuestionsError, DirectionsFileError, ResultsFileError, ProvenanceError
         ModelNotFoundError, ModelLoadError, LayoutError
         NonFiniteError, CaptureError
@@ -15,7 +16,7 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
         TaskError
             NoDataError
         KfacError
-            TargetError, BatchError, BudgetError, CheckpointError, DistributedError
+            TargetError, BatchError, BudgetError, CheckpointError
             FactorsFileError, FactorsMismatchError, EstimatorError
             KeepError and SpectrumError (also ValueErrors)
             EditError
@@ -161,7 +162,7 @@ class CheckpointError(KfacError):
 
 
 class DistributedError(KfacError):
-    """The processes of one collection do not agree on their data or targets."""
+    """The processes of one call do not agree on what it is, or one of them has failed."""
 
 
 class FactorsFileError(KfacError):

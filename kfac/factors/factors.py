@@ -205,7 +205,7 @@ class Factors:
 
         Raises:
             SpectrumError: A factor is not finite.
-            DistributedError: Another process failed.
+            DistributedError: Another process failed, or has other factors.
         """
         if not sides or not set(sides) <= {"A", "G"}:
             raise KfacError(f"sides={sides!r}: use 'A', 'G' or 'AG'")

@@ -28,6 +28,7 @@ from lirefs.cli.options import (
     print_result,
 )
 from lirefs.main_job.jobs import QUICK, first_process, retained_table, run
+from lirefs.model.processes.world import together
 from lirefs.tasks.papers.suite import Suite
 
 
@@ -93,29 +94,31 @@ def compare_command(
         keep_finished(out / "results.json", force)
     if factors is not None and not factors.is_file():
         file_to_write(factors)
-    comparison = run(
-        model,
-        device=_join_processes(device),
-        dtype=dtype,
-        device_map=device_map,
-        questions=questions,
-        labels=labels.split(","),
-        memorized=memorized,
-        factors=factors,
-        direction_layers=indices_option(direction_layers, "--direction-layers"),
-        edit_layers=indices_option(edit_layers, "--edit-layers"),
-        keep=keep,
-        strength=strength,
-        suite=suite,
-        data=data,
-        lm_eval=[] if lm_eval is None else [name.strip() for name in lm_eval.split(",")],
-        limit=limit,
-        out=out,
-        seed=seed,
-        quick=quick,
-        resume=resume,
-        console=console,
-    )
+    device = _join_processes(device)
+    with together("lirefs compare"):
+        comparison = run(
+            model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            questions=questions,
+            labels=labels.split(","),
+            memorized=memorized,
+            factors=factors,
+            direction_layers=indices_option(direction_layers, "--direction-layers"),
+            edit_layers=indices_option(edit_layers, "--edit-layers"),
+            keep=keep,
+            strength=strength,
+            suite=suite,
+            data=data,
+            lm_eval=[] if lm_eval is None else [name.strip() for name in lm_eval.split(",")],
+            limit=limit,
+            out=out,
+            seed=seed,
+            quick=quick,
+            resume=resume,
+            console=console,
+        )
     if first_process():
         summary = comparison.summary()
         shares = {

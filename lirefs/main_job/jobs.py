@@ -28,6 +28,7 @@ from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.matching import EqualDamage
 from lirefs.main_job.settings import Job, console_table, title_of
 from lirefs.model.layout import missing_layer
+from lirefs.model.processes.world import together
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.questions.question import LABELS
@@ -100,6 +101,7 @@ def run(
 
     Raises:
         KeepError: `keep` is outside (0, 1].
+        DistributedError: Of several processes, one has failed, or other settings, data or weights.
         SettingError: Another setting cannot be used, or settings do not go together.
         LirefsError: A file cannot be read, or the model cannot be loaded.
     """
@@ -164,9 +166,14 @@ def run(
         shutil.rmtree(job.journal, ignore_errors=True)
     elif resume and not job.journal.exists():
         job.say(f"nothing to resume in {out}: starting from the beginning")
-    if taught is None:
-        return _on_language_model(job, question_set)
-    return _on_organism(job, Language(taught))
+    with together("the main job") as world:
+        if taught is None:
+            comparison = _on_language_model(job, question_set)
+        else:
+            comparison = _on_organism(job, Language(taught))
+        world.wait()  # until the first process has written the report
+    shutil.rmtree(job.journal, ignore_errors=True)
+    return comparison
 
 
 def _load(job: Job) -> lirefs.LanguageModel:
@@ -344,7 +351,7 @@ def _save(
     figures: Sequence[Figure],
     directions: Mapping[str, lirefs.Directions],
 ) -> None:
-    """Write the report, once for all processes, and drop the journal."""
+    """Write the report, once for all processes."""
     if not first_process():
         return
     job.timed(comparison)
@@ -353,7 +360,6 @@ def _save(
         page = lirefs.write_report(comparison, job.out, [*retained_figures(summary), *figures])
     for name, one in directions.items():
         one.save(job.out / f"{name}.safetensors")
-    shutil.rmtree(job.journal, ignore_errors=True)
     for found in equal_tables(summary):
         table = console_table(*found.head, title=found.name)
         for row in found.rows:

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 import kfac
 from kfac import find_targets, named_targets
 from kfac.collection.covariance import CovarianceSums
-from kfac.collection.distributed import World
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.passes import _finish
 from kfac.experts import observed_experts
 from lirefs.errors import TargetError
+from lirefs.model.processes.world import World
 
 COMMON = {
     "vocab_size": 50,

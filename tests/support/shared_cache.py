@@ -15,6 +15,7 @@ from lirefs.comparison.journal import Journal
 from lirefs.files import cache_dir, sha256_of
 from lirefs.main_job.factors import factors_of
 from lirefs.model import builtin
+from lirefs.model.processes.world import World
 from lirefs.tasks import ItemResult
 
 
@@ -52,6 +53,6 @@ def use(base, name, rounds, barrier, connection):
         same = all(torch.equal(a, b) for a, b in pairs)
         for part in range(5):  # lines far longer than any buffer
             items = [ItemResult(f"{part}", {}, prompt="p" * 50_000 + name)] * 4
-            Journal(cache_dir() / "journal").add(f"{name} {part}", items)
+            Journal(cache_dir() / "journal", World()).add(f"{name} {part}", items)
         found.append((float(states.values.double().sum()), factors.digest, same))
     connection.send((found, warned))
