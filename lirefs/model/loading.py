@@ -23,7 +23,7 @@ from lirefs.errors import (
     must_be,
 )
 from lirefs.files import cache_dir, parse_json
-from lirefs.model.builtin import BUILTIN
+from lirefs.model.builtin import BUILTIN, damaged_files
 from lirefs.model.gguf_header import check_header
 from lirefs.model.language_model import LanguageModel, wrap
 
@@ -217,6 +217,11 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         if missing := [file for file in _FILES if not (folder / file).is_file()]:
             # Without its tokenizer's settings a model would load, and read other tokens.
             raise ModelLoadError(f"{name}: {', '.join(missing)} is missing; {_remedy(folder)}")
+        if damaged := damaged_files(folder):
+            raise ModelLoadError(
+                f"{name}: {', '.join(damaged)} is damaged: its SHA-256 is not that of the file as "
+                f"it was made; {_remedy(folder)}"
+            )
         return str(folder), {"local_files_only": True}
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
