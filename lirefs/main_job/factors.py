@@ -1,4 +1,4 @@
-"""Curvature factors for the main job: given, cached or collected."""
+"""Curvature factors for the main job: cached or collected."""
 
 from __future__ import annotations
 
@@ -34,9 +34,7 @@ def factors_of(
     texts: Sequence[str],
     progress: bool = True,
 ) -> kfac.Factors:
-    """Factors from the file given, from the cache, or collected now and kept."""
-    if given is not None and given.exists():
-        return kfac.Factors.load(given, model=lm.model)
+    """Factors from the cache, or collected now and kept, there or in the file given."""
     targets = kfac.find_targets(lm.model, layers=layers)
     ids = lm.encode(texts)
     made_of = repr((lm.identity, ids, [one.name for one in targets], seed, lirefs.__version__))

@@ -32,7 +32,7 @@ from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.questions.question import LABELS
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
-from lirefs.tasks.papers.suite import Suite, suite_tasks
+from lirefs.tasks.papers.suite import Suite, check_files, suite_tasks
 from lirefs.tasks.task import Task
 from lirefs.tasks.texts import text_rows
 
@@ -135,6 +135,8 @@ def run(
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
         text_rows(memorized, "memorized")
+    if suite is not None and data is not None:
+        check_files(data)
     question_set = lirefs.load_questions(
         "default" if questions is None else questions, labels=labels
     )
@@ -184,8 +186,15 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     keep = job.keep or KEEP
     strength = STRENGTH if job.strength is None else job.strength
     split = question_set.split(seed=seed)
+    # What is opened fails before a model is fetched and loaded.
+    given = job.factors if job.factors is not None and job.factors.exists() else None
+    known = None if given is None else kfac.Factors.load(given)
+    asked = lirefs.lm_eval_tasks(job.lm_eval, job.data, job.limit) if job.lm_eval else []
     lm = _load(job)
+    if known is not None:
+        known.check(lm.model)
     tasks, left_out = _tasks(job, lm, split)
+    tasks += asked
     edited = edited_layers(lm, job.edit_layers)
 
     console.rule(f"direction: {len(question_set)} questions")
@@ -202,7 +211,9 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
 
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
     texts = calibration_texts()[: 30 if job.quick else None]
-    collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown)
+    collected = known
+    if collected is None:
+        collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown)
     collected.decompose(spread=True, progress=job.shown)
     edit = kfac.CurvatureEdit(collected, keep)
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
@@ -333,8 +344,6 @@ def _tasks(
         )
     for name, reason in left_out.items():
         job.say(f"left out: {name}: {reason}")
-    if job.lm_eval:
-        tasks += lirefs.lm_eval_tasks(job.lm_eval, include_path=job.data, limit=job.limit)
     return tasks, left_out
 
 

@@ -1,4 +1,4 @@
-"""Folders and files that a stranger made: nothing of theirs runs, and nothing costs more than it should."""
+"""Folders and files that a stranger made: nothing of theirs runs or costs what it should not."""
 
 from __future__ import annotations
 
