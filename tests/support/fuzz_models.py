@@ -197,8 +197,6 @@ FORMATS: dict[str, Format] = {
             structure,
             functools.partial(make_model_file, name),
             functools.partial(read_model_file, name),
-            # Missing sizes become the architecture's defaults: a layer of half a gigabyte.
-            resident=600 << 20,
         )
         for name, structure in {
             "config.json": "json",
