@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +20,7 @@ from lirefs.cli.compare import compare_command
 from lirefs.cli.directions import export_command, probe_command, steer_command
 from lirefs.cli.mine import mine_command
 from lirefs.cli.report import report_command
+from lirefs.errors import visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,15 +42,29 @@ KEEP_THEIR_WORK = ("compare", "mine", "curvature collect", "organism train")
 
 def main() -> None:
     """Run the command line; errors end in one line and exit code 2, an interruption in 130."""
+    _show_what_is_logged()
     try:
         app(standalone_mode=True)
     except (lirefs.LirefsError, kfac.KfacError, OSError) as error:
-        typer.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+        typer.echo(visible(f"{type(error).__name__}: {' '.join(str(error).split())}"), err=True)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
-            typer.echo(_after_an_interruption(sys.argv), err=True)
+            typer.echo(visible(_after_an_interruption(sys.argv)), err=True)
         raise
+
+
+def _show_what_is_logged() -> None:
+    """Let no log record and no warning, of any library, act on the terminal: see `visible`."""
+    made, formatted = logging.getLogRecordFactory(), warnings.formatwarning
+
+    def record(*fields: Any, **more: Any) -> logging.LogRecord:
+        one = made(*fields, **more)
+        one.msg, one.args = visible(one.getMessage()), None
+        return one
+
+    logging.setLogRecordFactory(record)
+    warnings.formatwarning = lambda *fields, **more: visible(formatted(*fields, **more))
 
 
 def _after_an_interruption(argv: list[str]) -> str:

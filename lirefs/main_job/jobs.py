@@ -26,7 +26,7 @@ from lirefs.files import cache_dir
 from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.matching import EqualDamage
-from lirefs.main_job.settings import Job, console_table, title_of
+from lirefs.main_job.settings import Job, SafeConsole, console_table, title_of
 from lirefs.model.layout import missing_layer
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
@@ -105,7 +105,7 @@ def run(
     """
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     must_be(model, (str, lirefs.LanguageModel, type(None)), "model")
-    console = Console(stderr=True, highlight=False) if console is None else console
+    console = SafeConsole(stderr=True) if console is None else console
     out = Path(out)
     data, memorized, factors = (
         None if one is None else Path(one) for one in (data, memorized, factors)
