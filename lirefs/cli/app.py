@@ -35,6 +35,7 @@ app.command("mine")(mine_command)
 app.command("report")(report_command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(curvature.app, name="curvature")
+_plain_warning = warnings.formatwarning
 INTERRUPTED = 130  # as typer ends after Ctrl-C
 KEEP_THEIR_WORK = ("compare", "mine", "curvature collect", "organism train")
 """Commands that go on where they were interrupted."""
@@ -42,7 +43,8 @@ KEEP_THEIR_WORK = ("compare", "mine", "curvature collect", "organism train")
 
 def main() -> None:
     """Run the command line; errors end in one line and exit code 2, an interruption in 130."""
-    _show_what_is_logged()
+    logging.setLogRecordFactory(_VisibleRecord)
+    warnings.formatwarning = _visible_warning
     try:
         app(standalone_mode=True)
     except (lirefs.LirefsError, kfac.KfacError, OSError) as error:
@@ -54,17 +56,15 @@ def main() -> None:
         raise
 
 
-def _show_what_is_logged() -> None:
-    """Let no log record and no warning, of any library, act on the terminal: see `visible`."""
-    made, formatted = logging.getLogRecordFactory(), warnings.formatwarning
+class _VisibleRecord(logging.LogRecord):
+    """A log record, of any library, that acts on no terminal."""
 
-    def record(*fields: Any, **more: Any) -> logging.LogRecord:
-        one = made(*fields, **more)
-        one.msg, one.args = visible(one.getMessage()), None
-        return one
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
 
-    logging.setLogRecordFactory(record)
-    warnings.formatwarning = lambda *fields, **more: visible(formatted(*fields, **more))
+
+def _visible_warning(*fields: Any, **more: Any) -> str:
+    return visible(_plain_warning(*fields, **more))
 
 
 def _after_an_interruption(argv: list[str]) -> str:

@@ -191,7 +191,8 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         data = parse_json(read_regular(file, _MOST_BYTES).decode("utf-8"), levels=_LEVELS)
     except OSError as problem:
-        if file.name == "results.json" and file.parent.is_dir() and not file.exists():
+        absent = isinstance(problem, FileNotFoundError)
+        if file.name == "results.json" and file.parent.is_dir() and absent:
             raise ResultsFileError(
                 f"{file.parent}: holds no results.json, so its run is unfinished; continue it with "
                 f"`lirefs compare ... --out {file.parent} --resume`"

@@ -56,7 +56,8 @@ def model_card(directions: Directions) -> str:
     name = str(given.get("model_name") or given.get("model_hint") or "unknown")
     rows = [
         f"| {one.layer} | {in_markdown(one.site)} | {one.norm:.3g} | {one.means[0]:.3g} | "
-        f"{one.means[1]:.3g} | {one.spread[0]:.3g} | {one.spread[1]:.3g} | {one.counts[0]} | {one.counts[1]} |"
+        f"{one.means[1]:.3g} | {one.spread[0]:.3g} | {one.spread[1]:.3g} | {one.counts[0]} | "
+        f"{one.counts[1]} |"
         for one in directions.values()
     ]
     first, second = map(in_markdown, directions.names)
