@@ -125,7 +125,7 @@ def read_regular(path: Path, most: int) -> bytes:
             raise OSError(errno.EINVAL, "it is not a regular file")
         if status.st_size > most:
             raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}")
-        return file.read(most)
+        return file.read(status.st_size)  # a larger number would be that much memory at once
 
 
 def read_jsonl(
