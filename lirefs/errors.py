@@ -26,12 +26,33 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Controls of terminals, marks of direction, halves of characters; not newlines and tabs."""
+
+
+def visible(text: str) -> str:
+    r"""A text of others to show: characters that would act on its reader are written out.
+
+    They are written as JSON and Python have them.
+
+    Examples:
+        >>> print(visible("a\x1b[2J, \u202eb"))
+        a\u001b[2J, \u202eb
+    """
+    return _UNSEEN.sub(lambda one: f"\\u{ord(one[0]):04x}", text)
 
 
 class LirefsError(Exception):
     """Base of every error that this library raises on purpose."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class SettingError(LirefsError):
@@ -114,7 +135,8 @@ class DirectionError(LirefsError):
 class MissingError(LirefsError, KeyError):
     """Nothing is kept under this name, layer or site."""
 
-    __str__ = Exception.__str__  # that of KeyError puts the message in quotes
+    def __str__(self) -> str:
+        return visible(Exception.__str__(self))  # that of KeyError puts the message in quotes
 
 
 class InterventionError(LirefsError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import html
 import json
@@ -20,7 +21,7 @@ from typing import Any
 import platformdirs
 from safetensors import SafetensorError
 
-from lirefs.errors import DataFileError, LirefsError, WriteError, must_be
+from lirefs.errors import DataFileError, LirefsError, WriteError, must_be, visible
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
@@ -109,6 +110,24 @@ def cache_dir() -> Path:
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("lirefs"))
 
 
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a stranger's file; OSError if it is not a regular file of at most so many.
+
+    A link could lead to any file of the reader's, and a pipe or a device may never end.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link; put the file itself in its place")
+    # Without O_NONBLOCK a pipe is waited for.
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    with os.fdopen(os.open(path, os.O_RDONLY | sum(flags)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}")
+        return file.read(status.st_size)  # a larger number would be that much memory at once
+
+
 def read_jsonl(
     path: str | os.PathLike[str], error: type[LirefsError] = DataFileError
 ) -> list[tuple[int, dict[str, Any]]]:
@@ -177,6 +196,17 @@ def parse_json(text: str, levels: int | None = None) -> Any:
                 raise ValueError("a number with too many digits")
         layer, depth = below, depth + 1
     return value
+
+
+_MARKUP = re.compile(
+    r"[\\`|$]|<(?=[a-zA-Z/!?])|\](?=[(\[:])|[*~](?=\S)|(?<=\S)[*~]|_(?!\w)|(?<!\w)_|&(?=#?\w+;)"
+    r"|^[-+>](?=\s\S)|^#(?=#*\s)"
+)
+
+
+def in_markdown(text: str) -> str:
+    """A text as Markdown shows it, in one line: nothing of it is markup."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(visible(text).split()))
 
 
 _SHOWN, _LONGEST = 12, 60

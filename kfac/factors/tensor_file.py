@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lirefs.errors import FactorsFileError
 from lirefs.files import atomic_path
+from lirefs.model.untrusted.digest import check_digest, with_digest
 
 
 def write_tensors(
@@ -23,7 +22,7 @@ def write_tensors(
     """Write one file; an existing file is replaced at once, when all is on disk."""
     whole = {key: value.contiguous() for key, value in tensors.items()}
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata=dict(header))
+        save_file(whole, temporary, metadata=with_digest(header, whole))
 
 
 def read_tensors(
@@ -36,7 +35,10 @@ def read_tensors(
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(key)
+            check_digest(file)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except ValueError as error:
+        raise FactorsFileError(f"{path} is damaged: {error}") from error
     except (SafetensorError, OSError) as error:
         raise FactorsFileError(f"{path} cannot be read as a {what} file: {error}") from error
     if header is None:
@@ -48,17 +50,3 @@ def read_tensors(
     if not isinstance(values, dict):
         raise FactorsFileError(f"{path} has a damaged header: it is not a JSON object")
     return values, tensors
-
-
-def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over a header of JSON values and all tensors, as 64 hex digits."""
-    sha = hashlib.sha256(json.dumps(header).encode())
-    for key, tensor in sorted(tensors.items()):
-        sha.update(key.encode())
-        sha.update(tensor_bytes(tensor))
-    return sha.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor, for hashing."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

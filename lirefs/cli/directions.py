@@ -165,9 +165,10 @@ def steer_command(
     """Continue a prompt, unsteered and steered, side by side."""
     values = options.numbers_option(strengths, "--strengths", float)
     options.choice_option(operator, "--operator", OPERATORS)
+    chosen = _direction(directions, layer)  # opened before a model is fetched and loaded
+    steerings = [lirefs.Steer(chosen, operator, value) for value in values]
     lm = options.load_model(model, device, dtype, device_map)
-    chosen = _direction(directions, layer, lm)
-    steerings = [lirefs.Steer(chosen, operator, value) for value in values]  # before any text
+    lirefs.Directions.load(directions, lm)  # are they of this model?
     title = f"{operator} at layer {chosen.layer}, {chosen.site}"
     table = console_table("strength", "continuation", title=title)
     table.show_lines = True
@@ -213,8 +214,9 @@ def export_command(
     else:
         options.file_to_write(out)
         options.keep_finished(out, force)
+    steer = lirefs.Steer(_direction(directions, layer), operator, strength)  # opened first
     lm = options.load_model(model, device, dtype, device_map)
-    steer = lirefs.Steer(_direction(directions, layer, lm), operator, strength)
+    lirefs.Directions.load(directions, lm)  # are they of this model?
     if to is Runtime.GGUF:
         to_gguf(steer, out, lm)
     elif to is Runtime.BAKED:
@@ -267,8 +269,8 @@ def _questions(model: str, given: Path | None, labels: list[str]) -> lirefs.Ques
     return lirefs.load_questions("default" if given is None else given, labels=labels)
 
 
-def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:
-    found = lirefs.Directions.load(path, lm)
+def _direction(path: Path, layer: int | None) -> lirefs.Direction:
+    found = lirefs.Directions.load(path)
     wanted = found.provenance.get("best_layer") if layer is None else layer
     has = f"{path} has the layers {', '.join(str(one) for one, _ in found)}"
     if wanted is None:

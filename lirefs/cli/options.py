@@ -13,13 +13,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from transformers.utils import logging as transformers_logging
 from typer import Option
 
 import lirefs
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, visible
 from lirefs.files import atomic_write_text, usual_file_permissions, write_errors
+from lirefs.main_job.settings import SafeConsole
 from lirefs.model.loading import usable_device
 from lirefs.questions.question import LABELS
 
@@ -29,7 +30,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 UNCUT = 10_000
 """Columns of a table that goes to a file or a pipe: no line is folded there."""
 
-console = Console(stderr=True, highlight=False)
+console = SafeConsole(stderr=True)
 """For progress and messages; results go to the standard output."""
 SHARD = "1GB"
 """Largest file of an edited model; main memory holds one of an accelerator's model at a time."""
@@ -37,7 +38,7 @@ SHARD = "1GB"
 
 def say_on_console(line: str) -> None:
     """Print a line on the console, as it is."""
-    console.print(line, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def print_result(result: Any, shown: RenderableType, as_json: bool) -> None:
@@ -46,10 +47,11 @@ def print_result(result: Any, shown: RenderableType, as_json: bool) -> None:
     Only a terminal folds lines.
     """
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        # A character that is written out is the same to a reader of JSON.
+        sys.stdout.write(visible(json.dumps(result, indent=2, ensure_ascii=False)) + "\n")
         return
     width = None if sys.stdout.isatty() else UNCUT
-    Console(width=width, highlight=False, emoji=False).print(shown, markup=False)
+    SafeConsole(width=width).print(shown)
 
 
 def be_quiet(value: bool) -> bool:

@@ -16,12 +16,13 @@ from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.summary import plain_json
 from lirefs.errors import ResultsFileError, must_be
-from lirefs.files import parse_json
+from lirefs.files import parse_json, read_regular
 from lirefs.tasks.task import ItemResult
 
 FORMAT = "lirefs-comparison-2"
 MOST_RESAMPLES = 100_000
 _LEVELS = 300  # what can be read can be written again, which takes two calls per level
+_MOST_BYTES = 2 << 30
 _FIGURE_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")
 _ASKED = ("id", "weight", "prompt", "expected")
 _GIVEN = ("scores", "output", "parsed")
@@ -188,9 +189,10 @@ def results_path(path: str | Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The JSON object of a results file of this version."""
     try:
-        data = parse_json(file.read_text("utf-8"), levels=_LEVELS)
+        data = parse_json(read_regular(file, _MOST_BYTES).decode("utf-8"), levels=_LEVELS)
     except OSError as problem:
-        if file.name == "results.json" and file.parent.is_dir() and not file.exists():
+        absent = isinstance(problem, FileNotFoundError)
+        if file.name == "results.json" and file.parent.is_dir() and absent:
             raise ResultsFileError(
                 f"{file.parent}: holds no results.json, so its run is unfinished; continue it with "
                 f"`lirefs compare ... --out {file.parent} --resume`"

@@ -1,4 +1,4 @@
-"""Curvature factors for the main job: given, cached or collected."""
+"""Curvature factors for the main job: cached or collected."""
 
 from __future__ import annotations
 
@@ -34,16 +34,18 @@ def factors_of(
     seed: int,
     texts: Sequence[str],
     progress: bool = True,
+    opened: kfac.Factors | None = None,
 ) -> kfac.Factors:
     """Factors from the file given, from the cache, or collected now and kept.
 
-    Of several processes all find the same, or all collect together.
+    `opened` are those of the file, where it was read before the model was loaded. Of several processes all find the same, or all collect together.
     """
     with together("factors") as world:
         path = _in_cache(lm, layers, cache, seed, texts) if given is None else given
-        found = None
+        found = opened
         try:
-            found = kfac.Factors.load(path, model=lm.model) if path.exists() else None
+            if found is None and path.exists():
+                found = kfac.Factors.load(path, model=lm.model)
         except FactorsFileError:
             if given is not None:
                 raise

@@ -26,14 +26,14 @@ from lirefs.files import cache_dir
 from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.matching import EqualDamage
-from lirefs.main_job.settings import Job, console_table, title_of
+from lirefs.main_job.settings import Job, SafeConsole, console_table, title_of
 from lirefs.model.layout import missing_layer
 from lirefs.model.processes.world import together
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.questions.question import LABELS
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
-from lirefs.tasks.papers.suite import Suite, suite_tasks
+from lirefs.tasks.papers.suite import Suite, check_files, suite_tasks
 from lirefs.tasks.task import Task
 from lirefs.tasks.texts import text_rows
 
@@ -107,7 +107,7 @@ def run(
     """
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     must_be(model, (str, lirefs.LanguageModel, type(None)), "model")
-    console = Console(stderr=True, highlight=False) if console is None else console
+    console = SafeConsole(stderr=True) if console is None else console
     out = Path(out)
     data, memorized, factors = (
         None if one is None else Path(one) for one in (data, memorized, factors)
@@ -137,6 +137,8 @@ def run(
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
         text_rows(memorized, "memorized")
+    if suite is not None and data is not None:
+        check_files(data)
     question_set = lirefs.load_questions(
         "default" if questions is None else questions, labels=labels
     )
@@ -191,8 +193,15 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     keep = job.keep or KEEP
     strength = STRENGTH if job.strength is None else job.strength
     split = question_set.split(seed=seed)
+    # What is opened fails before a model is fetched and loaded.
+    given = job.factors if job.factors is not None and job.factors.exists() else None
+    known = None if given is None else kfac.Factors.load(given)
+    asked = lirefs.lm_eval_tasks(job.lm_eval, job.data, job.limit) if job.lm_eval else []
     lm = _load(job)
+    if known is not None:
+        known.check(lm.model)
     tasks, left_out = _tasks(job, lm, split)
+    tasks += asked
     edited = edited_layers(lm, job.edit_layers)
 
     console.rule(f"direction: {len(question_set)} questions")
@@ -209,7 +218,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
 
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
     texts = calibration_texts()[: 30 if job.quick else None]
-    collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown)
+    collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown, known)
     collected.decompose(spread=True, progress=job.shown)
     edit = kfac.CurvatureEdit(collected, keep)
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
@@ -340,8 +349,6 @@ def _tasks(
         )
     for name, reason in left_out.items():
         job.say(f"left out: {name}: {reason}")
-    if job.lm_eval:
-        tasks += lirefs.lm_eval_tasks(job.lm_eval, include_path=job.data, limit=job.limit)
     return tasks, left_out
 
 

@@ -11,11 +11,13 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 import kfac
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.directions.probe import Probe
+from lirefs.errors import visible
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.questions import Form
@@ -101,6 +103,17 @@ class Job:
     def say(self, line: str) -> None:
         """Print a line on the console, as it is."""
         self.console.print(line, markup=False, soft_wrap=True)
+
+
+class SafeConsole(Console):
+    """A console on which texts act on nothing: no markup, no emoji, no control characters."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed, in tables too, goes through here."""
+        return super().render_str(visible(text), **options)
 
 
 def title_of(lm: LanguageModel) -> str:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.summary import Summary
+from lirefs.errors import visible
 from lirefs.statistics.intervals import Estimate
 
 _NAMES = ("backslash", "asciicircum", "asciitilde", "less", "greater", "bar")
@@ -25,9 +26,14 @@ def csv_text(summary: Summary) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in (rows[0], *(one.values() for one in rows)):
-        # the csv module does not quote a carriage return
-        writer.writerow(one.replace("\r", " ") if isinstance(one, str) else one for one in row)
+        writer.writerow(_csv_cell(one) if isinstance(one, str) else one for one in row)
     return text.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    text = visible(text)  # a carriage return too, which the csv module does not quote
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text
 
 
 def latex_tables(summary: Summary) -> str:
@@ -73,7 +79,7 @@ def latex_tables(summary: Summary) -> str:
 
 def escape_latex(text: str) -> str:
     """A text as LaTeX prints it."""
-    return " ".join(text.split()).translate(_ESCAPES)
+    return " ".join(visible(text).split()).translate(_ESCAPES)
 
 
 def _row(name: str, shares: Sequence[tuple[Estimate | None, bool]]) -> list[str]:

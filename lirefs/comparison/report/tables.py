@@ -16,6 +16,7 @@ from lirefs.comparison.wording import (
     as_points,
     percent_interval,
 )
+from lirefs.files import in_markdown
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
 
@@ -199,7 +200,7 @@ def _share(share: Estimate | None) -> Entry:
 def markdown_table(table: Table) -> list[str]:
     """A table as lines of Markdown."""
     rows = [table.head, *(map(str, row) for row in table.rows)]
-    first, *others = ("| " + " | ".join(map(_in_markdown, row)) + " |" for row in rows)
+    first, *others = ("| " + " | ".join(map(in_markdown, row)) + " |" for row in rows)
     return [first, "|" + "---|" * len(table.head), *others]
 
 
@@ -243,7 +244,3 @@ def _p(cell: Cell) -> Entry:
     if cell.p_holm is None:
         return _NONE
     return Entry(as_p(cell) + (" *" if cell.clear else ""), cell.p_holm)
-
-
-def _in_markdown(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())

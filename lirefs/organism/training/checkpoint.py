@@ -18,6 +18,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.errors import DataFileError, LirefsError
 from lirefs.files import atomic_path, atomic_write_text, usual_file_permissions, write_errors
+from lirefs.model.untrusted.digest import check_digest, with_digest
 from lirefs.organism.training.optimizers import Muon
 
 STATE = "training.safetensors"
@@ -108,7 +109,7 @@ def write_state(
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=dict(header))
+        save_file(tensors, temporary, metadata=with_digest(header, tensors))
 
 
 def state_header(path: Path) -> dict[str, str]:
@@ -130,6 +131,8 @@ def read_state(
         DataFileError: If the state is damaged.
     """
     try:
+        with safe_open(path, framework="pt") as file:
+            check_digest(file)
         with safe_open(path, framework="pt", device=device) as file:
             keys = set(file.keys())
             for optimizer, name, parameter in _parameters(model, optimizers):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
+from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question
 from lirefs.tasks.default_suite import default_tasks, memory_measures
@@ -72,6 +73,13 @@ def suite_tasks(
     if suite is not Suite.SKILLS:
         tasks += memory_measures(lm, tasks)
     return tasks, left_out
+
+
+def check_files(data: Path) -> None:
+    """Raise DataFileError if a skill's file in a folder of data cannot be read."""
+    for name in sorted({one.file for one in SKILLS.values()}):
+        for file in data.glob(f"{name}.jsonl"):
+            read_jsonl(file)
 
 
 def _unasked(task: Task, asked: Sequence[Question]) -> list[int]:
