@@ -143,8 +143,8 @@ def _check_settings(data: Mapping[str, Any]) -> None:
     resamples, seed, provenance = (data[key] for key in ("resamples", "seed", "provenance"))
     if type(resamples) is not int or not 1 <= resamples <= MOST_RESAMPLES:
         raise ValueError(f"resamples is {resamples!r:.80}, expected 1 to {MOST_RESAMPLES}")
-    if type(seed) is not int:
-        raise TypeError(f"seed is {seed!r:.80}")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed is {seed!r:.80}")
     if not isinstance(provenance, dict) or not isinstance(provenance.get("findings", []), list):
         raise TypeError("provenance is not an object, or its findings are not a list")
     title, notes, run = data.get("title", ""), data.get("notes", []), data.get("run", {})

@@ -9,7 +9,6 @@ from lirefs.statistics.intervals import (
     mean_estimate,
     mean_of_estimates,
     permutation_p,
-    resample_counts,
     roc_areas,
     weighted_mean,
     wilson,
@@ -20,6 +19,7 @@ from lirefs.statistics.paired import (
     paired_ratio,
     ratio_of_shares,
 )
+from lirefs.statistics.resamples import Resamples, resample_counts
 from lirefs.statistics.significance import (
     BestOf,
     best_of_null,
@@ -36,6 +36,7 @@ from lirefs.statistics.significance import (
 __all__ = [
     "BestOf",
     "Estimate",
+    "Resamples",
     "auroc",
     "best_of_null",
     "correlation",

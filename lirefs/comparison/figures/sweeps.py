@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -57,6 +58,7 @@ def pareto_fronts(
         colour, marker, style = sweep_curve_style(index)
         # The settings themselves are among the goals, so that the line has all its corners.
         own = [start, *(damage[name] for _, name in curve)]
+        own = [one for one in own if math.isfinite(one)] or [1.0]
         goals = np.unique([*np.linspace(min(own), max(own), 40), *own])
         line = sweep_table(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
         axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)

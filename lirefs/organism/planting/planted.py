@@ -14,14 +14,8 @@ from lirefs.errors import InterventionError
 from lirefs.model.intervention import refuse_steered, reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.weight_swap import is_edited
-from lirefs.statistics.intervals import (
-    RESAMPLES,
-    Estimate,
-    Floats,
-    resample_counts,
-    weighted_mean,
-    wilson,
-)
+from lirefs.statistics.intervals import RESAMPLES, Estimate, weighted_mean, wilson
+from lirefs.statistics.resamples import Floats, Resamples
 from lirefs.tasks.inference import token_nlls
 from lirefs.tasks.recitation import Recitation
 
@@ -133,7 +127,7 @@ def estimates(
 ) -> dict[str, Any]:
     """The estimates of a `Planted`, from what was measured before and after."""
     weights = np.array([len(piece) - 1.0 for piece in held_out])
-    draws = resample_counts(len(weights), RESAMPLES, 0)
+    draws = Resamples(len(weights), RESAMPLES, 0)
 
     def share(found: Mapping[str, Floats], name: str) -> Estimate | None:
         return wilson(int(found[name].sum()), len(found[name])) if name in found else None
