@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Real
@@ -128,7 +128,7 @@ class Comparison:
         """A cell whose p-value is not adjusted, which needs no other variant or task."""
         self._known(variant, task)
         others = [] if variant == BASELINE else [variant]
-        p_values = {one: (p, None) for one, p in self._tested(task, others).items()}
+        p_values = {one: (p, None) for (one, _), p in self._tested(others, [task]).items()}
         (cell,) = self._made(task, [variant], p_values)
         return cell
 
@@ -167,24 +167,24 @@ class Comparison:
             cells.append(cell)
         return cells
 
-    def _tested(self, task: str, variants: Sequence[str]) -> dict[str, float]:
+    def _tested(
+        self, variants: Sequence[str], tasks: Collection[str]
+    ) -> dict[tuple[str, str], float]:
         """p-values of no difference from the baseline; NaN where an item has no score."""
-        base = self._scores(BASELINE, task)
-        scores = {variant: self._scores(variant, task) for variant in variants}
-        known = {v: one for v, one in scores.items() if not (one.not_finite or base.not_finite)}
-        pairs = [(one.values, one.weights) for one in known.values()]
-        found = dict(zip(known, paired_p_values(pairs, base.values), strict=True))
-        return {variant: found.get(variant, math.nan) for variant in variants}
+        pairs = {}
+        for task in tasks:
+            base = self._scores(BASELINE, task)
+            for variant in () if base.not_finite else variants:
+                one = self._scores(variant, task)
+                if not one.not_finite:
+                    pairs[variant, task] = one.values, base.values, one.weights
+        found = dict(zip(pairs, paired_p_values(list(pairs.values())), strict=True))
+        return {(v, task): found.get((v, task), math.nan) for v in variants for task in tasks}
 
     @cached_property
     def _p_values(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Plain and adjusted p-values; the family is every variant on every task."""
-        by_task = {task: self._tested(task, self.variants[1:]) for task in self.tasks}
-        found = {
-            (variant, task): by_task[task][variant]
-            for variant in self.variants[1:]
-            for task in self.tasks
-        }
+        found = self._tested(self.variants[1:], self.tasks)
         adjusted = holm({key: p for key, p in found.items() if not math.isnan(p)})
         return {key: (found[key], adjusted.get(key, math.nan)) for key in found}
 

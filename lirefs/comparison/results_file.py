@@ -22,6 +22,7 @@ from lirefs.tasks.task import ItemResult
 FORMAT = "lirefs-comparison-2"
 MOST_RESAMPLES = 100_000
 _LEVELS = 300  # what can be read can be written again, which takes two calls per level
+_OUTER = 4  # down to the items, of which each has a line
 _FIGURE_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")
 _ASKED = ("id", "weight", "prompt", "expected")
 _GIVEN = ("scores", "output", "parsed")
@@ -65,7 +66,17 @@ def results_json(
             for variant, by_task in comparison.results.items()
         },
     }
-    return json.dumps(plain_json(value), indent=1)
+    return _by_lines(plain_json(value), _OUTER)
+
+
+def _by_lines(value: Any, levels: int) -> str:
+    """JSON whose outer levels have a line for each entry; what lies deeper stands on one line."""
+    if levels == 0 or not value or not isinstance(value, dict | list):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(_by_lines(one, levels - 1) for one in value) + "\n]"
+    entries = (f"{json.dumps(key)}: {_by_lines(one, levels - 1)}" for key, one in value.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
 
 
 def _fields(items: Sequence[ItemResult], names: Sequence[str]) -> list[dict[str, Any]]:

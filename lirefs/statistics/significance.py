@@ -113,22 +113,22 @@ def paired_p_value(
 
     Scores, those of the unchanged model and weights (None: equal) have shape (n,).
     """
-    (found,) = paired_p_values([(scores, weights)], base, seed)
+    (found,) = paired_p_values([(scores, base, weights)], seed)
     return found
 
 
 def paired_p_values(
-    scores: Sequence[tuple[Floats, Floats | None]], base: Floats, seed: int = 0
+    pairs: Sequence[tuple[Floats, Floats, Floats | None]], seed: int = 0
 ) -> list[float]:
-    """`paired_p_value` of several variants' scores and weights, which takes little longer."""
+    """`paired_p_value` of several triples of its arguments, which takes little longer than one."""
     found, tests = {}, {}
-    for index, (one, weights) in enumerate(scores):
-        if is_binary(one, base, weights):
-            found[index] = mcnemar(int((one > base).sum()), int((one < base).sum()))
+    for index, (scores, base, weights) in enumerate(pairs):
+        if is_binary(scores, base, weights):
+            found[index] = mcnemar(int((scores > base).sum()), int((scores < base).sum()))
         else:
-            tests[index] = (one - base) if weights is None else (one - base) * weights
+            tests[index] = (scores - base) * (1.0 if weights is None else weights)
     found |= zip(tests, _sign_flips(list(tests.values()), PATTERNS, seed), strict=True)
-    return [found[index] for index in range(len(scores))]
+    return [found[index] for index in range(len(pairs))]
 
 
 def paired_detectable(scores: Floats, base: Floats, weights: Floats | None = None) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -39,9 +40,9 @@ def flip_list(comparison: Comparison) -> FlipList:
     tasks, variants = list(comparison.tasks), comparison.variants[1:]
     listed = {(t, v): flips(comparison, t, v) for t in tasks for v in variants}
     sizes = [len(some) for some in listed.values()]
-    each = max(sizes, default=0)
-    while sum(min(size, each) for size in sizes) > MOST_FLIPS:
-        each -= 1
+    # The largest number that fits: the first that is too large is one more.
+    some = range(1, max(sizes, default=0) + 1)
+    each = bisect_right(some, MOST_FLIPS, key=lambda most: sum(min(n, most) for n in sizes))
     asked = comparison.results[BASELINE]
     shared = {task: shared_beginning([item.prompt for item in asked[task]]) for task in tasks}
     items: dict[tuple[str, ...], int] = {}
