@@ -67,7 +67,8 @@ class Comparison:
         head = f"{', '.join(self.results)}; {counts}"
         lines = [textwrap.shorten(head, _WIDTH, placeholder=" …")]
         for task, info in list(self.tasks.items())[:_SHOWN]:
-            scores = ", ".join(f"{one} {self.score(one, task):.4g}" for one in self.results)
+            found = ((one, self.score(one, task)) for one in self.results)
+            scores = ", ".join(f"{v} {'n/a' if math.isnan(x) else f'{x:.4g}'}" for v, x in found)
             line = f"{task} ({info.metric}): {scores}"
             lines.append(textwrap.shorten(line, _WIDTH, placeholder=" …"))
         lines += [f"… and {n - _SHOWN} more tasks"] if n > _SHOWN else []
@@ -108,7 +109,7 @@ class Comparison:
         `retained` the share of the unchanged score; each is an `Estimate` with `value`, `low`,
         `high` and `n`, and the last two are None for the unchanged model itself. `p` and `p_holm`
         are the p-values before and after Holm's adjustment, and `clear` says whether the latter is
-        below 0.05. The others are `detectable`, `unparsable` and `extra`: see
+        below 0.05. The others are `detectable`, `unparsable`, `not_finite` and `extra`: see
         `lirefs.comparison.Cell`.
 
         The thousands of resamples behind them are made at the first call for a task only, for all
@@ -196,9 +197,10 @@ class Comparison:
         """Whether the unchanged model's interval lies above the task's chance level.
 
         Where it does not, there is nothing to retain, and a share of 1 would mean nothing. Always
-        true for perplexity.
+        true for perplexity, unless an item has no finite score.
         """
-        self._known(BASELINE, task)
+        if self._scores(BASELINE, task).not_finite:
+            return False
         if self.tasks[task].metric == "perplexity":
             return True
         value = self.cell(BASELINE, task).value
@@ -241,8 +243,8 @@ class Comparison:
         They are `variant`, `task`, `group`, `metric`, `chance`, `above_chance` (1 where the
         unchanged model is), `n`, `score`, `score_low`, `score_high`, `difference`,
         `difference_low`, `difference_high`, `retained`, `retained_low`, `retained_high`, `p`,
-        `p_holm`, `detectable`, `unparsable`, and `other: NAME` for each further metric of a task.
-        See `cell` for what they mean. Numbers that a row does not have are NaN.
+        `p_holm`, `detectable`, `unparsable`, `not_finite`, and `other: NAME` for each further
+        metric. See `cell` for what they mean. Numbers that a row does not have are NaN.
 
         Args:
             items: One row for each item instead: variant, task, group and metric, the fields of

@@ -128,12 +128,14 @@ def item_of_results(row: Mapping[str, Any]) -> ItemResult:
     scores = {name: math.nan if one is None else one for name, one in row["scores"].items()}
     if not all(map(_is_number, scores.values())):
         raise TypeError(f"scores are {scores!r:.80}")
-    item = ItemResult(**{**row, "scores": {name: float(one) for name, one in scores.items()}})
+    weight = math.nan if row.get("weight", 1.0) is None else row.get("weight", 1.0)
+    scores = {name: float(one) for name, one in scores.items()}
+    item = ItemResult(**{**row, "scores": scores, "weight": weight})
     texts = (item.id, item.prompt, item.expected, item.output)
     if not all(isinstance(one, str) for one in texts) or not isinstance(item.parsed, bool):
         raise TypeError(f"a field of item {item.id!r:.80} has the wrong type")
-    if not _is_number(item.weight) or not 0 < item.weight < math.inf:
-        raise TypeError(f"item {item.id!r:.80} has weight {item.weight!r:.80}")
+    if not _is_number(weight) or weight <= 0:
+        raise TypeError(f"item {item.id!r:.80} has weight {weight!r:.80}")
     return item
 
 

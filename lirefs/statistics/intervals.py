@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import inf, nan
+from math import inf, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -33,7 +33,7 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval and its number of items."""
+    """A number with its 95 % interval and its number of items; NaN is shown as n/a."""
 
     value: float
     low: float
@@ -44,6 +44,8 @@ class Estimate:
         return f"Estimate({self:.4g}, n={self.n})"
 
     def __format__(self, spec: str) -> str:
+        if isnan(self.value):
+            return "n/a"
         spec = spec or ".3f"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 

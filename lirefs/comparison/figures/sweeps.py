@@ -16,11 +16,14 @@ from lirefs.pictures import (
     legend_outside,
     literal_text,
     picture_of,
+    shortened,
     styled,
 )
 from lirefs.statistics.intervals import Estimate, Floats
 
 MARKERS = "osD^vPX*<>"
+_LONGEST = 34
+"""Characters in the name of a method."""
 
 
 @styled
@@ -63,7 +66,7 @@ def pareto_fronts(
         line = sweep_table(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
         axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)
         axis.plot(goals, line[:, 0], color=colour, lw=1.2, ls=style)
-        label = literal_text(method)
+        label = literal_text(shortened(method, _LONGEST))
         axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=label)
         for _, name in curve:
             face = colour if front[name] else "white"
