@@ -128,7 +128,8 @@ def item_of_results(row: Mapping[str, Any]) -> ItemResult:
     scores = {name: math.nan if one is None else one for name, one in row["scores"].items()}
     if not all(map(_is_number, scores.values())):
         raise TypeError(f"scores are {scores!r:.80}")
-    weight = math.nan if row.get("weight", 1.0) is None else row.get("weight", 1.0)
+    weight = row.get("weight", 1.0)
+    weight = math.nan if weight is None or weight == math.inf else weight
     scores = {name: float(one) for name, one in scores.items()}
     item = ItemResult(**{**row, "scores": scores, "weight": weight})
     texts = (item.id, item.prompt, item.expected, item.output)

@@ -27,7 +27,15 @@ from lirefs.comparison.report.verdict import verdict
 from lirefs.comparison.sweeps import choose_on_validation, damage_of, matched
 from lirefs.errors import SettingError
 from lirefs.main_job.settings import LANGUAGE, missed_goals
-from lirefs.tasks import FilledBlank, ItemResult, MultipleChoice, Perplexity
+from lirefs.tasks import (
+    FilledBlank,
+    ItemResult,
+    MultipleChoice,
+    Perplexity,
+    Recitation,
+    ShortAnswer,
+    StressTest,
+)
 
 NAMES = ("unchanged", "one", "two", "three")
 
@@ -220,6 +228,9 @@ def test_no_task_takes_an_overflow_for_an_answer(tmp_path):
         MultipleChoice("choices", [("0", "a", [" b", " c"], 0), ("1", "q", [" b", " c"], 1)]),
         FilledBlank("blanks", [("0", ("a cat", "a dog"), " barks", 1)]),
         ndcg_task(lm, [("0", "hello world")], k=3),
+        ShortAnswer("answers", [("0", "hello", "world"), ("1", "abc", "d")], max_new_tokens=3),
+        Recitation("recited", [("0", [5, 6, 7], [8, 9]), ("1", [5, 6, 7], [8])]),
+        StressTest("perturbed", [("0", [5, 6, 7], [8, 9])], shifts=1),
     ]
     settings = {"journal": tmp_path / "j", "progress": False, "resamples": 50}
     for _ in range(2):  # the second time from the journal

@@ -49,8 +49,8 @@ def draw_strengths(summary: Summary, x: Mapping[str, float], label: str) -> Canv
                     _draw_line(axis, summary, task, {name: x[name] for name in names}, style)
             axis.axhline(base.value, color=colour, lw=0.9, ls=":", zorder=0)
         axis.plot([], [], color="black", lw=0.9, ls=":", label="unchanged model")
-        names = (literal_text(shortened(one, _LONGEST)) for one in (label, metric))
-        axis.set(**dict(zip(("xlabel", "ylabel"), names, strict=True)))
+        shown = [literal_text(shortened(one, _LONGEST)) for one in (label, metric)]
+        axis.set(xlabel=shown[0], ylabel=shown[1])
         legend_below(axis, columns=1)
     return canvas
 

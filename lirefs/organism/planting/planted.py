@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
@@ -130,7 +131,10 @@ def estimates(
     draws = Resamples(len(weights), RESAMPLES, 0)
 
     def share(found: Mapping[str, Floats], name: str) -> Estimate | None:
-        return wilson(int(found[name].sum()), len(found[name])) if name in found else None
+        if name not in found:
+            return None
+        n, count = len(found[name]), found[name].sum()
+        return Estimate(nan, nan, nan, n) if np.isnan(count) else wilson(int(count), n)
 
     return {
         "recited": share(after, "texts"),
