@@ -2,8 +2,9 @@
 
     python benchmarks/sizes.py
 
-Scores are made up, because what is measured is everything after the model has answered. Memory is
-the peak of resident memory above what the process held when the results (or the file) were there.
+Scores are made up, because what is measured is everything after the model has answered. Time is
+that of the processor. Memory is the peak of resident memory above what the process held when the
+results (or the file) were there.
 """
 
 from __future__ import annotations
@@ -98,9 +99,9 @@ def measured(kind: str, sizes: list[int]) -> Iterator[tuple[str, float, float, f
     with tempfile.TemporaryDirectory() as folder:
         for name, step in steps_of(kind, sizes, Path(folder)):
             Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
-            before, start = resident(), time.perf_counter()
+            before, start = resident(), time.process_time()
             step()
-            seconds = time.perf_counter() - start
+            seconds = time.process_time() - start
             status = Path("/proc/self/status").read_text()
             (peak,) = (line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))
             yield name, seconds, before / MIB, (int(peak) * 1024 - before) / MIB
