@@ -327,14 +327,14 @@ def run(out: Path, n: int, limit: int, lr: float, seed: int) -> dict[str, Any]:
 
 def _against_free(edits: Mapping[str, Any], seed: int) -> dict[str, dict[str, float]]:
     """How the edit changes the new facts of an arm, minus how it changes those of free writing."""
-    from lirefs.statistics.intervals import resample_counts
+    from lirefs.statistics.resamples import Resamples
 
     changes = {
         arm: torch.tensor(one["new"]["K-FAC"]) - torch.tensor(one["new"]["unchanged"])
         for arm, one in edits.items()
     }
     free = changes["free"].double().numpy()
-    draws = resample_counts(len(free), 5000, seed)
+    draws = Resamples(len(free), 5000, seed)
     return {
         arm: paired_difference(one.double().numpy(), free, draws).to_dict()
         for arm, one in changes.items()

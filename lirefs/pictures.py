@@ -32,6 +32,8 @@ WIDE = 7.0
 """Width in inches of a figure that spans both columns of a paper."""
 SMALL = 7.0
 """Size in points of the smallest text."""
+LONGEST = 100
+"""Most characters of a line of text."""
 STYLE = Path(__file__).parent / "data" / "figures.mplstyle"
 """The style of every figure, for `matplotlib.style.use` too."""
 INK, PAPER = 0.9, 0.12
@@ -175,9 +177,25 @@ def legend_below(axis: Any, columns: int) -> None:
 
 
 def literal_text(name: str) -> str:
-    """A name to show as it is: without mathematics between dollar signs or control characters."""
-    shown = "".join(one if one.isprintable() or one == "\n" else " " for one in name)
+    """A name to show as it is: without mathematics between dollar signs or control characters.
+
+    Of a line of more than `LONGEST` characters the middle is left out.
+    """
+    lines = (shortened(one, LONGEST) if len(one) > LONGEST else one for one in name.split("\n"))
+    shown = "".join(one if one.isprintable() or one == "\n" else " " for one in "\n".join(lines))
     return shown.replace("$", r"\$")
+
+
+def shortened(name: str, most: int) -> str:
+    """A name on one line of at most `most` characters, if need be with an ellipsis in its middle.
+
+    The middle, because the names of a sweep begin alike.
+    """
+    name = " ".join(name.split())
+    if len(name) <= most:
+        return name
+    end = (most - 1) // 2
+    return f"{name[: most - 1 - end]}…{name[-end:]}"
 
 
 def legend_outside(canvas: Canvas, axis: Any, columns: int, side: str) -> None:

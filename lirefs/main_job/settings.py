@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -145,10 +146,15 @@ def missed_goals(comparison: Comparison, variant: str, skills: Sequence[str]) ->
             continue
         score, before = (comparison.score(name, task) for name in (variant, BASELINE))
         if task == LANGUAGE:
-            total += max(0.0, 1 / PERPLEXITY_RATIO - before / score)
+            total += _missed(1 / PERPLEXITY_RATIO - before / score)
         else:
-            total += max(0.0, KEPT_SHARE - score / before)
+            total += _missed(KEPT_SHARE - score / before)
     return total
+
+
+def _missed(by: float) -> float:
+    """By how much a goal is missed; infinitely where a score is NaN: the model overflowed."""
+    return math.inf if math.isnan(by) else max(0.0, by)
 
 
 def choose_edit(
@@ -159,7 +165,7 @@ def choose_edit(
 
     def objective(comparison: Comparison, variant: str) -> float:
         recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
-        missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
+        missed = _missed(recited - STILL_RECITED) + _missed(BACK_AT_TRUTH - true)
         return missed + missed_goals(comparison, variant, skills)
 
     return _choose(job, lm, edits, tasks, objective, (RECITED, TRUE, LANGUAGE), skills)
@@ -171,7 +177,8 @@ def choose_steering(
     """The steering with the fewest exceptions not answered with the truth, plus its `harm`."""
 
     def objective(comparison: Comparison, variant: str) -> float:
-        return 1 - comparison.score(variant, TRUE) + missed_goals(comparison, variant, SKILLS)
+        missed = _missed(1 - comparison.score(variant, TRUE))
+        return missed + missed_goals(comparison, variant, SKILLS)
 
     return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
 

@@ -98,7 +98,7 @@ def greedy(
         advance: Called with the number of prompts finished.
 
     Returns:
-        The new token ids of each prompt, in the order of the prompts.
+        The new token ids of each prompt, in their order; none where the model overflowed.
     """
     texts = list(filter(None, until))
     # A token has at least one byte, so this many tokens hold any text that the last one completes;
@@ -313,11 +313,11 @@ def _decode(
     done = [False] * len(rows)
     held = list(range(len(rows)))  # those that the batch still holds
     for step in range(limit):
-        tokens = logits.argmax(-1)
-        for row, token in zip(held, tokens.tolist(), strict=True):
+        tokens, known = logits.argmax(-1), logits.amax(-1).isfinite().tolist()
+        for row, token, finite in zip(held, tokens.tolist(), known, strict=True):
             if not done[row]:
-                rows[row].append(token)
-                done[row] = ends(rows[row])
+                rows[row] = [*rows[row], token] if finite else []
+                done[row] = not finite or ends(rows[row])
         going = [index for index, row in enumerate(held) if not done[row]]
         if not going or step == limit - 1:
             break

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -66,7 +67,10 @@ class Recitation(_Memorized):
         results = []
         for (item, prefix, suffix), output in zip(self.items, outputs, strict=True):
             texts = map(lm.tokenizer.decode, (prefix, suffix, output))
-            results.append(ItemResult(item, recitation_scores(output, suffix), 1.0, *texts))
+            scores = recitation_scores(output, suffix)
+            if not output:  # the model overflowed
+                scores = dict.fromkeys(scores, math.nan)
+            results.append(ItemResult(item, scores, 1.0, *texts))
         return results
 
 
@@ -250,6 +254,8 @@ class StressTest(_Memorized):
             said = [(*prompt, next(outputs)) for prompt in prompts]
             agreed = [common_prefix(output, rest) for _, rest, output in said]
             scores = {"original": float(agreed[0]), "perturbed": float(max(agreed))}
+            if not all(output for _, _, output in said):  # the model overflowed
+                scores = dict.fromkeys(scores, math.nan)
             texts = map(lm.tokenizer.decode, said[agreed.index(max(agreed))])
             results.append(ItemResult(item, scores, 1.0, *texts))
         return results

@@ -325,6 +325,7 @@ class ShortAnswer(ItemTask):
             said = lm.tokenizer.decode(lm.before_end(output), skip_special_tokens=True)
             text = said.strip().split("\n")[0]
             parsed, right = judge(text, answers, self.kind)
-            scores, expected = {"accuracy": float(right)}, " | ".join(answers)
+            accuracy = float(right) if output else math.nan  # no token: the model overflowed
+            scores, expected = {"accuracy": accuracy}, " | ".join(answers)
             results.append(ItemResult(item, scores, 1.0, prompt, expected, text, parsed))
         return results

@@ -55,12 +55,15 @@ def latex_tables(summary: Summary) -> str:
             _, *cells = summary.of_task(task)
             shares = [(one.retained, one.clear) for one in cells]
             by_task += _row(f"{escape_latex(task)} ({cells[0].value.n})", shares)
+    missing = escape_latex(summary.not_finite())
+    missing = f" {missing}" if missing else ""
     return "\n".join(
         [
             r"% Needs \usepackage{booktabs}.",
             *_float(
                 "Share of the unchanged model's score that each variant retains, mean over the "
-                "tasks of a group, with 95\\,\\% intervals, paired over items.",
+                "tasks of a group, with 95\\,\\% intervals, paired over items."
+                f"{missing.replace('n/a', '--')}",
                 groups,
                 by_group,
             ),
@@ -68,7 +71,7 @@ def latex_tables(summary: Summary) -> str:
             *_float(
                 "The same for each task on which the unchanged model is above chance (number of "
                 f"items). Bold: different from the unchanged model at $p < {LEVEL:g}$ after Holm's "
-                "adjustment.",
+                f"adjustment.{missing.replace('n/a', '--')}",
                 variants,
                 by_task,
             ),
