@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from kfac.collection.batches import (
 from kfac.collection.finite import not_finite_row_error
 from kfac.collection.hooks import first_argument
 from kfac.target import Target
-from lirefs.errors import BatchError, TargetError
+from lirefs.errors import BatchError, TargetError, interrupts_held, undone
 from lirefs.model.guest import eagerly
 
 
@@ -37,14 +36,17 @@ def target_inputs(
         raise TargetError(f"inputs of single experts cannot be read text by text: {experts}")
     seen: dict[str, Tensor] = {}
     index = -1
-    with ExitStack() as stack:
-        for target in targets:
+    with undone() as steps:
+        with interrupts_held():
+            for target in targets:
 
-            def keep(module: nn.Module, args: Any, kwargs: Any, name: str = target.name) -> None:
-                seen[name] = first_argument(args, kwargs).detach()
+                def keep(
+                    module: nn.Module, args: Any, kwargs: Any, name: str = target.name
+                ) -> None:
+                    seen[name] = first_argument(args, kwargs).detach()
 
-            handle = target.module.register_forward_pre_hook(keep, with_kwargs=True)
-            stack.callback(handle.remove)
+                handle = target.module.register_forward_pre_hook(keep, with_kwargs=True)
+                steps.append(handle.remove)
         for index, batch in enumerate(batches):
             seen.clear()
             with eagerly():  # not around the yield, which runs others' code

@@ -9,7 +9,7 @@ into the eigenbases, the staircase of pairs is blanked out, and it is rotated ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +23,7 @@ from kfac.edits.selection import Selection
 from kfac.edits.spectral import CurvatureEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target
-from lirefs.errors import EditError, must_be
+from lirefs.errors import EditError, interrupts_held, must_be, undone
 from lirefs.model.guest import full_precision, widened
 from lirefs.model.training.copies import must_be_whole
 
@@ -123,11 +123,7 @@ def projected_training(
     targets = factors.targets(model, projection.names)
     must_be_whole(target.parameter for target in targets)
     starts = [target.weight.clone() for target in targets]
-    with ExitStack() as stack:
-        for target in targets:
-            register: Any = target.parameter.register_post_accumulate_grad_hook
-            handle = register(partial(_project_gradient, target, projection))
-            stack.callback(handle.remove)
+    with undone() as steps:
 
         def project_changes(optimizer: Optimizer | None, *_: Any) -> None:
             groups = [] if optimizer is None else optimizer.param_groups
@@ -136,7 +132,12 @@ def projected_training(
                 if optimizer is None or id(target.parameter) in stepped:
                     _project_change(target, start, projection)
 
-        stack.callback(register_optimizer_step_post_hook(project_changes).remove)
+        with interrupts_held():
+            for target in targets:
+                register: Any = target.parameter.register_post_accumulate_grad_hook
+                handle = register(partial(_project_gradient, target, projection))
+                steps.append(handle.remove)
+            steps.append(register_optimizer_step_post_hook(project_changes).remove)
         yield
         project_changes(None)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
 from torch import Tensor, nn
 
-from lirefs.errors import InterventionError
+from lirefs.errors import InterventionError, interrupts_held, undone
 from lirefs.model.layout import Side
 from lirefs.model.observe import hidden_input, hidden_of, with_hidden, with_hidden_input
 from lirefs.model.traits import PROBING
@@ -103,13 +104,16 @@ def chained(owner: nn.Module) -> dict[Place, tuple[Change, ...]]:
 def rechained(owner: nn.Module, wanted: dict[Place, tuple[Change, ...]]) -> Iterator[None]:
     """Inside the `with`, the changes are those that `chained` has returned before."""
     now = chained(owner)
-    try:
-        for place in now | wanted:
-            _set(place, wanted.get(place, ()))
+
+    def put(changes: dict[Place, tuple[Change, ...]]) -> None:
+        with interrupts_held():
+            for place in now | wanted:
+                _set(place, changes.get(place, ()))
+
+    with undone() as steps:
+        steps.append(partial(put, now))
+        put(wanted)
         yield
-    finally:
-        for place in now | wanted:
-            _set(place, now.get(place, ()))
 
 
 def _changes(module: nn.Module, side: Side) -> tuple[Change, ...]:

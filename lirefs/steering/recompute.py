@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lirefs.errors import undone
 from lirefs.steering.hook_chain import Change, NotCopied, Place, chained, rechained
 from lirefs.steering.token_mask import PassMask, TokenMask, current_backward
 
@@ -78,14 +79,16 @@ class _State:
     @contextmanager
     def again(self) -> Iterator[None]:
         before = [(mask, mask.now) for mask, _ in self._masks]
-        try:
-            for mask, now in self._masks:
-                mask.now = None if now is None else replace(now, backward=current_backward())
-            with rechained(self._owner, self._changes):
-                yield
-        finally:
+
+        def restore() -> None:
             for mask, now in before:
                 mask.now = now
+
+        with undone() as steps, rechained(self._owner, self._changes):
+            steps.append(restore)
+            for mask, now in self._masks:
+                mask.now = None if now is None else replace(now, backward=current_backward())
+            yield
 
 
 class _Checkpointing(NotCopied):

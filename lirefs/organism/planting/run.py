@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lirefs.errors import DataFileError, NonFiniteError, ProvenanceError
+from lirefs.errors import DataFileError, NonFiniteError, ProvenanceError, interrupts_held
 from lirefs.files import parse_json
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 from lirefs.model.training.copies import trainable
-from lirefs.model.training.steps import checked_step, interrupts_held, shuffled
+from lirefs.model.training.steps import checked_step, shuffled
 from lirefs.organism.planting.planted import recited
 from lirefs.organism.training.checkpoint import read_state, state_header, write_state
 from lirefs.tasks.recitation import Recitation
