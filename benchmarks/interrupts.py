@@ -165,7 +165,7 @@ def interrupted(work: Callable[[], object], seconds: float) -> str:
     # Python runs handlers between two instructions of the main thread, whoever sent the signal.
     signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
-        # Again after a second: Python drops what is raised in a `__del__` or a weak reference's end.
+        # Again after a second: Python drops what is raised in a `__del__` or by a weak reference.
         signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
         while True:
             work()
@@ -212,6 +212,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # also in the background of a shell
     total = 0
     for seed in range(given.runs):
         for name in loops(lirefs.load("organism")):

@@ -26,10 +26,15 @@ class NotCopied:
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise InterventionError(
-            "a steered model cannot be copied or pickled, as the copy would stay steered for good; "
-            "remove the steering first (leave the `with`, or call the handle's remove)"
-        )
+        refuse_copy()
+
+
+def refuse_copy() -> NoReturn:
+    """Raise InterventionError: a steered model was to be copied."""
+    raise InterventionError(
+        "a steered model cannot be copied or pickled, as the copy would stay steered for good; "
+        "remove the steering first (leave the `with`, or call the handle's remove)"
+    )
 
 
 class _Chain(NotCopied):
