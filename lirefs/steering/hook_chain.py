@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
+from types import FrameType
 from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
 from torch import Tensor, nn
@@ -15,6 +18,8 @@ from lirefs.model.layout import Side
 from lirefs.model.observe import hidden_input, hidden_of, with_hidden, with_hidden_input
 from lirefs.model.traits import PROBING
 
+WITH_GRADIENTS: ContextVar[bool] = ContextVar("with_gradients", default=False)
+"""Whether the forward pass under way began with gradients enabled."""
 Change = Callable[[Tensor], Tensor]
 Place: TypeAlias = tuple[nn.Module, Side]
 
@@ -44,6 +49,7 @@ class _Chain(NotCopied):
     def __init__(self, module: nn.Module, side: Side) -> None:
         self.changes: tuple[Change, ...] = ()
         self.ran = False
+        self.runs_again = False  # in a checkpoint of the caller's own
         self.hook = (
             module.register_forward_pre_hook(self._on_input, with_kwargs=True)
             if side == "input"
@@ -53,7 +59,7 @@ class _Chain(NotCopied):
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if PROBING.get():
             return None
-        self.ran = True
+        self._note()
         hidden = hidden_input(args, kwargs)
         for change in self.changes:
             hidden = change(hidden)
@@ -62,11 +68,29 @@ class _Chain(NotCopied):
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if PROBING.get():
             return None
-        self.ran = True
+        self._note()
         hidden = hidden_of(output)
         for change in self.changes:
             hidden = change(hidden)
         return with_hidden(output, hidden)
+
+    def _note(self) -> None:
+        self.ran = True
+        self.runs_again = WITH_GRADIENTS.get() and _in_checkpoint()
+
+
+def _in_checkpoint() -> bool:
+    """Whether `torch.utils.checkpoint` runs this part of the model, other than through our own.
+
+    Not by the hooks that it sets for saved tensors: re-entrant ones have none.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__")
+        if name in ("torch.utils.checkpoint", "lirefs.steering.recompute"):
+            return bool(name == "torch.utils.checkpoint")
+        frame = frame.f_back
+    return False
 
 
 _CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.WeakKeyDictionary()
@@ -94,6 +118,12 @@ def has_run(place: Place) -> bool:
     """Whether the hook at a place has run since the last change was chained there."""
     chain = _CHAINS.get(place[0], {}).get(place[1])
     return chain is None or chain.ran
+
+
+def runs_again(owner: nn.Module) -> bool:
+    """Whether a checkpoint of the caller's own will run a place inside a module once more."""
+    chains = (_CHAINS.get(module, {}).values() for module in owner.modules())
+    return any(chain.runs_again for each in chains for chain in each)
 
 
 def chained(owner: nn.Module) -> dict[Place, tuple[Change, ...]]:

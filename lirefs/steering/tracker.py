@@ -149,7 +149,10 @@ class Tracker(NotCopied):
         self._checkpoints.begin()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if PROBING.get() or self._begun is None:
+        if PROBING.get():
+            return
+        self._checkpoints.watch_backward(output)
+        if self._begun is None:
             return
         tokens, anchor = self._begun
         self._begun = None
