@@ -83,6 +83,9 @@ class SwappedWeight:
 class EditHandle:
     """An edit, once `put` has put it in place. `remove()`, or leaving a `with` block, removes it.
 
+    Under activation checkpoints, call `backward` before it is removed: what they run again uses the
+    weights that are there then.
+
     Args:
         weights: The weights to swap.
         release: Called once, when the original tensors are back.
