@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kfac.collection.batches import (
@@ -19,7 +18,7 @@ from kfac.collection.finite import not_finite_row_error
 from kfac.collection.hooks import first_argument
 from kfac.target import Target
 from lirefs.errors import BatchError, TargetError, interrupts_held, undone
-from lirefs.model.guest import eagerly
+from lirefs.model.guest import eagerly, without_gradients
 
 
 def target_inputs(
@@ -67,7 +66,7 @@ def target_inputs(
         raise BatchError("the iterable of batches is empty")
 
 
-@torch.no_grad()
+@without_gradients()
 def _attended_run(model: nn.Module, batch: Any, place: str, forward: Forward | None) -> Tensor:
     """Run a batch for the hooks, and return the mask of attended positions."""
     if forward is not None:

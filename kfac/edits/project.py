@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -24,7 +23,7 @@ from kfac.edits.spectral import CurvatureEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target
 from lirefs.errors import EditError, interrupts_held, must_be, undone
-from lirefs.model.guest import full_precision, widened
+from lirefs.model.guest import full_precision, widened, without_gradients
 from lirefs.model.training.copies import must_be_whole
 
 Update = Tensor | tuple[Tensor, Tensor]
@@ -205,14 +204,14 @@ def _dense(name: str, update: Update) -> Tensor:
         return left @ right
 
 
-@torch.no_grad()
+@without_gradients()
 def _project_gradient(target: Target, projection: _Projection, parameter: Tensor) -> None:
     assert parameter.grad is not None
     gradient = target.view(parameter.grad)
     gradient.copy_(projection(target.name, gradient))
 
 
-@torch.no_grad()
+@without_gradients()
 def _project_change(target: Target, start: Tensor, projection: _Projection) -> None:
     weight, begun = widened(target.weight), widened(start)
     target.weight.copy_(begun + projection(target.name, weight - begun))

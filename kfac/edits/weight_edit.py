@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -17,6 +18,7 @@ from lirefs.errors import (
     interrupts_held,
     undone,
 )
+from lirefs.model.guest import without_gradients
 from lirefs.model.intervention import Composable, reserve
 from lirefs.model.weight_swap import (
     EditHandle,
@@ -97,8 +99,10 @@ class WeightEdit(Composable, abc.ABC):
                 for target, stored in changes:
                     put(target.parameter, stored)
 
+    # In this order, and no inference mode inside: it also ends when Python frees what an interrupt
+    # left, and sets gradients to what they were at its beginning.
     @torch.inference_mode(False)
-    @torch.no_grad()
+    @without_gradients()
     def _changes(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Return a target of each parameter to change, and the parameter's new tensor."""
         changes: dict[int, tuple[Target, Tensor]] = {}
@@ -115,7 +119,7 @@ class WeightEdit(Composable, abc.ABC):
             # Experts of one stack are written into one new tensor.
             _, into = changes.get(id(parameter), (target, None))
             # The data of a parameter must be what it is itself, or the model cannot run any more.
-            with torch.inference_mode(parameter.is_inference()):
+            with torch.inference_mode() if parameter.is_inference() else nullcontext():
                 stored = target.placed(weight, into=into)
             if not bool(target.view(stored).isfinite().all()):
                 raise EditError(f"target {target.name!r}: its edited weight is not finite")

@@ -69,8 +69,14 @@ def maybe_call(model: nn.Module, method: str) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run ``model`` in evaluation mode without gradients; restore each module's own mode."""
-    with _evaluation_mode(model), undone() as steps:
-        # Not `no_grad`, whose end an interrupt can skip, as it can that of what runs inside.
+    with _evaluation_mode(model), without_gradients():
+        yield
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """As `torch.no_grad`, whose end an interrupt can skip; that of one inside is made good."""
+    with undone() as steps:
         steps.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
         torch.set_grad_enabled(False)
         yield
