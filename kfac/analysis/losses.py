@@ -16,7 +16,7 @@ from kfac.collection.batches import (
 )
 from kfac.collection.finite import not_finite_logits_error
 from lirefs.errors import BatchError
-from lirefs.model.guest import widened
+from lirefs.model.guest import widened, without_gradients
 
 
 def position_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     return table.sum(1) / counted.sum(1)
 
 
-@torch.no_grad()
+@without_gradients()
 def teacher_forced_matches(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Find the texts whose every token a model puts first (Merullo et al. 2025, appendix B).
 

@@ -94,7 +94,8 @@ class LanguageModel:
         and weight edits that are attached. Directions record it, and steering compares it.
 
         Computed at the first use, and again after a tensor was replaced or changed in place.
-        (A change through ``parameter.data`` is invisible to PyTorch, and so to this.)
+        (A change through ``parameter.data`` is invisible to PyTorch, and so to this.) What was set
+        on a module itself, such as ``attention.scaling``, counts in ``identity`` alone.
 
         Raises:
             ProvenanceError: A weight is offloaded or opaque and cannot be read, or a steering with

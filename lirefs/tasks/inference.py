@@ -7,13 +7,14 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lirefs.errors import TaskError, whole_number
+from lirefs.errors import TaskError, undone, whole_number
 from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.intervention import Intervention
@@ -69,11 +70,10 @@ _ENGINE: ContextVar[Engine | None] = ContextVar("engine", default=None)
 @contextmanager
 def generating_on(engine: Engine | None) -> Iterator[None]:
     """Let `greedy` run on an engine inside the `with`; None for the model itself."""
-    token = _ENGINE.set(engine)
-    try:
+    with undone() as steps:
+        steps.append(partial(_ENGINE.set, _ENGINE.get()))
+        _ENGINE.set(engine)
         yield
-    finally:
-        _ENGINE.reset(token)
 
 
 def greedy(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
 
-from lirefs.errors import SettingError, must_be, whole_number
+from lirefs.errors import SettingError, must_be, undone, whole_number
 from lirefs.model.intervention import reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.planting.planted import Planted, estimates, measured, must_be_free
@@ -117,8 +116,8 @@ def plant(
     must_be_apart(lm, tasks, ordinary)
     sequences = [[*prefix, *suffix] for _, prefix, suffix in tasks["texts"].items]
     shown, held_out = pieces_of(lm, ordinary, max(map(len, sequences)))
-    with ExitStack() as stack:
-        stack.callback(reserve(model))
+    with undone() as undo:
+        undo.append(reserve(model))
         must_be_free(model, "trained")
         before = measured(lm, tasks, held_out)
         run = Training(lm, tasks["texts"], sequences, shown, trained, lr, batch_size, seed)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from math import nan
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lirefs.errors import InterventionError
+from lirefs.errors import InterventionError, interrupts_held, undone
 from lirefs.model.intervention import refuse_steered, reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.weight_swap import is_edited
@@ -91,12 +90,13 @@ class Planted:
         """
         if not self._originals:
             return
-        with ExitStack() as stack:
-            stack.callback(reserve(self._model))
+        with undone() as steps:
+            steps.append(reserve(self._model))
             must_be_free(self._model, "restored")
-            for parameter, original in self._originals:
-                parameter.data = original.to(parameter.device, parameter.dtype)
-        self._originals.clear()
+            with interrupts_held():
+                for parameter, original in self._originals:
+                    parameter.data = original.to(parameter.device, parameter.dtype)
+                self._originals.clear()
 
 
 def must_be_free(model: nn.Module, doing: str) -> None:
