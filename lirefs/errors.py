@@ -27,10 +27,7 @@ from __future__ import annotations
 
 import operator
 import re
-import signal
-import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 _UNSEEN = re.compile(
@@ -334,55 +331,3 @@ def whole_number(
 def first_line_of_error(problem: BaseException) -> str:
     """The first line of an error's message that is not blank, to quote in a message."""
     return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the `with`, which leaves things whole; nothing slow inside.
-
-    Handlers of the caller's get the signal then. Python runs them in the main thread alone, so
-    others have nothing to hold back; nor has a process that ignores the signal, as under `nohup`.
-    """
-    before = signal.getsignal(signal.SIGINT)  # None if it was not set from Python
-    main = threading.current_thread() is threading.main_thread()
-    if not main or before in (None, signal.SIG_IGN):
-        yield
-        return
-    asked: list[int] = []
-    signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if asked:
-            signal.raise_signal(signal.SIGINT)
-
-
-@contextmanager
-def undone() -> Iterator[list[Callable[[], object]]]:
-    """A list for what undoes each change inside the `with`; at its end they are called, last first.
-
-    An interrupt at any moment skips none of them, if each is in the list before its change is made,
-    or gets there by `steps.append(change())`, where no interrupt comes between.
-    """
-    steps: list[Callable[[], object]] = []
-    try:
-        yield steps
-    finally:
-        try:
-            _undo(steps)
-        except BaseException:
-            _undo(steps)  # the interrupt may have come before it began; else nothing is left to do
-            raise
-
-
-def _undo(steps: list[Callable[[], object]]) -> None:
-    problem: Exception | None = None
-    with interrupts_held():
-        while steps:
-            try:
-                steps.pop()()
-            except Exception as one:
-                problem = problem or one
-    if problem is not None:
-        raise problem

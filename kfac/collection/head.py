@@ -13,8 +13,8 @@ from kfac.collection.batches import counted_positions, language_model_forward
 from kfac.collection.finite import first_not_finite_row, not_finite_row_error
 from kfac.collection.sampling import label_gradients
 from kfac.target import Target
-from lirefs.errors import undone
 from lirefs.model.guest import maybe_call
+from lirefs.model.interrupts import undone
 from lirefs.model.traits import PROBING
 
 # Logits computed at a time: at least 256 rows of the largest vocabularies, because each product

@@ -15,7 +15,8 @@ from kfac.collection.covariance import InputRows, Sums
 from kfac.collection.finite import first_not_finite_row, not_finite, not_finite_row_error
 from kfac.experts import observe_experts
 from kfac.target import Target, TargetRecord
-from lirefs.errors import KfacError, NonFiniteError, TargetError, interrupts_held, undone
+from lirefs.errors import KfacError, NonFiniteError, TargetError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.traits import PROBING
 
 

@@ -16,8 +16,9 @@ from torch.utils._pytree import tree_leaves
 from kfac.collection.head import Head
 from kfac.collection.hooks import first_argument
 from kfac.target import Target
-from lirefs.errors import KfacError, interrupts_held, undone
+from lirefs.errors import KfacError
 from lirefs.model.guest import accepts, as_guest
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.weight_swap import fsdp_modules
 
 _SOFTMAX = 3 * 4 * 2**22

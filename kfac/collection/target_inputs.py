@@ -17,8 +17,9 @@ from kfac.collection.batches import (
 from kfac.collection.finite import not_finite_row_error
 from kfac.collection.hooks import first_argument
 from kfac.target import Target
-from lirefs.errors import BatchError, TargetError, interrupts_held, undone
+from lirefs.errors import BatchError, TargetError
 from lirefs.model.guest import eagerly, without_gradients
+from lirefs.model.interrupts import interrupts_held, undone
 
 
 def target_inputs(

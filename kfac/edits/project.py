@@ -22,8 +22,9 @@ from kfac.edits.selection import Selection
 from kfac.edits.spectral import CurvatureEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target
-from lirefs.errors import EditError, interrupts_held, must_be, undone
+from lirefs.errors import EditError, must_be
 from lirefs.model.guest import full_precision, widened, without_gradients
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.training.copies import must_be_whole
 
 Update = Tensor | tuple[Tensor, Tensor]

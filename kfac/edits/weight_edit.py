@@ -11,14 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from kfac.target import Target, weight_digest
-from lirefs.errors import (
-    EditError,
-    EditOrderError,
-    FactorsMismatchError,
-    interrupts_held,
-    undone,
-)
+from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
 from lirefs.model.guest import without_gradients
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.intervention import Composable, reserve
 from lirefs.model.weight_swap import (
     EditHandle,

@@ -26,13 +26,12 @@ from lirefs.errors import (
     NonFiniteStateError,
     WriteError,
     as_list,
-    interrupts_held,
     must_be,
-    undone,
 )
 from lirefs.files import atomic_path, html_table
 from lirefs.model.batching import check_length
 from lirefs.model.guest import eagerly, evaluating
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import layer_indices, missing_layer
 from lirefs.model.observe import hidden_input, hidden_of, in_this_thread

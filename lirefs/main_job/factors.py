@@ -38,7 +38,8 @@ def factors_of(
 ) -> kfac.Factors:
     """Factors from the file given, from the cache, or collected now and kept.
 
-    `opened` are those of the file, where it was read before the model was loaded. Of several processes all find the same, or all collect together.
+    `opened` are those of the file, where it was read before the model was loaded. Of several
+    processes all find the same, or all collect together.
     """
     with together("factors") as world:
         path = _in_cache(lm, layers, cache, seed, texts) if given is None else given

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
-from lirefs.errors import SettingError, interrupts_held, undone
+from lirefs.errors import SettingError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.weight_swap import fsdp_modules, reshard
 
 

@@ -14,14 +14,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from lirefs.errors import (
-    InterventionError,
-    LirefsError,
-    got,
-    interrupts_held,
-    must_be,
-    undone,
-)
+from lirefs.errors import InterventionError, LirefsError, got, must_be
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.layout import Layout
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirefs.errors import LayoutError, first_line_of_error, interrupts_held, undone
+from lirefs.errors import LayoutError, first_line_of_error
 from lirefs.model.guest import accepts, eagerly, evaluating, input_device, maybe_call, text_config
+from lirefs.model.interrupts import interrupts_held, undone
 
 TOKENS = 6
 """Length of the text on which a model is observed."""

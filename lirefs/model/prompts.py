@@ -18,8 +18,9 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor, nn
 
-from lirefs.errors import InterventionError, ScopeError, first_line_of_error, must_be, undone
+from lirefs.errors import InterventionError, ScopeError, first_line_of_error, must_be
 from lirefs.model.batching import special_tokens_around, token_ids
+from lirefs.model.interrupts import undone
 from lirefs.model.intervention import (
     Composable,
     Handle,

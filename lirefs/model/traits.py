@@ -22,11 +22,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from lirefs.errors import WriteError, undone
+from lirefs.errors import WriteError
 from lirefs.files import atomic_write_text, cache_dir, html_table, parse_json
 from lirefs.model.batching import batches_by_tokens, equal_batches, rope_limit
 from lirefs.model.code import runs_known_code
 from lirefs.model.guest import accepts, evaluating, text_config
+from lirefs.model.interrupts import undone
 from lirefs.model.observe import sample_ids
 
 PROBING: ContextVar[bool] = ContextVar("probing", default=False)

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
-from lirefs.errors import ChangedWeightsError, EditOrderError, interrupts_held
+from lirefs.errors import ChangedWeightsError, EditOrderError
+from lirefs.model.interrupts import interrupts_held
 from lirefs.model.intervention import one_at_a_time
 
 # For each edited parameter the attached edits, oldest first: the handle's token, and the tensor

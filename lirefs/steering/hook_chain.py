@@ -13,7 +13,8 @@ from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
 from torch import Tensor, nn
 
-from lirefs.errors import InterventionError, interrupts_held, undone
+from lirefs.errors import InterventionError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.layout import Side
 from lirefs.model.observe import hidden_input, hidden_of, with_hidden, with_hidden_input
 from lirefs.model.traits import PROBING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lirefs.errors import interrupts_held
+from lirefs.model.interrupts import interrupts_held
 
 OPERATORS = ("add", "ablate", "amplify", "clamp", "norm_preserving_add", "ablate_then_add")
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lirefs.errors import InterventionError, undone
+from lirefs.errors import InterventionError
+from lirefs.model.interrupts import undone
 from lirefs.steering.hook_chain import (
     WITH_GRADIENTS,
     Change,

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lirefs.directions.direction import places_text
 from lirefs.directions.prompts import prompts_of, token_text
-from lirefs.errors import must_be, undone, whole_number
+from lirefs.errors import must_be, whole_number
 from lirefs.model.batching import check_length
 from lirefs.model.guest import evaluating
+from lirefs.model.interrupts import undone
 from lirefs.model.intervention import Intervention, attach_to, compose
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import Layout

@@ -13,8 +13,9 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from lirefs.errors import InterventionError, as_list, interrupts_held
+from lirefs.errors import InterventionError, as_list
 from lirefs.files import sha256_of
+from lirefs.model.interrupts import interrupts_held
 from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lirefs.errors import TaskError, undone, whole_number
+from lirefs.errors import TaskError, whole_number
 from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, evaluating
+from lirefs.model.interrupts import undone
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known, with_prompts

@@ -23,8 +23,8 @@ from lirefs.errors import (
     ProvenanceError,
     SettingError,
     TaskError,
-    interrupts_held,
 )
+from lirefs.model.interrupts import interrupts_held
 from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step, shuffled
 from lirefs.organism.planting import run

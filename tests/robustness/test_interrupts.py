@@ -15,8 +15,9 @@ from tiny import fresh_model, tiny_tokenizer
 import kfac
 from kfac.collection import passes
 from lirefs import Gate, Prompted, Steer, capture, compose, prompt_lengths, show_tokens, wrap
-from lirefs.errors import ChangedWeightsError, interrupts_held, undone
+from lirefs.errors import ChangedWeightsError
 from lirefs.model.guest import as_guest, evaluating, plain_greedy
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.intervention import applied
 from lirefs.model.observe import observe
 from lirefs.model.training.copies import trainable

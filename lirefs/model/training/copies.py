@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from lirefs.errors import EditError, undone
+from lirefs.errors import EditError
 from lirefs.model.guest import as_guest
+from lirefs.model.interrupts import undone
 from lirefs.model.weight_swap import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)

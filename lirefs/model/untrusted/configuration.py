@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from transformers.utils import is_kernels_available
+from transformers.utils.import_utils import is_kernels_available
 
 _LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 _PARTS = re.compile("layer|block|depth|stage|expert|label|group")

@@ -14,6 +14,8 @@ from lirefs.model.untrusted.folder import Weights
 
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of each scalar type."""
+_BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+"""Weights in a block of each type of tensor, and its bytes."""
 _STRING, _ARRAY = 8, 9
 _LONGEST_KEY = 65_535  # set by the format
 _MOST_DIMENSIONS = 8
@@ -54,7 +56,7 @@ def check_header(path: str | os.PathLike[str]) -> Header:
         for _ in range(tensors):
             walk.skip(walk.number(8))
             shape = [walk.number(8) for _ in range(walk.dimensions())]
-            block, width = GGML_QUANT_SIZES.get(walk.number(4), (1, 0))
+            block, width = _BLOCKS.get(walk.number(4), (1, 0))
             walk.skip(8)  # where it begins
             elements += math.prod(shape)
             size += math.prod(shape) // block * width

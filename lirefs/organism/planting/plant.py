@@ -9,7 +9,8 @@ from pathlib import Path
 
 from torch import nn
 
-from lirefs.errors import SettingError, must_be, undone, whole_number
+from lirefs.errors import SettingError, must_be, whole_number
+from lirefs.model.interrupts import undone
 from lirefs.model.intervention import reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.planting.planted import Planted, estimates, measured, must_be_free

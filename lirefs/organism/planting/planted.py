@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lirefs.errors import InterventionError, interrupts_held, undone
+from lirefs.errors import InterventionError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.intervention import refuse_steered, reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.weight_swap import is_edited

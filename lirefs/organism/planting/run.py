@@ -17,14 +17,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from lirefs.errors import (
-    DataFileError,
-    NonFiniteError,
-    ProvenanceError,
-    interrupts_held,
-    undone,
-)
+from lirefs.errors import DataFileError, NonFiniteError, ProvenanceError
 from lirefs.files import parse_json
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step, shuffled
