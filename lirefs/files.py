@@ -20,7 +20,7 @@ from typing import Any
 import platformdirs
 from safetensors import SafetensorError
 
-from lirefs.errors import DataFileError, LirefsError, WriteError, must_be
+from lirefs.errors import DataFileError, LirefsError, SettingError, WriteError, must_be
 
 _HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
 
@@ -93,6 +93,37 @@ def atomic_write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
 def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     """Write ``text`` to ``path`` as UTF-8, whole or not at all, newlines as they are."""
     atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def holds_mark(path: Path, mark: str) -> bool:
+    """Whether a file is one of ours: `mark` is in its first megabyte, or it is empty."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2**20)
+    except OSError:  # a folder, for one
+        return False
+    return not head or mark.encode() in head
+
+
+def refuse_foreign(record: Path, mark: str, others: Iterable[str] = ()) -> None:
+    """Raise SettingError if what a command is about to write would replace what it did not write.
+
+    Args:
+        record: The file that shows whose a folder is: if the command wrote it, it wrote the
+            others too.
+        mark: Text that every such file holds, and the files of others do not.
+        others: Names of the other files that the command writes to the same folder. None of them
+            may be there without the record.
+    """
+    if record.exists():
+        foreign = [] if holds_mark(record, mark) else [record]
+    else:
+        foreign = [path for one in others if (path := record.parent / one).exists()]
+    if foreign:
+        raise SettingError(
+            f"{foreign[0]}: exists, and this command did not write it; move it, or name another "
+            "place to write to"
+        )
 
 
 def sha256_of(source: str | os.PathLike[str] | bytes) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lirefs.errors import TaskError, got, must_be
-from lirefs.files import atomic_write_text
+from lirefs.files import atomic_write_text, refuse_foreign
 from lirefs.model.batching import token_ids
 from lirefs.tasks.recitation import Recitation, levenshtein
 from lirefs.tasks.shipped_data import DATA
@@ -32,7 +32,7 @@ def write_lm_eval_task(
     output may differ for the same reason; one that recites its suffix always counts.)
 
     Args:
-        folder: Created if missing; files of these names in it are replaced.
+        folder: Created if missing; an earlier task of this name in it is replaced.
         name: Name of the task: letters, digits and underscores.
         items: (id, prefix ids, suffix ids), as in `Recitation`.
         tokenizer: The tokenizer of these ids.
@@ -42,6 +42,7 @@ def write_lm_eval_task(
 
     Raises:
         TaskError: The name has other characters, or no item is left.
+        SettingError: The folder holds files of these names that are not those of a task.
     """
     must_be(name, str, "name", TaskError)
     if not callable(tokenizer):
@@ -60,6 +61,8 @@ def write_lm_eval_task(
     if not rows:
         raise TaskError(f"{name}: none of {len(items)} items has a text with the same tokens")
     folder = Path(folder)
+    others = (f"{name}.jsonl", f"{name}_utils.py", f"{name}_tokenizer")
+    refuse_foreign(folder / f"{name}.yaml", f"!function {name}_utils.load", others)
     tokenizer.save_pretrained(folder / f"{name}_tokenizer")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
