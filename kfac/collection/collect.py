@@ -177,7 +177,7 @@ def collect(
     return Factors(
         {target.name: records[target.name] for target in targets},
         tables,
-        seeds=[seed],
+        seeds=[options.seed],
         tokens=tokens,
         labels=labels,
         provenance=provenance,

@@ -23,7 +23,7 @@ from kfac.edits.selection import Selection
 from kfac.edits.spectral import CurvatureEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target
-from lirefs.errors import EditError, must_be
+from lirefs.errors import EditError, checked_seed, must_be
 from lirefs.model.guest import full_precision, widened
 from lirefs.model.training.copies import must_be_whole
 
@@ -147,6 +147,7 @@ class _Projection:
     def __init__(
         self, factors: Factors, keep: float | Mapping[str, float], onto: str, seed: int
     ) -> None:
+        checked_seed(seed, EditError)
         if onto not in _ONTO:
             raise EditError(f"onto={onto!r} is unknown: use one of {', '.join(_ONTO)}")
         edit: CurvatureEdit | RandomPairsEdit = CurvatureEdit(factors, keep)

@@ -18,7 +18,7 @@ from kfac.edits.baselines import largest_of_smallest
 from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.target import Target, weight_digest
 from kfac.targets import must_pass_gradients, named_targets
-from lirefs.errors import BatchError, EditError, NonFiniteError, as_list
+from lirefs.errors import BatchError, EditError, NonFiniteError, as_list, checked_seed
 from lirefs.model.guest import as_guest
 from lirefs.model.training.copies import trained_weights
 
@@ -130,6 +130,7 @@ def fit_balanced_subnet(
             f"BalancedSubnet needs a target (got {len(targets)}), ratio={ratio} in (0, 1), "
             f"weight={weight} of 0 or more, epochs={epochs} of 1 or more, and lr={lr} above 0"
         )
+    seed = checked_seed(seed, EditError)
     kept_clean, kept_memorized = list(clean), list(memorized)
     if not kept_clean or not kept_memorized:
         raise BatchError("BalancedSubnet needs clean and memorized batches; one set is empty")

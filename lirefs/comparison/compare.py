@@ -29,6 +29,7 @@ from lirefs.errors import (
     SettingError,
     TaskError,
     as_list,
+    checked_seed,
     got,
     must_be,
     whole_number,
@@ -148,6 +149,7 @@ def compare(
         must_be_intervention(one, f"interventions[{name!r}]")
     if not 1 <= whole_number(resamples, "resamples") <= MOST_RESAMPLES:
         raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
+    seed = checked_seed(seed)
     tasks = default_tasks(lm) if tasks is None else as_list(tasks, "tasks", error=TaskError)
     for index, task in enumerate(tasks):
         if not all(hasattr(task, part) for part in ("name", "items", "run")):

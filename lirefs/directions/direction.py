@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirefs.errors import DirectionError, InterventionError, as_list, must_be, whole_number
+from lirefs.errors import (
+    DirectionError,
+    InterventionError,
+    as_list,
+    checked_seed,
+    must_be,
+    whole_number,
+)
 from lirefs.files import html_table, sha256_of
 
 
@@ -91,7 +98,7 @@ class Direction:
 
     def random_like(self, seed: int) -> Direction:
         """A random direction of the same norm and place, without statistics: the control."""
-        generator = torch.Generator().manual_seed(whole_number(seed, "seed", error=DirectionError))
+        generator = torch.Generator().manual_seed(checked_seed(seed, DirectionError))
         vector = torch.randn(self.vector.shape, generator=generator)
         return self._with(vector / vector.norm() * self.vector.norm().cpu())
 

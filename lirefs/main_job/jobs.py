@@ -23,7 +23,7 @@ from lirefs.comparison.report.tables import equal_tables
 from lirefs.comparison.report.write import PAGES
 from lirefs.comparison.results_file import FORMAT
 from lirefs.comparison.summary import EQUAL, Summary
-from lirefs.errors import KeepError, SettingError, must_be
+from lirefs.errors import KeepError, SettingError, checked_seed, must_be
 from lirefs.files import cache_dir, refuse_foreign
 from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
@@ -117,6 +117,7 @@ def run(
         raise KeepError(f"keep is {keep}, must be in (0, 1]")
     if strength is not None and not math.isfinite(strength):
         raise SettingError(f"strength is {strength}, must be finite")
+    seed = checked_seed(seed)
     if limit is not None and limit < 1:
         raise SettingError(f"limit is {limit}, must be at least 1")
     if suite is not None and suite not in list(Suite):

@@ -11,7 +11,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
-from lirefs.errors import QuestionsError, as_list, must_be, whole_number
+from lirefs.errors import QuestionsError, as_list, checked_seed, must_be
 from lirefs.files import html_table, read_jsonl
 from lirefs.questions.question import LABELS, PROMPT_FORMAT, SIDES, Question
 from lirefs.questions.rows import (
@@ -182,7 +182,7 @@ class Questions(Sequence[Question]):
             QuestionsError: A side would lack one of the labels, a share is not positive or
                 leaves nothing for test, or only some items name their side.
         """
-        whole_number(seed, "seed", error=QuestionsError)
+        seed = checked_seed(seed, QuestionsError)
         for name, share in (("train", train), ("validation", validation)):
             must_be(share, (float, int), name, QuestionsError)
         sides: dict[str, list[Question]] = {side: [] for side in SIDES}

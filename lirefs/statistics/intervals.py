@@ -13,7 +13,7 @@ from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, checked_seed
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -58,7 +58,8 @@ def wilson(successes: int, n: int) -> Estimate:
 
 def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> Floats:
     """How often each of n items is drawn in each bootstrap resample, shape (resamples, n)."""
-    generator = np.random.default_rng(seed)
+    drawn = seed if isinstance(seed, np.random.Generator) else checked_seed(seed)
+    generator = np.random.default_rng(drawn)
     return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
@@ -111,6 +112,7 @@ def auroc(
     order = np.argsort(negative)
     below = np.searchsorted(negative, positive, "left", sorter=order)
     up_to = np.searchsorted(negative, positive, "right", sorter=order)
+    seed = checked_seed(seed)
     first, second = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     resampled = np.empty(resamples)
     step = max(1, CHUNK // len(scores))
@@ -164,7 +166,7 @@ def permutation_p(one: Floats, other: Floats, shuffles: int = 9999, seed: int = 
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     if not (first.any() and second.any()):
         return nan
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     orders = generator.permuted(np.tile(second, (shuffles, 1)), axis=1)
     reached = np.abs(orders @ first) >= abs(second @ first) - 1e-9
     return float((1 + reached.sum()) / (1 + shuffles))

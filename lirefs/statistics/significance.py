@@ -13,7 +13,7 @@ from scipy.optimize import brentq
 from scipy.stats import binom, nct
 from scipy.stats import t as student
 
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, checked_seed
 from lirefs.statistics.intervals import CHUNK, Estimate, Floats, interval
 
 Key = TypeVar("Key")
@@ -67,6 +67,7 @@ def sign_flip(
     Raises:
         SettingError: If a difference is not finite.
     """
+    seed = checked_seed(seed)
     parts = np.asarray(differences, dtype=np.float64)
     if weights is not None:
         parts = parts * np.asarray(weights, dtype=np.float64)
@@ -262,7 +263,7 @@ def _power(n: int, discordant: float, difference: float, alpha: float) -> float:
 
 def _flipped(table: Floats, permutations: int, seed: int) -> Floats:
     """Row sums of a (k, n) table under random signs of its columns, shape (permutations, k)."""
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     k, n = table.shape
     sums = np.empty((permutations, k))
     step = max(1, CHUNK // n)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import NoDataError, SettingError, TaskError
+from lirefs.errors import NoDataError, SettingError, TaskError, checked_seed
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.papers.catalogue import SKILLS, Skill
 from lirefs.tasks.papers.prompts import Example
@@ -61,6 +61,7 @@ def skill_tasks(
         raise SettingError(f"limit must be at least 1, got {limit}")
     if unknown := [name for name in names or () if name not in SKILLS]:
         raise TaskError(f"no skill {unknown[0]!r}; there are {', '.join(SKILLS)}")
+    seed = checked_seed(seed)
     loader = SkillDataLoader(data)
     tasks: list[Task] = []
     left_out: dict[str, str] = {}
