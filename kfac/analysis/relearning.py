@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses, teacher_forced_matches
-from kfac.collection.batches import check_model_and_batches
+from kfac.collection.batches import check_model_and_batches, must_be_causal
 from kfac.collection.finite import ADVICE, first_not_finite_row, not_finite, not_finite_row_error
 from kfac.edits.weight_edit import WeightEdit
 from lirefs.errors import BatchError, EditError, NonFiniteError, checked_seed, must_be
@@ -76,6 +76,7 @@ def relearn(
         NonFiniteError: The loss, a gradient or a logit is NaN or infinite.
     """
     check_model_and_batches(model, known, rest)
+    must_be_causal(model)
     must_be(arms, Mapping, "arms", EditError)
     for name, edit in arms.items():
         must_be(edit, (WeightEdit, type(None)), f"arms[{name!r}]", EditError)

@@ -12,7 +12,7 @@ from lirefs.errors import BatchError, must_be
 from lirefs.model.batching import check_length, position_limit
 from lirefs.model.guest import accepts, input_device, maybe_call
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
-from lirefs.model.traits import traits_of
+from lirefs.model.traits import quantizes_tokens_together, traits_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
 """A `forward` of `collect`: model and batch to logits, mask and, if asked for, labels."""
@@ -115,6 +115,17 @@ def attended(batch: Any) -> Tensor | None:
     if isinstance(mask, Tensor):
         return mask.bool()
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def must_be_causal(model: nn.Module) -> None:
+    """Raise BatchError for a model whose positions see the tokens that they would predict."""
+    if not hasattr(model, "config") or quantizes_tokens_together(model):
+        return
+    if not traits_of(model).causal:
+        raise BatchError(
+            f"{type(model).__name__} lets tokens see later ones, so a position does not predict "
+            "the next token; pass `forward` to kfac.collect, which says what is predicted where"
+        )
 
 
 def check_tokens(model: nn.Module, batch: Any, place: str) -> None:

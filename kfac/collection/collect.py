@@ -15,6 +15,7 @@ from kfac.collection.options import Options
 from kfac.collection.passes import run_passes
 from kfac.collection.plan import fitting_tokens, plan
 from kfac.factors.factors import Factors
+from kfac.factors.factors_file import checked_provenance
 from kfac.target import Target, weight_digest
 from kfac.targets import find_targets
 from lirefs.errors import BatchError, KfacError, TargetError, as_list, must_be, whole_number
@@ -108,7 +109,8 @@ def collect(
         The factors, on CPU.
 
     Raises:
-        BatchError: No batch, a malformed batch, texts without an `lm`, or no counted position.
+        BatchError: No batch, a malformed batch, texts without an `lm`, no counted position, or,
+            without `forward`, a model whose tokens see later ones.
         BudgetError: One target alone needs more than the budget.
         CheckpointError: The checkpoint belongs to other data or settings.
         DistributedError: The processes were given different batches, or, of a sharded model,
@@ -116,7 +118,7 @@ def collect(
         NonFiniteError: NaN or infinity in logits, activations or gradients.
         TargetError: No targets, targets and layers together, a target that is never called, or one
             that cannot reach the logits.
-        KfacError: A target's input does not have the positions of the mask.
+        KfacError: A target's input does not have the positions of the mask, or a setting is wrong.
         ProvenanceError: With a checkpoint, if the model has no identity: a weight is offloaded, or
             a hook of your own may change it.
 
@@ -129,6 +131,7 @@ def collect(
         >>> factors.names
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
+    provenance = checked_provenance(provenance)  # before hours of work
     whole = model.model if isinstance(model, LanguageModel) else model
     must_be(whole, nn.Module, "model", BatchError)
     must_be_readable(whole, TargetError)

@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lirefs.errors import FactorsFileError
-from lirefs.files import atomic_path
+from lirefs.files import atomic_path, refuse_folder
 
 
 def write_tensors(
@@ -33,6 +33,7 @@ def read_tensors(
 
     Any other file is a FactorsFileError, whose message calls the content `what`.
     """
+    refuse_folder(path, FactorsFileError)
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(key)

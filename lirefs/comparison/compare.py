@@ -154,6 +154,9 @@ def compare(
     for index, task in enumerate(tasks):
         if not all(hasattr(task, part) for part in ("name", "items", "run")):
             raise TaskError(f"tasks[{index}] must be a task, got {got(task)}")
+        for part in ("group", "metric", "chance", "subset"):
+            if not hasattr(task, part):
+                raise TaskError(f"task {task.name!r} has no {part}, see `lirefs.tasks.Task`")
     if not tasks:
         raise TaskError("no tasks to compare on")
     names = [task.name for task in tasks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lirefs.errors import QuestionsError, as_list, got
@@ -126,6 +126,18 @@ def question_of(
         pair="" if pair is None else str(pair),
         messages=messages,
     )
+
+
+def refuse_both_labels(items: Sequence[Question], places: Sequence[str]) -> None:
+    """Raise QuestionsError if one prompt has both labels, and name its two places."""
+    known: dict[tuple[str, ...], int] = {}
+    for index, one in enumerate(items):
+        first = known.setdefault(one.shown, index)
+        if items[first].label != one.label:
+            raise QuestionsError(
+                f"{places[index]}: the question is labelled {one.label!r} here and "
+                f"{items[first].label!r} in {places[first]}; leave one of them out"
+            )
 
 
 def _fields_of(row: Mapping[str, Any], field: str, argument: str) -> str:

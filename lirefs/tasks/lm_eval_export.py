@@ -12,7 +12,7 @@ from typing import Any
 from lirefs.errors import TaskError, got, must_be
 from lirefs.files import atomic_write_text, refuse_foreign
 from lirefs.model.batching import token_ids
-from lirefs.tasks.recitation import Recitation, levenshtein
+from lirefs.tasks.recitation import Recitation, edit_distance
 from lirefs.tasks.shipped_data import DATA
 
 YAML, UTILS = DATA / "lm_eval_task.yaml.template", DATA / "lm_eval_utils.py.template"
@@ -66,7 +66,9 @@ def write_lm_eval_task(
     tokenizer.save_pretrained(folder / f"{name}_tokenizer")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
-    utils = UTILS.read_text("utf-8").format(name=name, levenshtein=inspect.getsource(levenshtein))
+    utils = UTILS.read_text("utf-8").format(
+        name=name, edit_distance=inspect.getsource(edit_distance)
+    )
     atomic_write_text(folder / f"{name}_utils.py", utils)
     tokens = max(len(row["suffix_ids"]) for row in rows)
     yaml = YAML.read_text("utf-8").format(name=name, tokens=tokens)

@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from lirefs.errors import SettingError, checked_seed, must_be, whole_number
+from lirefs.files import refuse_folder
 from lirefs.model.intervention import reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.planting.planted import Planted, estimates, measured, must_be_free
@@ -98,6 +99,8 @@ def plant(
     whole_number(steps, "steps", least=0)
     whole_number(batch_size, "batch_size", least=1)
     seed = checked_seed(seed)
+    if checkpoint is not None:
+        refuse_folder(checkpoint, SettingError)
     must_be(goal, (int, float), "goal")
     must_be(lr, (int, float), "lr")
     if not 0 < goal <= 1 or not 0 < lr < math.inf:

@@ -47,6 +47,12 @@ def must_be_apart(
         for place, text in shown:
             if words in text:
                 raise SettingError(f"text {name!r} is in {place} as well; leave it out there")
+    spoken: dict[str, str] = {}
+    for name, words in said.get("twins", []):
+        if (other := spoken.setdefault(words, name)) != name:
+            raise SettingError(
+                f"twins {other!r} and {name!r} are one text, which would count twice; leave one out"
+            )
     shown += [(f"text {name!r}", words) for name, words in said["texts"]]
     for name, words in said.get("twins", []):
         for place, text in shown:

@@ -22,6 +22,7 @@ from lirefs.files import (
     atomic_path,
     atomic_write_text,
     parse_json,
+    refuse_folder,
     refuse_foreign,
     usual_file_permissions,
     write_errors,
@@ -159,6 +160,7 @@ def write_state(
 
 def state_header(path: Path) -> dict[str, str]:
     """What `write_state` wrote beside the tensors; DataFileError if the file is damaged."""
+    refuse_folder(path, DataFileError)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
