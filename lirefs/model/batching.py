@@ -122,7 +122,7 @@ def checked_ids(
     except TypeError:
         raise error(f"{what} must hold token ids, which are whole numbers") from None
     if not row:
-        raise error(f"{what} has no token: the prompt is empty")
+        raise error(f"{what} has no token")
     known = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", math.inf)
     if not 0 <= min(row) <= max(row) < known:
         raise error(

@@ -107,7 +107,8 @@ def organism_tasks(
 
 def training_texts(language: Language, n: int, seed: int = 0) -> list[str]:
     """Fresh documents as in training's last stage, to estimate curvature from."""
-    documents, rng = Documents(language, FIFTH), Random(f"curvature {checked_seed(seed)}")
+    seed = checked_seed(seed)
+    documents, rng = Documents(language, FIFTH), Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 
 

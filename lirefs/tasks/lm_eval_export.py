@@ -52,6 +52,8 @@ def write_lm_eval_task(
     items = Recitation(name, items).items
     rows = []
     for item, prefix, suffix in items:
+        if (largest := max(*prefix, *suffix)) >= len(tokenizer):
+            raise TaskError(f"{name}: item {item!r}: the tokenizer has no token {largest}")
         whole = tokenizer.decode([*prefix, *suffix], skip_special_tokens=True)
         text = tokenizer.decode(list(prefix), skip_special_tokens=True)
         same = token_ids(tokenizer, [text, whole]) == [list(prefix), [*prefix, *suffix]]

@@ -57,11 +57,11 @@ def skill_tasks(
         DataFileError: The folder or one of its files cannot be read.
         SettingError: A limit below 1.
     """
+    seed = checked_seed(seed)
     if limit is not None and limit < 1:
         raise SettingError(f"limit must be at least 1, got {limit}")
     if unknown := [name for name in names or () if name not in SKILLS]:
         raise TaskError(f"no skill {unknown[0]!r}; there are {', '.join(SKILLS)}")
-    seed = checked_seed(seed)
     loader = SkillDataLoader(data)
     tasks: list[Task] = []
     left_out: dict[str, str] = {}
