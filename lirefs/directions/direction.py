@@ -192,9 +192,8 @@ def _norm(vector: Tensor) -> Tensor:
 
 def _unit(vector: Tensor) -> Tensor:
     norm = _norm(vector)
-    if not norm > 0:
-        return vector
-    return (vector.to(norm.dtype) / norm).to(vector.dtype)
+    unit = vector.to(norm.dtype) / norm if norm > 0 else vector
+    return unit.to(vector.dtype)
 
 
 def places_text(places: Iterable[tuple[int, str]]) -> str:

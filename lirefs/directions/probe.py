@@ -257,8 +257,7 @@ def fit(
     must_be(lm, LanguageModel, "lm")
     must_be(split, (Split, Questions), "split")
     must_be(grades, (Mapping, type(None)), "grades")
-    whole_number(shuffles, "shuffles", least=1)
-    seed = checked_seed(seed)
+    shuffles, seed = whole_number(shuffles, "shuffles", least=1), checked_seed(seed)
     if estimator is not None and not hasattr(estimator, "fit"):
         raise SettingError(f"estimator must be a scikit-learn model, got {got(estimator)}")
     split = split.split() if isinstance(split, Questions) else split
