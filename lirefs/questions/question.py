@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import unicodedata
 from dataclasses import dataclass
-from typing import Any
 
 from lirefs.errors import QuestionsError
 
@@ -88,9 +87,3 @@ class Question:
         """
         visible = same_text(same_text(self.text).casefold())
         return "".join(one for one in "".join(visible.split()) if one not in _MARKS)
-
-    @property
-    def shown(self) -> tuple[Any, ...]:
-        """What a model reads of it, however Unicode writes that and whatever its spaces."""
-        parts = [one for message in self.messages for one in message] or [self.prompt]
-        return tuple(" ".join(same_text(one).split()) for one in parts)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lirefs.errors import QuestionsError, as_list, got
-from lirefs.questions.question import PROMPT_FORMAT, SIDES, Question
+from lirefs.questions.question import PROMPT_FORMAT, SIDES, Question, same_text
 
 
 def two_labels(labels: Any) -> tuple[str, str]:
@@ -132,7 +132,9 @@ def refuse_both_labels(items: Sequence[Question], places: Sequence[str]) -> None
     """Raise QuestionsError if one prompt has both labels, and name its two places."""
     known: dict[tuple[str, ...], int] = {}
     for index, one in enumerate(items):
-        first = known.setdefault(one.shown, index)
+        parts = [part for message in one.messages for part in message] or [one.prompt]
+        read = tuple(" ".join(same_text(part).split()) for part in parts)
+        first = known.setdefault(read, index)
         if items[first].label != one.label:
             raise QuestionsError(
                 f"{places[index]}: the question is labelled {one.label!r} here and "
