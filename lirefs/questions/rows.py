@@ -129,13 +129,16 @@ def question_of(
 
 
 def refuse_both_labels(items: Sequence[Question], places: Sequence[str]) -> None:
-    """Raise QuestionsError if one prompt has both labels, and name its two places."""
+    """Raise QuestionsError if one prompt has both labels, and name its two places.
+
+    With grades, whose labels are the scores' halves, a prompt may have several.
+    """
     known: dict[tuple[str, ...], int] = {}
     for index, one in enumerate(items):
         parts = [part for message in one.messages for part in message] or [one.prompt]
         read = tuple(" ".join(same_text(part).split()) for part in parts)
         first = known.setdefault(read, index)
-        if items[first].label != one.label:
+        if items[first].label != one.label and None in (items[first].score, one.score):
             raise QuestionsError(
                 f"{places[index]}: the question is labelled {one.label!r} here and "
                 f"{items[first].label!r} in {places[first]}; leave one of them out"

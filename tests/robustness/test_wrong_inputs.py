@@ -140,6 +140,8 @@ def test_what_differs_for_the_model_may_have_both_labels():
         for label, who in (("memory", "user"), ("reasoning", "system"))
     ]
     assert len(Questions(chats)) == 2
+    raters = [{"question": "2 + 2?", "score": score} for score in (0.4, 0.7)]
+    assert len(Questions.from_rows(raters)) == 2
     pairs = Questions.from_pairs([("I love it.", "I love it!"), ("Yes", "yes")])
     assert len(pairs) == 4
     with pytest.raises(QuestionsError, match="leave one of them out"):
