@@ -7,12 +7,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from lirefs.errors import BatchError, must_be
 from lirefs.model.batching import check_length, position_limit
 from lirefs.model.guest import accepts, input_device, maybe_call
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
-from lirefs.model.traits import quantizes_tokens_together, traits_of
+from lirefs.model.traits import traits_of
 
 Forward = Callable[[nn.Module, Any], tuple[Tensor, ...]]
 """A `forward` of `collect`: model and batch to logits, mask and, if asked for, labels."""
@@ -118,13 +122,18 @@ def attended(batch: Any) -> Tensor | None:
 
 
 def must_be_causal(model: nn.Module) -> None:
-    """Raise BatchError for a model whose positions see the tokens that they would predict."""
-    if not hasattr(model, "config") or quantizes_tokens_together(model):
+    """Raise BatchError for a language model whose positions see the tokens that they would predict.
+
+    Only families that also have masked language models are tried out, by a few forward passes.
+    """
+    family, kind = getattr(getattr(model, "config", None), "model_type", ""), type(model).__name__
+    masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(family)
+    if masked is None or kind not in (masked, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)):
         return
     if not traits_of(model).causal:
         raise BatchError(
-            f"{type(model).__name__} lets tokens see later ones, so a position does not predict "
-            "the next token; pass `forward` to kfac.collect, which says what is predicted where"
+            f"{kind} is not a causal language model; pass `forward` to kfac.collect: its tokens "
+            "see later ones, so a position does not predict the next token"
         )
 
 

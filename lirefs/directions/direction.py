@@ -184,15 +184,17 @@ class Direction:
 
 def _norm(vector: Tensor) -> Tensor:
     """The length of a vector; in float64 where the squares have no room in the vector's dtype."""
-    norm = vector.norm()
+    norm: Tensor = vector.norm()
     # float16 ends at 65504, and below these bounds squares lose digits or are 0.
     fits = 1e-15 < float(norm) < (1e3 if vector.dtype == torch.float16 else 1e18)
-    return norm if fits else vector.double().norm()
+    if not fits:
+        norm = vector.double().norm()
+    return norm
 
 
 def _unit(vector: Tensor) -> Tensor:
     norm = _norm(vector)
-    unit = vector.to(norm.dtype) / norm if norm > 0 else vector
+    unit: Tensor = vector.to(norm.dtype) / norm if norm > 0 else vector
     return unit.to(vector.dtype)
 
 
