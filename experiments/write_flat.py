@@ -31,7 +31,7 @@ from kfac.factors.tensor_file import read_tensors, write_tensors
 from lirefs import LanguageModel
 from lirefs.comparison import Comparison
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, parse_json
+from lirefs.files import atomic_write_text, parse_json, refuse_foreign
 from lirefs.main_job.matching import perplexity
 from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step
@@ -277,6 +277,8 @@ def run(out: Path, n: int, limit: int, lr: float, seed: int) -> dict[str, Any]:
     """Run or continue the experiment in a folder; its results, which are also written there."""
     settings = {"facts": n, "limit": limit, "lr": lr, "seed": seed, "taught": TAUGHT, "rise": RISE}
     known = out / "settings.json"
+    figures = ("write_flat.png", "write_flat.svg")
+    refuse_foreign(known, '"taught"', ("results.json", "table.md", *figures))
     if known.exists() and parse_json(known.read_text("utf-8")) != settings:
         raise SettingError(f"{out} holds a run with other settings; give another --out")
     atomic_write_text(known, json.dumps(settings))

@@ -328,6 +328,16 @@ def whole_number(
     return number
 
 
+def checked_seed(seed: Any, error: type[LirefsError] = SettingError) -> int:
+    """An argument that is a seed, of which every generator takes those from 0 to 2**63 - 1."""
+    if isinstance(seed, bool):
+        raise error(f"seed must be a whole number, got {seed}")
+    number = whole_number(seed, "seed", error=error)
+    if not 0 <= number < 2**63:
+        raise error(f"seed must be from 0 to 2**63 - 1, got {number:.4g}")
+    return number
+
+
 def first_line_of_error(problem: BaseException) -> str:
     """The first line of an error's message that is not blank, to quote in a message."""
     return next((line.strip() for line in str(problem).splitlines() if line.strip()), "")

@@ -21,7 +21,7 @@ from kfac.collection.batches import Forward, check_model_and_batches
 from kfac.collection.target_inputs import target_inputs
 from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
-from lirefs.errors import KfacError, SpectrumError, must_be
+from lirefs.errors import KfacError, SpectrumError, checked_seed, must_be
 from lirefs.model.guest import as_guest, full_precision
 from lirefs.statistics.intervals import RESAMPLES
 from lirefs.statistics.resamples import Floats, Resamples
@@ -140,6 +140,7 @@ def band_ratios(
         must_be(one, BandProfile, name, KfacError)
     if first.names != second.names or first.labels != second.labels:
         raise SpectrumError("the two profiles were measured on different targets or bands")
+    seed = checked_seed(seed, KfacError)
     sides = [
         (one.tokens, Resamples(len(one), resamples, seed + index))
         for index, one in enumerate((first, second))

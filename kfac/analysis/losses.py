@@ -12,6 +12,7 @@ from kfac.collection.batches import (
     check_model_and_batches,
     check_tokens,
     language_model_forward,
+    must_be_causal,
     on_its_device,
 )
 from kfac.collection.finite import not_finite_logits_error
@@ -58,6 +59,7 @@ def teacher_forced_matches(model: nn.Module, batches: Iterable[Any]) -> Tensor:
         NonFiniteError: A logit of a counted position is NaN, or a row of logits infinite.
     """
     check_model_and_batches(model, batches)
+    must_be_causal(model)
     parts = []
     for index, batch in enumerate(batches):
         logits, counted, following = _predictions(model, batch, f"batch {index}")

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kfac.factors.tensor_file import read_tensors, write_tensors
 from lirefs.errors import CheckpointError, FactorsFileError
+from lirefs.files import holds_mark, refuse_folder
 
 _HEADER = "kfac_checkpoint"
 
@@ -52,6 +53,8 @@ class Checkpoint:
     def __init__(
         self, path: str | os.PathLike[str] | None, every: float, settings: Mapping[str, Any]
     ) -> None:
+        if path is not None:
+            refuse_folder(path, CheckpointError)
         self.path = None if path is None else Path(path)
         self.every = every
         self.settings = json.loads(json.dumps(settings))
@@ -76,7 +79,9 @@ class Checkpoint:
             if settings == self.settings:
                 _check_sums(state, turns, shapes_in(state), dtype)
         except FactorsFileError as error:
-            raise CheckpointError(f"{error}; delete it to start again") from error
+            ours = holds_mark(self.path, _HEADER)
+            advice = "delete it to start again" if ours else "give another path"
+            raise CheckpointError(f"{error}; {advice}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} is damaged: {error!r}; delete it to start again"

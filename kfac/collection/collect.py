@@ -15,6 +15,7 @@ from kfac.collection.options import Options
 from kfac.collection.passes import run_passes
 from kfac.collection.plan import fitting_tokens, plan
 from kfac.factors.factors import Factors
+from kfac.factors.factors_file import checked_provenance
 from kfac.target import Target, weight_digest
 from kfac.targets import find_targets
 from lirefs.errors import BatchError, KfacError, TargetError, as_list, must_be, whole_number
@@ -109,7 +110,8 @@ def collect(
         The factors, on CPU.
 
     Raises:
-        BatchError: No batch, a malformed batch, texts without an `lm`, or no counted position.
+        BatchError: No batch, a malformed batch, texts without an `lm`, no counted position, or,
+            without `forward`, a model whose tokens see later ones.
         BudgetError: One target alone needs more than the budget.
         CheckpointError: The checkpoint belongs to other data or settings.
         DistributedError: The processes differ in model, batches, targets, settings or versions, or
@@ -117,7 +119,7 @@ def collect(
         NonFiniteError: NaN or infinity in logits, activations or gradients.
         TargetError: No targets, targets and layers together, a target that is never called, or one
             that cannot reach the logits.
-        KfacError: A target's input does not have the positions of the mask.
+        KfacError: A target's input does not have the positions of the mask, or a setting is wrong.
         ProvenanceError: With a checkpoint, if the model has no identity: a weight is offloaded, or
             a hook of your own may change it.
 
@@ -130,6 +132,7 @@ def collect(
         >>> factors.names
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
+    provenance = checked_provenance(provenance)  # before hours of work
     with together("kfac.collect") as world:
         whole = model.model if isinstance(model, LanguageModel) else model
         must_be(whole, nn.Module, "model", BatchError)
@@ -186,7 +189,7 @@ def collect(
         return Factors(
             {target.name: records[target.name] for target in targets},
             tables,
-            seeds=[seed],
+            seeds=[options.seed],
             tokens=tokens,
             labels=labels,
             provenance=provenance,

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from kfac.collection.batches import (
     attended,
     language_model_forward,
+    must_be_causal,
     on_its_device,
 )
 from kfac.collection.checkpoint import Checkpoint, State
@@ -103,6 +104,8 @@ def run_passes(
     trackers: list[TargetTracker] = []
     with as_guest(model), checkpoint.guarded(state):
         must_pass_gradients(model)
+        if options.forward is None and not in_step:  # a check runs the model where it must
+            must_be_causal(model)
         # In step, processes make the same passes, and a head is tried out where it is needed.
         own = options.forward is None and options.labels != "exact" and not in_step
         every = [one for some in passes for one in some]

@@ -22,7 +22,7 @@ from kfac.edits.selection import Selection
 from kfac.edits.spectral import CurvatureEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target
-from lirefs.errors import EditError, must_be
+from lirefs.errors import EditError, checked_seed, must_be
 from lirefs.model.guest import full_precision, widened, without_gradients
 from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.training.copies import must_be_whole
@@ -148,6 +148,7 @@ class _Projection:
     def __init__(
         self, factors: Factors, keep: float | Mapping[str, float], onto: str, seed: int
     ) -> None:
+        checked_seed(seed, EditError)
         if onto not in _ONTO:
             raise EditError(f"onto={onto!r} is unknown: use one of {', '.join(_ONTO)}")
         edit: CurvatureEdit | RandomPairsEdit = CurvatureEdit(factors, keep)

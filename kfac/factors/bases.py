@@ -17,6 +17,7 @@ from kfac.factors.eigen import eigenbasis
 from kfac.factors.tensor_file import read_tensors, write_tensors
 from kfac.target import TargetRecord, weight_digest
 from lirefs.errors import FactorsFileError, WriteError
+from lirefs.files import holds_mark
 from lirefs.model.processes.world import World, together
 
 Basis = tuple[Tensor, Tensor]
@@ -109,7 +110,8 @@ class Bases:
         if folder.is_dir():
             ours = {self._path(folder, key) for key in self._sizes}
             for path in folder.iterdir():
-                if _OURS.fullmatch(path.name) and path not in ours:
+                named = _OURS.fullmatch(path.name) and path not in ours
+                if named and holds_mark(path, _HEADER):
                     path.unlink(missing_ok=True)
 
     def compute(self, keys: Iterable[str], *, spread: bool, progress: bool) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from kfac.factors.bases import Bases
 from kfac.factors.eigen import Eigen
 from kfac.factors.estimators import ESTIMATORS, Curvature, marginal_spectra
-from kfac.factors.factors_file import FORMAT, factors_arguments
+from kfac.factors.factors_file import FORMAT, checked_provenance, factors_arguments
 from kfac.factors.spectrum import draw_spectrum, spectrum_of
 from kfac.factors.tensor_file import read_tensors, write_tensors
 from kfac.target import Target, TargetRecord, weight_digest
@@ -77,7 +77,7 @@ class Factors:
         self.seeds = list(seeds)
         self.tokens = tokens
         self.labels = labels
-        self.provenance = dict(provenance or {})
+        self.provenance = checked_provenance(provenance)
         self.weighted = weighted
         self._stored_bases = dict(bases or {})
         self._bases = Bases(self.records, self._mean, self._stored_bases)

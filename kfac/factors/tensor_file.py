@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lirefs.errors import FactorsFileError
-from lirefs.files import atomic_path
+from lirefs.files import atomic_path, refuse_folder
 from lirefs.model.untrusted.digest import check_digest, with_digest
 
 
@@ -32,6 +32,7 @@ def read_tensors(
 
     Any other file is a FactorsFileError, whose message calls the content `what`.
     """
+    refuse_folder(path, FactorsFileError)
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(key)

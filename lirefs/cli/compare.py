@@ -27,6 +27,8 @@ from lirefs.cli.options import (
     keep_finished,
     print_result,
 )
+from lirefs.comparison.journal import journal_files
+from lirefs.comparison.results_file import FORMAT
 from lirefs.main_job.jobs import QUICK, first_process, retained_table, run
 from lirefs.model.processes.world import together
 from lirefs.tasks.papers.suite import Suite
@@ -90,8 +92,8 @@ def compare_command(
     On the organism, settings that are not given are chosen on validation items. Under torchrun the
     items are split over the processes.
     """
-    if not (resume and (out / "unfinished").exists()):
-        keep_finished(out / "results.json", force)
+    if not (resume and journal_files(out / "unfinished")):
+        keep_finished(out / "results.json", force, FORMAT)  # `run` looks at the other files
     if factors is not None and not factors.is_file():
         file_to_write(factors)
     device = _join_processes(device)

@@ -75,7 +75,7 @@ def collect_command(
     quiet: Quiet = False,
 ) -> None:
     """Collect the factors of a model over texts; an interrupted run continues where it stopped."""
-    options.keep_finished(out, force)
+    options.keep_finished(out, force, "kfac_factors")
     wanted = [part.strip() for part in estimators.split(",")]
     for name in wanted:
         options.choice_option(name, "--estimators", ESTIMATORS)
@@ -95,7 +95,7 @@ def collect_command(
         "tokenizer": lm.tokenizer_fingerprint,
         "lirefs": lirefs.__version__,
     }
-    states = [out.with_name(out.name + end) for end in (".checkpoint", ".ekfac-checkpoint")]
+    states = [out.with_name(out.name + ".checkpoint")]
     factors = kfac.collect(
         lm,
         rows,
@@ -107,6 +107,7 @@ def collect_command(
         **settings,
     )
     if "ekfac" in wanted:
+        states.append(out.with_name(out.name + ".ekfac-checkpoint"))
         factors = kfac.correct(lm, rows, factors, checkpoint=states[1], **settings)
     factors.save(out)
     for state in states:
@@ -182,7 +183,7 @@ def bands_command(
 
     Memorized texts that the model does not recite are left out.
     """
-    options.keep_finished(out / "bands.json", force)
+    options.keep_finished(out / "bands.json", force, '"bands"', options.figure_files("bands"))
     ordinary = [t for _, t in heldout_texts("test")] if clean is None else texts_to_read(clean)
     passages = text_rows(memorized or DATA / "passages.jsonl", "memorized")
     known = kfac.Factors.load(factors)
@@ -234,7 +235,8 @@ def detect_command(
     quiet: Quiet = False,
 ) -> None:
     """Score texts by their share in flat directions: memorized texts score high."""
-    options.keep_finished(out / "scores.jsonl", force)
+    others = ["detector.json", *options.figure_files("detector")]
+    options.keep_finished(out / "scores.jsonl", force, '"score"', others)
     rows = text_rows(texts or DATA / "passages.jsonl", "texts", SettingError)
     if texts is None:
         rows = [one._replace(fields={**one.fields, "label": "memorized"}) for one in rows]
@@ -315,7 +317,8 @@ def relearn_command(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""
-    options.keep_finished(out / "relearning.json", force)
+    others = options.figure_files("relearning")
+    options.keep_finished(out / "relearning.json", force, '"arms"', others)
     points = options.indices_option(steps, "--steps") or [0]
     passages = text_rows(memorized or DATA / "passages.jsonl", "memorized")
     known = kfac.Factors.load(factors)

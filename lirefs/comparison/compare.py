@@ -29,6 +29,7 @@ from lirefs.errors import (
     SettingError,
     TaskError,
     as_list,
+    checked_seed,
     got,
     must_be,
     whole_number,
@@ -153,10 +154,14 @@ def compare(
             must_be_intervention(one, f"interventions[{name!r}]")
         if not 1 <= whole_number(resamples, "resamples") <= MOST_RESAMPLES:
             raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
+        seed = checked_seed(seed)
         tasks = default_tasks(lm) if tasks is None else as_list(tasks, "tasks", error=TaskError)
         for index, task in enumerate(tasks):
             if not all(hasattr(task, part) for part in ("name", "items", "run")):
                 raise TaskError(f"tasks[{index}] must be a task, got {got(task)}")
+            for part in ("group", "metric", "chance", "subset"):
+                if not hasattr(task, part):
+                    raise TaskError(f"task {task.name!r} has no {part}, see `lirefs.tasks.Task`")
         if not tasks:
             raise TaskError("no tasks to compare on")
         names = [task.name for task in tasks]

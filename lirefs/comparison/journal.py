@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,11 @@ from lirefs.model.processes.world import World
 from lirefs.tasks.task import ItemResult, Task
 from lirefs.version import __version__
 
+FILES = "items-*.jsonl"
+"""Names of a journal's files."""
+_BEGINS = b'{"key": "'
+_LINE = re.compile(_BEGINS + b'[0-9a-f]{64}"')
+"""How each of their lines begins."""
 PART = 64
 """Items per part: the most that is lost when a comparison is killed."""
 
@@ -42,7 +49,13 @@ class Journal:
         if self._folder is not None and self._folder.exists():
             if not self._folder.is_dir():
                 raise SettingError(f"journal {self._folder}: exists and is not a folder")
-            for file in sorted(self._folder.glob("items-*.jsonl")):
+            ours = journal_files(self._folder)
+            for file in sorted(self._folder.glob(FILES)):
+                if file not in ours:
+                    raise SettingError(
+                        f"journal {file}: is not a file of a journal; move it, or name another "
+                        "folder"
+                    )
                 self._read(file)
         self.resumed = bool(self._lines)
 
@@ -95,6 +108,38 @@ class Journal:
         known = {key: items for key, items in self._lines.items() if key in self._lacking}
         for one in self._world.gather(known):
             self._lines |= one
+
+
+def journal_files(folder: Path) -> list[Path]:
+    """The files of a journal in a folder, known by name and content; others are the user's own."""
+    found = []
+    for file in sorted(folder.glob(FILES)):
+        if file.is_symlink() or not file.is_file():
+            continue
+        try:
+            with file.open("rb") as opened:
+                head = opened.read(2**20)
+        except OSError as problem:
+            raise SettingError(f"journal {file}: cannot be read ({problem.strerror})") from problem
+        cut = head.strip()  # a killed writer may leave a part of the first line
+        whole = _LINE.search(head)
+        if whole or _BEGINS.startswith(cut) or re.fullmatch(_BEGINS + b"[0-9a-f]*", cut):
+            found.append(file)
+    return found
+
+
+def remove_journal(folder: Path) -> bool:
+    """Remove the files of a journal, and their folder if it holds nothing else.
+
+    Returns whether there were any.
+    """
+    files = journal_files(folder)
+    for file in files:
+        file.unlink(missing_ok=True)
+    if files:
+        with suppress(OSError):  # it holds something else, or is a link
+            folder.rmdir()
+    return bool(files)
 
 
 def task_parts(task: Task) -> list[list[int]]:

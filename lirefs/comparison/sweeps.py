@@ -97,8 +97,16 @@ def pareto_front(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
 
     Returns:
         Shape (n,). Of equal settings all are on the front; one with a NaN never is.
+
+    Raises:
+        SettingError: The points are not numbers of shape (n, measures).
     """
-    table = np.asarray(points, dtype=np.float64)
+    try:
+        table = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.empty(0)
+    if table.ndim != 2:
+        raise SettingError("points must be numbers of shape (n, measures), a row for each setting")
     as_good = (table[:, None] >= table[None]).all(axis=-1)  # row i against column j
     better = (table[:, None] > table[None]).any(axis=-1)
     dominated = (as_good & better).any(axis=0)

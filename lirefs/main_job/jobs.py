@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,13 @@ import lirefs
 from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import retained_figures
+from lirefs.comparison.journal import journal_files, remove_journal
 from lirefs.comparison.report.tables import equal_tables
+from lirefs.comparison.report.write import PAGES
+from lirefs.comparison.results_file import FORMAT
 from lirefs.comparison.summary import EQUAL, Summary
-from lirefs.errors import KeepError, SettingError, must_be
-from lirefs.files import cache_dir
+from lirefs.errors import KeepError, SettingError, checked_seed, must_be
+from lirefs.files import cache_dir, refuse_foreign
 from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.matching import EqualDamage
@@ -102,7 +104,8 @@ def run(
     Raises:
         KeepError: `keep` is outside (0, 1].
         DistributedError: Of several processes, one has failed, or other settings, data or weights.
-        SettingError: Another setting cannot be used, or settings do not go together.
+        SettingError: Another setting cannot be used, settings do not go together, or `out` holds
+            files of these names and no report of a comparison.
         LirefsError: A file cannot be read, or the model cannot be loaded.
     """
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
@@ -116,6 +119,7 @@ def run(
         raise KeepError(f"keep is {keep}, must be in (0, 1]")
     if strength is not None and not math.isfinite(strength):
         raise SettingError(f"strength is {strength}, must be finite")
+    seed = checked_seed(seed)
     if limit is not None and limit < 1:
         raise SettingError(f"limit is {limit}, must be at least 1")
     if suite is not None and suite not in list(Suite):
@@ -139,6 +143,8 @@ def run(
         text_rows(memorized, "memorized")
     if suite is not None and data is not None:
         check_files(data)
+    directions = [path.name for path in out.glob("directions*.safetensors")]
+    refuse_foreign(out / "results.json", FORMAT, [*PAGES, *directions])
     question_set = lirefs.load_questions(
         "default" if questions is None else questions, labels=labels
     )
@@ -160,13 +166,12 @@ def run(
         out=out,
         seed=seed,
         quick=quick,
-        resumed=resume and (out / "unfinished").exists(),
+        resumed=resume and bool(journal_files(out / "unfinished")),
         console=console,
     )
-    if job.journal.exists() and not resume:
+    if not resume and remove_journal(job.journal):
         job.say("starting again; with resume (--resume) the interrupted run would continue")
-        shutil.rmtree(job.journal, ignore_errors=True)
-    elif resume and not job.journal.exists():
+    elif resume and not job.resumed:
         job.say(f"nothing to resume in {out}: starting from the beginning")
     with together("the main job") as world:
         if taught is None:
@@ -174,7 +179,7 @@ def run(
         else:
             comparison = _on_organism(job, Language(taught))
         world.wait()  # until the first process has written the report
-    shutil.rmtree(job.journal, ignore_errors=True)
+    remove_journal(job.journal)
     return comparison
 
 

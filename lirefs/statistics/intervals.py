@@ -13,7 +13,7 @@ from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, checked_seed
 from lirefs.statistics.resamples import (
     CHUNK,
     Draws,
@@ -113,6 +113,7 @@ def auroc(
     order = np.argsort(negative)
     below = np.searchsorted(negative, positive, "left", sorter=order)
     up_to = np.searchsorted(negative, positive, "right", sorter=order)
+    seed = checked_seed(seed)
     first, second = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     resampled = np.empty(resamples)
     step = max(1, CHUNK // len(scores))
@@ -166,7 +167,7 @@ def permutation_p(one: Floats, other: Floats, shuffles: int = 9999, seed: int = 
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     if not (first.any() and second.any()):
         return nan
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     reached, step = 0, max(1, CHUNK // len(second))
     for begin in range(0, shuffles, step):
         rows = np.tile(second, (min(step, shuffles - begin), 1))

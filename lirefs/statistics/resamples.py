@@ -9,6 +9,8 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from lirefs.errors import checked_seed
+
 Floats = npt.NDArray[np.float64]
 T = TypeVar("T")
 
@@ -23,7 +25,8 @@ def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> 
 
     All at once: `Resamples` is the same for any number of items.
     """
-    generator = np.random.default_rng(seed)
+    drawn = seed if isinstance(seed, np.random.Generator) else checked_seed(seed)
+    generator = np.random.default_rng(drawn)
     return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 

@@ -14,7 +14,7 @@ from scipy.optimize import brentq
 from scipy.stats import binom, nct
 from scipy.stats import t as student
 
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, checked_seed
 from lirefs.statistics.intervals import Estimate, interval
 from lirefs.statistics.resamples import CHUNK, Floats
 
@@ -71,6 +71,7 @@ def sign_flip(
     Raises:
         SettingError: If a difference is not finite.
     """
+    seed = checked_seed(seed)
     parts = np.asarray(differences, dtype=np.float64)
     if weights is not None:
         parts = parts * np.asarray(weights, dtype=np.float64)
@@ -302,7 +303,7 @@ def _flipped(table: Floats, permutations: int, seed: int) -> Iterator[Floats]:
 
     In blocks of as many patterns as `CHUNK` allows.
     """
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(checked_seed(seed))
     n = table.shape[1]
     step = max(1, CHUNK // n)
     for begin in range(0, permutations, step):

@@ -22,7 +22,7 @@ from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known, with_prompts
 from lirefs.model.traits import Traits, cache_name, quantizes_tokens_together
-from lirefs.tasks.items import must_fit
+from lirefs.tasks.items import must_fit, prompts_and_continuations, with_tokens
 from lirefs.tasks.recomputed import (
     Advance,
     Recomputed,
@@ -150,7 +150,7 @@ def option_log_likelihoods(
         of the item share, which counts as the prompt and runs once.
     """
     split = []
-    for options in items:
+    for options in with_tokens(items):
         start = _shared_tokens(options)
         split.append((options[0][:start], [option[start:] for option in options]))
     scored = score_continuations(lm, split, advance=advance)
@@ -176,6 +176,7 @@ def score_continuations(
         For each continuation its log-likelihood in nats, and whether all of its tokens are those
         of greedy decoding.
     """
+    items = prompts_and_continuations(lm, items)
     must_fit(lm, items, lambda item: len(item[0]) + max(map(len, item[1])) - 1)
     prompts = with_prompts(lm.model, lm.tokenizer, [prompt for prompt, _ in items])
     items = [(prompt, options) for prompt, (_, options) in zip(prompts, items, strict=True)]

@@ -207,10 +207,15 @@ def test_what_else_is_in_the_folder_stays(tmp_path, monkeypatch, capsys):
     results, out = saved(tmp_path), tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    (out / "report.html").write_text("old")
+    (out / "report.html").write_text("mine")
+    for force in ([], ["--force"]):
+        assert run(monkeypatch, "report", results, "--out", out, *force) == 2
+        assert "report.html: exists, and this command did not" in capsys.readouterr().err
+    assert (out / "report.html").read_text() == "mine"
+    (out / "report.html").unlink()
+    assert run(monkeypatch, "report", results, "--out", out) == 0
     assert run(monkeypatch, "report", results, "--out", out) == 2
-    assert "report.html: exists; give --force to replace it" in capsys.readouterr().err
-    assert (out / "report.html").read_text() == "old"
+    assert "exists; give --force to replace it" in capsys.readouterr().err
     assert run(monkeypatch, "report", results, "--out", out, "--force") == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "report.html").read_text().startswith("<!doctype html>")

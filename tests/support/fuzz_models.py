@@ -57,7 +57,7 @@ def make_organism_state(folder: Path) -> list[bytes]:
 def read_organism_state(folder: Path, content: bytes) -> None:
     written(folder, STATE, content)
     model, _, optimizers = organism_parts()
-    done = load_checkpoint(folder, model, optimizers, 7, "cpu")
+    done = load_checkpoint(folder, model, optimizers, 7, {}, "cpu")
     check(whole(done), f"step {done!r}")
     for one in model.parameters():
         check(one.dtype == torch.float32 and bool(one.isfinite().all()), "weights")

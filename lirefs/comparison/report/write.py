@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
@@ -17,9 +18,14 @@ from lirefs.comparison.report.flip_list import flip_list
 from lirefs.comparison.report.verdict import verdict
 from lirefs.comparison.report.words import words_used
 from lirefs.comparison.summary import Summary
-from lirefs.errors import ResultsFileError, must_be
-from lirefs.files import atomic_write_text, in_markdown, read_regular
+from lirefs.errors import ResultsFileError, SettingError, must_be
+from lirefs.files import atomic_write_text, in_markdown, read_regular, refuse_foreign
 from lirefs.pictures import MOST_BYTES, Picture, check_picture
+
+PAGES = ("results.csv", "overview.tex", "report.md", "report.html")
+"""What a report consists of, in addition to `results.json` and its figures."""
+TABLE = "variant,task,group,metric,chance,above_chance,n,"
+"""How `results.csv` begins."""
 
 
 def write_report(
@@ -32,11 +38,15 @@ def write_report(
 
     Args:
         comparison: What to report.
-        folder: Created when missing; files of these names in it are replaced.
+        folder: Created when missing; the files of an earlier report in it are replaced.
         figures: Figures to show; None for retained performance by group and by task.
 
     Returns:
         The path of `report.html`.
+
+    Raises:
+        SettingError: The folder holds files of these names and no report of a comparison, or two
+            figures have one name.
 
     Examples:
         >>> import lirefs
@@ -51,6 +61,12 @@ def write_report(
     must_be(folder, (str, PathLike), "folder")
     folder = Path(folder)
     shown = retained_figures(comparison.summary()) if figures is None else figures
+    files = [file for one in shown for file in one.files]
+    # Two names that differ in case alone are one file on some systems.
+    for name, times in Counter(map(str.casefold, files)).items():
+        if times > 1:
+            raise SettingError(f"two figures would be written to {name}; give each its own name")
+    refuse_foreign(folder / "results.json", results_file.FORMAT, [*PAGES, *files])
     text = results_file.results_json(comparison, shown, comparison.run)
     atomic_write_text(folder / "results.json", text)
     return write_pages(comparison, folder, shown)
