@@ -168,8 +168,8 @@ def interrupted(work: Callable[[], object], seconds: float) -> str:
     # Python runs handlers between two instructions of the main thread, whoever sent the signal.
     signal.signal(signal.SIGALRM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
-        # Again after a second: Python drops what is raised in a `__del__` or by a weak reference.
-        signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)
+        # Again after 10 seconds: Python drops what is raised in a `__del__` or by a weak reference.
+        signal.setitimer(signal.ITIMER_REAL, seconds, 10.0)
         while True:
             work()
     except KeyboardInterrupt:
