@@ -20,7 +20,8 @@ from transformers import (
     GgufConfig,
     PreTrainedConfig,
 )
-from transformers.utils import cached_file, find_adapter_config_file
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lirefs.errors import (
     ModelLoadError,
