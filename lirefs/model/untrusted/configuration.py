@@ -25,6 +25,8 @@ def check_configuration(config: Mapping[str, Any], most_layers: int) -> None:
     hub, whose code transformers would run; where the `kernels` package is installed, names that are
     not torch's own are fetched too.
     """
+    if not isinstance(config, Mapping):
+        raise ValueError("it is not a JSON object")
     for key, value in _entries(config):
         if re.search("_implementation(_internal)?$", key):
             for name in value.values() if isinstance(value, Mapping) else [value]:

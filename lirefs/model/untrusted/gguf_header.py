@@ -14,10 +14,10 @@ from lirefs.model.untrusted.folder import Weights
 
 _WIDTHS = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 """Bytes of each scalar type."""
-_BLOCKS = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
-"""Weights in a block of each type of tensor, and its bytes."""
 _STRING, _ARRAY = 8, 9
 _LONGEST_KEY = 65_535  # set by the format
+_SIZES = {int(kind): sizes for kind, sizes in GGML_QUANT_SIZES.items()}
+"""Weights and bytes of a block of each type of tensor."""
 _MOST_DIMENSIONS = 8
 _MOST_ENTRIES = 8_000_000
 """Entries of all lists together: readers hold each as an object. Tokenizers have a million."""
@@ -56,7 +56,10 @@ def check_header(path: str | os.PathLike[str]) -> Header:
         for _ in range(tensors):
             walk.skip(walk.number(8))
             shape = [walk.number(8) for _ in range(walk.dimensions())]
-            block, width = _BLOCKS.get(walk.number(4), (1, 0))
+            type_of_numbers = walk.number(4)
+            if type_of_numbers not in _SIZES:
+                raise ValueError(f"a tensor of unknown type {type_of_numbers}")
+            block, width = _SIZES[type_of_numbers]
             walk.skip(8)  # where it begins
             elements += math.prod(shape)
             size += math.prod(shape) // block * width
