@@ -42,6 +42,7 @@ def visible(text: str) -> str:
     They are written as JSON and Python have them.
 
     Examples:
+        >>> from lirefs.errors import visible
         >>> print(visible("a\x1b[2J, \u202eb"))
         a\u001b[2J, \u202eb
     """

@@ -114,7 +114,7 @@ def paired_p_value(
 
     Scores, those of the unchanged model and weights (None: equal) have shape (n,).
     """
-    (found,) = paired_p_values([(scores, base, weights)], seed)
+    (found,) = paired_p_values([(scores, base, weights)], checked_seed(seed))
     return found
 
 

@@ -81,6 +81,8 @@ CASES = [
     ("mine", "folder", "DataFileError: folder: a folder without"),
     ("mine", "absent.txt", "DataFileError: absent.txt: no such file"),
     ("mine", "--stride 0", "--stride"),
+    ("pool", "absent other", "ResultsFileError: absent: cannot be read"),
+    ("pool", "absent absent", "SettingError: a report is named twice"),
     ("report", "", "ResultsFileError: absent: cannot be read"),
     ("report", "--out file", "SettingError: file: exists"),
     ("organism train", "--tokens -5", "--tokens"),

@@ -143,7 +143,7 @@ def test_what_libraries_log_acts_on_no_terminal(monkeypatch, capsys, caplog):
     made, formatted = logging.getLogRecordFactory(), warnings.formatwarning
     try:
         assert run(monkeypatch, "--version") == 0
-        logging.getLogger("transformers.x").warning("name %s", ESCAPES)
+        logging.getLogger("a.library").warning("name %s", ESCAPES)
         assert "name \\u001b[2J" in caplog.text
         assert not ACTS.search(caplog.text)
         assert not ACTS.search(warnings.formatwarning(f"name {ESCAPES}", UserWarning, "x.py", 1))

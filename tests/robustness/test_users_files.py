@@ -19,6 +19,7 @@ from lirefs.comparison.journal import Journal, journal_files, remove_journal
 from lirefs.errors import DataFileError, SettingError
 from lirefs.main_job import jobs
 from lirefs.main_job.settings import Job
+from lirefs.model.processes.world import World
 from lirefs.pictures import Picture
 from lirefs.tasks.lm_eval_export import write_lm_eval_task
 
@@ -132,12 +133,15 @@ def test_a_job_removes_its_journal_and_nothing_else(tmp_path, monkeypatch):
     for name in ("thesis.tex", "items-0.txt", "chapters/items-0.jsonl"):
         (folder / name).write_text(MINE)
     undrawn(monkeypatch)
-    monkeypatch.setattr(jobs, "_on_organism", lambda job, language: None)
+
+    def finish(job, language):
+        Journal(folder, World()).add("0" * 64, [])
+        jobs._save(Job(out=tmp_path), made_up(tasks=2, items=4), [], {})
+
+    monkeypatch.setattr(jobs, "_on_organism", finish)
     for resume in (False, True):
+        Journal(folder, World()).add("1" * 64, [])  # what an interrupted run leaves
         lirefs.main_job.run("organism", out=tmp_path, resume=resume)
-        Journal(folder).add("0" * 64, [])  # what an interrupted run leaves
-    comparison = made_up(tasks=2, items=4)
-    jobs._save(Job(out=tmp_path), comparison, [], {})
     assert (tmp_path / "report.html").exists()
     left = {path.relative_to(folder).as_posix() for path in folder.rglob("*")}
     assert left == {"thesis.tex", "items-0.txt", "chapters", "chapters/items-0.jsonl"}
@@ -160,7 +164,7 @@ def test_a_file_called_like_a_journal_is_left_alone(content, tmp_path):
     assert journal_files(tmp_path) == []
     assert not remove_journal(tmp_path)
     with pytest.raises(SettingError, match=r"items-0\.jsonl: is not a file of a journal"):
-        Journal(tmp_path)  # it would be appended to
+        Journal(tmp_path, World())  # it would be appended to
     assert file.read_text() == content
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 _KEY = "sha256"
+OTHER_BYTES = "its bytes are not those that were written (the SHA-256 differs)"
 
 
 def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -48,4 +49,4 @@ def check_digest(file: Any) -> None:
     header = dict(sorted((file.metadata() or {}).items()))
     written = header.pop(_KEY, None)
     if written is not None and written != _digest(header, file.keys(), file.get_tensor):
-        raise ValueError("its bytes are not those that were written (the SHA-256 differs)")
+        raise ValueError(OTHER_BYTES)
