@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -258,7 +259,10 @@ class Steer(Composable):
             mask = self.token_mask()
         with attaching() as undo:
             undo.steps.append(reserve(model))
-            undo.steps.append(start_eager())
+            # Also where the steered model is dropped: the whole process would stay eager.
+            eager = weakref.finalize(model, start_eager())
+            eager.atexit = False
+            undo.steps.append(eager)
             steerings = steerings_of(model)
             steerings.append(self)
             undo.steps.append(lambda: steerings.remove(self))
