@@ -24,7 +24,7 @@ def write_tensors(
     """Write one file; an existing file is replaced at once, when all is on disk.
 
     The header has one entry, a JSON object, which gets the SHA-256 of object and tensors. (Two
-    entries would be written in an order that is drawn anew each time.)
+    entries would be written in a random order.)
     """
     whole = {key: value.contiguous() for key, value in tensors.items()}
     ((key, text),) = header.items()

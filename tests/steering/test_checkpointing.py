@@ -167,7 +167,7 @@ def test_checkpoints_of_the_callers_own_are_refused_after_the_steering(reentrant
         with steer.apply(lm.model):
             found = loss()
         with steer.apply(lm.model), pytest.raises(InterventionError):
-            found.backward()  # attached anew: other hooks
+            found.backward()  # attached again: other hooks
     for block in model.model.layers:
         block.forward = block.block.forward
     with steer.apply(lm.model):
