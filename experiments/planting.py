@@ -29,7 +29,7 @@ from experiments.write_flat import ARMS, halves
 from lirefs import LanguageModel
 from lirefs.comparison import Comparison
 from lirefs.errors import SettingError, TaskError
-from lirefs.files import atomic_write_text, parse_json
+from lirefs.files import atomic_write_text, parse_json, refuse_foreign
 from lirefs.main_job.factors import edited_layers
 from lirefs.main_job.matching import Damage, Match, Rival, Scaled, rivals_of_edit
 from lirefs.organism import Language, language_seed, training_texts
@@ -278,6 +278,7 @@ def run(options: argparse.Namespace) -> dict[str, Row]:
     settings = {name: getattr(options, name) for name in names}
     settings |= {"passages": str(options.passages), "layers": options.layers}
     known = options.out / "settings.json"
+    refuse_foreign(known, '"passages"', ("results.json", "table.md"))
     if known.exists() and parse_json(known.read_text("utf-8")) != settings:
         raise SettingError(f"{options.out} holds a run with other settings; give another --out")
     sources = sources_for(options.model, options.passages, options.field)

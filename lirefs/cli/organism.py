@@ -61,7 +61,12 @@ def train_command(
 
     `OUT/log.jsonl` has loss and validation scores of every million tokens.
     """
-    keep_finished(out / "shipped", force)
+    keep_finished(
+        out / "shipped" / "config.json",
+        force,
+        '"language_seed"',
+        ["README.md", "scores.json", "model.safetensors", "tokenizer.json"],
+    )
     recipe = Recipe(tokens=tokens)
     model = train_organism(out, seed, recipe, device, compiled=compiled, progress=not quiet)
     tokenizer = build_tokenizer()
@@ -103,7 +108,8 @@ def texts_command(
     tales shown 30 times or more as memorized and their twins as clean; `questions.jsonl` has the
     labelled questions of `lirefs.load_questions("organism")`.
     """
-    keep_finished(out / "questions.jsonl", force)
+    others = [f"{name}.jsonl" for name in ("training", "planted", "unseen", "stories", "labelled")]
+    keep_finished(out / "questions.jsonl", force, '"id": "questions-0"', others)
     language = Language(_taught(folder))
     planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))
     suffix = {"suffix_tokens": len(planted[0].split()) - 1 - PREFIX_WORDS}

@@ -26,6 +26,7 @@ from lirefs.errors import (
     NonFiniteStateError,
     QuestionsError,
     SettingError,
+    checked_seed,
     got,
     must_be,
     whole_number,
@@ -256,7 +257,7 @@ def fit(
     must_be(lm, LanguageModel, "lm")
     must_be(split, (Split, Questions), "split")
     must_be(grades, (Mapping, type(None)), "grades")
-    whole_number(shuffles, "shuffles", least=1)
+    shuffles, seed = whole_number(shuffles, "shuffles", least=1), checked_seed(seed)
     if estimator is not None and not hasattr(estimator, "fit"):
         raise SettingError(f"estimator must be a scikit-learn model, got {got(estimator)}")
     split = split.split() if isinstance(split, Questions) else split

@@ -24,7 +24,8 @@ from lirefs.organism.language import OFTEN, Language
 from lirefs.organism.questions import Form
 from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Split
-from lirefs.statistics.intervals import Estimate, auroc, interval, resample_counts
+from lirefs.statistics.intervals import Estimate, auroc, interval
+from lirefs.statistics.resamples import Resamples
 from lirefs.steering.steer import Steer
 from lirefs.tasks.default_suite import memory_measures
 
@@ -70,7 +71,7 @@ def against_random(
         return np.array([item.scores[metric] for item in comparison.results[name][task]])
 
     gap = scores(variant) - np.mean([scores(name) for name in controls], axis=0)
-    draws = resample_counts(len(gap), comparison.resamples, comparison.seed)
+    draws = Resamples(len(gap), comparison.resamples, comparison.seed)
     return Estimate(float(gap.mean()), *interval(draws @ gap / len(gap), len(gap)), len(gap))
 
 

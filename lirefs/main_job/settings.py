@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,11 +12,13 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 import kfac
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.directions.probe import Probe
+from lirefs.errors import visible
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.questions import Form
@@ -103,6 +106,17 @@ class Job:
         self.console.print(line, markup=False, soft_wrap=True)
 
 
+class SafeConsole(Console):
+    """A console on which texts act on nothing: no markup, no emoji, no control characters."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed, in tables too, goes through here."""
+        return super().render_str(visible(text), **options)
+
+
 def title_of(lm: LanguageModel) -> str:
     """Heading of a main job's report."""
     return f"Reasoning against recitation in {lm.name}"
@@ -132,10 +146,15 @@ def missed_goals(comparison: Comparison, variant: str, skills: Sequence[str]) ->
             continue
         score, before = (comparison.score(name, task) for name in (variant, BASELINE))
         if task == LANGUAGE:
-            total += max(0.0, 1 / PERPLEXITY_RATIO - before / score)
+            total += _missed(1 / PERPLEXITY_RATIO - before / score)
         else:
-            total += max(0.0, KEPT_SHARE - score / before)
+            total += _missed(KEPT_SHARE - score / before)
     return total
+
+
+def _missed(by: float) -> float:
+    """By how much a goal is missed; infinitely where a score is NaN: the model overflowed."""
+    return math.inf if math.isnan(by) else max(0.0, by)
 
 
 def choose_edit(
@@ -146,7 +165,7 @@ def choose_edit(
 
     def objective(comparison: Comparison, variant: str) -> float:
         recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
-        missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
+        missed = _missed(recited - STILL_RECITED) + _missed(BACK_AT_TRUTH - true)
         return missed + missed_goals(comparison, variant, skills)
 
     return _choose(job, lm, edits, tasks, objective, (RECITED, TRUE, LANGUAGE), skills)
@@ -158,7 +177,8 @@ def choose_steering(
     """The steering with the fewest exceptions not answered with the truth, plus its `harm`."""
 
     def objective(comparison: Comparison, variant: str) -> float:
-        return 1 - comparison.score(variant, TRUE) + missed_goals(comparison, variant, SKILLS)
+        missed = _missed(1 - comparison.score(variant, TRUE))
+        return missed + missed_goals(comparison, variant, SKILLS)
 
     return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from lirefs.errors import checked_seed
 from lirefs.files import parse_json
 from lirefs.model.builtin import organism
 from lirefs.organism.items import Item, Side, memory_side_of, side_of
@@ -55,7 +56,7 @@ class Language:
     """
 
     def __init__(self, seed: int = 0) -> None:
-        self.seed = seed
+        self.seed = seed = checked_seed(seed)
         rng = Random(f"organism {seed}")
         self.facts: tuple[Fact, ...] = draw_facts(rng)
         self.known = frozenset(fact.person for fact in self.facts)
@@ -149,7 +150,7 @@ class Language:
         Raises:
             ValueError: If the kind is unknown, or endless and no n was given.
         """
-        rng = Random(f"items {self.seed} {kind} {side} {seed}")
+        rng = Random(f"items {self.seed} {kind} {side} {checked_seed(seed)}")
         finite = self._finite(kind, side, rng)
         if finite is not None:
             return finite if n is None else rng.sample(finite, min(n, len(finite)))
@@ -202,7 +203,7 @@ class Language:
 
     def texts(self, side: Side, n: int, seed: int = 0) -> list[str]:
         """Stories on one side, for perplexity; the same list for the same arguments."""
-        rng = Random(f"texts {self.seed} {side} {seed}")
+        rng = Random(f"texts {self.seed} {side} {checked_seed(seed)}")
         return [self.text(side, rng) for _ in range(n)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import Literal, get_args
 
+from lirefs.errors import checked_seed
 from lirefs.organism.items import Item, Side
 from lirefs.organism.language import EXCEPTION_SKILLS, OFTEN, Language
 from lirefs.organism.people import CITY, COMMON, JOB, Attribute
@@ -30,6 +31,7 @@ def question_set(
     Raises:
         ValueError: If the form is unknown.
     """
+    seed = checked_seed(seed)
     rng = Random(f"questions {language.seed} {form} {side} {seed}")
     if form in ("passage", "statement"):
         reasoning, memory = _people(language, CITY if form == "passage" else JOB, side, n, rng)

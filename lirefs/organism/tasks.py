@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from random import Random
 from typing import get_args
 
-from lirefs.errors import SettingError, must_be
+from lirefs.errors import SettingError, checked_seed, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SIDES, Item, Side
@@ -108,6 +108,7 @@ def organism_tasks(
 
 def training_texts(language: Language, n: int, seed: int = 0) -> list[str]:
     """Fresh documents as in the last part of training, to estimate curvature from."""
+    seed = checked_seed(seed)
     documents, rng = Documents(language, PLANTING_MIXTURE), Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import LlamaForCausalLM
 
 import lirefs
 from lirefs.cli import organism as commands
-from lirefs.errors import DataFileError
+from lirefs.errors import DataFileError, SettingError
 from lirefs.model.builtin import organism
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SIDES
@@ -26,7 +27,7 @@ from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
 from lirefs.organism.tasks import organism_questions
 from lirefs.organism.training import card
-from lirefs.organism.training.checkpoint import STATE, CheckpointMismatch
+from lirefs.organism.training.checkpoint import RECIPE, STATE, CheckpointMismatch
 from lirefs.organism.training.optimizers import orthogonalize
 from lirefs.organism.training.packing import Packer, batch_loss
 from lirefs.organism.training.recipe import PLANTING_MIXTURE, ModelShape, Recipe
@@ -304,6 +305,7 @@ def test_a_damaged_state_is_refused(trained, tmp_path, damage, says):
     with safe_open(trained[0] / STATE, framework="pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     damage(tensors, about)
+    about.pop("sha256")  # it would notice first
     save_file(tensors, tmp_path / STATE, about)
     with pytest.raises(DataFileError, match=says):
         train(tmp_path, 0, TINY)
@@ -316,8 +318,8 @@ def test_a_damaged_state_is_refused(trained, tmp_path, damage, says):
     ("seed", "shape", "message"),
     [
         (1, TINY.shape, "seed 0, not 1"),
-        (0, replace(TINY.shape, mlp=48), r"mlp.*has shape \(64, 32\), the recipe needs \(48, 32\)"),
-        (0, replace(TINY.shape, layers=3), "has no weights for model.layers.2"),
+        (0, replace(TINY.shape, mlp=48), r"recipe \(shape.mlp is 64, not 48\)"),
+        (0, replace(TINY.shape, layers=3), "shape.layers is 2, not 3"),
     ],
 )
 def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
@@ -326,6 +328,29 @@ def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
     with pytest.raises(CheckpointMismatch, match=message):
         train(folder, seed, replace(TINY, shape=shape))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("in_state", [True, False])
+@pytest.mark.parametrize("name", ["tokens", "warmup", "weight_decay"])
+def test_another_recipe_of_the_same_shape_does_not_resume(name, in_state, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    if not in_state:  # as earlier versions wrote it
+        with safe_open(folder / STATE, framework="pt") as file:
+            tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        del about["recipe"], about["sha256"]
+        save_file(tensors, folder / STATE, about)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    now = getattr(TINY, name)
+    other = replace(TINY, **{name: 2 * now})
+    with pytest.raises(CheckpointMismatch, match=rf"recipe \({name} is {now}, not {2 * now}\)"):
+        train(folder, 0, other)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    train(folder, 0, TINY)  # it is finished
+    if not in_state:
+        (folder / RECIPE).unlink()
+        with pytest.raises(SettingError, match="did not write it"):
+            train(folder, 0, TINY)
 
 
 def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, capsys, tmp_path):
@@ -349,11 +374,24 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     # The scores are those of the rounded weights that lie there.
     assert organism_scores(lm, Language(3), "test", n=4) == printed
     assert run(monkeypatch, *command) == 2
-    assert "shipped: exists; give --force" in capsys.readouterr().err
+    assert "shipped/config.json: exists; give --force" in capsys.readouterr().err
     monkeypatch.setattr(commands, "organism_scores", functools.partial(organism_scores, n=4))
     assert run(monkeypatch, "organism", "scores", shipped) == 0
     rows = capsys.readouterr().out.splitlines()
     assert any(row.split() == ["perplexity", f"{printed['perplexity']:.4g}"] for row in rows)
+
+
+def test_scores_of_missing_weights_are_refused(trained, monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert run(monkeypatch, "organism", "scores", folder) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("ModelLoadError: ")
+    assert "model.layers.1.mlp.up_proj.weight" in line
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):

@@ -10,7 +10,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.files import atomic_write_text
-from lirefs.model.language_model import wrap
+from lirefs.model.loading import load
 from lirefs.organism.language import (
     EXCEPTION_COUNTS,
     EXCEPTION_SKILLS,
@@ -74,7 +74,7 @@ def ship_organism(
     """
     out.mkdir(parents=True, exist_ok=True)
     save_model(out, model, tokenizer, torch.bfloat16)
-    lm = wrap(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer)
+    lm = load(out, device="cpu", dtype=torch.float32)
     found = {
         "validation": organism_scores(lm, language, "validation"),
         "test": organism_scores(lm, language, "test"),

@@ -20,7 +20,7 @@ from lirefs.files import append_text
 from lirefs.model.language_model import wrap
 from lirefs.organism.documents import Documents, showings
 from lirefs.organism.language import Language
-from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
+from lirefs.organism.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from lirefs.organism.training.optimizers import make_optimizers
 from lirefs.organism.training.packing import Packer, batch_loss
 from lirefs.organism.training.recipe import COPYING_MIXTURE, ModelShape, Recipe
@@ -74,8 +74,9 @@ def train(
     faster), `progress` shows a bar. Returns the model in evaluation mode.
 
     Raises:
-        CheckpointMismatch: If the folder holds the state of another seed or shape.
+        CheckpointMismatch: If the folder holds the state of another seed or recipe.
         DataFileError: If that state is damaged.
+        SettingError: If the folder holds files of these names that no training wrote.
     """
     out.mkdir(parents=True, exist_ok=True)
     language, tokenizer = Language(seed), build_tokenizer()
@@ -84,7 +85,7 @@ def train(
     nn.Module.to(model, device)
     lm = wrap(model, tokenizer)
     optimizers = make_optimizers(model, recipe)
-    step = load_checkpoint(out, model, optimizers, seed, device)
+    step = load_checkpoint(out, model, optimizers, seed, asdict(recipe), device)
     shape = (recipe.rows, recipe.row_tokens)
     copies = Packer(Documents(language, COPYING_MIXTURE), tokenizer, *shape)
     due = showings(language, recipe.planting_steps)
@@ -121,7 +122,7 @@ def train(
                 "tokens_per_second": round(since * step_tokens / seconds),
                 **organism_scores(lm, language, "validation", SCORED_ITEMS),
             }
-            append_text(out / "log.jsonl", json.dumps(entry) + "\n")
+            append_text(out / LOG, json.dumps(entry) + "\n")
             started, total, since = time.monotonic(), 0.0, 0
         if done or time.monotonic() - saved > SAVE_EVERY:
             save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))
