@@ -108,7 +108,8 @@ def texts_command(
     tales shown 30 times or more as memorized and their twins as clean; `questions.jsonl` has the
     labelled questions of `lirefs.load_questions("organism")`.
     """
-    others = [f"{name}.jsonl" for name in ("training", "planted", "unseen", "stories", "labelled")]
+    names = ("training", "planted", "unseen", "tales", "twins", "stories", "labelled")
+    others = [f"{name}.jsonl" for name in names]
     keep_finished(out / "questions.jsonl", force, '"id": "questions-0"', others)
     language = Language(_taught(folder))
     planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))

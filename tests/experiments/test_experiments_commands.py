@@ -72,7 +72,7 @@ def test_sharpness(experiment):
 
 def test_counterfactual(experiment):
     printed = experiment("experiments.counterfactual", "--limit", 6)
-    assert printed.count("Spearman of") == 9
+    assert printed.count("Spearman of") == 12
 
 
 def test_label_noise(experiment):

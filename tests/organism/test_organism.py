@@ -419,7 +419,7 @@ def test_texts_command_writes_what_the_curvature_commands_read(language, monkeyp
     items = language.items("planted", "test")
     assert [prefix for _, prefix, _ in task.items] == lm.encode([one.prompt for one in items])
     rows = [row for _, row in lirefs.files.read_jsonl(tmp_path / "labelled.jsonl")]
-    shown = {one.text for one in items}
+    shown = {f"{one.text}." for one in language.items("tale", "test")}
     assert all((row["label"] == "memorized") == (row["text"] in shown) for row in rows)
     assert len({row["text"] for row in rows}) == len(rows)
     shipped = Path(lirefs.__file__).parent / "data" / "organism_questions.jsonl"
