@@ -360,8 +360,9 @@ def table(effects: Mapping[str, Mapping[str, Estimate]]) -> str:
         numbers = [f"{scale * one:+.{digits}f}" for one in (pooled.value, pooled.low, pooled.high)]
         shown = f"{numbers[0]} [{numbers[1]}, {numbers[2]}] {claim.unit}".strip()
         by_seed = ", ".join(f"{scale * one.value:+.{digits}f}" for one in each)
+        found = verdict(pooled, len(each))
         lines.append(
-            f"| {claim.paper} | {claim.text} | **{verdict(pooled, len(each))}** | {claim.effect}: {shown} "
+            f"| {claim.paper} | {claim.text} | **{found}** | {claim.effect}: {shown} "
             f"(n = {pooled.n}) | {claim.control} | {by_seed} |"
         )
     nulls = [key for key in next(iter(effects.values())) if key.startswith(NULL)]
