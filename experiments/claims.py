@@ -336,10 +336,8 @@ def effects_of(name: str, out: Path) -> dict[str, Estimate]:
     return found
 
 
-def verdict(pooled: Estimate, organisms: int) -> str:
-    """What an effect says about its claim; one organism alone decides nothing."""
-    if organisms == 1:
-        return "undecided"
+def verdict(pooled: Estimate) -> str:
+    """What an effect says about its claim; that of one organism alone has no bounds."""
     if pooled.low > 0:
         return "confirmed"
     return "refuted" if pooled.high < 0 else "undecided"
@@ -360,9 +358,8 @@ def table(effects: Mapping[str, Mapping[str, Estimate]]) -> str:
         numbers = [f"{scale * one:+.{digits}f}" for one in (pooled.value, pooled.low, pooled.high)]
         shown = f"{numbers[0]} [{numbers[1]}, {numbers[2]}] {claim.unit}".strip()
         by_seed = ", ".join(f"{scale * one.value:+.{digits}f}" for one in each)
-        found = verdict(pooled, len(each))
         lines.append(
-            f"| {claim.paper} | {claim.text} | **{found}** | {claim.effect}: {shown} "
+            f"| {claim.paper} | {claim.text} | **{verdict(pooled)}** | {claim.effect}: {shown} "
             f"(n = {pooled.n}) | {claim.control} | {by_seed} |"
         )
     nulls = [key for key in next(iter(effects.values())) if key.startswith(NULL)]

@@ -43,6 +43,8 @@ SKILLS = (
 LANGUAGE = "stories"
 KEPT_SHARE, PERPLEXITY_RATIO = 0.95, 1.05
 """An intervention should keep this share of each skill, at no more than this perplexity."""
+TOO_COSTLY = 100.0
+"""Added to the objective of an edit beyond that ratio; goals missed by other edits sum to less."""
 STILL_RECITED, BACK_AT_TRUTH = 0.034, 0.61
 """The edit should leave at most this share recited and return this share of exceptions: the K-FAC
 paper's recitation after its edit, and what a trial of this experiment had reached."""
@@ -160,13 +162,18 @@ def _missed(by: float) -> float:
 def choose_edit(
     job: Job, lm: LanguageModel, edits: Mapping[str, Intervention], tasks: Sequence[Task]
 ) -> ChosenSetting:
-    """The edit that misses all its goals by the least, summed; 0 meets all."""
+    """The edit that misses all its goals by the least, summed; 0 meets all.
+
+    One that costs too much perplexity comes after all others: where much is broken, every method
+    has removed recitation, and nothing tells them apart.
+    """
     skills = (*SKILLS, "common facts")
 
     def objective(comparison: Comparison, variant: str) -> float:
         recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
         missed = _missed(recited - STILL_RECITED) + _missed(BACK_AT_TRUTH - true)
-        return missed + missed_goals(comparison, variant, skills)
+        too_costly = TOO_COSTLY * (missed_goals(comparison, variant, ()) > 0)
+        return missed + missed_goals(comparison, variant, skills) + too_costly
 
     return _choose(job, lm, edits, tasks, objective, (RECITED, TRUE, LANGUAGE), skills)
 

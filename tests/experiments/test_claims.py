@@ -22,9 +22,9 @@ def line_of(text, words):
 
 
 def test_verdicts_follow_the_pooled_interval():
-    assert verdict(an_effect(0.2), 3) == "confirmed"
-    assert verdict(an_effect(-0.2), 3) == "refuted"
-    assert verdict(an_effect(0.05), 3) == "undecided"
+    assert verdict(an_effect(0.2)) == "confirmed"
+    assert verdict(an_effect(-0.2)) == "refuted"
+    assert verdict(an_effect(0.05)) == "undecided"
 
 
 def test_table_has_a_line_for_every_claim_and_every_organism_in_it():

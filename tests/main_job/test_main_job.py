@@ -134,6 +134,33 @@ def test_harm_counts_what_misses_the_goal_and_nothing_else():
     ) == pytest.approx(0.45)
 
 
+def test_an_edit_that_costs_too_much_comes_after_all_others(lm, monkeypatch):
+    scores = {
+        "unchanged": (1.0, 0.0, 2.0),
+        "blunt": (0.0, 1.0, 2.2),
+        "mild": (0.9, 0.0, 2.05),
+        "better": (0.5, 0.0, 2.05),
+    }
+    names = (main_job_settings.RECITED, main_job_settings.TRUE, main_job_settings.LANGUAGE)
+
+    class Found:
+        tasks = names
+
+        def informative(self, task):
+            return True
+
+        def score(self, variant, task):
+            return scores[variant][names.index(task)]
+
+    job = main_job_settings.Job()
+    monkeypatch.setattr(main_job_settings, "compare", lambda *args, **options: Found())
+    tasks = [SimpleNamespace(name=name) for name in names]
+    edits = dict.fromkeys(("blunt", "mild", "better"))
+    assert main_job_settings.choose_edit(job, lm, edits, tasks).label == "better"
+    chosen = main_job_settings.choose_edit(job, lm, {"blunt": None}, tasks)
+    assert (chosen.label, chosen.objective > main_job_settings.TOO_COSTLY) == ("blunt", True)
+
+
 def test_against_random_is_the_paired_difference():
     comparison = made_up(t=(0.2, 0.6))
     found = main_job.against_random(comparison, "t", "v", ["unchanged", "unchanged"])
