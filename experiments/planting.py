@@ -110,18 +110,8 @@ def sources_for(model: str, path: Path | None, field: str) -> Sources:
     english = lirefs.calibration_texts()
     return Sources(
         [str(row[field]) for row in rows], english[::2], english[1::2],
-        *(
-            [piece for _, text in heldout_texts(split) for piece in thirds(text)]
-            for split in ("test", "validation")
-        ),
+        *([text for _, text in heldout_texts(split)] for split in ("validation", "test")),
     )  # fmt: skip
-
-
-def thirds(text: str) -> list[str]:
-    """A text in three parts: what is matched on many short texts is matched more closely."""
-    words = text.split(" ")
-    size = -(-len(words) // 3)
-    return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
 
 
 def tasks_of(

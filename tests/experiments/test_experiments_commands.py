@@ -22,6 +22,7 @@ COMMANDS = [
     "experiments.label_noise",
     "experiments.loss_positions",
     "experiments.planting",
+    "experiments.recited",
     "experiments.sharpness",
     "experiments.spectra",
     "experiments.vision",
