@@ -128,8 +128,10 @@ def compare(
         >>> questions = lirefs.load_questions("organism")
         >>> direction = lirefs.fit(lm, questions, layers=[1], progress=False).best
         >>> variants = {
-        ...     "LiReF": lirefs.Steer(direction, "add", 2.0),
-        ...     "random direction": lirefs.Steer(direction.random_like(seed=0), "add", 2.0),
+        ...     name: lirefs.Steer(one, "add", 2.0, scope="last_prompt_token")
+        ...     for name, one in {
+        ...         "LiReF": direction, "random direction": direction.random_like(seed=0)
+        ...     }.items()
         ... }
         >>> conflicts = language.items("conflict", "test", 20)
         >>> rows = [(item.prompt, item.prompt, item.answer) for item in conflicts]
@@ -137,9 +139,9 @@ def compare(
         >>> comparison = lirefs.compare(lm, variants, [task], progress=False)
         >>> for variant in comparison.variants:
         ...     print(f"{variant}: {comparison.cell(variant, 'conflicts').value:.2f}")
-        unchanged: 0.25 [0.11, 0.47]
-        LiReF: 0.90 [0.70, 0.97]
-        random direction: 0.50 [0.30, 0.70]
+        unchanged: 0.45 [0.26, 0.66]
+        LiReF: 0.80 [0.58, 0.92]
+        random direction: 0.60 [0.39, 0.78]
     """
     with together("lirefs.compare") as world:
         must_be(lm, LanguageModel, "lm")

@@ -252,7 +252,7 @@ def fit(
         >>> questions = lirefs.load_questions("organism")
         >>> probe = lirefs.fit(lm, questions, layers=[2, 3], progress=False)
         >>> print(f"layer {probe.best_layer}: {probe.best_scores.test_auroc:.2f}")
-        layer 3: 0.98 [0.95, 1.00]
+        layer 3: 0.99 [0.98, 1.00]
     """
     must_be(lm, LanguageModel, "lm")
     must_be(split, (Split, Questions), "split")
