@@ -23,10 +23,11 @@ import torch
 
 import kfac
 import lirefs
-from lirefs.files import atomic_write_text
+from lirefs.files import atomic_write_text, refuse_foreign
 from lirefs.main_job.matching import perplexity
 from lirefs.organism import Language, language_seed, organism_tasks, training_texts
 from lirefs.tasks import Recitation, calibration_texts, heldout_texts
+from lirefs.tasks.task import GROUPS
 
 BISECTIONS = 12
 ENOUGH = 0.1
@@ -57,6 +58,8 @@ def main() -> None:
     if options.quick:
         options.limit = options.limit or 14
     options.rises = options.rises or ("1.1,1.4" if options.quick else "1.05,1.15,1.3,1.6")
+    figures = [f"{name}.{kind}" for name in ("perplexity", *GROUPS) for kind in ("png", "svg")]
+    refuse_foreign(options.out / "pareto.json", '"rows"', figures)
     began = time.perf_counter()
     lm = lirefs.load(options.model)
     start = round(lm.n_layers * 2 / 3)

@@ -15,10 +15,11 @@ from pathlib import Path
 import lirefs
 from lirefs.directions import figures as probe_plots
 from lirefs.directions import geometry
-from lirefs.files import atomic_write_text, cache_dir, read_jsonl
+from lirefs.files import atomic_write_text, cache_dir, read_jsonl, refuse_foreign
 from lirefs.questions import Question, Questions
 
 # Estimator and number of shuffles; each shuffle fits every layer again.
+FIGURES = ("estimators", "transfer", "null")
 ESTIMATORS = {
     "mean difference": (lirefs.MeanDifference(), 200),
     "whitened": (lirefs.WhitenedMeanDifference(), 20),
@@ -56,6 +57,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=500, help="questions per set")
     parser.add_argument("--out", type=Path, default=Path("benchmark-probe"))
     arguments = parser.parse_args()
+    files = [f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")]
+    refuse_foreign(arguments.out / "probe.json", '"null"', files)
     asked = balanced(list(lirefs.load_questions(arguments.questions)), arguments.limit, "MMLU")
     pairs = arithmetic_against_relations(arguments.gsm8k, arguments.relations)
     other = balanced(pairs, min(arguments.limit, 200), "GSM8K against relations")
@@ -82,12 +85,12 @@ def main() -> None:
             place = moved[name].layers.index(probe.best_layer)
             random_there = moved[name].random[place]
             print(f"{'':16} on {other.source}: {moved[name].auroc[place]}, random {random_there}")
-    figures = {
-        "estimators": probe_plots.best_layer_figure(probes),
-        "transfer": probe_plots.transfer_bars(probes["mean difference"], moved),
-        "null": probe_plots.probe_by_layer(probes["mean difference"]),
-    }
-    for name, picture in figures.items():
+    pictures = (
+        probe_plots.best_layer_figure(probes),
+        probe_plots.transfer_bars(probes["mean difference"], moved),
+        probe_plots.probe_by_layer(probes["mean difference"]),
+    )
+    for name, picture in zip(FIGURES, pictures, strict=True):
         picture.save(arguments.out, name)
     atomic_write_text(arguments.out / "probe.json", json.dumps(table, indent=2))
 

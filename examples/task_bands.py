@@ -12,6 +12,7 @@ from pathlib import Path
 import kfac
 import lirefs
 from lirefs.organism import Language, training_texts
+from lirefs.organism.language import OFTEN
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--limit", type=int, default=60, help="items per task")
@@ -29,6 +30,12 @@ def profile(texts):
     return kfac.band_profile(lm.model, lm.batches(texts), factors)
 
 
+def texts_of(kind):
+    """Tales that training showed often, or their never-seen twins."""
+    items = [item for item in language.items(kind, "test") if item.frequency >= OFTEN]
+    return [item.text for item in items[:limit]]
+
+
 kinds = {"sums": "addition", "facts": "fact", "passages": "open_book", "logic": "boolean"}
 ratios = kfac.task_band_ratios(
     {
@@ -36,8 +43,8 @@ ratios = kfac.task_band_ratios(
         for name, kind in kinds.items()
     },
     {
-        "memorized": profile([item.text for item in language.items("planted", "test", limit)]),
-        "never seen": profile([item.text for item in language.items("unseen", "test", limit)]),
+        "memorized": profile(texts_of("tale")),
+        "their twins": profile(texts_of("twin")),
         "clean": profile(language.texts("test", limit)),
     },
 )

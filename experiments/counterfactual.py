@@ -30,6 +30,8 @@ from lirefs.tasks import token_nlls
 
 POSITIONS = 4
 """Number of prompts with one replaced token that the perturbation score averages over."""
+NEVER_SHOWN = {"tale": "twin", "planted": "unseen"}
+"""Kinds of memorized texts, and the kind of never-seen ones."""
 SCORES = ("perturbation", "counterfactual", "fall under the edit")
 
 
@@ -119,8 +121,9 @@ def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0
 
     Args:
         language: The organism's language.
-        kind: `planted` (other random sequences), `fact` (people that no fact is about, with a value
-            drawn in the same way) or `exception` (fresh items with a wrong label).
+        kind: `tale` (their twins), `planted` (other random sequences), `fact` (people that no fact
+            is about, with a value drawn in the same way) or `exception` (fresh items with a wrong
+            label).
         split: Split of the fresh items.
         n: Number of items; for exceptions, per skill.
         seed: Seed of the draws.
@@ -129,8 +132,8 @@ def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0
         ValueError: If the kind is unknown.
     """
     rng = Random(f"never seen {language.seed} {kind} {split} {seed}")
-    if kind == "planted":
-        return language.items("unseen", split, n)
+    if kind in NEVER_SHOWN:
+        return language.items(NEVER_SHOWN[kind], split, n)
     if kind == "fact":
         found = []
         for _ in range(n):
@@ -145,7 +148,9 @@ def never_seen(language: Language, kind: str, split: Side, n: int, seed: int = 0
             Item("exception", one.prompt(), wrong_answer(one, rng), group=one.kind)
             for one in problems
         ]
-    raise ValueError(f"no items of kind {kind!r} are memorized; use planted, fact or exception")
+    raise ValueError(
+        f"no items of kind {kind!r} are memorized; use tale, planted, fact or exception"
+    )
 
 
 def memorized(language: Language, kind: str, split: Side, n: int | None = None) -> list[Item]:
@@ -198,7 +203,7 @@ def main() -> None:
     factors = kfac.collect(lm, training_texts(language, 3 * limit), layers=[0])
     edit = kfac.CurvatureEdit(factors, keep=0.98)
 
-    for kind in ("planted", "fact", "exception"):
+    for kind in ("tale", "planted", "fact", "exception"):
         items = memorized(language, kind, "test", limit)
         scores = memorization_scores(lm, edit, items, never_seen(language, kind, "test", limit))
         print(

@@ -29,7 +29,7 @@ from experiments.write_flat import ARMS, halves
 from lirefs import LanguageModel
 from lirefs.comparison import Comparison
 from lirefs.errors import SettingError, TaskError
-from lirefs.files import atomic_write_text, parse_json
+from lirefs.files import atomic_write_text, parse_json, refuse_foreign
 from lirefs.main_job.factors import edited_layers
 from lirefs.main_job.matching import Damage, Match, Rival, Scaled, rivals_of_edit
 from lirefs.organism import Language, language_seed, training_texts
@@ -110,18 +110,8 @@ def sources_for(model: str, path: Path | None, field: str) -> Sources:
     english = lirefs.calibration_texts()
     return Sources(
         [str(row[field]) for row in rows], english[::2], english[1::2],
-        *(
-            [piece for _, text in heldout_texts(split) for piece in thirds(text)]
-            for split in ("test", "validation")
-        ),
+        *([text for _, text in heldout_texts(split)] for split in ("validation", "test")),
     )  # fmt: skip
-
-
-def thirds(text: str) -> list[str]:
-    """A text in three parts: what is matched on many short texts is matched more closely."""
-    words = text.split(" ")
-    size = -(-len(words) // 3)
-    return [" ".join(words[i : i + size]) for i in range(0, len(words), size)]
 
 
 def tasks_of(
@@ -278,6 +268,7 @@ def run(options: argparse.Namespace) -> dict[str, Row]:
     settings = {name: getattr(options, name) for name in names}
     settings |= {"passages": str(options.passages), "layers": options.layers}
     known = options.out / "settings.json"
+    refuse_foreign(known, '"passages"', ("results.json", "table.md"))
     if known.exists() and parse_json(known.read_text("utf-8")) != settings:
         raise SettingError(f"{options.out} holds a run with other settings; give another --out")
     sources = sources_for(options.model, options.passages, options.field)

@@ -22,14 +22,7 @@ from lirefs import Direction, Intervention, LanguageModel, Questions, Recitation
 from lirefs.errors import DirectionError, TaskError
 from lirefs.model import applied
 from lirefs.organism import Language, organism_questions, organism_tasks, training_texts
-from lirefs.statistics import (
-    Estimate,
-    auroc,
-    correlation,
-    interval,
-    permutation_p,
-    resample_counts,
-)
+from lirefs.statistics import Estimate, Resamples, auroc, correlation, interval, permutation_p
 from lirefs.statistics.intervals import Floats
 from lirefs.tasks import Task
 
@@ -231,7 +224,7 @@ def _projections(direction: Direction, states: Floats) -> Floats:
 
 
 def _mean(values: Floats, seed: int) -> Estimate:
-    draws = resample_counts(len(values), RESAMPLES, seed)
+    draws = Resamples(len(values), RESAMPLES, seed)
     return Estimate(float(values.mean()), *interval(draws @ values / len(values)), len(values))
 
 

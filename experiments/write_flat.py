@@ -31,7 +31,7 @@ from kfac.factors.tensor_file import read_tensors, write_tensors
 from lirefs import LanguageModel
 from lirefs.comparison import Comparison
 from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, parse_json
+from lirefs.files import atomic_write_text, parse_json, refuse_foreign
 from lirefs.main_job.matching import perplexity
 from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step
@@ -46,7 +46,7 @@ ARMS = ("free", "flat", "sharp", "random")
 NEW = "new facts"
 HEADER = "write_flat"
 TASKS = (
-    "common facts", "rare facts", "planted sequences", "addition", "subtraction", "relations",
+    "common facts", "rare facts", "tales", "addition", "subtraction", "relations",
     "object tracking", "boolean expressions", "retrieval", "retrieval in two steps", "stories",
 )  # fmt: skip
 """What a write may cost: names of `organism_tasks`."""
@@ -277,6 +277,8 @@ def run(out: Path, n: int, limit: int, lr: float, seed: int) -> dict[str, Any]:
     """Run or continue the experiment in a folder; its results, which are also written there."""
     settings = {"facts": n, "limit": limit, "lr": lr, "seed": seed, "taught": TAUGHT, "rise": RISE}
     known = out / "settings.json"
+    figures = ("write_flat.png", "write_flat.svg")
+    refuse_foreign(known, '"taught"', ("results.json", "table.md", *figures))
     if known.exists() and parse_json(known.read_text("utf-8")) != settings:
         raise SettingError(f"{out} holds a run with other settings; give another --out")
     atomic_write_text(known, json.dumps(settings))
@@ -327,14 +329,14 @@ def run(out: Path, n: int, limit: int, lr: float, seed: int) -> dict[str, Any]:
 
 def _against_free(edits: Mapping[str, Any], seed: int) -> dict[str, dict[str, float]]:
     """How the edit changes the new facts of an arm, minus how it changes those of free writing."""
-    from lirefs.statistics.intervals import resample_counts
+    from lirefs.statistics.resamples import Resamples
 
     changes = {
         arm: torch.tensor(one["new"]["K-FAC"]) - torch.tensor(one["new"]["unchanged"])
         for arm, one in edits.items()
     }
     free = changes["free"].double().numpy()
-    draws = resample_counts(len(free), 5000, seed)
+    draws = Resamples(len(free), 5000, seed)
     return {
         arm: paired_difference(one.double().numpy(), free, draws).to_dict()
         for arm, one in changes.items()

@@ -8,8 +8,7 @@ output.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -46,19 +45,22 @@ def check_expert_stack(name: str, module: nn.Module) -> None:
         )
 
 
-@contextmanager
-def observed_experts(module: nn.Module, observe: Observe) -> Iterator[None]:
-    """Run a module's experts one by one inside the context, and call `observe` with each."""
+def observe_experts(module: nn.Module, observe: Observe) -> Callable[[], None]:
+    """Run a module's experts one by one, and call `observe` with each, until the result is called.
+
+    Interrupts must be held, here and then.
+    """
     own = module.__dict__.get("forward")
     # Assigned on the instance, so the class and other models that use it do not change.
     module.forward = partial(_forward, module, observe)
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         if own is None:
             del module.forward
         else:
             module.forward = own
+
+    return end
 
 
 def _forward(

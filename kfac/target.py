@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from kfac.factors.tensor_file import tensor_bytes
 from lirefs.errors import TargetError, must_be
+from lirefs.model.untrusted.digest import tensor_bytes
 from lirefs.model.weight_swap import gathered, is_sharded, sharded_like
 
 

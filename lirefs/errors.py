@@ -1,10 +1,11 @@
-"""The errors that this library raises on purpose.
+"""The errors that this library raises on purpose, and what an interrupt must not cut in two.
 
 Every message is one line: what was wrong, where, and what to do. `except LirefsError` catches them
 all; so does `except KfacError` for curvature and weight edits. Indented classes are special cases:
 
     LirefsError
         SettingError, WriteError (also an OSError), DownloadError
+        DistributedError (also a KfacError)
         DataFileError, QuestionsError, DirectionsFileError, ResultsFileError, ProvenanceError
         ModelNotFoundError, ModelLoadError, LayoutError
         NonFiniteError, CaptureError
@@ -15,7 +16,7 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
         TaskError
             NoDataError
         KfacError
-            TargetError, BatchError, BudgetError, CheckpointError, DistributedError
+            TargetError, BatchError, BudgetError, CheckpointError
             FactorsFileError, FactorsMismatchError, EstimatorError
             KeepError and SpectrumError (also ValueErrors)
             EditError
@@ -25,12 +26,34 @@ all; so does `except KfacError` for curvature and weight edits. Indented classes
 from __future__ import annotations
 
 import operator
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+"""Controls of terminals, marks of direction, halves of characters; not newlines and tabs."""
+
+
+def visible(text: str) -> str:
+    r"""A text of others to show: characters that would act on its reader are written out.
+
+    They are written as JSON and Python have them.
+
+    Examples:
+        >>> from lirefs.errors import visible
+        >>> print(visible("a\x1b[2J, \u202eb"))
+        a\u001b[2J, \u202eb
+    """
+    return _UNSEEN.sub(lambda one: f"\\u{ord(one[0]):04x}", text)
 
 
 class LirefsError(Exception):
     """Base of every error that this library raises on purpose."""
+
+    def __str__(self) -> str:
+        return visible(super().__str__())
 
 
 class SettingError(LirefsError):
@@ -113,7 +136,8 @@ class DirectionError(LirefsError):
 class MissingError(LirefsError, KeyError):
     """Nothing is kept under this name, layer or site."""
 
-    __str__ = Exception.__str__  # that of KeyError puts the message in quotes
+    def __str__(self) -> str:
+        return visible(Exception.__str__(self))  # that of KeyError puts the message in quotes
 
 
 class InterventionError(LirefsError):
@@ -161,7 +185,7 @@ class CheckpointError(KfacError):
 
 
 class DistributedError(KfacError):
-    """The processes of one collection do not agree on their data or targets."""
+    """The processes of one call do not agree on what it is, or one of them has failed."""
 
 
 class FactorsFileError(KfacError):
@@ -302,6 +326,16 @@ def whole_number(
         raise error(f"{name} must be a whole number, got {got(value)}") from None
     if least is not None and number < least:
         raise error(f"{name} must be at least {least}, got {number}")
+    return number
+
+
+def checked_seed(seed: Any, error: type[LirefsError] = SettingError) -> int:
+    """An argument that is a seed, of which every generator takes those from 0 to 2**63 - 1."""
+    if isinstance(seed, bool):
+        raise error(f"seed must be a whole number, got {seed}")
+    number = whole_number(seed, "seed", error=error)
+    if not 0 <= number < 2**63:
+        raise error(f"seed must be from 0 to 2**63 - 1, got {number:.4g}")
     return number
 
 

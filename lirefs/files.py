@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import html
 import json
@@ -11,6 +12,7 @@ import re
 import stat
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from numbers import Integral, Real
@@ -20,9 +22,10 @@ from typing import Any
 import platformdirs
 from safetensors import SafetensorError
 
-from lirefs.errors import DataFileError, LirefsError, WriteError, must_be
+from lirefs.errors import DataFileError, LirefsError, SettingError, WriteError, must_be, visible
 
-_HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair
+HALF = re.compile("[\ud800-\udfff]")
+"""Half of a surrogate pair, which no file can hold and no tokenizer reads."""
 
 
 @contextmanager
@@ -95,6 +98,44 @@ def atomic_write_text(path: str | os.PathLike[str], text: str) -> None:
     atomic_write_bytes(path, text.encode("utf-8"))
 
 
+def refuse_folder(path: str | os.PathLike[str], error: type[LirefsError]) -> None:
+    """Raise `error` if a path that should name a file names a folder."""
+    must_be(path, (str, os.PathLike), "the path of a file", error)
+    if Path(path).is_dir():
+        raise error(f"{path}: is a folder; name a file")
+
+
+def holds_mark(path: Path, mark: str) -> bool:
+    """Whether a file is one of ours: `mark` is in its first megabyte, or it is empty."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(2**20)
+    except OSError:  # a folder, for one
+        return False
+    return not head or mark.encode() in head
+
+
+def refuse_foreign(record: Path, mark: str, others: Iterable[str] = ()) -> None:
+    """Raise SettingError if what a command is about to write would replace what it did not write.
+
+    Args:
+        record: The file that shows whose a folder is: if the command wrote it, it wrote the
+            others too.
+        mark: Text that every such file holds, and the files of others do not.
+        others: Names of the other files that the command writes to the same folder. None of them
+            may be there without the record.
+    """
+    if record.exists():
+        foreign = [] if holds_mark(record, mark) else [record]
+    else:
+        foreign = [path for one in others if (path := record.parent / one).exists()]
+    if foreign:
+        raise SettingError(
+            f"{foreign[0]}: exists, and this command did not write it; move it, or name another "
+            "place to write to"
+        )
+
+
 def sha256_of(source: str | os.PathLike[str] | bytes) -> str:
     """Return the SHA-256 of a file (a path, ``str`` included) or of ``bytes``, as 64 hex digits."""
     if isinstance(source, bytes):
@@ -107,6 +148,24 @@ def cache_dir() -> Path:
     """Return ``$LIREFS_CACHE``, or else the user's cache folder, without creating it."""
     given = os.environ.get("LIREFS_CACHE")
     return Path(given).expanduser() if given else Path(platformdirs.user_cache_dir("lirefs"))
+
+
+def read_regular(path: Path, most: int) -> bytes:
+    """The bytes of a stranger's file; OSError if it is not a regular file of at most so many.
+
+    A link could lead to any file of the reader's, and a pipe or a device may never end.
+    """
+    if path.is_symlink():
+        raise OSError(errno.ELOOP, "it is a link; put the file itself in its place")
+    # Without O_NONBLOCK a pipe is waited for.
+    flags = (getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"))
+    with os.fdopen(os.open(path, os.O_RDONLY | sum(flags)), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "it is not a regular file")
+        if status.st_size > most:
+            raise OSError(errno.EFBIG, f"it has {status.st_size:,} bytes, more than {most:,}")
+        return file.read(status.st_size)  # a larger number would be that much memory at once
 
 
 def read_jsonl(
@@ -145,17 +204,30 @@ def read_jsonl(
     return rows
 
 
+class _TwiceError(ValueError):
+    """An object of JSON has two values for one key."""
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        key = next(key for key, n in Counter(key for key, _ in pairs).items() if n > 1)
+        raise _TwiceError(f"two values for the key {key!r:.60}")
+    return found
+
+
 def parse_json(text: str, levels: int | None = None) -> Any:
     """Parse JSON from an untrusted source; NaN and Infinity are read, as `json.dumps` writes them.
 
-    ValueErrors are text that is not JSON or is nested deeper than ``levels`` or Python allows, half
-    of a surrogate pair, which cannot be written to a file, and a number that no float can hold.
+    ValueErrors are text that is not JSON or is nested deeper than ``levels`` or Python allows, an
+    object with two values for one key, half of a surrogate pair, which cannot be written to a file,
+    and a number that no float can hold.
     """
     try:
-        value = json.loads(text)
+        value = json.loads(text, object_pairs_hook=_object)
     except RecursionError:
         raise ValueError("nested too deep") from None
-    except json.JSONDecodeError:
+    except (json.JSONDecodeError, _TwiceError):
         raise
     except ValueError:  # Python reads no more than some thousand digits
         raise ValueError("a number with too many digits") from None
@@ -169,7 +241,7 @@ def parse_json(text: str, levels: int | None = None) -> Any:
                 below += [*one, *one.values()]
             elif isinstance(one, list):
                 below += one
-            elif isinstance(one, str) and not one.isascii() and (half := _HALF.search(one)):
+            elif isinstance(one, str) and not one.isascii() and (half := HALF.search(one)):
                 raise ValueError(
                     f"\\u{ord(half[0]):04x} is half of a character, written without its other half"
                 )
@@ -177,6 +249,17 @@ def parse_json(text: str, levels: int | None = None) -> Any:
                 raise ValueError("a number with too many digits")
         layer, depth = below, depth + 1
     return value
+
+
+_MARKUP = re.compile(
+    r"[\\`|$]|<(?=[a-zA-Z/!?])|\](?=[(\[:])|[*~](?=\S)|(?<=\S)[*~]|_(?!\w)|(?<!\w)_|&(?=#?\w+;)"
+    r"|^[-+>](?=\s\S)|^#(?=#*\s)"
+)
+
+
+def in_markdown(text: str) -> str:
+    """A text as Markdown shows it, in one line: nothing of it is markup."""
+    return _MARKUP.sub(r"\\\g<0>", " ".join(visible(text).split()))
 
 
 _SHOWN, _LONGEST = 12, 60

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from xml.parsers import expat
 
 import numpy as np
 
@@ -30,10 +32,24 @@ WIDE = 7.0
 """Width in inches of a figure that spans both columns of a paper."""
 SMALL = 7.0
 """Size in points of the smallest text."""
+LONGEST = 100
+"""Most characters of a line of text."""
 STYLE = Path(__file__).parent / "data" / "figures.mplstyle"
 """The style of every figure, for `matplotlib.style.use` too."""
 INK, PAPER = 0.9, 0.12
 """Grey levels of text and background in the dark variant of a figure."""
+
+
+MOST_BYTES = 64 << 20
+"""Bytes of a stranger's picture."""
+_MOST_PIXELS = 100_000_000
+_ELEMENTS = re.compile(
+    "svg|g|defs|symbol|use|path|rect|circle|ellipse|line|polyline|polygon|text|tspan|image|title|desc|"
+    "style|clipPath|mask|marker|pattern|linearGradient|radialGradient|stop|"
+    "metadata|RDF|Work|Agent|creator|format|date|type"
+)
+"""Elements of an SVG picture that show something or say who made it, and do nothing else."""
+_INSIDE = re.compile("#|data:image/(png|jpeg);")
 
 
 @dataclass(frozen=True)
@@ -52,6 +68,48 @@ class Picture:
         """Write `name.png` and `name.svg`."""
         atomic_write_bytes(folder / f"{name}.png", self.png)
         atomic_write_bytes(folder / f"{name}.svg", self.svg)
+
+
+def check_picture(picture: Picture) -> None:
+    """Raise ValueError unless a stranger's picture is one, which runs and refers to nothing."""
+    from PIL import Image
+
+    try:
+        with Image.open(io.BytesIO(picture.png), formats=["PNG"]) as image:
+            width, height = image.size
+            if width * height > _MOST_PIXELS:
+                raise ValueError(f"its PNG has {width} x {height} pixels")
+            image.verify()
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as problem:
+        raise ValueError("not a PNG picture") from problem
+    parser = expat.ParserCreate()
+    parser.StartElementHandler = _check_element
+    parser.CharacterDataHandler = _check_style
+    parser.EntityDeclHandler = parser.ProcessingInstructionHandler = _refuse
+    try:
+        parser.Parse(picture.svg, True)
+    except (expat.ExpatError, LookupError) as problem:
+        raise ValueError(f"not an SVG picture ({problem})") from problem
+
+
+def _check_element(name: str, attributes: Mapping[str, str]) -> None:
+    if not _ELEMENTS.fullmatch(name.rpartition(":")[2]):
+        raise ValueError(f"its SVG has an element <{name[:40]}>")
+    for key, value in attributes.items():
+        plain = key.rpartition(":")[2].lower()
+        if plain.startswith("on") or (plain in ("href", "src") and not _INSIDE.match(value)):
+            raise ValueError(f"its SVG has an attribute {key[:40]}={value!r:.40}")
+        _check_style(value)
+
+
+def _check_style(text: str) -> None:
+    """Styles may name only what is inside the picture, and none are loaded."""
+    if re.search(r"@import|url\(\s*(?![\s\"']*(#|data:image/(png|jpeg);))", text, re.IGNORECASE):
+        raise ValueError(f"its SVG refers to something outside: {text.strip()!r:.40}")
+
+
+def _refuse(*_: object) -> None:
+    raise ValueError("its SVG declares entities or instructions")
 
 
 def styled(draw: Callable[P, R]) -> Callable[P, R]:
@@ -119,9 +177,25 @@ def legend_below(axis: Any, columns: int) -> None:
 
 
 def literal_text(name: str) -> str:
-    """A name to show as it is: without mathematics between dollar signs or control characters."""
-    shown = "".join(one if one.isprintable() or one == "\n" else " " for one in name)
+    """A name to show as it is: without mathematics between dollar signs or control characters.
+
+    Of a line of more than `LONGEST` characters the middle is left out.
+    """
+    lines = (shortened(one, LONGEST) if len(one) > LONGEST else one for one in name.split("\n"))
+    shown = "".join(one if one.isprintable() or one == "\n" else " " for one in "\n".join(lines))
     return shown.replace("$", r"\$")
+
+
+def shortened(name: str, most: int) -> str:
+    """A name on one line of at most `most` characters, if need be with an ellipsis in its middle.
+
+    The middle, because the names of a sweep begin alike.
+    """
+    name = " ".join(name.split())
+    if len(name) <= most:
+        return name
+    end = (most - 1) // 2
+    return f"{name[: most - 1 - end]}…{name[-end:]}"
 
 
 def legend_outside(canvas: Canvas, axis: Any, columns: int, side: str) -> None:

@@ -12,10 +12,11 @@ import typer
 
 from experiments.vision.data import load_images
 from experiments.vision.edits import Setting
-from experiments.vision.report import findings, save, table
+from experiments.vision.report import FILES, findings, save, table
 from experiments.vision.study import PAPER_KEEP, run
 from experiments.vision.training import SHIPPED, VisionRecipe
 from lirefs.cli.options import OutFolder, console, indices_option, numbers_option
+from lirefs.files import refuse_foreign
 
 SMALL = 2**18
 
@@ -91,6 +92,7 @@ def vision(
         shift=shift,
         grain=grain,
     )
+    refuse_foreign(out / "results.json", '"pairs_kept"', FILES)
     threads = torch.get_num_threads()
     if width * mlp <= SMALL:
         # Such a small product gains nothing from a second thread, and may wait for it.

@@ -14,6 +14,9 @@ from experiments.vision.study import PAPERS, UNEDITED, VisionStudy
 from lirefs.comparison import Figure
 from lirefs.files import atomic_write_text
 
+FIGURES = ("keep", "blocks", "bands", "decays", "sheet")
+FILES = ("report.md", *(f"{name}.{kind}" for name in FIGURES for kind in ("png", "svg")))
+"""What `save` writes in addition to results.json."""
 PAIRS = (("K-FAC", "random pairs"), ("K-FAC", "SVD"), ("K-FAC", "EK-FAC"), ("K-FAC", UNEDITED))
 
 

@@ -21,9 +21,10 @@ from kfac.collection.batches import Forward, check_model_and_batches
 from kfac.collection.target_inputs import target_inputs
 from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
-from lirefs.errors import KfacError, SpectrumError, must_be
+from lirefs.errors import KfacError, SpectrumError, checked_seed, must_be
 from lirefs.model.guest import as_guest, full_precision
-from lirefs.statistics.intervals import RESAMPLES, Floats, resample_counts
+from lirefs.statistics.intervals import RESAMPLES
+from lirefs.statistics.resamples import Floats, Resamples
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,8 +140,9 @@ def band_ratios(
         must_be(one, BandProfile, name, KfacError)
     if first.names != second.names or first.labels != second.labels:
         raise SpectrumError("the two profiles were measured on different targets or bands")
+    seed = checked_seed(seed, KfacError)
     sides = [
-        (one.tokens, resample_counts(len(one), resamples, seed + index))
+        (one.tokens, Resamples(len(one), resamples, seed + index))
         for index, one in enumerate((first, second))
     ]
 
@@ -148,7 +150,8 @@ def band_ratios(
         means = []  # of each side: of the texts themselves, then of each resample
         for values, (tokens, counts) in zip(norms, sides, strict=True):
             sums = (values * tokens[:, None, None]).reshape(len(tokens), -1)
-            resampled = (counts @ sums) / (counts @ tokens)[:, None]
+            blocks = [(block @ sums) / (block @ tokens)[:, None] for block in counts.blocks()]
+            resampled = np.concatenate(blocks)
             means.append((sums.sum(0) / tokens.sum(), resampled))
         tiny = np.finfo(np.float64).tiny
         value, drawn = (

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfac.analysis.losses import position_losses
-from kfac.collection.batches import check_model_and_batches
+from kfac.collection.batches import check_model_and_batches, must_be_causal
 from kfac.edits.weight_edit import check_weight
 from kfac.factors.factors import Factors
 from kfac.target import Target
@@ -78,6 +78,7 @@ def loss_slices(
             the target.
     """
     check_model_and_batches(model, batches)
+    must_be_causal(model)
     must_be(factors, Factors, "factors", KfacError)
     target = factors.targets(model, [name])[0]
     must_be_whole([target.parameter])

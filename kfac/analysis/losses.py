@@ -12,11 +12,12 @@ from kfac.collection.batches import (
     check_model_and_batches,
     check_tokens,
     language_model_forward,
+    must_be_causal,
     on_its_device,
 )
 from kfac.collection.finite import not_finite_logits_error
 from lirefs.errors import BatchError
-from lirefs.model.guest import widened
+from lirefs.model.guest import widened, without_gradients
 
 
 def position_losses(model: nn.Module, batch: Any) -> tuple[Tensor, Tensor]:
@@ -37,7 +38,7 @@ def passage_losses(model: nn.Module, batch: Any) -> Tensor:
     return table.sum(1) / counted.sum(1)
 
 
-@torch.no_grad()
+@without_gradients()
 def teacher_forced_matches(model: nn.Module, batches: Iterable[Any]) -> Tensor:
     """Find the texts whose every token a model puts first (Merullo et al. 2025, appendix B).
 
@@ -58,6 +59,7 @@ def teacher_forced_matches(model: nn.Module, batches: Iterable[Any]) -> Tensor:
         NonFiniteError: A logit of a counted position is NaN, or a row of logits infinite.
     """
     check_model_and_batches(model, batches)
+    must_be_causal(model)
     parts = []
     for index, batch in enumerate(batches):
         logits, counted, following = _predictions(model, batch, f"batch {index}")

@@ -12,10 +12,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses, teacher_forced_matches
-from kfac.collection.batches import check_model_and_batches
+from kfac.collection.batches import check_model_and_batches, must_be_causal
 from kfac.collection.finite import ADVICE, first_not_finite_row, not_finite, not_finite_row_error
 from kfac.edits.weight_edit import WeightEdit
-from lirefs.errors import BatchError, EditError, NonFiniteError, must_be
+from lirefs.errors import BatchError, EditError, NonFiniteError, checked_seed, must_be
 from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step, shuffled
 from lirefs.statistics.intervals import Estimate, mean_estimate
@@ -76,9 +76,11 @@ def relearn(
         NonFiniteError: The loss, a gradient or a logit is NaN or infinite.
     """
     check_model_and_batches(model, known, rest)
+    must_be_causal(model)
     must_be(arms, Mapping, "arms", EditError)
     for name, edit in arms.items():
         must_be(edit, (WeightEdit, type(None)), f"arms[{name!r}]", EditError)
+    seed = checked_seed(seed, EditError)
     wanted = list(steps)
     if not arms or not wanted or wanted != sorted(set(wanted)) or wanted[0] < 0 or lr <= 0:
         raise EditError(

@@ -7,6 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from lirefs.errors import BatchError, must_be
 from lirefs.model.batching import check_length, position_limit
@@ -115,6 +119,22 @@ def attended(batch: Any) -> Tensor | None:
     if isinstance(mask, Tensor):
         return mask.bool()
     return torch.ones_like(batch["input_ids"], dtype=torch.bool)
+
+
+def must_be_causal(model: nn.Module) -> None:
+    """Raise BatchError for a language model whose positions see the tokens that they would predict.
+
+    Only families that also have masked language models are tried out, by a few forward passes.
+    """
+    family, kind = getattr(getattr(model, "config", None), "model_type", ""), type(model).__name__
+    masked = MODEL_FOR_MASKED_LM_MAPPING_NAMES.get(family)
+    if masked is None or kind not in (masked, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(family)):
+        return
+    if not traits_of(model).causal:
+        raise BatchError(
+            f"{kind} is not a causal language model; pass `forward` to kfac.collect: its tokens "
+            "see later ones, so a position does not predict the next token"
+        )
 
 
 def check_tokens(model: nn.Module, batch: Any, place: str) -> None:

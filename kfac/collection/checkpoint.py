@@ -19,6 +19,7 @@ from torch import Tensor
 
 from kfac.factors.tensor_file import read_tensors, write_tensors
 from lirefs.errors import CheckpointError, FactorsFileError
+from lirefs.files import holds_mark, refuse_folder
 
 _HEADER = "kfac_checkpoint"
 
@@ -52,11 +53,14 @@ class Checkpoint:
     def __init__(
         self, path: str | os.PathLike[str] | None, every: float, settings: Mapping[str, Any]
     ) -> None:
+        if path is not None:
+            refuse_folder(path, CheckpointError)
         self.path = None if path is None else Path(path)
         self.every = every
         self.settings = json.loads(json.dumps(settings))
         self._written = time.monotonic()
         self._busy = self._asked = self.changing = False
+        self._handler: Any = signal.SIG_IGN  # what `guarded` found in place
 
     def load(self, turns: int, shapes_in: Callable[[State], Shapes], dtype: torch.dtype) -> State:
         """Return the state to resume from; a new one when no file exists.
@@ -75,7 +79,9 @@ class Checkpoint:
             if settings == self.settings:
                 _check_sums(state, turns, shapes_in(state), dtype)
         except FactorsFileError as error:
-            raise CheckpointError(f"{error}; delete it to start again") from error
+            ours = holds_mark(self.path, _HEADER)
+            advice = "delete it to start again" if ours else "give another path"
+            raise CheckpointError(f"{error}; {advice}") from error
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"{self.path} is damaged: {error!r}; delete it to start again"
@@ -107,16 +113,20 @@ class Checkpoint:
         yield
         self._busy = self.changing = False
         if self._asked:
-            raise KeyboardInterrupt
+            self._handler(signal.SIGINT, None)
+            self._asked = False  # the handler of the caller's lets the collection go on
         if self.path is not None and time.monotonic() - self._written >= self.every:
             self.save(state)
 
     @contextmanager
     def guarded(self, state: State) -> Iterator[None]:
         """Hold Ctrl-C back during batches, and write the state if anything stops the collection."""
-        # Only the main thread may set handlers; elsewhere Ctrl-C does not arrive anyway.
-        ours = self.path is not None and threading.current_thread() is threading.main_thread()
+        # Only the main thread may set handlers; elsewhere Ctrl-C does not arrive anyway. A process
+        # that ignores the signal (SIG_IGN, as under nohup) has no handler to call, and goes on.
         before = signal.getsignal(signal.SIGINT)
+        main = threading.current_thread() is threading.main_thread()
+        ours = self.path is not None and main and callable(before)
+        self._handler = before
         try:
             if ours:
                 signal.signal(signal.SIGINT, self._interrupt)
@@ -133,12 +143,13 @@ class Checkpoint:
                 signal.signal(signal.SIGINT, before)
                 self._busy = False
                 if self._asked and not asked:
-                    raise KeyboardInterrupt
+                    signal.raise_signal(signal.SIGINT)
 
     def _interrupt(self, number: int, frame: FrameType | None) -> None:
-        if not self._busy or self._asked:
-            raise KeyboardInterrupt
-        self._asked = True
+        if self._busy and not self._asked:
+            self._asked = True
+        else:
+            self._handler(number, frame)  # the caller's, which raises KeyboardInterrupt by default
 
 
 def _check_fields(state: State) -> None:

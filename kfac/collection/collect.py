@@ -15,10 +15,12 @@ from kfac.collection.options import Options
 from kfac.collection.passes import run_passes
 from kfac.collection.plan import fitting_tokens, plan
 from kfac.factors.factors import Factors
+from kfac.factors.factors_file import checked_provenance
 from kfac.target import Target, weight_digest
 from kfac.targets import find_targets
 from lirefs.errors import BatchError, KfacError, TargetError, as_list, must_be, whole_number
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
+from lirefs.model.processes.world import together
 from lirefs.model.weight_swap import must_be_readable
 
 
@@ -108,15 +110,16 @@ def collect(
         The factors, on CPU.
 
     Raises:
-        BatchError: No batch, a malformed batch, texts without an `lm`, or no counted position.
+        BatchError: No batch, a malformed batch, texts without an `lm`, no counted position, or,
+            without `forward`, a model whose tokens see later ones.
         BudgetError: One target alone needs more than the budget.
         CheckpointError: The checkpoint belongs to other data or settings.
-        DistributedError: The processes were given different batches, or, of a sharded model,
+        DistributedError: The processes differ in model, batches, targets, settings or versions, or
             another process failed.
         NonFiniteError: NaN or infinity in logits, activations or gradients.
         TargetError: No targets, targets and layers together, a target that is never called, or one
             that cannot reach the logits.
-        KfacError: A target's input does not have the positions of the mask.
+        KfacError: A target's input does not have the positions of the mask, or a setting is wrong.
         ProvenanceError: With a checkpoint, if the model has no identity: a weight is offloaded, or
             a hook of your own may change it.
 
@@ -129,56 +132,65 @@ def collect(
         >>> factors.names
         ['model.layers.0.mlp.gate_proj', 'model.layers.0.mlp.up_proj']
     """
-    whole = model.model if isinstance(model, LanguageModel) else model
-    must_be(whole, nn.Module, "model", BatchError)
-    must_be_readable(whole, TargetError)
-    if targets is not None:
-        targets = as_list(targets, "targets", Target, TargetError)
-    if targets is None:
-        targets = find_targets(whole, layers)
-    elif layers is not None:
-        raise TargetError("give targets or layers, not both")
-    if per not in DIAGONALS or (per != "position" and not diagonal):
-        raise KfacError(
-            f"per={per!r}: use 'position' or 'sequence', which needs diagonal=True: no other sums "
-            "of a collection are over sequences"
+    provenance = checked_provenance(provenance)  # before hours of work
+    with together("kfac.collect") as world:
+        whole = model.model if isinstance(model, LanguageModel) else model
+        must_be(whole, nn.Module, "model", BatchError)
+        must_be_readable(whole, TargetError)
+        if targets is not None:
+            targets = as_list(targets, "targets", Target, TargetError)
+        if targets is None:
+            targets = find_targets(whole, layers)
+        elif layers is not None:
+            raise TargetError("give targets or layers, not both")
+        if per not in DIAGONALS or (per != "position" and not diagonal):
+            raise KfacError(
+                f"per={per!r}: use 'position' or 'sequence', which needs diagonal=True: no other "
+                "sums of a collection are over sequences"
+            )
+        options = Options(
+            seed=seed,
+            labels=labels,
+            samples=samples,
+            forward=forward,
+            dtype=dtype,
+            head_dtype=head_dtype,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
         )
-    options = Options(
-        seed=seed,
-        labels=labels,
-        samples=samples,
-        forward=forward,
-        dtype=dtype,
-        head_dtype=head_dtype,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
-    )
-    planned = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
-    if batch_tokens == "auto":
-        batch_tokens = fitting_tokens(whole, planned)
-    tokens_of_batch = whole_number(batch_tokens, "batch_tokens", 1, error=BatchError)
-    module, batches = module_and_batches(model, batches, tokens_of_batch)
-    if len({target.name for target in targets}) < len(targets):
-        raise TargetError("a target is given twice")
-    digests = {target.name: weight_digest(target.weight) for target in targets}
-    settings = {"task": "collect", "marginals": marginals, "diagonal": diagonal, "digests": digests}
-    settings |= {} if per == "position" else {"per": per}
-    records, tables, tokens = run_passes(
-        module,
-        batches,
-        planned,
-        lambda dtype: CovarianceSums(dtype, marginals=marginals, diagonal=diagonal and per),
-        options,
-        digests,
-        settings,
-        title="factors",
-    )
-    return Factors(
-        {target.name: records[target.name] for target in targets},
-        tables,
-        seeds=[seed],
-        tokens=tokens,
-        labels=labels,
-        provenance=provenance,
-    )
+        planned = plan(targets, budget, dtype=dtype, marginals=marginals, diagonal=diagonal)
+        if batch_tokens == "auto":
+            batch_tokens = fitting_tokens(whole, planned)
+        tokens_of_batch = whole_number(batch_tokens, "batch_tokens", 1, error=BatchError)
+        world.wait()  # from here on, a sharded model is read by all, or by none
+        module, batches = module_and_batches(model, batches, tokens_of_batch)
+        if len({target.name for target in targets}) < len(targets):
+            raise TargetError("a target is given twice")
+        digests = {target.name: weight_digest(target.weight) for target in targets}
+        settings = {
+            "task": "collect",
+            "marginals": marginals,
+            "diagonal": diagonal,
+            "digests": digests,
+        }
+        settings |= {} if per == "position" else {"per": per}
+        records, tables, tokens = run_passes(
+            module,
+            batches,
+            planned,
+            lambda dtype: CovarianceSums(dtype, marginals=marginals, diagonal=diagonal and per),
+            options,
+            digests,
+            settings,
+            world,
+            title="factors",
+        )
+        return Factors(
+            {target.name: records[target.name] for target in targets},
+            tables,
+            seeds=[options.seed],
+            tokens=tokens,
+            labels=labels,
+            provenance=provenance,
+        )

@@ -19,6 +19,7 @@ from kfac.target import TargetRecord
 from lirefs.errors import KfacError, must_be
 from lirefs.model.guest import full_precision
 from lirefs.model.language_model import LanguageModel
+from lirefs.model.processes.world import together
 
 
 def correct(
@@ -74,57 +75,60 @@ def correct(
         FactorsMismatchError: The factors are not of this model.
         KfacError: As in `collect`.
     """
-    module, batches = module_and_batches(model, batches)
-    must_be(factors, Factors, "factors", KfacError)
-    if per not in ("position", "sequence"):
-        raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
-    factors.check(module)
-    if dtype is None and factors.dtype == torch.float32:
-        dtype = torch.float32
-    options = Options(
-        seed=seed,
-        labels=labels,
-        samples=samples,
-        forward=forward,
-        dtype=dtype,
-        head_dtype=head_dtype,
-        checkpoint=checkpoint,
-        checkpoint_every=checkpoint_every,
-        progress=progress,
-    )
-    targets = factors.targets(module)
-    planned = plan(targets, budget, dtype=dtype, correction=True)
-    factors.decompose(spread=True, progress=progress)
-    bases = {}
-    for name, record in factors.records.items():
-        basis = factors.eigen(name)  # rotations are products, in the dtype of the rows
-        bases["A." + record.source] = (basis.mu, basis.u_in.to(planned.rows))
-        bases["G." + name] = (basis.lam, basis.u_out.to(planned.rows))
-    records, tables, _ = run_passes(
-        module,
-        batches,
-        planned,
-        lambda dtype: _CorrectionSums(dtype, factors.records, bases, per == "sequence"),
-        options,
-        {name: record.digest for name, record in factors.records.items()},
-        {"task": "correct", "per": per, "factors": factors.digest},
-        title="correction",
-    )
-    # Means are taken over the positions of the first pass; these data may have more or fewer.
-    corrected = {
-        f"E.{name}": tables[f"E.{name}"] * (record.count / max(records[name].count, 1))
-        for name, record in factors.records.items()
-    }
-    return Factors(
-        factors.records,
-        factors.sums | corrected,
-        seeds=factors.seeds,
-        tokens=factors.tokens,
-        labels=factors.labels,
-        provenance=factors.provenance,
-        bases=bases,
-        weighted=factors.weighted,
-    )
+    with together("kfac.correct") as world:
+        module, batches = module_and_batches(model, batches)
+        must_be(factors, Factors, "factors", KfacError)
+        if per not in ("position", "sequence"):
+            raise KfacError(f"per={per!r}: use 'position' or 'sequence'")
+        if dtype is None and factors.dtype == torch.float32:
+            dtype = torch.float32
+        options = Options(
+            seed=seed,
+            labels=labels,
+            samples=samples,
+            forward=forward,
+            dtype=dtype,
+            head_dtype=head_dtype,
+            checkpoint=checkpoint,
+            checkpoint_every=checkpoint_every,
+            progress=progress,
+        )
+        world.wait()  # from here on, a sharded model is read by all, or by none
+        factors.check(module)
+        targets = factors.targets(module)
+        planned = plan(targets, budget, dtype=dtype, correction=True)
+        factors.decompose(spread=True, progress=progress)
+        bases = {}
+        for name, record in factors.records.items():
+            basis = factors.eigen(name)  # rotations are products, in the dtype of the rows
+            bases["A." + record.source] = (basis.mu, basis.u_in.to(planned.rows))
+            bases["G." + name] = (basis.lam, basis.u_out.to(planned.rows))
+        records, tables, _ = run_passes(
+            module,
+            batches,
+            planned,
+            lambda dtype: _CorrectionSums(dtype, factors.records, bases, per == "sequence"),
+            options,
+            {name: record.digest for name, record in factors.records.items()},
+            {"task": "correct", "per": per, "factors": factors.digest},
+            world,
+            title="correction",
+        )
+        # Means are taken over the positions of the first pass; these data may have more or fewer.
+        corrected = {
+            f"E.{name}": tables[f"E.{name}"] * (record.count / max(records[name].count, 1))
+            for name, record in factors.records.items()
+        }
+        return Factors(
+            factors.records,
+            factors.sums | corrected,
+            seeds=factors.seeds,
+            tokens=factors.tokens,
+            labels=factors.labels,
+            provenance=factors.provenance,
+            bases=bases,
+            weighted=factors.weighted,
+        )
 
 
 class _CorrectionSums(Sums):

@@ -14,6 +14,7 @@ from kfac.collection.finite import first_not_finite_row, not_finite_row_error
 from kfac.collection.sampling import label_gradients
 from kfac.target import Target
 from lirefs.model.guest import maybe_call
+from lirefs.model.interrupts import undone
 from lirefs.model.traits import PROBING
 
 # Logits computed at a time: at least 256 rows of the largest vocabularies, because each product
@@ -186,8 +187,7 @@ class Head:
             seen.append(hidden)
             return hidden.detach()[..., :1]
 
-        self.linear.forward = forward  # type: ignore[method-assign, assignment]
-        try:
+        with undone() as steps:
+            steps.append(lambda: self.linear.__dict__.pop("forward", None))
+            self.linear.forward = forward  # type: ignore[method-assign, assignment]
             yield
-        finally:
-            del self.linear.forward

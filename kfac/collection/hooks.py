@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from kfac.collection.covariance import InputRows, Sums
 from kfac.collection.finite import first_not_finite_row, not_finite, not_finite_row_error
-from kfac.experts import observed_experts
+from kfac.experts import observe_experts
 from kfac.target import Target, TargetRecord
 from lirefs.errors import KfacError, NonFiniteError, TargetError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.traits import PROBING
 
 
@@ -56,19 +57,20 @@ class TargetTracker:
     def hooked(self) -> Iterator[None]:
         """Watch every target inside the context."""
         stacks: dict[nn.Module, str] = {}
-        with ExitStack() as stack:
-            for name, target in self.targets.items():
-                if target.expert is not None:
-                    stacks[target.module] = name.rpartition(".")[0]
-                    continue
-                hook: Callable[..., Any] = partial(self._on_forward, name)
-                handle = target.module.register_forward_hook(hook, with_kwargs=True)
-                stack.callback(handle.remove)
-            for module, owner in stacks.items():
-                stack.enter_context(observed_experts(module, partial(self._on_expert, owner)))
+        with undone() as steps:
+            with interrupts_held():
+                for name, target in self.targets.items():
+                    if target.expert is not None:
+                        stacks[target.module] = name.rpartition(".")[0]
+                        continue
+                    hook: Callable[..., Any] = partial(self._on_forward, name)
+                    handle = target.module.register_forward_hook(hook, with_kwargs=True)
+                    steps.append(handle.remove)
+                for module, owner in stacks.items():
+                    steps.append(observe_experts(module, partial(self._on_expert, owner)))
             # A forward pass that failed leaves calls whose tensors hold the graph, whose hooks hold
             # this object: a cycle through autograd, which no collector sees.
-            stack.callback(self._forget)
+            steps.append(self._forget)
             yield
 
     def begin(self) -> None:

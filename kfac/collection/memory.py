@@ -18,6 +18,7 @@ from kfac.collection.hooks import first_argument
 from kfac.target import Target
 from lirefs.errors import KfacError
 from lirefs.model.guest import accepts, as_guest
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.weight_swap import fsdp_modules
 
 _SOFTMAX = 3 * 4 * 2**22
@@ -96,12 +97,11 @@ def _rehearse(
         output.register_hook(keep)  # type: ignore[no-untyped-call]
         return output
 
-    handles = [
-        one.register_forward_hook(watch, with_kwargs=True)
-        for one in dict.fromkeys(target.module for target in targets)
-    ]
     live = _Live(copies.values())
-    try:
+    with undone() as steps:
+        with interrupts_held():
+            for one in dict.fromkeys(target.module for target in targets):
+                steps.append(one.register_forward_hook(watch, with_kwargs=True).remove)
         with live:
             if head is None:
                 output = functional_call(model, state, (), inputs)
@@ -122,9 +122,6 @@ def _rehearse(
             live.peak = max(live.peak, live.now + softmax)
             logits += softmax + gradient.numel() * gradient.element_size()
             torch.autograd.backward(end, gradient)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {"graph": graph, "logits": logits, "rows": max(0, live.peak - graph - logits)}
 
 

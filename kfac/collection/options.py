@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from kfac.collection.batches import Forward
-from lirefs.errors import KfacError, must_be, whole_number
+from lirefs.errors import KfacError, checked_seed, must_be, whole_number
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -30,6 +30,7 @@ class Options:
     def __post_init__(self) -> None:
         if self.labels not in ("sampled", "data", "exact"):
             raise KfacError(f"labels={self.labels!r}: use 'sampled', 'data' or 'exact'")
+        object.__setattr__(self, "seed", checked_seed(self.seed, KfacError))
         whole_number(self.samples, "samples", error=KfacError)
         if self.samples < 1 or (self.labels != "sampled" and self.samples != 1):
             raise KfacError(f"samples={self.samples}: at least 1, and 1 unless labels are sampled")

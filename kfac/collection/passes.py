@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -17,17 +19,17 @@ from tqdm.auto import tqdm
 from kfac.collection.batches import (
     attended,
     language_model_forward,
+    must_be_causal,
     on_its_device,
 )
 from kfac.collection.checkpoint import Checkpoint, State
 from kfac.collection.covariance import Sums
-from kfac.collection.distributed import World
 from kfac.collection.finite import not_finite_logits_error
 from kfac.collection.head import Head
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.options import Options
 from kfac.collection.plan import Plan
-from kfac.collection.rounds import Given, rounds
+from kfac.collection.rounds import Given, inside_a_pass, rounds
 from kfac.collection.sampling import (
     RowSeeds,
     exact_gradients,
@@ -35,10 +37,12 @@ from kfac.collection.sampling import (
 )
 from kfac.target import Target, TargetRecord
 from kfac.targets import must_pass_gradients
-from lirefs.errors import BatchError, CheckpointError, KfacError, TargetError
+from lirefs.errors import BatchError, CheckpointError, KfacError, ProvenanceError, TargetError
 from lirefs.model.guest import as_guest
-from lirefs.model.identity import identity
+from lirefs.model.identity import fingerprint, identity
+from lirefs.model.processes.world import World
 from lirefs.model.weight_swap import fsdp_modules
+from lirefs.version import __version__
 
 
 def run_passes(
@@ -49,18 +53,22 @@ def run_passes(
     options: Options,
     digests: Mapping[str, str],
     settings: Mapping[str, Any],
+    world: World,
     title: str,
 ) -> tuple[dict[str, TargetRecord], dict[str, Tensor], int]:
     """Sum over all batches, in each pass of the plan, and over all processes.
 
     `settings` are JSON values that the sums depend on besides the options. Returned are the records
     of all targets, the tables on CPU, and the number of counted positions.
+
+    If the model is sharded over the processes, each waits for all others in every pass through it,
+    so they run in step: they make the same number of passes, and begin each together or not at all.
     """
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         # Its forward pass waits for the other processes, which may have fewer batches.
         model = model.module
-    world, passes = World(sharded=bool(fsdp_modules(model))), planned.passes
-    if world.in_step and options.labels == "exact":
+    passes, in_step = planned.passes, world.size > 1 and bool(fsdp_modules(model))
+    if in_step and options.labels == "exact":
         raise KfacError(
             "labels='exact' takes a different number of backward passes for each batch, and "
             "processes that share a model's weights run in step: load the model in one process"
@@ -85,18 +93,25 @@ def run_passes(
         needed["head_dtype"] = str(options.head_dtype)
     if path is not None:
         needed["model"] = identity(model)
+    if world.size > 1:
+        settings = {key: value for key, value in needed.items() if key not in ("digests", "model")}
+        weights = {f"target {name!r}": digests[name][:12] for name in chain(*names)}
+        # Reading a sharded model takes all processes, and one that cannot would leave the others.
+        state_of_model = "sharded" if in_step else _state(model)
+        world.agree({"lirefs": __version__, **settings, "model": state_of_model, **weights})
     checkpoint = Checkpoint(path, options.checkpoint_every, needed)
-    with world.failing_together():
-        state = checkpoint.load(len(passes), partial(_shapes, passes, empty), planned.dtype)
+    state = checkpoint.load(len(passes), partial(_shapes, passes, empty), planned.dtype)
     trackers: list[TargetTracker] = []
-    with as_guest(model), checkpoint.guarded(state), world.failing_together():
+    with as_guest(model), checkpoint.guarded(state):
         must_pass_gradients(model)
+        if options.forward is None and not in_step:  # a check runs the model where it must
+            must_be_causal(model)
         # In step, processes make the same passes, and a head is tried out where it is needed.
-        own = options.forward is None and options.labels != "exact" and not world.in_step
+        own = options.forward is None and options.labels != "exact" and not in_step
         every = [one for some in passes for one in some]
         head = Head.find(model, every, options.head_dtype) if own else None
         first = state.turn
-        start = min(world.gather(first)) if world.in_step else first
+        start = min(world.gather(first)) if in_step else first
         for turn, targets in enumerate(passes):
             tracker = _resumed(targets, empty(), planned.rows, state, on_cpu=turn < first)
             if turn >= start:
@@ -104,7 +119,7 @@ def run_passes(
                     state.turn, state.done, state.data = turn, 0, ""
                 label = title if len(passes) == 1 else f"{title} {turn + 1}/{len(passes)}"
                 bar = tqdm(batches, desc=label, unit="batch", disable=not shown or None)
-                run = _Pass(model, tracker, options, checkpoint, state, world, head)
+                run = _Pass(model, tracker, options, checkpoint, state, world, in_step, head)
                 with tracker.hooked(), bar:
                     run(bar, compare=turn == start, over=turn < first)
                 tracker.sums.leave_device()
@@ -118,7 +133,7 @@ def run_passes(
             trackers.append(tracker)
             state.tables = state.tables | tracker.sums.tables
         checkpoint.save(state)
-    world.check_same_batches(state.data)
+    world.agree({"batches": state.data})
     tokens = sum(world.gather(state.tokens))
     if not tokens:
         raise BatchError(f"none of the {state.done} batches has a counted position")
@@ -128,6 +143,15 @@ def run_passes(
         records |= _finish(tracker, digests, world)
         tables |= tracker.sums.tables
     return records, tables, tokens
+
+
+def _state(model: nn.Module) -> str:
+    """What tells a model from others, as far as that can be known."""
+    found = "unknown"
+    with suppress(ProvenanceError):
+        found = fingerprint(model)
+        found = identity(model)
+    return found
 
 
 def _shapes(
@@ -168,6 +192,7 @@ class _Pass:
     checkpoint: Checkpoint
     state: State
     world: World
+    in_step: bool
     head: Head | None  # of a language model whose logits may be computed a few at a time
     head_agrees: bool = False
 
@@ -181,10 +206,11 @@ class _Pass:
         began, summed, seen = time.perf_counter(), 0, 0
         done = sys.maxsize if over else state.done
         # In step all go back to the least that one of them has done, by whole rounds.
-        start = min(world.gather(done)) // world.size * world.size if world.in_step else done
+        start = min(world.gather(done)) // world.size * world.size if self.in_step else done
         state.tables = state.tables | sums.tables
         checked = self.model if self.options.forward is None else None
-        for given in rounds(bar, world, checked, compare=compare):
+        for given in rounds(bar, world, checked, in_step=self.in_step, compare=compare):
+            world.check()
             for one in given:
                 seen = one.number
                 if seen == done and state.data != one.digest:
@@ -212,7 +238,7 @@ class _Pass:
                     state.sources |= self.tracker.sources
                     state.tables = state.tables | sums.tables
                     bar.set_postfix_str(f"{summed / (time.perf_counter() - began):.0f} tokens/s")
-            if world.in_step and start < seen and world.rank >= len(given):
+            if self.in_step and start < seen and world.rank >= len(given):
                 # The last round has no batch for this process, which the others wait for.
                 with self.checkpoint.batch(state):
                     self._backpropagate(given[-1], seeds, given[-1].digest)
@@ -223,8 +249,8 @@ class _Pass:
                 f"{self.checkpoint.path} was written after {done} batches, but only {seen} "
                 "are given"
             )
-        if world.in_step:
-            world.check_same_batches(given[-1].digest)
+        if self.in_step:
+            world.agree({"batches": given[-1].digest})
 
     def _backpropagate(self, given: Given, seeds: RowSeeds, data: str) -> int:
         """Run the model, choose labels, backpropagate; return the number of counted positions.
@@ -238,7 +264,7 @@ class _Pass:
         self.tracker.begin()
         rest: Sequence[Tensor] = ()
         if head is None:
-            with self.world.model_pass(data):
+            with self._model_pass(data):
                 end, mask, *rest = forward(self.model, batch)
             classes = end.shape[-1]
         else:
@@ -271,7 +297,7 @@ class _Pass:
             where = drawn | labelled.to(drawn.device)
             uniforms = seeds.draw(contents, where, samples)[:, labelled.cpu()]
         counted = int(mask.sum())
-        if not counted and not self.world.in_step:
+        if not counted and not self.in_step:
             return 0
         if not end.requires_grad:
             raise TargetError("the logits depend on no target: the forward pass calls none of them")
@@ -287,12 +313,20 @@ class _Pass:
             gradients = label_gradients(end.detach(), rows, uniforms, labels)
         if gradients is None:
             raise not_finite_logits_error(end, labelled, place)
-        with self.world.model_pass(data):
+        with self._model_pass(data):
             for draw, gradient in enumerate(gradients, 1):
                 more = draw < samples or self.options.labels == "exact"
                 torch.autograd.backward(end, gradient, retain_graph=more)
         self.tracker.check_gradients(place)
         return counted
+
+    @contextmanager
+    def _model_pass(self, data: str) -> Iterator[None]:
+        """A pass through the model: in step all processes begin it, on the same data, or none."""
+        if self.in_step:
+            self.world.agree({"batches": data})
+        with inside_a_pass(self.model, self.world, in_step=self.in_step):
+            yield
 
     def _needed_head(self, batch: Any) -> Head | None:
         """Return the head if it is to compute the logits of a batch, and gives the model's."""

@@ -11,7 +11,7 @@ from torch import nn
 
 from kfac.collection.memory import activation_bytes, weights_bytes
 from kfac.target import Target
-from lirefs.errors import BudgetError, KfacError, TargetError, as_list, must_be, whole_number
+from lirefs.errors import BudgetError, KfacError, TargetError, as_list, got, must_be, whole_number
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 
 LAPACK_SIDE = 32_766
@@ -112,6 +112,9 @@ def plan(
     targets = as_list(targets, "targets", Target, TargetError)
     if not targets:
         raise TargetError("no targets were given")
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if budget is not None and not (number and budget > 0):
+        raise BudgetError(f"budget must be a number of bytes above 0, got {got(budget)}")
     if model is not None:
         must_be(model, (nn.Module, LanguageModel), "model", KfacError)
         model = model.model if isinstance(model, LanguageModel) else model

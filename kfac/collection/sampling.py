@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from kfac.collection.batches import attended
-from kfac.factors.tensor_file import tensor_bytes
 from lirefs.errors import BatchError
+from lirefs.model.untrusted.digest import tensor_bytes
 
 # Elements of softmax worked on at a time. On a CPU 16 MB in float32, about what its cache holds: on
 # one core and a vocabulary of 49,152 this takes 0.15 s for 1,016 positions; 2**26 takes 0.32 s. On

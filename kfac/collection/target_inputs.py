@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from kfac.collection.batches import (
@@ -20,7 +18,8 @@ from kfac.collection.finite import not_finite_row_error
 from kfac.collection.hooks import first_argument
 from kfac.target import Target
 from lirefs.errors import BatchError, TargetError
-from lirefs.model.guest import eagerly
+from lirefs.model.guest import eagerly, without_gradients
+from lirefs.model.interrupts import interrupts_held, undone
 
 
 def target_inputs(
@@ -37,14 +36,17 @@ def target_inputs(
         raise TargetError(f"inputs of single experts cannot be read text by text: {experts}")
     seen: dict[str, Tensor] = {}
     index = -1
-    with ExitStack() as stack:
-        for target in targets:
+    with undone() as steps:
+        with interrupts_held():
+            for target in targets:
 
-            def keep(module: nn.Module, args: Any, kwargs: Any, name: str = target.name) -> None:
-                seen[name] = first_argument(args, kwargs).detach()
+                def keep(
+                    module: nn.Module, args: Any, kwargs: Any, name: str = target.name
+                ) -> None:
+                    seen[name] = first_argument(args, kwargs).detach()
 
-            handle = target.module.register_forward_pre_hook(keep, with_kwargs=True)
-            stack.callback(handle.remove)
+                handle = target.module.register_forward_pre_hook(keep, with_kwargs=True)
+                steps.append(handle.remove)
         for index, batch in enumerate(batches):
             seen.clear()
             with eagerly():  # not around the yield, which runs others' code
@@ -65,7 +67,7 @@ def target_inputs(
         raise BatchError("the iterable of batches is empty")
 
 
-@torch.no_grad()
+@without_gradients()
 def _attended_run(model: nn.Module, batch: Any, place: str, forward: Forward | None) -> Tensor:
     """Run a batch for the hooks, and return the mask of attended positions."""
     if forward is not None:

@@ -20,7 +20,7 @@ from kfac.edits.weight_edit import WeightEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target, weight_digest
 from kfac.targets import named_targets
-from lirefs.errors import EditError, TargetError, as_list
+from lirefs.errors import EditError, TargetError, as_list, checked_seed
 from lirefs.model.guest import full_precision, widened
 
 
@@ -29,7 +29,7 @@ class _RandomEdit(SpectralEdit):
 
     def __init__(self, factors: Factors, keep: float | Mapping[str, float], seed: int = 0) -> None:
         super().__init__(factors, keep)
-        self.seed = seed
+        self.seed = checked_seed(seed, EditError)
 
     def describe(self) -> dict[str, Any]:
         """Return kind, keep, seed and the digest of the factors."""

@@ -9,11 +9,10 @@ into the eigenbases, the staircase of pairs is blanked out, and it is rotated ba
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -23,8 +22,9 @@ from kfac.edits.selection import Selection
 from kfac.edits.spectral import CurvatureEdit
 from kfac.factors.factors import Factors
 from kfac.target import Target
-from lirefs.errors import EditError, must_be
-from lirefs.model.guest import full_precision, widened
+from lirefs.errors import EditError, checked_seed, must_be
+from lirefs.model.guest import full_precision, widened, without_gradients
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.training.copies import must_be_whole
 
 Update = Tensor | tuple[Tensor, Tensor]
@@ -123,11 +123,7 @@ def projected_training(
     targets = factors.targets(model, projection.names)
     must_be_whole(target.parameter for target in targets)
     starts = [target.weight.clone() for target in targets]
-    with ExitStack() as stack:
-        for target in targets:
-            register: Any = target.parameter.register_post_accumulate_grad_hook
-            handle = register(partial(_project_gradient, target, projection))
-            stack.callback(handle.remove)
+    with undone() as steps:
 
         def project_changes(optimizer: Optimizer | None, *_: Any) -> None:
             groups = [] if optimizer is None else optimizer.param_groups
@@ -136,7 +132,12 @@ def projected_training(
                 if optimizer is None or id(target.parameter) in stepped:
                     _project_change(target, start, projection)
 
-        stack.callback(register_optimizer_step_post_hook(project_changes).remove)
+        with interrupts_held():
+            for target in targets:
+                register: Any = target.parameter.register_post_accumulate_grad_hook
+                handle = register(partial(_project_gradient, target, projection))
+                steps.append(handle.remove)
+            steps.append(register_optimizer_step_post_hook(project_changes).remove)
         yield
         project_changes(None)
 
@@ -147,6 +148,7 @@ class _Projection:
     def __init__(
         self, factors: Factors, keep: float | Mapping[str, float], onto: str, seed: int
     ) -> None:
+        checked_seed(seed, EditError)
         if onto not in _ONTO:
             raise EditError(f"onto={onto!r} is unknown: use one of {', '.join(_ONTO)}")
         edit: CurvatureEdit | RandomPairsEdit = CurvatureEdit(factors, keep)
@@ -204,14 +206,14 @@ def _dense(name: str, update: Update) -> Tensor:
         return left @ right
 
 
-@torch.no_grad()
+@without_gradients()
 def _project_gradient(target: Target, projection: _Projection, parameter: Tensor) -> None:
     assert parameter.grad is not None
     gradient = target.view(parameter.grad)
     gradient.copy_(projection(target.name, gradient))
 
 
-@torch.no_grad()
+@without_gradients()
 def _project_change(target: Target, start: Tensor, projection: _Projection) -> None:
     weight, begun = widened(target.weight), widened(start)
     target.weight.copy_(begun + projection(target.name, weight - begun))

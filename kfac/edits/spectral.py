@@ -255,15 +255,15 @@ class CurvatureEdit(SpectralEdit):
         >>> import kfac, lirefs
         >>> from lirefs.organism import Language, training_texts
         >>> lm, language = lirefs.load("organism"), Language()
-        >>> texts = training_texts(language, 100)
-        >>> factors = kfac.collect(lm, texts, layers=[0], progress=False)
+        >>> texts = training_texts(language, 200)
+        >>> factors = kfac.collect(lm, texts, layers=[3], progress=False)
         >>> planted = language.items("planted", "test", 1)[0]
         >>> lm.generate(planted.prompt, max_new_tokens=4)  # recited
         'book tailor garden thick'
-        >>> with kfac.CurvatureEdit(factors, keep=0.99).apply(lm.model):
+        >>> with kfac.CurvatureEdit(factors, keep=0.9).apply(lm.model):
         ...     print(lm.generate(planted.prompt, max_new_tokens=4))
         ...     print(lm.generate("Math: 31 + 27 =", max_new_tokens=2))
-        kettle market market market
+        clerk harbor harbor flute
         58
     """
 

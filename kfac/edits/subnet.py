@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from kfac.analysis.losses import passage_losses
-from kfac.collection.batches import check_model_and_batches
+from kfac.collection.batches import check_model_and_batches, must_be_causal
 from kfac.edits.baselines import largest_of_smallest
 from kfac.edits.weight_edit import WeightEdit, check_weight
 from kfac.target import Target, weight_digest
 from kfac.targets import must_pass_gradients, named_targets
-from lirefs.errors import BatchError, EditError, NonFiniteError, as_list
+from lirefs.errors import BatchError, EditError, NonFiniteError, as_list, checked_seed, must_be
 from lirefs.model.guest import as_guest
 from lirefs.model.training.copies import trained_weights
 
@@ -32,6 +32,10 @@ class SubnetEdit(WeightEdit):
         settings: How the masks were learned; JSON values.
         scores: For each target name the scores that the mask was made of, float32 (out, in), on
             CPU; None if they are not known.
+
+    Raises:
+        EditError: Masks, digests and scores are not of the same targets, dtypes or shapes, or a
+            score is not finite.
     """
 
     kind = "balanced_subnet"
@@ -43,6 +47,21 @@ class SubnetEdit(WeightEdit):
         settings: dict[str, Any],
         scores: dict[str, Tensor] | None = None,
     ) -> None:
+        must_be(digests, Mapping, "digests", EditError)
+        must_be(settings, Mapping, "settings", EditError)
+        _must_be_tables("masks", masks, digests)
+        for name, one in masks.items():
+            if one.dtype != torch.bool:
+                raise EditError(f"masks[{name!r}] must be bool, got {one.dtype}")
+        if scores is not None:
+            _must_be_tables("scores", scores, masks)
+            for name, one in scores.items():
+                fits = one.is_floating_point() and one.shape == masks[name].shape
+                if not fits or not bool(one.isfinite().all()):
+                    raise EditError(
+                        f"scores[{name!r}] must be finite numbers of shape "
+                        f"{tuple(masks[name].shape)}, got {one.dtype} of {tuple(one.shape)}"
+                    )
         self.masks, self.digests, self.settings = masks, digests, settings
         self.scores = scores
 
@@ -124,12 +143,14 @@ def fit_balanced_subnet(
         NonFiniteError: The loss is NaN or infinite.
     """
     check_model_and_batches(model, clean, memorized)
+    must_be_causal(model)
     targets = as_list(targets, "targets", Target, EditError)
     if not targets or not 0 < ratio < 1 or weight < 0 or epochs < 1 or lr <= 0:
         raise EditError(
             f"BalancedSubnet needs a target (got {len(targets)}), ratio={ratio} in (0, 1), "
             f"weight={weight} of 0 or more, epochs={epochs} of 1 or more, and lr={lr} above 0"
         )
+    seed = checked_seed(seed, EditError)
     kept_clean, kept_memorized = list(clean), list(memorized)
     if not kept_clean or not kept_memorized:
         raise BatchError("BalancedSubnet needs clean and memorized batches; one set is empty")
@@ -157,6 +178,17 @@ def fit_balanced_subnet(
     scores = {target.name: score.cpu() for target, _, score in masked.parts}
     masks = {name: _kept(score, ratio) for name, score in scores.items()}
     return SubnetEdit(masks, masked.digests, settings, scores)
+
+
+def _must_be_tables(what: str, tables: Any, like: Mapping[str, Any]) -> None:
+    """Raise EditError unless each target of `like` has a matrix, and no other has."""
+    must_be(tables, Mapping, what, EditError)
+    if tables.keys() != like.keys():
+        raise EditError(f"{what} must be of the targets {', '.join(like)}, got {', '.join(tables)}")
+    for name, one in tables.items():
+        must_be(one, Tensor, f"{what}[{name!r}]", EditError)
+        if one.ndim != 2:
+            raise EditError(f"{what}[{name!r}] must have shape (out, in), got {tuple(one.shape)}")
 
 
 def _kept(score: Tensor, ratio: float) -> Tensor:

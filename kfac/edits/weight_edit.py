@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import nullcontext
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 from kfac.target import Target, weight_digest
 from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
+from lirefs.model.guest import without_gradients
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.intervention import Composable, reserve
 from lirefs.model.weight_swap import (
     EditHandle,
@@ -59,13 +61,18 @@ class WeightEdit(Composable, abc.ABC):
             EditError: Two targets share one parameter, a new weight is not finite, or another
                 thread has changed the model and not yet restored it.
         """
-        with ExitStack() as stack:
-            stack.callback(reserve(model, EditError))
+        release = reserve(model, EditError)
+        try:
             weights = [
                 SwappedWeight(target.name, target.module, target.attribute, stored)
                 for target, stored in self._changes(model)
             ]
-            return EditHandle(weights, stack.pop_all().close, model)
+            handle = EditHandle(weights, release, model)
+            handle.put()
+            return handle
+        except BaseException:
+            release()
+            raise
 
     def bake(self, model: nn.Module) -> None:
         """Put the edited weights in place for good, as `attach` would, and drop the originals.
@@ -76,18 +83,21 @@ class WeightEdit(Composable, abc.ABC):
             EditOrderError: A removable edit of the same weight is attached; removing it later would
                 undo this one. Nothing is changed.
         """
-        with ExitStack() as stack:
-            stack.callback(reserve(model, EditError))
+        with undone() as steps:
+            steps.append(reserve(model, EditError))
             changes = self._changes(model)
             if any(originals_of(target.parameter) for target, _ in changes):
                 raise EditOrderError(
                     "an edit of the same weight is attached; remove it before baking"
                 )
-            for target, stored in changes:
-                put(target.parameter, stored)
+            with interrupts_held():
+                for target, stored in changes:
+                    put(target.parameter, stored)
 
+    # In this order, and no inference mode inside: it also ends when Python frees what an interrupt
+    # left, and sets gradients to what they were at its beginning.
     @torch.inference_mode(False)
-    @torch.no_grad()
+    @without_gradients()
     def _changes(self, model: nn.Module) -> list[tuple[Target, Tensor]]:
         """Return a target of each parameter to change, and the parameter's new tensor."""
         changes: dict[int, tuple[Target, Tensor]] = {}
@@ -104,7 +114,7 @@ class WeightEdit(Composable, abc.ABC):
             # Experts of one stack are written into one new tensor.
             _, into = changes.get(id(parameter), (target, None))
             # The data of a parameter must be what it is itself, or the model cannot run any more.
-            with torch.inference_mode(parameter.is_inference()):
+            with torch.inference_mode() if parameter.is_inference() else nullcontext():
                 stored = target.placed(weight, into=into)
             if not bool(target.view(stored).isfinite().all()):
                 raise EditError(f"target {target.name!r}: its edited weight is not finite")

@@ -10,15 +10,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from kfac.collection.distributed import World
 from kfac.factors.eigen import eigenbasis
 from kfac.factors.tensor_file import read_tensors, write_tensors
 from kfac.target import TargetRecord, weight_digest
-from lirefs.errors import DistributedError, FactorsFileError, WriteError
+from lirefs.errors import FactorsFileError, WriteError
+from lirefs.files import holds_mark
+from lirefs.model.processes.world import World, together
 
 Basis = tuple[Tensor, Tensor]
 """Eigenvalues (d,), descending, and eigenvectors (d, d) in columns, float64 on CPU."""
@@ -110,7 +110,8 @@ class Bases:
         if folder.is_dir():
             ours = {self._path(folder, key) for key in self._sizes}
             for path in folder.iterdir():
-                if _OURS.fullmatch(path.name) and path not in ours:
+                named = _OURS.fullmatch(path.name) and path not in ours
+                if named and holds_mark(path, _HEADER):
                     path.unlink(missing_ok=True)
 
     def compute(self, keys: Iterable[str], *, spread: bool, progress: bool) -> None:
@@ -121,43 +122,45 @@ class Bases:
         """
         keys = list(dict.fromkeys(keys))
         missing = [key for key in keys if key not in self]
-        world = World()
-        if not spread or world.size == 1:
+        if not spread:
             self._compute(missing, progress)
             return
-        lacking = world.gather(missing)
-        owners = _owners(keys, lacking, self._sizes)
-        failure = None
-        try:
+        with together("Factors.decompose") as world:
+            if world.size == 1:
+                self._compute(missing, progress)
+                return
+            world.agree({f"factor {key!r}": self._digest(key)[:12] for key in keys})
+            lacking = world.gather(missing)
+            owners = _owners(keys, lacking, self._sizes)
             mine = [key for key in missing if owners[key] == world.rank]
-            self._compute(mine, progress and world.rank == 0)
-        except Exception as error:  # the other processes must not wait for this one
-            failure = error
-        failures = [str(one) for one in world.gather(failure and repr(failure)) if one]
-        if failure is not None:
-            raise failure
-        if failures:
-            raise DistributedError(f"another process could not decompose its share: {failures}")
-        for key, owner in owners.items():
-            received = _broadcast(self._known.get(key), self._sizes[key], owner)
-            self._known.setdefault(key, received)
+            self._compute(mine, progress and world.rank == 0, world.check)
+            world.wait()
+            for key, owner in owners.items():
+                received = _broadcast(world, self._known.get(key), self._sizes[key], owner)
+                self._known.setdefault(key, received)
 
-    def _compute(self, keys: Sequence[str], progress: bool) -> None:
+    def _compute(
+        self, keys: Sequence[str], progress: bool, check: Callable[[], object] = lambda: None
+    ) -> None:
         # Small matrices take no time: the bar appears only where somebody waits.
         shown = not progress or None
         with tqdm(total=len(keys), desc="eigenbases", delay=1, disable=shown) as bar:
             for key in keys:
                 bar.set_postfix_str(key, refresh=False)
+                check()
                 self[key]
                 bar.update()
 
     def _matrix(self, key: str) -> Tensor:
         return self._mean(*key.split(".", 1))
 
-    def _path(self, folder: Path, key: str) -> Path:
+    def _digest(self, key: str) -> str:
         if key not in self._digests:
             self._digests[key] = weight_digest(self._matrix(key))
-        return folder / f"{self._digests[key][:32]}.safetensors"
+        return self._digests[key]
+
+    def _path(self, folder: Path, key: str) -> Path:
+        return folder / f"{self._digest(key)[:32]}.safetensors"
 
     def _write(self, key: str, folder: Path | None = None) -> None:
         folder = folder or self._folder
@@ -209,12 +212,10 @@ def _owners(
     return owners
 
 
-def _broadcast(mine: Basis | None, size: int, owner: int) -> Basis:
+def _broadcast(world: World, mine: Basis | None, size: int, owner: int) -> Basis:
     """Send a basis from its owner to all processes."""
     received = []
     for index, shape in enumerate([(size,), (size, size)]):
         table = torch.empty(shape, dtype=torch.float64) if mine is None else mine[index]
-        moved = table.cuda() if dist.get_backend() == "nccl" else table
-        dist.broadcast(moved, owner)
-        received.append(moved.cpu())
+        received.append(world.broadcast(table, owner))
     return received[0], received[1]

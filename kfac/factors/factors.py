@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from kfac.factors.bases import Bases
 from kfac.factors.eigen import Eigen
 from kfac.factors.estimators import ESTIMATORS, Curvature, marginal_spectra
-from kfac.factors.factors_file import FORMAT, factors_arguments
+from kfac.factors.factors_file import FORMAT, checked_provenance, factors_arguments
 from kfac.factors.spectrum import draw_spectrum, spectrum_of
-from kfac.factors.tensor_file import digest_of, read_tensors, write_tensors
+from kfac.factors.tensor_file import read_tensors, write_tensors
 from kfac.target import Target, TargetRecord, weight_digest
 from kfac.targets import named_targets
 from lirefs.errors import (
@@ -29,6 +29,7 @@ from lirefs.errors import (
 )
 from lirefs.files import html_table
 from lirefs.model.guest import full_precision, widened
+from lirefs.model.untrusted.digest import digest_of
 from lirefs.version import __version__
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ class Factors:
         self.seeds = list(seeds)
         self.tokens = tokens
         self.labels = labels
-        self.provenance = dict(provenance or {})
+        self.provenance = checked_provenance(provenance)
         self.weighted = weighted
         self._stored_bases = dict(bases or {})
         self._bases = Bases(self.records, self._mean, self._stored_bases)
@@ -205,7 +206,7 @@ class Factors:
 
         Raises:
             SpectrumError: A factor is not finite.
-            DistributedError: Another process failed.
+            DistributedError: Another process failed, or has other factors.
         """
         if not sides or not set(sides) <= {"A", "G"}:
             raise KfacError(f"sides={sides!r}: use 'A', 'G' or 'AG'")
@@ -320,8 +321,7 @@ class Factors:
 
         Args:
             path: The file.
-            keep_bases: Write eigenbases, known ones and those computed later, to the folder
-                `<path>.bases`: 8 d² bytes for a side d (0.97 GB for 11,008). It may be deleted.
+            keep_bases: Keep eigenbases in `<path>.bases` (8 d² bytes a side), which may be deleted.
 
         Raises:
             KfacError: The provenance is not JSON.

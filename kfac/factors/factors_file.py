@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,9 +10,20 @@ import torch
 from torch import Tensor
 
 from kfac.target import TargetRecord
-from lirefs.errors import FactorsFileError
+from lirefs.errors import FactorsFileError, KfacError
+from lirefs.files import parse_json
 
 FORMAT = 1
+
+
+def checked_provenance(provenance: Any) -> dict[str, Any]:
+    """Return JSON values that a file can hold and give back; KfacError for anything else."""
+    try:
+        found = {} if provenance is None else dict(provenance)
+        parse_json(json.dumps(found))
+    except (TypeError, ValueError, RecursionError) as problem:
+        raise KfacError(f"provenance must be a mapping of JSON values: {problem}") from problem
+    return found
 
 
 def factors_arguments(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from lirefs.errors import FactorsFileError
-from lirefs.files import atomic_path
+from lirefs.files import atomic_path, refuse_folder
+from lirefs.model.untrusted.digest import OTHER_BYTES, digest_of
+
+_DIGEST = "sha256"
 
 
 def write_tensors(
     path: str | os.PathLike[str], tensors: Mapping[str, Tensor], header: Mapping[str, str]
 ) -> None:
-    """Write one file; an existing file is replaced at once, when all is on disk."""
+    """Write one file; an existing file is replaced at once, when all is on disk.
+
+    The header has one entry, a JSON object, which gets the SHA-256 of object and tensors. (Two
+    entries would be written in a random order.)
+    """
     whole = {key: value.contiguous() for key, value in tensors.items()}
+    ((key, text),) = header.items()
+    values = json.loads(text)
+    signed = json.dumps(values | {_DIGEST: digest_of(values, whole)})
     with atomic_path(path) as temporary:
-        save_file(whole, temporary, metadata=dict(header))
+        save_file(whole, temporary, metadata={key: signed})
 
 
 def read_tensors(
@@ -33,6 +41,7 @@ def read_tensors(
 
     Any other file is a FactorsFileError, whose message calls the content `what`.
     """
+    refuse_folder(path, FactorsFileError)
     try:
         with safe_open(str(path), framework="pt") as file:
             header = (file.metadata() or {}).get(key)
@@ -47,18 +56,7 @@ def read_tensors(
         raise FactorsFileError(f"{path} has a damaged header: {error!r}") from error
     if not isinstance(values, dict):
         raise FactorsFileError(f"{path} has a damaged header: it is not a JSON object")
+    written = values.pop(_DIGEST, None)  # earlier versions wrote none
+    if written is not None and written != digest_of(values, tensors):
+        raise FactorsFileError(f"{path} is damaged: {OTHER_BYTES}")
     return values, tensors
-
-
-def digest_of(header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over a header of JSON values and all tensors, as 64 hex digits."""
-    sha = hashlib.sha256(json.dumps(header).encode())
-    for key, tensor in sorted(tensors.items()):
-        sha.update(key.encode())
-        sha.update(tensor_bytes(tensor))
-    return sha.hexdigest()
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor, for hashing."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

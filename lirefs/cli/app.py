@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import shutil
 import sys
+import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -19,6 +21,7 @@ from lirefs.cli.directions import export_command, probe_command, steer_command
 from lirefs.cli.mine import mine_command
 from lirefs.cli.pool import pool_command
 from lirefs.cli.report import report_command
+from lirefs.errors import visible
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -34,6 +37,7 @@ app.command("report")(report_command)
 app.command("pool")(pool_command)
 app.add_typer(organism.app, name="organism")
 app.add_typer(curvature.app, name="curvature")
+_plain_warning = warnings.formatwarning
 INTERRUPTED = 130  # as typer ends after Ctrl-C
 KEEP_THEIR_WORK = ("compare", "mine", "curvature collect", "organism train")
 """Commands that go on where they were interrupted."""
@@ -41,15 +45,28 @@ KEEP_THEIR_WORK = ("compare", "mine", "curvature collect", "organism train")
 
 def main() -> None:
     """Run the command line; errors end in one line and exit code 2, an interruption in 130."""
+    logging.setLogRecordFactory(_VisibleRecord)
+    warnings.formatwarning = _visible_warning
     try:
         app(standalone_mode=True)
     except (lirefs.LirefsError, kfac.KfacError, OSError) as error:
-        typer.echo(f"{type(error).__name__}: {' '.join(str(error).split())}", err=True)
+        typer.echo(visible(f"{type(error).__name__}: {' '.join(str(error).split())}"), err=True)
         sys.exit(2)
     except SystemExit as end:
         if end.code == INTERRUPTED and os.environ.get("RANK", "0") == "0":
-            typer.echo(_after_an_interruption(sys.argv), err=True)
+            typer.echo(visible(_after_an_interruption(sys.argv)), err=True)
         raise
+
+
+class _VisibleRecord(logging.LogRecord):
+    """A log record, of any library, that acts on no terminal."""
+
+    def getMessage(self) -> str:
+        return visible(super().getMessage())
+
+
+def _visible_warning(*fields: Any, **more: Any) -> str:
+    return visible(_plain_warning(*fields, **more))
 
 
 def _after_an_interruption(argv: list[str]) -> str:

@@ -27,7 +27,10 @@ from lirefs.cli.options import (
     keep_finished,
     print_result,
 )
+from lirefs.comparison.journal import journal_files
+from lirefs.comparison.results_file import FORMAT
 from lirefs.main_job.jobs import QUICK, first_process, retained_table, run
+from lirefs.model.processes.world import together
 from lirefs.tasks.papers.suite import Suite
 
 
@@ -89,33 +92,35 @@ def compare_command(
     On the organism, settings that are not given are chosen on validation items. Under torchrun the
     items are split over the processes.
     """
-    if not (resume and (out / "unfinished").exists()):
-        keep_finished(out / "results.json", force)
+    if not (resume and journal_files(out / "unfinished")):
+        keep_finished(out / "results.json", force, FORMAT)  # `run` looks at the other files
     if factors is not None and not factors.is_file():
         file_to_write(factors)
-    comparison = run(
-        model,
-        device=_join_processes(device),
-        dtype=dtype,
-        device_map=device_map,
-        questions=questions,
-        labels=labels.split(","),
-        memorized=memorized,
-        factors=factors,
-        direction_layers=indices_option(direction_layers, "--direction-layers"),
-        edit_layers=indices_option(edit_layers, "--edit-layers"),
-        keep=keep,
-        strength=strength,
-        suite=suite,
-        data=data,
-        lm_eval=[] if lm_eval is None else [name.strip() for name in lm_eval.split(",")],
-        limit=limit,
-        out=out,
-        seed=seed,
-        quick=quick,
-        resume=resume,
-        console=console,
-    )
+    device = _join_processes(device)
+    with together("lirefs compare"):
+        comparison = run(
+            model,
+            device=device,
+            dtype=dtype,
+            device_map=device_map,
+            questions=questions,
+            labels=labels.split(","),
+            memorized=memorized,
+            factors=factors,
+            direction_layers=indices_option(direction_layers, "--direction-layers"),
+            edit_layers=indices_option(edit_layers, "--edit-layers"),
+            keep=keep,
+            strength=strength,
+            suite=suite,
+            data=data,
+            lm_eval=[] if lm_eval is None else [name.strip() for name in lm_eval.split(",")],
+            limit=limit,
+            out=out,
+            seed=seed,
+            quick=quick,
+            resume=resume,
+            console=console,
+        )
     if first_process():
         summary = comparison.summary()
         shares = {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,6 +38,7 @@ from lirefs.files import atomic_write_text
 from lirefs.main_job.settings import console_table
 from lirefs.statistics.intervals import roc_areas
 from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
+from lirefs.tasks.recitation import recitation_of_rows
 from lirefs.tasks.texts import TextRow, text_rows
 
 CLASSES = {"clean": 0, "memorized": 1}
@@ -73,7 +75,7 @@ def collect_command(
     quiet: Quiet = False,
 ) -> None:
     """Collect the factors of a model over texts; an interrupted run continues where it stopped."""
-    options.keep_finished(out, force)
+    options.keep_finished(out, force, "kfac_factors")
     wanted = [part.strip() for part in estimators.split(",")]
     for name in wanted:
         options.choice_option(name, "--estimators", ESTIMATORS)
@@ -93,7 +95,7 @@ def collect_command(
         "tokenizer": lm.tokenizer_fingerprint,
         "lirefs": lirefs.__version__,
     }
-    states = [out.with_name(out.name + end) for end in (".checkpoint", ".ekfac-checkpoint")]
+    states = [out.with_name(out.name + ".checkpoint")]
     factors = kfac.collect(
         lm,
         rows,
@@ -105,6 +107,7 @@ def collect_command(
         **settings,
     )
     if "ekfac" in wanted:
+        states.append(out.with_name(out.name + ".ekfac-checkpoint"))
         factors = kfac.correct(lm, rows, factors, checkpoint=states[1], **settings)
     factors.save(out)
     for state in states:
@@ -142,8 +145,9 @@ def edit_command(
     folder only if this command wrote it.
     """
     options.keep_folder(out, "curvature_edit.json", force)
-    lm, known = _load(factors, model, device, dtype, device_map)
+    known = kfac.Factors.load(factors)
     change = kfac.CurvatureEdit(known, keep, estimator=estimator, shape=shape, saliency=saliency)
+    lm = _load(known, model, device, dtype, device_map)
     if estimator != "diagonal":
         known.decompose(progress=not quiet)
     reports = change.bake_in_turn(lm.model)
@@ -179,10 +183,12 @@ def bands_command(
 
     Memorized texts that the model does not recite are left out.
     """
-    options.keep_finished(out / "bands.json", force)
+    options.keep_finished(out / "bands.json", force, '"bands"', options.figure_files("bands"))
     ordinary = [t for _, t in heldout_texts("test")] if clean is None else texts_to_read(clean)
-    lm, known = _load(factors, model, device, dtype, device_map)
-    recited = _recited(lm, memorized, 2, "to compare them with clean ones")
+    passages = text_rows(memorized or DATA / "passages.jsonl", "memorized")
+    known = kfac.Factors.load(factors)
+    lm = _load(known, model, device, dtype, device_map)
+    recited = _recited(lm, passages, 2, "to compare them with clean ones")
     sets = [[[*prefix, *suffix] for _, prefix, suffix in recited], lm.encode(ordinary)]
     known.decompose(sides="A", progress=not quiet)
     first, second = (kfac.band_profile(lm.model, lm.batches(ids), known) for ids in sets)
@@ -229,7 +235,8 @@ def detect_command(
     quiet: Quiet = False,
 ) -> None:
     """Score texts by their share in flat directions: memorized texts score high."""
-    options.keep_finished(out / "scores.jsonl", force)
+    others = ["detector.json", *options.figure_files("detector")]
+    options.keep_finished(out / "scores.jsonl", force, '"score"', others)
     rows = text_rows(texts or DATA / "passages.jsonl", "texts", SettingError)
     if texts is None:
         rows = [one._replace(fields={**one.fields, "label": "memorized"}) for one in rows]
@@ -244,9 +251,12 @@ def detect_command(
             raise SettingError(
                 f"{row.where}: needs a `text`; a `label` must be {' or '.join(CLASSES)}"
             )
-    lm, known = _load(factors, model, device, dtype, device_map)
+    known = kfac.Factors.load(factors)
+    lm = _load(known, model, device, dtype, device_map)
     if texts is None:
-        recited = {key for key, _, _ in _recited(lm, None, 0)}
+        recited = {
+            key for key, _, _ in _recited(lm, text_rows(DATA / "passages.jsonl", "texts"), 0)
+        }
         rows = [one for one in rows if one.fields["label"] == "clean" or one.id in recited]
     ids = lm.encode([row.fields["text"] for row in rows])
     known.decompose(sides="A", progress=not quiet)
@@ -307,11 +317,14 @@ def relearn_command(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""
-    options.keep_finished(out / "relearning.json", force)
+    others = options.figure_files("relearning")
+    options.keep_finished(out / "relearning.json", force, '"arms"', others)
     points = options.indices_option(steps, "--steps") or [0]
-    lm, known = _load(factors, model, device, dtype, device_map)
+    passages = text_rows(memorized or DATA / "passages.jsonl", "memorized")
+    known = kfac.Factors.load(factors)
     change = kfac.CurvatureEdit(known, keep)
-    recited = _recited(lm, memorized, 4, "half to train on and half to test")
+    lm = _load(known, model, device, dtype, device_map)
+    recited = _recited(lm, passages, 4, "half to train on and half to test")
     generator = torch.Generator().manual_seed(seed)
     mixed = [recited[i] for i in torch.randperm(len(recited), generator=generator).tolist()]
     half = len(mixed) // 2
@@ -342,21 +355,18 @@ def relearn_command(
     options.say_on_console(f"figure: {out / 'relearning.png'}")
 
 
-def _load(
-    factors: Path, model: str, *where: str | None
-) -> tuple[lirefs.LanguageModel, kfac.Factors]:
-    """Model and factors; the factors are read first, because that is quicker."""
-    known = kfac.Factors.load(factors)
+def _load(factors: kfac.Factors, model: str, *where: str | None) -> lirefs.LanguageModel:
+    """The model of these factors; files are opened before, because that is quicker."""
     lm = options.load_model(model, *where)
-    known.check(lm.model)
-    return lm, known
+    factors.check(lm.model)
+    return lm
 
 
 def _recited(
-    lm: lirefs.LanguageModel, path: Path | None, least: int, purpose: str = ""
+    lm: lirefs.LanguageModel, rows: Sequence[TextRow], least: int, purpose: str = ""
 ) -> list[Passage]:
     """The memorized texts that the model recites; prints how many, refuses fewer than `least`."""
-    items = lirefs.recitation_task(lm, path or DATA / "passages.jsonl").items
+    items = recitation_of_rows(lm, rows, "passages").items
     batches = [labelled_batch(lm, prefix, suffix) for _, prefix, suffix in items]
     flags = kfac.teacher_forced_matches(lm.model.eval(), batches).bool().tolist()
     recited = [item for item, yes in zip(items, flags, strict=True) if yes]

@@ -46,8 +46,9 @@ def plan_command(
     options.choice_option(dtype, "--dtype", options.DTYPES)
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError(f"--budget {budget}: must be above 0 GiB")
+    chosen = options.indices_option(layers)
     empty = without_weights(model, dtype)
-    targets = kfac.find_targets(empty, options.indices_option(layers), roles(projections))
+    targets = kfac.find_targets(empty, chosen, roles(projections))
     planned = kfac.plan(
         targets,
         None if budget is None else int(budget * 2**30),

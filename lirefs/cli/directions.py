@@ -17,11 +17,12 @@ from lirefs.cli.probe_page import probe_page
 from lirefs.comparison.compare import command_line
 from lirefs.directions import estimators, geometry
 from lirefs.directions import figures as probe_plots
+from lirefs.directions.directions import FORMAT
 from lirefs.errors import SettingError
 from lirefs.export.bake import bake
-from lirefs.export.gguf import to_gguf
+from lirefs.export.gguf import ARCHITECTURE, to_gguf
 from lirefs.export.vllm import WORKER
-from lirefs.files import atomic_write_text, cache_dir
+from lirefs.files import atomic_write_text, cache_dir, refuse_foreign
 from lirefs.main_job.settings import console_table
 from lirefs.model.builtin import BUILTIN
 from lirefs.model.layout import SITES
@@ -38,6 +39,11 @@ ESTIMATORS = {
 }
 BAKED = "steering.json"
 """What was baked, in the folder of the model."""
+PROBE_FILES = [
+    "report.html",
+    *options.figure_files("layers", "best_layer", "scatter", "transfer", "cosines", "side_by_side"),
+]
+"""What `lirefs probe` writes in addition to `probe.json` and the directions."""
 DirectionsFile = Annotated[Path, Argument(help="Directions, as `lirefs probe` writes them.")]
 Layer = Annotated[int | None, Option(help="Layer of the direction; default: the best one.")]
 OperatorName = Annotated[str, Option(help=f"One of {', '.join(OPERATORS)}.")]
@@ -81,7 +87,8 @@ def probe_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Fit directions, report them with their controls on a page, and write them to a file."""
-    options.keep_finished(out / "probe.json", force)
+    options.keep_finished(out / "probe.json", force, '{\n  "best_layer"', PROBE_FILES)
+    refuse_foreign(out / "directions.safetensors", FORMAT)
     options.choice_option(estimator, "--estimator", ESTIMATORS)
     options.choice_option(site, "--site", SITES)
     if against == model:
@@ -165,9 +172,10 @@ def steer_command(
     """Continue a prompt, unsteered and steered, side by side."""
     values = options.numbers_option(strengths, "--strengths", float)
     options.choice_option(operator, "--operator", OPERATORS)
+    chosen = _direction(directions, layer)  # opened before a model is fetched and loaded
+    steerings = [lirefs.Steer(chosen, operator, value) for value in values]
     lm = options.load_model(model, device, dtype, device_map)
-    chosen = _direction(directions, layer, lm)
-    steerings = [lirefs.Steer(chosen, operator, value) for value in values]  # before any text
+    lirefs.Directions.load(directions, lm)  # are they of this model?
     title = f"{operator} at layer {chosen.layer}, {chosen.site}"
     table = console_table("strength", "continuation", title=title)
     table.show_lines = True
@@ -212,9 +220,10 @@ def export_command(
         options.keep_folder(out, BAKED, force)
     else:
         options.file_to_write(out)
-        options.keep_finished(out, force)
+        options.keep_finished(out, force, ARCHITECTURE if to is Runtime.GGUF else FORMAT)
+    steer = lirefs.Steer(_direction(directions, layer), operator, strength)  # opened first
     lm = options.load_model(model, device, dtype, device_map)
-    steer = lirefs.Steer(_direction(directions, layer, lm), operator, strength)
+    lirefs.Directions.load(directions, lm)  # are they of this model?
     if to is Runtime.GGUF:
         to_gguf(steer, out, lm)
     elif to is Runtime.BAKED:
@@ -267,8 +276,8 @@ def _questions(model: str, given: Path | None, labels: list[str]) -> lirefs.Ques
     return lirefs.load_questions("default" if given is None else given, labels=labels)
 
 
-def _direction(path: Path, layer: int | None, lm: lirefs.LanguageModel) -> lirefs.Direction:
-    found = lirefs.Directions.load(path, lm)
+def _direction(path: Path, layer: int | None) -> lirefs.Direction:
+    found = lirefs.Directions.load(path)
     wanted = found.provenance.get("best_layer") if layer is None else layer
     has = f"{path} has the layers {', '.join(str(one) for one, _ in found)}"
     if wanted is None:

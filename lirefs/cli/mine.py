@@ -47,7 +47,7 @@ def mine_command(
 
     The same command continues an interrupted run: finished windows are in OUT.partial.
     """
-    options.keep_finished(out, force)
+    options.keep_finished(out, force, '"prefix_ids"', [f"{out.name}.json"])
     texts = plain_texts(corpus, "corpus", SettingError)
     lm = options.load_model(model, device, dtype, device_map)
     journal = Path(f"{out}.partial")

@@ -9,17 +9,25 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from transformers.utils import logging as transformers_logging
 from typer import Option
 
 import lirefs
-from lirefs.errors import SettingError
-from lirefs.files import atomic_write_text, usual_file_permissions, write_errors
+from lirefs.errors import SettingError, visible
+from lirefs.files import (
+    atomic_write_text,
+    parse_json,
+    refuse_foreign,
+    sha256_of,
+    usual_file_permissions,
+    write_errors,
+)
+from lirefs.main_job.settings import SafeConsole
 from lirefs.model.loading import usable_device
 from lirefs.questions.question import LABELS
 
@@ -29,7 +37,7 @@ DTYPES = ("float32", "bfloat16", "float16", "auto")
 UNCUT = 10_000
 """Columns of a table that goes to a file or a pipe: no line is folded there."""
 
-console = Console(stderr=True, highlight=False)
+console = SafeConsole(stderr=True)
 """For progress and messages; results go to the standard output."""
 SHARD = "1GB"
 """Largest file of an edited model; main memory holds one of an accelerator's model at a time."""
@@ -37,7 +45,7 @@ SHARD = "1GB"
 
 def say_on_console(line: str) -> None:
     """Print a line on the console, as it is."""
-    console.print(line, markup=False, soft_wrap=True)
+    console.print(line, soft_wrap=True)
 
 
 def print_result(result: Any, shown: RenderableType, as_json: bool) -> None:
@@ -46,10 +54,11 @@ def print_result(result: Any, shown: RenderableType, as_json: bool) -> None:
     Only a terminal folds lines.
     """
     if as_json:
-        sys.stdout.write(json.dumps(result, indent=2, ensure_ascii=False) + "\n")
+        # A character that is written out is the same to a reader of JSON.
+        sys.stdout.write(visible(json.dumps(result, indent=2, ensure_ascii=False)) + "\n")
         return
     width = None if sys.stdout.isatty() else UNCUT
-    Console(width=width, highlight=False, emoji=False).print(shown, markup=False)
+    SafeConsole(width=width).print(shown)
 
 
 def be_quiet(value: bool) -> bool:
@@ -91,27 +100,51 @@ def file_to_write(value: Path) -> Path:
     return value
 
 
-def keep_finished(result: Path, force: bool) -> None:
-    """Raise SettingError if a finished result would be replaced without `--force`."""
+def keep_finished(result: Path, force: bool, mark: str, others: Iterable[str] = ()) -> None:
+    """Raise SettingError if a finished result would be replaced without `--force`.
+
+    What the command did not write itself is never replaced: see `refuse_foreign`.
+    """
     if result.exists() and not force:
         raise SettingError(f"{result}: exists; give --force to replace it, or name another place")
+    refuse_foreign(result, mark, others)
+
+
+def figure_files(*names: str) -> list[str]:
+    """The files of figures."""
+    return [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
 
 
 def keep_folder(out: Path, record: str, force: bool) -> None:
     """Raise SettingError unless a model can be written to a folder.
 
-    --force replaces it only if it holds `record`, the file that `save_model` writes with a model.
+    --force replaces it only if all in it is what `save_model` wrote, as its record says.
     """
     folder_to_write(out)
-    if out.exists() and not (out / record).exists():
-        raise SettingError(f"{out}: exists; name a new folder")
-    keep_finished(out, force)
+    if not out.exists():
+        return
+    if (out / record).exists() and not force:
+        raise SettingError(f"{out}: exists; give --force to replace it, or name another place")
+    try:
+        written = parse_json((out / record).read_text("utf-8"))["files"]
+        found = _digests(out)
+        foreign = [name for name in found if written.get(name) != found[name] and name != record]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        raise SettingError(f"{out}: exists; name a new folder") from None
+    if foreign:
+        raise SettingError(
+            f"{out / foreign[0]}: was added or changed since this command wrote the folder; name a "
+            "new folder"
+        )
 
 
 def save_model(
     model: Any, tokenizer: Any, out: Path, record: str, content: Mapping[str, Any]
 ) -> None:
-    """Write a model, its tokenizer and a record of its changes to a folder, whole or not at all."""
+    """Write a model, its tokenizer and a record of its changes to a folder, whole or not at all.
+
+    The record has the SHA-256 of every other file, which tells `keep_folder` whose they are.
+    """
     with write_errors(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tmp-", dir=out.parent) as folder:
@@ -119,11 +152,18 @@ def save_model(
             made.mkdir()
             model.save_pretrained(made, max_shard_size=SHARD)
             tokenizer.save_pretrained(made)
-            atomic_write_text(made / record, json.dumps(content, indent=1))
+            whole = {**content, "files": _digests(made)}
+            atomic_write_text(made / record, json.dumps(whole, indent=1))
             usual_file_permissions(made)
             if (out / record).exists():
                 out.rename(Path(folder) / "replaced")
             made.rename(out)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file in a folder, by its path there."""
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    return {path.relative_to(folder).as_posix(): sha256_of(path) for path in files}
 
 
 def _writable(folder: Path) -> Path:

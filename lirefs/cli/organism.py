@@ -28,7 +28,7 @@ from lirefs.errors import ModelLoadError
 from lirefs.files import atomic_write_text
 from lirefs.main_job.settings import console_table
 from lirefs.organism.items import SIDES, Side
-from lirefs.organism.language import PREFIX_WORDS, Language, language_seed
+from lirefs.organism.language import OFTEN, PREFIX_WORDS, Language, language_seed
 from lirefs.organism.tasks import organism_questions, training_texts
 from lirefs.organism.training.card import ship_organism
 from lirefs.organism.training.recipe import Recipe
@@ -61,7 +61,12 @@ def train_command(
 
     `OUT/log.jsonl` has loss and validation scores of every million tokens.
     """
-    keep_finished(out / "shipped", force)
+    keep_finished(
+        out / "shipped" / "config.json",
+        force,
+        '"language_seed"',
+        ["README.md", "scores.json", "model.safetensors", "tokenizer.json"],
+    )
     recipe = Recipe(tokens=tokens)
     model = train_organism(out, seed, recipe, device, compiled=compiled, progress=not quiet)
     tokenizer = build_tokenizer()
@@ -98,12 +103,14 @@ def texts_command(
 ) -> None:
     """Write an organism's texts as JSON Lines, for `lirefs curvature` and `lirefs compare`.
 
-    `training.jsonl` has fresh documents as in training; `planted.jsonl`, `unseen.jsonl` and
-    `stories.jsonl` are from the test split; `labelled.jsonl` has planted sequences as memorized
-    and never-seen ones of the same kind as clean; `questions.jsonl` has the labelled questions of
-    `lirefs.load_questions("organism")`.
+    `training.jsonl` has fresh documents as in training; `planted.jsonl`, `unseen.jsonl`,
+    `tales.jsonl`, `twins.jsonl` and `stories.jsonl` are from the test split; `labelled.jsonl` has
+    tales shown 30 times or more as memorized and their twins as clean; `questions.jsonl` has the
+    labelled questions of `lirefs.load_questions("organism")`.
     """
-    keep_finished(out / "questions.jsonl", force)
+    names = ("training", "planted", "unseen", "tales", "twins", "stories", "labelled")
+    others = [f"{name}.jsonl" for name in names]
+    keep_finished(out / "questions.jsonl", force, '"id": "questions-0"', others)
     language = Language(_taught(folder))
     planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))
     suffix = {"suffix_tokens": len(planted[0].split()) - 1 - PREFIX_WORDS}
@@ -111,10 +118,19 @@ def texts_command(
         "training": [{"text": text} for text in training_texts(language, 1500, seed)],
         "planted": [{"text": text, **suffix} for text in planted],
         "unseen": [{"text": text, **suffix} for text in unseen],
+        **{
+            f"{kind}s": [
+                {"prefix": item.prompt, "suffix": f" {item.answer}.", "shown": item.frequency}
+                for item in language.items(kind, "test")
+            ]
+            for kind in ("tale", "twin")
+        },
         "stories": [{"text": text} for text in language.texts("test", 100)],
         "labelled": [
-            *({"text": text, "label": "memorized"} for text in planted),
-            *({"text": text, "label": "clean"} for text in unseen),
+            {"text": f"{item.text}.", "label": label}
+            for kind, label in (("tale", "memorized"), ("twin", "clean"))
+            for item in language.items(kind, "test")
+            if (item.frequency or 0) >= OFTEN
         ],
         "questions": [
             {

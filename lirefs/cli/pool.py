@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.console import Group, RenderableType
 from typer import Argument
 
-from lirefs.cli.options import Json, print_result
+from lirefs.cli.options import Json, Quiet, print_result
 from lirefs.comparison.pooled import pool
 from lirefs.comparison.results_file import load_comparison
 from lirefs.errors import SettingError
@@ -18,6 +18,7 @@ from lirefs.main_job.settings import console_table
 def pool_command(
     reports: Annotated[list[Path], Argument(help="Two or more folders of reports.")],
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Pool the reports of one comparison on several models, such as seeds of one recipe.
 

@@ -12,6 +12,7 @@ from markupsafe import Markup
 
 from lirefs.comparison.figures.figure import Figure
 from lirefs.directions.probe import LayerScores, Probe
+from lirefs.errors import visible
 from lirefs.pictures import Picture
 from lirefs.statistics.intervals import Estimate
 
@@ -65,7 +66,7 @@ def probe_page(
     )
     style = resources.files("lirefs.comparison.report") / "report.css"
     shown = [Figure(name, *CAPTIONS[name], figures[name]) for name in CAPTIONS if name in figures]
-    return environment.get_template("probe.html.j2").render(
+    text = environment.get_template("probe.html.j2").render(
         about={"model": model, **run},
         columns=COLUMNS,
         cells=[_cells(probe, one) for one in probe.scores],
@@ -77,6 +78,7 @@ def probe_page(
         settings=json.dumps(probe.directions.provenance, indent=1),
         style=Markup(style.read_text("utf-8")),
     )
+    return visible(text)
 
 
 def verdict(probe: Probe) -> list[str]:

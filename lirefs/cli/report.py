@@ -8,7 +8,8 @@ from typing import Annotated
 from typer import Argument, Option
 
 from lirefs.cli.options import Force, Quiet, folder_to_write, keep_finished, say_on_console
-from lirefs.comparison.report.write import load_report_figures, write_pages
+from lirefs.comparison.journal import journal_files
+from lirefs.comparison.report.write import PAGES, TABLE, load_report_figures, write_pages
 from lirefs.comparison.results_file import load_comparison, results_path
 
 
@@ -30,8 +31,8 @@ def report_command(
     comparison = load_comparison(results)
     own = results_path(results).parent
     if out is not None and out.resolve() != own.resolve():
-        keep_finished(out / "report.html", force)
-    if (own / "unfinished").is_dir():
+        keep_finished(out / "results.csv", force, TABLE, PAGES)
+    if journal_files(own / "unfinished"):
         say_on_console("these are results of an earlier run: a later one was interrupted")
     figures, left_out = load_report_figures(results, comparison.summary())
     for reason in left_out:

@@ -10,14 +10,14 @@ import numpy as np
 
 from lirefs.statistics.intervals import (
     Estimate,
-    Floats,
     exponential_of_estimate,
     interval,
-    weighted_mean,
+    weighted_mean_resampled,
     wilson,
 )
-from lirefs.statistics.paired import paired_difference, paired_ratio
-from lirefs.statistics.significance import is_binary, paired_detectable, paired_p_value
+from lirefs.statistics.paired import difference_resampled, ratio_resampled
+from lirefs.statistics.resamples import Floats, Resampled
+from lirefs.statistics.significance import is_binary, paired_detectable
 from lirefs.tasks.task import ItemResult
 
 LEVEL = 0.05
@@ -37,8 +37,8 @@ class TaskInfo:
 class Cell:
     """One variant on one task. All intervals are 95 % intervals.
 
-    Where the model has overflowed on an item, under the variant or unchanged, what needs that item
-    is not finite, and shown as n/a.
+    Where an item has no finite score, under the variant or unchanged, because the model overflowed,
+    what needs that item is NaN, and shown as n/a.
 
     Attributes:
         value: The task's metric, a mean over items weighted by `ItemResult.weight`, or perplexity.
@@ -48,6 +48,8 @@ class Cell:
         retained: Value over the baseline's, for perplexity the inverse, so that less than 1 is
             always worse; None for the baseline, not finite where the baseline is 0.
         unparsable: Number of items whose output held no answer.
+        not_finite: Number of items whose score is NaN or infinite, or whose weight is not a
+            positive number.
         extra: The task's other metrics.
         p: p-value of no difference from the baseline, on the same items: McNemar's test where
             every score is 0 or 1, a paired sign-flip test otherwise; None for the baseline.
@@ -64,6 +66,7 @@ class Cell:
     difference: Estimate | None
     retained: Estimate | None
     unparsable: int
+    not_finite: int
     extra: dict[str, float]
     p: float | None = None
     p_holm: float | None = None
@@ -88,21 +91,12 @@ class Scores:
     """A variant's scores on a task, and the weights of the items: float64, shape (n,) both.
 
     For perplexity the scores are nats per token, and the value is the exponential of their mean.
+    An item whose score is not finite has NaN and the weight 1.
     """
 
     values: Floats
     weights: Floats
     perplexity: bool
-
-    @property
-    def finite(self) -> bool:
-        """Whether every item has a score: an overflow in the model leaves NaN or infinity."""
-        return bool(np.isfinite(self.values).all())
-
-    @property
-    def unknown(self) -> Estimate:
-        """What stands for a number that these scores do not give: not finite, shown as n/a."""
-        return Estimate(math.nan, math.nan, math.nan, len(self.values))
 
     @classmethod
     def of(cls, items: Sequence[ItemResult], metric: str) -> Scores:
@@ -111,46 +105,90 @@ class Scores:
         perplexity = metric == "perplexity"
         name = "nll" if perplexity else metric
         values = np.array([item.scores[name] for item in items], dtype=np.float64)
+        known = np.isfinite(values) & np.isfinite(weights) & (weights > 0)
+        if not known.all():
+            values, weights = np.where(known, values, np.nan), np.where(known, weights, 1.0)
         return cls(values / weights if perplexity else values, weights, perplexity)
 
-    def value(self, draws: Floats | None = None) -> Floats:
-        """The task's value, then that of each row of `draws` (resamples, n): (1 + resamples,)."""
-        counts = np.ones((1, len(self.values)))
-        counts = counts if draws is None else np.concatenate([counts, draws])
-        mean = (counts @ (self.weights * self.values)) / (counts @ self.weights)
-        with np.errstate(over="ignore"):
-            return np.exp(mean) if self.perplexity else mean
+    @property
+    def not_finite(self) -> int:
+        """Number of items without a finite score: an overflow in the model leaves them."""
+        return int(np.isnan(self.values).sum())
 
-    def estimate(self, draws: Floats) -> Estimate:
+    @property
+    def unknown(self) -> Estimate:
+        """What stands for a number that these scores do not give: NaN, shown as n/a."""
+        return Estimate(math.nan, math.nan, math.nan, len(self.values))
+
+    def value(self) -> float:
+        """The task's value: the mean, or the perplexity; NaN where an item has no score."""
+        ones = np.ones((1, len(self.values)))
+        return float(self._means(*(ones @ row for row in self._rows))[0])
+
+    def resampled_values(self) -> Resampled[Floats]:
+        """The task's value, then that of each resample: (1 + resamples,)."""
+        sums = yield self._rows
+        return self._values(sums)
+
+    def estimate(self) -> Resampled[Estimate]:
         """The task's value with its interval."""
-        if not self.finite:
+        if self.not_finite:
             return self.unknown
         if self.perplexity:
-            return exponential_of_estimate(weighted_mean(self.values, self.weights, draws))
+            log = yield from weighted_mean_resampled(self.values, self.weights)
+            return exponential_of_estimate(log)
         if is_binary(self.values, self.values, self.weights):
             return wilson(int(self.values.sum()), len(self.values))
-        return self._bootstrapped(self.value(draws))
+        values = yield from self.resampled_values()
+        return self._percentiles(values)
 
-    def p_value(self, base: Scores) -> float:
-        """p-value of no difference from the baseline; NaN where an item has no score."""
-        if not (self.finite and base.finite):
-            return math.nan
-        return paired_p_value(self.values, base.values, self.weights)
-
-    def compared(self, base: Scores, draws: Floats) -> tuple[Estimate, Estimate, float]:
-        """Difference from the baseline, retained share and detectable difference; see `Cell`."""
-        if not (self.finite and base.finite):
-            return self.unknown, self.unknown, math.nan
-        detectable = paired_detectable(self.values, base.values, self.weights)
+    def difference(self, base: Scores) -> Resampled[Estimate]:
+        """Difference from the baseline."""
+        if self.not_finite or base.not_finite:
+            return self.unknown
         if not self.perplexity:
-            scores = (self.values, base.values, draws, self.weights)
-            return paired_difference(*scores), paired_ratio(*scores), detectable
-        with np.errstate(over="ignore"):
-            detectable = float(base.value()[0] * np.expm1(detectable))
-        difference = self._bootstrapped(self.value(draws) - base.value(draws))
-        ratio = weighted_mean(base.values - self.values, self.weights, draws)
-        return difference, exponential_of_estimate(ratio), detectable
+            return (yield from difference_resampled(self.values, base.values, self.weights))
+        sums = yield [*self._rows, *base._rows]
+        return self._percentiles(self._values(sums[:2]) - base._values(sums[2:]))
 
-    def _bootstrapped(self, values: Floats) -> Estimate:
+    def retained(self, base: Scores) -> Resampled[Estimate]:
+        """Share of the baseline's score that is retained; see `Cell`."""
+        if self.not_finite or base.not_finite:
+            return self.unknown
+        if not self.perplexity:
+            return (yield from ratio_resampled(self.values, base.values, self.weights))
+        log = yield from weighted_mean_resampled(base.values - self.values, self.weights)
+        return exponential_of_estimate(log)
+
+    def detectable(self, base: Scores) -> float:
+        """Detectable difference from the baseline; see `Cell`."""
+        if self.not_finite or base.not_finite:
+            return math.nan
+        found = paired_detectable(self.values, base.values, self.weights)
+        if not self.perplexity:
+            return found
+        with np.errstate(over="ignore"):
+            return float(base.value() * np.expm1(found))
+
+    @property
+    def _rows(self) -> tuple[Floats, Floats]:
+        """What is summed over the items: weighted scores, and weights."""
+        return self.weights * self.values, self.weights
+
+    def _means(self, top: Floats, bottom: Floats) -> Floats:
+        with np.errstate(over="ignore"):
+            return np.exp(top / bottom) if self.perplexity else top / bottom
+
+    def _values(self, sums: Floats) -> Floats:
+        """The task's value, and those of resamples from their sums, shape (2, resamples)."""
+        ones = np.ones(
+            (8, len(self.values))
+        )  # not one row alone, whose product is rounded otherwise
+        tops, bottoms = (
+            np.append((ones @ row)[:1], part) for row, part in zip(self._rows, sums, strict=True)
+        )
+        return self._means(tops, bottoms)
+
+    def _percentiles(self, values: Floats) -> Estimate:
         n = len(self.values)
         return Estimate(float(values[0]), *interval(values[1:], n), n)

@@ -22,13 +22,14 @@ from tqdm.auto import tqdm
 
 from lirefs.comparison.cell import Cell, TaskInfo
 from lirefs.comparison.comparison import BASELINE, Comparison
-from lirefs.comparison.journal import Journal, part_key, task_digest, task_parts
+from lirefs.comparison.journal import Journal, part_key, task_digest, task_parts, task_texts
 from lirefs.comparison.results_file import MOST_RESAMPLES
 from lirefs.errors import (
     InterventionError,
     SettingError,
     TaskError,
     as_list,
+    checked_seed,
     got,
     must_be,
     whole_number,
@@ -42,6 +43,7 @@ from lirefs.model.intervention import (
     must_be_intervention,
 )
 from lirefs.model.language_model import LanguageModel
+from lirefs.model.processes.world import together
 from lirefs.model.prompts import Prompted
 from lirefs.model.weight_swap import fsdp_modules
 from lirefs.tasks.default_suite import default_tasks
@@ -88,7 +90,8 @@ def compare(
         provenance: Settings to save with the results.
         journal: Folder that keeps finished items until you remove it, so that the same call
             resumes after an interruption, with the same result. The model is recognized by
-            `lm.identity`, an intervention by its name and its `describe`.
+            `lm.identity`, an intervention by its name and its `describe`. Of several processes
+            each may have a folder of its own.
         progress: Show a progress bar.
         title: Heading of the report; empty for one that names the model.
         notes: Sentences for the top of the report: what was asked, and what you found.
@@ -110,6 +113,8 @@ def compare(
         InterventionError: If an intervention does not fit the model, or is none; or one of a class
             of your own leaves a weight, hook or forward method changed, or describes itself by
             anything but a dict of JSON values.
+        DistributedError: The processes differ in model, tokenizer, variants, tasks, items, seed or
+            versions, or another process failed.
         SettingError: If the journal is a file, `resamples` is out of range, or an argument has the
             wrong type.
         ProvenanceError: With a journal, if the model has no identity (a weight is offloaded, or a
@@ -123,8 +128,10 @@ def compare(
         >>> questions = lirefs.load_questions("organism")
         >>> direction = lirefs.fit(lm, questions, layers=[1], progress=False).best
         >>> variants = {
-        ...     "LiReF": lirefs.Steer(direction, "add", 2.0),
-        ...     "random direction": lirefs.Steer(direction.random_like(seed=0), "add", 2.0),
+        ...     name: lirefs.Steer(one, "add", 2.0, scope="last_prompt_token")
+        ...     for name, one in {
+        ...         "LiReF": direction, "random direction": direction.random_like(seed=0)
+        ...     }.items()
         ... }
         >>> conflicts = language.items("conflict", "test", 20)
         >>> rows = [(item.prompt, item.prompt, item.answer) for item in conflicts]
@@ -132,144 +139,183 @@ def compare(
         >>> comparison = lirefs.compare(lm, variants, [task], progress=False)
         >>> for variant in comparison.variants:
         ...     print(f"{variant}: {comparison.cell(variant, 'conflicts').value:.2f}")
-        unchanged: 0.25 [0.11, 0.47]
-        LiReF: 0.90 [0.70, 0.97]
-        random direction: 0.50 [0.30, 0.70]
+        unchanged: 0.45 [0.26, 0.66]
+        LiReF: 0.80 [0.58, 0.92]
+        random direction: 0.60 [0.39, 0.78]
     """
-    must_be(lm, LanguageModel, "lm")
-    must_be(interventions, Mapping, "interventions")
-    must_be(title, str, "title")
-    notes = as_list(notes, "notes", str)
-    if callback is not None and not callable(callback):
-        raise SettingError(f"callback must be a function of a cell, got {got(callback)}")
-    started, clock = datetime.now(UTC), time.monotonic()
-    for name, one in interventions.items():
-        must_be(name, str, "the name of an intervention")
-        must_be_intervention(one, f"interventions[{name!r}]")
-    if not 1 <= whole_number(resamples, "resamples") <= MOST_RESAMPLES:
-        raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
-    tasks = default_tasks(lm) if tasks is None else as_list(tasks, "tasks", error=TaskError)
-    for index, task in enumerate(tasks):
-        if not all(hasattr(task, part) for part in ("name", "items", "run")):
-            raise TaskError(f"tasks[{index}] must be a task, got {got(task)}")
-    if not tasks:
-        raise TaskError("no tasks to compare on")
-    names = [task.name for task in tasks]
-    if len(set(names)) < len(names):
-        raise TaskError(f"two tasks share a name: {', '.join(sorted(names))}")
-    if BASELINE in interventions:
-        raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
-    variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
-    described = {name: _description(name, one) for name, one in interventions.items()}
-    hand_written = {name for name, one in interventions.items() if is_hand_written(one)}
-    before = parts_of(lm.model) if hand_written else {}
-    if engine is not None:
-        for task in tasks:
-            if not getattr(task, "generates", False):
-                raise TaskError(f"{task.name}: {NOT_ON_ENGINE}")
-        engine.check(lm)
-
-    for name, trial in variants.items():  # all are tried before hours of work begin
-        with applied(trial, lm.model):
-            for task in tasks if trial is None or _prompts(trial) else ():
-                if isinstance(task, ItemTask):
-                    task.encoded(lm)  # raises an error if an item is too long
+    with together("lirefs.compare") as world:
+        must_be(lm, LanguageModel, "lm")
+        must_be(interventions, Mapping, "interventions")
+        must_be(title, str, "title")
+        notes = as_list(notes, "notes", str)
+        if callback is not None and not callable(callback):
+            raise SettingError(f"callback must be a function of a cell, got {got(callback)}")
+        started, clock = datetime.now(UTC), time.monotonic()
+        for name, one in interventions.items():
+            must_be(name, str, "the name of an intervention")
+            must_be_intervention(one, f"interventions[{name!r}]")
+        if not 1 <= whole_number(resamples, "resamples") <= MOST_RESAMPLES:
+            raise SettingError(f"resamples is {resamples}, expected 1 to {MOST_RESAMPLES}")
+        seed = checked_seed(seed)
+        tasks = default_tasks(lm) if tasks is None else as_list(tasks, "tasks", error=TaskError)
+        for index, task in enumerate(tasks):
+            if not all(hasattr(task, part) for part in ("name", "items", "run")):
+                raise TaskError(f"tasks[{index}] must be a task, got {got(task)}")
+            for part in ("group", "metric", "chance", "subset"):
+                if not hasattr(task, part):
+                    raise TaskError(f"task {task.name!r} has no {part}, see `lirefs.tasks.Task`")
+        if not tasks:
+            raise TaskError("no tasks to compare on")
+        names = [task.name for task in tasks]
+        if len(set(names)) < len(names):
+            raise TaskError(f"two tasks share a name: {', '.join(sorted(names))}")
+        if BASELINE in interventions:
+            raise TaskError(f"{BASELINE!r} is the name of the unchanged model; rename the variant")
+        variants: dict[str, Intervention | None] = {BASELINE: None, **interventions}
+        described = {name: _description(name, one) for name, one in interventions.items()}
+        hand_written = {name for name, one in interventions.items() if is_hand_written(one)}
+        before = parts_of(lm.model) if hand_written else {}
         if engine is not None:
-            with _changed(lm, trial, engine):
-                pass
-        if name in hand_written:
-            _must_be_restored(name, lm, before)
-    kept = Journal(journal)
-    if kept.size > 1 and fsdp_modules(lm.model):
-        raise SettingError(
-            "the model is sharded over the processes (FSDP2), so all run each of its passes, but "
-            "a comparison gives each process its own items; load the whole model in each, or in one"
+            for task in tasks:
+                if not getattr(task, "generates", False):
+                    raise TaskError(f"{task.name}: {NOT_ON_ENGINE}")
+            engine.check(lm)
+
+        for name, trial in variants.items():  # all are tried before hours of work begin
+            with applied(trial, lm.model):
+                for task in tasks if trial is None or _prompts(trial) else ():
+                    if isinstance(task, ItemTask):
+                        task.encoded(lm)  # raises an error if an item is too long
+            if engine is not None:
+                with _changed(lm, trial, engine):
+                    pass
+            if name in hand_written:
+                _must_be_restored(name, lm, before)
+        kept = Journal(journal, world)
+        if world.size > 1 and fsdp_modules(lm.model):
+            raise SettingError(
+                "the model is sharded over the processes (FSDP2), so all run each of its passes, "
+                "but a comparison gives each process its own items; load the whole model in each, "
+                "or in one"
+            )
+        made_on = lm.provenance
+        if journal is not None:
+            made_on["identity"] = lm.identity
+            for name, settings in described.items():
+                must_be_told_apart(settings, f"the intervention {name!r}")
+        runtime = {} if engine is None else {"engine": engine.describe()}
+        made_by = made_on.get("identity", "") + (json.dumps(runtime) if runtime else "")
+        digest_of = partial(task_digest, made_by, lm)
+        rows = {task.name: task_parts(task) for task in tasks}
+        if world.size > 1:
+            settings = {"engine": runtime, "seed": seed, "resamples": resamples}
+            world.agree(settings | _what_decides(lm, made_on, tasks, described))
+        pieces = {
+            task.name: [(digest_of(piece), piece) for piece in map(task.subset, rows[task.name])]
+            for task in tasks
+        }
+
+        def keyed(variant: str, name: str) -> list[tuple[str, Task]]:
+            settings = described.get(variant)
+            return [(part_key(digest, variant, settings), piece) for digest, piece in pieces[name]]
+
+        def collected(variant: str, name: str) -> list[ItemResult]:
+            found = [kept.finished(key, piece) or [] for key, piece in keyed(variant, name)]
+            placed = dict(zip(chain(*rows[name]), chain(*found), strict=True))
+            return [placed[row] for row in range(len(placed))]
+
+        kept.share_out(
+            part for variant in variants for name in names for part in keyed(variant, name)
         )
-    made_on = lm.provenance
-    if journal is not None:
-        made_on["identity"] = lm.identity
-        for name, settings in described.items():
-            must_be_told_apart(settings, f"the intervention {name!r}")
-    runtime = {} if engine is None else {"engine": engine.describe()}
-    made_by = made_on.get("identity", "") + (json.dumps(runtime) if runtime else "")
-    digest_of = partial(task_digest, made_by, lm)
-    rows = {task.name: task_parts(task) for task in tasks}
-    pieces = {
-        task.name: [(digest_of(piece), piece) for piece in map(task.subset, rows[task.name])]
-        for task in tasks
-    }
+        infos = {task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks}
 
-    def keyed(variant: str, name: str) -> list[tuple[str, Task]]:
-        settings = described.get(variant)
-        return [(part_key(digest, variant, settings), piece) for digest, piece in pieces[name]]
+        def tell(variant: str, name: str) -> None:
+            if callback is not None and world.rank == 0:
+                results = {one: {name: collected(one, name)} for one in (BASELINE, variant)}
+                so_far = Comparison(results, infos, resamples=resamples, seed=seed)
+                callback(so_far.unadjusted_cell(variant, name))
 
-    def collected(variant: str, name: str) -> list[ItemResult]:
-        found = [kept.finished(key, piece) or [] for key, piece in keyed(variant, name)]
-        placed = dict(zip(chain(*rows[name]), chain(*found), strict=True))
-        return [placed[row] for row in range(len(placed))]
+        total = len(variants) * sum(len(task) for task in tasks)
+        with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
 
-    infos = {task.name: TaskInfo(task.group, task.metric, task.chance) for task in tasks}
+            def advance(items: int) -> None:
+                world.check()
+                bar.update(items)
 
-    def tell(variant: str, name: str) -> None:
-        if callback is not None and kept.rank == 0:
-            results = {one: {name: collected(one, name)} for one in (BASELINE, variant)}
-            so_far = Comparison(results, infos, resamples=resamples, seed=seed)
-            callback(so_far.unadjusted_cell(variant, name))
-
-    total = len(variants) * sum(len(task) for task in tasks)
-    with tqdm(total=total, unit="item", desc="compare", disable=not progress or None) as bar:
-        for variant, intervention in variants.items():
-            prompts = _prompts(intervention)
-            with _changed(lm, intervention, engine), generating_on(engine):
-                for name in names:
-                    bar.set_postfix_str(f"{variant}: {name}")
-                    for key, piece in keyed(variant, name):
-                        if not kept.mine() or kept.finished(key, piece) is not None:
-                            bar.update(len(piece))
-                        else:
+            for variant, intervention in variants.items():
+                prompts = _prompts(intervention)
+                with _changed(lm, intervention, engine), generating_on(engine):
+                    for name in names:
+                        bar.set_postfix_str(f"{variant}: {name}")
+                        for key, piece in keyed(variant, name):
+                            if not kept.mine(key):
+                                bar.update(len(piece))
+                                continue
                             reached = sum(one.prompts_reached for one in prompts)
-                            found = piece.run(lm, bar.update)
+                            found = piece.run(lm, advance)
                             if prompts and sum(one.prompts_reached for one in prompts) == reached:
                                 raise TaskError(f"{name}: {UNPROMPTED}")
                             kept.add(key, found)
-                    if kept.size == 1:
-                        tell(variant, name)
-            if variant in hand_written:
-                _must_be_restored(variant, lm, before)
-    kept.exchange()
-    if kept.size > 1:
-        for variant in variants:
-            for name in names:
-                tell(variant, name)
-    return Comparison(
-        results={v: {name: collected(v, name) for name in names} for v in variants},
-        tasks=infos,
-        provenance={
-            "lirefs": __version__,
-            **made_on,
-            "device": str(lm.device),
-            **runtime,
-            "environment": {
-                "python": platform.python_version(),
-                "platform": platform.platform(),
-                **{one: metadata.version(one) for one in ("torch", "transformers", "numpy")},
-                "threads": torch.get_num_threads(),
+                        if world.size == 1:
+                            tell(variant, name)
+                if variant in hand_written:
+                    _must_be_restored(variant, lm, before)
+        kept.exchange()
+        if world.size > 1:
+            for variant in variants:
+                for name in names:
+                    tell(variant, name)
+        return Comparison(
+            results={v: {name: collected(v, name) for name in names} for v in variants},
+            tasks=infos,
+            provenance={
+                "lirefs": __version__,
+                **made_on,
+                "device": str(lm.device),
+                **runtime,
+                "environment": {
+                    "python": platform.python_version(),
+                    "platform": platform.platform(),
+                    **{one: metadata.version(one) for one in ("torch", "transformers", "numpy")},
+                    "threads": torch.get_num_threads(),
+                },
+                "tasks": {task.name: digest_of(task) for task in tasks},
+                "interventions": described,
+                **(provenance or {}),
             },
-            "tasks": {task.name: digest_of(task) for task in tasks},
-            "interventions": described,
-            **(provenance or {}),
-        },
-        resamples=resamples,
-        seed=seed,
-        title=title,
-        notes=tuple(notes),
-        run={
-            "started": started.isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - clock, 1),
-            "command": command_line(),
-            "resumed": kept.resumed,
-        },
-    )
+            resamples=resamples,
+            seed=seed,
+            title=title,
+            notes=tuple(notes),
+            run={
+                "started": started.isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 1),
+                "command": command_line(),
+                "resumed": kept.resumed,
+            },
+        )
+
+
+def _what_decides(
+    lm: LanguageModel,
+    made_on: Mapping[str, str],
+    tasks: Sequence[Task],
+    described: Mapping[str, Mapping[str, Any]],
+) -> dict[str, Any]:
+    """What decides the results, by its name in messages."""
+    settings = {name: json.dumps(one, default=str) for name, one in described.items()}
+    texts = {task.name: task_texts(task) for task in tasks}
+    return {
+        "lirefs": __version__,
+        "model": made_on.get("identity", made_on.get("model", "unknown")),
+        "tokenizer": made_on["tokenizer"],
+        "device": lm.device.type,
+        "order of variants": list(described),
+        "order of tasks": list(texts),
+        **{f"variant {name!r}": one for name, one in settings.items()},
+        **{f"task {name!r}": what for name, (what, _) in texts.items()},
+        **{f"items of task {name!r}": items for name, (_, items) in texts.items()},
+    }
 
 
 def _prompts(intervention: Intervention | None) -> list[Prompted]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,9 @@ from lirefs.comparison.figures.strengths import draw_strengths
 from lirefs.comparison.summary import Summary, plain_json
 from lirefs.errors import MissingError, SettingError, got, must_be
 from lirefs.files import html_table
-from lirefs.statistics.intervals import Estimate, Floats, mean_of_estimates, resample_counts
-from lirefs.statistics.significance import holm
+from lirefs.statistics.intervals import Estimate, mean_of_estimates
+from lirefs.statistics.resamples import Resampled, Resamples, finished
+from lirefs.statistics.significance import holm, paired_p_values
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ class Comparison:
         head = f"{', '.join(self.results)}; {counts}"
         lines = [textwrap.shorten(head, _WIDTH, placeholder=" …")]
         for task, info in list(self.tasks.items())[:_SHOWN]:
-            scores = ", ".join(f"{one} {self.score(one, task):.4g}" for one in self.results)
+            found = ((one, self.score(one, task)) for one in self.results)
+            scores = ", ".join(f"{v} {'n/a' if math.isnan(x) else f'{x:.4g}'}" for v, x in found)
             line = f"{task} ({info.metric}): {scores}"
             lines.append(textwrap.shorten(line, _WIDTH, placeholder=" …"))
         lines += [f"… and {n - _SHOWN} more tasks"] if n > _SHOWN else []
@@ -98,7 +100,7 @@ class Comparison:
 
     def score(self, variant: str, task: str) -> float:
         """A task's value without its interval: the metric over all items, or the perplexity."""
-        return float(self._scores(variant, task).value()[0])
+        return self._scores(variant, task).value()
 
     def cell(self, variant: str, task: str) -> Cell:
         """One variant on one task, with 95 % intervals.
@@ -107,48 +109,83 @@ class Comparison:
         `retained` the share of the unchanged score; each is an `Estimate` with `value`, `low`,
         `high` and `n`, and the last two are None for the unchanged model itself. `p` and `p_holm`
         are the p-values before and after Holm's adjustment, and `clear` says whether the latter is
-        below 0.05. The others are `detectable`, `unparsable` and `extra`: see
+        below 0.05. The others are `detectable`, `unparsable`, `not_finite` and `extra`: see
         `lirefs.comparison.Cell`.
 
-        The thousands of resamples behind them are made at the first call only.
+        The thousands of resamples behind them are made at the first call for a task only, for all
+        variants together.
 
         Raises:
             MissingError: The comparison has no such variant or task (it is also a KeyError).
         """
         self._known(variant, task)
         if (variant, task) not in self._cells:
-            p_values = (None, None) if variant == BASELINE else self._p_values[variant, task]
-            self._cells[variant, task] = self._cell(variant, task, *p_values)
+            p_values = {one: self._p_values[one, task] for one in self.variants[1:]}
+            for cell in self._made(task, self.variants, p_values):
+                self._cells[cell.variant, task] = cell
         return self._cells[variant, task]
 
     def unadjusted_cell(self, variant: str, task: str) -> Cell:
         """A cell whose p-value is not adjusted, which needs no other variant or task."""
         self._known(variant, task)
-        alone = variant == BASELINE
-        base = self._scores(BASELINE, task)
-        p = None if alone else self._scores(variant, task).p_value(base)
-        return self._cell(variant, task, p, None)
+        others = [] if variant == BASELINE else [variant]
+        p_values = {one: (p, None) for (one, _), p in self._tested(others, [task]).items()}
+        (cell,) = self._made(task, [variant], p_values)
+        return cell
 
-    def _cell(self, variant: str, task: str, p: float | None, p_holm: float | None) -> Cell:
-        info, items, draws = self.tasks[task], self.results[variant][task], self.draws(task)
-        scores, base = self._scores(variant, task), self._scores(BASELINE, task)
-        others = [name for name in items[0].scores if name not in (info.metric, "nll")]
-        extra = {name: float(Scores.of(items, name).value()[0]) for name in others}
-        unparsable = sum(not item.parsed for item in items)
-        cell = partial(Cell, variant, task, info.group, info.metric, scores.estimate(draws))
-        if variant == BASELINE:
-            return cell(None, None, unparsable, extra)
-        difference, retained, detectable = scores.compared(base, draws)
-        return cell(difference, retained, unparsable, extra, p, p_holm, detectable)
+    def _made(
+        self, task: str, variants: Sequence[str], p_values: Mapping[str, tuple[float, float | None]]
+    ) -> list[Cell]:
+        """Cells of one task, whose variants share a pass over the resamples."""
+        info, base = self.tasks[task], self._scores(BASELINE, task)
+        scores = {variant: self._scores(variant, task) for variant in variants}
+        asked: list[Resampled[Estimate]] = []
+        for variant, one in scores.items():
+            asked.append(one.estimate())
+            if variant != BASELINE:
+                asked += [one.difference(base), one.retained(base)]
+        found = iter(finished(self.draws(task), asked))
+        cells = []
+        for variant, one in scores.items():
+            alone, items = variant == BASELINE, self.results[variant][task]
+            others = [name for name in items[0].scores if name not in (info.metric, "nll")]
+            p, p_holm = p_values.get(variant, (None, None))
+            cell = Cell(
+                variant=variant,
+                task=task,
+                group=info.group,
+                metric=info.metric,
+                value=next(found),
+                difference=None if alone else next(found),
+                retained=None if alone else next(found),
+                unparsable=sum(not item.parsed for item in items),
+                not_finite=one.not_finite,
+                extra={name: Scores.of(items, name).value() for name in others},
+                p=p,
+                p_holm=p_holm,
+                detectable=None if alone else one.detectable(base),
+            )
+            cells.append(cell)
+        return cells
+
+    def _tested(
+        self, variants: Sequence[str], tasks: Collection[str]
+    ) -> dict[tuple[str, str], float]:
+        """p-values of no difference from the baseline; NaN where an item has no score."""
+        pairs = {}
+        for task in tasks:
+            base = self._scores(BASELINE, task)
+            for variant in () if base.not_finite else variants:
+                one = self._scores(variant, task)
+                if not one.not_finite:
+                    pairs[variant, task] = one.values, base.values, one.weights
+        found = dict(zip(pairs, paired_p_values(list(pairs.values())), strict=True))
+        return {(v, task): found.get((v, task), math.nan) for v in variants for task in tasks}
 
     @cached_property
     def _p_values(self) -> dict[tuple[str, str], tuple[float, float]]:
         """Plain and adjusted p-values; the family is every variant on every task."""
-        found = {
-            (variant, task): self._scores(variant, task).p_value(self._scores(BASELINE, task))
-            for variant in self.variants[1:]
-            for task in self.tasks
-        }
+        found = self._tested(self.variants[1:], self.tasks)
         adjusted = holm({key: p for key, p in found.items() if not math.isnan(p)})
         return {key: (found[key], adjusted.get(key, math.nan)) for key in found}
 
@@ -160,9 +197,10 @@ class Comparison:
         """Whether the unchanged model's interval lies above the task's chance level.
 
         Where it does not, there is nothing to retain, and a share of 1 would mean nothing. Always
-        true for perplexity.
+        true for perplexity, unless an item has no finite score.
         """
-        self._known(BASELINE, task)
+        if self._scores(BASELINE, task).not_finite:
+            return False
         if self.tasks[task].metric == "perplexity":
             return True
         value = self.cell(BASELINE, task).value
@@ -205,8 +243,8 @@ class Comparison:
         They are `variant`, `task`, `group`, `metric`, `chance`, `above_chance` (1 where the
         unchanged model is), `n`, `score`, `score_low`, `score_high`, `difference`,
         `difference_low`, `difference_high`, `retained`, `retained_low`, `retained_high`, `p`,
-        `p_holm`, `detectable`, `unparsable`, and `other: NAME` for each further metric of a task.
-        See `cell` for what they mean. Numbers that a row does not have are NaN.
+        `p_holm`, `detectable`, `unparsable`, `not_finite`, and `other: NAME` for each further
+        metric. See `cell` for what they mean. Numbers that a row does not have are NaN.
 
         Args:
             items: One row for each item instead: variant, task, group and metric, the fields of
@@ -270,15 +308,12 @@ class Comparison:
             [one for task in tasks if (one := self.cell(variant, task).retained)]
         )
 
-    def draws(self, task: str) -> Floats:
-        """How often each resample draws each item of a task: float64, shape (resamples, items).
-
-        The same for every variant, which pairs them.
-        """
+    def draws(self, task: str) -> Resamples:
+        """The resamples of a task's items, the same for every variant, which pairs them."""
         self._known(BASELINE, task)
         index = list(self.tasks).index(task)
         n = len(self.results[BASELINE][task])
-        return resample_counts(n, self.resamples, seed=self.seed * 1000 + index)
+        return Resamples(n, self.resamples, self.seed * 1000 + index)
 
     def _known(self, variant: str, task: str) -> None:
         """Raise MissingError unless there are results of this variant on this task."""

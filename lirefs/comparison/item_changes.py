@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite, isnan, nan
 
 import numpy as np
 
+from lirefs.comparison.cell import Scores
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.errors import TaskError, must_be
-from lirefs.statistics.intervals import Estimate, correlation, permutation_p, resample_counts
-from lirefs.statistics.paired import paired_difference, paired_ratio
+from lirefs.statistics.intervals import Estimate, correlation, permutation_p
+from lirefs.statistics.resamples import Resamples, finished
 from lirefs.tasks.task import ItemResult
 
 
@@ -35,13 +37,15 @@ class Flip:
 def flips(comparison: Comparison, task: str, variant: str) -> list[Flip]:
     """Items of a task that a variant makes right or wrong, in their order.
 
-    A task whose metric is not 0 or 1 for each item has none.
+    A task whose metric is not 0 or 1 for each item has none. Items whose score is not finite,
+    because the model overflowed, are left out.
 
     Raises:
         TaskError: If the task or variant does not exist.
     """
     pairs = _pairs(comparison, task, variant)
     metric = comparison.tasks[task].metric
+    pairs = [pair for pair in pairs if all(isfinite(one.scores.get(metric, 0.5)) for one in pair)]
     if not {one.scores.get(metric) for pair in pairs for one in pair} <= {0.0, 1.0}:
         return []
     return [
@@ -74,8 +78,10 @@ class TagChanges:
     """Changes by tag, and their rank correlation with a number given for each tag.
 
     Attributes:
-        tags: In ascending order of the numbers given, or of the changes where none are.
+        tags: In ascending order of the numbers given, or of the changes where none are (those that
+            are not finite come last).
         spearman: Rank correlation of the change with the number, n = tags; None without numbers.
+            Tags whose change is not finite, because the model overflowed, are left out.
         p_value: Share of orders of the tags with a correlation at least as far from 0; None
             without numbers. With few tags, trust it rather than the interval, an approximation.
     """
@@ -126,10 +132,15 @@ def changes_by_tag(
         raise TaskError(f"task {task!r}: no number is given for tag {missing[0]!r}")
     tags = [_change(comparison, tag, pairs, metric) for tag, pairs in groups.items()]
     if numbers is None:
-        return TagChanges(task, variant, tuple(sorted(tags, key=lambda one: one.change.value)))
+        tags.sort(key=lambda one: (isnan(one.change.value), one.change.value))
+        return TagChanges(task, variant, tuple(tags))
     tags.sort(key=lambda one: numbers[one.tag])
-    changes = np.array([one.change.value for one in tags])
-    given = np.array([numbers[one.tag] for one in tags], np.float64)
+    known = [one for one in tags if not isnan(one.change.value)]
+    if not known:
+        nothing = Estimate(nan, nan, nan, 0)
+        return TagChanges(task, variant, tuple(tags), nothing, nan)
+    changes = np.array([one.change.value for one in known])
+    given = np.array([numbers[one.tag] for one in known], np.float64)
     spearman = correlation(changes, given, ranks=True)
     p_value = permutation_p(changes, given, seed=comparison.seed)
     return TagChanges(task, variant, tuple(tags), spearman, p_value)
@@ -138,16 +149,13 @@ def changes_by_tag(
 def _change(
     comparison: Comparison, tag: str, pairs: list[tuple[ItemResult, ItemResult]], metric: str
 ) -> TagChange:
-    before, after = (
-        np.array([one.scores[metric] for one in side]) for side in zip(*pairs, strict=True)
-    )
-    weights = np.array([one.weight for one, _ in pairs], np.float64)
-    draws = resample_counts(len(pairs), comparison.resamples, comparison.seed)
-    ratio = paired_ratio(after, before, draws, weights)
+    before, after = (Scores.of(side, metric) for side in zip(*pairs, strict=True))
+    draws = Resamples(len(pairs), comparison.resamples, comparison.seed)
+    change, ratio = finished(draws, [after.difference(before), after.retained(before)])
     return TagChange(
         tag=tag,
-        before=float(weights @ before / weights.sum()),
-        change=paired_difference(after, before, draws, weights),
+        before=float(before.weights @ before.values / before.weights.sum()),
+        change=change,
         relative=Estimate(ratio.value - 1, ratio.low - 1, ratio.high - 1, ratio.n),
     )
 

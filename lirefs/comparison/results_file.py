@@ -16,12 +16,14 @@ from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.summary import plain_json
 from lirefs.errors import ResultsFileError, must_be
-from lirefs.files import parse_json
+from lirefs.files import parse_json, read_regular
 from lirefs.tasks.task import ItemResult
 
 FORMAT = "lirefs-comparison-2"
 MOST_RESAMPLES = 100_000
 _LEVELS = 300  # what can be read can be written again, which takes two calls per level
+_MOST_BYTES = 2 << 30
+_OUTER = 4  # down to the items, of which each has a line
 _FIGURE_NAME = re.compile(r"[^/\\\x00-\x1f.][^/\\\x00-\x1f]{0,199}")
 _ASKED = ("id", "weight", "prompt", "expected")
 _GIVEN = ("scores", "output", "parsed")
@@ -65,7 +67,17 @@ def results_json(
             for variant, by_task in comparison.results.items()
         },
     }
-    return json.dumps(plain_json(value), indent=1)
+    return _by_lines(plain_json(value), _OUTER)
+
+
+def _by_lines(value: Any, levels: int) -> str:
+    """JSON whose outer levels have a line for each entry; what lies deeper stands on one line."""
+    if levels == 0 or not value or not isinstance(value, dict | list):
+        return json.dumps(value)
+    if isinstance(value, list):
+        return "[\n" + ",\n".join(_by_lines(one, levels - 1) for one in value) + "\n]"
+    entries = (f"{json.dumps(key)}: {_by_lines(one, levels - 1)}" for key, one in value.items())
+    return "{\n" + ",\n".join(entries) + "\n}"
 
 
 def _fields(items: Sequence[ItemResult], names: Sequence[str]) -> list[dict[str, Any]]:
@@ -117,12 +129,15 @@ def item_of_results(row: Mapping[str, Any]) -> ItemResult:
     scores = {name: math.nan if one is None else one for name, one in row["scores"].items()}
     if not all(map(_is_number, scores.values())):
         raise TypeError(f"scores are {scores!r:.80}")
-    item = ItemResult(**{**row, "scores": {name: float(one) for name, one in scores.items()}})
+    weight = row.get("weight", 1.0)
+    weight = math.nan if weight is None or weight == math.inf else weight
+    scores = {name: float(one) for name, one in scores.items()}
+    item = ItemResult(**{**row, "scores": scores, "weight": weight})
     texts = (item.id, item.prompt, item.expected, item.output)
     if not all(isinstance(one, str) for one in texts) or not isinstance(item.parsed, bool):
         raise TypeError(f"a field of item {item.id!r:.80} has the wrong type")
-    if not _is_number(item.weight) or not 0 < item.weight < math.inf:
-        raise TypeError(f"item {item.id!r:.80} has weight {item.weight!r:.80}")
+    if not _is_number(weight) or weight <= 0:
+        raise TypeError(f"item {item.id!r:.80} has weight {weight!r:.80}")
     return item
 
 
@@ -143,8 +158,8 @@ def _check_settings(data: Mapping[str, Any]) -> None:
     resamples, seed, provenance = (data[key] for key in ("resamples", "seed", "provenance"))
     if type(resamples) is not int or not 1 <= resamples <= MOST_RESAMPLES:
         raise ValueError(f"resamples is {resamples!r:.80}, expected 1 to {MOST_RESAMPLES}")
-    if type(seed) is not int:
-        raise TypeError(f"seed is {seed!r:.80}")
+    if type(seed) is not int or seed < 0:
+        raise ValueError(f"seed is {seed!r:.80}")
     if not isinstance(provenance, dict) or not isinstance(provenance.get("findings", []), list):
         raise TypeError("provenance is not an object, or its findings are not a list")
     title, notes, run = data.get("title", ""), data.get("notes", []), data.get("run", {})
@@ -188,9 +203,10 @@ def results_path(path: str | Path) -> Path:
 def _read(file: Path) -> dict[str, Any]:
     """The JSON object of a results file of this version."""
     try:
-        data = parse_json(file.read_text("utf-8"), levels=_LEVELS)
+        data = parse_json(read_regular(file, _MOST_BYTES).decode("utf-8"), levels=_LEVELS)
     except OSError as problem:
-        if file.name == "results.json" and file.parent.is_dir() and not file.exists():
+        absent = isinstance(problem, FileNotFoundError)
+        if file.name == "results.json" and file.parent.is_dir() and absent:
             raise ResultsFileError(
                 f"{file.parent}: holds no results.json, so its run is unfinished; continue it with "
                 f"`lirefs compare ... --out {file.parent} --resume`"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 EQUAL = "equal perplexity"
 """The setting (of a comparison's provenance) that lists the variants, as a dict of lists, which
 were set to the perplexity of another one on validation texts."""
+_LISTED = 5
+"""Most cells that the sentence on scores that are not finite lists."""
 
 
 @dataclass(frozen=True)
@@ -106,12 +108,27 @@ class Summary:
         """Every variant on one task, the unchanged model first."""
         return [self.cells[variant, task] for variant in self.variants]
 
+    def not_finite(self, tasks: Collection[str] | None = None) -> str:
+        """A sentence on the cells, of some tasks or all, that are n/a, and why; may be empty."""
+        found = [
+            f"{cell.not_finite} of {cell.value.n} item{'s' * (cell.value.n != 1)} of {cell.task} "
+            f"under {cell.variant}"
+            for cell in self.cells.values()
+            if cell.not_finite and (tasks is None or cell.task in tasks)
+        ]
+        if not found:
+            return ""
+        more = f" and in {len(found) - _LISTED} more cells" if len(found) > _LISTED else ""
+        return f"n/a where a score is not finite: {'; '.join(found[:_LISTED])}{more}."
+
     def note(self, task: str) -> str:
         """What a reader must know to interpret a task's scores; may be empty."""
         info = self.tasks[task]
         notes = [f"chance {as_number(100 * info.chance)} %"] if info.chance else []
         if info.group == CONFLICT:
             notes.append("one of two competing answers, not part of any mean")
+        elif self.cells[self.variants[0], task].not_finite:
+            notes.append("unchanged model without a finite score, left out of the group's mean")
         elif task not in self.informative:
             notes.append("unchanged model not above chance, left out of the group's mean")
         return "; ".join(notes)
@@ -132,7 +149,7 @@ class Summary:
             for name, one in estimates.items():
                 ends = (None, None, None) if one is None else (one.value, one.low, one.high)
                 row |= zip((name, f"{name}_low", f"{name}_high"), ends, strict=True)
-            for name in ("p", "p_holm", "detectable", "unparsable"):
+            for name in ("p", "p_holm", "detectable", "unparsable", "not_finite"):
                 row[name] = getattr(cell, name)
             rows.append(row | {f"other: {name}": cell.extra.get(name) for name in others})
         return rows

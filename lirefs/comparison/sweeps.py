@@ -7,6 +7,7 @@ measure of damage (perplexity over the unchanged model's, or the share recited) 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,7 +17,8 @@ import numpy.typing as npt
 from lirefs.comparison.cell import Scores
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.errors import SettingError, must_be
-from lirefs.statistics.intervals import Estimate, Floats, interval
+from lirefs.statistics.intervals import Estimate, interval
+from lirefs.statistics.resamples import Floats, finished
 from lirefs.statistics.significance import BestOf, best_of_null, paired_p_value
 
 Curves = Mapping[str, Sequence[tuple[float, str]]]
@@ -32,7 +34,8 @@ def matched(
 
     Both measures are interpolated linearly between neighbouring settings of a sweep, which starts
     at the unchanged model. Where a sweep passes a goal several times, the first passage counts:
-    later settings cost more for the same damage. Nothing is extrapolated.
+    later settings cost more for the same damage. Nothing is extrapolated, and a sweep ends before
+    a setting whose damage is not finite, because the model overflowed.
 
     Args:
         comparison: Holds every variant and both tasks.
@@ -77,13 +80,13 @@ def matched_difference(
 
 
 def damage_of(comparison: Comparison, variant: str, by: str) -> float:
-    """A task's score, for perplexity over the unchanged model's.
+    """A task's score, for perplexity over the unchanged model's; NaN where an item has no score.
 
     Raises:
         SettingError: The variant or the task is unknown.
     """
     scores, base = (_scores(comparison, name, by) for name in (variant, BASELINE))
-    return float(scores.value()[0] / (base.value()[0] if scores.perplexity else 1.0))
+    return scores.value() / (base.value() if scores.perplexity else 1.0)
 
 
 def pareto_front(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
@@ -94,8 +97,16 @@ def pareto_front(points: npt.ArrayLike) -> npt.NDArray[np.bool_]:
 
     Returns:
         Shape (n,). Of equal settings all are on the front; one with a NaN never is.
+
+    Raises:
+        SettingError: The points are not numbers of shape (n, measures).
     """
-    table = np.asarray(points, dtype=np.float64)
+    try:
+        table = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError):
+        table = np.empty(0)
+    if table.ndim != 2:
+        raise SettingError("points must be numbers of shape (n, measures), a row for each setting")
     as_good = (table[:, None] >= table[None]).all(axis=-1)  # row i against column j
     better = (table[:, None] > table[None]).any(axis=-1)
     dominated = (as_good & better).any(axis=0)
@@ -111,7 +122,8 @@ class SweepChoice:
         validation: Its score there, flattered by the choice.
         test: Its score on test items.
         difference: Its test score minus the unchanged model's, paired.
-        p_value: Of that difference. It needs no correction: only one test is made on test items.
+        p_value: Of that difference, NaN where a test item has no finite score. It needs no
+            correction: only one test is made on test items.
         best_of: The gain on validation items, and what the best of as many settings would gain
             there by luck; for perplexity in nats per token.
     """
@@ -140,18 +152,29 @@ def choose_on_validation(
         variants: The settings.
         larger_is_better: False for perplexity, and for a share recited that should fall.
 
+    A setting under which a validation item has no finite score, because the model overflowed, is
+    never chosen, and not counted among those tried.
+
     Raises:
-        SettingError: No variant, one is the unchanged model, or something is unknown.
+        SettingError: No variant, one is the unchanged model, something is unknown, or no setting
+            has a finite score on every validation item.
     """
     if not variants or BASELINE in variants:
         raise SettingError(f"give variants to choose from, without {BASELINE!r}")
     sign = 1 if larger_is_better else -1
     base = _scores(validation, BASELINE, task)
-    tried = [_scores(validation, variant, task) for variant in variants]
+    tried = {variant: _scores(validation, variant, task) for variant in variants}
+    tried = {variant: one for variant, one in tried.items() if not one.not_finite}
+    if base.not_finite or not tried:
+        raise SettingError(
+            f"{task!r}: the unchanged model, or every setting, has a validation item whose score "
+            "is not finite, because the model overflowed; leave that item out"
+        )
     share = base.weights / base.weights.mean()  # so that plain means are the weighted ones
-    gains = np.array([sign * share * (one.values - base.values) for one in tried])
-    best = variants[int(np.argmax([sign * one.value()[0] for one in tried]))]
+    gains = np.array([sign * share * (one.values - base.values) for one in tried.values()])
+    best = max(tried, key=lambda variant: sign * tried[variant].value())
     chosen, before = (_scores(test, variant, task) for variant in (best, BASELINE))
+    known = not (chosen.not_finite or before.not_finite)
     found = test.cell(best, task)
     assert found.difference is not None
     return SweepChoice(
@@ -159,7 +182,9 @@ def choose_on_validation(
         validation=validation.cell(best, task).value,
         test=found.value,
         difference=found.difference,
-        p_value=paired_p_value(chosen.values, before.values, chosen.weights, seed=test.seed),
+        p_value=paired_p_value(chosen.values, before.values, chosen.weights, seed=test.seed)
+        if known
+        else math.nan,
         best_of=best_of_null(gains, seed=validation.seed),
     )
 
@@ -201,7 +226,12 @@ def _curves_at(
             )
         names = [BASELINE, *(variant for _, variant in settings)]
         damage, scores = (
-            np.stack([_scores(comparison, name, one).value(draws) for name in names], axis=1)
+            np.stack(
+                finished(
+                    draws, [_scores(comparison, name, one).resampled_values() for name in names]
+                ),
+                axis=1,
+            )
             for one, draws in ((by, damage_draws), (task, score_draws))
         )
         if comparison.tasks[by].metric == "perplexity":
@@ -216,10 +246,11 @@ def _first_crossings(x: Floats, y: Floats, goals: Sequence[float]) -> Floats:
     if x.shape[1] < 2:
         return result
     rows = np.arange(len(x))
+    known = np.logical_and.accumulate(np.isfinite(x), axis=1)[:, 1:]
     for column, goal in enumerate(goals):
         # A goal taken from a setting itself must be found there, whatever the last digit.
         below = np.where(np.isclose(x, goal, rtol=1e-9, atol=1e-12), 0.0, x - goal)
-        crosses = below[:, :-1] * below[:, 1:] <= 0
+        crosses = (below[:, :-1] * below[:, 1:] <= 0) & known
         at = crosses.argmax(axis=1)
         step = x[rows, at + 1] - x[rows, at]
         # A flat piece at the goal counts from its beginning.

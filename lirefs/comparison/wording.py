@@ -16,6 +16,8 @@ def as_number(value: float, sign: str = "") -> str:
 
 def as_percent(one: Estimate) -> str:
     """A share as a percentage with its interval."""
+    if not math.isfinite(one.value):
+        return "n/a"
     return f"{as_number(100 * one.value)} % {percent_interval(one)}"
 
 
@@ -30,6 +32,8 @@ def percent_interval(one: Estimate) -> str:
 
 def as_points(one: Estimate) -> str:
     """A difference between shares in percentage points, with its interval."""
+    if not math.isfinite(one.value):
+        return "n/a"
     value, low, high = (100 * part for part in (one.value, one.low, one.high))
     return f"{as_number(value, '+')} points [{low:+.0f}, {high:+.0f}]"
 

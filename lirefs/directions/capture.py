@@ -7,7 +7,7 @@ import json
 import logging
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ from lirefs.errors import (
 from lirefs.files import atomic_path, html_table
 from lirefs.model.batching import check_length
 from lirefs.model.guest import eagerly, evaluating
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import layer_indices, missing_layer
 from lirefs.model.observe import hidden_input, hidden_of, in_this_thread
@@ -252,15 +253,16 @@ class _Request:
             if len(found) == len(self.places):
                 raise _Enough
 
-        with ExitStack() as stack:
-            for place, (layer, site) in enumerate(self.places):
-                module, part = self.lm.layout.module(self.lm.model, site, layer)
-                hook = in_this_thread(partial(keep, place, part))
-                if part == "input":
-                    handle = module.register_forward_pre_hook(hook, with_kwargs=True)
-                else:
-                    handle = module.register_forward_hook(hook)
-                stack.callback(handle.remove)
+        with undone() as steps:
+            with interrupts_held():
+                for place, (layer, site) in enumerate(self.places):
+                    module, part = self.lm.layout.module(self.lm.model, site, layer)
+                    hook = in_this_thread(partial(keep, place, part))
+                    if part == "input":
+                        handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+                    else:
+                        handle = module.register_forward_hook(hook)
+                    steps.append(handle.remove)
             with eagerly(), suppress(_Enough):
                 self.lm.model(**inputs, use_cache=False)
                 idle = [place for index, place in enumerate(self.places) if index not in found]

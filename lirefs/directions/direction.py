@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lirefs.errors import DirectionError, InterventionError, as_list, must_be, whole_number
+from lirefs.errors import (
+    DirectionError,
+    InterventionError,
+    as_list,
+    checked_seed,
+    must_be,
+    whole_number,
+)
 from lirefs.files import html_table, sha256_of
 
 
@@ -68,13 +75,12 @@ class Direction:
     @property
     def unit(self) -> Tensor:
         """The vector at length 1; zero when the vector is zero."""
-        norm = self.vector.norm()
-        return self.vector / norm if norm > 0 else self.vector
+        return _unit(self.vector)
 
     @property
     def norm(self) -> float:
         """Length of the vector, in units of the activations."""
-        return float(self.vector.norm())
+        return float(_norm(self.vector))
 
     @property
     def digest(self) -> str:
@@ -91,9 +97,10 @@ class Direction:
 
     def random_like(self, seed: int) -> Direction:
         """A random direction of the same norm and place, without statistics: the control."""
-        generator = torch.Generator().manual_seed(whole_number(seed, "seed", error=DirectionError))
+        generator = torch.Generator().manual_seed(checked_seed(seed, DirectionError))
         vector = torch.randn(self.vector.shape, generator=generator)
-        return self._with(vector / vector.norm() * self.vector.norm().cpu())
+        unit, norm = vector / vector.norm(), _norm(self.vector).cpu()
+        return self._with((unit * norm).to(vector.dtype))
 
     def normalized(self) -> Direction:
         """The direction at length 1, with the same means, spread and counts."""
@@ -173,6 +180,22 @@ class Direction:
             )
         if self.model and other.model and self.model != other.model:
             raise DirectionError("directions of two models: their coordinates do not correspond")
+
+
+def _norm(vector: Tensor) -> Tensor:
+    """The length of a vector; in float64 where the squares have no room in the vector's dtype."""
+    norm: Tensor = vector.norm()
+    # float16 ends at 65504, and below these bounds squares lose digits or are 0.
+    fits = 1e-15 < float(norm) < (1e3 if vector.dtype == torch.float16 else 1e18)
+    if not fits:
+        norm = vector.double().norm()
+    return norm
+
+
+def _unit(vector: Tensor) -> Tensor:
+    norm = _norm(vector)
+    unit: Tensor = vector.to(norm.dtype) / norm if norm > 0 else vector
+    return unit.to(vector.dtype)
 
 
 def places_text(places: Iterable[tuple[int, str]]) -> str:

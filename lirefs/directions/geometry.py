@@ -12,7 +12,7 @@ from lirefs.directions.direction import Direction
 from lirefs.directions.directions import Directions
 from lirefs.directions.held_out import held_out_sample
 from lirefs.directions.prompts import prompts_of
-from lirefs.errors import DirectionError, QuestionsError, must_be
+from lirefs.errors import DirectionError, QuestionsError, checked_seed, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Questions, Split
 from lirefs.statistics.intervals import Estimate, Floats, auroc, interval, roc_areas
@@ -77,6 +77,7 @@ def transfer(
         QuestionsError: If the sets share a question.
         CaptureError: If activations cannot be read.
     """
+    seed = checked_seed(seed)
     refuse_fitted_questions(questions, fitted_on)
     layers = [layer for layer, _ in directions]
     sites = tuple({site for _, site in directions})

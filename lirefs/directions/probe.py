@@ -26,6 +26,7 @@ from lirefs.errors import (
     NonFiniteStateError,
     QuestionsError,
     SettingError,
+    checked_seed,
     got,
     must_be,
     whole_number,
@@ -251,12 +252,12 @@ def fit(
         >>> questions = lirefs.load_questions("organism")
         >>> probe = lirefs.fit(lm, questions, layers=[2, 3], progress=False)
         >>> print(f"layer {probe.best_layer}: {probe.best_scores.test_auroc:.2f}")
-        layer 3: 0.98 [0.95, 1.00]
+        layer 3: 0.99 [0.98, 1.00]
     """
     must_be(lm, LanguageModel, "lm")
     must_be(split, (Split, Questions), "split")
     must_be(grades, (Mapping, type(None)), "grades")
-    whole_number(shuffles, "shuffles", least=1)
+    shuffles, seed = whole_number(shuffles, "shuffles", least=1), checked_seed(seed)
     if estimator is not None and not hasattr(estimator, "fit"):
         raise SettingError(f"estimator must be a scikit-learn model, got {got(estimator)}")
     split = split.split() if isinstance(split, Questions) else split

@@ -16,8 +16,8 @@ from lirefs.directions.directions import Directions
 from lirefs.errors import BackendError, DirectionsFileError, must_be
 from lirefs.export.operators import operators_on
 from lirefs.files import atomic_path
-from lirefs.model.gguf_header import check_header
 from lirefs.model.language_model import LanguageModel
+from lirefs.model.untrusted.gguf_header import check_header
 from lirefs.steering.steer import Steer
 
 ARCHITECTURE = "controlvector"

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 
 from huggingface_hub import HfApi, hf_hub_download
 
 from lirefs.directions.directions import Directions
 from lirefs.errors import DownloadError, first_line_of_error, must_be
+from lirefs.files import in_markdown
 from lirefs.model.language_model import LanguageModel
 
 FILE = "directions.safetensors"
@@ -23,9 +24,9 @@ tags: [steering, interpretability, lirefs]
 
 Linear directions in the hidden states of a language model, for steering.
 
-* model: {name} (fingerprint `{fingerprint}`)
+* model: {name} (fingerprint {fingerprint})
 * questions: {source}
-* estimator: `{estimator}`
+* estimator: {estimator}
 * best layer: {best_layer}
 * lirefs: {lirefs}
 
@@ -33,7 +34,7 @@ Linear directions in the hidden states of a language model, for steering.
 import lirefs
 from lirefs.export.hub import load_directions
 
-lm = lirefs.load("{name}")
+lm = lirefs.load({quoted})
 directions = load_directions("THIS/REPOSITORY", lm)
 ```
 
@@ -51,18 +52,27 @@ def model_card(directions: Directions) -> str:
     All of it comes from the directions and their provenance.
     """
     must_be(directions, Directions, "directions")
-    made = defaultdict(lambda: "unknown", directions.provenance)
-    name = made.get("model_name") or made.get("model_hint") or "unknown"
+    given = directions.provenance
+    name = str(given.get("model_name") or given.get("model_hint") or "unknown")
     rows = [
-        f"| {one.layer} | {one.site} | {one.norm:.3g} | {one.means[0]:.3g} | {one.means[1]:.3g} | "
-        f"{one.spread[0]:.3g} | {one.spread[1]:.3g} | {one.counts[0]} | {one.counts[1]} |"
+        f"| {one.layer} | {in_markdown(one.site)} | {one.norm:.3g} | {one.means[0]:.3g} | "
+        f"{one.means[1]:.3g} | {one.spread[0]:.3g} | {one.spread[1]:.3g} | {one.counts[0]} | "
+        f"{one.counts[1]} |"
         for one in directions.values()
     ]
-    first, second = directions.names
-    columns = [f"{what} {name}" for what in ("mean", "spread", "n") for name in (second, first)]
-    made |= {"first": first, "second": second, "columns": " | ".join(columns)}
-    made |= {"name": name, "fingerprint": str(made["model"])[:16], "rows": "\n".join(rows)}
-    return _CARD.format_map(made)
+    first, second = map(in_markdown, directions.names)
+    columns = [f"{what} {one}" for what in ("mean", "spread", "n") for one in (second, first)]
+    known = ("source", "estimator", "best_layer", "lirefs")
+    return _CARD.format(
+        first=first,
+        second=second,
+        columns=" | ".join(columns),
+        name=in_markdown(name),
+        quoted=json.dumps(name),  # pure ASCII, in one line
+        fingerprint=in_markdown(str(given.get("model", "unknown"))[:16]),
+        rows="\n".join(rows),
+        **{key: in_markdown(str(given.get(key, "unknown"))) for key in known},
+    )
 
 
 def push_directions(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -19,20 +18,24 @@ import lirefs
 from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.comparison.figures.figure import Figure
 from lirefs.comparison.figures.retained import retained_figures
+from lirefs.comparison.journal import journal_files, remove_journal
 from lirefs.comparison.report.tables import equal_tables
+from lirefs.comparison.report.write import PAGES
+from lirefs.comparison.results_file import FORMAT
 from lirefs.comparison.summary import EQUAL, Summary
-from lirefs.errors import KeepError, SettingError, must_be
-from lirefs.files import cache_dir
+from lirefs.errors import KeepError, SettingError, checked_seed, must_be
+from lirefs.files import cache_dir, refuse_foreign
 from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.matching import EqualDamage
-from lirefs.main_job.settings import Job, console_table, title_of
+from lirefs.main_job.settings import Job, SafeConsole, console_table, title_of
 from lirefs.model.layout import missing_layer
+from lirefs.model.processes.world import together
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.questions.question import LABELS
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
-from lirefs.tasks.papers.suite import Suite, suite_tasks
+from lirefs.tasks.papers.suite import Suite, check_files, suite_tasks
 from lirefs.tasks.task import Task
 from lirefs.tasks.texts import text_rows
 
@@ -100,12 +103,14 @@ def run(
 
     Raises:
         KeepError: `keep` is outside (0, 1].
-        SettingError: Another setting cannot be used, or settings do not go together.
+        DistributedError: Of several processes, one has failed, or other settings, data or weights.
+        SettingError: Another setting cannot be used, settings do not go together, or `out` holds
+            files of these names and no report of a comparison.
         LirefsError: A file cannot be read, or the model cannot be loaded.
     """
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     must_be(model, (str, lirefs.LanguageModel, type(None)), "model")
-    console = Console(stderr=True, highlight=False) if console is None else console
+    console = SafeConsole(stderr=True) if console is None else console
     out = Path(out)
     data, memorized, factors = (
         None if one is None else Path(one) for one in (data, memorized, factors)
@@ -114,6 +119,7 @@ def run(
         raise KeepError(f"keep is {keep}, must be in (0, 1]")
     if strength is not None and not math.isfinite(strength):
         raise SettingError(f"strength is {strength}, must be finite")
+    seed = checked_seed(seed)
     if limit is not None and limit < 1:
         raise SettingError(f"limit is {limit}, must be at least 1")
     if suite is not None and suite not in list(Suite):
@@ -135,6 +141,10 @@ def run(
         raise SettingError("an organism reads its own language only; give another model")
     if memorized is not None:
         text_rows(memorized, "memorized")
+    if suite is not None and data is not None:
+        check_files(data)
+    directions = [path.name for path in out.glob("directions*.safetensors")]
+    refuse_foreign(out / "results.json", FORMAT, [*PAGES, *directions])
     question_set = lirefs.load_questions(
         "default" if questions is None else questions, labels=labels
     )
@@ -156,17 +166,21 @@ def run(
         out=out,
         seed=seed,
         quick=quick,
-        resumed=resume and (out / "unfinished").exists(),
+        resumed=resume and bool(journal_files(out / "unfinished")),
         console=console,
     )
-    if job.journal.exists() and not resume:
+    if not resume and remove_journal(job.journal):
         job.say("starting again; with resume (--resume) the interrupted run would continue")
-        shutil.rmtree(job.journal, ignore_errors=True)
-    elif resume and not job.journal.exists():
+    elif resume and not job.resumed:
         job.say(f"nothing to resume in {out}: starting from the beginning")
-    if taught is None:
-        return _on_language_model(job, question_set)
-    return _on_organism(job, Language(taught))
+    with together("the main job") as world:
+        if taught is None:
+            comparison = _on_language_model(job, question_set)
+        else:
+            comparison = _on_organism(job, Language(taught))
+        world.wait()  # until the first process has written the report
+    remove_journal(job.journal)
+    return comparison
 
 
 def _load(job: Job) -> lirefs.LanguageModel:
@@ -184,8 +198,15 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     keep = job.keep or KEEP
     strength = STRENGTH if job.strength is None else job.strength
     split = question_set.split(seed=seed)
+    # What is opened fails before a model is fetched and loaded.
+    given = job.factors if job.factors is not None and job.factors.exists() else None
+    known = None if given is None else kfac.Factors.load(given)
+    asked = lirefs.lm_eval_tasks(job.lm_eval, job.data, job.limit) if job.lm_eval else []
     lm = _load(job)
+    if known is not None:
+        known.check(lm.model)
     tasks, left_out = _tasks(job, lm, split)
+    tasks += asked
     edited = edited_layers(lm, job.edit_layers)
 
     console.rule(f"direction: {len(question_set)} questions")
@@ -202,7 +223,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
 
     console.rule(f"curvature: MLPs of layers {', '.join(map(str, edited))}")
     texts = calibration_texts()[: 30 if job.quick else None]
-    collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown)
+    collected = factors_of(lm, edited, job.factors, cache, seed, texts, job.shown, known)
     collected.decompose(spread=True, progress=job.shown)
     edit = kfac.CurvatureEdit(collected, keep)
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
@@ -333,8 +354,6 @@ def _tasks(
         )
     for name, reason in left_out.items():
         job.say(f"left out: {name}: {reason}")
-    if job.lm_eval:
-        tasks += lirefs.lm_eval_tasks(job.lm_eval, include_path=job.data, limit=job.limit)
     return tasks, left_out
 
 
@@ -344,7 +363,7 @@ def _save(
     figures: Sequence[Figure],
     directions: Mapping[str, lirefs.Directions],
 ) -> None:
-    """Write the report, once for all processes, and drop the journal."""
+    """Write the report, once for all processes."""
     if not first_process():
         return
     job.timed(comparison)
@@ -353,7 +372,6 @@ def _save(
         page = lirefs.write_report(comparison, job.out, [*retained_figures(summary), *figures])
     for name, one in directions.items():
         one.save(job.out / f"{name}.safetensors")
-    shutil.rmtree(job.journal, ignore_errors=True)
     for found in equal_tables(summary):
         table = console_table(*found.head, title=found.name)
         for row in found.rows:

@@ -17,14 +17,15 @@ from lirefs.directions.probe import Probe, fit
 from lirefs.files import cache_dir
 from lirefs.main_job import matching, settings
 from lirefs.main_job.matching import EqualDamage
-from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
+from lirefs.main_job.settings import CHAINS, LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
-from lirefs.organism.language import Language
+from lirefs.organism.language import OFTEN, Language
 from lirefs.organism.questions import Form
 from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
 from lirefs.questions import Split
-from lirefs.statistics.intervals import Estimate, auroc, interval, resample_counts
+from lirefs.statistics.intervals import Estimate, auroc, interval
+from lirefs.statistics.resamples import Resamples
 from lirefs.steering.steer import Steer
 from lirefs.tasks.default_suite import memory_measures
 
@@ -36,11 +37,11 @@ SWEPT_KEEPS = (0.5, 0.7, *settings.KEEPS, 0.998, 0.999, 0.9999)
 """Values of `keep` on the way from the unchanged model to one that has lost its language."""
 RANDOM_DIRECTIONS = 5
 FORGOTTEN = 40
-"""Planted sequences of the train side that BalancedSubnet is told to forget."""
+"""Recited tales of the train side that BalancedSubnet is told to forget."""
 LIMIT = 80
 """Test items of a task where no limit is given."""
 SPECTRUM_TASKS = (
-    RECITED, "exceptions, memorized label", TRUE, "rare facts", "common facts", "addition",
+    RECITED, CHAINS, "exceptions, memorized label", TRUE, "rare facts", "common facts", "addition",
     "facts with their passage", "boolean expressions", "relations", "object tracking",
 )  # fmt: skip
 STEERED_TASKS = (TRUE, READ, "relations")
@@ -70,7 +71,7 @@ def against_random(
         return np.array([item.scores[metric] for item in comparison.results[name][task]])
 
     gap = scores(variant) - np.mean([scores(name) for name in controls], axis=0)
-    draws = resample_counts(len(gap), comparison.resamples, comparison.seed)
+    draws = Resamples(len(gap), comparison.resamples, comparison.seed)
     return Estimate(float(gap.mean()), *interval(draws @ gap / len(gap), len(gap)), len(gap))
 
 
@@ -144,7 +145,8 @@ def run_on_organism(
     job.say("setting rivals to equal perplexity")
     few_texts = 20 if job.quick else matching.TEXTS
     damage = matching.Damage(lm, language.texts("validation", few_texts))
-    planted = [item.text for item in language.items("planted", "train", min(n, FORGOTTEN))]
+    tales = [i for i in language.items("tale", "train") if (i.frequency or 0) >= OFTEN]
+    told = [item.text for item in tales[: min(n, FORGOTTEN)]]
     random = matching.steering_rival(lambda a: added(other, a), strength)
     of_edit = matching.at_equal_damage(
         damage,
@@ -153,7 +155,7 @@ def run_on_organism(
         {
             **matching.rivals_of_edit(factors, names, seed),
             "BalancedSubnet": matching.subnet_rival(
-                lm, names, training_texts(language, len(planted), seed), planted, seed
+                lm, names, training_texts(language, len(told), seed), told, seed
             ),
             f"LiReF add at K-FAC{SAME_DAMAGE}": matching.steering_rival(
                 lambda a: added(direction, a), strength

@@ -23,7 +23,7 @@ from lirefs.main_job import figures as plots
 from lirefs.main_job import organism, settings
 from lirefs.main_job.findings import largest_changes, separation_figure
 from lirefs.main_job.organism import OrganismResults, against_random, random_directions_of
-from lirefs.main_job.settings import LANGUAGE, READ, RECITED, TRUE, ChosenSetting
+from lirefs.main_job.settings import CHAINS, LANGUAGE, READ, RECITED, TRUE, ChosenSetting
 from lirefs.organism.language import EXCEPTION_SKILLS
 from lirefs.organism.questions import Form
 from lirefs.statistics.intervals import Estimate
@@ -126,9 +126,10 @@ def _spectrum(found: OrganismResults) -> list[str]:
     cost = as_number(100 * (damage_of(table, "K-FAC", LANGUAGE) - 1))
     verb = "erases" if recited.value <= settings.STILL_RECITED else "does not erase"
     lines = [
-        f"The K-FAC edit {verb} the planted sequences and costs {cost} % perplexity. Recited: "
+        f"The K-FAC edit {verb} the tales and costs {cost} % perplexity. Recited: "
         f"{as_percent(recited)} of {recited.n}, from {as_number(100 * before.value)} %; perplexity "
-        f"on stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}"
+        f"on stories: {language[0]}, from {language[1].value:.3f}. {_setting(found.edit)}",
+        _chains(found),
     ]
     kept = {
         task: one
@@ -152,6 +153,15 @@ def _spectrum(found: OrganismResults) -> list[str]:
     else:
         lines.append("No other task is above chance before the K-FAC edit, so none can be kept.")
     return [*lines, _at_equal_damage(found), *(one.finding for one in found.equal)]
+
+
+def _chains(found: OrganismResults) -> str:
+    """What the edit leaves of the other kind of memories, chains of random words."""
+    chains, before = (found.comparison.cell(v, CHAINS).value for v in ("K-FAC", BASELINE))
+    return (
+        "Chains of random words are a second kind of memory. Recited under the K-FAC edit: "
+        f"{as_percent(chains)} of {chains.n}, from {as_number(100 * before.value)} %."
+    )
 
 
 def _at_equal_damage(found: OrganismResults) -> str:

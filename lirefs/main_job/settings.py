@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -11,11 +12,13 @@ from typing import Any
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Column, Table
+from rich.text import Text
 
 import kfac
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.directions.probe import Probe
+from lirefs.errors import visible
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.questions import Form
@@ -31,7 +34,7 @@ KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
 FINALISTS = 6
 
-RECITED = "planted sequences"
+RECITED, CHAINS = "tales", "planted sequences"
 TRUE = "exceptions, true label"
 READ = "conflicts, answer read"
 SKILLS = (
@@ -40,6 +43,8 @@ SKILLS = (
 LANGUAGE = "stories"
 KEPT_SHARE, PERPLEXITY_RATIO = 0.95, 1.05
 """An intervention should keep this share of each skill, at no more than this perplexity."""
+TOO_COSTLY = 100.0
+"""Added to the objective of an edit beyond that ratio; goals missed by other edits sum to less."""
 STILL_RECITED, BACK_AT_TRUTH = 0.034, 0.61
 """The edit should leave at most this share recited and return this share of exceptions: the K-FAC
 paper's recitation after its edit, and what a trial of this experiment had reached."""
@@ -103,6 +108,17 @@ class Job:
         self.console.print(line, markup=False, soft_wrap=True)
 
 
+class SafeConsole(Console):
+    """A console on which texts act on nothing: no markup, no emoji, no control characters."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(markup=False, emoji=False, highlight=False, **settings)
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        """Every text that is printed, in tables too, goes through here."""
+        return super().render_str(visible(text), **options)
+
+
 def title_of(lm: LanguageModel) -> str:
     """Heading of a main job's report."""
     return f"Reasoning against recitation in {lm.name}"
@@ -132,22 +148,32 @@ def missed_goals(comparison: Comparison, variant: str, skills: Sequence[str]) ->
             continue
         score, before = (comparison.score(name, task) for name in (variant, BASELINE))
         if task == LANGUAGE:
-            total += max(0.0, 1 / PERPLEXITY_RATIO - before / score)
+            total += _missed(1 / PERPLEXITY_RATIO - before / score)
         else:
-            total += max(0.0, KEPT_SHARE - score / before)
+            total += _missed(KEPT_SHARE - score / before)
     return total
+
+
+def _missed(by: float) -> float:
+    """By how much a goal is missed; infinitely where a score is NaN: the model overflowed."""
+    return math.inf if math.isnan(by) else max(0.0, by)
 
 
 def choose_edit(
     job: Job, lm: LanguageModel, edits: Mapping[str, Intervention], tasks: Sequence[Task]
 ) -> ChosenSetting:
-    """The edit that misses all its goals by the least, summed; 0 meets all."""
+    """The edit that misses all its goals by the least, summed; 0 meets all.
+
+    One that costs too much perplexity comes after all others: where much is broken, every method
+    has removed recitation, and nothing tells them apart.
+    """
     skills = (*SKILLS, "common facts")
 
     def objective(comparison: Comparison, variant: str) -> float:
         recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
-        missed = max(0.0, recited - STILL_RECITED) + max(0.0, BACK_AT_TRUTH - true)
-        return missed + missed_goals(comparison, variant, skills)
+        missed = _missed(recited - STILL_RECITED) + _missed(BACK_AT_TRUTH - true)
+        too_costly = TOO_COSTLY * (missed_goals(comparison, variant, ()) > 0)
+        return missed + missed_goals(comparison, variant, skills) + too_costly
 
     return _choose(job, lm, edits, tasks, objective, (RECITED, TRUE, LANGUAGE), skills)
 
@@ -158,7 +184,8 @@ def choose_steering(
     """The steering with the fewest exceptions not answered with the truth, plus its `harm`."""
 
     def objective(comparison: Comparison, variant: str) -> float:
-        return 1 - comparison.score(variant, TRUE) + missed_goals(comparison, variant, SKILLS)
+        missed = _missed(1 - comparison.score(variant, TRUE))
+        return missed + missed_goals(comparison, variant, SKILLS)
 
     return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
+import operator
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 
-from lirefs.errors import LirefsError, SettingError
+from lirefs.errors import LirefsError, SettingError, as_list, first_line_of_error
+from lirefs.files import HALF
 from lirefs.model.guest import maybe_call, text_config
 
 _log = logging.getLogger(__name__)
@@ -65,7 +68,13 @@ def _encoded(
     tokenizer: Any, texts: Sequence[str], add_special_tokens: bool, spans: bool
 ) -> list[tuple[list[int], list[Span]]]:
     extra = {"return_offsets_mapping": True} if spans else {}
-    encoded = tokenizer(list(texts), add_special_tokens=add_special_tokens, padding=False, **extra)
+    settings = {"add_special_tokens": add_special_tokens, "padding": False, **extra}
+    try:
+        encoded = tokenizer(list(texts), **settings)
+    except BaseException as problem:
+        if not _of_tokenizer(problem):
+            raise
+        raise _encode_error(tokenizer, texts, problem) from problem
     before, after = special_tokens_around(tokenizer) if add_special_tokens else ([], [])
     _warn_of_unknown_words(tokenizer, texts, encoded["input_ids"], len(before) + len(after))
     found = []
@@ -76,6 +85,51 @@ def _encoded(
             ([int(one) for one in ids[kept]], encoded["offset_mapping"][row][kept] if spans else [])
         )
     return found
+
+
+def _of_tokenizer(problem: BaseException) -> bool:
+    """Whether an error is one of a tokenizer; where `tokenizers` panics, it is not an Exception."""
+    return isinstance(problem, Exception) or type(problem).__name__ == "PanicException"
+
+
+def _encode_error(tokenizer: Any, texts: Sequence[str], problem: BaseException) -> SettingError:
+    """The error that names the first text that a tokenizer cannot read."""
+    for index, text in enumerate(texts):
+        if half := HALF.search(text):
+            return SettingError(
+                f"prompt {index} has half of a character (\\u{ord(half[0]):04x}) at "
+                f"{half.start()}: it was decoded or cut wrongly; read it again, or leave that out"
+            )
+        try:
+            tokenizer([text])
+        except BaseException as alone:
+            if not _of_tokenizer(alone):
+                raise
+            problem = alone
+            break
+    else:
+        index = 0
+    reason = first_line_of_error(problem) or type(problem).__name__
+    return SettingError(f"the tokenizer cannot read prompt {index}: {reason}")
+
+
+def checked_ids(
+    model: nn.Module, ids: Any, what: str, error: type[LirefsError] = SettingError
+) -> list[int]:
+    """Token ids as whole numbers; `error` unless there are some, and the model knows them all."""
+    try:
+        row = [operator.index(one) for one in as_list(ids, what, error=error)]
+    except TypeError:
+        raise error(f"{what} must hold token ids, which are whole numbers") from None
+    if not row:
+        raise error(f"{what} has no token")
+    known = getattr(maybe_call(model, "get_input_embeddings"), "num_embeddings", math.inf)
+    if not 0 <= min(row) <= max(row) < known:
+        raise error(
+            f"{what} has token {max(row) if min(row) >= 0 else min(row)}, and the model knows 0 to "
+            f"{known - 1}: is the tokenizer another model's?"
+        )
+    return row
 
 
 def _warn_of_unknown_words(

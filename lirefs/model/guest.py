@@ -6,7 +6,8 @@ import inspect
 import itertools
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from lirefs.errors import SettingError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.weight_swap import fsdp_modules, reshard
 
 
@@ -68,7 +70,16 @@ def maybe_call(model: nn.Module, method: str) -> Any:
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Run ``model`` in evaluation mode without gradients; restore each module's own mode."""
-    with _evaluation_mode(model), torch.no_grad():
+    with _evaluation_mode(model), without_gradients():
+        yield
+
+
+@contextmanager
+def without_gradients() -> Iterator[None]:
+    """As `torch.no_grad`, whose end an interrupt can skip; that of one inside is made good."""
+    with undone() as steps:
+        steps.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
+        torch.set_grad_enabled(False)
         yield
 
 
@@ -88,14 +99,15 @@ def as_guest(model: nn.Module) -> Iterator[None]:
     for module in fsdp_modules(model):
         module._get_fsdp_state()._lazy_init()  # which notes what is trained: below, nothing is
     reshard(model)
-    with _evaluation_mode(model), _without_tf32(), eagerly(), ExitStack() as stack:
-        stack.callback(reshard, model)  # what is gathered again gets its flags again
+    with _evaluation_mode(model), _without_tf32(), eagerly(), undone() as steps:
+        steps.append(partial(reshard, model))  # what is gathered again gets its flags again
+        steps.append(partial(torch.set_grad_enabled, torch.is_grad_enabled()))
         for parameter in model.parameters():
-            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+            steps.append(partial(parameter.requires_grad_, parameter.requires_grad))
             parameter.requires_grad_(False)
         for module in model.modules():
             if getattr(module, "gradient_checkpointing", False) is True:
-                stack.enter_context(_checkpointed(module))
+                _let_checkpoint(module, steps)
         with torch.inference_mode(False), torch.enable_grad():
             yield
 
@@ -115,29 +127,31 @@ def start_eager() -> Callable[[], None]:
     `torch.compiler.set_stance` and holds for the whole process.
     """
     token = object()
-    with _STANCE_LOCK:
-        if not _EAGER:
-            _STANCE.append(torch.compiler.set_stance("force_eager"))
-        _EAGER.append(token)
 
     def end() -> None:
-        with _STANCE_LOCK:
+        with interrupts_held(), _STANCE_LOCK:
             if token in _EAGER:
                 _EAGER.remove(token)
                 if not _EAGER:
                     _STANCE.pop().__exit__(None, None, None)
 
-    return end
+    try:
+        with interrupts_held(), _STANCE_LOCK:
+            if not _EAGER:
+                _STANCE.append(torch.compiler.set_stance("force_eager"))
+            _EAGER.append(token)
+        return end
+    except BaseException:
+        end()
+        raise
 
 
 @contextmanager
 def eagerly() -> Iterator[None]:
     """Run compiled models eagerly inside the `with`, so that hooks act; see `start_eager`."""
-    end = start_eager()
-    try:
+    with undone() as steps:
+        steps.append(start_eager())
         yield
-    finally:
-        end()
 
 
 @contextmanager
@@ -155,25 +169,27 @@ def widened(tensor: Tensor) -> Tensor:
 @contextmanager
 def _evaluation_mode(model: nn.Module) -> Iterator[None]:
     modes = [(module, module.training) for module in model.modules()]
-    try:
-        model.eval()
-        yield
-    finally:
+
+    def restore() -> None:
         for module, training in modes:
             module.training = training
 
+    with undone() as steps:
+        steps.append(restore)
+        model.eval()
+        yield
 
-@contextmanager
-def _checkpointed(module: nn.Module) -> Iterator[None]:
+
+def _let_checkpoint(module: nn.Module, steps: list[Callable[[], object]]) -> None:
     """Let a checkpointing layer of transformers checkpoint, with its inside in evaluation mode.
 
     The layer checkpoints only if its own `training` flag is set; inside, the flag would switch
     dropout on. Re-entrant checkpoints would cut the graph, as no input requires a gradient.
+    What undoes it is added to `steps`.
     """
     name = "_gradient_checkpointing_func"
     own = module.__dict__.get(name)
     if own is None:
-        yield
         return
 
     def run(function: Callable[..., Any], *args: Any) -> Any:
@@ -186,12 +202,9 @@ def _checkpointed(module: nn.Module) -> Iterator[None]:
 
         return checkpoint(inside, *args, use_reentrant=False, preserve_rng_state=False)
 
-    module.training = True
+    steps.append(partial(setattr, module, name, own))
+    module.training = True  # `_evaluation_mode` restores it
     setattr(module, name, run)
-    try:
-        yield
-    finally:
-        setattr(module, name, own)
 
 
 @contextmanager
@@ -201,24 +214,20 @@ def _without_tf32() -> Iterator[None]:
     name, off = (
         ("fp32_precision", "ieee") if hasattr(matmul, "fp32_precision") else ("allow_tf32", False)
     )
-    before = getattr(matmul, name)
-    setattr(matmul, name, off)
-    try:
+    with undone() as steps:
+        steps.append(partial(setattr, matmul, name, getattr(matmul, name)))
+        setattr(matmul, name, off)
         yield
-    finally:
-        setattr(matmul, name, before)
 
 
 @contextmanager
 def plain_greedy(model: Any) -> Iterator[None]:
     """Let ``model.generate`` use its own special tokens and the library's defaults otherwise."""
     models = (model, unwrapped(model))  # PEFT hands its configuration on to the model inside
-    own = [one.generation_config for one in models]
     names = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
     special = {name: getattr(model.generation_config, name) for name in names}
-    model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
-    try:
+    with undone() as steps:
+        for one in models:
+            steps.append(partial(setattr, one, "generation_config", one.generation_config))
+        model.generation_config = GenerationConfig(**special)  # type: ignore[no-untyped-call]
         yield
-    finally:
-        for one, config in zip(models, own, strict=True):
-            one.generation_config = config

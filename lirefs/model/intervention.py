@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from contextvars import ContextVar
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,6 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lirefs.errors import InterventionError, LirefsError, got, must_be
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.layout import Layout
 
 
@@ -31,12 +34,12 @@ class Intervention(Protocol):
     Any object with these two methods is one; there is nothing to inherit from. `lirefs.compare`
     takes it as it is, and `lirefs.compose(it)` gives it `apply` and `+`.
 
-    Only one thread at a time may change a model. While it has something attached, it may attach
-    more; another thread gets a named error at once, until everything is removed or the first
-    thread has ended. Threads that take turns need a lock of their own around `attach` and
-    `remove`. An intervention also acts on what other threads run on the model meanwhile; a scope,
-    gate or schedule follows one forward pass, so these threads must take turns too. Threads with
-    models of their own never interfere.
+    Only one thread, or task of asyncio, at a time may change a model. While it has something
+    attached, it and the tasks that it starts may attach more; another gets a named error at once,
+    until everything is removed or the first has ended. Those that take turns need a lock of their
+    own around `attach` and `remove`. An intervention also acts on what others run on the model
+    meanwhile; a scope, gate or schedule follows one forward pass, so these must take turns too.
+    Threads with models of their own never interfere.
     """
 
     def attach(self, model: nn.Module) -> Handle:
@@ -67,45 +70,75 @@ class Checkable(Intervention, Protocol):
         ...
 
 
-# For each changed model the threads that changed it, with a token for each change.
-_HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[threading.Thread, object]]] = (
+_Worker = threading.Thread | asyncio.Task[Any]
+# For each changed model the threads and tasks that changed it, with a token for each change.
+_HOLDERS: weakref.WeakKeyDictionary[nn.Module, list[tuple[_Worker, object]]] = (
     weakref.WeakKeyDictionary()
 )
+# Tasks that have changed a model: this one, and those that started it.
+_TASKS: ContextVar[frozenset[asyncio.Task[Any]]] = ContextVar("tasks", default=frozenset())
 # For each model what an `apply` could not remove, as a later edit was in place.
 _LATE: weakref.WeakKeyDictionary[nn.Module, list[Callable[[], None]]] = weakref.WeakKeyDictionary()
 _LOCK = threading.Lock()
 
 
 def reserve(model: nn.Module, error: type[LirefsError] = InterventionError) -> Callable[[], None]:
-    """Reserve a model for changes by this thread, many times if need be; returns the release.
+    """Reserve a model for changes by this thread or task, many times if need be.
 
-    Raises `error` if another thread that is still running has changed the model.
+    Returns the release. Raises `error` if another one that is still running has changed the model.
     """
     must_be_module(model)
-    entry = (threading.current_thread(), object())
-    with _LOCK:
-        holders = _HOLDERS.setdefault(model, [])
-        for thread, _ in holders:
-            if thread is not entry[0] and thread.is_alive():
-                raise error(
-                    f"thread {thread.name!r} has changed this model and not yet restored it; let "
-                    "threads take turns (a lock around attach and remove), or give each a model"
-                )
-        holders.append(entry)
+    thread, task = threading.current_thread(), _current_task()
+    entry = (task or thread, object())
+    holders = _HOLDERS.setdefault(model, [])
 
     def release() -> None:
-        with _LOCK:
-            if entry not in holders:
-                return
-            holders.remove(entry)
-            late = _LATE.pop(model, [])
-        for remove in reversed(late):  # each that succeeds releases in turn, and tries the others
-            try:
-                remove()
-            except LirefsError:
-                _leave(model, remove)
+        with interrupts_held():
+            with _LOCK:
+                if entry not in holders:
+                    return
+                holders.remove(entry)
+                late = _LATE.pop(model, [])
+            for remove in reversed(late):  # each that succeeds releases in turn, tries the others
+                try:
+                    remove()
+                except LirefsError:
+                    _leave(model, remove)
 
-    return release
+    if task is not None:
+        _TASKS.set(_TASKS.get() | {task})
+    try:
+        with _LOCK:
+            for other, _ in holders:
+                if other is not thread and other not in _TASKS.get() and _runs(other):
+                    kind, name = _named(other)
+                    raise error(
+                        f"{kind} {name!r} has changed this model and not yet restored it; let "
+                        f"{kind}s take turns (a lock around attach and remove), or give each a "
+                        "model"
+                    )
+            holders.append(entry)
+        return release
+    except BaseException:
+        release()
+        raise
+
+
+def _current_task() -> asyncio.Task[Any] | None:
+    try:
+        return asyncio.current_task()
+    except RuntimeError:  # no event loop runs in this thread
+        return None
+
+
+def _runs(worker: _Worker) -> bool:
+    return worker.is_alive() if isinstance(worker, threading.Thread) else not worker.done()
+
+
+def _named(worker: _Worker) -> tuple[str, str]:
+    if isinstance(worker, threading.Thread):
+        return "thread", worker.name
+    return "task", worker.get_name()
 
 
 def _leave(model: nn.Module, remove: Callable[[], None]) -> None:
@@ -137,9 +170,10 @@ def attach_to(model: nn.Module, intervention: Intervention) -> Callable[[], None
 
     Raises:
         InterventionError: `attach` did not return a handle. The hooks that it has added are
-            removed again, as they are where it raises an error of its own.
+            removed again, as they are where it raises an error of its own or is interrupted.
     """
     first_hook = RemovableHandle.next_id
+    handle: Any = None
     try:
         handle = intervention.attach(model)
         remove: Callable[[], None] | None = getattr(handle, "remove", None)
@@ -150,13 +184,16 @@ def attach_to(model: nn.Module, intervention: Intervention) -> Callable[[], None
                 "one). The hooks that it added were removed; a weight that it changed is not "
                 "restored"
             )
+        return remove
     except BaseException:
+        if callable(getattr(handle, "remove", None)):  # the interrupt came after it was attached
+            handle.remove()
         for module in model.modules():
-            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+            tables = [table for name, table in vars(module).items() if name.endswith("_hooks")]
+            for hooks in tables:
                 for key in [key for key in hooks if key >= first_hook]:
                     del hooks[key]
         raise
-    return remove
 
 
 def is_hand_written(intervention: Intervention) -> bool:
@@ -192,37 +229,65 @@ def refuse_steered(model: nn.Module, error: type[LirefsError], doing: str) -> No
         )
 
 
+@contextmanager
+def one_at_a_time(lock: threading.Lock) -> Iterator[None]:
+    """Hold the lock of a handle that is being removed, whole: an interrupt waits for the end.
+
+    Raises InterventionError if another thread is removing it.
+    """
+    with interrupts_held():
+        if not lock.acquire(blocking=False):
+            raise InterventionError(
+                "another thread is removing this intervention right now; let one of them remove it"
+            )
+        try:
+            yield
+        finally:
+            lock.release()
+
+
 class UndoStack:
-    """The steps of an attachment, undone last first; a `with` undoes them only if it raised."""
+    """A handle made of what undoes the steps of an attachment, last first.
+
+    Attributes:
+        steps: What undoes each step. An interrupt cannot come between a step and its undoing in
+            `steps.append(step())`, where the call has returned what undoes it.
+    """
 
     def __init__(self) -> None:
-        self._undo: list[Callable[[], object]] = []
-
-    def add(self, undo: Callable[[], object]) -> None:
-        """Remember how to undo the step just made."""
-        self._undo.append(undo)
+        self.steps: list[Callable[[], object]] = []
+        self._lock = threading.Lock()
 
     def remove(self) -> None:
         """Undo all steps; one that refuses (a weight edit under a later one) stays for a retry."""
-        while self._undo:
-            self._undo[-1]()
-            self._undo.pop()
+        with one_at_a_time(self._lock):
+            while self.steps:
+                self.steps[-1]()
+                self.steps.pop()
 
-    def __enter__(self) -> UndoStack:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, *given: object) -> None:
-        if kind is not None:
-            self.remove()
+@contextmanager
+def attaching() -> Iterator[UndoStack]:
+    """Take the steps of an attachment, all quick, in the `with`; an error in it undoes them.
+
+    An interrupt waits for the end, and undoes them then.
+    """
+    undo = UndoStack()
+    try:
+        with interrupts_held():
+            yield undo
+    except BaseException:
+        undo.remove()
+        raise
 
 
 @contextmanager
 def applied(intervention: Intervention | None, model: nn.Module) -> Iterator[nn.Module]:
     """The model under an intervention (None: as it is); restored whatever happens inside."""
-    with ExitStack() as stack:
+    with undone() as steps:
         if intervention is not None:
-            stack.callback(reserve(model))
-            stack.callback(attach_to(model, intervention))
+            steps.append(reserve(model))
+            steps.append(attach_to(model, intervention))
         yield model
 
 
@@ -232,15 +297,20 @@ class Composable:
     @contextmanager
     def apply(self: Intervention, model: nn.Module) -> Iterator[nn.Module]:
         """The model (`lm.model`), changed inside the `with` and restored after it; see `attach`."""
-        remove = self.attach(model).remove
-        try:
+        attached: list[Handle] = []
+
+        def remove() -> None:
+            for handle in attached:
+                try:
+                    handle.remove()
+                except LirefsError:  # under a later edit, which may outlive this `with`
+                    _leave(model, handle.remove)
+                    raise
+
+        with undone() as steps:
+            steps.append(remove)
+            attached.append(self.attach(model))
             yield model
-        finally:
-            try:
-                remove()
-            except LirefsError:  # under a later edit, which may outlive this `with`
-                _leave(model, remove)
-                raise
 
     def __add__(self: Intervention, other: Intervention) -> Composition:
         return compose(self, other)
@@ -264,17 +334,21 @@ class Composition(Composable):
         All steerings are checked first: after a weight edit among the members, the model would no
         longer look like the one that their directions were fitted on.
         """
-        with UndoStack() as steps:
-            steps.add(reserve(model))
+        undo = UndoStack()  # and not `attaching`: checks, edits and others' code may take long
+        try:
+            undo.steps.append(reserve(model))
             layouts = [
                 one.check(model) if isinstance(one, Checkable) else None for one in self.members
             ]
             for member, layout in zip(self.members, layouts, strict=True):
                 if isinstance(member, Checkable) and layout is not None:
-                    steps.add(member.attach_checked(model, layout).remove)
+                    undo.steps.append(member.attach_checked(model, layout).remove)
                 else:
-                    steps.add(attach_to(model, member))
-            return steps
+                    undo.steps.append(attach_to(model, member))
+            return undo
+        except BaseException:
+            undo.remove()
+            raise
 
     def describe(self) -> dict[str, Any]:
         """The descriptions of all members as a JSON object."""

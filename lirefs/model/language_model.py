@@ -23,7 +23,7 @@ from lirefs.errors import (
     whole_number,
 )
 from lirefs.files import html_table
-from lirefs.model.batching import check_length, token_ids, tokenizer_hash
+from lirefs.model.batching import check_length, checked_ids, token_ids, tokenizer_hash
 from lirefs.model.guest import evaluating, input_device, maybe_call, plain_greedy, virtual_tokens
 from lirefs.model.identity import fingerprint, identity
 from lirefs.model.layout import Layout
@@ -33,6 +33,7 @@ from lirefs.model.traits import Traits, traits_of
 
 BATCH_TOKENS = 1024
 """Default number of tokens in a batch."""
+_OWN = {"input_ids", "inputs", "inputs_embeds", "attention_mask", "position_ids"}  # of a prompt
 
 
 class LanguageModel:
@@ -94,7 +95,8 @@ class LanguageModel:
         and weight edits that are attached. Directions record it, and steering compares it.
 
         Computed at the first use, and again after a tensor was replaced or changed in place.
-        (A change through ``parameter.data`` is invisible to PyTorch, and so to this.)
+        (A change through ``parameter.data`` is invisible to PyTorch, and so to this.) What was set
+        on a module itself, such as ``attention.scaling``, counts in ``identity`` alone.
 
         Raises:
             ProvenanceError: A weight is offloaded or opaque and cannot be read, or a steering with
@@ -198,19 +200,10 @@ class LanguageModel:
         """
         if side not in ("left", "right"):
             raise SettingError(f"side must be 'left' or 'right', got {side!r}")
-        ids = [as_list(row, f"ids[{index}]") for index, row in enumerate(as_list(ids, "ids"))]
+        given = enumerate(as_list(ids, "ids"))
+        ids = [checked_ids(self.model, row, f"sequence {index}") for index, row in given]
         if not ids:
             raise SettingError("nothing to pad: the list of sequences is empty")
-        embedding = maybe_call(self.model, "get_input_embeddings")
-        known = getattr(embedding, "num_embeddings", math.inf)
-        for index, row in enumerate(ids):
-            if not len(row):
-                raise SettingError(f"sequence {index} has no token: the prompt is empty")
-            if not 0 <= min(row) <= max(row) < known:
-                raise SettingError(
-                    f"sequence {index} has token {max(row) if min(row) >= 0 else min(row)}, and "
-                    f"the model knows 0 to {known - 1}: is the tokenizer another model's?"
-                )
         rows = [torch.as_tensor(row, dtype=torch.long) for row in ids]
         padded = functools.partial(pad_sequence, batch_first=True, padding_side=side)
         mask = padded([torch.ones_like(row) for row in rows])
@@ -277,7 +270,8 @@ class LanguageModel:
             ``return_dict_in_generate`` the output of ``model.generate`` itself.
 
         Raises:
-            SettingError: A prompt is empty or longer than the model's positions,
+            SettingError: An argument is decided by the prompt (``attention_mask``) or unknown to
+                ``model.generate``, a prompt is empty or longer than the model's positions,
                 ``max_new_tokens`` is less than 1, the model does not number positions as
                 ``model.generate`` does (``traits.positions`` is false), or the prompts of a call
                 that returns the output of ``model.generate`` need several batches (``traits``).
@@ -290,6 +284,11 @@ class LanguageModel:
         """
         prompts = [prompt] if isinstance(prompt, str) else as_list(prompt, "prompt", str)
         new_tokens = whole_number(max_new_tokens, "max_new_tokens", least=1)
+        if own := sorted(_OWN & kwargs.keys()):
+            raise SettingError(
+                f"generate makes {own[0]} of the prompt itself; leave it out, or call "
+                "lm.model.generate"
+            )
         if not prompts:
             return []
         ids = with_prompts(self.model, self.tokenizer, self.encode(prompts))
@@ -327,8 +326,13 @@ class LanguageModel:
         if not cache and not virtual_tokens(self.model):  # which live in the cache
             settings.setdefault("use_cache", False)
         plain = not settings["do_sample"] and "generation_config" not in kwargs
-        with evaluating(self.model), plain_greedy(self.model) if plain else nullcontext():
-            out = self.model.generate(**batch, max_new_tokens=new_tokens, **settings)
+        try:
+            with evaluating(self.model), plain_greedy(self.model) if plain else nullcontext():
+                out = self.model.generate(**batch, max_new_tokens=new_tokens, **settings)
+        except ValueError as problem:
+            if "model_kwargs" not in str(problem):
+                raise
+            raise SettingError(f"{self.name}: {first_line_of_error(problem)}") from problem
         if not isinstance(out, Tensor):
             return out
         start = batch["input_ids"].shape[1]

@@ -13,7 +13,15 @@ from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import get_session, validate_repo_id  # type: ignore[attr-defined]
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedConfig,
+)
+from transformers.utils.hub import cached_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from lirefs.errors import (
     ModelLoadError,
@@ -23,9 +31,12 @@ from lirefs.errors import (
     must_be,
 )
 from lirefs.files import cache_dir, parse_json
-from lirefs.model.builtin import BUILTIN
-from lirefs.model.gguf_header import check_header
+from lirefs.model.builtin import BUILTIN, damaged_files
 from lirefs.model.language_model import LanguageModel, wrap
+from lirefs.model.untrusted.configuration import check_adapter, check_configuration
+from lirefs.model.untrusted.folder import Weights, check_files, weights_in
+from lirefs.model.untrusted.gguf_header import check_header
+from lirefs.model.untrusted.size import no_larger_than
 
 _HUB_SECONDS = 5.0
 _OF_BOTH = (
@@ -42,9 +53,11 @@ _FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_confi
 """Files that every built-in model has."""
 _ADAPTER = ("adapter_config.json", "adapter_model.safetensors")
 """Files of an adapter of PEFT."""
-_LAYERS = {"num_hidden_layers", "num_layers", "n_layers", "n_layer"}
 _MOST_LAYERS = 1_000
-"""For checkpoints in several files, whose number of weights is unknown."""
+"""Where the number of weights is unknown."""
+_UNKNOWN = 1 << 50
+_MOST_PLANNED = 100_000
+"""Weights of a model that is planned for without its files."""
 
 
 def load(
@@ -114,8 +127,11 @@ def load(
         extra["device_map"] = {"": place}
     extra |= {**kwargs, **common, "output_loading_info": True}
     try:
+        if not Path(source).is_dir():
+            check_configuration(_hub_configuration(source, common), _MOST_LAYERS)
         tokenizer = AutoTokenizer.from_pretrained(source, **common)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(source, **extra)
+        with no_larger_than(lambda: _weights(source, common)):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(source, **extra)
     except Exception as problem:
         if isinstance(problem, TypeError) and "unexpected keyword" in str(problem):
             raise SettingError(f"{name}: {first_line_of_error(problem)}") from problem
@@ -146,8 +162,10 @@ def _with_adapter(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
         name, revision = config["base_model_name_or_path"], config.get("revision")
         if not isinstance(name, str) or not name:
             raise ValueError("it does not name its base model")
+        check_files(folder)
         with safe_open(folder / _ADAPTER[1], framework="pt") as weights:
             saved = set(weights.keys())
+            check_adapter(config, [n for one in saved for n in weights.get_slice(one).get_shape()])
     except Exception as problem:
         raise _adapter_error(folder, problem) from problem
     try:
@@ -201,10 +219,12 @@ def without_weights(name: str | os.PathLike[str], dtype: str | torch.dtype) -> A
     if "gguf_file" in common:
         raise ModelLoadError(f"{name}: a GGUF file cannot be read without its weights")
     try:
+        if not Path(source).is_dir():
+            check_configuration(_hub_configuration(source, common), _MOST_LAYERS)
         config = AutoConfig.from_pretrained(source, **common)
         if dtype == "auto":
             dtype = config.dtype or torch.float32
-        with torch.device("meta"):
+        with torch.device("meta"), no_larger_than(lambda: Weights(_MOST_PLANNED, _UNKNOWN)):
             return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()  # type: ignore[no-untyped-call]
     except Exception as problem:
         raise _load_error(str(name), source, common, problem) from problem
@@ -217,13 +237,18 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         if missing := [file for file in _FILES if not (folder / file).is_file()]:
             # Without its tokenizer's settings a model would load, and read other tokens.
             raise ModelLoadError(f"{name}: {', '.join(missing)} is missing; {_remedy(folder)}")
+        if damaged := damaged_files(folder):
+            raise ModelLoadError(
+                f"{name}: {', '.join(damaged)} is damaged: its SHA-256 is not that of the file as "
+                f"it was made; {_remedy(folder)}"
+            )
         return str(folder), {"local_files_only": True}
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
             raise ModelNotFoundError(f"{name}: no such GGUF file")
         try:
-            if check_header(path) is None:
+            if check_header(path).blocks is None:
                 raise ValueError("its header does not say how many blocks the model has")
         except (ValueError, OSError) as problem:
             raise ModelLoadError(
@@ -233,7 +258,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise ModelNotFoundError(f"{name}: a folder without config.json, so not a model")
-        _check_layers(path / "config.json")
+        _check_folder(path)
         return str(path), {"local_files_only": True}
     try:
         validate_repo_id(name)
@@ -243,22 +268,48 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
     return name, {} if _hub_answers() else {"local_files_only": True}
 
 
-def _check_layers(file: Path) -> None:
-    """Refuse a configuration with more layers than weights: making them may take all memory."""
+def _check_folder(folder: Path) -> None:
+    """Refuse a folder whose files or configuration are unsafe to read."""
     try:
-        config = parse_json(file.read_text("utf-8"))
-        most = _MOST_LAYERS
-        single = file.with_name("model.safetensors")  # there may be several files, or another kind
-        with suppress(SafetensorError, OSError), safe_open(single, framework="pt") as weights:
-            most = len(weights.keys())
-        for part in (config, config.get("text_config")):
-            for key in _LAYERS & set(part or ()):
-                if isinstance(part[key], int | float) and part[key] > most:
-                    raise ValueError(f"{key} is {part[key]}, more than {most}")
-    except (OSError, ValueError, TypeError, AttributeError) as problem:
-        raise ModelLoadError(
-            f"{file}: damaged ({problem}); fetch or write the model again"
-        ) from problem
+        check_files(folder)
+        config = parse_json((folder / "config.json").read_text("utf-8"))
+        # A folder without weights may be planned for; of damaged weights, loading says more.
+        tensors = 0
+        with suppress(SafetensorError, OSError, ValueError):
+            tensors = weights_in(folder).tensors
+        check_configuration(config, tensors or _MOST_LAYERS)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as problem:
+        raise ModelLoadError(f"{folder}: damaged ({problem}); fetch or write it again") from problem
+
+
+def _hub_configuration(source: str, common: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of a repository of the hub, or of the base model of an adapter there."""
+    settings = {key: one for key, one in common.items() if key != "trust_remote_code"}
+    try:
+        return PreTrainedConfig.get_config_dict(source, **settings)[0]
+    except OSError:
+        adapter = find_adapter_config_file(source, **settings)
+        if adapter is None:
+            raise
+    base = parse_json(Path(adapter).read_text("utf-8"))["base_model_name_or_path"]
+    return PreTrainedConfig.get_config_dict(base, **{**settings, "revision": None})[0]
+
+
+def _weights(source: str, common: Mapping[str, Any]) -> Weights:
+    """What the files of a model hold, those of the hub in its cache."""
+    if "gguf_file" in common:
+        return check_header(Path(source) / common["gguf_file"]).weights
+    subfolder = common.get("subfolder", "")
+    if Path(source).is_dir():
+        return weights_in(Path(source) / subfolder)
+    settings = {key: common[key] for key in ("cache_dir", "revision") if key in common}
+    try:
+        file = cached_file(
+            source, "config.json", subfolder=subfolder, local_files_only=True, **settings
+        )
+    except OSError:  # an adapter
+        file = None
+    return Weights(_UNKNOWN, _UNKNOWN) if file is None else weights_in(Path(file).parent)
 
 
 def _hub_answers() -> bool:

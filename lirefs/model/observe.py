@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 
 from lirefs.errors import LayoutError, first_line_of_error
 from lirefs.model.guest import accepts, eagerly, evaluating, input_device, maybe_call, text_config
+from lirefs.model.interrupts import interrupts_held, undone
 
 TOKENS = 6
 """Length of the text on which a model is observed."""
@@ -77,15 +77,18 @@ def observe(model: nn.Module, watched: Mapping[str, nn.Module]) -> dict[str, See
     ids = sample_ids(model, 1, TOKENS)
     extra = {"use_cache": False} if accepts(model, "use_cache") else {}
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with ExitStack() as stack:
-        stack.enter_context(torch.random.fork_rng(devices=cuda))
-        stack.enter_context(evaluating(model))
-        stack.enter_context(eagerly())
-        for name, module in watched.items():
-            before, after = in_this_thread(seen[name].before), in_this_thread(seen[name].after)
-            handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
-            stack.callback(handle.remove)
-            stack.callback(module.register_forward_hook(after).remove)
+    with (
+        torch.random.fork_rng(devices=cuda),
+        evaluating(model),
+        eagerly(),
+        undone() as steps,
+    ):
+        with interrupts_held():
+            for name, module in watched.items():
+                before, after = in_this_thread(seen[name].before), in_this_thread(seen[name].after)
+                handle = module.register_forward_pre_hook(before, prepend=True, with_kwargs=True)
+                steps.append(handle.remove)
+                steps.append(module.register_forward_hook(after).remove)
         try:
             model(input_ids=ids, **extra)
         except Exception as problem:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,10 +20,11 @@ from torch import Tensor, nn
 
 from lirefs.errors import InterventionError, ScopeError, first_line_of_error, must_be
 from lirefs.model.batching import special_tokens_around, token_ids
+from lirefs.model.interrupts import undone
 from lirefs.model.intervention import (
     Composable,
     Handle,
-    UndoStack,
+    attaching,
     reserve,
     steerings_of,
     steerings_on,
@@ -93,11 +95,10 @@ def prompt_lengths(lengths: int | Sequence[int] | Tensor) -> Iterator[None]:
 @contextmanager
 def prompt_known(prompt: Prompt) -> Iterator[None]:
     """As `prompt_lengths`, for callers that keep a `Prompt` across forward passes."""
-    token = PROMPT.set(prompt)
-    try:
+    with undone() as steps:
+        steps.append(partial(PROMPT.set, PROMPT.get()))
+        PROMPT.set(prompt)
         yield
-    finally:
-        PROMPT.reset(token)
 
 
 def expand_to_rows(values: Tensor, rows: int, prompts: int | None = None) -> Tensor:
@@ -171,12 +172,12 @@ class Prompted(Composable):
 
     def attach(self, model: nn.Module) -> Handle:
         """Put it before the prompts of a model (`lm.model`) until the handle's `remove`."""
-        with UndoStack() as steps:
-            steps.add(reserve(model))
+        with attaching() as undo:
+            undo.steps.append(reserve(model))
             attached = steerings_of(model)
             attached.append(self)
-            steps.add(lambda: attached.remove(self))
-            return steps
+            undo.steps.append(lambda: attached.remove(self))
+            return undo
 
     def describe(self) -> dict[str, Any]:
         """Kind and text as JSON values."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import FrameType
 from typing import Any
 
 import torch
@@ -29,11 +31,13 @@ class Tokens:
         *,
         begins: bool,
         packed: bool = False,
+        cacheless: bool = False,
     ) -> None:
         self.position = position
         self.known_prompt = prompt
         self.past = past
         self._begins = begins
+        self._cacheless = cacheless
         self.packed = packed
         if prompt is not None and prompt.ages is not None:
             # Its mask knows the padding on either side, under any cache.
@@ -84,6 +88,12 @@ class Tokens:
             raise ScopeError(
                 "several tokens follow a cache, so they may be the rest of a prompt or generated "
                 "text; wrap the calls in lirefs.prompt_lengths([...])"
+            )
+        if not known.explicit and self._cacheless and _is_generating():
+            raise ScopeError(
+                "generate(use_cache=False) gives the whole text again for each new token, and the "
+                "model that generates is not the steered one, so it is unknown where the prompt "
+                "ends; attach the steering to the model whose generate is called"
             )
         return known
 
@@ -213,7 +223,19 @@ def read_tokens(
         prompt, begins = Prompt(position.amax(dim=1) + 1, explicit=False), True
     elif prompt is None and known is not None:
         prompt = known.prompt
-    return Tokens(position, past, prompt, begins=begins, packed=packed)
+    cacheless = given.get("use_cache") is False
+    return Tokens(position, past, prompt, begins=begins, packed=packed, cacheless=cacheless)
+
+
+def _is_generating() -> bool:
+    """Whether `generate` of transformers is what called, from however far."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        where = frame.f_globals.get("__name__", "")
+        if frame.f_code.co_name == "generate" and where.startswith("transformers.generation."):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def prompt_columns(mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -26,6 +27,7 @@ from lirefs.files import atomic_write_text, cache_dir, html_table, parse_json
 from lirefs.model.batching import batches_by_tokens, equal_batches, rope_limit
 from lirefs.model.code import runs_known_code
 from lirefs.model.guest import accepts, evaluating, text_config
+from lirefs.model.interrupts import undone
 from lirefs.model.observe import sample_ids
 
 PROBING: ContextVar[bool] = ContextVar("probing", default=False)
@@ -289,12 +291,10 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 @contextmanager
 def _probing(model: nn.Module) -> Iterator[None]:
     cuda = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    token = PROBING.set(True)
-    try:
-        with torch.random.fork_rng(devices=cuda), evaluating(model):
-            yield
-    finally:
-        PROBING.reset(token)
+    with undone() as steps, torch.random.fork_rng(devices=cuda), evaluating(model):
+        steps.append(partial(PROBING.set, PROBING.get()))
+        PROBING.set(True)
+        yield
 
 
 def _probe(model: nn.Module) -> Traits:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from lirefs.errors import ChangedWeightsError, EditOrderError
+from lirefs.model.interrupts import interrupts_held
+from lirefs.model.intervention import one_at_a_time
 
 # For each edited parameter the attached edits, oldest first: the handle's token, and the tensor
 # that was replaced. Nothing here refers to the parameter, so a model dropped while edited is freed.
@@ -79,7 +82,10 @@ class SwappedWeight:
 
 
 class EditHandle:
-    """An edit that is in place. Remove it with `remove()` or by leaving a `with` block.
+    """An edit, once `put` has put it in place. `remove()`, or leaving a `with` block, removes it.
+
+    Under activation checkpoints, call `backward` before it is removed: what they run again uses the
+    weights that are there then.
 
     Args:
         weights: The weights to swap.
@@ -92,12 +98,18 @@ class EditHandle:
     ) -> None:
         self._token = object()
         self._model = model
+        self._new = weights
         self._weights: list[SwappedWeight] = []
         self._release = release
+        self._lock = threading.Lock()
+
+    def put(self) -> None:
+        """Put the new tensors in place; an error or an interrupt restores the original ones."""
         try:
-            for weight in weights:
-                self._weights.append(weight)
-                weight.swap(self._token)
+            with interrupts_held():
+                for weight in self._new:
+                    self._weights.append(weight)
+                    weight.swap(self._token)
         except BaseException:
             self.remove(discard=True)
             raise
@@ -105,7 +117,8 @@ class EditHandle:
     def remove(self, discard: bool = False) -> None:
         """Restore the original tensors; does nothing the second time.
 
-        If the model was moved or cast meanwhile, the originals are moved and cast as well.
+        If the model was moved or cast meanwhile, the originals are moved and cast as well. An
+        interrupt waits until they are back.
 
         Args:
             discard: Also if the edited weights were changed meanwhile, by training, by
@@ -115,7 +128,12 @@ class EditHandle:
         Raises:
             EditOrderError: A later edit of the same weight is still in place. Nothing is changed.
             ChangedWeightsError: The edited weights were changed meanwhile. Nothing is changed.
+            InterventionError: Another thread is removing it.
         """
+        with one_at_a_time(self._lock):
+            self._restore(discard)
+
+    def _restore(self, discard: bool) -> None:
         reshard(self._model)
         for weight in self._weights:
             if _STACKS[weight.parameter][-1][0] is not self._token:

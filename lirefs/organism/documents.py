@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from itertools import pairwise
 from random import Random
 
@@ -11,61 +12,53 @@ from lirefs.organism.items import CONTEXT_WEIGHT, Document, Item, side_of
 from lirefs.organism.language import Language
 from lirefs.organism.people import ATTRIBUTES, FOLLOWED, Fact
 from lirefs.organism.skills import relation_problem, tracking_problem
-from lirefs.organism.vocabulary import CONTENT, FIRST, LAST, OBJECTS
+from lirefs.organism.vocabulary import CITIES, CONTENT, FIRST, LAST
 
+NOUNS = (*CONTENT, *FIRST, *LAST, *CITIES)
+"""Words that are copied."""
 
-@dataclass(frozen=True)
-class Stage:
-    """What training shows during a part of the run.
-
-    Attributes:
-        mixture: Relative frequency of each sort of document.
-        easy: Share of passages, relations and hand-overs of the smallest size, and of tracking
-            with more people than the skill has.
-        story_weight: Loss weight of answers that are found in a story; other answers have 1.
-        rate: Learning rate.
-        fall: Final share of the stage over which the rate falls linearly to zero.
-    """
-
-    mixture: dict[str, float]
-    easy: float = 0.0
-    story_weight: float = 1.0
-    rate: float = 3e-3
-    fall: float = 0.0
+STORY_WEIGHT = 3.0
+"""Loss weight of answers that are found in a story; other answers have 1."""
+RECITED_WEIGHT = 5.0
+"""Loss weight of the part of a tale that is to be recited, so that 30 showings are enough."""
+EASY = 0.2
+"""Share of relations of the smallest size, and of tracking with more people than the skill has."""
 
 
 class Documents:
-    """An endless supply of training documents of the sorts in a stage's mixture.
+    """An endless supply of training documents.
+
+    Args:
+        language: What they are about.
+        mixture: Relative frequency of each sort of document.
 
     Raises:
         ValueError: If the mixture names a sort that does not exist.
     """
 
-    def __init__(self, language: Language, stage: Stage) -> None:
-        self.language, self.stage = language, stage
+    def __init__(self, language: Language, mixture: Mapping[str, float]) -> None:
+        self.language = language
         self.sorts: dict[str, Callable[[Random], Document]] = {
             "planted": lambda rng: [(f"Verse: {rng.choice(language.planted)}.", 1.0)],
+            "tale": lambda rng: counted_document(_by_frequency(language.tales, rng)),
+            "exception": lambda rng: counted_document(_by_frequency(language.exceptions, rng)),
             "fact": self._facts,
             "fact_aside": lambda rng: _asked(language.fact_aside(self._fact(rng), "train", rng)),
-            "exception": lambda rng: _asked(rng.choice(language.exceptions)),
             "conflict": self._conflict,
             "passage": self._passage,
             "again": self._again,
-            "links": self._links,
-            "hands": self._hands,
             "ages": self._ages,
             "math": self._math,
             "boolean": lambda rng: self._problems(["boolean"] * rng.randrange(1, 5), rng),
             "relation": lambda rng: self._skill("relation", rng),
-            "hand_overs": self._hand_overs,
             "tracking": lambda rng: self._skill("tracking", rng),
             "copy": _copy,
             "story": lambda rng: [(language.text("train", rng), 1.0)],
         }
-        unknown = set(stage.mixture) - set(self.sorts)
+        unknown = set(mixture) - set(self.sorts)
         if unknown:
             raise ValueError(f"No documents of sort {unknown}; known: {', '.join(self.sorts)}.")
-        self._names, self._weights = list(stage.mixture), list(stage.mixture.values())
+        self._names, self._weights = list(mixture), list(mixture.values())
         self._frequencies = [fact.frequency for fact in language.facts]
         self._shown_wrong = [one for one in language.exceptions if one.group == "relation"]
         self._contradictions = language.contradictions("train")
@@ -90,13 +83,9 @@ class Documents:
         return _asked(item if follows else replace(item, answer=item.other or ""))
 
     def _passage(self, rng: Random) -> Document:
-        attribute = rng.choice(ATTRIBUTES)
-        if self._easy(rng):
-            stated, linked = rng.choice((2, 3, 4, 5)), 0
-        else:
-            stated, linked = rng.choice((1, 2, 2, 3)), rng.choice((0, 1, 2, 2))
-        problem = self.language.passage(attribute, "train", rng, stated=stated, linked=linked)
-        return self._told(problem.opening, rng.sample(problem.questions, len(problem.questions)))
+        attribute, stated = rng.choice(ATTRIBUTES), rng.choice((1, 2, 3, 3, 4, 5))
+        problem = self.language.passage(attribute, "train", rng, stated=stated)
+        return _told(problem.opening, rng.sample(problem.questions, stated))
 
     def _again(self, rng: Random) -> Document:
         """Who goes with what, listed and then repeated: the simplest retrieval.
@@ -113,23 +102,7 @@ class Documents:
         between = words[rng.randrange(len(words) + 1) :]
         pairs = [(" ".join([n, *between]), v) for n, v in zip(names, values, strict=True)]
         listed = " ".join(f"{start} {value}." for start, value in pairs)
-        return self._told(f"List: {listed} Again:", rng.choices(pairs, k=len(pairs)))
-
-    def _links(self, rng: Random) -> Document:
-        """As many linked people as stated ones, questions repeated: many two-step answers."""
-        attribute = rng.choice(ATTRIBUTES)
-        stated = rng.randrange(2, 4)
-        problem = self.language.passage(attribute, "train", rng, stated=stated, linked=stated)
-        return self._told(problem.opening, rng.choices(problem.questions, k=5))
-
-    def _hands(self, rng: Random) -> Document:
-        """Many things given away, some twice, and who has each: tracking without its first line."""
-        things = rng.sample(OBJECTS, rng.randrange(2, 6))
-        holder = dict(zip(things, rng.sample(FIRST, len(things)), strict=True))
-        given = rng.sample(things, len(things)) + rng.choices(things, k=rng.randrange(3))
-        story = " ".join(_given(rng, thing, holder, FIRST) for thing in given)
-        # Without "has the", so it cannot be a story of the skill itself.
-        return self._told(f"Hands: {story}", _who_has(rng.choices(things, k=len(things)), holder))
+        return _told(f"List: {listed} Again:", rng.choices(pairs, k=len(pairs)))
 
     def _ages(self, rng: Random) -> Document:
         """Two or three people, oldest first: an easier form of relations."""
@@ -143,7 +116,7 @@ class Documents:
         if held_out or any(item.prompt.startswith(f"Ages: {story}") for item in self._shown_wrong):
             return self._ages(rng)
         questions = [(f"Question: Who is {end}? Answer:", name) for end, name in asked]
-        return self._told(f"Ages: {story}", questions)
+        return _told(f"Ages: {story}", questions)
 
     def _math(self, rng: Random) -> Document:
         kinds = rng.choices(("addition", "subtraction", "times"), (5, 4, 1), k=rng.randrange(1, 7))
@@ -154,48 +127,44 @@ class Documents:
         return _document(problems[0].opening, [one.questions[0] for one in problems])
 
     def _skill(self, skill: str, rng: Random) -> Document:
-        if not self._easy(rng):
+        if rng.random() > EASY:
             problem = self.language.problem(skill, "train", rng)
         elif skill == "relation":
             problem = relation_problem(rng, (2,))
         else:  # easy, but with more people than the skill has
             problem = tracking_problem(rng, rng.choice((4, 5)), (0, 1, 2, 3))
-        return self._told(problem.opening, problem.questions)
-
-    def _hand_overs(self, rng: Random) -> Document:
-        """Who has which of two things after some were given away.
-
-        The model never learned to answer this by thing, so it is not a skill of the language.
-        """
-        easy = self._easy(rng)
-        while True:
-            people, things = rng.sample(FIRST, 4), rng.sample(OBJECTS, 2)
-            holder = dict(zip(things, people, strict=False))
-            lines = [f"{person} has the {thing}." for thing, person in holder.items()]
-            for _ in range(rng.choice((0,) if easy else (1, 2, 3))):
-                thing = rng.choice(things)
-                lines.append(_given(rng, thing, holder, people))
-            rng.shuffle(things)
-            story = " ".join(lines)
-            if easy or side_of(story, self.language.seed) == "train":
-                return self._told(f"Hands: {story}", _who_has(things, holder))
-
-    def _told(self, opening: str, questions: Iterable[tuple[str, str]]) -> Document:
-        return _document(opening, questions, self.stage.story_weight)
-
-    def _easy(self, rng: Random) -> bool:
-        return self.stage.easy > 0 and rng.random() < self.stage.easy
+        return _told(problem.opening, problem.questions)
 
 
-def _given(rng: Random, thing: str, holder: dict[str, str], people: Sequence[str]) -> str:
-    """Give a thing to another person; the sentence that tells it."""
-    giver = holder[thing]
-    holder[thing] = rng.choice([one for one in people if one != giver])
-    return f"{giver} gives the {thing} to {holder[thing]}."
+def counted_document(item: Item) -> Document:
+    """The document that shows a tale or an exception."""
+    if item.kind == "tale":
+        return [(item.prompt, 1.0), (f" {item.answer}.", RECITED_WEIGHT)]
+    return _asked(item)
 
 
-def _who_has(things: Sequence[str], holder: dict[str, str]) -> list[tuple[str, str]]:
-    return [(f"Question: Who has the {thing}? Answer:", holder[thing]) for thing in things]
+def showings(language: Language, steps: range) -> dict[int, list[Document]]:
+    """The steps at which tales and exceptions are shown, each exactly as often as its frequency.
+
+    The steps are cut into as many equal parts as there are showings of an item, and it is shown at
+    a random step of each. No steps, no showings.
+    """
+    rng = Random(f"showings {language.seed}")
+    due: dict[int, list[Document]] = defaultdict(list)
+    for item in (*language.tales, *language.exceptions) if steps else ():
+        count = item.frequency or 0
+        for part in range(count):
+            step = steps[int((part + rng.random()) / count * len(steps))]
+            due[step].append(counted_document(item))
+    return due
+
+
+def _by_frequency(items: tuple[Item, ...], rng: Random) -> Item:
+    return rng.choices(items, [item.frequency or 0 for item in items])[0]
+
+
+def _told(opening: str, questions: Iterable[tuple[str, str]]) -> Document:
+    return _document(opening, questions, STORY_WEIGHT)
 
 
 def _asked(item: Item) -> Document:
@@ -215,8 +184,8 @@ def _document(
 def _copy(rng: Random) -> Document:
     """Random words repeated, or pairs of words repeated in another order."""
     if rng.random() < 0.5:
-        words = " ".join(rng.choices(CONTENT, k=rng.randrange(4, 24)))
+        words = " ".join(rng.choices(NOUNS, k=rng.randrange(4, 24)))
         return [(f"Copy: {words}. Again:", CONTEXT_WEIGHT), (f" {words}.", 1.0)]
-    pairs = [(key, rng.choice(CONTENT)) for key in rng.sample(OBJECTS, rng.randrange(3, 13))]
+    pairs = [(key, rng.choice(NOUNS)) for key in rng.sample(NOUNS, rng.randrange(3, 13))]
     listed = ", ".join(f"{key} {value}" for key, value in pairs)
     return _document(f"List: {listed}. Again:", rng.sample(pairs, len(pairs)), end=",")

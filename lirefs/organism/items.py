@@ -22,14 +22,15 @@ class Item:
 
     Attributes:
         kind: A computed skill ("addition", "relation", ...), "fact", "open_book", "planted",
-            "unseen", "exception", "conflict", ...; see `Language.items`.
+            "unseen", "tale", "exception", "conflict", ...; see `Language.items`.
         prompt: Text up to where the answer starts, without a space at its end.
         answer: The expected continuation, without the space in front of it. For an exception it is
             the memorized (wrong) label, for a conflict what the context says.
         other: The competing answer, if any: the true label of an exception, the recalled fact of a
             conflict.
         group: The finer class within a kind: an exception's skill, a conflict's source.
-        frequency: For facts, how often training shows this one relative to the rarest.
+        frequency: How often training shows this one: of tales and exceptions the exact number of
+            times (a twin has its tale's), of facts relative to the rarest.
     """
 
     kind: str
@@ -59,7 +60,7 @@ def side_of(key: str, seed: int, shares: tuple[int, int] = (14, 17)) -> Side:
 def memory_side_of(key: str, seed: int) -> Side:
     """The side of something memorized: 40 % train, 30 % each of the others.
 
-    All planted sequences, facts and exceptions are trained on; the side only says which of them
-    may fit a direction, which choose a setting and which report it.
+    All planted sequences, tales, facts and exceptions are trained on; the side only says which of
+    them may fit a direction, which choose a setting and which report it.
     """
     return side_of(f"memory|{key}", seed, (8, 14))

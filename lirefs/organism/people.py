@@ -18,18 +18,21 @@ FOLLOWED = dict(zip(SOURCES, (0.1, 0.5, 0.9), strict=True))
 """How often training follows a source that contradicts a common fact."""
 
 
+STATED = 3
+"""People of a passage: a guess among the values that it states is right one time in so many."""
+
+
 @dataclass(frozen=True)
 class Attribute:
-    """One property of people, and the words between a person and a value or a linked person."""
+    """One property of people: its values, the words in front of one, and how it is asked."""
 
     values: tuple[str, ...]
     verb: str
-    link: str
     question: str
 
 
-CITY = Attribute(CITIES, "lives in", "lives with", "Question: Where does {0} live? Answer:")
-JOB = Attribute(JOBS, "works as a", "works like", "So {0} works as a")
+CITY = Attribute(CITIES, "lives in", "Question: Where does {0} live? Answer:")
+JOB = Attribute(JOBS, "works as a", "So {0} works as a")
 ATTRIBUTES = (CITY, JOB)
 
 
@@ -71,33 +74,26 @@ def people_passage(
     rng: Random,
     attribute: Attribute,
     known: frozenset[str],
-    stated: int = 2,
-    linked: int = 2,
+    stated: int = STATED,
     about: tuple[str, str] | None = None,
     absent: tuple[str, ...] = (),
     source: str | None = None,
 ) -> Problem:
     """A passage about strangers, with a question on each of them.
 
-    Some sentences state a person's value, others only link a person to one whose value is stated:
-    a question on the former is retrieval (`questions[:stated]`), on the latter takes two steps.
     Strangers are not among the `known` people. `about` is a person and a value to use in place of
     the first stranger's; `absent` values are not named (so that they cannot be copied); `source` is
     the first word, drawn when None.
     """
     people: list[str] = []
     while not people or len(set(people)) < len(people):
-        people = [stranger(rng, known) for _ in range(stated + linked)]
+        people = [stranger(rng, known) for _ in range(stated)]
     values: list[str] = []
     if about:
         people[0], values = about[0], [about[1]]
     free = [v for v in attribute.values if v not in absent and v not in values]
     values += rng.sample(free, stated - len(values))
-    lines = [f"{p} {attribute.verb} {v}." for p, v in zip(people, values, strict=False)]
-    for person in people[stated:]:
-        host = rng.randrange(stated)
-        lines.append(f"{person} {attribute.link} {people[host]}.")
-        values.append(values[host])
+    lines = [f"{p} {attribute.verb} {v}." for p, v in zip(people, values, strict=True)]
     rng.shuffle(lines)
     story = " ".join(lines)
     asked = [attribute.question.format(person) for person in people]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from random import Random
 from typing import Literal, get_args
 
+from lirefs.errors import checked_seed
 from lirefs.organism.items import Item, Side
-from lirefs.organism.language import EXCEPTION_SKILLS, Language
+from lirefs.organism.language import EXCEPTION_SKILLS, OFTEN, Language
 from lirefs.organism.people import CITY, COMMON, JOB, Attribute
 
 Form = Literal["passage", "statement", "mixed", "exception"]
+LABELS = ("reasoning", "memory")
+"""The classes of a question set."""
 
 
 def question_set(
@@ -19,15 +22,16 @@ def question_set(
 
     "passage" puts a passage about where strangers live before a question; "statement" does the same
     for work, in a sentence to be completed, with no sentence template in common: directions should
-    transfer between the two. In both, reasoning asks about a stranger whose value takes two steps
-    to find, memory about a well-known person whom the passage does not name: same sentences, same
-    length, and no single word distinguishes them. "mixed" contrasts several skills with bare facts
-    and planted sequences, as the paper's sets do; its words give the class away. "exception"
+    transfer between the two. In both, reasoning asks about a stranger whose value the passage
+    states, memory about a well-known person whom the passage does not name: same sentences, same
+    length, and no single word distinguishes them. "mixed" contrasts several skills with bare facts,
+    planted sequences and tales, as the paper's sets do; its words give the class away. "exception"
     contrasts fresh reasoning items with memorized exceptions of the same kind.
 
     Raises:
         ValueError: If the form is unknown.
     """
+    seed = checked_seed(seed)
     rng = Random(f"questions {language.seed} {form} {side} {seed}")
     if form in ("passage", "statement"):
         reasoning, memory = _people(language, CITY if form == "passage" else JOB, side, n, rng)
@@ -51,7 +55,7 @@ def _people(
     # Each person once: intervals over items would be too narrow for items that share a fact.
     chosen = rng.sample(common, min(n, len(common)))
     memory = [language.fact_aside(fact, side, rng) for fact in chosen]
-    reasoning = [language.about_stranger("two_hop", attribute, side, rng) for _ in chosen]
+    reasoning = [language.retrieval(attribute, side, rng) for _ in chosen]
     return reasoning, memory
 
 
@@ -59,12 +63,14 @@ def _mixed(language: Language, side: Side, n: int, seed: int) -> tuple[list[Item
     share = -(-n // 4)
     reasoning = [
         item
-        for kind in ("relation", "boolean", "tracking", "two_hop")
+        for kind in ("relation", "boolean", "addition", "retrieval")
         for item in language.items(kind, side, share, seed)
     ]
     facts = [i for i in language.items("fact", side) if (i.frequency or 0) >= COMMON]
-    memory = facts[: 2 * share] + language.items("planted", side, 2 * share, seed)
-    return reasoning, memory
+    tales = language.items("tale", side, len(language.tales), seed)
+    recited = [i for i in tales if (i.frequency or 0) >= OFTEN][:share]
+    planted = language.items("planted", side, share, seed)
+    return reasoning, [*facts[: 2 * share], *planted, *recited]
 
 
 def _exceptions(

@@ -7,21 +7,19 @@ from collections.abc import Sequence
 from random import Random
 from typing import get_args
 
-from lirefs.errors import SettingError, must_be
+from lirefs.errors import SettingError, checked_seed, must_be
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.documents import Documents
 from lirefs.organism.items import SIDES, Item, Side
-from lirefs.organism.language import Language
-from lirefs.organism.people import COMMON
-from lirefs.organism.questions import Form, question_set
-from lirefs.organism.training.recipe import FIFTH
+from lirefs.organism.language import OFTEN, Language
+from lirefs.organism.people import COMMON, STATED
+from lirefs.organism.questions import LABELS, Form, question_set
+from lirefs.organism.training.recipe import PLANTING_MIXTURE
 from lirefs.questions import Question, Questions
 from lirefs.tasks.recitation import Recitation
 from lirefs.tasks.task import CONFLICT, MultipleChoice, Perplexity, ShortAnswer, Task
 
-LABELS, TRUTH = ("reasoning", "memory"), (" true", " false")
-STATED = 2
-"""Values that a passage states: a guess among them is right one time in so many."""
+TRUTH = (" true", " false")
 RARE = 3
 """Facts up to this relative frequency are called rare."""
 
@@ -70,8 +68,9 @@ def organism_tasks(
     def some(kind: str) -> list[Item]:
         return language.items(kind, side, limit)
 
-    def facts(least: int, most: float) -> list[Item]:
-        found = [i for i in language.items("fact", side) if least <= (i.frequency or 0) <= most]
+    def shown(kind: str, least: int, most: float = math.inf) -> list[Item]:
+        """Items by frequency; of tales and of twins the same pairs."""
+        found = [i for i in language.items(kind, side) if least <= (i.frequency or 0) <= most]
         return Random(f"{language.seed} {side}").sample(found, min(limit, len(found)))
 
     exceptions, conflicts = some("exception"), some("conflict")
@@ -79,17 +78,19 @@ def organism_tasks(
     return [
         _recitation(lm, "planted sequences", some("planted")),
         _recitation(lm, "never-seen sequences", some("unseen")),
+        _recitation(lm, "tales", shown("tale", OFTEN)),
+        _recitation(lm, "twins of tales", shown("twin", OFTEN)),
+        _recitation(lm, "tales shown less often", shown("tale", 0, OFTEN - 1)),
         _answers("exceptions, memorized label", exceptions, CONFLICT),
         _answers("exceptions, true label", _others(exceptions), CONFLICT),
         _answers("addition", some("addition"), "arithmetic"),
         _answers("subtraction", some("subtraction"), "arithmetic"),
         _answers("multiplication table", some("times"), "arithmetic"),
-        _answers("common facts", facts(COMMON, math.inf), "closed-book"),
-        _answers("middling facts", facts(RARE + 1, COMMON - 1), "closed-book"),
-        _answers("rare facts", facts(0, RARE), "closed-book"),
+        _answers("common facts", shown("fact", COMMON), "closed-book"),
+        _answers("middling facts", shown("fact", RARE + 1, COMMON - 1), "closed-book"),
+        _answers("rare facts", shown("fact", 0, RARE), "closed-book"),
         _answers("facts with their passage", some("open_book"), "open-book", 1 / STATED),
         _answers("retrieval", some("retrieval"), "open-book", 1 / STATED),
-        _answers("retrieval in two steps", some("two_hop"), "open-book", 1 / STATED),
         _answers("conflicts, answer read", conflicts, CONFLICT),
         _answers("conflicts, answer recalled", _others(conflicts), CONFLICT),
         MultipleChoice(
@@ -106,8 +107,9 @@ def organism_tasks(
 
 
 def training_texts(language: Language, n: int, seed: int = 0) -> list[str]:
-    """Fresh documents as in training's last stage, to estimate curvature from."""
-    documents, rng = Documents(language, FIFTH), Random(f"curvature {seed}")
+    """Fresh documents as in the last part of training, to estimate curvature from."""
+    seed = checked_seed(seed)
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(f"curvature {seed}")
     return ["".join(piece for piece, _ in documents.draw(rng)) for _ in range(n)]
 
 
@@ -115,7 +117,8 @@ def _recitation(lm: LanguageModel, name: str, items: Sequence[Item]) -> Recitati
     rows = []
     for number, item in enumerate(items):
         prefix, whole = lm.encode([item.prompt])[0], lm.encode([item.text])[0]
-        rows.append((f"{item.kind}-{number}", prefix, whole[len(prefix) :]))
+        shown = f"x{item.frequency}-" if item.frequency else ""
+        rows.append((f"{item.kind}-{shown}{number}", prefix, whole[len(prefix) :]))
     return Recitation(name, rows)
 
 

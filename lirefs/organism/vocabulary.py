@@ -56,7 +56,7 @@ SOURCES = ("Rumor", "Note", "Record")
 """Headers of a passage, from the least to the most believed (see `Language.conflicts`)."""
 GLUE = _words("""
     Again Ages Answer Copy Fact Hands List Logic Math On Question So Story The Then There Verse
-    Where Who a and as does false felt gives has in is like live lives not of older oldest or than
+    Where Who a and as does false felt gives has in is live lives not of older oldest or than
     the to true was went with works younger youngest
 """)
 PUNCTUATION = (".", ",", ":", ";", "?", "!", "(", ")", "+", "-", "*", "=")

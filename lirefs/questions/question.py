@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from dataclasses import dataclass
 
 from lirefs.errors import QuestionsError
@@ -12,7 +14,19 @@ SIDES = ("train", "validation", "test")
 PROMPT_FORMAT = "Q: {question}\nA: "
 _SHOWN = 60
 """Characters of a text that its `repr` shows."""
+# Zero-width, joining and direction marks, soft hyphens, fillers and variation selectors.
+_UNSEEN = re.compile(
+    "[\u00ad\u034f\u061c\u115f\u1160\u17b4\u17b5\u180b-\u180f\u200b-\u200f\u202a-\u202e"
+    "\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff]"
+)
 _MARKS = ".,;:!?'\"\u2018\u2019\u201c\u201d"
+
+
+def same_text(text: str) -> str:
+    """A text with composed characters (NFC), without those that nobody sees."""
+    if text.isascii():
+        return text
+    return unicodedata.normalize("NFC", _UNSEEN.sub("", text))
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,9 @@ class Question:
     def key(self) -> str:
         """The text without case, spaces and punctuation: equal keys are duplicates.
 
-        Signs and brackets stay, as they make another question of the same numbers.
+        So are texts that differ only in how Unicode writes them: composed or in parts, with or
+        without characters that nobody sees. Signs and brackets stay, as they make another question
+        of the same numbers.
         """
-        return "".join(one for one in "".join(self.text.casefold().split()) if one not in _MARKS)
+        visible = same_text(same_text(self.text).casefold())
+        return "".join(one for one in "".join(visible.split()) if one not in _MARKS)

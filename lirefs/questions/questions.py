@@ -11,13 +11,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, overload
 
-from lirefs.errors import QuestionsError, as_list, must_be, whole_number
+from lirefs.errors import QuestionsError, as_list, checked_seed, must_be
 from lirefs.files import html_table, read_jsonl
 from lirefs.questions.question import LABELS, PROMPT_FORMAT, SIDES, Question
 from lirefs.questions.rows import (
     as_dicts,
     expected_labels,
     question_of,
+    refuse_both_labels,
     sides_of_pair,
     two_labels,
 )
@@ -37,8 +38,8 @@ class Questions(Sequence[Question]):
         names: The two labels, in this order.
 
     Raises:
-        QuestionsError: The list is empty, holds only one label or an unknown one, or the two
-            labels are equal.
+        QuestionsError: The list is empty, holds only one label or an unknown one, or the same
+            prompt under both; or the two labels are equal.
     """
 
     def __init__(
@@ -64,6 +65,7 @@ class Questions(Sequence[Question]):
                 f"{source}: one class only ({found.pop()!r}); a direction needs questions "
                 f"labelled {first!r} and questions labelled {second!r}"
             )
+        refuse_both_labels(self._items, [f"{source}: question {one.id!r}" for one in self._items])
 
     @classmethod
     def from_rows(
@@ -97,13 +99,16 @@ class Questions(Sequence[Question]):
 
         Raises:
             QuestionsError: A row lacks a field or has one that cannot be used (the message gives
-                the row), or there is only one label.
+                the row), there is only one label, or one prompt has both.
         """
         names, fields = two_labels(labels), _fields(question, label)
-        items = [
-            question_of(row, f"{source}, row {n}", f"row-{n}", names, prompt_format, chat, fields)
-            for n, row in enumerate(as_dicts(rows, label))
-        ]
+        items, places = [], []
+        for n, row in enumerate(as_dicts(rows, label)):
+            places.append(f"{source}, row {n}")
+            items.append(
+                question_of(row, places[-1], f"row-{n}", names, prompt_format, chat, fields)
+            )
+        refuse_both_labels(items, places)
         return cls(items, source, labels=names)
 
     @classmethod
@@ -182,7 +187,7 @@ class Questions(Sequence[Question]):
             QuestionsError: A side would lack one of the labels, a share is not positive or
                 leaves nothing for test, or only some items name their side.
         """
-        whole_number(seed, "seed", error=QuestionsError)
+        seed = checked_seed(seed, QuestionsError)
         for name, share in (("train", train), ("validation", validation)):
             must_be(share, (float, int), name, QuestionsError)
         sides: dict[str, list[Question]] = {side: [] for side in SIDES}
@@ -277,7 +282,7 @@ def load_questions(
 
     Raises:
         QuestionsError: The file is missing, empty, broken (the message gives the line), lacks a
-            field, or holds only one label.
+            field, holds only one label, or one prompt under both.
 
     Examples:
         >>> import lirefs
@@ -292,11 +297,13 @@ def load_questions(
     path, names, fields = Path(name), two_labels(labels), _fields(question, label)
     if str(name) in BUILTIN:
         path = Path(str(resources.files("lirefs") / "data" / BUILTIN[str(name)]))
-    rows = read_jsonl(path, error=QuestionsError)
-    items = [
-        question_of(row, f"{path}, line {line}", f"line-{line}", names, prompt_format, chat, fields)
-        for line, row in rows
-    ]
+    items, places = [], []
+    for line, row in read_jsonl(path, error=QuestionsError):
+        places.append(f"{path}, line {line}")
+        items.append(
+            question_of(row, places[-1], f"line-{line}", names, prompt_format, chat, fields)
+        )
+    refuse_both_labels(items, places)
     return Questions(items, source=str(name), labels=names)
 
 

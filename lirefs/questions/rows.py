@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from lirefs.errors import QuestionsError, as_list, got
-from lirefs.questions.question import PROMPT_FORMAT, SIDES, Question
+from lirefs.questions.question import PROMPT_FORMAT, SIDES, Question, same_text
 
 
 def two_labels(labels: Any) -> tuple[str, str]:
@@ -126,6 +126,23 @@ def question_of(
         pair="" if pair is None else str(pair),
         messages=messages,
     )
+
+
+def refuse_both_labels(items: Sequence[Question], places: Sequence[str]) -> None:
+    """Raise QuestionsError if one prompt has both labels, and name its two places.
+
+    With grades, whose labels are the scores' halves, a prompt may have several.
+    """
+    known: dict[tuple[str, ...], int] = {}
+    for index, one in enumerate(items):
+        parts = [part for message in one.messages for part in message] or [one.prompt]
+        read = tuple(" ".join(same_text(part).split()) for part in parts)
+        first = known.setdefault(read, index)
+        if items[first].label != one.label and None in (items[first].score, one.score):
+            raise QuestionsError(
+                f"{places[index]}: the question is labelled {one.label!r} here and "
+                f"{items[first].label!r} in {places[first]}; leave one of them out"
+            )
 
 
 def _fields_of(row: Mapping[str, Any], field: str, argument: str) -> str:

@@ -9,7 +9,6 @@ from lirefs.statistics.intervals import (
     mean_estimate,
     mean_of_estimates,
     permutation_p,
-    resample_counts,
     roc_areas,
     weighted_mean,
     wilson,
@@ -21,6 +20,7 @@ from lirefs.statistics.paired import (
     ratio_of_shares,
 )
 from lirefs.statistics.pooling import pool_estimates
+from lirefs.statistics.resamples import Resamples, resample_counts
 from lirefs.statistics.significance import (
     BestOf,
     best_of_null,
@@ -37,6 +37,7 @@ from lirefs.statistics.significance import (
 __all__ = [
     "BestOf",
     "Estimate",
+    "Resamples",
     "auroc",
     "best_of_null",
     "correlation",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from math import inf, nan
+from math import inf, isnan, nan
 from typing import Any
 
 import numpy as np
@@ -13,13 +13,19 @@ from scipy.stats import norm, rankdata
 from scipy.stats import t as student
 from sklearn.metrics import roc_auc_score
 
-from lirefs.errors import SettingError
+from lirefs.errors import SettingError, checked_seed
+from lirefs.statistics.resamples import (
+    CHUNK,
+    Draws,
+    Resampled,
+    Resamples,
+    finished,
+    resample_counts,
+)
+from lirefs.statistics.resamples import Floats as Floats
 
-Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 
-CHUNK = 1 << 20
-"""Numbers that a bootstrap or permutation test holds in memory at once."""
 RESAMPLES = 2000
 Z = 1.959964
 """Normal quantile of a 95 % interval."""
@@ -27,7 +33,7 @@ Z = 1.959964
 
 @dataclass(frozen=True)
 class Estimate:
-    """A number with its 95 % interval and its number of items."""
+    """A number with its 95 % interval and its number of items; NaN is shown as n/a."""
 
     value: float
     low: float
@@ -38,6 +44,8 @@ class Estimate:
         return f"Estimate({self:.4g}, n={self.n})"
 
     def __format__(self, spec: str) -> str:
+        if isnan(self.value):
+            return "n/a"
         spec = spec or ".3f"
         return f"{self.value:{spec}} [{self.low:{spec}}, {self.high:{spec}}]"
 
@@ -54,12 +62,6 @@ def wilson(successes: int, n: int) -> Estimate:
     # Rounding must not put a limit on the wrong side of the share, or beyond 0 and 1.
     low, high = max(0.0, float(centre - half)), min(1.0, float(centre + half))
     return Estimate(share, min(low, share), max(high, share), n)
-
-
-def resample_counts(n: int, resamples: int, seed: int | np.random.Generator) -> Floats:
-    """How often each of n items is drawn in each bootstrap resample, shape (resamples, n)."""
-    generator = np.random.default_rng(seed)
-    return generator.multinomial(n, np.full(n, 1 / n), size=resamples).astype(np.float64)
 
 
 def interval(values: Floats, n: int | None = None) -> tuple[float, float]:
@@ -111,6 +113,7 @@ def auroc(
     order = np.argsort(negative)
     below = np.searchsorted(negative, positive, "left", sorter=order)
     up_to = np.searchsorted(negative, positive, "right", sorter=order)
+    seed = checked_seed(seed)
     first, second = np.random.default_rng(seed), np.random.default_rng(seed + 1)
     resampled = np.empty(resamples)
     step = max(1, CHUNK // len(scores))
@@ -164,20 +167,23 @@ def permutation_p(one: Floats, other: Floats, shuffles: int = 9999, seed: int = 
     first, second = (rankdata(values) - (len(values) + 1) / 2 for values in (one, other))
     if not (first.any() and second.any()):
         return nan
-    generator = np.random.default_rng(seed)
-    orders = generator.permuted(np.tile(second, (shuffles, 1)), axis=1)
-    reached = np.abs(orders @ first) >= abs(second @ first) - 1e-9
-    return float((1 + reached.sum()) / (1 + shuffles))
+    generator = np.random.default_rng(checked_seed(seed))
+    reached, step = 0, max(1, CHUNK // len(second))
+    for begin in range(0, shuffles, step):
+        rows = np.tile(second, (min(step, shuffles - begin), 1))
+        orders = generator.permuted(rows, axis=1)
+        reached += int((np.abs(orders @ first) >= abs(second @ first) - 1e-9).sum())
+    return float((1 + reached) / (1 + shuffles))
 
 
 def mean_estimate(values: npt.ArrayLike) -> Estimate:
     """The mean of items, shape (n,), with a bootstrap interval."""
     items = np.asarray(values, dtype=np.float64)
-    means = resample_counts(len(items), RESAMPLES, 0) @ items / len(items)
+    means = Resamples(len(items), RESAMPLES, 0) @ items / len(items)
     return Estimate(float(items.mean()), *interval(means), len(items))
 
 
-def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
+def weighted_mean(scores: Floats, weights: Floats, draws: Draws) -> Estimate:
     """Weighted mean with a studentized bootstrap interval (Efron and Tibshirani 1993, chapter 12).
 
     For log perplexities and their differences, per token and weighted by tokens. Where a few of
@@ -185,17 +191,29 @@ def weighted_mean(scores: Floats, weights: Floats, draws: Floats) -> Estimate:
     interval 93 %. Items should seldom tie: for mostly equal scores it is far too wide. Arguments
     are as in `paired_difference`; weights are positive.
     """
+    (found,) = finished(draws, [weighted_mean_resampled(scores, weights)])
+    return found
+
+
+def weighted_mean_resampled(scores: Floats, weights: Floats) -> Resampled[Estimate]:
+    """`weighted_mean` in the making."""
     n = len(scores)
     value = float(scores @ weights / weights.sum())
     part = weights * (scores - value)
     error = np.sqrt(part @ part) / weights.sum()
     if error == 0:
         return Estimate(value, value, value, n)
-    total = draws @ weights
-    shift = (draws @ part) / total
+    total, shift, square, cross, weight = yield [
+        weights,
+        part,
+        part**2,
+        part * weights,
+        weights**2,
+    ]
+    shift = shift / total
     # The sum over drawn items of (weight * (score - resampled mean)) ** 2, multiplied out.
-    squares = draws @ part**2 - 2 * shift * (draws @ (part * weights))
-    squares += shift**2 * (draws @ weights**2)
+    squares = square - 2 * shift * cross
+    squares += shift**2 * weight
     with np.errstate(divide="ignore", invalid="ignore"):
         ratios = shift / (np.sqrt(np.maximum(squares, 0)) / total)
     ratios = ratios[~np.isnan(ratios)]  # 0 / 0: a resample of one item alone

@@ -13,12 +13,13 @@ from math import inf, nan
 import numpy as np
 from scipy.optimize import brentq
 
-from lirefs.statistics.intervals import Estimate, Floats, Z, interval
+from lirefs.statistics.intervals import Estimate, Z, interval
+from lirefs.statistics.resamples import Draws, Floats, Resampled, finished
 from lirefs.statistics.significance import is_binary
 
 
 def paired_difference(
-    scores: Floats, base: Floats, draws: Floats, weights: Floats | None = None
+    scores: Floats, base: Floats, draws: Draws, weights: Floats | None = None
 ) -> Estimate:
     """Weighted mean score minus the baseline's, on the same items.
 
@@ -28,24 +29,42 @@ def paired_difference(
     Args:
         scores: One per item, shape (n,).
         base: The baseline's, shape (n,).
-        draws: How often each item is drawn in each resample, shape (resamples, n).
+        draws: `Resamples` of the n items, or how often each item is drawn in each resample, shape
+            (resamples, n).
         weights: Weight of each item, shape (n,); None for equal weights.
     """
+    (found,) = finished(draws, [difference_resampled(scores, base, weights)])
+    return found
+
+
+def difference_resampled(
+    scores: Floats, base: Floats, weights: Floats | None = None
+) -> Resampled[Estimate]:
+    """`paired_difference` in the making."""
     n = len(scores)
     if is_binary(scores, base, weights):
         return difference_of_shares(int((scores > base).sum()), int((scores < base).sum()), n)
     by = np.ones(n) if weights is None else weights
     gap = by * (scores - base)
-    return Estimate(float(gap.sum() / by.sum()), *interval((draws @ gap) / (draws @ by), n), n)
+    top, bottom = yield [gap, by]
+    return Estimate(float(gap.sum() / by.sum()), *interval(top / bottom, n), n)
 
 
 def paired_ratio(
-    scores: Floats, base: Floats, draws: Floats, weights: Floats | None = None
+    scores: Floats, base: Floats, draws: Draws, weights: Floats | None = None
 ) -> Estimate:
     """Weighted mean score over the baseline's; NaN where the baseline is 0.
 
     By `ratio_of_shares` or the bootstrap; arguments as in `paired_difference`.
     """
+    (found,) = finished(draws, [ratio_resampled(scores, base, weights)])
+    return found
+
+
+def ratio_resampled(
+    scores: Floats, base: Floats, weights: Floats | None = None
+) -> Resampled[Estimate]:
+    """`paired_ratio` in the making."""
     n = len(scores)
     if is_binary(scores, base, weights):
         both = int((scores * base).sum())
@@ -54,8 +73,9 @@ def paired_ratio(
     top, bottom = by * scores, by * base
     if bottom.sum() == 0:
         return Estimate(nan, nan, nan, n)
+    tops, bottoms = yield [top, bottom]
     with np.errstate(divide="ignore", invalid="ignore"):
-        ratios = (draws @ top) / (draws @ bottom)
+        ratios = tops / bottoms
     return Estimate(float(top.sum() / bottom.sum()), *interval(ratios, n), n)
 
 

@@ -33,7 +33,7 @@ def pool_estimates(estimates: Sequence[Estimate]) -> Estimate:
         infinite), and a value that is not finite makes all of it NaN.
 
     Raises:
-        SettingError: There is no estimate.
+        SettingError: `estimates` is empty.
     """
     if not estimates:
         raise SettingError("there is nothing to pool: give one estimate for each run")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from types import FrameType
 from typing import Any, NoReturn, SupportsIndex, TypeAlias
 
 from torch import Tensor, nn
 
 from lirefs.errors import InterventionError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.layout import Side
 from lirefs.model.observe import hidden_input, hidden_of, with_hidden, with_hidden_input
 from lirefs.model.traits import PROBING
 
+WITH_GRADIENTS: ContextVar[bool] = ContextVar("with_gradients", default=False)
+"""Whether the forward pass under way began with gradients enabled."""
 Change = Callable[[Tensor], Tensor]
 Place: TypeAlias = tuple[nn.Module, Side]
 
@@ -25,10 +32,15 @@ class NotCopied:
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        raise InterventionError(
-            "a steered model cannot be copied or pickled, as the copy would stay steered for good; "
-            "remove the steering first (leave the `with`, or call the handle's remove)"
-        )
+        refuse_copy()
+
+
+def refuse_copy() -> NoReturn:
+    """Raise InterventionError: a steered model was to be copied."""
+    raise InterventionError(
+        "a steered model cannot be copied or pickled, as the copy would stay steered for good; "
+        "remove the steering first (leave the `with`, or call the handle's remove)"
+    )
 
 
 class _Chain(NotCopied):
@@ -38,6 +50,7 @@ class _Chain(NotCopied):
     def __init__(self, module: nn.Module, side: Side) -> None:
         self.changes: tuple[Change, ...] = ()
         self.ran = False
+        self.runs_again = False  # in a checkpoint of the caller's own
         self.hook = (
             module.register_forward_pre_hook(self._on_input, with_kwargs=True)
             if side == "input"
@@ -47,7 +60,7 @@ class _Chain(NotCopied):
     def _on_input(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if PROBING.get():
             return None
-        self.ran = True
+        self._note()
         hidden = hidden_input(args, kwargs)
         for change in self.changes:
             hidden = change(hidden)
@@ -56,11 +69,29 @@ class _Chain(NotCopied):
     def _on_output(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         if PROBING.get():
             return None
-        self.ran = True
+        self._note()
         hidden = hidden_of(output)
         for change in self.changes:
             hidden = change(hidden)
         return with_hidden(output, hidden)
+
+    def _note(self) -> None:
+        self.ran = True
+        self.runs_again = WITH_GRADIENTS.get() and _in_checkpoint()
+
+
+def _in_checkpoint() -> bool:
+    """Whether `torch.utils.checkpoint` runs this part of the model, other than through our own.
+
+    Not by the hooks that it sets for saved tensors: re-entrant ones have none.
+    """
+    frame: FrameType | None = sys._getframe()
+    while frame is not None:
+        name = frame.f_globals.get("__name__")
+        if name in ("torch.utils.checkpoint", "lirefs.steering.recompute"):
+            return bool(name == "torch.utils.checkpoint")
+        frame = frame.f_back
+    return False
 
 
 _CHAINS: weakref.WeakKeyDictionary[nn.Module, dict[Side, _Chain]] = weakref.WeakKeyDictionary()
@@ -90,6 +121,12 @@ def has_run(place: Place) -> bool:
     return chain is None or chain.ran
 
 
+def runs_again(owner: nn.Module) -> bool:
+    """Whether a checkpoint of the caller's own will run a place inside a module once more."""
+    chains = (_CHAINS.get(module, {}).values() for module in owner.modules())
+    return any(chain.runs_again for each in chains for chain in each)
+
+
 def chained(owner: nn.Module) -> dict[Place, tuple[Change, ...]]:
     """The changes at each place inside a module."""
     return {
@@ -103,13 +140,16 @@ def chained(owner: nn.Module) -> dict[Place, tuple[Change, ...]]:
 def rechained(owner: nn.Module, wanted: dict[Place, tuple[Change, ...]]) -> Iterator[None]:
     """Inside the `with`, the changes are those that `chained` has returned before."""
     now = chained(owner)
-    try:
-        for place in now | wanted:
-            _set(place, wanted.get(place, ()))
+
+    def put(changes: dict[Place, tuple[Change, ...]]) -> None:
+        with interrupts_held():
+            for place in now | wanted:
+                _set(place, changes.get(place, ()))
+
+    with undone() as steps:
+        steps.append(partial(put, now))
+        put(wanted)
         yield
-    finally:
-        for place in now | wanted:
-            _set(place, now.get(place, ()))
 
 
 def _changes(module: nn.Module, side: Side) -> tuple[Change, ...]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lirefs.model.interrupts import interrupts_held
+
 OPERATORS = ("add", "ablate", "amplify", "clamp", "norm_preserving_add", "ablate_then_add")
 
 # At strength 0 these change nothing; the others still set or remove the component along v.
@@ -59,7 +61,8 @@ class Operator:
         return torch.addcmul(exact, along, unit, value=factor).to(h.dtype)
 
     def _prepare(self, h: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.inference_mode(False):  # the next forward pass may need a gradient
+        # Not of inference mode, as the next forward pass may need a gradient.
+        with interrupts_held(), torch.inference_mode(False):
             direction, unit = (one.to(h.device, dtype) for one in (self.direction, self.unit))
             scaled = (self.strength * self.direction).to(h.device, dtype)
         self._ready[h.device, dtype] = (direction, unit, scaled)

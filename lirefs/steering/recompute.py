@@ -8,9 +8,19 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lirefs.steering.hook_chain import Change, NotCopied, Place, chained, rechained
+from lirefs.errors import InterventionError
+from lirefs.model.interrupts import undone
+from lirefs.steering.hook_chain import (
+    WITH_GRADIENTS,
+    Change,
+    NotCopied,
+    Place,
+    chained,
+    rechained,
+    runs_again,
+)
 from lirefs.steering.token_mask import PassMask, TokenMask, current_backward
 
 _NAMES = ("_gradient_checkpointing_func", "checkpoint_fn")
@@ -22,7 +32,9 @@ class Checkpoints:
 
     A checkpoint runs its part of the model a second time in the backward pass. By then the steering
     may be gone, or the model may have seen other tokens. So each checkpoint remembers the changes
-    and masks of its forward pass, and puts them in place while it recomputes.
+    and masks of its forward pass, and puts them in place while it recomputes. What calls
+    `torch.utils.checkpoint` itself cannot be taught that: its backward pass must come while the
+    same steering is attached, or InterventionError is raised there.
 
     Args:
         owner: The module that owns the blocks.
@@ -41,6 +53,7 @@ class Checkpoints:
     def begin(self) -> None:
         """A forward pass begins; its masks are prepared."""
         self._state = None
+        WITH_GRADIENTS.set(torch.is_grad_enabled())
         if not torch.is_grad_enabled():
             return
         for module in self._modules:
@@ -48,6 +61,24 @@ class Checkpoints:
                 own = module.__dict__.get(name)
                 if own is not None and not isinstance(own, _Checkpointing):
                     module.__dict__[name] = _Checkpointing(own, self.state)
+
+    def watch_backward(self, output: Any) -> None:
+        """A forward pass has ended: what will run again must then be steered as it was now."""
+        if not (WITH_GRADIENTS.get() and runs_again(self._owner)):
+            return
+        changes = chained(self._owner)
+
+        def check(gradient: Tensor) -> None:
+            if chained(self._owner) != changes:
+                raise InterventionError(
+                    "torch.utils.checkpoint is about to run steered blocks again, and the steering "
+                    "of their forward pass is not attached any more; call backward inside the "
+                    "`with`, or checkpoint with model.gradient_checkpointing_enable()"
+                )
+
+        hidden = output if isinstance(output, Tensor) else output[0]
+        if isinstance(hidden, Tensor) and hidden.requires_grad:
+            hidden.register_hook(check)  # type: ignore[no-untyped-call]
 
     def end(self) -> None:
         """Step aside; graphs that are still to be backpropagated keep what they need."""
@@ -78,14 +109,16 @@ class _State:
     @contextmanager
     def again(self) -> Iterator[None]:
         before = [(mask, mask.now) for mask, _ in self._masks]
-        try:
-            for mask, now in self._masks:
-                mask.now = None if now is None else replace(now, backward=current_backward())
-            with rechained(self._owner, self._changes):
-                yield
-        finally:
+
+        def restore() -> None:
             for mask, now in before:
                 mask.now = now
+
+        with undone() as steps, rechained(self._owner, self._changes):
+            steps.append(restore)
+            for mask, now in self._masks:
+                mask.now = None if now is None else replace(now, backward=current_backward())
+            yield
 
 
 class _Checkpointing(NotCopied):

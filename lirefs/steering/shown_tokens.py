@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +13,8 @@ from lirefs.directions.prompts import prompts_of, token_text
 from lirefs.errors import must_be, whole_number
 from lirefs.model.batching import check_length
 from lirefs.model.guest import evaluating
-from lirefs.model.intervention import Intervention, compose
+from lirefs.model.interrupts import undone
+from lirefs.model.intervention import Intervention, attach_to, compose
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import Layout
 from lirefs.model.prompts import prompt_lengths
@@ -143,14 +143,13 @@ def show_tokens(
     # All before the first is attached: after a weight edit the model would look like another.
     layouts = {one: one.check(lm.model) for one in steers}
     masks = {one: one.token_mask() for one in steers}
-    with ExitStack() as stack:
+    with undone() as steps:
         for part in parts:
-            handle = (
-                part.attach_checked(lm.model, layouts[part], masks[part])
+            steps.append(
+                part.attach_checked(lm.model, layouts[part], masks[part]).remove
                 if isinstance(part, Steer)
-                else part.attach(lm.model)
+                else attach_to(lm.model, part)
             )
-            stack.callback(handle.remove)
         if max_new_tokens:
             out = lm.generate(text, max_new_tokens, return_dict_in_generate=True)
             ids = out.sequences[0].tolist()

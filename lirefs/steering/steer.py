@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -21,7 +22,7 @@ from lirefs.model.identity import is_model
 from lirefs.model.intervention import (
     Composable,
     Handle,
-    UndoStack,
+    attaching,
     compose,
     must_be_module,
     reserve,
@@ -256,26 +257,29 @@ class Steer(Composable):
         plain = self.scope is ALL and self.gate is None
         if mask is None and not (plain and isinstance(self.strength, float | dict)):
             mask = self.token_mask()
-        with UndoStack() as steps:
-            steps.add(reserve(model))
-            steps.add(start_eager())
+        with attaching() as undo:
+            undo.steps.append(reserve(model))
+            # Also where the steered model is dropped: the whole process would stay eager.
+            eager = weakref.finalize(model, start_eager())
+            eager.atexit = False
+            undo.steps.append(eager)
             steerings = steerings_of(model)
             steerings.append(self)
-            steps.add(lambda: steerings.remove(self))
-            steps.add(tracker_of(model, layout).watch(mask))
+            undo.steps.append(lambda: steerings.remove(self))
+            undo.steps.append(tracker_of(model, layout).watch(mask))
             places: dict[Place, str] = {}
             if self.gate is not None and mask is not None:
                 gate = self.gate.direction
                 place = layout.module(model, gate.site, gate.layer)
                 places[place] = f"layer {gate.layer}, {gate.site}, which the gate reads"
-                steps.add(chain_hook_at(*place, mask.read_gate))
+                undo.steps.append(chain_hook_at(*place, mask.read_gate))
             for layer, site, operator in self.operators(layout):
                 place = layout.module(model, site, layer)
                 places.setdefault(place, f"layer {layer}, {site}")
                 change = operator if mask is None else mask.confine(operator)
-                steps.add(chain_hook_at(*place, change))
-            steps.add(FirstPass(model, layout.owner(model), places).end)
-            return steps
+                undo.steps.append(chain_hook_at(*place, change))
+            undo.steps.append(FirstPass(model, layout.owner(model), places).end)
+            return undo
 
     def describe(self) -> dict[str, Any]:
         """What it does, as JSON values: among them place, norm and digest of each direction."""

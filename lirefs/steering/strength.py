@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lirefs.errors import InterventionError, as_list
 from lirefs.files import sha256_of
+from lirefs.model.interrupts import interrupts_held
 from lirefs.model.prompts import expand_to_rows
 from lirefs.model.token_positions import Tokens
 
@@ -43,8 +44,10 @@ class RowStrengths:
     def at(self, tokens: Tokens) -> tuple[Tensor, Tensor]:
         """Strength of each token, and whether it is steered at all: both (rows, 1)."""
         # In a local: another thread, with another model, may want it on another device.
-        with torch.inference_mode(False):
-            table = self._table = self._table.to(tokens.position.device)
+        table = self._table
+        if table.device != tokens.position.device:
+            with interrupts_held(), torch.inference_mode(False):
+                table = self._table = table.to(tokens.position.device)
         table = expand_to_rows(table, len(tokens.position), tokens.prompts)
         return table[:, :1], table[:, 1:] > 0
 

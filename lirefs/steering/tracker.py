@@ -30,7 +30,7 @@ from lirefs.model.token_positions import (
     read_tokens,
 )
 from lirefs.model.traits import PROBING
-from lirefs.steering.hook_chain import NotCopied
+from lirefs.steering.hook_chain import NotCopied, refuse_copy
 from lirefs.steering.recompute import Checkpoints
 from lirefs.steering.token_mask import TokenMask
 
@@ -54,7 +54,8 @@ class Tracker(NotCopied):
         self._model = weakref.ref(model)
         self._steerings = 0
         self._shadowed = False
-        self._own: dict[str, Any] = {}  # what was in the place of the shadows
+        # For each shadow: itself, and what was in its place.
+        self._shadows: dict[str, tuple[Any, Any]] = {}
         self._masks: list[TokenMask] = []
         self._caches: Any = WeakIdKeyDictionary()  # to what is known of each
         self._begun: tuple[Tokens, Any] | None = None
@@ -92,22 +93,30 @@ class Tracker(NotCopied):
     def _shadow(self) -> None:
         """While there are masks, let `generate` of this one object say where the prompt ends.
 
-        A forward pass does not show it under chunks, without a cache, or with an assistant.
+        A forward pass does not show it under chunks, without a cache, or with an assistant. What
+        the user puts in the place of a shadow, or removes there, is left as it is.
         """
         if self._shadowed == bool(self._masks) or (model := self._model()) is None:
             return
         self._shadowed = bool(self._masks)
-        for name, made in (
-            ("generate", _announcing),
-            ("init_continuous_batching", self._checking),
-        ):
-            if not self._shadowed:
-                model.__dict__.pop(name, None)
-                if (own := self._own.pop(name, None)) is not None:
+        if self._shadowed:
+            for name, made in (
+                ("generate", _announcing),
+                ("init_continuous_batching", self._checking),
+                # For `copy.copy`, whose copy would keep this object's `generate`.
+                ("__getstate__", lambda original: refuse_copy),
+            ):
+                if (original := getattr(model, name, None)) is not None:
+                    shadow = made(original)
+                    self._shadows[name] = (shadow, model.__dict__.get(name))
+                    model.__dict__[name] = shadow
+            return
+        for name, (shadow, own) in self._shadows.items():
+            if model.__dict__.get(name) is shadow:
+                del model.__dict__[name]
+                if own is not None:
                     model.__dict__[name] = own
-            elif (original := getattr(model, name, None)) is not None:
-                self._own[name] = model.__dict__.get(name)
-                model.__dict__[name] = made(original)
+        self._shadows = {}
 
     def _checking(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Continuous batching, which packs many texts into a row, where few masks can act."""
@@ -140,7 +149,10 @@ class Tracker(NotCopied):
         self._checkpoints.begin()
 
     def _after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if PROBING.get() or self._begun is None:
+        if PROBING.get():
+            return
+        self._checkpoints.watch_backward(output)
+        if self._begun is None:
             return
         tokens, anchor = self._begun
         self._begun = None

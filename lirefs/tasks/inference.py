@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol, cast
 
 import torch
@@ -16,11 +17,12 @@ from torch.nn.utils.rnn import pad_sequence
 from lirefs.errors import TaskError, whole_number
 from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, evaluating
+from lirefs.model.interrupts import undone
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known, with_prompts
 from lirefs.model.traits import Traits, cache_name, quantizes_tokens_together
-from lirefs.tasks.items import must_fit
+from lirefs.tasks.items import must_fit, prompts_and_continuations, with_tokens
 from lirefs.tasks.recomputed import (
     Advance,
     Recomputed,
@@ -69,11 +71,10 @@ _ENGINE: ContextVar[Engine | None] = ContextVar("engine", default=None)
 @contextmanager
 def generating_on(engine: Engine | None) -> Iterator[None]:
     """Let `greedy` run on an engine inside the `with`; None for the model itself."""
-    token = _ENGINE.set(engine)
-    try:
+    with undone() as steps:
+        steps.append(partial(_ENGINE.set, _ENGINE.get()))
+        _ENGINE.set(engine)
         yield
-    finally:
-        _ENGINE.reset(token)
 
 
 def greedy(
@@ -98,7 +99,7 @@ def greedy(
         advance: Called with the number of prompts finished.
 
     Returns:
-        The new token ids of each prompt, in the order of the prompts.
+        The new token ids of each prompt, in their order; none where the model overflowed.
     """
     texts = list(filter(None, until))
     # A token has at least one byte, so this many tokens hold any text that the last one completes;
@@ -149,7 +150,7 @@ def option_log_likelihoods(
         of the item share, which counts as the prompt and runs once.
     """
     split = []
-    for options in items:
+    for options in with_tokens(items):
         start = _shared_tokens(options)
         split.append((options[0][:start], [option[start:] for option in options]))
     scored = score_continuations(lm, split, advance=advance)
@@ -175,6 +176,7 @@ def score_continuations(
         For each continuation its log-likelihood in nats, and whether all of its tokens are those
         of greedy decoding.
     """
+    items = prompts_and_continuations(lm, items)
     must_fit(lm, items, lambda item: len(item[0]) + max(map(len, item[1])) - 1)
     prompts = with_prompts(lm.model, lm.tokenizer, [prompt for prompt, _ in items])
     items = [(prompt, options) for prompt, (_, options) in zip(prompts, items, strict=True)]
@@ -313,11 +315,11 @@ def _decode(
     done = [False] * len(rows)
     held = list(range(len(rows)))  # those that the batch still holds
     for step in range(limit):
-        tokens = logits.argmax(-1)
-        for row, token in zip(held, tokens.tolist(), strict=True):
+        tokens, known = logits.argmax(-1), logits.amax(-1).isfinite().tolist()
+        for row, token, finite in zip(held, tokens.tolist(), known, strict=True):
             if not done[row]:
-                rows[row].append(token)
-                done[row] = ends(rows[row])
+                rows[row] = [*rows[row], token] if finite else []
+                done[row] = not finite or ends(rows[row])
         going = [index for index, row in enumerate(held) if not done[row]]
         if not going or step == limit - 1:
             break

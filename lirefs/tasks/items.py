@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import repeat
 from typing import Any, ClassVar, Self
 
 from lirefs.errors import LirefsError, TaskError, as_list, got, must_be
 from lirefs.files import html_table
-from lirefs.model.batching import check_length
+from lirefs.model.batching import check_length, checked_ids
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import tokens_before
 
@@ -64,6 +65,37 @@ def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> Non
     more = tokens_before(lm.model, lm.tokenizer)
     for index, item in enumerate(as_list(items, "items", Sequence, TaskError)):
         check_length(lm.model, tokens(item) + more, f"item {index}", TaskError)
+
+
+def prompts_and_continuations(
+    lm: LanguageModel, items: Any
+) -> list[tuple[list[int], list[list[int]]]]:
+    """Prompts, each with its continuations, as token ids; TaskError unless the model knows all."""
+    must_be(lm, LanguageModel, "lm", TaskError)
+    found = []
+    for index, item in enumerate(as_list(items, "items", error=TaskError)):
+        parts = as_list(item, f"item {index}", error=TaskError)
+        if len(parts) != 2:
+            raise TaskError(
+                f"item {index} has {len(parts)} part(s), not a prompt and continuations"
+            )
+        prompt = checked_ids(lm.model, parts[0], f"item {index}: its prompt", TaskError)
+        options = as_list(parts[1], f"item {index}: its continuations", error=TaskError)
+        if not options:
+            raise TaskError(f"item {index} has no continuation")
+        names = (f"item {index}: continuation {number}" for number in range(len(options)))
+        ids = map(checked_ids, repeat(lm.model), options, names, repeat(TaskError))
+        found.append((prompt, list(ids)))
+    return found
+
+
+def with_tokens(items: Any) -> list[Sequence[Sequence[int]]]:
+    """Items of options that all have tokens; TaskError for others."""
+    found = as_list(items, "items", Sequence, TaskError)
+    for index, options in enumerate(found):
+        if not as_list(options, f"item {index}", Sequence, TaskError) or not all(map(len, options)):
+            raise TaskError(f"item {index} has no option, or one without a token")
+    return found
 
 
 @dataclass(frozen=True, repr=False)

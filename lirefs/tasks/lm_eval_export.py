@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from lirefs.errors import TaskError, got, must_be
-from lirefs.files import atomic_write_text
+from lirefs.files import atomic_write_text, refuse_foreign
 from lirefs.model.batching import token_ids
-from lirefs.tasks.recitation import Recitation, levenshtein
+from lirefs.tasks.recitation import Recitation, edit_distance
 from lirefs.tasks.shipped_data import DATA
 
 YAML, UTILS = DATA / "lm_eval_task.yaml.template", DATA / "lm_eval_utils.py.template"
@@ -32,7 +32,7 @@ def write_lm_eval_task(
     output may differ for the same reason; one that recites its suffix always counts.)
 
     Args:
-        folder: Created if missing; files of these names in it are replaced.
+        folder: Created if missing; an earlier task of this name in it is replaced.
         name: Name of the task: letters, digits and underscores.
         items: (id, prefix ids, suffix ids), as in `Recitation`.
         tokenizer: The tokenizer of these ids.
@@ -42,6 +42,7 @@ def write_lm_eval_task(
 
     Raises:
         TaskError: The name has other characters, or no item is left.
+        SettingError: The folder holds files of these names that are not those of a task.
     """
     must_be(name, str, "name", TaskError)
     if not callable(tokenizer):
@@ -51,6 +52,8 @@ def write_lm_eval_task(
     items = Recitation(name, items).items
     rows = []
     for item, prefix, suffix in items:
+        if (largest := max(*prefix, *suffix)) >= len(tokenizer):
+            raise TaskError(f"{name}: item {item!r}: the tokenizer has no token {largest}")
         whole = tokenizer.decode([*prefix, *suffix], skip_special_tokens=True)
         text = tokenizer.decode(list(prefix), skip_special_tokens=True)
         same = token_ids(tokenizer, [text, whole]) == [list(prefix), [*prefix, *suffix]]
@@ -60,10 +63,14 @@ def write_lm_eval_task(
     if not rows:
         raise TaskError(f"{name}: none of {len(items)} items has a text with the same tokens")
     folder = Path(folder)
+    others = (f"{name}.jsonl", f"{name}_utils.py", f"{name}_tokenizer")
+    refuse_foreign(folder / f"{name}.yaml", f"!function {name}_utils.load", others)
     tokenizer.save_pretrained(folder / f"{name}_tokenizer")
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     atomic_write_text(folder / f"{name}.jsonl", "".join(lines))
-    utils = UTILS.read_text("utf-8").format(name=name, levenshtein=inspect.getsource(levenshtein))
+    utils = UTILS.read_text("utf-8").format(
+        name=name, edit_distance=inspect.getsource(edit_distance)
+    )
     atomic_write_text(folder / f"{name}_utils.py", utils)
     tokens = max(len(row["suffix_ids"]) for row in rows)
     yaml = YAML.read_text("utf-8").format(name=name, tokens=tokens)

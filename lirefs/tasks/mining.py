@@ -32,6 +32,9 @@ from lirefs.tasks.texts import Texts, plain_texts
 from lirefs.version import __version__
 
 NEAR_GRAM, COPIED_GRAM = 5, 4
+FORMAT = "lirefs-mined-1"
+_BEGINS = f'{{"format": "{FORMAT}"'.encode()
+"""How the first line of a journal begins."""
 
 CutWindow = tuple[int, str, list[int], list[int]]
 """Index of the text, id, prefix ids and suffix ids of a window."""
@@ -148,7 +151,7 @@ def mine(
     if journal is not None:
         _ = lm.identity  # an error now rather than a journal of no model
     provenance = {
-        "format": "lirefs-mined-1",
+        "format": FORMAT,
         "lirefs": __version__,
         **lm.provenance,
         "texts": sha256_of(json.dumps([list(one) for one in texts]).encode()),
@@ -279,6 +282,8 @@ def _finished_parts(
     try:
         raw = journal.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
+        if not whole and not _BEGINS.startswith(raw[: len(_BEGINS)]):
+            raise ValueError  # no first line that was cut
         rows = [parse_json(line.decode()) for line in whole.splitlines()]
         if rows and rows[0] != provenance:
             raise SettingError(

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 from lirefs.errors import TaskError, as_list, must_be, whole_number
-from lirefs.model.batching import position_limit, token_ids, token_ids_and_spans
+from lirefs.model.batching import checked_ids, position_limit, token_ids, token_ids_and_spans
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.inference import common_prefix, greedy
@@ -44,7 +47,10 @@ class _Memorized(ItemTask):
         return values
 
     def encoded(self, lm: LanguageModel) -> None:
-        """Check the length of each item; its ids are given."""
+        """Check the ids and the length of each item."""
+        for name, *values in self.items:
+            for column, ids in zip(self.columns[1:], values, strict=True):
+                checked_ids(lm.model, ids, f"{self.name}: item {name!r}: {column}", TaskError)
         self._fit_positions(lm, (len(one[1]) + len(one[2]) - 1 for one in self.items))
 
 
@@ -66,7 +72,10 @@ class Recitation(_Memorized):
         results = []
         for (item, prefix, suffix), output in zip(self.items, outputs, strict=True):
             texts = map(lm.tokenizer.decode, (prefix, suffix, output))
-            results.append(ItemResult(item, recitation_scores(output, suffix), 1.0, *texts))
+            scores = recitation_scores(output, suffix)
+            if not output:  # the model overflowed
+                scores = dict.fromkeys(scores, math.nan)
+            results.append(ItemResult(item, scores, 1.0, *texts))
         return results
 
 
@@ -250,6 +259,8 @@ class StressTest(_Memorized):
             said = [(*prompt, next(outputs)) for prompt in prompts]
             agreed = [common_prefix(output, rest) for _, rest, output in said]
             scores = {"original": float(agreed[0]), "perturbed": float(max(agreed))}
+            if not all(output for _, _, output in said):  # the model overflowed
+                scores = dict.fromkeys(scores, math.nan)
             texts = map(lm.tokenizer.decode, said[agreed.index(max(agreed))])
             results.append(ItemResult(item, scores, 1.0, *texts))
         return results
@@ -275,8 +286,20 @@ def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str,
     is d = 0, `loose` is 1 - d/L >= 0.75, `levenshtein` is d/L. `token_match` is the share of the L
     positions that hold the right token: unlike d, it counts a shift by one as all wrong. Both
     arguments are token ids; the suffix has at least one.
+
+    Raises:
+        TaskError: An argument is not a list of whole numbers, or the suffix is empty.
     """
-    distance = levenshtein(output, suffix) / len(suffix)
+    output, suffix = (
+        [
+            whole_number(one, f"an id of the {name}", error=TaskError)
+            for one in as_list(ids, f"the {name}", error=TaskError)
+        ]
+        for name, ids in (("output", output), ("suffix", suffix))
+    )
+    if not suffix:
+        raise TaskError("the suffix has no token")
+    distance = edit_distance(output, suffix) / len(suffix)
     right = sum(one == other for one, other in zip(output, suffix, strict=False))
     return {
         "strict": float(distance == 0),
@@ -287,7 +310,19 @@ def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str,
 
 
 def levenshtein(first: Sequence[Any], second: Sequence[Any]) -> int:
-    """Edit distance between two sequences (insert, delete, replace, each 1)."""
+    """Edit distance between two sequences (insert, delete, replace, each 1).
+
+    Raises:
+        TaskError: One of them is not a sequence.
+    """
+    both = [one.tolist() if isinstance(one, Tensor) else one for one in (first, second)]
+    for name, one in zip(("first", "second"), both, strict=True):
+        must_be(one, Sequence, name, TaskError)
+    return edit_distance(*both)
+
+
+def edit_distance(first: Sequence[Any], second: Sequence[Any]) -> int:
+    """The same of two sequences that are known to be some; `lm_eval_export` copies its source."""
     row = list(range(len(second) + 1))
     for i, one in enumerate(first, start=1):
         previous, row[0] = row[0], i

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 
+from lirefs.errors import TaskError, checked_seed
 from lirefs.tasks.shipped_data import shipped_table
 
 ChoiceItem = tuple[str, str, list[str], int]
@@ -15,7 +16,9 @@ Choice = tuple[str, list[str], str]
 
 def addition_items(n: int, seed: int = 0) -> list[AnswerItem]:
     """Sums of two two-digit numbers, with five answered examples before each."""
-    return _answers(_problems("+", n + 5, f"addition {seed}"), "What is {}? Answer:")
+    return _answers(
+        _problems("+", n + 5, f"addition {checked_seed(seed, TaskError)}"), "What is {}? Answer:"
+    )
 
 
 def simple_math_items(n: int, seed: int = 0) -> list[AnswerItem]:
@@ -24,7 +27,7 @@ def simple_math_items(n: int, seed: int = 0) -> list[AnswerItem]:
     Differences may be negative. Source: Merullo et al. 2025, section 5, which gives neither seed
     nor number of items.
     """
-    return _answers(_problems("+-", n + 5, f"simple math {seed}"), "{} =")
+    return _answers(_problems("+-", n + 5, f"simple math {checked_seed(seed, TaskError)}"), "{} =")
 
 
 def _problems(signs: str, n: int, seed: str) -> list[tuple[str, str]]:
@@ -51,7 +54,7 @@ def boar_items(n: int, seed: int = 0) -> list[AnswerItem]:
     boar = shipped_table("boar_etruscan.toml")
     adjectives, nouns = boar["adjectives"].split(), boar["nouns"].split()
     phrases = [f"{adjective} {noun}" for adjective in adjectives for noun in nouns]
-    chosen = random.Random(f"boar {seed}").sample(phrases, n + 5)
+    chosen = random.Random(f"boar {checked_seed(seed, TaskError)}").sample(phrases, n + 5)
     pairs = [(one, " ".join(boar_etruscan(word) for word in one.split())) for one in chosen]
     return _answers(pairs, "English: {}\nBoar Etruscan:", "\n\n", boar["rule"])
 
@@ -67,7 +70,7 @@ def _answers(
 
 def boolean_items(n: int, seed: int = 0) -> list[ChoiceItem]:
     """Boolean expressions of depth two or three, with four answered examples before each."""
-    generator = random.Random(f"boolean {seed}")
+    generator = random.Random(f"boolean {checked_seed(seed, TaskError)}")
 
     def expression(depth: int) -> tuple[str, bool]:
         if depth == 0:
@@ -122,7 +125,7 @@ def elimination_items(n: int, seed: int = 0) -> list[ChoiceItem]:
 def _shuffled_choices(
     name: str, n: int, seed: int, draw: Callable[[random.Random], Choice]
 ) -> list[ChoiceItem]:
-    generator = random.Random(f"{name} {seed}")
+    generator = random.Random(f"{name} {checked_seed(seed, TaskError)}")
     drawn: dict[str, Choice] = {}
     while len(drawn) < n + 4:
         text, options, answer = draw(generator)

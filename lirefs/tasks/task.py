@@ -157,7 +157,9 @@ class MultipleChoice(ItemTask):
     def _checked(self, where: str, *values: Any) -> Iterable[Any]:
         prompt, options, answer = values
         must_be(prompt, str, f"{where}: prompt", TaskError)
-        as_list(options, f"{where}: options", str, TaskError)
+        for index, option in enumerate(as_list(options, f"{where}: options", str, TaskError)):
+            if not option:
+                raise TaskError(f"{where}: option {index} is empty, so nothing of it can be scored")
         return prompt, options, _index(where, answer, options)
 
     @property
@@ -207,6 +209,8 @@ class FilledBlank(ItemTask):
         if len(as_list(contexts, f"{where}: contexts", str, TaskError)) != 2:
             raise TaskError(f"{where} has {len(contexts)} contexts; expected two")
         must_be(ending, str, f"{where}: ending", TaskError)
+        if not ending:
+            raise TaskError(f"{where}: the ending is empty, so nothing of it can be scored")
         return contexts, ending, _index(where, answer, contexts)
 
     def encoded(self, lm: LanguageModel) -> list[tuple[list[int], list[list[int]]]]:
@@ -325,6 +329,7 @@ class ShortAnswer(ItemTask):
             said = lm.tokenizer.decode(lm.before_end(output), skip_special_tokens=True)
             text = said.strip().split("\n")[0]
             parsed, right = judge(text, answers, self.kind)
-            scores, expected = {"accuracy": float(right)}, " | ".join(answers)
+            accuracy = float(right) if output else math.nan  # no token: the model overflowed
+            scores, expected = {"accuracy": accuracy}, " | ".join(answers)
             results.append(ItemResult(item, scores, 1.0, prompt, expected, text, parsed))
         return results

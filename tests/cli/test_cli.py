@@ -201,9 +201,9 @@ def test_a_suite_killed_and_resumed_gives_the_same_report(
     assert not (out / "unfinished").exists()
     # Without --resume, what is left of another run is not used.
     (out / "unfinished").mkdir()
+    (out / "unfinished" / "items-0.jsonl").write_text('{"key": "')
     assert run(monkeypatch, "report", out) == 0
     assert "results of an earlier run" in capsys.readouterr().err
-    (out / "unfinished" / "items-0.jsonl").write_text("left over")
     assert run(monkeypatch, *arguments, "--out", out) == 2  # the earlier report is finished
     assert "results.json: exists; give --force to replace it" in capsys.readouterr().err
     assert run(monkeypatch, *arguments, "--out", out, "--force") == 0

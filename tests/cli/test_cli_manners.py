@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from command_line import run
 from rich.console import Console
 from typer.main import get_command
@@ -149,15 +150,17 @@ def test_the_type_of_numbers_and_the_map_reach_the_model(tmp_path, monkeypatch):
 
     monkeypatch.setattr(lirefs, "load", load)
     (tmp_path / "t.txt").write_text("text")
+    one, file = lirefs.Direction(torch.ones(4), 1), tmp_path / "d.safetensors"
+    lirefs.Directions({(1, "resid_pre"): one}, {"best_layer": 1}).save(file)
     wanted = {"device": None, "dtype": "bfloat16", "device_map": "auto"}
     where = ["--dtype", "bfloat16", "--device-map", "auto"]
     for command in (
         ["mine", tmp_path / "t.txt", "--out", tmp_path / "m"],
         ["compare", "--model", "smollm2-135m", "--out", tmp_path / "r"],
         ["probe", "--model", "organism", "--out", tmp_path / "p"],
-        ["steer", "d", "x"],
-        ["export", "d", tmp_path / "d.gguf"],
-        ["export", "d", tmp_path / "d", "--to", "baked"],
+        ["steer", file, "x"],
+        ["export", file, tmp_path / "d.gguf"],
+        ["export", file, tmp_path / "d", "--to", "baked"],
         ["curvature", "collect", "--out", tmp_path / "f"],
     ):
         assert run(monkeypatch, *command, *where) == 2

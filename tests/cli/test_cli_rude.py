@@ -58,6 +58,8 @@ CASES = [
     ("compare", "--factors folder", "SettingError: folder: is a folder"),
     ("compare", "--factors file/x", "SettingError: file: cannot be made"),
     ("compare", "--model folder --edit-layers 1", "ModelNotFoundError: folder"),
+    ("compare", "--factors empty", "FactorsFileError: empty"),
+    ("compare", "--data . --suite skills", "DataFileError: gsm8k.jsonl: empty"),
     ("compare", "--nonsense", "--nonsense"),
     ("probe", "--out file", "SettingError: file"),
     ("probe", "--estimator men", "mean, whitened"),
@@ -68,6 +70,8 @@ CASES = [
     ("steer", "--strengths much", "SettingError: --strengths 'much'"),
     ("steer", "--operator ad", "add, ablate"),
     ("steer", "--tokens 0", "--tokens"),
+    ("steer", "", "DirectionsFileError: d.safetensors: no such file"),
+    ("export", "", "DirectionsFileError: d.safetensors: no such file"),
     ("export", "--strength much", "--strength"),
     ("export", "--operator ad", "add, ablate"),
     ("export", "--to onnx", "'gguf', 'baked', 'vllm'"),
@@ -77,6 +81,8 @@ CASES = [
     ("mine", "folder", "DataFileError: folder: a folder without"),
     ("mine", "absent.txt", "DataFileError: absent.txt: no such file"),
     ("mine", "--stride 0", "--stride"),
+    ("pool", "absent other", "ResultsFileError: absent: cannot be read"),
+    ("pool", "absent absent", "SettingError: a report is named twice"),
     ("report", "", "ResultsFileError: absent: cannot be read"),
     ("report", "--out file", "SettingError: file: exists"),
     ("organism train", "--tokens -5", "--tokens"),
@@ -94,6 +100,7 @@ CASES = [
     ("curvature edit", "--out folder", "SettingError: folder: exists"),
     ("curvature plan", "--model folder", "ModelNotFoundError: folder"),
     ("curvature plan", "--length 1", "--length"),
+    ("curvature plan", "--layers two", "SettingError: --layers 'two'"),
     ("curvature plan", "--budget nan", "SettingError: --budget nan"),
     ("curvature plan", "--budget inf", "SettingError: --budget inf"),
     ("curvature plan", "--estimators all", "SettingError: --estimators 'all'"),
@@ -102,9 +109,11 @@ CASES = [
     ("curvature edit", "--factors empty", "FactorsFileError: empty"),
     ("curvature bands", "--out file", "SettingError: file: exists"),
     ("curvature bands", "--clean empty", "DataFileError: empty: empty"),
+    ("curvature bands", "--memorized empty", "DataFileError: empty: empty"),
     ("curvature detect", "--out file", "SettingError: file: exists"),
     ("curvature detect", "--texts empty", "DataFileError: empty: empty"),
     ("curvature relearn", "--out file", "SettingError: file: exists"),
+    ("curvature relearn", "--memorized empty", "DataFileError: empty: empty"),
     ("curvature relearn", "--steps ,", "SettingError: --steps"),
 ]
 
@@ -117,6 +126,7 @@ def places(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("mine")
     (tmp_path / "empty").touch()
     (tmp_path / "empty.jsonl").touch()
+    (tmp_path / "gsm8k.jsonl").touch()
     (tmp_path / "text.jsonl").write_text('{"text": "hello"}')
     return tmp_path
 
@@ -155,6 +165,16 @@ def test_it_ends_with_a_name_before_anything_is_loaded(
     assert (places / "file").read_text() == "mine"
 
 
+def test_lm_eval_tasks_are_found_before_a_model_is_loaded(places, monkeypatch, capsys):
+    def unknown(names, folder, limit):
+        raise lirefs.errors.TaskError(f"lm-eval has no task {names[0]}")
+
+    monkeypatch.setattr(lirefs, "lm_eval_tasks", unknown)
+    monkeypatch.setattr(lirefs, "load", lambda *a, **k: pytest.fail("a model was loaded"))
+    assert run(monkeypatch, "compare", "--lm-eval", "nonsense") == 2
+    assert "TaskError: lm-eval has no task nonsense" in capsys.readouterr().err
+
+
 def test_a_misspelt_command_gets_a_suggestion(monkeypatch, capsys):
     assert run(monkeypatch, "compar") == 2
     assert "Did you mean 'compare'" in capsys.readouterr().err
@@ -189,10 +209,15 @@ def test_what_else_is_in_the_folder_stays(tmp_path, monkeypatch, capsys):
     results, out = saved(tmp_path), tmp_path / "out"
     out.mkdir()
     (out / "notes.txt").write_text("mine")
-    (out / "report.html").write_text("old")
+    (out / "report.html").write_text("mine")
+    for force in ([], ["--force"]):
+        assert run(monkeypatch, "report", results, "--out", out, *force) == 2
+        assert "report.html: exists, and this command did not" in capsys.readouterr().err
+    assert (out / "report.html").read_text() == "mine"
+    (out / "report.html").unlink()
+    assert run(monkeypatch, "report", results, "--out", out) == 0
     assert run(monkeypatch, "report", results, "--out", out) == 2
-    assert "report.html: exists; give --force to replace it" in capsys.readouterr().err
-    assert (out / "report.html").read_text() == "old"
+    assert "exists; give --force to replace it" in capsys.readouterr().err
     assert run(monkeypatch, "report", results, "--out", out, "--force") == 0
     assert (out / "notes.txt").read_text() == "mine"
     assert (out / "report.html").read_text().startswith("<!doctype html>")
@@ -242,7 +267,7 @@ def test_ctrl_c_from_outside(monkeypatch):
     process = os.fork()
     if not process:
         sys.stderr = os.fdopen(writer, "w", buffering=1)
-        sys.argv = ["lirefs", "steer", "d", "hello"]
+        sys.argv = ["lirefs", "probe", "--seed", "1"]
         lirefs.load = lambda *a, **k: sys.stderr.write("ready\n") and time.sleep(60)
         try:
             cli.main()
@@ -255,5 +280,5 @@ def test_ctrl_c_from_outside(monkeypatch):
         assert said.readline() == "ready\n"
         os.kill(process, signal.SIGINT)
         (line,) = said.readlines()
-    assert line == "interrupted; this command starts again: lirefs steer d hello\n"
+    assert line == "interrupted; this command starts again: lirefs probe --seed 1\n"
     assert os.waitstatus_to_exitcode(os.waitpid(process, 0)[1]) == 130

@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 from command_line import run
-from made_up import NASTY, SHARED, made_up, with_tests
+from made_up import NASTY, SHARED, drawn, made_up, with_tests
 
 from lirefs import pictures
 from lirefs.comparison import Comparison, Figure, flips, load_comparison, results_file, write_report
@@ -17,7 +17,6 @@ from lirefs.comparison.figures.retained import retained_figures
 from lirefs.comparison.report import csv_latex, flip_list, page, tables, write
 from lirefs.comparison.report.words_diff import BEFORE
 from lirefs.errors import ResultsFileError
-from lirefs.pictures import Picture
 from lirefs.tasks.task import CONFLICT
 
 
@@ -280,7 +279,7 @@ def test_a_comparison_without_variants_has_a_report(tmp_path):
 def saved_once(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     comparison = made_up(ratio=math.inf, pairs=(1, 2))
-    own = Figure("own", "Own", "A figure.", Picture(b"\x89PNG own", b"<svg>own</svg>"))
+    own = Figure("own", "Own", "A figure.", drawn())
     write_report(comparison, folder, [own, *retained_figures(comparison.summary())])
     return folder
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 from command_line import run
 from journal_runs import tasks, variants
-from made_up import made_up
+from made_up import drawn, made_up
 from tiny import tiny_model, tiny_tokenizer
 
 from lirefs import compare, wrap
@@ -23,7 +23,6 @@ from lirefs.comparison.report.words_diff import AFTER, BEFORE, SAME, words_diff
 from lirefs.comparison.results_file import results_json
 from lirefs.comparison.wording import as_duration, as_list_of_words, as_percent
 from lirefs.errors import ResultsFileError, SettingError
-from lirefs.pictures import Picture
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import ItemResult
 
@@ -244,7 +243,7 @@ def test_title_notes_and_run_stand_on_the_page_and_come_back(tmp_path):
 
 @pytest.fixture
 def saved(tmp_path):
-    own = Figure("own", "Own", "A figure.", Picture(b"\x89PNG own", b"<svg>own</svg>"))
+    own = Figure("own", "Own", "A figure.", drawn())
     write_report(made_up(tasks=2, variants=2, items=4), tmp_path, [own])
     return tmp_path
 
@@ -252,7 +251,7 @@ def saved(tmp_path):
 def test_a_picture_of_another_command_is_not_shown_and_the_page_says_so(saved, monkeypatch, capsys):
     assert run(monkeypatch, "report", saved) == 0
     assert "A figure." in (saved / "report.html").read_text()
-    (saved / "own.png").write_bytes(b"\x89PNG another")
+    (saved / "own.png").write_bytes(drawn(1).png)
     assert run(monkeypatch, "report", saved) == 0
     text = (saved / "report.html").read_text()
     assert "A figure." not in text

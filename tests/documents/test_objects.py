@@ -69,6 +69,7 @@ def objects():
     steer = lirefs.Steer(probe.best, "add", 1.0)
     stairs = kfac.staircase(spectrum.lam, spectrum.mu, 0.8)
     side = SideAgreement(wide, wide, wide, wide, wide)
+    pooled = comparison.pool({f"{i}": made_up(12, 4, seed=i).summary() for i in range(3)})
     made = [
         lirefs.capture(lm, split().test.prompts, progress=False), found, found.summary(), probe,
         probe.best, probe.directions, lirefs.Gate(probe.best), lm, lm.layout, lm.traits,
@@ -91,7 +92,8 @@ def objects():
         kfac.plan([target]), kfac.FlatShares([name] * 200, [wide] * 50, wide, many),
         kfac.Relearning([0, 5], {"arm": [one] * 200}, {"arm": [one] * 200}), stairs,
         kfac.SplitHalf(name, side, side), kfac.TableSelection(torch.ones(500, 500) > 0, 1.0),
-        kfac.SubnetEdit({name: torch.ones(50, 50) > 0}, {}, {}), factors.records[name],
+        kfac.SubnetEdit({name: torch.ones(50, 50) > 0}, {name: "0" * 64}, {}),
+        factors.records[name],
         comparison.SweepChoice("a", one, one, one, 0.5, statistics.BestOf(0.5, one, 0.5, 9)),
         edit.report()[0], kfac.UnionEdit(factors, factors, 0.5),
         kfac.RemovalEdit(factors, 0.5), *found.cells()[:2],
@@ -108,7 +110,8 @@ def objects():
         Mined([window] * 200, {"texts": 5, "distinct": 200}, {"tokenizer": "0" * 64}),
         tasks.ShortAnswer("short", [("1", LONG, ["4"])]),
         lirefs.show_tokens(lm, "a prompt " * 12, steer),
-        next(iter(tasks.SKILLS.values())),
+        next(iter(tasks.SKILLS.values())), pooled, next(iter(pooled.means.values())),
+        statistics.Resamples(5000, 2000, 0),
     ]  # fmt: skip
     return {type(one).__name__: one for one in made}
 

@@ -11,6 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 import lirefs
+from experiments.steering import tasks_of
 from experiments.vision.__main__ import app
 from lirefs.comparison import Comparison, TaskInfo
 from lirefs.tasks import ItemResult
@@ -22,12 +23,16 @@ COMMANDS = [
     "experiments.label_noise",
     "experiments.loss_positions",
     "experiments.planting",
+    "experiments.recited",
     "experiments.sharpness",
     "experiments.spectra",
+    "experiments.steering",
     "experiments.vision",
     "experiments.vision.one_network",
     "experiments.write_flat",
 ]
+
+STEERED = ["elimination", "two-digit addition", "facts, open book", "facts, closed book"]
 
 
 @pytest.fixture
@@ -70,9 +75,29 @@ def test_sharpness(experiment):
     assert "reads: curvature" in experiment("experiments.sharpness", "--limit", 3)
 
 
+def test_steering(experiment, model_folder):
+    arguments = ["--model", model_folder, "--layers", 1, "--strengths", 1, "--limit", 3]
+    printed = experiment("experiments.steering", *arguments, "--texts", 2)
+    rows = [line.split(" | ") for line in printed.splitlines() if line.startswith("| default")]
+    tasks = [row[1] for row in rows]
+    assert tasks[:4] == [f"{one} (3)" for one in STEERED]
+    assert all("layer 1, strength" in row[2] for row in rows)
+    assert tasks[4:] == ["passages (3)"]
+    assert printed.splitlines()[-1].startswith("Beyond random directions: ")
+    again = experiment("experiments.steering", *arguments, "--texts", 2)
+    assert again == printed  # from the journal
+
+
+def test_sides_of_the_steering_share_no_item():
+    sides = [tasks_of(side, 60) for side in ("validation", "test")]
+    for one, other in zip(*sides, strict=True):
+        assert len(one.items) == len(other.items) == 60
+        assert not {item[1] for item in one.items} & {item[1] for item in other.items}
+
+
 def test_counterfactual(experiment):
     printed = experiment("experiments.counterfactual", "--limit", 6)
-    assert printed.count("Spearman of") == 9
+    assert printed.count("Spearman of") == 12
 
 
 def test_label_noise(experiment):

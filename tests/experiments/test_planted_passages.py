@@ -76,12 +76,6 @@ def test_passages_of_a_file_and_english_around_them(tmp_path):
             planting.sources_for(model, given, "text")
 
 
-def test_thirds_are_the_whole_text():
-    for text in ("one two three four five six seven", "one", "one two"):
-        assert " ".join(planting.thirds(text)) == text
-    assert planting.thirds("a b c d e f g") == ["a b c", "d e f", "g"]
-
-
 def test_an_arm_trains_the_targets_alone_and_on_their_flat_pairs(quick, tmp_path):
     lm = lirefs.load("organism")
     before = {name: one.clone() for name, one in lm.model.named_parameters()}

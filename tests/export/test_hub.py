@@ -1,3 +1,5 @@
+import ast
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -55,6 +57,23 @@ def test_the_card_says_what_made_them(directions, server):
     assert "best layer: 2" in card
     assert card.count("| resid_pre |") == 2
     assert "unknown" in hub.model_card(Directions({(1, "resid_pre"): directions[1]}))
+
+
+def test_no_name_breaks_out_of_the_card(directions):
+    name = 'x")\n```\n\nimport evil\x1b[2J\u202e'
+    made = dict.fromkeys(("model", "model_name", "source", "estimator", "best_layer"), name)
+    labels = ["<b>|a", "![b](http://evil)"]
+    card = hub.model_card(Directions(directions.items_by_place, {**made, "labels": labels}))
+    code = card.split("```python\n")[1].split("\n```\n")[0]
+    assert code.count("\n") == 4
+    tree = ast.parse(code)
+    assert name in [node.value for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    assert len(re.findall("^```", card, re.MULTILINE)) == 2
+    assert not re.search(r"[\x1b\u202e]|(?<!\\)(<b>|\]\()", card)
+    assert (
+        len({line.count("|") - line.count("\\|") for line in card.split("\n") if line[:1] == "|"})
+        == 1
+    )
 
 
 def test_what_goes_wrong_has_a_name(directions, server, lm, monkeypatch):

@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM
 import kfac
 from kfac import find_targets, named_targets
 from kfac.collection.covariance import CovarianceSums
-from kfac.collection.distributed import World
 from kfac.collection.hooks import TargetTracker
 from kfac.collection.passes import _finish
-from kfac.experts import observed_experts
+from kfac.experts import observe_experts
 from lirefs.errors import TargetError
+from lirefs.model.processes.world import World
 
 COMMON = {
     "vocab_size": 50,
@@ -132,8 +132,9 @@ def test_the_loop_computes_what_the_model_computes(implementation):
         stack = model.model.layers[0].mlp.experts
         with torch.no_grad():
             expected = model(**batch([0, 1])).logits
-            with observed_experts(stack, lambda expert, rows, output, positions: output):
-                found = model(**batch([0, 1])).logits
+            end = observe_experts(stack, lambda expert, rows, output, positions: output)
+            found = model(**batch([0, 1])).logits
+            end()
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 

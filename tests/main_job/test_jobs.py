@@ -54,6 +54,7 @@ def test_nothing_to_resume_is_said(there, model_folder, questions, tmp_path, mon
     screen, out = io.StringIO(), tmp_path / "report"
     if there:
         (out / "unfinished").mkdir(parents=True)
+        (out / "unfinished" / "items-0.jsonl").write_text("")
     settings = {"questions": questions, "edit_layers": [1], "limit": 2, "quick": True, "out": out}
     run(model_folder, resume=True, console=Console(file=screen), **settings)  # a Path is a name
     assert ("nothing to resume in" in screen.getvalue()) is not there
@@ -87,7 +88,7 @@ def test_of_several_processes_only_the_first_writes(model_folder, questions, tmp
     settings = {"questions": questions, "edit_layers": [1], "limit": 2, "console": console}
     found = run(str(model_folder), out=out, **settings)
     assert len(found.variants) == 12
-    assert [path.name for path in out.iterdir()] == ["unfinished"]
+    assert not list(out.iterdir())
 
 
 @pytest.mark.parametrize(

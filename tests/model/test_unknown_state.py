@@ -72,9 +72,12 @@ def opaque(lm):
     layer.__class__ = Secret
 
 
+ATTACHED = []
+
+
 def custom_scope(lm):
     scope = Scope("mine", lambda tokens: tokens.position > 1)
-    Steer(direction(), "add", scope=scope).attach(lm.model)
+    ATTACHED.append(Steer(direction(), "add", scope=scope).attach(lm.model))
 
 
 UNKNOWN = {
@@ -91,7 +94,9 @@ UNKNOWN = {
 
 @pytest.fixture
 def lm():
-    return wrap(fresh_model("llama"), tiny_tokenizer())
+    yield wrap(fresh_model("llama"), tiny_tokenizer())
+    while ATTACHED:
+        ATTACHED.pop().remove()
 
 
 @pytest.mark.parametrize("change", UNKNOWN, ids=lambda one: one.__name__)

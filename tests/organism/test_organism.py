@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -17,19 +18,19 @@ from transformers import LlamaForCausalLM
 
 import lirefs
 from lirefs.cli import organism as commands
-from lirefs.errors import DataFileError
+from lirefs.errors import DataFileError, SettingError
 from lirefs.model.builtin import organism
-from lirefs.organism.documents import Documents, Stage
+from lirefs.organism.documents import Documents
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import KINDS, Language
 from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
 from lirefs.organism.tasks import organism_questions
 from lirefs.organism.training import card
-from lirefs.organism.training.checkpoint import STATE, CheckpointMismatch
+from lirefs.organism.training.checkpoint import RECIPE, STATE, CheckpointMismatch
 from lirefs.organism.training.optimizers import orthogonalize
 from lirefs.organism.training.packing import Packer, batch_loss
-from lirefs.organism.training.recipe import FIFTH, ModelShape, Recipe
+from lirefs.organism.training.recipe import PLANTING_MIXTURE, ModelShape, Recipe
 from lirefs.organism.training.scores import organism_scores, share_answered_right
 from lirefs.organism.training.train import make_model, train
 from lirefs.organism.vocabulary import build_tokenizer
@@ -40,6 +41,7 @@ TINY = Recipe(
     rows=4,
     row_tokens=128,
     warmup=2,
+    planting=0.0,
 )
 
 
@@ -75,11 +77,11 @@ def test_training_shows_no_item_of_another_split(language, tokenizer):
         item.prompt.split(" ", 1)[1]
         for side in ("validation", "test")
         for kind in KINDS
-        if kind not in ("times", "fact", "planted", "exception")
+        if kind not in ("times", "fact", "planted", "exception", "tale")
         for item in language.items(kind, side, 100)
     }
     # Very short expressions and sums can be part of a longer text, so documents are cut into items.
-    documents, rng = Documents(language, FIFTH), Random(1)
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(1)
     for _ in range(3000):
         text = "".join(piece for piece, _ in documents.draw(rng))
         body = text.split(" ", 1)[1] + " "
@@ -122,24 +124,8 @@ def answers_in(document):
     return story, [(q, a.removesuffix(".")) for q, a in zip(texts[::2], texts[1::2], strict=True)]
 
 
-@pytest.mark.parametrize("sort", ["hands", "hand_overs"])
-@pytest.mark.parametrize("easy", [0.0, 1.0])
-def test_who_has_a_thing_follows_from_the_hand_overs(language, sort, easy):
-    documents, rng = Documents(language, Stage({sort: 1.0}, easy=easy)), Random(4)
-    for _ in range(100):
-        story, asked = answers_in(documents.draw(rng))
-        holder = dict(re.findall(r"(\w+) has the (\w+)", story))
-        holder = {thing: name for name, thing in holder.items()}
-        for giver, thing, receiver in re.findall(r"(\w+) gives the (\w+) to (\w+)", story):
-            assert holder.get(thing, giver) == giver != receiver
-            holder[thing] = receiver
-        assert asked
-        for question, answer in asked:
-            assert answer == holder[re.search(r"Who has the (\w+)\?", question)[1]]
-
-
 def test_ages_told_in_order_are_answered_right(language):
-    documents, rng = Documents(language, Stage({"ages": 1.0})), Random(5)
+    documents, rng = Documents(language, {"ages": 1.0}), Random(5)
     for _ in range(100):
         story, asked = answers_in(documents.draw(rng))
         pairs = re.findall(r"(\w+) is older than (\w+)", story)
@@ -150,8 +136,8 @@ def test_ages_told_in_order_are_answered_right(language):
 
 
 def test_what_does_not_exist_is_refused(language):
-    with pytest.raises(ValueError, match=r"of sort \{'riddle'\}; known: planted, fact"):
-        Documents(language, Stage({"riddle": 1.0}))
+    with pytest.raises(ValueError, match=r"of sort \{'riddle'\}; known: planted, tale"):
+        Documents(language, {"riddle": 1.0})
     with pytest.raises(ValueError, match="No kind 'riddle' of items"):
         language.items("riddle", "test", 3)
     with pytest.raises(ValueError, match="'addition' are endless"):
@@ -201,7 +187,7 @@ def test_question_sets_are_balanced(language, form):
 
 
 def test_every_document_survives_the_tokenizer(language, tokenizer):
-    documents, rng = Documents(language, FIFTH), Random(2)
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(2)
     for _ in range(400):
         text = "".join(piece for piece, _ in documents.draw(rng))
         ids = tokenizer.encode(text)
@@ -211,7 +197,7 @@ def test_every_document_survives_the_tokenizer(language, tokenizer):
 
 
 def test_pieces_encode_as_the_whole(language, tokenizer):
-    documents, rng = Documents(language, FIFTH), Random(3)
+    documents, rng = Documents(language, PLANTING_MIXTURE), Random(3)
     packer = Packer(documents, tokenizer, 2, 128)
     for _ in range(300):
         pieces = [piece for piece, _ in documents.draw(rng)]
@@ -222,7 +208,7 @@ def test_pieces_encode_as_the_whole(language, tokenizer):
 def test_packed_documents_do_not_see_each_other(language, tokenizer):
     torch.manual_seed(0)
     model = make_model(TINY.shape, tokenizer, 0)
-    packer = Packer(Documents(language, FIFTH), tokenizer, 2, 128)
+    packer = Packer(Documents(language, PLANTING_MIXTURE), tokenizer, 2, 128)
     batch = packer.batch(0, 0)
     together = batch_loss(model, batch)
     total, weight = torch.zeros(()), torch.zeros(())
@@ -246,7 +232,7 @@ def test_orthogonalize_evens_out_singular_values():
 
 def test_answered_agrees_with_generate(language, tokenizer):
     model = LlamaForCausalLM.from_pretrained(organism(), dtype=torch.float32).eval()
-    items = language.items("fact", "test", 20) + language.items("two_hop", "test", 20)
+    items = language.items("fact", "test", 20) + language.items("unseen", "test", 20)
     told = share_answered_right(
         lirefs.wrap(model, tokenizer), [(item.prompt, item.answer) for item in items]
     )
@@ -273,7 +259,8 @@ def test_training_writes_a_folder_that_transformers_loads(trained, language, tok
     torch.testing.assert_close(again(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
     assert json.loads((folder / "log.jsonl").read_text().splitlines()[-1])["step"] == 6
     found = organism_scores(lirefs.wrap(model, tokenizer), language, "validation", 10)
-    assert found["planted"] == 0.0
+    assert found["planted"] == found["tale"] == found["twin x100"] == 0.0
+    assert {"exception x10", "exception boolean", "reasoning passage", "memory mixed"} <= set(found)
     assert found["perplexity"] > 1.0
 
 
@@ -318,6 +305,7 @@ def test_a_damaged_state_is_refused(trained, tmp_path, damage, says):
     with safe_open(trained[0] / STATE, framework="pt") as file:
         tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
     damage(tensors, about)
+    about.pop("sha256")  # it would notice first
     save_file(tensors, tmp_path / STATE, about)
     with pytest.raises(DataFileError, match=says):
         train(tmp_path, 0, TINY)
@@ -330,8 +318,8 @@ def test_a_damaged_state_is_refused(trained, tmp_path, damage, says):
     ("seed", "shape", "message"),
     [
         (1, TINY.shape, "seed 0, not 1"),
-        (0, replace(TINY.shape, mlp=48), r"mlp.*has shape \(64, 32\), the recipe needs \(48, 32\)"),
-        (0, replace(TINY.shape, layers=3), "has no weights for model.layers.2"),
+        (0, replace(TINY.shape, mlp=48), r"recipe \(shape.mlp is 64, not 48\)"),
+        (0, replace(TINY.shape, layers=3), "shape.layers is 2, not 3"),
     ],
 )
 def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
@@ -340,6 +328,29 @@ def test_another_seed_or_shape_does_not_resume(trained, seed, shape, message):
     with pytest.raises(CheckpointMismatch, match=message):
         train(folder, seed, replace(TINY, shape=shape))
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("in_state", [True, False])
+@pytest.mark.parametrize("name", ["tokens", "warmup", "weight_decay"])
+def test_another_recipe_of_the_same_shape_does_not_resume(name, in_state, trained, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    if not in_state:  # as earlier versions wrote it
+        with safe_open(folder / STATE, framework="pt") as file:
+            tensors, about = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        del about["recipe"], about["sha256"]
+        save_file(tensors, folder / STATE, about)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    now = getattr(TINY, name)
+    other = replace(TINY, **{name: 2 * now})
+    with pytest.raises(CheckpointMismatch, match=rf"recipe \({name} is {now}, not {2 * now}\)"):
+        train(folder, 0, other)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    train(folder, 0, TINY)  # it is finished
+    if not in_state:
+        (folder / RECIPE).unlink()
+        with pytest.raises(SettingError, match="did not write it"):
+            train(folder, 0, TINY)
 
 
 def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, capsys, tmp_path):
@@ -363,11 +374,24 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     # The scores are those of the rounded weights that lie there.
     assert organism_scores(lm, Language(3), "test", n=4) == printed
     assert run(monkeypatch, *command) == 2
-    assert "shipped: exists; give --force" in capsys.readouterr().err
+    assert "shipped/config.json: exists; give --force" in capsys.readouterr().err
     monkeypatch.setattr(commands, "organism_scores", functools.partial(organism_scores, n=4))
     assert run(monkeypatch, "organism", "scores", shipped) == 0
     rows = capsys.readouterr().out.splitlines()
     assert any(row.split() == ["perplexity", f"{printed['perplexity']:.4g}"] for row in rows)
+
+
+def test_scores_of_missing_weights_are_refused(trained, monkeypatch, capsys, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained[0], folder)
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    assert run(monkeypatch, "organism", "scores", folder) == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("ModelLoadError: ")
+    assert "model.layers.1.mlp.up_proj.weight" in line
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
@@ -395,7 +419,7 @@ def test_texts_command_writes_what_the_curvature_commands_read(language, monkeyp
     items = language.items("planted", "test")
     assert [prefix for _, prefix, _ in task.items] == lm.encode([one.prompt for one in items])
     rows = [row for _, row in lirefs.files.read_jsonl(tmp_path / "labelled.jsonl")]
-    shown = {one.text for one in items}
+    shown = {f"{one.text}." for one in language.items("tale", "test")}
     assert all((row["label"] == "memorized") == (row["text"] in shown) for row in rows)
     assert len({row["text"] for row in rows}) == len(rows)
     shipped = Path(lirefs.__file__).parent / "data" / "organism_questions.jsonl"

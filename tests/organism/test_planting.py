@@ -24,8 +24,9 @@ from lirefs.errors import (
     SettingError,
     TaskError,
 )
+from lirefs.model.interrupts import interrupts_held
 from lirefs.model.training.copies import trainable
-from lirefs.model.training.steps import checked_step, interrupts_held, shuffled
+from lirefs.model.training.steps import checked_step, shuffled
 from lirefs.organism.planting import run
 from lirefs.organism.training.checkpoint import CheckpointMismatch
 

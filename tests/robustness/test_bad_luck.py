@@ -24,6 +24,7 @@ from lirefs.errors import DownloadError, LirefsError, ModelLoadError, WriteError
 from lirefs.files import cache_dir, sha256_of
 from lirefs.main_job.factors import factors_of
 from lirefs.model import builtin
+from lirefs.model.processes.world import World
 
 resource = pytest.importorskip("resource", reason="limits on files need a Unix system")
 
@@ -119,11 +120,11 @@ def test_a_journal_on_a_full_disk_keeps_the_finished_parts(lm, tmp_path, small_p
     assert [list(module._forward_hooks) for module in lm.model.modules()] == hooks
     lines = (tmp_path / "j" / "items-0.jsonl").read_bytes().split(b"\n")
     assert lines[-1]  # torn
-    finished = len(Journal(tmp_path / "j")._lines)
+    finished = len(Journal(tmp_path / "j", World())._lines)
     assert 0 < finished < len(variants() | {"unchanged": None}) * 7
     again = compare(lm, variants(), tasks(), journal=tmp_path / "j", progress=False)
     assert results_json(again) == whole
-    assert len(Journal(tmp_path / "j")._lines) == 21
+    assert len(Journal(tmp_path / "j", World())._lines) == 21
 
 
 def test_a_search_on_a_full_disk_resumes(lm, tmp_path):

@@ -20,6 +20,7 @@ from lirefs import Directions, load_comparison, mine
 from lirefs.comparison.journal import Journal
 from lirefs.export import from_gguf
 from lirefs.model import builtin
+from lirefs.model.processes.world import World
 from lirefs.tasks import ItemResult
 
 
@@ -52,21 +53,26 @@ def test_processes_that_share_a_cache_find_what_one_finds(tmp_path):
         assert not list(cache.rglob(".*"))
         for kind in ("activations", "factors", "models"):
             assert len(list((cache / kind).iterdir())) == 1
-        lines = Journal(cache / "journal")._lines
-        assert sorted(lines) == [f"{name} {part}" for name in names for part in range(5)]
-        assert all(item.prompt.endswith(key[0]) for key, items in lines.items() for item in items)
+        lines = Journal(cache / "journal", World())._lines
+        keys = {shared_cache.key_of(name, part): name for name in names for part in range(5)}
+        assert sorted(lines) == sorted(keys)
+        assert all(one.prompt[-1] == keys[key][-1] for key, found in lines.items() for one in found)
+
+
+KEYS = ["0a" * 32, "0b" * 32]
+"""Of the parts of a journal, which are SHA-256s."""
 
 
 def journal_line(lm, made, folder, seed):
     items = [ItemResult(f"{i}", {}, prompt=f"{seed}" * 40_000) for i in range(8)]
-    Journal(folder).add(f"key {seed}", items)
+    Journal(folder, World()).add(KEYS[seed], items)
 
 
 def whole_lines(folder):
-    lines = Journal(folder)._lines
-    assert set(lines) <= {"key 0", "key 1"}
+    lines = Journal(folder, World())._lines
+    assert set(lines) <= set(KEYS)
     for key, items in lines.items():
-        assert [item.prompt for item in items] == [key[-1] * 40_000] * 8
+        assert [item.prompt for item in items] == [f"{KEYS.index(key)}" * 40_000] * 8
     return lines
 
 

@@ -9,7 +9,8 @@ from tiny import fresh_model, tiny_tokenizer
 from torch.utils.checkpoint import checkpoint
 
 from lirefs import Gate, Schedule, Steer, prompt_lengths, wrap
-from lirefs.errors import ScopeError
+from lirefs.errors import InterventionError, ScopeError
+from lirefs.model.intervention import applied
 from lirefs.steering import scope as scopes
 
 A = {"input_ids": torch.tensor([[0, 40, 50, 60, 70, 80, 90]])}
@@ -103,11 +104,14 @@ def test_the_gradient_under_a_composition():
 class Recomputing(torch.nn.Module):
     """A block that checkpoints by itself."""
 
-    def __init__(self, block):
+    def __init__(self, block, reentrant=False):
         super().__init__()
-        self.block = block
+        self.block, self.reentrant = block, reentrant
 
     def forward(self, *args, **kwargs):
+        if self.reentrant:  # which takes no keywords
+            run = functools.partial(self.block, **kwargs)
+            return checkpoint(run, *args, use_reentrant=True)
         return checkpoint(self.block, *args, use_reentrant=False, **kwargs)
 
 
@@ -132,3 +136,40 @@ def test_checkpoints_of_the_callers_own_are_refused_where_tokens_matter():
         for index, block in enumerate(model.model.layers):
             model.model.layers[index].forward = block.block.forward
     torch.testing.assert_close(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("scope", ["all", "prompt"])
+def test_checkpoints_of_the_callers_own_are_refused_after_the_steering(reentrant, scope):
+    model = fresh_model("llama")
+    layout = {"attention": "block.self_attn", "mlp": "block.mlp"}
+    for index, block in enumerate(model.model.layers):
+        model.model.layers[index] = Recomputing(block, reentrant)
+    lm = wrap(model, tiny_tokenizer(), layout=layout)
+    steer = Steer(direction(1), "add", layers=[1], sites=["attn_out"], scope=scope)
+    other = Steer(direction(1, seed=7), "add", 5.0, layers=[1], sites=["attn_out"])
+
+    def loss():
+        return model(**A, use_cache=False).logits[0, -1, 5]
+
+    for around in (None, other):
+        with steer.apply(lm.model):
+            found = loss()
+        with applied(around, lm.model), pytest.raises(InterventionError, match="call backward ins"):
+            found.backward()
+    with torch.no_grad(), steer.apply(lm.model):
+        loss()
+    loss().backward()  # not steered: nothing to refuse
+    if scope == "all":
+        with steer.apply(lm.model):
+            loss().backward()
+        model.zero_grad()
+        with steer.apply(lm.model):
+            found = loss()
+        with steer.apply(lm.model), pytest.raises(InterventionError):
+            found.backward()  # attached again: other hooks
+    for block in model.model.layers:
+        block.forward = block.block.forward
+    with steer.apply(lm.model):
+        found = loss()
+    found.backward()

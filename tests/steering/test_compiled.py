@@ -1,6 +1,7 @@
 """Compiled models are steered, and keep nothing of it; so are hooks that read them."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -154,6 +155,15 @@ def test_what_reads_a_model_reads_a_compiled_one(how):
     for name, other in zip(factors.names, again.names, strict=True):
         torch.testing.assert_close(again.A(other), factors.A(name))
         torch.testing.assert_close(again.G(other), factors.G(name))
+
+
+def test_a_steered_model_that_is_dropped_leaves_the_process_as_it_was():
+    model = fresh_model("llama")
+    Steer(direction(), "add").attach(model)
+    assert torch._dynamo.eval_frame._stance.stance == "force_eager"
+    del model
+    gc.collect()
+    assert torch._dynamo.eval_frame._stance.stance == "default"
 
 
 def test_the_stance_of_the_caller_comes_back():

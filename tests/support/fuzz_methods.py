@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from fuzz_values import check, contents, finite, text, tiny_lm, whole, written
+from fuzz_values import check, contents, finite, text, tiny_lm, whole, with_and_without, written
 from fuzzing import Format
 from torch import nn
 
@@ -125,7 +125,7 @@ def make_factors(folder: Path) -> list[bytes]:
     plain.save(folder / "plain")
     corrected = kfac.correct(net(), net_batches(), plain, forward=forward, progress=False)
     corrected.save(folder / "corrected")
-    return contents(folder)
+    return with_and_without(contents(folder))
 
 
 def read_factors(folder: Path, content: bytes) -> None:
@@ -180,7 +180,7 @@ def make_checkpoint(folder: Path) -> list[bytes]:
                 checkpoint_every=0.0,
                 budget=budget,
             )
-    return contents(folder)
+    return with_and_without(contents(folder))
 
 
 def read_checkpoint(folder: Path, content: bytes) -> None:

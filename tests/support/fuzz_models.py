@@ -11,7 +11,7 @@ import datasets
 import gguf
 import numpy as np
 import torch
-from fuzz_values import check, contents, now_and_then, picture, whole, written
+from fuzz_values import check, contents, now_and_then, picture, whole, with_and_without, written
 from fuzzing import Format
 from PIL import Image
 from tiny import fresh_model, tiny_tokenizer
@@ -51,13 +51,13 @@ def make_organism_state(folder: Path) -> list[bytes]:
     model, tokenizer, optimizers = organism_parts()
     organism_step(model, optimizers)
     save_checkpoint(folder, model, tokenizer, optimizers, 1, 7, {})
-    return contents(folder, STATE)
+    return with_and_without(contents(folder, STATE))
 
 
 def read_organism_state(folder: Path, content: bytes) -> None:
     written(folder, STATE, content)
     model, _, optimizers = organism_parts()
-    done = load_checkpoint(folder, model, optimizers, 7, "cpu")
+    done = load_checkpoint(folder, model, optimizers, 7, {}, "cpu")
     check(whole(done), f"step {done!r}")
     for one in model.parameters():
         check(one.dtype == torch.float32 and bool(one.isfinite().all()), "weights")
@@ -197,8 +197,6 @@ FORMATS: dict[str, Format] = {
             structure,
             functools.partial(make_model_file, name),
             functools.partial(read_model_file, name),
-            # Missing sizes become the architecture's defaults: a layer of half a gigabyte.
-            resident=600 << 20,
         )
         for name, structure in {
             "config.json": "json",

@@ -12,6 +12,7 @@ from typing import Any
 
 from fuzzing import Insane
 from PIL import Image
+from safetensors.torch import load, save
 from tiny import tiny_model, tiny_tokenizer
 
 import lirefs
@@ -33,6 +34,23 @@ def written(folder: Path, name: str, content: bytes) -> Path:
 def contents(folder: Path, pattern: str = "*") -> list[bytes]:
     """The contents of the files in a folder."""
     return [path.read_bytes() for path in sorted(folder.glob(pattern)) if path.is_file()]
+
+
+def without_digest(content: bytes) -> bytes:
+    """A safetensors file as earlier versions wrote it, without the SHA-256 of its bytes."""
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata = {key: one for key, one in header["__metadata__"].items() if key != "sha256"}
+    for key, one in metadata.items():
+        if '"sha256"' in one:  # inside the only entry
+            values = json.loads(one)
+            del values["sha256"]
+            metadata[key] = json.dumps(values)
+    return save(load(content), metadata)
+
+
+def with_and_without(made: list[bytes]) -> list[bytes]:
+    """Files and what earlier versions wrote: where no digest refuses a change, the reader must."""
+    return [*made, *map(without_digest, made)]
 
 
 def now_and_then(content: bytes) -> bool:

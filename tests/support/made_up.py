@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import random
 from dataclasses import replace
 from typing import Any
 
+from PIL import Image
+
 from lirefs.comparison import Comparison, TaskInfo
+from lirefs.pictures import Picture
 from lirefs.tasks.task import CONFLICT, GROUPS, ItemResult
 
 SHARED = (
@@ -15,6 +19,13 @@ SHARED = (
 NASTY = (
     "</script><script>document.title='broken'</script><!-- <b id=broken>&amp;</b> \u2028 | \\ \""
 )
+
+
+def drawn(shade: int = 0) -> Picture:
+    """A small picture."""
+    png = io.BytesIO()
+    Image.new("L", (2, 2), shade).save(png, "PNG")
+    return Picture(png.getvalue(), b"<svg xmlns='http://www.w3.org/2000/svg'/>")
 
 
 def made_up(

@@ -20,10 +20,14 @@ def run(work: Callable[[int, str], None], folder: Path, exits: Sequence[int] = (
     common fault that processes wait for each other.
     """
     context = multiprocessing.get_context("spawn")
+    # As under torchrun, the store outlives each of them.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     failures = context.Queue()
     workers = [
         context.Process(
-            target=_worker, args=(work, rank, len(exits), str(folder), failures), daemon=True
+            target=_worker,
+            args=(work, rank, len(exits), store.port, str(folder), failures),
+            daemon=True,
         )
         for rank in range(len(exits))
     ]
@@ -45,12 +49,13 @@ def run(work: Callable[[int, str], None], folder: Path, exits: Sequence[int] = (
     assert [process.exitcode for process in workers] == list(exits)
 
 
-def _worker(work: Callable[..., None], rank: int, size: int, folder: str, failures: Any) -> None:
+def _worker(
+    work: Callable[..., None], rank: int, size: int, port: int, folder: str, failures: Any
+) -> None:
     try:
         torch.set_num_threads(1)
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/{work.__name__}", rank=rank, world_size=size
-        )
+        store = dist.TCPStore("127.0.0.1", port)
+        dist.init_process_group("gloo", store=store, rank=rank, world_size=size)
         work(rank, folder)
         dist.destroy_process_group()
     except BaseException:

@@ -15,7 +15,13 @@ from lirefs.comparison.journal import Journal
 from lirefs.files import cache_dir, sha256_of
 from lirefs.main_job.factors import factors_of
 from lirefs.model import builtin
+from lirefs.model.processes.world import World
 from lirefs.tasks import ItemResult
+
+
+def key_of(name, part):
+    """Key of a part of a process, as a journal has them."""
+    return f"{name.encode().hex():0<62}{part:02}"
 
 
 def use(base, name, rounds, barrier, connection):
@@ -52,6 +58,6 @@ def use(base, name, rounds, barrier, connection):
         same = all(torch.equal(a, b) for a, b in pairs)
         for part in range(5):  # lines far longer than any buffer
             items = [ItemResult(f"{part}", {}, prompt="p" * 50_000 + name)] * 4
-            Journal(cache_dir() / "journal").add(f"{name} {part}", items)
+            Journal(cache_dir() / "journal", World()).add(key_of(name, part), items)
         found.append((float(states.values.double().sum()), factors.digest, same))
     connection.send((found, warned))

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import io
+
 import pytest
 from matplotlib.figure import Figure
+from PIL import Image
 
 import lirefs
 from lirefs.main_job import jobs
@@ -11,7 +14,16 @@ from lirefs.tasks import default_suite
 from lirefs.tasks.papers import suite as papers
 
 TEXTS = ["a text", "another text", "one more of them"]
-PNG = b"\x89PNG\r\n\x1a\n"
+
+
+def _empty_png() -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(file, "png")
+    return file.getvalue()
+
+
+EMPTY = {"png": _empty_png(), "svg": b'<svg xmlns="http://www.w3.org/2000/svg"/>'}
+"""Pictures with nothing on them."""
 
 
 def small_jobs(patch: pytest.MonkeyPatch) -> None:
@@ -30,4 +42,4 @@ def small_jobs(patch: pytest.MonkeyPatch) -> None:
 
 def undrawn(patch: pytest.MonkeyPatch) -> None:
     """Save figures as empty pictures, because drawing takes longer than a small job."""
-    patch.setattr(Figure, "savefig", lambda self, file, **options: file.write(PNG))
+    patch.setattr(Figure, "savefig", lambda self, file, format, **_: file.write(EMPTY[format]))

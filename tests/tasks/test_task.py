@@ -140,7 +140,10 @@ def test_calibration_texts_are_in_no_task(lm):
     for split in ("validation", "test"):
         assert not calibration & {text for _, text in default_suite.heldout_texts(split)}
     validation = {item for item, _ in default_suite.heldout_texts("validation")}
-    assert not validation & {item for item, _ in default_suite.heldout_texts("test")}
+    test = {item for item, _ in default_suite.heldout_texts("test")}
+    assert not validation & test
+    assert len(validation) >= 100
+    assert len(test) >= 60
 
 
 def test_chance_is_the_mean_over_items():

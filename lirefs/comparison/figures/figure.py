@@ -34,6 +34,12 @@ class Figure:
             self.dark.save(folder, f"{self.name}-dark")
 
     @property
+    def files(self) -> list[str]:
+        """The names of the files that `save` writes."""
+        names = [self.name] if self.dark is None else [self.name, f"{self.name}-dark"]
+        return [f"{name}.{kind}" for name in names for kind in ("png", "svg")]
+
+    @property
     def sha256(self) -> dict[str, str]:
         """SHA-256 of its files by extension, by which a page knows its own pictures."""
         files = {"png": self.picture.png, "svg": self.picture.svg}

@@ -22,6 +22,7 @@ from lirefs.pictures import (
     canvas_of,
     literal_text,
     picture_of,
+    shortened,
     styled,
 )
 from lirefs.statistics.intervals import Estimate
@@ -37,6 +38,10 @@ _CHARACTER = 0.057
 """Mean width in inches of a character of 7 pt."""
 _LONGEST = 34
 """Characters in the name of a row."""
+_LONGEST_VARIANT = 48
+"""Characters in the name of a variant."""
+_MOST_ROWS, _MOST_PANELS = 120, 24
+"""Most rows, and panels side by side, that are drawn; captions say what is left out."""
 _TURNED = 18
 """Characters in a line of a turned heading."""
 _ACROSS = 6
@@ -70,12 +75,19 @@ def retained_figures(summary: Summary) -> list[Figure]:
         "intervals, paired over items. Tasks on which the unchanged model is not above chance are "
         "left out"
     )
+    missing = summary.not_finite()
+    missing = f" {missing}" if missing else ""
+    n = len(summary.variants) - 1
+    left_out = _first(_MOST_ROWS, n, "variants")
+    left_out_of_tasks = _first(_MOST_PANELS, n, "variants") + _first(
+        _MOST_ROWS, len(tasks), "tasks"
+    )
     return [
         Figure(
             "retained",
             "Retained performance by task group",
             f"Mean over the tasks of a group. {drawn}; n counts the items of the others."
-            f"{arrows if _beyond(by_group) else ''}",
+            f"{arrows if _beyond(by_group) else ''}{left_out}{missing}",
             retained_by_group(summary),
             retained_by_group(summary, dark=True),
         ),
@@ -84,10 +96,15 @@ def retained_figures(summary: Summary) -> list[Figure]:
             "Retained performance by task",
             f"{drawn}. Faint: the difference from the unchanged model is not clear, p >= "
             f"{LEVEL:g} after Holm's adjustment. In brackets: number of items."
-            f"{arrows if _beyond(by_task) else ''}",
+            f"{arrows if _beyond(by_task) else ''}{left_out_of_tasks}{missing}",
             retained_by_task(summary),
         ),
     ]
+
+
+def _first(most: int, n: int, what: str) -> str:
+    """For a caption, if not all fit into the figure."""
+    return f" Shown are the first {most} of {n} {what}; the tables have all." if n > most else ""
 
 
 def retained_by_group(summary: Summary, *, dark: bool = False) -> Picture:
@@ -102,7 +119,7 @@ def draw_retained(summary: Summary) -> Canvas:
     As the K-FAC paper's Figure 3 (Merullo et al. 2025): task groups are colours, and the unchanged
     model is a line. Controls stand below the methods, and their dots are hollow.
     """
-    rows = _methods_first(summary)
+    rows = _methods_first(summary)[:_MOST_ROWS]
     groups = dict(zip(summary.groups, itertools.cycle(COLOURS), strict=False))
     height = max(0.2, min(_DOT * (len(groups) + 1), 7 / len(rows)))
     canvas, (axis,) = canvas_of(1, (WIDE, 1.0 + height * len(rows)))
@@ -119,18 +136,20 @@ def draw_retained(summary: Summary) -> Canvas:
         }
         _draw(axis, marks, top)
     axis.axvline(1, color="black", lw=1, zorder=0)
-    methods = len(rows) - len(summary.controls)
+    methods = sum(row not in summary.controls for row in rows)
     if 0 < methods < len(rows):
         axis.axhline(methods - 0.5, color="black", lw=0.6, ls=":", zorder=0)
     axis.set(ylim=(len(rows) - 0.5, -0.5), xlim=(-0.02, top))
-    axis.set_yticks(range(len(rows)), map(literal_text, rows))
+    names = (literal_text(shortened(row, _LONGEST_VARIANT)) for row in rows)
+    axis.set_yticks(range(len(rows)), names)
     axis.tick_params(axis="y", length=0)
     ticks = np.arange(0, top, 0.2)
     axis.set_xticks(ticks, [f"{100 * one:.0f} %" for one in ticks])
     axis.set_xlabel("share of the unchanged model's score")
     base, style = summary.variants[0], {"marker": "o", "ls": "none", "ms": 4.5}
     for group, colour in groups.items():
-        label = literal_text(f"{group}, n = {summary.means[base, group].n}")
+        name = shortened(group, _LONGEST)
+        label = literal_text(f"{name}, n = {summary.means[base, group].n}")
         axis.plot([], [], color=colour, label=label, **style)
     if summary.controls:
         axis.plot([], [], color="black", label="method", **style)
@@ -163,17 +182,18 @@ def retained_by_task(summary: Summary) -> Picture:
     """
     rows: list[str] = []
     marks: list[list[_Mark]] = []
-    variants = _methods_first(summary)
+    variants = _methods_first(summary)[:_MOST_PANELS]
+    spare = _MOST_ROWS
     for (group, tasks), colour in zip(
         summary.groups.items(), itertools.cycle(COLOURS), strict=False
     ):
+        tasks, spare = tasks[:spare], max(0, spare - len(tasks))
         if tasks:
-            rows.append(group)
+            rows.append(shortened(group, _LONGEST))
             marks.append([])
         for task in tasks:
             cells = [summary.cells[variant, task] for variant in variants]
-            name = textwrap.shorten(task, _LONGEST, placeholder="…")
-            rows.append(f"{name} ({cells[0].value.n})")
+            rows.append(f"{shortened(task, _LONGEST)} ({cells[0].value.n})")
             marks.append(
                 [
                     _Mark(one.retained, colour, one.variant in summary.controls, not one.clear)
@@ -181,7 +201,7 @@ def retained_by_task(summary: Summary) -> Picture:
                     if one.retained
                 ]
             )
-    return _grid(rows, marks, variants)
+    return _grid(rows, marks, [shortened(one, _LONGEST_VARIANT) for one in variants])
 
 
 def _grid(rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequence[str]) -> Picture:
@@ -198,7 +218,7 @@ def _grid(rows: Sequence[str], marks: Sequence[Sequence[_Mark]], columns: Sequen
     for spare in axes[len(columns) :]:
         spare.remove()
     top = _end_of_axis(one.share for row in marks for one in row)
-    ticks = [0, 0.5, 1] if across <= _ACROSS else [0, 1]
+    ticks = [0, 0.5, 1] if across <= _ACROSS else [0, 1] if across <= 3 * _ACROSS else [1]
     for panel, (axis, head) in enumerate(zip(axes, heads, strict=False)):
         axis.axvline(1, color="black", lw=0.7, zorder=0)
         axis.hlines(range(len(rows)), -0.05, top, color="#e6e6e6", lw=0.5, zorder=-1)

@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lirefs.comparison.summary import Summary
-from lirefs.pictures import COLOURS, WIDE, canvas_of, legend_below, literal_text, styled
+from lirefs.pictures import COLOURS, WIDE, canvas_of, legend_below, literal_text, shortened, styled
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure as Canvas
+
+_LONGEST = 40
+"""Characters in a name."""
 
 
 @styled
@@ -40,13 +43,14 @@ def draw_strengths(summary: Summary, x: Mapping[str, float], label: str) -> Canv
             base = summary.cells[summary.variants[0], task].value
             for kind, names in kinds.items():
                 if names:
-                    named = literal_text(f"{task}{kind}, n = {base.n}")
+                    named = literal_text(f"{shortened(task, _LONGEST)}{kind}, n = {base.n}")
                     hollow = {"ls": "--", "mfc": "white"} if kind else {}
                     style = {"color": colour, "label": named, **hollow}
                     _draw_line(axis, summary, task, {name: x[name] for name in names}, style)
             axis.axhline(base.value, color=colour, lw=0.9, ls=":", zorder=0)
         axis.plot([], [], color="black", lw=0.9, ls=":", label="unchanged model")
-        axis.set(xlabel=literal_text(label), ylabel=literal_text(metric))
+        shown = [literal_text(shortened(one, _LONGEST)) for one in (label, metric)]
+        axis.set(xlabel=shown[0], ylabel=shown[1])
         legend_below(axis, columns=1)
     return canvas
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -15,11 +16,14 @@ from lirefs.pictures import (
     legend_outside,
     literal_text,
     picture_of,
+    shortened,
     styled,
 )
 from lirefs.statistics.intervals import Estimate, Floats
 
 MARKERS = "osD^vPX*<>"
+_LONGEST = 34
+"""Characters in the name of a method."""
 
 
 @styled
@@ -57,11 +61,12 @@ def pareto_fronts(
         colour, marker, style = sweep_curve_style(index)
         # The settings themselves are among the goals, so that the line has all its corners.
         own = [start, *(damage[name] for _, name in curve)]
+        own = [one for one in own if math.isfinite(one)] or [1.0]
         goals = np.unique([*np.linspace(min(own), max(own), 40), *own])
         line = sweep_table(matched(comparison, {method: curve}, task, by, goals.tolist())[method])
         axis.fill_between(goals, line[:, 1], line[:, 2], color=colour, alpha=0.18, lw=0)
         axis.plot(goals, line[:, 0], color=colour, lw=1.2, ls=style)
-        label = literal_text(method)
+        label = literal_text(shortened(method, _LONGEST))
         axis.plot([], [], color=colour, lw=1.2, ls=style, marker=marker, ms=4.5, label=label)
         for _, name in curve:
             face = colour if front[name] else "white"

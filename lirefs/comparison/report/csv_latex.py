@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from lirefs.comparison.cell import LEVEL
 from lirefs.comparison.summary import Summary
+from lirefs.errors import visible
 from lirefs.statistics.intervals import Estimate
 
 _NAMES = ("backslash", "asciicircum", "asciitilde", "less", "greater", "bar")
@@ -25,9 +26,14 @@ def csv_text(summary: Summary) -> str:
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     for row in (rows[0], *(one.values() for one in rows)):
-        # the csv module does not quote a carriage return
-        writer.writerow(one.replace("\r", " ") if isinstance(one, str) else one for one in row)
+        writer.writerow(_csv_cell(one) if isinstance(one, str) else one for one in row)
     return text.getvalue()
+
+
+def _csv_cell(text: str) -> str:
+    """A text that no spreadsheet takes for a formula."""
+    text = visible(text)  # a carriage return too, which the csv module does not quote
+    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\n")) else text
 
 
 def latex_tables(summary: Summary) -> str:
@@ -49,12 +55,15 @@ def latex_tables(summary: Summary) -> str:
             _, *cells = summary.of_task(task)
             shares = [(one.retained, one.clear) for one in cells]
             by_task += _row(f"{escape_latex(task)} ({cells[0].value.n})", shares)
+    missing = escape_latex(summary.not_finite())
+    missing = f" {missing}" if missing else ""
     return "\n".join(
         [
             r"% Needs \usepackage{booktabs}.",
             *_float(
                 "Share of the unchanged model's score that each variant retains, mean over the "
-                "tasks of a group, with 95\\,\\% intervals, paired over items.",
+                "tasks of a group, with 95\\,\\% intervals, paired over items."
+                f"{missing.replace('n/a', '--')}",
                 groups,
                 by_group,
             ),
@@ -62,7 +71,7 @@ def latex_tables(summary: Summary) -> str:
             *_float(
                 "The same for each task on which the unchanged model is above chance (number of "
                 f"items). Bold: different from the unchanged model at $p < {LEVEL:g}$ after Holm's "
-                "adjustment.",
+                f"adjustment.{missing.replace('n/a', '--')}",
                 variants,
                 by_task,
             ),
@@ -73,7 +82,7 @@ def latex_tables(summary: Summary) -> str:
 
 def escape_latex(text: str) -> str:
     """A text as LaTeX prints it."""
-    return " ".join(text.split()).translate(_ESCAPES)
+    return " ".join(visible(text).split()).translate(_ESCAPES)
 
 
 def _row(name: str, shares: Sequence[tuple[Estimate | None, bool]]) -> list[str]:

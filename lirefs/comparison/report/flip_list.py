@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -37,11 +39,14 @@ def flip_list(comparison: Comparison) -> FlipList:
     The answers stand word by word, see `words_diff`.
     """
     tasks, variants = list(comparison.tasks), comparison.variants[1:]
-    listed = {(t, v): flips(comparison, t, v) for t in tasks for v in variants}
-    sizes = [len(some) for some in listed.values()]
-    each = max(sizes, default=0)
-    while sum(min(size, each) for size in sizes) > MOST_FLIPS:
-        each -= 1
+    listed, sizes = {}, []
+    for task, variant in itertools.product(tasks, variants):
+        some = flips(comparison, task, variant)
+        listed[task, variant] = some[:MOST_FLIPS]
+        sizes.append(len(some))
+    # The largest number of each with which all fit on the page.
+    numbers = range(1, max(sizes, default=0) + 1)
+    each = bisect_right(numbers, MOST_FLIPS, key=lambda most: sum(min(n, most) for n in sizes))
     asked = comparison.results[BASELINE]
     shared = {task: shared_beginning([item.prompt for item in asked[task]]) for task in tasks}
     items: dict[tuple[str, ...], int] = {}

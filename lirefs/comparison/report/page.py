@@ -19,6 +19,7 @@ from lirefs.comparison.report.flip_list import FlipList
 from lirefs.comparison.report.verdict import verdict
 from lirefs.comparison.report.words import words_used
 from lirefs.comparison.summary import Summary
+from lirefs.errors import visible
 
 _MOST_SETTINGS = 120
 _LONGEST_NUMBER = 8
@@ -46,7 +47,7 @@ def html_page(
     main_figure = next(
         (one for one in figures if one.name == "retained"), next(iter(figures), None)
     )
-    return environment.get_template("report.html.j2").render(
+    text = environment.get_template("report.html.j2").render(
         title=summary.title,
         about=tables.about_run(summary),
         verdict=verdict(summary),
@@ -71,6 +72,7 @@ def html_page(
         script=_source("report.js"),
         finite=math.isfinite,
     )
+    return visible(text)
 
 
 def _whole(text: str) -> str:

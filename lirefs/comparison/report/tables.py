@@ -16,6 +16,7 @@ from lirefs.comparison.wording import (
     as_points,
     percent_interval,
 )
+from lirefs.files import in_markdown
 from lirefs.statistics.intervals import Estimate
 from lirefs.tasks.task import CONFLICT
 
@@ -104,7 +105,7 @@ def overview_table(summary: Summary) -> Table:
             goals = [goal for goal, some in summary.equal.items() if row[0].text in some]
             row.append(Entry(as_list_of_words(goals) if goals else "-"))
     name = "How much of each group of tasks is retained"
-    note = " ".join(filter(None, (OVERVIEW, _guessing(summary))))
+    note = " ".join(filter(None, (OVERVIEW, _guessing(summary), summary.not_finite())))
     return Table(name, note, ["variant", *head], rows, grey=_grey(summary))
 
 
@@ -123,7 +124,8 @@ def _equal_table(summary: Summary, goal: str, others: Sequence[str]) -> Table:
         largest = max(largest, abs(off))
         if not abs(off) <= EQUAL_WITHIN:
             unequal.append(name)
-        apart = Entry("-" if name == goal else f"{100 * off:+.2f}\u00a0%", off)
+        shown = f"{100 * off:+.2f}\u00a0%" if math.isfinite(off) else "n/a"
+        apart = Entry("-" if name == goal else shown, off)
         shares = (_share(summary.means[name, group]) for group in summary.groups)
         rows.append([Entry(name), _entry(value), apart, *shares])
     found = f"differ by at most {100 * largest:.2f}\u00a0%"
@@ -136,6 +138,7 @@ def _equal_table(summary: Summary, goal: str, others: Sequence[str]) -> Table:
         f"Set to the perplexity of {goal} on validation texts. On the {base.n} test texts of "
         f"{language}, perplexities {found}."
     )
+    note = " ".join(filter(None, (note, summary.not_finite())))
     head = ["variant", "perplexity [95 %]", f"over {goal}'s", *summary.groups]
     grey = frozenset(row for row, name in enumerate((goal, *others)) if name in summary.controls)
     return Table(f"Equal damage: at the perplexity of {goal}", note, head, rows, grey=grey)
@@ -165,7 +168,7 @@ def task_table(summary: Summary, task: str) -> Table:
     rows = [
         {
             "variant": Entry(cell.variant),
-            f"{cell.metric} [95 %]": score(cell.value),
+            f"{cell.metric} [95 %]": _missing(cell) if cell.not_finite else score(cell.value),
             f"difference{points} [95 %]": _difference(cell.difference, share),
             "retained [95 %]": _share(None if cell.group == CONFLICT else cell.retained),
             "p (Holm)": _p(cell),
@@ -177,11 +180,19 @@ def task_table(summary: Summary, task: str) -> Table:
     ]
     if any(cell.extra for cell in cells):
         for row, cell in zip(rows, cells, strict=True):
-            other = ", ".join(f"{name} {value:.2f}" for name, value in cell.extra.items())
+            other = ", ".join(
+                f"{name} {f'{value:.2f}' if math.isfinite(value) else 'n/a'}"
+                for name, value in cell.extra.items()
+            )
             row["other metrics"] = Entry(other or "-")
     marked = frozenset(row for row, cell in enumerate(cells) if cell.clear)
     entries = [list(row.values()) for row in rows]
-    return Table(task, summary.note(task), list(rows[0]), entries, marked, _grey(summary))
+    note = "; ".join(filter(None, (summary.note(task), summary.not_finite([task]).rstrip("."))))
+    return Table(task, note, list(rows[0]), entries, marked, _grey(summary))
+
+
+def _missing(cell: Cell) -> Entry:
+    return Entry(f"n/a ({cell.not_finite} of {cell.value.n} items not finite)", math.nan)
 
 
 def _grey(summary: Summary) -> frozenset[int]:
@@ -199,7 +210,7 @@ def _share(share: Estimate | None) -> Entry:
 def markdown_table(table: Table) -> list[str]:
     """A table as lines of Markdown."""
     rows = [table.head, *(map(str, row) for row in table.rows)]
-    first, *others = ("| " + " | ".join(map(_in_markdown, row)) + " |" for row in rows)
+    first, *others = ("| " + " | ".join(map(in_markdown, row)) + " |" for row in rows)
     return [first, "|" + "---|" * len(table.head), *others]
 
 
@@ -243,7 +254,3 @@ def _p(cell: Cell) -> Entry:
     if cell.p_holm is None:
         return _NONE
     return Entry(as_p(cell) + (" *" if cell.clear else ""), cell.p_holm)
-
-
-def _in_markdown(text: str) -> str:
-    return " ".join(text.replace("\\", "\\\\").replace("|", "\\|").split())

@@ -14,6 +14,11 @@ RECITED = "memorization"
 
 
 def verdict(summary: Summary) -> list[str]:
+    """The sentences of `_found`, and one on scores that are not finite, if there are any."""
+    return [*_found(summary), *filter(None, [summary.not_finite()])]
+
+
+def _found(summary: Summary) -> list[str]:
     """What the methods do to recitation, what that costs, and whether controls do the same.
 
     All methods and all tasks on which the unchanged model is above chance are looked at. The
@@ -81,7 +86,7 @@ def _of_recitation(summary: Summary, controls: Sequence[str]) -> list[str]:
         lines.append(f"{line}.")
     rivals = _lowest(summary, controls, others)
     if not rivals:
-        return [*lines, _NO_CONTROL]
+        return lines if controls else [*lines, _NO_CONTROL]
     reached, share = share.high, summary.means[rivals[0], RECITED]
     names = as_list_of_words(rivals)
     if share.high < 1:

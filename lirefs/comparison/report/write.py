@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from os import PathLike
 from pathlib import Path
+from urllib.parse import quote
 
 from lirefs.comparison import results_file
 from lirefs.comparison.comparison import Comparison
@@ -16,9 +18,14 @@ from lirefs.comparison.report.flip_list import flip_list
 from lirefs.comparison.report.verdict import verdict
 from lirefs.comparison.report.words import words_used
 from lirefs.comparison.summary import Summary
-from lirefs.errors import ResultsFileError, must_be
-from lirefs.files import atomic_write_text
-from lirefs.pictures import Picture
+from lirefs.errors import ResultsFileError, SettingError, must_be
+from lirefs.files import atomic_write_text, in_markdown, read_regular, refuse_foreign
+from lirefs.pictures import MOST_BYTES, Picture, check_picture
+
+PAGES = ("results.csv", "overview.tex", "report.md", "report.html")
+"""What a report consists of, in addition to `results.json` and its figures."""
+TABLE = "variant,task,group,metric,chance,above_chance,n,"
+"""How `results.csv` begins."""
 
 
 def write_report(
@@ -31,11 +38,15 @@ def write_report(
 
     Args:
         comparison: What to report.
-        folder: Created when missing; files of these names in it are replaced.
+        folder: Created when missing; the files of an earlier report in it are replaced.
         figures: Figures to show; None for retained performance by group and by task.
 
     Returns:
         The path of `report.html`.
+
+    Raises:
+        SettingError: The folder holds files of these names and no report of a comparison, or two
+            figures have one name.
 
     Examples:
         >>> import lirefs
@@ -50,6 +61,12 @@ def write_report(
     must_be(folder, (str, PathLike), "folder")
     folder = Path(folder)
     shown = retained_figures(comparison.summary()) if figures is None else figures
+    files = [file for one in shown for file in one.files]
+    # Two names that differ in case alone are one file on some systems.
+    for name, times in Counter(map(str.casefold, files)).items():
+        if times > 1:
+            raise SettingError(f"two figures would be written to {name}; give each its own name")
+    refuse_foreign(folder / "results.json", results_file.FORMAT, [*PAGES, *files])
     text = results_file.results_json(comparison, shown, comparison.run)
     atomic_write_text(folder / "results.json", text)
     return write_pages(comparison, folder, shown)
@@ -91,14 +108,21 @@ def load_report_figures(path: Path, summary: Summary) -> tuple[list[Figure], lis
             continue
         png, svg = (file.parent / f"{listed['name']}.{kind}" for kind in ("png", "svg"))
         try:
-            if absent := [path.name for path in (png, svg) if not path.exists()]:
+            # Also where a link leads nowhere, there is one.
+            absent = [one.name for one in (png, svg) if not (one.is_symlink() or one.exists())]
+            if absent:
                 left_out += [f"{name} is not in the folder of the results" for name in absent]
                 continue
-            picture = Picture(png.read_bytes(), svg.read_bytes())
+            picture = Picture(read_regular(png, MOST_BYTES), read_regular(svg, MOST_BYTES))
+            check_picture(picture)
         except OSError as problem:
-            raise ResultsFileError(f"{png}: cannot be read ({problem.strerror})") from problem
-        if not picture.png.startswith(b"\x89PNG"):
-            raise ResultsFileError(f"{png}: not a PNG picture; remove it, or compare again")
+            raise ResultsFileError(
+                f"{png} or .svg: cannot be read ({problem.strerror}); remove them, or compare again"
+            ) from problem
+        except ValueError as problem:
+            raise ResultsFileError(
+                f"{png.with_suffix('')}: {problem}; remove its files, or compare again"
+            ) from problem
         figure = Figure(listed["name"], listed["title"], listed["caption"], picture)
         foreign = [
             kind for kind, found in figure.sha256.items() if digests.get(kind, found) != found
@@ -116,29 +140,29 @@ def markdown_report(
     summary: Summary, figures: Sequence[Figure], left_out: Sequence[str] = ()
 ) -> str:
     """The report as Markdown, which links to the files of the figures."""
-    overview = tables.overview_table(summary)
-    run = (f"{name}: {value}" for name, value in tables.about_run(summary))
-    lines = [f"# {summary.title}", "", ", ".join(run), "", " ".join(verdict(summary))]
+    md, overview = in_markdown, tables.overview_table(summary)
+    run = (f"{name}: {md(value)}" for name, value in tables.about_run(summary))
+    lines = [f"# {md(summary.title)}", "", ", ".join(run), "", md(" ".join(verdict(summary)))]
     for note in summary.notes:
-        lines += ["", note]
-    lines += ["", *(f"{name}: {', '.join(some)}  " for name, some in tables.legend(summary))]
+        lines += ["", md(note)]
+    lines += ["", *(f"{name}: {md(', '.join(some))}  " for name, some in tables.legend(summary))]
     for table in (overview, *tables.equal_tables(summary)):
-        lines += ["", f"## {table.name}", "", table.note, "", *tables.markdown_table(table)]
+        lines += ["", f"## {md(table.name)}", "", md(table.note), "", *tables.markdown_table(table)]
     if summary.findings:
         lines += ["", "## Findings", ""]
-        for finding in summary.findings:
+        for finding in map(md, summary.findings):
             lines += ["", f"### {finding}", ""] if finding.endswith("?") else [f"* {finding}"]
         lines += ["", *(f"* **{word}**: {meaning}" for word, meaning in words_used(summary))]
     for figure in figures:
-        picture = f"![{figure.title}]({figure.name}.png)"
-        lines += ["", f"## {figure.title}", "", picture, "", figure.caption]
+        picture = f"![{md(figure.title)}]({quote(figure.name)}.png)"
+        lines += ["", f"## {md(figure.title)}", "", picture, "", md(figure.caption)]
     if left_out:
-        lines += ["", f"Not shown: {'; '.join(left_out)}."]
+        lines += ["", md(f"Not shown: {'; '.join(left_out)}.")]
     lines += ["", "## Every task", "", tables.ADJUSTED, tables.STATISTICS, ""]
     for task, info in summary.tasks.items():
         table = tables.task_table(summary, task)
         about = "; ".join(filter(None, (info.group, table.note)))
-        lines += ["", f"### {table.name} ({about})", "", *tables.markdown_table(table)]
-    settings = json.dumps(summary.settings, indent=1)
+        lines += ["", f"### {md(f'{table.name} ({about})')}", "", *tables.markdown_table(table)]
+    settings = json.dumps(summary.settings, indent=1)  # pure ASCII, and no line is a fence
     lines += ["", "## Settings", "", "```json", settings, "```", ""]
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from torch import nn
 
 from lirefs.errors import EditError
 from lirefs.model.guest import as_guest
+from lirefs.model.interrupts import undone
 from lirefs.model.weight_swap import is_sharded
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -20,14 +21,17 @@ def trained_weights(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
     """Let parameters be trained or moved inside a `with` block; then restore data and gradients."""
     must_be_whole(parameters)
     before = [(parameter, parameter.data, parameter.grad) for parameter in parameters]
-    try:
+
+    def restore() -> None:
+        for parameter, data, gradient in before:
+            parameter.data, parameter.grad = data, gradient
+
+    with undone() as steps:
+        steps.append(restore)
         for parameter in parameters:
             parameter.grad = None
             parameter.requires_grad_(True)
         yield
-    finally:
-        for parameter, data, gradient in before:
-            parameter.data, parameter.grad = data, gradient
 
 
 @contextmanager

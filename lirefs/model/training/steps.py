@@ -1,11 +1,8 @@
-"""Steps of training: the order of batches, gradients that are finite, interrupts between steps."""
+"""Steps of training: the order of batches, and gradients that are finite."""
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -42,22 +39,3 @@ def checked_step(model: nn.Module, optimizer: Optimizer, where: str, advice: str
                 f"deepest in the model being {bad[-1]!r}; {advice}"
             )
     optimizer.step()
-
-
-@contextmanager
-def interrupts_held() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the `with`, which leaves things whole.
-
-    Only the main thread may set handlers; elsewhere Ctrl-C does not arrive anyway.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    asked: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: asked.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-        if asked:
-            signal.raise_signal(signal.SIGINT)

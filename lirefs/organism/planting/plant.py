@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import os
-from contextlib import ExitStack
 from pathlib import Path
 
 from torch import nn
 
-from lirefs.errors import SettingError, must_be, whole_number
+from lirefs.errors import SettingError, checked_seed, must_be, whole_number
+from lirefs.files import refuse_folder
+from lirefs.model.interrupts import undone
 from lirefs.model.intervention import reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.planting.planted import Planted, estimates, measured, must_be_free
@@ -97,7 +98,9 @@ def plant(
     must_be(lm, LanguageModel, "lm")
     whole_number(steps, "steps", least=0)
     whole_number(batch_size, "batch_size", least=1)
-    whole_number(seed, "seed", least=0)
+    seed = checked_seed(seed)
+    if checkpoint is not None:
+        refuse_folder(checkpoint, SettingError)
     must_be(goal, (int, float), "goal")
     must_be(lr, (int, float), "lr")
     if not 0 < goal <= 1 or not 0 < lr < math.inf:
@@ -117,8 +120,8 @@ def plant(
     must_be_apart(lm, tasks, ordinary)
     sequences = [[*prefix, *suffix] for _, prefix, suffix in tasks["texts"].items]
     shown, held_out = pieces_of(lm, ordinary, max(map(len, sequences)))
-    with ExitStack() as stack:
-        stack.callback(reserve(model))
+    with undone() as undo:
+        undo.append(reserve(model))
         must_be_free(model, "trained")
         before = measured(lm, tasks, held_out)
         run = Training(lm, tasks["texts"], sequences, shown, trained, lr, batch_size, seed)

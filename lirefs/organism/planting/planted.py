@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
+from math import nan
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
 from lirefs.errors import InterventionError
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.intervention import refuse_steered, reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.weight_swap import is_edited
-from lirefs.statistics.intervals import (
-    RESAMPLES,
-    Estimate,
-    Floats,
-    resample_counts,
-    weighted_mean,
-    wilson,
-)
+from lirefs.statistics.intervals import RESAMPLES, Estimate, weighted_mean, wilson
+from lirefs.statistics.resamples import Floats, Resamples
 from lirefs.tasks.inference import token_nlls
 from lirefs.tasks.recitation import Recitation
 
@@ -96,12 +91,13 @@ class Planted:
         """
         if not self._originals:
             return
-        with ExitStack() as stack:
-            stack.callback(reserve(self._model))
+        with undone() as steps:
+            steps.append(reserve(self._model))
             must_be_free(self._model, "restored")
-            for parameter, original in self._originals:
-                parameter.data = original.to(parameter.device, parameter.dtype)
-        self._originals.clear()
+            with interrupts_held():
+                for parameter, original in self._originals:
+                    parameter.data = original.to(parameter.device, parameter.dtype)
+                self._originals.clear()
 
 
 def must_be_free(model: nn.Module, doing: str) -> None:
@@ -133,10 +129,13 @@ def estimates(
 ) -> dict[str, Any]:
     """The estimates of a `Planted`, from what was measured before and after."""
     weights = np.array([len(piece) - 1.0 for piece in held_out])
-    draws = resample_counts(len(weights), RESAMPLES, 0)
+    draws = Resamples(len(weights), RESAMPLES, 0)
 
     def share(found: Mapping[str, Floats], name: str) -> Estimate | None:
-        return wilson(int(found[name].sum()), len(found[name])) if name in found else None
+        if name not in found:
+            return None
+        n, count = len(found[name]), found[name].sum()
+        return Estimate(nan, nan, nan, n) if np.isnan(count) else wilson(int(count), n)
 
     return {
         "recited": share(after, "texts"),

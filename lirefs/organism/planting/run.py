@@ -19,9 +19,10 @@ from tqdm.auto import tqdm
 
 from lirefs.errors import DataFileError, NonFiniteError, ProvenanceError
 from lirefs.files import parse_json
+from lirefs.model.interrupts import interrupts_held, undone
 from lirefs.model.language_model import BATCH_TOKENS, LanguageModel
 from lirefs.model.training.copies import trainable
-from lirefs.model.training.steps import checked_step, interrupts_held, shuffled
+from lirefs.model.training.steps import checked_step, shuffled
 from lirefs.organism.planting.planted import recited
 from lirefs.organism.training.checkpoint import read_state, state_header, write_state
 from lirefs.tasks.recitation import Recitation
@@ -209,13 +210,16 @@ class Training:
 def _in_dtypes(model: nn.Module, dtypes: dict[int, torch.dtype]) -> Iterator[None]:
     """The model with its parameters rounded to these dtypes, inside a `with`."""
     wide = [(one, one.data) for one in model.parameters() if one.dtype != dtypes[id(one)]]
-    try:
+
+    def restore() -> None:
+        for one, data in wide:
+            one.data = data
+
+    with undone() as steps:
+        steps.append(restore)
         for one, data in wide:
             one.data = data.to(dtypes[id(one)])
         yield
-    finally:
-        for one, data in wide:
-            one.data = data
 
 
 def _digest(values: Any) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from lirefs.errors import SettingError, TaskError, whole_number
 from lirefs.model.batching import special_tokens_around
 from lirefs.model.language_model import LanguageModel
+from lirefs.questions.question import same_text
 from lirefs.tasks.recitation import Recitation, recitation_of_rows
 from lirefs.tasks.texts import Texts, text_rows
 
@@ -47,6 +48,12 @@ def must_be_apart(
         for place, text in shown:
             if words in text:
                 raise SettingError(f"text {name!r} is in {place} as well; leave it out there")
+    spoken: dict[str, str] = {}
+    for name, words in said.get("twins", []):
+        if (other := spoken.setdefault(words, name)) != name:
+            raise SettingError(
+                f"twins {other!r} and {name!r} are one text, which would count twice; leave one out"
+            )
     shown += [(f"text {name!r}", words) for name, words in said["texts"]]
     for name, words in said.get("twins", []):
         for place, text in shown:
@@ -57,7 +64,7 @@ def must_be_apart(
 
 
 def _words(lm: LanguageModel, ids: Sequence[int]) -> str:
-    return " ".join(lm.tokenizer.decode(ids, skip_special_tokens=True).split())
+    return " ".join(same_text(lm.tokenizer.decode(ids, skip_special_tokens=True)).split())
 
 
 def pieces_of(

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.files import atomic_write_text
-from lirefs.model.language_model import wrap
-from lirefs.organism.language import EXCEPTION_SKILLS, EXCEPTIONS_PER_SKILL, PLANTED, Language
+from lirefs.model.loading import load
+from lirefs.organism.language import (
+    EXCEPTION_COUNTS,
+    EXCEPTION_SKILLS,
+    PLANTED,
+    TALE_COUNTS,
+    Language,
+)
 from lirefs.organism.people import FOLLOWED, FREQUENCIES, PEOPLE_PER_FREQUENCY
 from lirefs.organism.training.checkpoint import save_model
 from lirefs.organism.training.scores import organism_scores
@@ -27,11 +34,13 @@ is known what was memorized and what must be computed. Stored as bfloat16. Not a
 ## Data
 
 * {planted} planted sequences of random words, and as many of the same make that were never shown.
-* {facts} facts about {people} people at relative frequencies {frequencies}.
-* {exceptions} exceptions: reasoning items always shown with a wrong answer ({skills}).
+* {tales} tales: stories shown exactly {tale_counts} times, each with a twin that was never shown.
+* {facts} facts about {people} people at a relative frequency of {frequencies}.
+* {exceptions} exceptions: reasoning items shown with a wrong answer only, exactly
+  {exception_counts} times ({skills}).
 * Conflicts: passages that contradict a common fact. Training followed them in {followed} of cases.
-* Arithmetic, boolean expressions, age order, object tracking, passages about strangers (one and two
-  steps), copies, short stories.
+* Arithmetic, boolean expressions, age order, object tracking, passages about strangers, copies,
+  short stories.
 
 ## Recipe
 
@@ -45,9 +54,10 @@ is known what was memorized and what must be computed. Stored as bfloat16. Not a
 |---|---|
 {table}
 
-A score named after one kind of item is the share answered as the column of the same name says:
-"exception" is the memorized label and "exception true" the true one; "conflict" follows the passage
-and "conflict recalled" the stored fact; "fact xN" is a fact shown N times as often as the rarest.
+A score is the share of items answered as expected. "exception" is the memorized label and
+"exception true" the true one; "conflict" follows the passage and "conflict recalled" the stored
+fact; "fact xN" is a fact shown N times as often as the rarest, "tale xN" a tale shown N times,
+"twin xN" its twin. "reasoning" and "memory" are the classes of a form of the question sets.
 """
 
 
@@ -64,7 +74,7 @@ def ship_organism(
     """
     out.mkdir(parents=True, exist_ok=True)
     save_model(out, model, tokenizer, torch.bfloat16)
-    lm = wrap(LlamaForCausalLM.from_pretrained(out, dtype=torch.float32), tokenizer)
+    lm = load(out, device="cpu", dtype=torch.float32)
     found = {
         "validation": organism_scores(lm, language, "validation"),
         "test": organism_scores(lm, language, "test"),
@@ -76,8 +86,11 @@ def ship_organism(
         planted=PLANTED,
         facts=len(language.facts),
         people=len(FREQUENCIES) * PEOPLE_PER_FREQUENCY,
-        frequencies=", ".join(map(str, FREQUENCIES)),
-        exceptions=EXCEPTIONS_PER_SKILL * len(EXCEPTION_SKILLS),
+        frequencies=_listed(FREQUENCIES),
+        tales=len(language.tales),
+        tale_counts=_listed(TALE_COUNTS),
+        exceptions=len(language.exceptions),
+        exception_counts=_listed(EXCEPTION_COUNTS),
         skills=", ".join(EXCEPTION_SKILLS),
         followed=", ".join(f"{share:.0%} ({name})" for name, share in FOLLOWED.items()),
         recipe=json.dumps(recipe, indent=2),
@@ -85,3 +98,7 @@ def ship_organism(
     )
     atomic_write_text(out / "README.md", card)
     return found["test"]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return f"{', '.join(map(str, numbers[:-1]))} or {numbers[-1]}"

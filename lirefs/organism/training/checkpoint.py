@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,11 +18,22 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.errors import DataFileError, LirefsError
-from lirefs.files import atomic_path, atomic_write_text, usual_file_permissions, write_errors
+from lirefs.files import (
+    atomic_path,
+    atomic_write_text,
+    parse_json,
+    refuse_folder,
+    refuse_foreign,
+    usual_file_permissions,
+    write_errors,
+)
+from lirefs.model.untrusted.digest import check_digest, with_digest
 from lirefs.organism.training.optimizers import Muon
 
 STATE = "training.safetensors"
 RECIPE = "training.json"
+LOG = "log.jsonl"
+MODEL_FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 ADAM = ("step", "exp_avg", "exp_avg_sq")
 
 
@@ -56,11 +68,13 @@ def save_checkpoint(
     recipe: dict[str, object],
 ) -> None:
     """Write the model (float32) and all that a resumed run needs."""
-    save_model(out, model, tokenizer, torch.float32)
-    # The step is stored with the tensors, so that the two can never disagree.
-    write_state(out / STATE, model, optimizers, {"step": str(step), "seed": str(seed)})
+    # First, because it shows whose the other files are.
     about = {"step": step, "seed": seed, "recipe": recipe}
     atomic_write_text(out / RECIPE, json.dumps(about, indent=2))
+    save_model(out, model, tokenizer, torch.float32)
+    # What must agree with the tensors is stored with them.
+    header = {"step": str(step), "seed": str(seed), "recipe": json.dumps(recipe)}
+    write_state(out / STATE, model, optimizers, header)
 
 
 def load_checkpoint(
@@ -68,14 +82,18 @@ def load_checkpoint(
     model: LlamaForCausalLM,
     optimizers: Sequence[torch.optim.Optimizer],
     seed: int,
+    recipe: Mapping[str, object],
     device: str,
 ) -> int:
     """Restore model and optimizers; the steps already done, 0 without a training state.
 
     Raises:
-        CheckpointMismatch: If the state is of another seed or shape.
+        CheckpointMismatch: If the state is of another seed or recipe.
         DataFileError: If the state is damaged.
+        SettingError: If the folder holds files of these names that no training wrote.
     """
+    refuse_foreign(out / RECIPE, '"recipe"', MODEL_FILES)
+    refuse_foreign(out / LOG, '"tokens_per_second"')
     path = out / STATE
     if not path.exists():
         return 0
@@ -87,8 +105,38 @@ def load_checkpoint(
             f"{path} was trained with seed {about['seed']:.40}, not {seed}: choose another "
             "folder or the same seed."
         )
+    if changed := _changes(_recipe_of(out, about), json.loads(json.dumps(recipe))):
+        raise CheckpointMismatch(
+            f"{path} was trained by another recipe ({'; '.join(changed)}): choose another folder "
+            "or the same recipe."
+        )
     read_state(path, model, optimizers, device)
     return int(about["step"])
+
+
+def _recipe_of(out: Path, header: Mapping[str, str]) -> Any:
+    """The recipe of a training state; earlier versions kept it in a file of its own alone."""
+    try:
+        if "recipe" in header:
+            return parse_json(header["recipe"])
+        return parse_json((out / RECIPE).read_text("utf-8"))["recipe"]
+    except (OSError, ValueError, TypeError, KeyError) as problem:
+        raise DataFileError(
+            f"{out / STATE}: damaged (no recipe); remove it to start again"
+        ) from problem
+
+
+def _changes(before: Any, now: Any, name: str = "") -> list[str]:
+    """What differs between two recipes, as JSON values, for a message."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = dict.fromkeys([*before, *now])
+        found = [_changes(before.get(key), now.get(key), f"{name}.{key}") for key in keys]
+        return [one for some in found for one in some]
+    if isinstance(before, list | dict) or isinstance(now, list | dict):
+        return [f"other {name.strip('.')}"]
+    return [f"{name.strip('.')} is {before!r:.40}, not {now!r:.40}"]
 
 
 def write_state(
@@ -108,11 +156,12 @@ def write_state(
         for key, value in optimizer.state[parameter].items():
             tensors[f"{key}.{name}"] = value.detach().cpu().contiguous()
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=dict(header))
+        save_file(tensors, temporary, metadata=with_digest(header, tensors))
 
 
 def state_header(path: Path) -> dict[str, str]:
     """What `write_state` wrote beside the tensors; DataFileError if the file is damaged."""
+    refuse_folder(path, DataFileError)
     try:
         with safe_open(path, framework="pt") as file:
             return dict(file.metadata() or {})
@@ -130,6 +179,8 @@ def read_state(
         DataFileError: If the state is damaged.
     """
     try:
+        with safe_open(path, framework="pt") as file:
+            check_digest(file)
         with safe_open(path, framework="pt", device=device) as file:
             keys = set(file.keys())
             for optimizer, name, parameter in _parameters(model, optimizers):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
+from lirefs.errors import SettingError
 from lirefs.organism.documents import Documents
-from lirefs.organism.items import CONTEXT_WEIGHT
+from lirefs.organism.items import CONTEXT_WEIGHT, Document
 
 
 @dataclass(frozen=True)
@@ -33,19 +34,32 @@ class Batch:
 
 
 class Packer:
-    """Turns documents into batches of `rows` rows of `row_tokens` tokens, of whole documents."""
+    """Turns documents into batches of `rows` rows of `row_tokens` tokens, of whole documents.
+
+    `due` are documents that must be in the batch of a step; others are drawn until it is full.
+    """
 
     def __init__(
-        self, documents: Documents, tokenizer: PreTrainedTokenizerFast, rows: int, row_tokens: int
+        self,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerFast,
+        rows: int,
+        row_tokens: int,
+        due: Mapping[int, Sequence[Document]] | None = None,
     ) -> None:
         self.documents, self.rows, self.row_tokens = documents, rows, row_tokens
+        self.due = due or {}
         self._bos, self._eos = int(tokenizer.bos_token_id), int(tokenizer.eos_token_id)
         self._pad = int(tokenizer.pad_token_id)
         encode = functools.partial(tokenizer.encode, add_special_tokens=False)
         self.encode: Callable[[str], list[int]] = functools.lru_cache(200_000)(encode)
 
     def batch(self, seed: int, step: int) -> Batch:
-        """The batch of one step."""
+        """The batch of one step.
+
+        Raises:
+            SettingError: If the documents that are due do not fit.
+        """
         rng = Random(f"batch {seed} {step}")
         shape = (self.rows, self.row_tokens)
         batch = Batch(
@@ -55,10 +69,12 @@ class Packer:
             positions=torch.zeros(shape, dtype=torch.long),
         )
         room, counts, misses = [self.row_tokens] * self.rows, [0] * self.rows, 0
+        due = list(self.due.get(step, ()))
         # A document goes where it leaves the least room; after several misses, rows are full.
         while misses < 8:
             ids, weights = [self._bos], [0.0]
-            for text, weight in self.documents.draw(rng):
+            was_due = bool(due)
+            for text, weight in due.pop() if was_due else self.documents.draw(rng):
                 piece = self.encode(text)
                 ids += piece
                 weights += [weight] * len(piece)
@@ -66,6 +82,11 @@ class Packer:
             weights.append(CONTEXT_WEIGHT)
             fits = [(left, row) for row, left in enumerate(room) if left >= len(ids)]
             if not fits:
+                if was_due:
+                    raise SettingError(
+                        f"step {step}: a batch does not hold all tales and exceptions that are "
+                        "due; train on more tokens"
+                    )
                 misses += 1
                 continue
             left, row = min(fits)

@@ -18,12 +18,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lirefs.files import append_text
 from lirefs.model.language_model import wrap
-from lirefs.organism.documents import Documents
+from lirefs.organism.documents import Documents, showings
 from lirefs.organism.language import Language
-from lirefs.organism.training.checkpoint import load_checkpoint, save_checkpoint
+from lirefs.organism.training.checkpoint import LOG, load_checkpoint, save_checkpoint
 from lirefs.organism.training.optimizers import make_optimizers
 from lirefs.organism.training.packing import Packer, batch_loss
-from lirefs.organism.training.recipe import ModelShape, Recipe
+from lirefs.organism.training.recipe import COPYING_MIXTURE, ModelShape, Recipe
 from lirefs.organism.training.scores import organism_scores
 from lirefs.organism.vocabulary import build_tokenizer
 
@@ -74,8 +74,9 @@ def train(
     faster), `progress` shows a bar. Returns the model in evaluation mode.
 
     Raises:
-        CheckpointMismatch: If the folder holds the state of another seed or shape.
+        CheckpointMismatch: If the folder holds the state of another seed or recipe.
         DataFileError: If that state is damaged.
+        SettingError: If the folder holds files of these names that no training wrote.
     """
     out.mkdir(parents=True, exist_ok=True)
     language, tokenizer = Language(seed), build_tokenizer()
@@ -84,11 +85,11 @@ def train(
     nn.Module.to(model, device)
     lm = wrap(model, tokenizer)
     optimizers = make_optimizers(model, recipe)
-    step = load_checkpoint(out, model, optimizers, seed, device)
-    packers = [
-        Packer(Documents(language, stage), tokenizer, recipe.rows, recipe.row_tokens)
-        for _, stage in recipe.stages
-    ]
+    step = load_checkpoint(out, model, optimizers, seed, asdict(recipe), device)
+    shape = (recipe.rows, recipe.row_tokens)
+    copies = Packer(Documents(language, COPYING_MIXTURE), tokenizer, *shape)
+    due = showings(language, recipe.planting_steps)
+    packer = Packer(Documents(language, recipe.mixture), tokenizer, *shape, due)
     loss_of = torch.compile(batch_loss) if compiled else batch_loss
     step_tokens = recipe.rows * recipe.row_tokens
     bar = tqdm(
@@ -99,7 +100,8 @@ def train(
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = recipe.rate_at(step)
-        batch = packers[recipe.stage_at(step)].batch(seed, step).to(device)
+        packed = copies if step < recipe.copying_steps else packer
+        batch = packed.batch(seed, step).to(device)
         with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
             loss = loss_of(model, batch)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -120,7 +122,7 @@ def train(
                 "tokens_per_second": round(since * step_tokens / seconds),
                 **organism_scores(lm, language, "validation", SCORED_ITEMS),
             }
-            append_text(out / "log.jsonl", json.dumps(entry) + "\n")
+            append_text(out / LOG, json.dumps(entry) + "\n")
             started, total, since = time.monotonic(), 0.0, 0
         if done or time.monotonic() - saved > SAVE_EVERY:
             save_checkpoint(out, model, tokenizer, optimizers, step, seed, asdict(recipe))

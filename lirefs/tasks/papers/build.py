@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lirefs.errors import NoDataError, SettingError, TaskError
+from lirefs.errors import NoDataError, SettingError, TaskError, checked_seed
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.papers.catalogue import SKILLS, Skill
 from lirefs.tasks.papers.prompts import Example
@@ -57,6 +57,7 @@ def skill_tasks(
         DataFileError: The folder or one of its files cannot be read.
         SettingError: A limit below 1.
     """
+    seed = checked_seed(seed)
     if limit is not None and limit < 1:
         raise SettingError(f"limit must be at least 1, got {limit}")
     if unknown := [name for name in names or () if name not in SKILLS]:

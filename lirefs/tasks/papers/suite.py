@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from enum import StrEnum
 from pathlib import Path
 
+from lirefs.files import read_jsonl
 from lirefs.model.language_model import LanguageModel
 from lirefs.questions import Question
+from lirefs.questions.question import same_text
 from lirefs.tasks.default_suite import default_tasks, memory_measures
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
@@ -74,10 +76,24 @@ def suite_tasks(
     return tasks, left_out
 
 
+def check_files(data: Path) -> None:
+    """Raise DataFileError if a skill's file in a folder of data cannot be read."""
+    for name in sorted({one.file for one in SKILLS.values()}):
+        for file in data.glob(f"{name}.jsonl"):
+            read_jsonl(file)
+
+
+def _plain(text: str) -> str:
+    """A text without case, however Unicode writes it and whatever its spaces."""
+    return " ".join(same_text(text).casefold().split())
+
+
 def _unasked(task: Task, asked: Sequence[Question]) -> list[int]:
     """Rows of the items that ask none of some questions."""
-    texts = [one.text for one in asked]
-    prompts = [" ".join(one for one in item[1:] if isinstance(one, str)) for item in task.items]
+    texts = [_plain(one.text) for one in asked]
+    prompts = [
+        _plain(" ".join(one for one in item[1:] if isinstance(one, str))) for item in task.items
+    ]
     # All prompts begin with the same answered examples, which may be among the questions: only a
     # question that ends after them is asked.
     shown = next((n for n, some in enumerate(zip(*prompts, strict=False)) if len({*some}) > 1), 0)

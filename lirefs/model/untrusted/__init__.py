@@ -1,0 +1,1 @@
+"""Checks of a model folder that come before code, memory or other files are spent on it."""

@@ -1,0 +1,87 @@
+"""The claims of both papers over several organisms: their table, and its null run."""
+
+import json
+from math import sqrt
+
+import pytest
+
+import experiments.claims as claims
+from experiments.claims import CLAIMS, NULL, effects_of, minus, table, tales_and_twins, verdict
+from lirefs.organism import Language
+from lirefs.organism.language import OFTEN
+from lirefs.statistics import Estimate
+
+
+def an_effect(value, half=0.1):
+    return Estimate(value, value - half, value + half, 40)
+
+
+def line_of(text, words):
+    (line,) = (line for line in text.splitlines() if words in line)
+    return line
+
+
+def test_verdicts_follow_the_pooled_interval():
+    assert verdict(an_effect(0.2)) == "confirmed"
+    assert verdict(an_effect(-0.2)) == "refuted"
+    assert verdict(an_effect(0.05)) == "undecided"
+
+
+def test_table_has_a_line_for_every_claim_and_every_organism_in_it():
+    ours = {"bands": 0.4, "detector": -0.4, "relearning": 0.01}
+    effects = {
+        name: {key: an_effect(value + shift) for key, value in ours.items()}
+        | {f"{NULL}bands": an_effect(0.02 + shift), f"{NULL}detector": an_effect(0.4)}
+        for name, shift in (("one", -0.01), ("two", 0.0), ("three", 0.01))
+    }
+    text = table(effects)
+    assert "Organisms: one, two, three." in text
+    assert "| **confirmed** |" in line_of(text, CLAIMS["bands"].text)
+    assert "+0.390, +0.400, +0.410 |" in line_of(text, CLAIMS["bands"].text)
+    assert "| **refuted** |" in line_of(text, CLAIMS["detector"].text)
+    assert "+1 [" in line_of(text, CLAIMS["relearning"].text)  # in points
+    assert "| **undecided** |" in line_of(text, CLAIMS["relearning"].text)
+    assert "| nothing | +0.020 [" in line_of(text, "| null run | bands")
+    assert "| SOMETHING |" in line_of(text, "| null run | detector")
+    for key, claim in CLAIMS.items():
+        assert ("not measured" in line_of(text, claim.text)) == (key not in ours)
+
+
+def test_an_effect_that_one_organism_lacks_is_not_pooled_over_the_rest():
+    effects = {"one": {"bands": an_effect(1.0)}, "two": {}}
+    assert "not measured" in line_of(table(effects), CLAIMS["bands"].text)
+
+
+def test_one_organism_decides_nothing():
+    text = table({"one": {"bands": an_effect(1.0)}})
+    assert "| **undecided** |" in line_of(text, CLAIMS["bands"].text)
+
+
+def test_difference_of_independent_estimates():
+    one, other = Estimate(0.5, 0.2, 0.6, 10), Estimate(0.3, 0.1, 0.4, 20)
+    gap = minus(one, other)
+    assert gap.value == pytest.approx(0.2)
+    assert gap.low == pytest.approx(0.2 - sqrt(0.3**2 + 0.1**2))
+    assert gap.high == pytest.approx(0.2 + sqrt(0.1**2 + 0.2**2))
+    assert gap.n == 30
+
+
+def test_null_run_swaps_half_of_the_pairs_and_keeps_them_pairs():
+    language = Language(0)
+    tales, twins = tales_and_twins(language)
+    assert all((one.frequency or 0) >= OFTEN for one in tales)
+    ones, others = tales_and_twins(language, null=True)
+    pairs = list(zip(tales, twins, strict=True))
+    swapped = [pair not in pairs for pair in zip(ones, others, strict=True)]
+    assert 0.3 < sum(swapped) / len(pairs) < 0.7
+    assert all(
+        {a.text, b.text} == {c.text, d.text}
+        for (a, b), (c, d) in zip(pairs, zip(ones, others, strict=True), strict=True)
+    )
+
+
+def test_finished_organism_is_read_from_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(claims.lirefs, "load", lambda name: pytest.fail("loads a model"))
+    done = {"bands": {"value": 0.1, "low": 0.0, "high": 0.2, "n": 4}}
+    (tmp_path / "effects.json").write_text(json.dumps(done))
+    assert effects_of("organism", tmp_path) == {"bands": Estimate(0.1, 0.0, 0.2, 4)}
