@@ -32,7 +32,10 @@ MAY_IMPORT = {
 ABOVE = ("main_job", "cli", "experiments", "__main__")
 """Wings that may import every wing below them, and those of this list before them."""
 DOORS = ("lirefs", "kfac")
-"""The two packages that users import; their stubs gather public names from the wings."""
+"""The two packages that users import; their stubs gather public names from the wings.
+
+The stub of a wing, which gathers the wing's own names, is read in place of its `__init__.py` too.
+"""
 LONGEST = 400
 MOST_MODULES = 16
 MOST_AT_THE_TOP = 6
@@ -46,8 +49,8 @@ def name_of(path: Path) -> str:
 MODULES = {
     name_of(path): path
     for package in ("lirefs", "kfac", "experiments")
-    for path in sorted((ROOT / package).rglob("*.py"))
-} | {door: ROOT / door / "__init__.pyi" for door in DOORS}
+    for path in sorted([*(ROOT / package).rglob("*.py"), *(ROOT / package).rglob("*.pyi")])
+}
 
 
 def imported(path: Path) -> set[str]:
@@ -59,7 +62,7 @@ def imported(path: Path) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             stub = path.suffix == ".pyi"
             assert node.level == stub, f"{path}: imports are absolute, those of stubs relative"
-            package = [path.parent.name] if stub else []
+            package = [name_of(path)] if stub else []
             module = ".".join([*package, *([node.module] if node.module else [])])
             names |= {
                 f"{module}.{alias.name}" if f"{module}.{alias.name}" in MODULES else module

@@ -1,1 +1,4 @@
-"""The command line, one module a command."""
+"""The command line, one module a command.
+
+Commands import what they need when they run: `lirefs --help` should not wait for torch.
+"""

@@ -13,15 +13,14 @@ from typing import Annotated, Any
 
 import typer
 
-import kfac
-import lirefs
 from lirefs.cli import curvature, organism
 from lirefs.cli.compare import compare_command
 from lirefs.cli.directions import export_command, probe_command, steer_command
 from lirefs.cli.mine import mine_command
 from lirefs.cli.pool import pool_command
 from lirefs.cli.report import report_command
-from lirefs.errors import visible
+from lirefs.errors import LirefsError, visible
+from lirefs.version import __version__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +48,7 @@ def main() -> None:
     warnings.formatwarning = _visible_warning
     try:
         app(standalone_mode=True)
-    except (lirefs.LirefsError, kfac.KfacError, OSError) as error:
+    except (LirefsError, OSError) as error:
         typer.echo(visible(f"{type(error).__name__}: {' '.join(str(error).split())}"), err=True)
         sys.exit(2)
     except SystemExit as end:
@@ -91,7 +90,7 @@ def _program(path: str) -> list[str]:
 
 def _print_version(value: bool) -> None:
     if value:
-        typer.echo(f"lirefs {lirefs.__version__}")
+        typer.echo(f"lirefs {__version__}")
         raise typer.Exit
 
 

@@ -6,8 +6,6 @@ import os
 from pathlib import Path
 from typing import Annotated
 
-import torch
-import torch.distributed as dist
 from typer import Option
 
 from lirefs.cli.options import (
@@ -27,11 +25,7 @@ from lirefs.cli.options import (
     keep_finished,
     print_result,
 )
-from lirefs.comparison.journal import journal_files
-from lirefs.comparison.results_file import FORMAT
-from lirefs.main_job.jobs import QUICK, first_process, retained_table, run
-from lirefs.model.processes.world import together
-from lirefs.tasks.papers.suite import Suite
+from lirefs.tasks.settings import QUICK, Suite
 
 
 def compare_command(
@@ -92,6 +86,11 @@ def compare_command(
     On the organism, settings that are not given are chosen on validation items. Under torchrun the
     items are split over the processes.
     """
+    from lirefs.comparison.journal import journal_files
+    from lirefs.comparison.results_file import FORMAT
+    from lirefs.main_job.jobs import first_process, retained_table, run
+    from lirefs.model.processes.world import together
+
     if not (resume and journal_files(out / "unfinished")):
         keep_finished(out / "results.json", force, FORMAT)  # `run` looks at the other files
     if factors is not None and not factors.is_file():
@@ -134,6 +133,11 @@ def _join_processes(device: str | None) -> str | None:
     """Under torchrun, join the other processes; all but the first are silent."""
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return device
+    import torch
+    import torch.distributed as dist
+
+    from lirefs.main_job.jobs import first_process
+
     cuda = torch.cuda.is_available() and (device or "cuda").startswith("cuda")
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo")

@@ -7,10 +7,8 @@ import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import numpy as np
-import torch
 import typer
 from typer import Option
 
@@ -35,11 +33,11 @@ from lirefs.cli.options import (
 from lirefs.cli.passages import Passage, batches_cut_alike, labelled_batch, texts_to_read
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text
-from lirefs.main_job.settings import console_table
-from lirefs.statistics.intervals import roc_areas
-from lirefs.tasks.default_suite import DATA, calibration_texts, heldout_texts
-from lirefs.tasks.recitation import recitation_of_rows
-from lirefs.tasks.texts import TextRow, text_rows
+from lirefs.main_job.console import console_table
+from lirefs.tasks.shipped_data import DATA
+
+if TYPE_CHECKING:
+    from lirefs.tasks.texts import TextRow
 
 CLASSES = {"clean": 0, "memorized": 1}
 Memorized = Annotated[
@@ -82,7 +80,7 @@ def collect_command(
     if budget is not None and not 0 < budget < math.inf:
         raise SettingError(f"--budget {budget}: must be above 0 GiB")
     chosen = options.indices_option(layers)
-    rows = calibration_texts() if texts is None else texts_to_read(texts)
+    rows = lirefs.calibration_texts() if texts is None else texts_to_read(texts)
     lm = options.load_model(model, device, dtype, device_map)
     targets = kfac.find_targets(lm.model, chosen, roles(projections))
     room = None if budget is None else int(budget * 2**30)
@@ -183,6 +181,9 @@ def bands_command(
 
     Memorized texts that the model does not recite are left out.
     """
+    from lirefs.tasks.default_suite import heldout_texts
+    from lirefs.tasks.texts import text_rows
+
     options.keep_finished(out / "bands.json", force, '"bands"', options.figure_files("bands"))
     ordinary = [t for _, t in heldout_texts("test")] if clean is None else texts_to_read(clean)
     passages = text_rows(memorized or DATA / "passages.jsonl", "memorized")
@@ -235,6 +236,12 @@ def detect_command(
     quiet: Quiet = False,
 ) -> None:
     """Score texts by their share in flat directions: memorized texts score high."""
+    import numpy as np
+
+    from lirefs.statistics.intervals import roc_areas
+    from lirefs.tasks.default_suite import heldout_texts
+    from lirefs.tasks.texts import TextRow, text_rows
+
     others = ["detector.json", *options.figure_files("detector")]
     options.keep_finished(out / "scores.jsonl", force, '"score"', others)
     rows = text_rows(texts or DATA / "passages.jsonl", "texts", SettingError)
@@ -317,6 +324,11 @@ def relearn_command(
     quiet: Quiet = False,
 ) -> None:
     """Fine-tune the edited model on half of what it recited, and test the other half."""
+    import torch
+
+    from lirefs.tasks.default_suite import heldout_texts
+    from lirefs.tasks.texts import text_rows
+
     others = options.figure_files("relearning")
     options.keep_finished(out / "relearning.json", force, '"arms"', others)
     points = options.indices_option(steps, "--steps") or [0]
@@ -366,6 +378,8 @@ def _recited(
     lm: lirefs.LanguageModel, rows: Sequence[TextRow], least: int, purpose: str = ""
 ) -> list[Passage]:
     """The memorized texts that the model recites; prints how many, refuses fewer than `least`."""
+    from lirefs.tasks.recitation import recitation_of_rows
+
     items = recitation_of_rows(lm, rows, "passages").items
     batches = [labelled_batch(lm, prefix, suffix) for _, prefix, suffix in items]
     flags = kfac.teacher_forced_matches(lm.model.eval(), batches).bool().tolist()

@@ -11,8 +11,7 @@ import kfac
 from lirefs.cli import options
 from lirefs.cli.options import DEFAULT_MODEL, Json, Model, Quiet
 from lirefs.errors import SettingError
-from lirefs.main_job.settings import console_table
-from lirefs.model.loading import without_weights
+from lirefs.main_job.console import console_table
 
 ESTIMATORS = ("kfac", "marginal", "diagonal", "ekfac")
 Projections = Annotated[
@@ -40,6 +39,8 @@ def plan_command(
 
     Only the configuration of the model is read.
     """
+    from lirefs.model.loading import without_weights
+
     wanted = [part.strip() for part in estimators.split(",")]
     for name in wanted:
         options.choice_option(name, "--estimators", ESTIMATORS)

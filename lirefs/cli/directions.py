@@ -13,30 +13,19 @@ from typer import Argument, Option
 
 import lirefs
 from lirefs.cli import options
-from lirefs.cli.probe_page import probe_page
-from lirefs.comparison.compare import command_line
-from lirefs.directions import estimators, geometry
-from lirefs.directions import figures as probe_plots
-from lirefs.directions.directions import FORMAT
 from lirefs.errors import SettingError
-from lirefs.export.bake import bake
-from lirefs.export.gguf import ARCHITECTURE, to_gguf
-from lirefs.export.vllm import WORKER
 from lirefs.files import atomic_write_text, cache_dir, refuse_foreign
-from lirefs.main_job.settings import console_table
-from lirefs.model.builtin import BUILTIN
-from lirefs.model.layout import SITES
-from lirefs.organism.language import Language, language_seed
-from lirefs.organism.tasks import organism_questions
-from lirefs.steering.operators import OPERATORS
+from lirefs.main_job.console import console_table
+from lirefs.steering.operator_names import OPERATORS
 
 ESTIMATORS = {
-    "mean": estimators.MeanDifference,
-    "whitened": estimators.WhitenedMeanDifference,
-    "logistic": estimators.LogisticDirection,
-    "pca": estimators.PCADirection,
-    "ridge": estimators.RidgeDirection,
+    "mean": "MeanDifference",
+    "whitened": "WhitenedMeanDifference",
+    "logistic": "LogisticDirection",
+    "pca": "PCADirection",
+    "ridge": "RidgeDirection",
 }
+"""The estimators by the names of `--estimator`: classes of `lirefs`."""
 BAKED = "steering.json"
 """What was baked, in the folder of the model."""
 PROBE_FILES = [
@@ -87,6 +76,13 @@ def probe_command(
     quiet: options.Quiet = False,
 ) -> None:
     """Fit directions, report them with their controls on a page, and write them to a file."""
+    from lirefs.cli.probe_page import probe_page
+    from lirefs.comparison.compare import command_line
+    from lirefs.directions import figures as probe_plots
+    from lirefs.directions import geometry
+    from lirefs.directions.directions import FORMAT
+    from lirefs.model.layout import SITES
+
     options.keep_finished(out / "probe.json", force, '{\n  "best_layer"', PROBE_FILES)
     refuse_foreign(out / "directions.safetensors", FORMAT)
     options.choice_option(estimator, "--estimator", ESTIMATORS)
@@ -113,7 +109,8 @@ def probe_command(
             f"--against {against}: has width {second.width}, {model} has {lm.width}, so their "
             "directions cannot be compared"
         )
-    found = lirefs.fit(lm, split, ESTIMATORS[estimator](), **settings)
+    estimate = getattr(lirefs, ESTIMATORS[estimator])()
+    found = lirefs.fit(lm, split, estimate, **settings)
     found.directions.save(out / "directions.safetensors")
     figures = {
         "layers": probe_plots.probe_by_layer(found),
@@ -130,13 +127,13 @@ def probe_command(
         figures["transfer"] = probe_plots.transfer_bars(found, {other.source: scored})
         results["transfer"] = [one.to_dict() for one in scored.auroc]
         maps[f"with directions of {Path(other.source).name}"] = lirefs.fit(
-            lm, other_split, ESTIMATORS[estimator](), **settings
+            lm, other_split, estimate, **settings
         ).directions
     figures["cosines"] = probe_plots.cosine_maps(
         {name: geometry.cosines(found.directions, one) for name, one in maps.items()}
     )
     if second is not None:
-        twin = lirefs.fit(second, split, ESTIMATORS[estimator](), **settings)
+        twin = lirefs.fit(second, split, estimate, **settings)
         figures["side_by_side"] = probe_plots.probes_side_by_side(
             {lm.name: found, second.name: twin}
         )
@@ -213,6 +210,9 @@ def export_command(
     gguf: a control vector for llama.cpp. baked: a model that transformers loads without this
     package. vllm, transformers: the direction in a file of its own.
     """
+    from lirefs.directions.directions import FORMAT
+    from lirefs.export.gguf import ARCHITECTURE, to_gguf
+
     if to is None:
         to = Runtime.TRANSFORMERS if out.suffix == ".safetensors" else Runtime.GGUF
     options.choice_option(operator, "--operator", OPERATORS)
@@ -227,7 +227,7 @@ def export_command(
     if to is Runtime.GGUF:
         to_gguf(steer, out, lm)
     elif to is Runtime.BAKED:
-        options.save_model(bake(steer, lm.model), lm.tokenizer, out, BAKED, steer.describe())
+        options.save_model(lirefs.bake(steer, lm.model), lm.tokenizer, out, BAKED, steer.describe())
     else:
         steer.check(lm.model)
         _alone(directions, steer.directions[0]).save(out)
@@ -253,6 +253,9 @@ def _next_lines(to: Runtime, model: str, out: Path, operator: str, strength: flo
             f'print(pipeline("text-generation", {str(out)!r})("...", do_sample=False))',
         ]
     if to is Runtime.VLLM:
+        from lirefs.export.vllm import WORKER
+        from lirefs.model.builtin import BUILTIN
+
         # Workers may run in another folder.
         given = {"directions": str(out.absolute()), "operator": operator, "strength": strength}
         settings = ["--additional-config", json.dumps({"lirefs": given})]
@@ -270,9 +273,10 @@ def _next_lines(to: Runtime, model: str, out: Path, operator: str, strength: flo
 
 def _questions(model: str, given: Path | None, labels: list[str]) -> lirefs.Questions:
     """The questions that are given, else an organism's own, else the project's."""
-    taught = language_seed(model) if given is None else None
+    taught = lirefs.organism.language_seed(model) if given is None else None
     if taught is not None:
-        return organism_questions("passage", Language(taught))
+        language = lirefs.organism.Language(taught)
+        return lirefs.organism.organism_questions("passage", language)
     return lirefs.load_questions("default" if given is None else given, labels=labels)
 
 

@@ -10,8 +10,7 @@ from typer import Argument, Option
 import lirefs
 from lirefs.cli import options
 from lirefs.errors import SettingError
-from lirefs.tasks.inference import BATCH_TOKENS
-from lirefs.tasks.texts import plain_texts
+from lirefs.tasks.settings import BATCH_TOKENS
 
 COPIED = 0.5
 """Windows with at least this share of predictable 4-grams are counted as predictable."""
@@ -47,6 +46,8 @@ def mine_command(
 
     The same command continues an interrupted run: finished windows are in OUT.partial.
     """
+    from lirefs.tasks.texts import plain_texts
+
     options.keep_finished(out, force, '"prefix_ids"', [f"{out.name}.json"])
     texts = plain_texts(corpus, "corpus", SettingError)
     lm = options.load_model(model, device, dtype, device_map)

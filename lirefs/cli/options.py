@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from rich.console import RenderableType
-from transformers.utils import logging as transformers_logging
 from typer import Option
 
 import lirefs
@@ -27,8 +26,7 @@ from lirefs.files import (
     usual_file_permissions,
     write_errors,
 )
-from lirefs.main_job.settings import SafeConsole
-from lirefs.model.loading import usable_device
+from lirefs.main_job.console import SafeConsole
 from lirefs.questions.question import LABELS
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -63,6 +61,8 @@ def print_result(result: Any, shown: RenderableType, as_json: bool) -> None:
 
 def be_quiet(value: bool) -> bool:
     """Callback of `--quiet`: the console is silent, or not, and so is transformers."""
+    from transformers.utils import logging as transformers_logging
+
     console.quiet = value
     if value or not sys.stderr.isatty():
         transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -74,6 +74,8 @@ def be_quiet(value: bool) -> bool:
 def device_option(value: str | None) -> str | None:
     """Callback of an option that names a device; SettingError if no such device exists."""
     if value is not None:
+        from lirefs.model.loading import usable_device
+
         usable_device(value, "--device")
     return value
 

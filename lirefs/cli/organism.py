@@ -26,15 +26,9 @@ from lirefs.cli.options import (
 )
 from lirefs.errors import ModelLoadError
 from lirefs.files import atomic_write_text
-from lirefs.main_job.settings import console_table
+from lirefs.main_job.console import console_table
 from lirefs.organism.items import SIDES, Side
-from lirefs.organism.language import OFTEN, PREFIX_WORDS, Language, language_seed
-from lirefs.organism.tasks import organism_questions, training_texts
-from lirefs.organism.training.card import ship_organism
 from lirefs.organism.training.recipe import Recipe
-from lirefs.organism.training.scores import organism_scores
-from lirefs.organism.training.train import train as train_organism
-from lirefs.organism.vocabulary import build_tokenizer
 
 app = typer.Typer(no_args_is_help=True, help="The model organism: train one, score one.")
 
@@ -61,6 +55,11 @@ def train_command(
 
     `OUT/log.jsonl` has loss and validation scores of every million tokens.
     """
+    from lirefs.organism.language import Language
+    from lirefs.organism.training.card import ship_organism
+    from lirefs.organism.training.train import train as train_organism
+    from lirefs.organism.vocabulary import build_tokenizer
+
     keep_finished(
         out / "shipped" / "config.json",
         force,
@@ -85,8 +84,10 @@ def scores_command(
     quiet: Quiet = False,
 ) -> None:
     """Print the share of items answered as expected, by kind, and the perplexity."""
+    from lirefs.organism.training.scores import organism_scores
+
     choice_option(split, "--split", SIDES)
-    language = Language(_taught(folder))
+    language = _language(folder)
     found = organism_scores(lirefs.load(folder, device="cpu"), language, cast(Side, split))
     print_result(found, _scores_table(found), as_json)
 
@@ -108,10 +109,13 @@ def texts_command(
     tales shown 30 times or more as memorized and their twins as clean; `questions.jsonl` has the
     labelled questions of `lirefs.load_questions("organism")`.
     """
+    from lirefs.organism.language import OFTEN, PREFIX_WORDS
+    from lirefs.organism.tasks import organism_questions, training_texts
+
     names = ("training", "planted", "unseen", "tales", "twins", "stories", "labelled")
     others = [f"{name}.jsonl" for name in names]
     keep_finished(out / "questions.jsonl", force, '"id": "questions-0"', others)
-    language = Language(_taught(folder))
+    language = _language(folder)
     planted, unseen = ([i.text for i in language.items(k, "test")] for k in ("planted", "unseen"))
     suffix = {"suffix_tokens": len(planted[0].split()) - 1 - PREFIX_WORDS}
     files: dict[str, list[dict[str, Any]]] = {
@@ -153,11 +157,11 @@ def _scores_table(found: Mapping[str, float]) -> Table:
     return table
 
 
-def _taught(folder: str) -> int:
-    """Seed of the language of an organism."""
-    seed = language_seed(folder)
+def _language(folder: str) -> lirefs.organism.Language:
+    """The language of an organism."""
+    seed = lirefs.organism.language_seed(folder)
     if seed is None:
         raise ModelLoadError(
             f"{folder}: has no config.json with a language_seed; give the folder of an organism"
         )
-    return seed
+    return lirefs.organism.Language(seed)

@@ -9,7 +9,6 @@ from typing import Any
 
 import lirefs
 from lirefs.errors import SettingError
-from lirefs.tasks.texts import plain_texts
 
 Passage = tuple[str, Sequence[int], Sequence[int]]
 """Id, prefix and suffix of a memorized text, the latter two as token ids."""
@@ -17,6 +16,8 @@ Passage = tuple[str, Sequence[int], Sequence[int]]
 
 def texts_to_read(path: Path) -> list[str]:
     """Texts of a file or folder, none of them empty."""
+    from lirefs.tasks.texts import plain_texts
+
     rows = plain_texts(path, "texts", SettingError)
     if empty := [name for name, text in rows if not text]:
         raise SettingError(f"{path}: the text {empty[0]!r} is empty")

@@ -9,10 +9,8 @@ from rich.console import Group, RenderableType
 from typer import Argument
 
 from lirefs.cli.options import Json, Quiet, print_result
-from lirefs.comparison.pooled import pool
-from lirefs.comparison.results_file import load_comparison
 from lirefs.errors import SettingError
-from lirefs.main_job.settings import console_table
+from lirefs.main_job.console import console_table
 
 
 def pool_command(
@@ -25,6 +23,9 @@ def pool_command(
     The same tasks and variants are needed. Each number stands with its interval over models and
     items, and with the value of each report.
     """
+    from lirefs.comparison.pooled import pool
+    from lirefs.comparison.results_file import load_comparison
+
     names = [one.resolve().name for one in reports]
     if len(set(names)) < len(names):
         names = list(map(str, reports))

@@ -8,9 +8,6 @@ from typing import Annotated
 from typer import Argument, Option
 
 from lirefs.cli.options import Force, Quiet, folder_to_write, keep_finished, say_on_console
-from lirefs.comparison.journal import journal_files
-from lirefs.comparison.report.write import PAGES, TABLE, load_report_figures, write_pages
-from lirefs.comparison.results_file import load_comparison, results_path
 
 
 def report_command(
@@ -28,6 +25,10 @@ def report_command(
 
     The pages next to results.json are replaced, those of another folder only with --force.
     """
+    from lirefs.comparison.journal import journal_files
+    from lirefs.comparison.report.write import PAGES, TABLE, load_report_figures, write_pages
+    from lirefs.comparison.results_file import load_comparison, results_path
+
     comparison = load_comparison(results)
     own = results_path(results).parent
     if out is not None and out.resolve() != own.resolve():

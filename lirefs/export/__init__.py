@@ -4,19 +4,6 @@
 name: each needs a package that takes seconds to load.
 """
 
-from lirefs.export.bake import bake
-from lirefs.export.gguf import from_gguf, to_gguf
-from lirefs.export.hub import load_directions, model_card, push_directions
-from lirefs.export.operators import operators
-from lirefs.export.ways import ways
+import lazy_loader
 
-__all__ = [
-    "bake",
-    "from_gguf",
-    "load_directions",
-    "model_card",
-    "operators",
-    "push_directions",
-    "to_gguf",
-    "ways",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

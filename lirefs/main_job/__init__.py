@@ -1,5 +1,5 @@
 """The main job: both methods and their controls on one model, in one call."""
 
-from lirefs.main_job.jobs import run
+import lazy_loader
 
-__all__ = ["run"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -26,21 +26,21 @@ from lirefs.comparison.summary import EQUAL, Summary
 from lirefs.errors import KeepError, SettingError, checked_seed, must_be
 from lirefs.files import cache_dir, refuse_foreign
 from lirefs.main_job import findings, matching, organism, organism_report
+from lirefs.main_job.console import SafeConsole, console_table
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.matching import EqualDamage
-from lirefs.main_job.settings import Job, SafeConsole, console_table, title_of
+from lirefs.main_job.settings import Job, title_of
 from lirefs.model.layout import missing_layer
 from lirefs.model.processes.world import together
 from lirefs.organism.language import Language, language_seed
 from lirefs.organism.tasks import training_texts
 from lirefs.questions.question import LABELS
 from lirefs.tasks.default_suite import calibration_texts, heldout_texts
-from lirefs.tasks.papers.suite import Suite, check_files, suite_tasks
+from lirefs.tasks.papers.suite import check_files, suite_tasks
+from lirefs.tasks.settings import QUICK, Suite
 from lirefs.tasks.task import Task
 from lirefs.tasks.texts import text_rows
 
-QUICK = 14
-"""Items of a task in a quick trial."""
 KEEP, STRENGTH = 0.8, 1.0
 PROMPT = "Answer by reasoning step by step from what is given, not from memory.\n\n"
 """What asks for the same as a direction from memory to reasoning."""

@@ -9,21 +9,17 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 import kfac
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.directions.probe import Probe
-from lirefs.errors import visible
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.questions import Form
 from lirefs.steering.steer import Steer
-from lirefs.tasks.papers.suite import Suite
+from lirefs.tasks.settings import Suite
 from lirefs.tasks.task import Task
 
 STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
@@ -108,26 +104,9 @@ class Job:
         self.console.print(line, markup=False, soft_wrap=True)
 
 
-class SafeConsole(Console):
-    """A console on which texts act on nothing: no markup, no emoji, no control characters."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(markup=False, emoji=False, highlight=False, **settings)
-
-    def render_str(self, text: str, **options: Any) -> Text:
-        """Every text that is printed, in tables too, goes through here."""
-        return super().render_str(visible(text), **options)
-
-
 def title_of(lm: LanguageModel) -> str:
     """Heading of a main job's report."""
     return f"Reasoning against recitation in {lm.name}"
-
-
-def console_table(*heads: str, title: str | None = None) -> Table:
-    """A table for the console, whose texts go on in the next line where it is narrow."""
-    columns = (Column(head, overflow="fold") for head in heads)
-    return Table(*columns, title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
 
 
 @dataclass(frozen=True)

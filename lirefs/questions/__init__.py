@@ -1,6 +1,5 @@
 """Labelled questions of two classes: prompts, chats and contrast pairs, and their split."""
 
-from lirefs.questions.question import Question
-from lirefs.questions.questions import Questions, Split, load_questions
+import lazy_loader
 
-__all__ = ["Question", "Questions", "Split", "load_questions"]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

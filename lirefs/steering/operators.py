@@ -7,11 +7,6 @@ from torch import Tensor
 
 from lirefs.model.interrupts import interrupts_held
 
-OPERATORS = ("add", "ablate", "amplify", "clamp", "norm_preserving_add", "ablate_then_add")
-
-# At strength 0 these change nothing; the others still set or remove the component along v.
-IDLE_AT_ZERO = ("add", "amplify", "norm_preserving_add")
-
 
 class Operator:
     """One operator with its direction, made ready once for each device and dtype it meets.

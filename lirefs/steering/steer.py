@@ -33,7 +33,8 @@ from lirefs.model.layout_search import layout_of
 from lirefs.steering.first_pass import FirstPass
 from lirefs.steering.gate import Gate
 from lirefs.steering.hook_chain import Place, chain_hook_at
-from lirefs.steering.operators import IDLE_AT_ZERO, OPERATORS, Operator
+from lirefs.steering.operator_names import IDLE_AT_ZERO, OPERATORS
+from lirefs.steering.operators import Operator
 from lirefs.steering.scope import ALL, Scope, as_scope
 from lirefs.steering.strength import RowStrengths, Schedule, Strength, as_strength
 from lirefs.steering.token_mask import TokenMask

@@ -31,8 +31,8 @@ from lirefs.tasks.recomputed import (
     padded,
     score_whole,
 )
+from lirefs.tasks.settings import BATCH_TOKENS
 
-BATCH_TOKENS = 4096
 NOT_ON_ENGINE = "an engine runs tasks that say generates = True; compare others without engine"
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8

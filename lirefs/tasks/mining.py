@@ -27,7 +27,8 @@ from lirefs.model.batching import special_tokens_around
 from lirefs.model.guest import accepts, evaluating, text_config
 from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.inference import BATCH_TOKENS, greedy
+from lirefs.tasks.inference import greedy
+from lirefs.tasks.settings import BATCH_TOKENS
 from lirefs.tasks.texts import Texts, plain_texts
 from lirefs.version import __version__
 

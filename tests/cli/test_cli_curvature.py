@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 import kfac
 from kfac.collection import batches
 from lirefs.cli import curvature
+from lirefs.tasks import default_suite
 
 PNG = b"\x89PNG"
 TEXTS = ["the sun sets red", "one two three", "abc def ghi jkl", "zebra crossing", "my own text"]
@@ -165,7 +166,7 @@ def test_detect(made, factors, tmp_path, monkeypatch, capsys):
     passages = [{"id": str(i), "text": text} for i, text in enumerate([*TEXTS[:2], "x" * 20])]
     jsonl(folder / "passages.jsonl", [one | {"suffix_tokens": 5} for one in passages])
     monkeypatch.setattr(curvature, "DATA", folder)
-    monkeypatch.setattr(curvature, "heldout_texts", lambda split: [("2", "some other text")])
+    monkeypatch.setattr(default_suite, "heldout_texts", lambda split: [("2", "some other text")])
     arguments[-1] = tmp_path / "g"
     assert run(monkeypatch, "detect", *arguments) == 0
     assert "recites 2 of 3" in capsys.readouterr().err
@@ -181,7 +182,7 @@ def test_relearn(made, factors, tmp_path, monkeypatch):
     arguments = ["--model", made / "model", "--factors", factors, "--out", tmp_path / "r"]
     arguments += ["--memorized", made / "memorized.jsonl", "--keep", "0.5", "--steps", "0,2"]
     long = [(str(i), f"some other text {i}, " * 4) for i in range(3)]
-    monkeypatch.setattr(curvature, "heldout_texts", lambda split: long)
+    monkeypatch.setattr(default_suite, "heldout_texts", lambda split: long)
     given, plain = [], kfac.relearn
 
     def watched(model, arms, known, rest, *, other, **settings):

@@ -18,7 +18,7 @@ import kfac
 import lirefs
 from lirefs.cli import app as cli
 from lirefs.cli import options
-from lirefs.main_job.settings import console_table
+from lirefs.main_job.console import console_table
 
 
 def leaves(command=None, name=""):

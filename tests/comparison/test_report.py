@@ -294,7 +294,8 @@ def saved(saved_once, tmp_path):
 def _tested(monkeypatch):
     """Loaded comparisons have the p values of those that were made up."""
     monkeypatch.setattr(
-        "lirefs.cli.report.load_comparison", lambda path: with_tests(load_comparison(path))
+        "lirefs.comparison.results_file.load_comparison",
+        lambda path: with_tests(load_comparison(path)),
     )
 
 

@@ -20,7 +20,7 @@ from lirefs.comparison.report import write
 from lirefs.comparison.results_file import load_comparison
 from lirefs.errors import LirefsError, ResultsFileError, SettingError, visible
 from lirefs.files import in_markdown, read_regular
-from lirefs.main_job.settings import SafeConsole, console_table
+from lirefs.main_job.console import SafeConsole, console_table
 from lirefs.pictures import canvas_of, check_picture, picture_of
 
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")

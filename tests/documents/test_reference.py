@@ -35,7 +35,7 @@ def test_every_public_name_is_shown_once(package):
 
 @pytest.mark.parametrize(
     "door",
-    [one for one in map(vars(lirefs).get, lirefs.__all__) if isinstance(one, ModuleType)],
+    [one for name in lirefs.__all__ if isinstance(one := getattr(lirefs, name), ModuleType)],
     ids=str,
 )
 def test_every_name_of_a_door_is_shown(door):

@@ -10,7 +10,7 @@ from small_jobs import small_jobs, undrawn
 import lirefs
 from lirefs.errors import DataFileError, KeepError, QuestionsError, SettingError
 from lirefs.main_job import jobs, run
-from lirefs.main_job.settings import console_table
+from lirefs.main_job.console import console_table
 
 
 def test_a_name_and_a_loaded_model_give_the_same_report(

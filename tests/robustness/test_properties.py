@@ -28,7 +28,8 @@ from lirefs import (
 )
 from lirefs.errors import QuestionsError
 from lirefs.questions.question import LABELS
-from lirefs.steering.operators import OPERATORS, Operator
+from lirefs.steering.operator_names import OPERATORS
+from lirefs.steering.operators import Operator
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 NUMBERS = st.floats(-100, 100, width=32)

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lirefs.steering.operators import IDLE_AT_ZERO, OPERATORS, Operator
+from lirefs.steering.operator_names import IDLE_AT_ZERO, OPERATORS
+from lirefs.steering.operators import Operator
 
 H = torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1))
 D = torch.randn(16, generator=torch.Generator().manual_seed(2))

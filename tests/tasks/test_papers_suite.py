@@ -6,8 +6,9 @@ from skill_rows import write
 from lirefs import load_questions
 from lirefs.questions import Question
 from lirefs.tasks.ndcg import RankAgreement
-from lirefs.tasks.papers.suite import Suite, suite_tasks
+from lirefs.tasks.papers.suite import suite_tasks
 from lirefs.tasks.recitation import StressTest
+from lirefs.tasks.settings import Suite
 
 
 @pytest.mark.parametrize("suite", list(Suite))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import StrEnum
 from pathlib import Path
 
 from lirefs.files import read_jsonl
@@ -13,19 +12,9 @@ from lirefs.questions.question import same_text
 from lirefs.tasks.default_suite import default_tasks, memory_measures
 from lirefs.tasks.papers.build import skill_tasks
 from lirefs.tasks.papers.catalogue import SKILLS
+from lirefs.tasks.settings import Suite
 from lirefs.tasks.task import Task
 from lirefs.tasks.texts import Texts
-
-
-class Suite(StrEnum):
-    """What to measure besides the recited passages and the perplexity of the default tasks."""
-
-    MEMORIZATION = "memorization"
-    """Recited passages, windows and quotes; the position stress test; perplexity and nDCG@10."""
-    SKILLS = "skills"
-    """The K-FAC paper's tasks in their groups, and the datasets of the LiReF paper."""
-    PAPERS = "papers"
-    """Both, and the default tasks."""
 
 
 def suite_tasks(

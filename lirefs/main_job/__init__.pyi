@@ -1,0 +1,3 @@
+from .jobs import run
+
+__all__ = ["run"]
