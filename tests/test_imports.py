@@ -1,35 +1,79 @@
-"""Importing the packages imports nothing that only a later call needs."""
+"""Importing the packages, and asking for help, imports nothing that only a later call needs."""
 
 import json
 import subprocess
 import sys
 
+import cli_page
 import pytest
 
 import kfac
 import lirefs
+from lirefs import (
+    comparison,
+    directions,
+    export,
+    main_job,
+    model,
+    organism,
+    questions,
+    statistics,
+    steering,
+    tasks,
+)
 
-HEAVY = ("torch", "transformers", "scipy", "sklearn", "matplotlib", "pandas", "datasets", "rich")
+HEAVY = {"torch", "transformers", "numpy", "scipy", "sklearn", "matplotlib", "pandas", "datasets"}
+MOST_MODULES = 600
+"""Modules that help for every command takes, of which rich, which draws it, has most."""
+ASKED = """
+import sys
+from lirefs.cli.app import main
+sys.argv[:] = ["lirefs", *{words}]
+try:
+    main()
+except SystemExit as end:
+    assert not end.code
+"""
 
 
 def modules_after(code: str) -> set[str]:
-    """Top-level modules that a new interpreter has imported after some code."""
-    code = f"{code}; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    """Modules that a new interpreter has imported after some code."""
+    code = f"{code}\nimport json, sys; print(); print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
     )
-    return {name.partition(".")[0] for name in json.loads(done.stdout)}
+    return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_the_packages_alone_import_nothing_heavy():
-    assert not modules_after("import lirefs, kfac") & set(HEAVY)
+    assert not modules_after("import lirefs, kfac") & {*HEAVY, "rich"}
 
 
 def test_errors_need_nothing_heavy_to_be_caught():
-    assert not modules_after("import lirefs; lirefs.errors.KfacError") & set(HEAVY)
+    assert not modules_after("import lirefs; lirefs.errors.KfacError") & {*HEAVY, "rich"}
 
 
-@pytest.mark.parametrize("package", [lirefs, kfac])
+def test_help_imports_nothing_heavy():
+    commands = [name.split()[1:] for name, _ in cli_page.commands()]
+    groups = sorted({words[0] for words in commands if len(words) > 1})
+    asked = [["--version"], *([*one, "--help"] for one in ([], *([g] for g in groups), *commands))]
+    found = modules_after("".join(ASKED.format(words=words) for words in asked))
+    assert "lirefs.cli.organism" in found
+    assert not found & HEAVY
+    assert len(found) <= MOST_MODULES
+
+
+def test_a_command_that_runs_imports_what_it_needs():
+    assert "torch" in modules_after("import lirefs; lirefs.load")
+
+
+DOORS = [
+    *(lirefs, kfac, comparison, directions, export, main_job, model, organism, questions),
+    *(statistics, steering, tasks),
+]
+
+
+@pytest.mark.parametrize("package", DOORS, ids=lambda package: package.__name__)
 def test_every_public_name_is_there(package):
     assert sorted(dir(package)) == sorted(package.__all__)
     for name in package.__all__:
