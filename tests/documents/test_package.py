@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 BENCHMARKS = sorted(p for p in (ROOT / "benchmarks").glob("*.py") if "def main" in p.read_text())
 
 
-def test_import_leaves_heavy_packages_alone():
+def test_public_names_leave_optional_packages_alone():
     with forked.started(preloaded.modules_of_the_packages) as (_, connection):
         modules = connection.recv()
     assert {"lirefs", "kfac", "torch"} <= modules
