@@ -26,7 +26,7 @@ from lirefs.organism.language import KINDS, Language
 from lirefs.organism.people import COMMON, FREQUENCIES
 from lirefs.organism.questions import question_set
 from lirefs.organism.tasks import organism_questions
-from lirefs.organism.training import card
+from lirefs.organism.training import card, scores
 from lirefs.organism.training.checkpoint import RECIPE, STATE, CheckpointMismatch
 from lirefs.organism.training.optimizers import orthogonalize
 from lirefs.organism.training.packing import Packer, batch_loss
@@ -375,7 +375,7 @@ def test_what_the_train_command_ships_loads_and_says_what_it_is(monkeypatch, cap
     assert organism_scores(lm, Language(3), "test", n=4) == printed
     assert run(monkeypatch, *command) == 2
     assert "shipped/config.json: exists; give --force" in capsys.readouterr().err
-    monkeypatch.setattr(commands, "organism_scores", functools.partial(organism_scores, n=4))
+    monkeypatch.setattr(scores, "organism_scores", functools.partial(organism_scores, n=4))
     assert run(monkeypatch, "organism", "scores", shipped) == 0
     rows = capsys.readouterr().out.splitlines()
     assert any(row.split() == ["perplexity", f"{printed['perplexity']:.4g}"] for row in rows)
@@ -395,7 +395,7 @@ def test_scores_of_missing_weights_are_refused(trained, monkeypatch, capsys, tmp
 
 
 def test_scores_command_and_its_errors(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(commands, "organism_scores", lambda lm, language, side: {"x": 1.0})
+    monkeypatch.setattr(scores, "organism_scores", lambda lm, language, side: {"x": 1.0})
     assert run(monkeypatch, "organism", "scores", "--json") == 0
     assert json.loads(capsys.readouterr().out) == {"x": 1.0}
     assert run(monkeypatch, "organism", "scores", "--split", "dev") == 2
