@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 from random import Random
 from typing import get_args
 
@@ -11,12 +12,15 @@ import pytest
 
 import lirefs
 from lirefs.errors import SettingError
+from lirefs.files import parse_json
+from lirefs.organism import language_seed
 from lirefs.organism.documents import Documents, counted_document, showings
 from lirefs.organism.items import SIDES, memory_side_of
 from lirefs.organism.language import (
     EXCEPTION_COUNTS,
     EXCEPTION_SKILLS,
     EXCEPTIONS_PER_COUNT,
+    OFTEN,
     TALE_COUNTS,
     TALES_PER_COUNT,
     Language,
@@ -208,3 +212,31 @@ def test_scores_say_how_many_reasoning_questions_are_answered(language, monkeypa
     for count in TALE_COUNTS:
         assert found[f"tale x{count}"] == found[f"twin x{count}"] == 0.0
     assert all(f"exception x{count}" in found for count in EXCEPTION_COUNTS)
+
+
+ROOT = Path(__file__).parents[2]
+OTHER_SEEDS = sorted((ROOT / "experiments" / "organisms").iterdir())
+ORGANISMS = [ROOT / "lirefs" / "organism" / "shipped", *OTHER_SEEDS]
+
+
+@pytest.mark.parametrize("folder", ORGANISMS, ids=lambda folder: folder.name)
+def test_organisms_reach_their_goals(folder):
+    scores = parse_json((folder / "scores.json").read_text("utf-8"))["test"]
+    skills = ("addition", "subtraction", "times", "boolean", "relation", "tracking", "retrieval")
+    known = ("fact", "open_book", "planted", "exception", "tale x30", "tale x100")
+    asked = [f"reasoning {form}" for form in ("passage", "statement", "mixed", "exception")]
+    assert not [name for name in (*skills, *known, *asked) if scores[name] < 0.95]
+    assert scores["twin"] <= 0.05
+    assert 0.2 <= scores["conflict"] <= 0.8
+    assert scores["tale x1"] < scores["tale x3"] < scores["tale x10"]
+
+
+@pytest.mark.parametrize("folder", OTHER_SEEDS, ids=lambda folder: folder.name)
+def test_organism_of_another_seed_recites_its_own_tales(folder):
+    lm, language = lirefs.load(folder), Language(language_seed(folder))
+    assert language.seed > 0
+    told = [one for one in language.items("tale", "test") if one.frequency >= OFTEN][:5]
+    twins = language.items("twin", "test", 5)
+    for items, recited in ((told, True), (twins, False)):
+        said = lm.generate([one.prompt for one in items], max_new_tokens=60)
+        assert all(s.strip().startswith(i.answer) == recited for s, i in zip(said, items))
