@@ -16,7 +16,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import hypot
 from pathlib import Path
-from random import Random
 from typing import Any
 
 import numpy as np
@@ -44,8 +43,8 @@ from lirefs.statistics import (
 from lirefs.tasks import token_nlls
 
 RESAMPLES = 2000
-NULL = "null: "
-"""Starts the names of effects that a null run measures: pairs swapped, labels shuffled."""
+NULL, NULL_RUNS = "null: ", 100
+"""Starts the names of effects of null runs, in which pairs are swapped or labels shuffled."""
 RELEARN_STEPS, RELEARN_LR = 20, 1e-4
 """Steps of fine-tuning on edited-out tales, at a rate that leaves the control its memories."""
 
@@ -202,26 +201,27 @@ def minus(one: Estimate | None, other: Estimate | None) -> Estimate:
     return Estimate(value, value - below, value + above, one.n + other.n)
 
 
-def tales_and_twins(language: Language, null: bool = False) -> tuple[list[Item], list[Item]]:
-    """Test tales that training showed often, and their twins in the same order.
-
-    For a null run, half of the pairs are swapped at random, so that no effect is left to find.
-    """
+def tales_and_twins(language: Language) -> tuple[list[Item], list[Item]]:
+    """Test tales that training showed often, and their twins in the same order."""
     told = zip(language.items("tale", "test"), language.items("twin", "test"), strict=True)
-    rng = Random(f"swapped {language.seed}")
-    pairs = [
-        (two, one) if null and rng.random() < 0.5 else (one, two)
-        for one, two in told
-        if (one.frequency or 0) >= OFTEN
-    ]
+    pairs = [(one, two) for one, two in told if (one.frequency or 0) >= OFTEN]
     return [one for one, _ in pairs], [two for _, two in pairs]
 
 
+def swapped(known: Any, unknown: Any, rng: np.random.Generator) -> tuple[Any, Any]:
+    """Two arrays of one value for each pair, half of the pairs exchanged: no effect is left."""
+    exchanged = rng.random(len(known)) < 0.5
+    return np.where(exchanged, unknown, known), np.where(exchanged, known, unknown)
+
+
 def measured(
-    lm: LanguageModel, language: Language, edit: kfac.CurvatureEdit, null: bool = False
+    lm: LanguageModel, language: Language, edit: kfac.CurvatureEdit
 ) -> dict[str, Estimate]:
-    """The effects on tales and twins that need more than a report, under the main job's edit."""
-    tales, twins = tales_and_twins(language, null)
+    """The effects on tales and twins that need more than a report, under the main job's edit.
+
+    Each null run exchanges half of the pairs at random.
+    """
+    tales, twins = tales_and_twins(language)
     factors = edit.factors
     of_tales, of_twins = (
         kfac.band_profile(lm.model, lm.batches([one.text for one in items]), factors)
@@ -229,19 +229,30 @@ def measured(
     )
     ratios = kfac.band_ratios(of_tales, of_twins).control
     bottom, low, high = (float(ratios[end, :, -1].mean()) - 1 for end in range(3))
-    shares = [
+    flat = [
         kfac.flat_shares(lm.model, lm.batches([one.text for one in items]), factors).passages
         for items in (tales, twins)
     ]
-    labels = np.repeat([1, 0], [len(tales), len(twins)])
-    area = auroc(np.concatenate(shares), labels)
-    of_known, of_unknown = (risen(lm, edit, items) for items in (tales, twins))
+    risen_by = [risen(lm, edit, items) for items in (tales, twins)]
     draws = resample_counts(len(tales), RESAMPLES, 0)
-    return {
+    found = {
         "bands": Estimate(bottom, low, high, len(tales) + len(twins)),
-        "detector": Estimate(area.value - 0.5, area.low - 0.5, area.high - 0.5, area.n),
-        "known before unknown": paired_difference(of_known, of_unknown, draws),
+        "detector": detected(*flat),
+        "known before unknown": paired_difference(*risen_by, draws),
     }
+    rng = np.random.default_rng(language.seed)
+    for run in range(NULL_RUNS):
+        found[f"{NULL}detector {run}"] = detected(*swapped(*flat, rng))
+        gap = paired_difference(*swapped(*risen_by, rng), draws)
+        found[f"{NULL}known before unknown {run}"] = gap
+    return found
+
+
+def detected(known: Any, unknown: Any) -> Estimate:
+    """AUROC of one set of scores against another, minus 0.5."""
+    labels = np.repeat([1, 0], [len(known), len(unknown)])
+    area = auroc(np.concatenate([known, unknown]), labels)
+    return Estimate(area.value - 0.5, area.low - 0.5, area.high - 0.5, area.n)
 
 
 def by_showings(lm: LanguageModel, language: Language, edit: kfac.CurvatureEdit) -> Estimate:
@@ -329,8 +340,7 @@ def effects_of(name: str, out: Path) -> dict[str, Estimate]:
         **measured(lm, language, edit),
         "rare before common tales": by_showings(lm, language, edit),
         **relearned(lm, language, edit),
-        **{f"{NULL}{name}": one for name, one in measured(lm, language, edit, null=True).items()},
-        f"{NULL}separation": shuffled(comparison),
+        f"{NULL}separation 0": shuffled(comparison),
     }
     atomic_write_text(done, json.dumps({key: asdict(one) for key, one in found.items()}, indent=1))
     return found
@@ -362,11 +372,16 @@ def table(effects: Mapping[str, Mapping[str, Estimate]]) -> str:
             f"| {claim.paper} | {claim.text} | **{verdict(pooled)}** | {claim.effect}: {shown} "
             f"(n = {pooled.n}) | {claim.control} | {by_seed} |"
         )
-    nulls = [key for key in next(iter(effects.values())) if key.startswith(NULL)]
-    for key in nulls:
+    runs: dict[str, list[Estimate]] = {}
+    for key in filter(lambda one: one.startswith(NULL), next(iter(effects.values()))):
         pooled = pool_estimates([one[key] for one in effects.values()])
-        found = "nothing" if pooled.low <= 0 <= pooled.high else "SOMETHING"
-        lines.append(f"| null run | {key.removeprefix(NULL)} | {found} | {pooled:+.3f} | | |")
+        runs.setdefault(key.removeprefix(NULL).rpartition(" ")[0], []).append(pooled)
+    for name, some in runs.items():
+        missed = sum(not one.low <= 0 <= one.high for one in some)
+        mean = float(np.mean([one.value for one in some]))
+        lines.append(
+            f"| null run | {name} | {missed} of {len(some)} left out 0 | mean {mean:+.3f} | | |"
+        )
     kept = [one["control keeps"].value for one in effects.values() if "control keeps" in one]
     if kept:
         lines += ["", f"Relearning: the never-edited control recites {min(kept):.0%} or more."]

@@ -3,10 +3,20 @@
 import json
 from math import sqrt
 
+import numpy as np
 import pytest
 
 import experiments.claims as claims
-from experiments.claims import CLAIMS, NULL, effects_of, minus, table, tales_and_twins, verdict
+from experiments.claims import (
+    CLAIMS,
+    NULL,
+    effects_of,
+    minus,
+    swapped,
+    table,
+    tales_and_twins,
+    verdict,
+)
 from lirefs.organism import Language
 from lirefs.organism.language import OFTEN
 from lirefs.statistics import Estimate
@@ -31,7 +41,7 @@ def test_table_has_a_line_for_every_claim_and_every_organism_in_it():
     ours = {"bands": 0.4, "detector": -0.4, "relearning": 0.01}
     effects = {
         name: {key: an_effect(value + shift) for key, value in ours.items()}
-        | {f"{NULL}bands": an_effect(0.02 + shift), f"{NULL}detector": an_effect(0.4)}
+        | {f"{NULL}detector 0": an_effect(0.02 + shift), f"{NULL}detector 1": an_effect(0.4)}
         for name, shift in (("one", -0.01), ("two", 0.0), ("three", 0.01))
     }
     text = table(effects)
@@ -41,8 +51,9 @@ def test_table_has_a_line_for_every_claim_and_every_organism_in_it():
     assert "| **refuted** |" in line_of(text, CLAIMS["detector"].text)
     assert "+1 [" in line_of(text, CLAIMS["relearning"].text)  # in points
     assert "| **undecided** |" in line_of(text, CLAIMS["relearning"].text)
-    assert "| nothing | +0.020 [" in line_of(text, "| null run | bands")
-    assert "| SOMETHING |" in line_of(text, "| null run | detector")
+    assert line_of(text, "| null run | detector") == (
+        "| null run | detector | 1 of 2 left out 0 | mean +0.210 | | |"
+    )
     for key, claim in CLAIMS.items():
         assert ("not measured" in line_of(text, claim.text)) == (key not in ours)
 
@@ -66,18 +77,17 @@ def test_difference_of_independent_estimates():
     assert gap.n == 30
 
 
-def test_null_run_swaps_half_of_the_pairs_and_keeps_them_pairs():
-    language = Language(0)
-    tales, twins = tales_and_twins(language)
+def test_null_run_exchanges_half_of_the_pairs():
+    known, unknown = np.arange(100), np.arange(100) + 1000
+    ones, others = swapped(known, unknown, np.random.default_rng(0))
+    assert (ones + others == known + unknown).all()  # they stay pairs
+    assert 0.3 < (ones != known).mean() < 0.7
+
+
+def test_tales_of_the_claims_were_shown_often_and_have_their_twins():
+    tales, twins = tales_and_twins(Language(0))
     assert all((one.frequency or 0) >= OFTEN for one in tales)
-    ones, others = tales_and_twins(language, null=True)
-    pairs = list(zip(tales, twins, strict=True))
-    swapped = [pair not in pairs for pair in zip(ones, others, strict=True)]
-    assert 0.3 < sum(swapped) / len(pairs) < 0.7
-    assert all(
-        {a.text, b.text} == {c.text, d.text}
-        for (a, b), (c, d) in zip(pairs, zip(ones, others, strict=True), strict=True)
-    )
+    assert len(tales) == len(twins) > 40
 
 
 def test_finished_organism_is_read_from_its_file(tmp_path, monkeypatch):
