@@ -53,13 +53,14 @@ def test_python_m_lirefs_imports_nothing_from_the_working_folder(tmp_path):
     for name in ("pathlib", "json"):
         (theirs / f"{name}.py").write_text("raise SystemExit(78)")
     places = os.pathsep.join(map(str, (ours, ROOT)))
-    done = subprocess.run(
-        [sys.executable, "-m", "lirefs", "--version"],
-        cwd=theirs,
-        env={**os.environ, "PYTHONPATH": places},
-        check=False,
-    )
-    assert done.returncode == 3
+    for words, code in ((["--version"], 0), (["organism", "scores"], 3)):  # only scores need torch
+        done = subprocess.run(
+            [sys.executable, "-m", "lirefs", *words],
+            cwd=theirs,
+            env={**os.environ, "PYTHONPATH": places},
+            check=False,
+        )
+        assert done.returncode == code
 
 
 @pytest.fixture(scope="module")
