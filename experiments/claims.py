@@ -229,21 +229,21 @@ def measured(
     )
     ratios = kfac.band_ratios(of_tales, of_twins).control
     bottom, low, high = (float(ratios[end, :, -1].mean()) - 1 for end in range(3))
-    flat = [
+    flat_told, flat_twins = (
         kfac.flat_shares(lm.model, lm.batches([one.text for one in items]), factors).passages
         for items in (tales, twins)
-    ]
-    risen_by = [risen(lm, edit, items) for items in (tales, twins)]
+    )
+    risen_told, risen_twins = (risen(lm, edit, items) for items in (tales, twins))
     draws = resample_counts(len(tales), RESAMPLES, 0)
     found = {
         "bands": Estimate(bottom, low, high, len(tales) + len(twins)),
-        "detector": detected(*flat),
-        "known before unknown": paired_difference(*risen_by, draws),
+        "detector": detected(flat_told, flat_twins),
+        "known before unknown": paired_difference(risen_told, risen_twins, draws),
     }
     rng = np.random.default_rng(language.seed)
     for run in range(NULL_RUNS):
-        found[f"{NULL}detector {run}"] = detected(*swapped(*flat, rng))
-        gap = paired_difference(*swapped(*risen_by, rng), draws)
+        found[f"{NULL}detector {run}"] = detected(*swapped(flat_told, flat_twins, rng))
+        gap = paired_difference(*swapped(risen_told, risen_twins, rng), draws)
         found[f"{NULL}known before unknown {run}"] = gap
     return found
 
