@@ -181,14 +181,14 @@ def from_report(comparison: Comparison) -> dict[str, Estimate]:
     area, words = (Estimate(**e) for e in (best["test_auroc"], probe["bag_of_words_auroc"]))
     found["separation"] = minus(area, words)
     moved = Estimate(**comparison.provenance["transfer"]["passage on statement"])
-    found["transfer"] = Estimate(moved.value - 0.5, moved.low - 0.5, moved.high - 0.5, moved.n)
+    found["transfer"] = above_chance(moved)
+    found[f"{NULL}separation 0"] = above_chance(Estimate(**probe["shuffled_auroc"]))
     return found
 
 
-def shuffled(comparison: Comparison) -> Estimate:
-    """The null of separation: AUROC of directions fitted on shuffled labels, minus 0.5."""
-    one = Estimate(**comparison.provenance["probes"]["passage"]["shuffled_auroc"])
-    return Estimate(one.value - 0.5, one.low - 0.5, one.high - 0.5, one.n)
+def above_chance(area: Estimate) -> Estimate:
+    """An AUROC minus 0.5."""
+    return Estimate(area.value - 0.5, area.low - 0.5, area.high - 0.5, area.n)
 
 
 def minus(one: Estimate | None, other: Estimate | None) -> Estimate:
@@ -217,10 +217,7 @@ def swapped(known: Any, unknown: Any, rng: np.random.Generator) -> tuple[Any, An
 def measured(
     lm: LanguageModel, language: Language, edit: kfac.CurvatureEdit
 ) -> dict[str, Estimate]:
-    """The effects on tales and twins that need more than a report, under the main job's edit.
-
-    Each null run exchanges half of the pairs at random.
-    """
+    """The effects on tales and twins that need more than a report, and their null runs."""
     tales, twins = tales_and_twins(language)
     factors = edit.factors
     of_tales, of_twins = (
@@ -243,16 +240,15 @@ def measured(
     rng = np.random.default_rng(language.seed)
     for run in range(NULL_RUNS):
         found[f"{NULL}detector {run}"] = detected(*swapped(flat_told, flat_twins, rng))
-        gap = paired_difference(*swapped(risen_told, risen_twins, rng), draws)
-        found[f"{NULL}known before unknown {run}"] = gap
+        exchanged = swapped(risen_told, risen_twins, rng)
+        found[f"{NULL}known before unknown {run}"] = paired_difference(*exchanged, draws)
     return found
 
 
 def detected(known: Any, unknown: Any) -> Estimate:
     """AUROC of one set of scores against another, minus 0.5."""
     labels = np.repeat([1, 0], [len(known), len(unknown)])
-    area = auroc(np.concatenate([known, unknown]), labels)
-    return Estimate(area.value - 0.5, area.low - 0.5, area.high - 0.5, area.n)
+    return above_chance(auroc(np.concatenate([known, unknown]), labels))
 
 
 def by_showings(lm: LanguageModel, language: Language, edit: kfac.CurvatureEdit) -> Estimate:
@@ -340,7 +336,6 @@ def effects_of(name: str, out: Path) -> dict[str, Estimate]:
         **measured(lm, language, edit),
         "rare before common tales": by_showings(lm, language, edit),
         **relearned(lm, language, edit),
-        f"{NULL}separation 0": shuffled(comparison),
     }
     atomic_write_text(done, json.dumps({key: asdict(one) for key, one in found.items()}, indent=1))
     return found
@@ -377,11 +372,9 @@ def table(effects: Mapping[str, Mapping[str, Estimate]]) -> str:
         pooled = pool_estimates([one[key] for one in effects.values()])
         runs.setdefault(key.removeprefix(NULL).rpartition(" ")[0], []).append(pooled)
     for name, some in runs.items():
-        missed = sum(not one.low <= 0 <= one.high for one in some)
+        missed = f"{sum(not one.low <= 0 <= one.high for one in some)} of {len(some)} left out 0"
         mean = float(np.mean([one.value for one in some]))
-        lines.append(
-            f"| null run | {name} | {missed} of {len(some)} left out 0 | mean {mean:+.3f} | | |"
-        )
+        lines.append(f"| null run | {name} | {missed} | mean {mean:+.3f} | | |")
     kept = [one["control keeps"].value for one in effects.values() if "control keeps" in one]
     if kept:
         lines += ["", f"Relearning: the never-edited control recites {min(kept):.0%} or more."]
