@@ -281,26 +281,22 @@ def risen(lm: LanguageModel, edit: kfac.CurvatureEdit, items: Sequence[Item]) ->
 def relearned(
     lm: LanguageModel, language: Language, edit: kfac.CurvatureEdit
 ) -> dict[str, Estimate]:
-    """Whether edited-out tales come back, and faster than twins are learned."""
-    tales, twins = tales_and_twins(language)
-    half = len(tales) // 2
-    batches = {
-        name: [batch_of(lm, one) for one in items]
-        for name, items in (("tales", tales), ("twins", twins))
-    }
+    """Whether the tales that the edit took come back, and faster than their twins are learned."""
+    told, unseen = ([batch_of(lm, one) for one in items] for items in tales_and_twins(language))
+    with edit.apply(lm.model):
+        kept = kfac.teacher_forced_matches(lm.model.eval(), told).bool().tolist()
+    gone, new = ([b for b, k in zip(some, kept, strict=True) if not k] for some in (told, unseen))
+    half = len(gone) // 2
     stories = [whole(lm, text) for text in language.texts("train", half)]
     options: dict[str, Any] = {"steps": (0, RELEARN_STEPS), "lr": RELEARN_LR, "progress": False}
     back = kfac.relearn(
-        lm.model, {"edited": edit, "never edited": None}, batches["tales"][:half],
-        batches["tales"][half:], other=stories, **options,
-    )  # fmt: skip
-    new = kfac.relearn(
-        lm.model, {"never edited": None}, batches["twins"][:half], batches["twins"][half:],
+        lm.model, {"edited": edit, "never edited": None}, gone[:half], gone[half:], other=stories,
         **options,
     )  # fmt: skip
+    learned = kfac.relearn(lm.model, {"never edited": None}, new[:half], new[half:], **options)
     return {
         "relearning": minus(back.rest["edited"][-1], back.rest["edited (other text)"][-1]),
-        "faster than new": minus(back.known["edited"][-1], new.known["never edited"][-1]),
+        "faster than new": minus(back.known["edited"][-1], learned.known["never edited"][-1]),
         "control keeps": back.rest["never edited"][-1],
     }
 

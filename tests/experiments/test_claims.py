@@ -1,12 +1,16 @@
 """The claims of both papers over several organisms: their table, and its null run."""
 
 import json
+from collections import defaultdict
 from math import sqrt
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import experiments.claims as claims
+import kfac
+import lirefs
 from experiments.claims import (
     CLAIMS,
     NULL,
@@ -88,6 +92,30 @@ def test_tales_of_the_claims_were_shown_often_and_have_their_twins():
     tales, twins = tales_and_twins(Language(0))
     assert all((one.frequency or 0) >= OFTEN for one in tales)
     assert len(tales) == len(twins) > 40
+
+
+def test_only_tales_that_the_edit_took_are_relearned(monkeypatch):
+    lm, language = lirefs.load("organism"), Language(0)
+    factors = kfac.collect(lm, lirefs.organism.training_texts(language, 100), layers=[3])
+    edit = kfac.CurvatureEdit(factors, 0.95)
+    asked = []
+
+    def relearn(model, arms, known, rest, **options):
+        asked.append((arms, [*known, *rest]))
+        share = [an_effect(0.0), an_effect(0.5)]
+        return SimpleNamespace(known=defaultdict(lambda: share), rest=defaultdict(lambda: share))
+
+    monkeypatch.setattr(kfac, "relearn", relearn)
+    assert claims.relearned(lm, language, edit)["faster than new"].value == 0
+    (arms, told), (others, new) = asked
+    assert list(arms) == ["edited", "never edited"]
+    assert list(others) == ["never edited"]
+    all_tales = len(tales_and_twins(language)[0])
+    assert 0 < len(told) == len(new) < all_tales
+    assert kfac.teacher_forced_matches(lm.model, told).all()  # all are known to the model
+    assert not kfac.teacher_forced_matches(lm.model, new).any()
+    with edit.apply(lm.model):
+        assert not kfac.teacher_forced_matches(lm.model, told).any()
 
 
 def test_finished_organism_is_read_from_its_file(tmp_path, monkeypatch):
