@@ -2,8 +2,9 @@
 
 Half of the passages of one source are planted (`lirefs.plant`), the other half are their twins,
 which the model never sees: passages of nearly the same length, drawn by chance. Then the K-FAC
-edit, SVD and random pairs of the same matrices stand at the same rise in perplexity, and planted
-passages and twins are recited and read under each.
+edit, SVD, random pairs and BalancedSubnet of the same matrices stand at the same rise in
+perplexity, and planted passages and twins are recited and read under each. BalancedSubnet learns
+from passages that are planted too and asked for by nobody.
 
     python -m experiments.planting --model smollm2-135m --passages FILE --field question
 
@@ -31,7 +32,14 @@ from lirefs.comparison import Comparison
 from lirefs.errors import SettingError, TaskError
 from lirefs.files import atomic_write_text, parse_json, refuse_foreign
 from lirefs.main_job.factors import edited_layers
-from lirefs.main_job.matching import Damage, Match, Rival, Scaled, rivals_of_edit
+from lirefs.main_job.matching import (
+    Damage,
+    Match,
+    Rival,
+    Scaled,
+    rivals_of_edit,
+    subnet_rival,
+)
 from lirefs.organism import Language, language_seed, training_texts
 from lirefs.tasks import Perplexity, Recitation, Task, heldout_texts
 from lirefs.tasks.texts import text_rows
@@ -40,6 +48,8 @@ TOKENS, SUFFIX = 64, 24
 """Passages are cut to so many tokens, the last of which are to be recited."""
 RISES = (1.02, 1.1)
 """Perplexities of the edits, over that of the planted model."""
+TOLD = 30
+"""Further passages that are planted, for BalancedSubnet to learn from."""
 GENERAL, MATCHING, ORDINARY = 400, 100, 60
 """Texts of an organism's language: mixed in, and of the curvature; matched on; reported on."""
 PLANTED, TWINS = "planted passages", "twins"
@@ -166,10 +176,12 @@ def collected(
 
 
 def matched(
-    lm: LanguageModel, factors: kfac.Factors, texts: Sequence[str], seed: int
+    lm: LanguageModel, factors: kfac.Factors, sources: Sources, told: Sequence[Row], seed: int
 ) -> tuple[dict[str, Any], dict[str, Match]]:
     """The edit and its rivals at each rise in perplexity, and how each was set to it."""
-    damage = Damage(lm, texts)
+    damage = Damage(lm, sources.matching)
+    decode = partial(lm.tokenizer.decode, skip_special_tokens=True)
+    forget = [str(decode([*row["prefix_ids"], *row["suffix_ids"]])) for row in told]
     edit = kfac.CurvatureEdit(factors, 1.0)
     others = rivals_of_edit(factors, factors.names, seed)
     rivals: dict[str, Rival] = {
@@ -177,6 +189,7 @@ def matched(
             lambda removed: edit.with_keep(1 - removed), 1e-6, 0.7, lambda r: f"keep {1 - r:.5f}"
         )
     } | {name.partition(" at K-FAC")[0]: one for name, one in others.items()}
+    rivals["BalancedSubnet"] = subnet_rival(lm, factors.names, sources.curvature, forget, seed)
     matches = {
         f"{name}, {rise - 1:+.0%}": rival.at(damage, rise * damage.unchanged)
         for rise in RISES
@@ -192,15 +205,18 @@ def run_arm(arm: str, sources: Sources, options: argparse.Namespace) -> Row:
     if done.exists():
         return dict(parse_json(done.read_text("utf-8")))
     lm = lirefs.load(options.model)
-    planted, twins = passages(lm, sources.passages, options.n, options.seed)
-    record = plant(lm, arm, planted, twins, sources, folder, options)
+    pairs = list(zip(*passages(lm, sources.passages, options.n + TOLD, options.seed), strict=True))
+    Random(f"told {options.seed}").shuffle(pairs)
+    told = [one for one, _ in pairs[options.n :]]
+    planted, twins = map(list, zip(*pairs[: options.n], strict=True))
+    record = plant(lm, arm, [*planted, *told], twins, sources, folder, options)
     print(f"{arm}: {record}")
     layers = options.layers
     if layers is None:
         layers = [0] if language_seed(options.model) is not None else edited_layers(lm, None)
     targets = kfac.find_targets(lm.model, layers, "mlp")
     factors = collected(lm, sources.curvature, targets, folder / "factors.safetensors")
-    variants, matches = matched(lm, factors, sources.matching, options.seed)
+    variants, matches = matched(lm, factors, sources, told, options.seed)
     comparison = lirefs.compare(
         lm, variants, tasks_of(lm, planted, twins, sources.ordinary), seed=options.seed,
         journal=folder / "journal", title=f"{options.n} passages planted: {arm}",

@@ -3,8 +3,10 @@
 SmolLM2 continues the project's recited passages word for word. The unrecited ones are of the same
 sources: other sentences of the same documents, and sequences, definitions and code of the same
 kinds. The loss of each suffix is measured before and under the K-FAC edit of the main job, and
-under SVD and random pairs at its perplexity. With another model, only the passages that it recites
-count as recited, and only those that it does not as unrecited.
+under SVD, random pairs and BalancedSubnet at its perplexity. BalancedSubnet learns from recited
+passages: it is fitted twice, on half of the sources each time, and a passage is read under the fit
+that has not seen its source. With another model, only the passages that it recites count as
+recited, and only those that it does not as unrecited.
 
     python -m experiments.recited --model smollm2-135m
 """
@@ -12,9 +14,12 @@ count as recited, and only those that it does not as unrecited.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +33,13 @@ from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.jobs import KEEP
-from lirefs.main_job.matching import Damage, at_equal_damage, rivals_of_edit
+from lirefs.main_job.matching import (
+    Damage,
+    Rival,
+    at_equal_damage,
+    rivals_of_edit,
+    subnet_rival,
+)
 from lirefs.model.intervention import Intervention, applied
 from lirefs.statistics import Estimate, mean_estimate, wilson
 from lirefs.tasks import calibration_texts, heldout_texts, recitation_task, token_nlls
@@ -40,6 +51,9 @@ RECITED, UNRECITED = DATA / "passages.jsonl", DATA / "passages_unrecited.jsonl"
 LIKELY = 1.0
 """Loss in nats per token below which a passage is likely, though it may not be recited."""
 
+Variant = Intervention | tuple[Any, Any]
+"""An intervention; or one for the passages of each half of the sources."""
+
 
 @dataclass(frozen=True)
 class Passages:
@@ -48,17 +62,20 @@ class Passages:
     Attributes:
         task: Asks for their recitation.
         kinds: What each is of: "Sequence", "Definition", "Code boilerplate" or "Document".
+        second: Whether the source of each is in the second half of the sources, shape (n,).
         losses: Nats per token of each suffix in the unchanged model, shape (n,).
     """
 
     task: Recitation
     kinds: list[str]
+    second: Any
     losses: Any
 
     def only(self, chosen: Sequence[int]) -> Passages:
         """Some of them, by number."""
         task = replace(self.task, items=[self.task.items[one] for one in chosen])
-        return Passages(task, [self.kinds[one] for one in chosen], self.losses[list(chosen)])
+        kinds, which = [self.kinds[one] for one in chosen], list(chosen)
+        return Passages(task, kinds, self.second[which], self.losses[which])
 
 
 def suffix_losses(lm: LanguageModel, task: Recitation) -> Any:
@@ -80,20 +97,46 @@ def read_passages(lm: LanguageModel, path: Path, recited: bool) -> Passages:
         SettingError: Fewer than two are left.
     """
     task = recitation_task(lm, path, name=path.stem)
-    kinds = [kind_of(str(row.fields.get("source", ""))) for row in text_rows(path, "passages")]
+    sources = [str(row.fields.get("source", "")) for row in text_rows(path, "passages")]
     scores = recitation(lm, task)
     wanted = [one["strict"] == 1 if recited else one["loose"] == 0 for one in scores]
     chosen = [number for number, yes in enumerate(wanted) if yes]
     if len(chosen) < 2:
         words = "recites" if recited else "does not recite"
         raise SettingError(f"{path}: {lm.name} {words} {len(chosen)} of {len(wanted)}; 2 needed")
-    return Passages(task, kinds, suffix_losses(lm, task)).only(chosen)
+    kinds, losses = list(map(kind_of, sources)), suffix_losses(lm, task)
+    return Passages(task, kinds, np.array(list(map(second_half, sources))), losses).only(chosen)
 
 
 def kind_of(source: str) -> str:
     """The kind of a source: what is before its colon; without one, a document that is quoted."""
     kind, colon, _ = source.partition(":")
     return kind if colon else "Document"
+
+
+def second_half(source: str) -> bool:
+    """Whether a source is in the second half; what stands in other forms is in one half."""
+    (name, *_) = re.split(r" \(| as | with ", source)
+    return bool(hashlib.sha256(name.encode()).digest()[0] % 2)
+
+
+def subnets(
+    lm: LanguageModel, names: Sequence[str], passages: Passages, general: Sequence[str], seed: int
+) -> list[Rival]:
+    """BalancedSubnet that forgets the second half of the sources, and one that forgets the first.
+
+    Raises:
+        SettingError: All passages are of one half.
+    """
+    decode = partial(lm.tokenizer.decode, skip_special_tokens=True)
+    texts = [str(decode([*prefix, *suffix])) for _, prefix, suffix in passages.task.items]
+    halves = [
+        [text for text, second in zip(texts, passages.second, strict=True) if second == one]
+        for one in (True, False)
+    ]
+    if not all(halves):
+        raise SettingError("BalancedSubnet needs passages of several sources; use --no-rivals")
+    return [subnet_rival(lm, names, general, half, seed) for half in halves]
 
 
 def groups_of(sides: Sequence[Passages]) -> dict[str, list[list[int]]]:
@@ -109,8 +152,25 @@ def groups_of(sides: Sequence[Passages]) -> dict[str, list[list[int]]]:
     return {name: each for name, each in groups.items() if min(map(len, each)) > 1}
 
 
+def read_under(
+    lm: LanguageModel, variant: Variant, sides: Sequence[Passages]
+) -> list[tuple[Any, Any]]:
+    """Loss of each suffix and whether it is recited, for each side, both of shape (n,)."""
+    if isinstance(variant, tuple):
+        first, second = (read_under(lm, one, sides) for one in variant)
+        return [
+            (np.where(side.second, b[0], a[0]), np.where(side.second, b[1], a[1]))
+            for side, a, b in zip(sides, first, second, strict=True)
+        ]
+    with applied(variant, lm.model):
+        return [
+            (suffix_losses(lm, one), np.array([each["strict"] for each in recitation(lm, one)]))
+            for one in (side.task for side in sides)
+        ]
+
+
 def measured(
-    lm: LanguageModel, variants: Mapping[str, Intervention], sides: Sequence[Passages]
+    lm: LanguageModel, variants: Mapping[str, Variant], sides: Sequence[Passages]
 ) -> dict[str, Any]:
     """Of each variant: share recited, and by group the rise of each side's loss and the difference.
 
@@ -118,11 +178,9 @@ def measured(
     """
     groups, found = groups_of(sides), {}
     for name, variant in variants.items():
-        with applied(variant, lm.model):
-            losses = [suffix_losses(lm, side.task) for side in sides]
-            strict = [sum(s["strict"] for s in recitation(lm, side.task)) for side in sides]
+        losses, strict = zip(*read_under(lm, variant, sides), strict=True)
         rises = [after - side.losses for after, side in zip(losses, sides, strict=True)]
-        shares = [wilson(int(n), len(side.kinds)) for n, side in zip(strict, sides, strict=True)]
+        shares = [wilson(int(each.sum()), len(each)) for each in strict]
         rows = {}
         for group, chosen in groups.items():
             each = [mean_estimate(rise[which]) for rise, which in zip(rises, chosen, strict=True)]
@@ -178,11 +236,20 @@ def run(options: argparse.Namespace) -> str:
     settings = {"K-FAC": f"layers {', '.join(map(str, layers))}; keep {options.keep:g}"}
     if options.rivals:
         damage = Damage(lm, [text for _, text in heldout_texts("validation")])
+        general = calibration_texts()
+        pair = subnets(lm, factors.names, sides[0], general, options.seed)
+        named = [f"BalancedSubnet, fit {number}" for number in (1, 2)]
         rivals = rivals_of_edit(factors, factors.names, options.seed)
+        rivals |= dict(zip(named, pair, strict=True))
         equal = at_equal_damage(damage, "K-FAC", edit, rivals)
         print(equal.finding)
         variants |= equal.interventions
-        settings |= {name: one.setting for name, one in equal.matches.items()}
+        settings |= {
+            name: one.setting + ("" if one.equal else " (not equal)")
+            for name, one in equal.matches.items()
+        }
+        variants["BalancedSubnet"] = tuple(variants.pop(name) for name in named)
+        settings["BalancedSubnet"] = "; ".join(settings.pop(name) for name in named)
     found = measured(lm, variants, sides)
     text = table(found, sides, settings)
     record = {

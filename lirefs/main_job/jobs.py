@@ -197,7 +197,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     console, cache, seed = job.console, cache_dir(), job.seed
     keep = job.keep or KEEP
     strength = STRENGTH if job.strength is None else job.strength
-    split = question_set.split(seed=seed)
+    split = question_set.split(validation=0.2, seed=seed)  # of the shipped ones, 66 a label to test
     # What is opened fails before a model is fetched and loaded.
     given = job.factors if job.factors is not None and job.factors.exists() else None
     known = None if given is None else kfac.Factors.load(given)

@@ -1,5 +1,6 @@
 import argparse
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ def options(out, **changes):
 
 @pytest.fixture
 def quick(monkeypatch):
-    for name, value in {"GENERAL": 24, "MATCHING": 3, "ORDINARY": 2, "RISES": (1.1,)}.items():
+    few = {"GENERAL": 24, "MATCHING": 3, "ORDINARY": 2, "TOLD": 2, "RISES": (1.1,)}
+    for name, value in few.items():
         monkeypatch.setattr(planting, name, value)
     monkeypatch.setattr(matching, "NEAR", 10.0)  # the first strength is near enough
     find = kfac.find_targets
@@ -102,11 +104,12 @@ def test_a_run_is_written_and_resumed(quick, tmp_path, monkeypatch):
     assert json.loads((tmp_path / "results.json").read_text()) == found
     arm = found["free"]
     assert arm["planted"]["steps"] == 2
-    variants = ["unchanged", "K-FAC, +10%", "SVD, +10%", "random pairs, +10%"]
+    rivals = ["SVD, +10%", "random pairs, +10%", "BalancedSubnet, +10%"]
+    variants = ["unchanged", "K-FAC, +10%", *rivals]
     assert list(arm["cells"]) == variants
     assert arm["cells"]["unchanged"]["planted passages"]["value"]["n"] == 3
     page = (tmp_path / "table.md").read_text()
-    assert "Planted (free): planted 0% of 3, twins 0% of 3 recited after 2 steps" in page
+    assert "Planted (free): planted 0% of 5, twins 0% of 3 recited after 2 steps" in page
     assert "below the goal" in page
     assert all(f"| {name} |" in page for name in variants)
     assert list((tmp_path / "free" / "report").glob("*.html"))
@@ -114,6 +117,32 @@ def test_a_run_is_written_and_resumed(quick, tmp_path, monkeypatch):
     assert planting.run(given) == found
     with pytest.raises(SettingError, match="other settings"):
         planting.run(options(tmp_path, n=4))
+
+
+def test_balanced_subnet_learns_from_what_nobody_asks_for(quick, tmp_path, monkeypatch):
+    seen = {}
+
+    def noted(name):
+        original = getattr(planting, name)
+
+        def call(*args, **options):
+            seen[name] = args
+            return original(*args, **options)
+
+        monkeypatch.setattr(planting, name, call)
+
+    for name in ("plant", "subnet_rival", "tasks_of"):
+        noted(name)
+    planting.run(options(tmp_path))
+    lm, _, planted, twins, *_ = seen["plant"]
+    asked = [*seen["tasks_of"][1], *seen["tasks_of"][2]]
+    read = partial(lm.tokenizer.decode, skip_special_tokens=True)
+    *_, told, _ = seen["subnet_rival"]
+    assert len(told) == 2
+    assert {*told} < {read([*row["prefix_ids"], *row["suffix_ids"]]) for row in planted}
+    assert not {*told} & {read([*row["prefix_ids"], *row["suffix_ids"]]) for row in asked}
+    assert len(planted) == 5
+    assert len(twins) == 3
 
 
 def test_arms_are_named():

@@ -1,6 +1,7 @@
 import json
 import re
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
@@ -33,7 +34,7 @@ def files(lm, tmp_path):
         "other": [{"text": f"{word} texts", "suffix_tokens": 6} for word in ("some", "more", "my")],
     }
     for number, row in enumerate(rows["known"] + rows["other"]):
-        row["source"] = f"Sequence: {number}" if number % 2 else "A document"
+        row["source"] = f"Sequence: {number}" if number % 2 else f"A page ({number})"
     for name, some in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, some)))
     return tmp_path / "known.jsonl", tmp_path / "other.jsonl"
@@ -101,6 +102,40 @@ def test_rises_are_those_of_the_edit(files):
     assert all(np.allclose(one, side.losses) for one, side in zip(again, sides))
 
 
+def test_a_passage_is_read_under_the_fit_that_has_not_seen_its_source(files, monkeypatch):
+    lm = wrap(fresh_model("llama"), tiny_tokenizer(), name="tiny-llama")
+    sides = [recited.read_passages(lm, path, yes) for path, yes in zip(files, (True, False))]
+    known = sides[0]
+    told = []
+    monkeypatch.setattr(recited, "subnet_rival", lambda *args: told.append(args[3]))
+    recited.subnets(lm, ["a"], known, ["general"], 0)
+    read = partial(lm.tokenizer.decode, skip_special_tokens=True)
+    texts = [read([*first, *rest]) for _, first, rest in known.task.items]
+    assert [[texts.index(one) for one in half] for half in told] == [
+        np.flatnonzero(known.second).tolist(),
+        np.flatnonzero(~known.second).tolist(),
+    ]
+    targets = [target.name for target in kfac.find_targets(lm.model, layers=[1])]
+    edit = kfac.SVDEdit(targets, 0.2)
+    under = recited.read_under(lm, edit, sides)
+    crossed = recited.read_under(lm, (edit, None), sides)  # the first has seen the second half
+    for side, (losses, strict), (mixed, recited_still) in zip(sides, under, crossed):
+        assert (mixed == np.where(side.second, side.losses, losses)).all()
+        assert (recited_still[~side.second] == strict[~side.second]).all()
+    with pytest.raises(SettingError, match="several sources"):
+        recited.subnets(lm, ["a"], known.only(np.flatnonzero(known.second)), ["general"], 0)
+
+
+def test_forms_of_one_source_are_in_one_half():
+    for one, other in [
+        ("MIT licence (wrapped)", "MIT licence (in comments)"),
+        ("Sequence: months with numbers", "Sequence: months as Python strings"),
+        ("Sequence: months", "Sequence: months with numbers"),
+    ]:
+        assert recited.second_half(one) == recited.second_half(other)
+    assert len({recited.second_half(f"document {n}") for n in range(8)}) == 2
+
+
 def test_the_command(files, tmp_path, monkeypatch, capsys):
     lm = wrap(fresh_model("llama"), tiny_tokenizer(), name="tiny-llama")
     monkeypatch.setenv("LIREFS_CACHE", str(tmp_path / "cache"))
@@ -116,5 +151,7 @@ def test_the_command(files, tmp_path, monkeypatch, capsys):
     assert "4 recited and 3 unrecited passages" in printed
     assert "| K-FAC | layers 1; keep 0.8 |" in printed
     assert "| SVD | all | 4 and 3 |" in printed
+    assert "| BalancedSubnet | all | 4 and 3 |" in printed
+    assert "fit 1" not in printed.partition("| edit |")[2]
     record = json.loads((tmp_path / "o" / "recited.json").read_text())
     assert [len(one) for one in record["K-FAC"]["losses"]] == [4, 3]
