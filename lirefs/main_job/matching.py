@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
-from scipy.optimize import brentq
 
 import kfac
 from lirefs.comparison.controls import SAME_DAMAGE
@@ -35,7 +34,9 @@ TRIES = 12
 FIRST_SHARE = 0.03
 """Share of weights that BalancedSubnet prunes when it is trained first: 20 times the paper's."""
 WORST = 5.0
-"""Largest logarithm of a perplexity over another that a search tells from larger ones."""
+"""Largest logarithm of a damage over another that a search tells from larger ones."""
+FIRST_SLOPE = 2.0
+"""Damage grows as the square of a small change of what is at its best."""
 
 
 @dataclass(frozen=True)
@@ -116,23 +117,42 @@ class Scaled:
     words: Callable[[float], str]
 
     def at(self, damage: Damage, goal: float) -> Match:
-        """Brent's search, on logarithms of strength and perplexity."""
+        """A secant search between `low` and `high`, on logarithms of strength and damage.
+
+        What an intervention adds to the logarithm of the perplexity grows about as a power of its
+        strength, so the logarithms of both lie near a line.
+        """
         low, high = math.log(self.low), math.log(self.high)
         tried = {low: damage.unchanged}
-
-        def off(strength: float) -> float:
-            if strength not in tried:
-                tried[strength] = damage.of(self.make(math.exp(strength)))
-            ratio = tried[strength] / goal
-            found = min(math.log(ratio), WORST) if math.isfinite(ratio) else WORST
-            return 0.0 if abs(found) < NEAR else found
-
-        if off(low) * off(high) < 0:
-            brentq(off, low, high, xtol=1e-4, maxiter=TRIES, disp=False)
-        best = min(tried, key=lambda strength: abs(off(strength)))
+        wanted = math.log(goal / damage.unchanged)  # infinite or NaN if the other breaks the model
+        place, slope, last = (low + high) / 2, FIRST_SLOPE, None
+        for _ in range(TRIES if math.isfinite(wanted) else 0):
+            if any(abs(_apart(found, goal)) < NEAR for found in tried.values()):
+                break
+            tried[place] = damage.of(self.make(math.exp(place)))
+            added = WORST if wanted <= 0 else _missed(tried[place] / damage.unchanged, wanted)
+            if last is not None and (added - last[1]) * (place - last[0]) > 0:
+                slope = (added - last[1]) / (place - last[0])
+            last = place, added
+            low, high = (low, place) if added > 0 else (place, high)
+            place = min(high, max(low, place - added / slope))
+            if place in tried:
+                place = (low + high) / 2
+        best = min(tried, key=lambda one: abs(_apart(tried[one], goal)))
         strength, reached = math.exp(best), tried[best]
-        equal = abs(off(best)) < FAR
+        equal = abs(_apart(reached, goal)) < FAR
         return Match(self.make(strength), strength, reached, self.words(strength), equal)
+
+
+def _apart(found: float, goal: float) -> float:
+    """Logarithm of a perplexity over another; infinite where the model broke."""
+    return math.log(found / goal) if math.isfinite(found) and math.isfinite(goal) else math.inf
+
+
+def _missed(ratio: float, wanted: float) -> float:
+    """Logarithm of a damage over what is wanted; the damage is the logarithm of this ratio."""
+    added = math.log(ratio) if math.isfinite(ratio) else math.inf
+    return min(WORST, math.log(added / wanted)) if added > wanted * math.exp(-WORST) else -WORST
 
 
 @dataclass(frozen=True)
