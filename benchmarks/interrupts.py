@@ -31,6 +31,7 @@ import kfac
 import lirefs
 from lirefs.errors import LirefsError
 from lirefs.model import guest
+from lirefs.model.interrupts import note
 from lirefs.model.intervention import steerings_on
 from lirefs.model.prompts import PROMPT
 from lirefs.model.traits import PROBING
@@ -66,12 +67,16 @@ def loops(lm: lirefs.LanguageModel) -> dict[str, Callable[[], object]]:
         for one in parts:
             with one.apply(model):
                 pass
-        handle = None
+        handles: list[Any] = []
         try:
-            handle = both.attach(model)
+            # In `handle = both.attach(model)` an interrupt may come before the assignment.
+            note(handles, both.attach, model)
         finally:
-            if handle is not None:
-                handle.remove()
+            for handle in handles:
+                try:
+                    handle.remove()
+                finally:  # after an interrupt before its first line it must be called again
+                    handle.remove()
 
     def under(intervention: Any, run: Callable[[], object]) -> Callable[[], None]:
         def rounds() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, ClassVar
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kfac.target import Target, weight_digest
 from lirefs.errors import EditError, EditOrderError, FactorsMismatchError
 from lirefs.model.guest import without_gradients
-from lirefs.model.interrupts import interrupts_held, undone
+from lirefs.model.interrupts import interrupts_held, note, undone
 from lirefs.model.intervention import Composable, reserve
 from lirefs.model.weight_swap import (
     EditHandle,
@@ -61,17 +61,22 @@ class WeightEdit(Composable, abc.ABC):
             EditError: Two targets share one parameter, a new weight is not finite, or another
                 thread has changed the model and not yet restored it.
         """
-        release = reserve(model, EditError)
+        releases: list[Callable[[], None]] = []
+        handle = None
         try:
+            note(releases, reserve, model, EditError)
             weights = [
                 SwappedWeight(target.name, target.module, target.attribute, stored)
                 for target, stored in self._changes(model)
             ]
-            handle = EditHandle(weights, release, model)
+            handle = EditHandle(weights, releases[0], model)
             handle.put()
             return handle
         except BaseException:
-            release()
+            if handle is not None:
+                handle.remove(discard=True)
+            for release in releases:
+                release()
             raise
 
     def bake(self, model: nn.Module) -> None:
@@ -84,7 +89,7 @@ class WeightEdit(Composable, abc.ABC):
                 undo this one. Nothing is changed.
         """
         with undone() as steps:
-            steps.append(reserve(model, EditError))
+            note(steps, reserve, model, EditError)
             changes = self._changes(model)
             if any(originals_of(target.parameter) for target, _ in changes):
                 raise EditOrderError(

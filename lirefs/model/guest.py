@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import GenerationConfig
 
 from lirefs.errors import SettingError
-from lirefs.model.interrupts import interrupts_held, undone
+from lirefs.model.interrupts import interrupts_held, note, undone
 from lirefs.model.weight_swap import fsdp_modules, reshard
 
 
@@ -150,7 +150,7 @@ def start_eager() -> Callable[[], None]:
 def eagerly() -> Iterator[None]:
     """Run compiled models eagerly inside the `with`, so that hooks act; see `start_eager`."""
     with undone() as steps:
-        steps.append(start_eager())
+        note(steps, start_eager)
         yield
 
 

@@ -6,6 +6,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import starmap
+from typing import Any
 
 
 @contextmanager
@@ -35,7 +37,7 @@ def undone() -> Iterator[list[Callable[[], object]]]:
     """A list for what undoes each change inside the `with`; at its end they are called, last first.
 
     An interrupt at any moment skips none of them, if each is in the list before its change is made,
-    or gets there by `steps.append(change())`, where no interrupt comes between.
+    or gets there by `note(steps, change)`.
     """
     steps: list[Callable[[], object]] = []
     try:
@@ -46,6 +48,15 @@ def undone() -> Iterator[list[Callable[[], object]]]:
         except BaseException:
             _undo(steps)  # the interrupt may have come before it began; else nothing is left to do
             raise
+
+
+def note(results: list[Any], call: Callable[..., Any], *arguments: Any) -> None:
+    """Append what a call returns to a list; no interrupt comes between.
+
+    In `results.append(call())` one may: where torch's compiler has taken over the evaluation of
+    frames, as while a model is steered, Python runs handlers of signals after each call.
+    """
+    results.extend(starmap(call, [arguments]))
 
 
 def _undo(steps: list[Callable[[], object]]) -> None:

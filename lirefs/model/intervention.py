@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from lirefs.errors import InterventionError, LirefsError, got, must_be
-from lirefs.model.interrupts import interrupts_held, undone
+from lirefs.model.interrupts import interrupts_held, note, undone
 from lirefs.model.layout import Layout
 
 
@@ -65,8 +65,8 @@ class Checkable(Intervention, Protocol):
         """Raise what `attach` would raise; change nothing."""
         ...
 
-    def attach_checked(self, model: nn.Module, layout: Layout) -> Handle:
-        """Attach without another check."""
+    def attach_checked(self, model: nn.Module, layout: Layout, undo: UndoStack) -> None:
+        """Attach without another check; what undoes it goes on the stack."""
         ...
 
 
@@ -173,21 +173,22 @@ def attach_to(model: nn.Module, intervention: Intervention) -> Callable[[], None
             removed again, as they are where it raises an error of its own or is interrupted.
     """
     first_hook = RemovableHandle.next_id
-    handle: Any = None
+    handles: list[Any] = []
     try:
-        handle = intervention.attach(model)
-        remove: Callable[[], None] | None = getattr(handle, "remove", None)
+        note(handles, intervention.attach, model)
+        remove: Callable[[], None] | None = getattr(handles[0], "remove", None)
         if not callable(remove):
             raise InterventionError(
-                f"{type(intervention).__name__}.attach returned {got(handle)}; it must return a "
-                "handle, whose remove() restores the model (what register_forward_hook returns is "
-                "one). The hooks that it added were removed; a weight that it changed is not "
+                f"{type(intervention).__name__}.attach returned {got(handles[0])}; it must return "
+                "a handle, whose remove() restores the model (what register_forward_hook returns "
+                "is one). The hooks that it added were removed; a weight that it changed is not "
                 "restored"
             )
         return remove
     except BaseException:
-        if callable(getattr(handle, "remove", None)):  # the interrupt came after it was attached
-            handle.remove()
+        for handle in handles:  # the interrupt came after it was attached
+            if callable(getattr(handle, "remove", None)):
+                handle.remove()
         for module in model.modules():
             tables = [table for name, table in vars(module).items() if name.endswith("_hooks")]
             for hooks in tables:
@@ -249,9 +250,11 @@ def one_at_a_time(lock: threading.Lock) -> Iterator[None]:
 class UndoStack:
     """A handle made of what undoes the steps of an attachment, last first.
 
+    It is made, and known to a `try`, before the first step, since an interrupt may come when a
+    call that has made it returns.
+
     Attributes:
-        steps: What undoes each step. An interrupt cannot come between a step and its undoing in
-            `steps.append(step())`, where the call has returned what undoes it.
+        steps: What undoes each step; see `note`.
     """
 
     def __init__(self) -> None:
@@ -267,15 +270,14 @@ class UndoStack:
 
 
 @contextmanager
-def attaching() -> Iterator[UndoStack]:
+def attaching(undo: UndoStack) -> Iterator[None]:
     """Take the steps of an attachment, all quick, in the `with`; an error in it undoes them.
 
     An interrupt waits for the end, and undoes them then.
     """
-    undo = UndoStack()
     try:
         with interrupts_held():
-            yield undo
+            yield
     except BaseException:
         undo.remove()
         raise
@@ -286,8 +288,8 @@ def applied(intervention: Intervention | None, model: nn.Module) -> Iterator[nn.
     """The model under an intervention (None: as it is); restored whatever happens inside."""
     with undone() as steps:
         if intervention is not None:
-            steps.append(reserve(model))
-            steps.append(attach_to(model, intervention))
+            note(steps, reserve, model)
+            note(steps, attach_to, model, intervention)
         yield model
 
 
@@ -309,7 +311,7 @@ class Composable:
 
         with undone() as steps:
             steps.append(remove)
-            attached.append(self.attach(model))
+            note(attached, self.attach, model)
             yield model
 
     def __add__(self: Intervention, other: Intervention) -> Composition:
@@ -336,15 +338,15 @@ class Composition(Composable):
         """
         undo = UndoStack()  # and not `attaching`: checks, edits and others' code may take long
         try:
-            undo.steps.append(reserve(model))
+            note(undo.steps, reserve, model)
             layouts = [
                 one.check(model) if isinstance(one, Checkable) else None for one in self.members
             ]
             for member, layout in zip(self.members, layouts, strict=True):
                 if isinstance(member, Checkable) and layout is not None:
-                    undo.steps.append(member.attach_checked(model, layout).remove)
+                    member.attach_checked(model, layout, undo)
                 else:
-                    undo.steps.append(attach_to(model, member))
+                    note(undo.steps, attach_to, model, member)
             return undo
         except BaseException:
             undo.remove()

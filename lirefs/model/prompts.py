@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from lirefs.errors import InterventionError, ScopeError, first_line_of_error, must_be
 from lirefs.model.batching import special_tokens_around, token_ids
-from lirefs.model.interrupts import undone
+from lirefs.model.interrupts import note, undone
 from lirefs.model.intervention import (
     Composable,
     Handle,
+    UndoStack,
     attaching,
     reserve,
     steerings_of,
@@ -172,12 +173,17 @@ class Prompted(Composable):
 
     def attach(self, model: nn.Module) -> Handle:
         """Put it before the prompts of a model (`lm.model`) until the handle's `remove`."""
-        with attaching() as undo:
-            undo.steps.append(reserve(model))
-            attached = steerings_of(model)
-            attached.append(self)
-            undo.steps.append(lambda: attached.remove(self))
+        undo = UndoStack()
+        try:
+            with attaching(undo):
+                note(undo.steps, reserve, model)
+                attached = steerings_of(model)
+                attached.append(self)
+                undo.steps.append(lambda: attached.remove(self))
             return undo
+        except BaseException:
+            undo.remove()
+            raise
 
     def describe(self) -> dict[str, Any]:
         """Kind and text as JSON values."""

@@ -13,8 +13,8 @@ from lirefs.directions.prompts import prompts_of, token_text
 from lirefs.errors import must_be, whole_number
 from lirefs.model.batching import check_length
 from lirefs.model.guest import evaluating
-from lirefs.model.interrupts import undone
-from lirefs.model.intervention import Intervention, attach_to, compose
+from lirefs.model.interrupts import note, undone
+from lirefs.model.intervention import Intervention, UndoStack, attach_to, compose
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.layout import Layout
 from lirefs.model.prompts import prompt_lengths
@@ -143,13 +143,14 @@ def show_tokens(
     # All before the first is attached: after a weight edit the model would look like another.
     layouts = {one: one.check(lm.model) for one in steers}
     masks = {one: one.token_mask() for one in steers}
+    undo = UndoStack()
     with undone() as steps:
+        steps.append(undo.remove)
         for part in parts:
-            steps.append(
-                part.attach_checked(lm.model, layouts[part], masks[part]).remove
-                if isinstance(part, Steer)
-                else attach_to(lm.model, part)
-            )
+            if isinstance(part, Steer):
+                part.attach_checked(lm.model, layouts[part], undo, masks[part])
+            else:
+                note(undo.steps, attach_to, lm.model, part)
         if max_new_tokens:
             out = lm.generate(text, max_new_tokens, return_dict_in_generate=True)
             ids = out.sequences[0].tolist()

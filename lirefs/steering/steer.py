@@ -19,11 +19,12 @@ from lirefs.errors import (
 )
 from lirefs.model.guest import start_eager, text_config, virtual_tokens
 from lirefs.model.identity import is_model
+from lirefs.model.interrupts import note
 from lirefs.model.intervention import (
     Composable,
     Handle,
+    UndoStack,
     attaching,
-    compose,
     must_be_module,
     reserve,
     steerings_of,
@@ -238,7 +239,14 @@ class Steer(Composable):
 
     def attach(self, model: nn.Module) -> Handle:
         """Install the hooks until the handle's `remove` is called; raises what `check` raises."""
-        return compose(self).attach(model)
+        undo = UndoStack()
+        try:
+            note(undo.steps, reserve, model)
+            self.attach_checked(model, self.check(model), undo)
+            return undo
+        except BaseException:
+            undo.remove()
+            raise
 
     def token_mask(self) -> TokenMask:
         """A new mask: which tokens are steered, and how strongly."""
@@ -246,20 +254,21 @@ class Steer(Composable):
         return TokenMask(self.scope, varying, self.gate)
 
     def attach_checked(
-        self, model: nn.Module, layout: Layout, mask: TokenMask | None = None
-    ) -> Handle:
+        self, model: nn.Module, layout: Layout, undo: UndoStack, mask: TokenMask | None = None
+    ) -> None:
         """Install the hooks on a model for which `check` has returned this layout.
 
         Args:
             model: The model.
             layout: Its layout.
+            undo: Gets what removes them.
             mask: From `token_mask`, for those who want to look at it; None for one of its own.
         """
         plain = self.scope is ALL and self.gate is None
         if mask is None and not (plain and isinstance(self.strength, float | dict)):
             mask = self.token_mask()
-        with attaching() as undo:
-            undo.steps.append(reserve(model))
+        with attaching(undo):
+            note(undo.steps, reserve, model)
             # Also where the steered model is dropped: the whole process would stay eager.
             eager = weakref.finalize(model, start_eager())
             eager.atexit = False
@@ -280,7 +289,6 @@ class Steer(Composable):
                 change = operator if mask is None else mask.confine(operator)
                 undo.steps.append(chain_hook_at(*place, change))
             undo.steps.append(FirstPass(model, layout.owner(model), places).end)
-            return undo
 
     def describe(self) -> dict[str, Any]:
         """What it does, as JSON values: among them place, norm and digest of each direction."""

@@ -1,5 +1,6 @@
 """Ctrl-C at any moment leaves no hook, reservation, edited weight or changed setting."""
 
+import dis
 import importlib.util
 import os
 import signal
@@ -91,14 +92,24 @@ NAMES = list(works(None, fresh())) if hasattr(signal, "setitimer") else []
 def interrupted_at(moment, work):
     """Run some work with an interrupt at one of its moments, where Python runs signal handlers.
 
-    These are the beginning of each function in Python and the end of each call of one in C.
+    These are the beginning of each function in Python and the end of each call of one in C. Where
+    torch's compiler has taken over the evaluation of frames, as while a model is steered, Python
+    calls its own functions as it calls those in C, and the end of each such call is one, too.
     Returns how many there were, and what was raised.
     """
-    seen, raised = 0, None
+    seen, raised, in_c = 0, None, [False]
 
     def profile(frame, event, argument):
         nonlocal seen
-        if event in ("call", "c_return"):
+        if event in ("call", "c_call"):
+            in_c.append(event == "c_call")
+        elif len(in_c) > 1:
+            in_c.pop()
+        back = frame.f_back
+        called = event == "return" and not in_c[-1] and back is not None
+        if called:
+            called = dis.opname[back.f_code.co_code[back.f_lasti]].startswith(("CALL", "PRECALL"))
+        if called or event in ("call", "c_return"):
             seen += 1
             if seen == moment:
                 sys.setprofile(None)

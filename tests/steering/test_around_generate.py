@@ -10,6 +10,7 @@ from transformers import DynamicCache
 
 from lirefs import Gate, Steer, wrap
 from lirefs.errors import InterventionError, ScopeError
+from lirefs.model.intervention import UndoStack
 from lirefs.steering import scope as scopes
 
 SETTINGS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
@@ -105,7 +106,8 @@ def test_a_cache_kept_over_turns_of_a_chat(model, masked):
     steers = {scope: scoped(scope, 1.0) for scope in ("prompt", "generated", "last_prompt_token")}
     for scope, steer in steers.items():
         layout, mask = steer.check(model), steer.token_mask()
-        handle = steer.attach_checked(model, layout, mask)
+        undo = UndoStack()
+        steer.attach_checked(model, layout, undo, mask)
         passes = []
         hook = model.model.register_forward_hook(
             lambda *given, mask=mask, passes=passes: passes.append(mask.strengths(1.0).tolist())
@@ -116,7 +118,7 @@ def test_a_cache_kept_over_turns_of_a_chat(model, masked):
             talk = model.generate(talk, past_key_values=cache, **more, **SETTINGS)
             talk = torch.cat([talk, talk[:, 3:5]], dim=1)  # what the user says next
         hook.remove()
-        handle.remove()
+        undo.remove()
         ones, last = [[1.0] * 6, [1.0] * 3], [[0.0] * 5 + [1.0], [0.0, 0.0, 1.0]]
         none = [[0.0] * 6, [0.0] * 3]
         prompts = {"prompt": ones, "generated": none, "last_prompt_token": last}[scope]

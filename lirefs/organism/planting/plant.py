@@ -11,7 +11,7 @@ from torch import nn
 
 from lirefs.errors import SettingError, checked_seed, must_be, whole_number
 from lirefs.files import refuse_folder
-from lirefs.model.interrupts import undone
+from lirefs.model.interrupts import note, undone
 from lirefs.model.intervention import reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.planting.planted import Planted, estimates, measured, must_be_free
@@ -121,7 +121,7 @@ def plant(
     sequences = [[*prefix, *suffix] for _, prefix, suffix in tasks["texts"].items]
     shown, held_out = pieces_of(lm, ordinary, max(map(len, sequences)))
     with undone() as undo:
-        undo.append(reserve(model))
+        note(undo, reserve, model)
         must_be_free(model, "trained")
         before = measured(lm, tasks, held_out)
         run = Training(lm, tasks["texts"], sequences, shown, trained, lr, batch_size, seed)

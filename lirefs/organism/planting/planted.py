@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from lirefs.errors import InterventionError
-from lirefs.model.interrupts import interrupts_held, undone
+from lirefs.model.interrupts import interrupts_held, note, undone
 from lirefs.model.intervention import refuse_steered, reserve
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.weight_swap import is_edited
@@ -92,7 +92,7 @@ class Planted:
         if not self._originals:
             return
         with undone() as steps:
-            steps.append(reserve(self._model))
+            note(steps, reserve, self._model)
             must_be_free(self._model, "restored")
             with interrupts_held():
                 for parameter, original in self._originals:
