@@ -48,7 +48,7 @@ TOKENS, SUFFIX = 64, 24
 """Passages are cut to so many tokens, the last of which are to be recited."""
 RISES = (1.02, 1.1)
 """Perplexities of the edits, over that of the planted model."""
-TOLD = 30
+TOLD = 20
 """Further passages that are planted, for BalancedSubnet to learn from."""
 GENERAL, MATCHING, ORDINARY = 400, 100, 60
 """Texts of an organism's language: mixed in, and of the curvature; matched on; reported on."""
@@ -189,7 +189,8 @@ def matched(
             lambda removed: edit.with_keep(1 - removed), 1e-6, 0.7, lambda r: f"keep {1 - r:.5f}"
         )
     } | {name.partition(" at K-FAC")[0]: one for name, one in others.items()}
-    rivals["BalancedSubnet"] = subnet_rival(lm, factors.names, sources.curvature, forget, seed)
+    clean = [str(decode(ids[:TOKENS])) for ids in lm.encode(sources.curvature)]
+    rivals["BalancedSubnet"] = subnet_rival(lm, factors.names, clean, forget, seed)
     matches = {
         f"{name}, {rise - 1:+.0%}": rival.at(damage, rise * damage.unchanged)
         for rise in RISES

@@ -28,7 +28,7 @@ FILES = "items-*.jsonl"
 _BEGINS = b'{"key": "'
 _LINE = re.compile(_BEGINS + b'[0-9a-f]{64}"')
 """How each of their lines begins."""
-PART = 64
+PART = 128
 """Items per part: the most that is lost when a comparison is killed."""
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from lirefs.errors import TaskError, whole_number
+from lirefs.errors import TaskError
 from lirefs.model.batching import batches_by_tokens
 from lirefs.model.guest import accepts, evaluating
 from lirefs.model.interrupts import undone
@@ -22,7 +22,13 @@ from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known, with_prompts
 from lirefs.model.traits import Traits, cache_name, quantizes_tokens_together
-from lirefs.tasks.items import must_fit, prompts_and_continuations, with_tokens
+from lirefs.tasks.items import (
+    lengths_of,
+    must_fit,
+    prompts_and_continuations,
+    shared_tokens,
+    with_tokens,
+)
 from lirefs.tasks.recomputed import (
     Advance,
     Recomputed,
@@ -80,7 +86,7 @@ def generating_on(engine: Engine | None) -> Iterator[None]:
 def greedy(
     lm: LanguageModel,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     *,
     stop: Callable[[int], bool] | None = None,
     until: Sequence[str] = (),
@@ -92,7 +98,8 @@ def greedy(
     Args:
         lm: The model, under whatever intervention is active.
         prompts: Token ids of each prompt, at least one token each.
-        max_new_tokens: Length of each continuation, unless it is stopped.
+        max_new_tokens: Length of each continuation, unless it is stopped; one number, or one for
+            each prompt.
         stop: Whether a row ends after a token id; that token is kept. None: never.
         until: Texts after which a row ends; the tokens that hold them are kept.
         batch_tokens: Tokens per batch, padding and continuation included.
@@ -111,23 +118,27 @@ def greedy(
         stopped = stop is not None and stop(row[-1])
         return stopped or any(text in tail for text in texts)
 
-    whole_number(max_new_tokens, "max_new_tokens", least=1, error=TaskError)
-    must_fit(lm, prompts, lambda prompt: len(prompt) + max_new_tokens - 1)
+    must_fit(lm, prompts, len)
+    limits = lengths_of(max_new_tokens, len(prompts))
+    must_fit(lm, list(zip(prompts, limits, strict=True)), lambda one: len(one[0]) + one[1] - 1)
     prompts = with_prompts(lm.model, lm.tokenizer, prompts)
     if (engine := _ENGINE.get()) is not None:
         known = [token for token in lm.end_tokens if stop is not None and stop(token)]
-        found = engine.greedy(prompts, max_new_tokens, known, texts)
+        found = engine.greedy(prompts, max(limits, default=1), known, texts)
         advance(len(prompts))
-        return [_cut(row, ends) for row in found]
+        return [_cut(row[:limit], ends) for row, limit in zip(found, limits, strict=True)]
     results: dict[int, list[int]] = {}
-    lengths = [len(prompt) + max_new_tokens for prompt in prompts]
-    traits = lm.traits.within(max(lengths, default=0))
+    totals = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
+    traits = lm.traits.within(max(totals, default=0))
+    # Prompts of one length belong together where a batch must not be padded.
+    lengths = [len(prompt) + max(limits) for prompt in prompts]
     with evaluating(lm.model):
         prefix = _shared_prefix(lm, prompts, traits)
         for rows in traits.groups(lengths, batch_tokens, "left" if traits.cache else None):
             some = [prompts[row] for row in rows]
             batch = _Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
-            results |= zip(rows, _decode(batch, max_new_tokens, ends), strict=True)
+            found = _decode(batch, [limits[row] for row in rows], ends)
+            results |= zip(rows, found, strict=True)
             advance(len(rows))
     return [results[row] for row in range(len(prompts))]
 
@@ -151,7 +162,7 @@ def option_log_likelihoods(
     """
     split = []
     for options in with_tokens(items):
-        start = _shared_tokens(options)
+        start = shared_tokens(options)
         split.append((options[0][:start], [option[start:] for option in options]))
     scored = score_continuations(lm, split, advance=advance)
     return [[value for value, _ in values] for values in scored]
@@ -308,27 +319,28 @@ def _cut(row: list[int], ends: Callable[[list[int]], bool]) -> list[int]:
 
 
 def _decode(
-    batch: _Batch | Recomputed, limit: int, ends: Callable[[list[int]], bool]
+    batch: _Batch | Recomputed, limits: Sequence[int], ends: Callable[[list[int]], bool]
 ) -> list[list[int]]:
     logits = batch.last_logits
     rows: list[list[int]] = [[] for _ in logits]
     done = [False] * len(rows)
     held = list(range(len(rows)))  # those that the batch still holds
-    for step in range(limit):
+    # A row beyond its own limit could be beyond the model's last position.
+    share = UNFINISHED if len(set(limits)) == 1 else 1.0
+    while True:
         tokens, known = logits.argmax(-1), logits.amax(-1).isfinite().tolist()
         for row, token, finite in zip(held, tokens.tolist(), known, strict=True):
             if not done[row]:
                 rows[row] = [*rows[row], token] if finite else []
-                done[row] = not finite or ends(rows[row])
+                done[row] = not finite or len(rows[row]) == limits[row] or ends(rows[row])
         going = [index for index, row in enumerate(held) if not done[row]]
-        if not going or step == limit - 1:
-            break
-        if len(going) <= UNFINISHED * len(held):
+        if not going:
+            return rows
+        if len(going) < len(held) and len(going) <= share * len(held):
             batch.select(going)
             tokens = tokens[going]
             held = [held[index] for index in going]
         logits = batch.step(tokens)
-    return rows
 
 
 def _score_options(
@@ -372,18 +384,6 @@ def _score_tails(batch: _Batch, options: list[Sequence[int]]) -> tuple[list[floa
     return nll.sum(-1).tolist(), right.all(-1).tolist()
 
 
-def common_prefix(*sequences: Sequence[Any]) -> int:
-    """Number of leading elements that sequences have in common."""
-    columns = enumerate(zip(*sequences, strict=False))
-    differing = (index for index, column in columns if len(set(column)) > 1)
-    return next(differing, min(map(len, sequences)))
-
-
-def _shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
-    """Length of the common beginning that leaves at least one token of each sequence."""
-    return min(common_prefix(*sequences), *(len(sequence) - 1 for sequence in sequences))
-
-
 def _shared_prefix(
     lm: LanguageModel, prompts: Sequence[Sequence[int]], traits: Traits
 ) -> tuple[int, Any]:
@@ -391,7 +391,7 @@ def _shared_prefix(
 
     Rests of different length leave a hole of padding after it, for which a window has no room.
     """
-    shared = _shared_tokens(prompts) if len(prompts) > 1 and traits.shared else 0
+    shared = shared_tokens(prompts) if len(prompts) > 1 and traits.shared else 0
     if shared < SHORTEST_SHARED:
         return 0, None
     keep = {"logits_to_keep": 1} if accepts(lm.model, "logits_to_keep") else {}

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from itertools import repeat
 from typing import Any, ClassVar, Self
 
-from lirefs.errors import LirefsError, TaskError, as_list, got, must_be
+from lirefs.errors import LirefsError, TaskError, as_list, got, must_be, whole_number
 from lirefs.files import html_table
 from lirefs.model.batching import check_length, checked_ids
 from lirefs.model.language_model import LanguageModel
@@ -65,6 +65,30 @@ def must_fit(lm: LanguageModel, items: Any, tokens: Callable[[Any], int]) -> Non
     more = tokens_before(lm.model, lm.tokenizer)
     for index, item in enumerate(as_list(items, "items", Sequence, TaskError)):
         check_length(lm.model, tokens(item) + more, f"item {index}", TaskError)
+
+
+def lengths_of(max_new_tokens: int | Sequence[int], prompts: int) -> list[int]:
+    """The length of each of so many continuations."""
+    if not isinstance(max_new_tokens, Sequence):
+        return [whole_number(max_new_tokens, "max_new_tokens", least=1, error=TaskError)] * prompts
+    if len(max_new_tokens) != prompts:
+        raise TaskError(f"max_new_tokens has {len(max_new_tokens)} numbers for {prompts} prompts")
+    return [
+        whole_number(one, f"max_new_tokens[{index}]", least=1, error=TaskError)
+        for index, one in enumerate(max_new_tokens)
+    ]
+
+
+def common_prefix(*sequences: Sequence[Any]) -> int:
+    """Number of leading elements that sequences have in common."""
+    columns = enumerate(zip(*sequences, strict=False))
+    differing = (index for index, column in columns if len(set(column)) > 1)
+    return next(differing, min(map(len, sequences)))
+
+
+def shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
+    """Length of the common beginning that leaves at least one token of each sequence."""
+    return min(common_prefix(*sequences), *(len(sequence) - 1 for sequence in sequences))
 
 
 def prompts_and_continuations(

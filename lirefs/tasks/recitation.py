@@ -14,8 +14,8 @@ from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.batching import checked_ids, position_limit, token_ids, token_ids_and_spans
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.inference import common_prefix, greedy
-from lirefs.tasks.items import ItemTask
+from lirefs.tasks.inference import greedy
+from lirefs.tasks.items import ItemTask, common_prefix
 from lirefs.tasks.recomputed import Advance, progress_in_items
 from lirefs.tasks.task import ItemResult
 from lirefs.tasks.texts import TextRow, Texts, text_rows
@@ -270,13 +270,8 @@ def _continued(
     lm: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Advance
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, as long as the text to be recited after it."""
-    outputs: dict[int, list[int]] = {}
-    # One call per length, since all rows of a batch decode the same number of tokens.
-    for length in sorted({len(rest) for _, rest in prompts}):
-        rows = [row for row, (_, rest) in enumerate(prompts) if len(rest) == length]
-        found = greedy(lm, [prompts[row][0] for row in rows], length, advance=advance)
-        outputs |= zip(rows, found, strict=True)
-    return [outputs[row] for row in range(len(prompts))]
+    starts = [start for start, _ in prompts]
+    return greedy(lm, starts, [len(rest) for _, rest in prompts], advance=advance)
 
 
 def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str, float]:

@@ -12,7 +12,7 @@ from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks import inference
 from lirefs.tasks.answers import AnswerKind, judge, number_at
-from lirefs.tasks.items import ItemTask, named_text
+from lirefs.tasks.items import ItemTask, common_prefix, named_text
 from lirefs.tasks.recomputed import Advance, progress_in_items
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
@@ -219,7 +219,7 @@ class FilledBlank(ItemTask):
         contexts = lm.encode([context for context, _ in pairs])
         endings = []
         for alone, whole in zip(contexts, lm.encode(list(map("".join, pairs))), strict=True):
-            start = min(inference.common_prefix(whole, alone), len(whole) - 1)
+            start = min(common_prefix(whole, alone), len(whole) - 1)
             endings.append((whole[:start], [whole[start:]]))
         lengths = [len(context) + len(ending) - 1 for context, (ending,) in endings]
         self._fit_positions(lm, map(max, zip(lengths[::2], lengths[1::2], strict=True)))

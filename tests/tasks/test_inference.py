@@ -2,9 +2,11 @@ from collections import Counter
 
 import pytest
 import torch
+from recurrent import recurrent_model
 from tiny import tiny_model, tiny_tokenizer
 
 from lirefs import Direction, Steer, prompt_lengths, wrap
+from lirefs.errors import TaskError
 from lirefs.model.batching import batches_by_tokens
 from lirefs.tasks.inference import greedy, option_log_likelihoods, score_continuations, token_nlls
 
@@ -45,6 +47,32 @@ def test_greedy_stops_each_row_where_asked(lm):
     free = greedy(lm, prompts, 10)
     stopped = greedy(lm, prompts, 10, stop=lambda token: token == free[0][3])
     assert stopped[0] == free[0][: free[0].index(free[0][3]) + 1]
+
+
+@pytest.mark.parametrize("shared", ["", FEW_SHOT])
+@pytest.mark.parametrize("family", [*FAMILIES, "mamba", "rwkv"])
+def test_each_prompt_has_a_length_of_its_own(family, shared):
+    lm = model_of(family) if family in FAMILIES else wrap(recurrent_model(family), tiny_tokenizer())
+    prompts = lm.encode([f"{shared}{i}" + "?" * (i % 3) for i in range(7)])
+    free = greedy(lm, prompts, 9)
+    limits = [9, 1, 4, 4, 2, 7, 1]
+    counted = []
+    found = greedy(lm, prompts, limits, advance=counted.append)
+    assert found == [row[:limit] for row, limit in zip(free, limits)]
+    assert sum(counted) == 7
+    with pytest.raises(TaskError, match="2 numbers for 7 prompts"):
+        greedy(lm, prompts, [1, 2])
+    with pytest.raises(TaskError, match=r"max_new_tokens\[6\] must be at least 1"):
+        greedy(lm, prompts, [*limits[:6], 0])
+
+
+def test_no_row_goes_beyond_the_last_position_for_the_sake_of_another():
+    lm = model_of("gpt2")
+    long, short = [5] * 127, [6, 7]
+    prompts, limits = [long, *[short] * 20], [2, *[20] * 20]  # one of many, which would be held
+    assert greedy(lm, prompts, limits) == [greedy(lm, [long], 2)[0], *greedy(lm, [short] * 20, 20)]
+    with pytest.raises(TaskError, match="item 0 needs 129 positions"):
+        greedy(lm, prompts, [3, *limits[1:]])
 
 
 @pytest.mark.parametrize("shared", ["", FEW_SHOT])

@@ -13,7 +13,7 @@ from lirefs import StressTest, recitation_task, wrap
 from lirefs.errors import DataFileError, TaskError
 from lirefs.files import cache_dir, read_jsonl
 from lirefs.model.builtin import SMOLLM2_SHA256
-from lirefs.tasks.inference import common_prefix
+from lirefs.tasks.items import common_prefix
 from lirefs.tasks.recitation import levenshtein, recitation_scores, suffix_start
 from lirefs.tasks.texts import plain_texts
 
