@@ -127,7 +127,8 @@ class Scaled:
         wanted = math.log(goal / damage.unchanged)  # infinite or NaN if the other breaks the model
         place, slope, last = (low + high) / 2, FIRST_SLOPE, None
         for _ in range(TRIES if math.isfinite(wanted) else 0):
-            if any(abs(_apart(found, goal)) < NEAR for found in tried.values()):
+            near = any(abs(_apart(found, goal)) < NEAR for found in tried.values())
+            if near or place in tried:  # the latter at a bound that is not enough
                 break
             tried[place] = damage.of(self.make(math.exp(place)))
             added = WORST if wanted <= 0 else _missed(tried[place] / damage.unchanged, wanted)

@@ -82,6 +82,23 @@ def test_a_goal_out_of_reach_gives_the_nearest(lm, values, reached):
     )
 
 
+def test_a_search_ends_at_a_bound_that_is_not_enough(lm):
+    asked = []
+
+    class Model(Damage):
+        def __post_init__(self):
+            object.__setattr__(self, "unchanged", 10.0)
+
+        def of(self, strength):
+            asked.append(strength)
+            return 9.9
+
+    found = Scaled(lambda strength: strength, 1e-4, 0.9, str).at(Model(lm, []), 10.2)
+    assert not found.equal
+    assert asked[-1] == pytest.approx(0.9)
+    assert len(asked) == len(set(asked)) <= 3
+
+
 @pytest.mark.parametrize("goal", [math.inf, math.nan])
 def test_nothing_is_equal_to_a_model_that_broke(lm, goal):
     class Model(Damage):
