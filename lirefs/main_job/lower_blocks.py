@@ -25,7 +25,8 @@ def first_changed(lm: LanguageModel, intervention: Intervention | None) -> int:
     layers = [lm.n_layers]
     for one in parts:
         if isinstance(one, Steer) and one.gate is None:
-            layers += [direction.layer for direction in one.directions]
+            # Where it acts, which need not be the layer of its direction.
+            layers += [layer for layer, *_ in one.operators(lm.layout)]
         elif one is not None and not isinstance(one, WeightEdit):
             return 0
     of_block = {

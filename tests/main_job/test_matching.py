@@ -32,18 +32,20 @@ def damage(lm):
     return Damage(lm, Language().texts("validation", 6))
 
 
-def test_a_search_finds_the_strength_and_asks_few_times(monkeypatch, lm):
-    asked = []
+class Made(Damage):
+    """Perplexities by a function of the strength: 10 without; `asked` are the strengths tried."""
 
-    class Model(Damage):
-        def __post_init__(self):
-            object.__setattr__(self, "unchanged", 10.0)
+    def __init__(self, by_strength, texts=()):
+        vars(self).update(unchanged=10.0, texts=texts, asked=[], by_strength=by_strength)
 
-        def of(self, strength):
-            asked.append(strength)
-            return 10.0 * (1 + strength**1.5)
+    def of(self, strength):
+        self.asked.append(strength)
+        return self.by_strength(strength)
 
-    model = Model(lm, [])
+
+def test_a_search_finds_the_strength_and_asks_few_times():
+    model = Made(lambda strength: 10.0 * (1 + strength**1.5))
+    asked = model.asked
     rival = Scaled(lambda strength: strength, 1e-5, 100.0, "at {:.4f}".format)
     for goal in (10.2, 11.0, 15.0):
         asked.clear()
@@ -63,18 +65,12 @@ def test_a_search_finds_the_strength_and_asks_few_times(monkeypatch, lm):
         ([10.1, math.nan, math.inf], 10.1),  # the model breaks
     ],
 )
-def test_a_goal_out_of_reach_gives_the_nearest(lm, values, reached):
-    class Model(Damage):
-        def __post_init__(self):
-            object.__setattr__(self, "unchanged", 10.0)
-
-        def of(self, strength):
-            return values[0 if strength < 1 else 1 if strength < 2 else 2]
-
-    found = Scaled(lambda one: one, 0.01, 10.0, str).at(Model(lm, []), 12.0)
+def test_a_goal_out_of_reach_gives_the_nearest(values, reached):
+    model = Made(lambda strength: values[0 if strength < 1 else 1 if strength < 2 else 2], ["a"])
+    found = Scaled(lambda one: one, 0.01, 10.0, str).at(model, 12.0)
     assert found.reached == reached
     assert not found.equal
-    equal = EqualDamage("K-FAC", 12.0, {"SVD": replace(found, setting="here")}, Model(lm, ["a"]))
+    equal = EqualDamage("K-FAC", 12.0, {"SVD": replace(found, setting="here")}, model)
     assert equal.finding == (
         "No rival could be set to the perplexity of K-FAC. Validation perplexity: 12.000 for "
         "K-FAC; 10.000 unchanged (n = 1 texts). SVD could not be set to it; the nearest is "
@@ -82,34 +78,18 @@ def test_a_goal_out_of_reach_gives_the_nearest(lm, values, reached):
     )
 
 
-def test_a_search_ends_at_a_bound_that_is_not_enough(lm):
-    asked = []
-
-    class Model(Damage):
-        def __post_init__(self):
-            object.__setattr__(self, "unchanged", 10.0)
-
-        def of(self, strength):
-            asked.append(strength)
-            return 9.9
-
-    found = Scaled(lambda strength: strength, 1e-4, 0.9, str).at(Model(lm, []), 10.2)
-    assert not found.equal
-    assert asked[-1] == pytest.approx(0.9)
-    assert len(asked) == len(set(asked)) <= 3
+def test_a_search_ends_at_a_bound_that_is_not_enough():
+    model = Made(lambda strength: 9.9)
+    assert not Scaled(lambda strength: strength, 1e-4, 0.9, str).at(model, 10.2).equal
+    assert model.asked[-1] == pytest.approx(0.9)
+    assert len(model.asked) == len(set(model.asked)) <= 3
 
 
 @pytest.mark.parametrize("goal", [math.inf, math.nan])
-def test_nothing_is_equal_to_a_model_that_broke(lm, goal):
-    class Model(Damage):
-        def __post_init__(self):
-            object.__setattr__(self, "unchanged", 10.0)
-
-        def of(self, strength):
-            raise AssertionError("there is nothing to look for")
-
-    found = Scaled(lambda one: one, 0.01, 10.0, str).at(Model(lm, []), goal)
-    assert (found.reached, found.equal) == (10.0, False)
+def test_nothing_is_equal_to_a_model_that_broke(goal):
+    model = Made(lambda strength: 10.0)
+    found = Scaled(lambda one: one, 0.01, 10.0, str).at(model, goal)
+    assert (found.reached, found.equal, model.asked) == (10.0, False, [])
 
 
 def test_edits_and_steerings_reach_the_perplexity_of_another_edit(lm, factors, damage, monkeypatch):
@@ -179,7 +159,12 @@ def test_the_first_block_that_is_changed(lm):
     found = {}
     variants = variants_of(lm)
     gate = lirefs.Gate(variants["early"].directions[0], 0.0)
-    gated = lirefs.Steer(variants["steer"].directions[0], "add", 1.0, gate=gate)
+    late = variants["steer"].directions[0]
+    gated = lirefs.Steer(late, "add", 1.0, gate=gate)
+    elsewhere = {
+        "everywhere": lirefs.Steer(late, "add", 1.0, layers="all"),
+        "two layers": lirefs.Steer(late, "add", 1.0, layers=[1, 2]),
+    }
 
     class Own:
         def attach(self, model):
@@ -188,11 +173,12 @@ def test_the_first_block_that_is_changed(lm):
         def describe(self):
             return {"kind": "own"}
 
-    for name, one in {**variants, "gated": gated, "own": Own()}.items():
+    for name, one in {**variants, **elsewhere, "gated": gated, "own": Own()}.items():
         with lirefs.compose(one).apply(lm.model) if one else nullcontext():
             found[name] = first_changed(lm, one)
     assert found == {
         "edit": 2, "steer": 3, "both": 2, "early": 1, "none": lm.n_layers, "gated": 0, "own": 0,
+        "everywhere": 0, "two layers": 1,
     }  # fmt: skip
 
 
