@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import UTC, datetime
 from functools import partial
 from importlib import metadata
@@ -46,6 +46,7 @@ from lirefs.model.language_model import LanguageModel
 from lirefs.model.processes.world import together
 from lirefs.model.prompts import Prompted
 from lirefs.model.weight_swap import fsdp_modules
+from lirefs.tasks.batches.lower_blocks import LowerBlocks
 from lirefs.tasks.default_suite import default_tasks
 from lirefs.tasks.inference import NOT_ON_ENGINE, Engine, generating_on
 from lirefs.tasks.items import ItemTask
@@ -181,8 +182,10 @@ def compare(
                     raise TaskError(f"{task.name}: {NOT_ON_ENGINE}")
             engine.check(lm)
 
+        lower = LowerBlocks(lm)
         for name, trial in variants.items():  # all are tried before hours of work begin
             with applied(trial, lm.model):
+                lower.expect(trial)
                 for task in tasks if trial is None or _prompts(trial) else ():
                     if isinstance(task, ItemTask):
                         task.encoded(lm)  # raises an error if an item is too long
@@ -252,7 +255,10 @@ def compare(
                                 bar.update(len(piece))
                                 continue
                             reached = sum(one.prompts_reached for one in prompts)
-                            found = piece.run(lm, advance)
+                            # A task of somebody else's may change the model itself.
+                            own = is_hand_written(piece)
+                            with nullcontext() if own else lower.under(intervention):
+                                found = piece.run(lm, advance)
                             if prompts and sum(one.prompts_reached for one in prompts) == reached:
                                 raise TaskError(f"{name}: {UNPROMPTED}")
                             kept.add(key, found)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,10 +16,10 @@ import numpy as np
 import kfac
 from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.comparison.wording import as_list_of_words, as_number
-from lirefs.main_job.lower_blocks import LowerBlocks, first_changed
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.steering.steer import Steer
+from lirefs.tasks.batches.lower_blocks import LowerBlocks
 from lirefs.tasks.inference import token_nlls
 
 TEXTS = 100
@@ -43,42 +42,22 @@ FIRST_SLOPE = 2.0
 class Damage:
     """The perplexity of a model on validation texts, under interventions.
 
-    The blocks below those that an intervention changes run once for all interventions, unless a
-    pass that begins after them gives other numbers.
+    The blocks below those that an intervention changes run once for all interventions.
     """
 
     lm: LanguageModel
     texts: Sequence[str]
     unchanged: float = field(init=False)
-    _lower: dict[int, LowerBlocks | None] = field(init=False, repr=False, default_factory=dict)
+    _lower: LowerBlocks = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "_lower", LowerBlocks(self.lm))
         object.__setattr__(self, "unchanged", self.of(None))
 
     def of(self, intervention: Intervention | None) -> float:
         """Perplexity per token over all texts."""
-        with applied(intervention, self.lm.model):
-            first = 0 if intervention is None else first_changed(self.lm, intervention)
-            if first not in self._lower:
-                return self._recorded(LowerBlocks(self.lm, first), first)
-            known = self._lower[first]
-            with nullcontext() if known is None else known.replayed():
-                return self._perplexity()
-
-    def _recorded(self, lower: LowerBlocks, first: int) -> float:
-        self._lower[first] = None
-        if not lower.replaceable:
-            return self._perplexity()
-        with lower.recorded():
-            found = self._perplexity()
-        # An error here is of a family whose blocks hand on more than their hidden states.
-        with suppress(Exception), lower.replayed():
-            if self._perplexity() == found:
-                self._lower[first] = lower
-        return found
-
-    def _perplexity(self) -> float:
-        return perplexity(self.lm, self.lm.encode(self.texts), None)
+        with applied(intervention, self.lm.model), self._lower.under(intervention):
+            return perplexity(self.lm, self.lm.encode(self.texts), None)
 
 
 @dataclass(frozen=True)

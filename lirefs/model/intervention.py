@@ -197,11 +197,11 @@ def attach_to(model: nn.Module, intervention: Intervention) -> Callable[[], None
         raise
 
 
-def is_hand_written(intervention: Intervention) -> bool:
-    """Whether an intervention, or a part of it, is of a class outside these two packages."""
-    if isinstance(intervention, Composition):
-        return any(map(is_hand_written, intervention.members))
-    return type(intervention).__module__.partition(".")[0] not in ("lirefs", "kfac")
+def is_hand_written(one: object) -> bool:
+    """Whether an intervention, a part of it, or a task is of a class outside these two packages."""
+    if isinstance(one, Composition):
+        return any(map(is_hand_written, one.members))
+    return type(one).__module__.partition(".")[0] not in ("lirefs", "kfac")
 
 
 # The steerings and prompts that are attached to each model, in order.

@@ -48,6 +48,9 @@ class Prompt:
     # For `generate` with a mask: index among the generated tokens of each column of the prompt,
     # (items, width), so -1 for the last token and -1 - length for padding.
     ages: Tensor | None = None
+    # For a batch that may have dropped rows of a cache, of which a recurrent one says nothing:
+    # position of each row's next token, (rows, 1).
+    follows: Tensor | None = None
     # Decisions of the row gates by attached steering: weakly, as another may get its address.
     decisions: WeakKeyDictionary[object, Tensor] = field(
         default_factory=WeakKeyDictionary, init=False

@@ -196,7 +196,9 @@ def read_tokens(
         start = min(int(past), start)
     new = torch.arange(width, device=source.device)
     behind = known is not None and isinstance(past, int) and past and past == known.columns
-    if known is not None and behind and not start:
+    if prompt is not None and prompt.follows is not None:
+        following = prompt.follows.to(source.device) + new
+    elif known is not None and behind and not start:
         # Behind a prompt that was padded, or whose positions did not begin at 0. A mask of all
         # tokens says so itself, also where rows of the cache were dropped since.
         before = expand_to_rows(known.position.to(source.device).amax(dim=1, keepdim=True), rows)

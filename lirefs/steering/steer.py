@@ -229,6 +229,12 @@ class Steer(Composable):
                 found.append((layer, site, Operator(self.operator, direction.vector, number)))
         return sorted(found, key=lambda place: (place[0], SITES.index(place[1])))
 
+    def first_block(self, layout: Layout) -> int:
+        """The first block that it changes; 0 with a gate, which may read the states of any."""
+        if self.gate is not None:
+            return 0
+        return min((layer for layer, *_ in self.operators(layout)), default=layout.n_layers)
+
     def _places(self, layout: Layout) -> list[tuple[int, str, Direction]]:
         places = []
         for one in self.directions:

@@ -3,33 +3,27 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 from lirefs.errors import TaskError
 from lirefs.model.batching import batches_by_tokens
-from lirefs.model.guest import accepts, evaluating
+from lirefs.model.guest import evaluating
 from lirefs.model.interrupts import undone
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
-from lirefs.model.prompts import Prompt, prompt_known, with_prompts
-from lirefs.model.traits import Traits, cache_name, quantizes_tokens_together
-from lirefs.tasks.items import (
-    lengths_of,
-    must_fit,
-    prompts_and_continuations,
-    shared_tokens,
-    with_tokens,
-)
-from lirefs.tasks.recomputed import (
+from lirefs.model.prompts import with_prompts
+from lirefs.model.traits import Traits, quantizes_tokens_together
+from lirefs.tasks.batches.cached import Batch, score_tails, shared_prefix
+from lirefs.tasks.batches.recomputed import (
     Advance,
     Recomputed,
     logits_of,
@@ -37,11 +31,16 @@ from lirefs.tasks.recomputed import (
     padded,
     score_whole,
 )
+from lirefs.tasks.items import (
+    lengths_of,
+    must_fit,
+    prompts_and_continuations,
+    shared_tokens,
+    with_tokens,
+)
 from lirefs.tasks.settings import BATCH_TOKENS
 
 NOT_ON_ENGINE = "an engine runs tasks that say generates = True; compare others without engine"
-# A prefix shorter than this costs more to copy into every batch than to compute again.
-SHORTEST_SHARED = 8
 # A forward pass of fewer tokens takes hardly less time, so padding up to here is free.
 ENOUGH = 256
 # A batch drops its finished rows once at most this share of its rows is unfinished. Copying the
@@ -90,6 +89,7 @@ def greedy(
     *,
     stop: Callable[[int], bool] | None = None,
     until: Sequence[str] = (),
+    drafts: Sequence[Sequence[int]] = (),
     batch_tokens: int = BATCH_TOKENS,
     advance: Advance = lambda n: None,
 ) -> list[list[int]]:
@@ -102,6 +102,8 @@ def greedy(
             each prompt.
         stop: Whether a row ends after a token id; that token is kept. None: never.
         until: Texts after which a row ends; the tokens that hold them are kept.
+        drafts: What each continuation may well be, as long as it is to be. One that is right costs
+            one pass, as when a text is recited, in place of one for each of its tokens.
         batch_tokens: Tokens per batch, padding and continuation included.
         advance: Called with the number of prompts finished.
 
@@ -121,6 +123,8 @@ def greedy(
     must_fit(lm, prompts, len)
     limits = lengths_of(max_new_tokens, len(prompts))
     must_fit(lm, list(zip(prompts, limits, strict=True)), lambda one: len(one[0]) + one[1] - 1)
+    if drafts and limits != list(map(len, drafts)):
+        raise TaskError("drafts must be as long as the continuations, one for each prompt")
     prompts = with_prompts(lm.model, lm.tokenizer, prompts)
     if (engine := _ENGINE.get()) is not None:
         known = [token for token in lm.end_tokens if stop is not None and stop(token)]
@@ -130,14 +134,19 @@ def greedy(
     results: dict[int, list[int]] = {}
     totals = [len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True)]
     traits = lm.traits.within(max(totals, default=0))
+    if not (traits.causal and traits.continued):
+        drafts = ()
     # Prompts of one length belong together where a batch must not be padded.
     lengths = [len(prompt) + max(limits) for prompt in prompts]
     with evaluating(lm.model):
-        prefix = _shared_prefix(lm, prompts, traits)
+        prefix = shared_prefix(lm, prompts, traits)
         for rows in traits.groups(lengths, batch_tokens, "left" if traits.cache else None):
             some = [prompts[row] for row in rows]
-            batch = _Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
-            found = _decode(batch, [limits[row] for row in rows], ends)
+            batch = Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
+            said: list[list[int]] = [[] for _ in rows]
+            if drafts and isinstance(batch, Batch):
+                said = [_cut(one, ends) for one in _recited(batch, [drafts[row] for row in rows])]
+            found = _decode(batch, [limits[row] for row in rows], ends, said)
             results |= zip(rows, found, strict=True)
             advance(len(rows))
     return [results[row] for row in range(len(prompts))]
@@ -197,14 +206,14 @@ def score_continuations(
     if not traits.continued:
         return score_whole(lm, items, advance)
     with evaluating(lm.model):
-        prefix = _shared_prefix(lm, prompts, traits)
+        prefix = shared_prefix(lm, prompts, traits)
         # In the cache, each option of several tokens has its own copy of the prompt.
         lengths = [
             max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
             for prompt, options in items
         ]
         for rows in batches_by_tokens(lengths, batch_tokens, enough=ENOUGH):
-            batch = _Batch(lm, [items[row][0] for row in rows], *prefix)
+            batch = Batch(lm, [items[row][0] for row in rows], *prefix)
             found = _score_options(batch, [items[row][1] for row in rows])
             results |= zip(rows, found, strict=True)
             advance(len(rows))
@@ -260,70 +269,32 @@ def _causal_traits(lm: LanguageModel) -> Traits:
     return lm.traits
 
 
-class _Batch:
-    """Left-padded prompts after their prefill: cache, mask, positions, last logits."""
-
-    def __init__(
-        self, lm: LanguageModel, prompts: list[Sequence[int]], shared: int, prefix: Any
-    ) -> None:
-        self.model = lm.model
-        self._name = cache_name(lm.model) or ""
-        self._positions = lm.traits.positions
-        self.prompt = Prompt(torch.tensor(list(map(len, prompts))))
-        inputs = lm.pad([prompt[shared:] for prompt in prompts], side="left")
-        self.mask = inputs["attention_mask"]
-        self.cache = copy.deepcopy(prefix)
-        if prefix is not None:
-            self.cache.reorder_cache(self.mask.new_zeros(len(prompts)))
-            self.mask = torch.cat([self.mask.new_ones(len(prompts), shared), self.mask], dim=1)
-        positions = (self.mask.cumsum(-1) - 1).clamp(min=0)[:, shared:]
-        self.next_position = positions[:, -1:] + 1
-        self.last_logits = self.forward(inputs["input_ids"], positions)[:, -1]
-
-    def forward(self, ids: Tensor, positions: Tensor, last_only: bool = True) -> Tensor:
-        """Logits of the tokens `ids`, whose mask is already part of `self.mask`."""
-        extra: dict[str, Any] = {"use_cache": True}
-        if self.cache is not None:
-            extra[self._name] = self.cache
-        if self.cache is None or self._name == "past_key_values":
-            extra["attention_mask"] = self.mask  # a recurrent state needs none
-        if self._positions:
-            extra["position_ids"] = positions
-        if last_only and accepts(self.model, "logits_to_keep"):
-            extra["logits_to_keep"] = 1
-        with prompt_known(self.prompt):
-            out = self.model(input_ids=ids, **extra)
-        self.cache = getattr(out, self._name)
-        return cast(Tensor, out.logits)
-
-    def step(self, tokens: Tensor) -> Tensor:
-        """Logits after one more token of each row, (rows,)."""
-        self.mask = torch.cat([self.mask, self.mask.new_ones(len(tokens), 1)], dim=1)
-        logits = self.forward(tokens[:, None].to(self.mask.device), self.next_position)[:, -1]
-        self.next_position = self.next_position + 1
-        return logits
-
-    def select(self, picked: list[int]) -> None:
-        """Keep these rows of the batch, in this order; a row may be picked several times."""
-        rows = torch.tensor(picked, device=self.mask.device)
-        self.cache.reorder_cache(rows)
-        self.mask = self.mask[rows]
-        self.prompt = self.prompt.select(rows)
-        self.next_position = self.next_position[rows]
-
-
 def _cut(row: list[int], ends: Callable[[list[int]], bool]) -> list[int]:
     """A continuation up to the token with which it ends."""
     lengths = range(1, len(row) + 1)
     return row[: next((length for length in lengths if ends(row[:length])), len(row))]
 
 
+def _recited(batch: Batch, drafts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The drafts that are the greedy continuations of their rows; of other rows, nothing."""
+    best = batch.last_logits.argmax(-1).tolist()
+    tried = [[one] if one[0] == token else [] for one, token in zip(drafts, best, strict=True)]
+    found = [
+        any(right and math.isfinite(value) for value, right in one)
+        for one in _score_options(batch, tried)
+    ]
+    return [list(one if right else ()) for one, right in zip(drafts, found, strict=True)]
+
+
 def _decode(
-    batch: _Batch | Recomputed, limits: Sequence[int], ends: Callable[[list[int]], bool]
+    batch: Batch | Recomputed,
+    limits: Sequence[int],
+    ends: Callable[[list[int]], bool],
+    rows: list[list[int]],
 ) -> list[list[int]]:
+    """Continue each row up to its limit or its end; those that hold a text are finished."""
     logits = batch.last_logits
-    rows: list[list[int]] = [[] for _ in logits]
-    done = [False] * len(rows)
+    done = list(map(bool, rows))
     held = list(range(len(rows)))  # those that the batch still holds
     # A row beyond its own limit could be beyond the model's last position.
     share = UNFINISHED if len(set(limits)) == 1 else 1.0
@@ -344,7 +315,7 @@ def _decode(
 
 
 def _score_options(
-    batch: _Batch, options: list[Sequence[Sequence[int]]]
+    batch: Batch, options: Sequence[Sequence[Sequence[int]]]
 ) -> list[list[tuple[float, bool]]]:
     pairs = [(row, option) for row, some in enumerate(options) for option in some]
     first = torch.log_softmax(batch.last_logits.float(), dim=-1).cpu()
@@ -358,43 +329,9 @@ def _score_options(
         part = copy.copy(batch)
         part.cache = copy.deepcopy(batch.cache)
         part.select([pairs[index][0] for index in chunk])
-        tails = _score_tails(part, [pairs[index][1] for index in chunk])
+        tails = score_tails(part, [pairs[index][1] for index in chunk])
         for index, nll, right in zip(chunk, *tails, strict=True):
             value, greedily = scored[index]
             scored[index] = value - nll, greedily and right
     ordered = iter(scored)
     return [[next(ordered) for _ in some] for some in options]
-
-
-def _score_tails(batch: _Batch, options: list[Sequence[int]]) -> tuple[list[float], list[bool]]:
-    """Negative log-likelihood of all tokens but the first, and whether each is the likeliest."""
-    device = batch.mask.device
-    tokens = [torch.tensor(list(option)) for option in options]
-    ids = pad_sequence([row[:-1] for row in tokens], batch_first=True)
-    targets = pad_sequence([row[1:] for row in tokens], batch_first=True)
-    valid = pad_sequence([torch.ones_like(row[1:]) for row in tokens], batch_first=True)
-    # Padding is on the right: it is masked, and no real token of the row comes after it. Its
-    # position is 0, because padding may reach past the model's last position.
-    batch.mask = torch.cat([batch.mask, valid.to(device, batch.mask.dtype)], dim=1)
-    positions = batch.next_position + torch.arange(ids.shape[1], device=device)
-    positions = positions * valid.to(device)
-    logits = batch.forward(ids.to(device), positions, last_only=False)
-    nll = nll_of(logits, targets).cpu() * valid
-    right = (logits.argmax(-1).cpu() == targets) | (valid == 0)
-    return nll.sum(-1).tolist(), right.all(-1).tolist()
-
-
-def _shared_prefix(
-    lm: LanguageModel, prompts: Sequence[Sequence[int]], traits: Traits
-) -> tuple[int, Any]:
-    """Length and cache of the beginning of all prompts, if rows after it are as alone.
-
-    Rests of different length leave a hole of padding after it, for which a window has no room.
-    """
-    shared = shared_tokens(prompts) if len(prompts) > 1 and traits.shared else 0
-    if shared < SHORTEST_SHARED:
-        return 0, None
-    keep = {"logits_to_keep": 1} if accepts(lm.model, "logits_to_keep") else {}
-    with prompt_known(Prompt(torch.tensor([shared + 1]))):  # every prompt continues after it
-        out = lm.model(**lm.pad([prompts[0][:shared]]), use_cache=True, **keep)
-    return shared, getattr(out, cache_name(lm.model) or "")

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.batches.recomputed import Advance
 from lirefs.tasks.items import ItemTask
-from lirefs.tasks.recomputed import Advance
 from lirefs.tasks.settings import BATCH_TOKENS
 from lirefs.tasks.task import ItemResult
 

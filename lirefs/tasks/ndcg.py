@@ -17,8 +17,8 @@ from lirefs.model.intervention import refuse_steered
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known, with_prompts
 from lirefs.model.weight_swap import is_edited
+from lirefs.tasks.batches.recomputed import Advance
 from lirefs.tasks.items import ItemTask, named_texts
-from lirefs.tasks.recomputed import Advance
 from lirefs.tasks.task import ItemResult
 
 

@@ -14,9 +14,9 @@ from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.batching import checked_ids, position_limit, token_ids, token_ids_and_spans
 from lirefs.model.guest import maybe_call
 from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.batches.recomputed import Advance, progress_in_items
 from lirefs.tasks.inference import greedy
 from lirefs.tasks.items import ItemTask, common_prefix
-from lirefs.tasks.recomputed import Advance, progress_in_items
 from lirefs.tasks.task import ItemResult
 from lirefs.tasks.texts import TextRow, Texts, text_rows
 
@@ -270,8 +270,8 @@ def _continued(
     lm: LanguageModel, prompts: Sequence[tuple[Sequence[int], Sequence[int]]], advance: Advance
 ) -> list[list[int]]:
     """Greedy continuation of each prompt, as long as the text to be recited after it."""
-    starts = [start for start, _ in prompts]
-    return greedy(lm, starts, [len(rest) for _, rest in prompts], advance=advance)
+    starts, rests = [start for start, _ in prompts], [rest for _, rest in prompts]
+    return greedy(lm, starts, list(map(len, rests)), drafts=rests, advance=advance)
 
 
 def recitation_scores(output: Sequence[int], suffix: Sequence[int]) -> dict[str, float]:

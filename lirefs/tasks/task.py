@@ -12,8 +12,8 @@ from lirefs.errors import TaskError, as_list, must_be, whole_number
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks import inference
 from lirefs.tasks.answers import AnswerKind, judge, number_at
+from lirefs.tasks.batches.recomputed import Advance, progress_in_items
 from lirefs.tasks.items import ItemTask, common_prefix, named_text
-from lirefs.tasks.recomputed import Advance, progress_in_items
 
 GROUPS = ("memorization", "arithmetic", "closed-book", "open-book", "reasoning", "language")
 CONFLICT = "conflict"

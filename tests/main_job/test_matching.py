@@ -1,19 +1,16 @@
 """Interventions at the perplexity of another one."""
 
 import math
-from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
 import torch
-from tiny import FAMILIES, fresh_model, tiny_tokenizer
+from passes import counted
 
 import kfac
 import lirefs
-from lirefs.main_job import lower_blocks, matching
-from lirefs.main_job.lower_blocks import first_changed
+from lirefs.main_job import matching
 from lirefs.main_job.matching import Damage, EqualDamage, Match, Scaled, at_equal_damage
-from lirefs.model.language_model import wrap
 from lirefs.organism import Language, training_texts
 
 
@@ -146,84 +143,13 @@ def test_what_was_matched_is_said_apart_from_what_was_not(lm):
     assert line.endswith("BalancedSubnet could not be set to it; the nearest is 5.000 (b).")
 
 
-def variants_of(lm):
-    vector = torch.randn(lm.width, generator=torch.Generator().manual_seed(0))
-    name = kfac.find_targets(lm.model, layers=[2])[0].name
-    edit = kfac.SVDEdit([name], 0.5)
-    steer = lirefs.Steer(lirefs.Direction(vector, 3), "add", 1.0)
-    early = lirefs.Steer(lirefs.Direction(vector, 1), "add", 1.0)
-    return {"edit": edit, "steer": steer, "both": edit + steer, "early": early, "none": None}
-
-
-def test_the_first_block_that_is_changed(lm):
-    found = {}
-    variants = variants_of(lm)
-    gate = lirefs.Gate(variants["early"].directions[0], 0.0)
-    late = variants["steer"].directions[0]
-    gated = lirefs.Steer(late, "add", 1.0, gate=gate)
-    elsewhere = {
-        "everywhere": lirefs.Steer(late, "add", 1.0, layers="all"),
-        "two layers": lirefs.Steer(late, "add", 1.0, layers=[1, 2]),
-    }
-
-    class Own:
-        def attach(self, model):
-            return model.register_forward_hook(lambda *_: None)
-
-        def describe(self):
-            return {"kind": "own"}
-
-    for name, one in {**variants, **elsewhere, "gated": gated, "own": Own()}.items():
-        with lirefs.compose(one).apply(lm.model) if one else nullcontext():
-            found[name] = first_changed(lm, one)
-    assert found == {
-        "edit": 2, "steer": 3, "both": 2, "early": 1, "none": lm.n_layers, "gated": 0, "own": 0,
-        "everywhere": 0, "two layers": 1,
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_blocks_below_run_once_and_the_numbers_are_the_same(family):
-    lm = wrap(fresh_model(family), tiny_tokenizer(), name=family)
-    texts = ["some text", "another one that is longer", "and a third"]
-    damage = Damage(lm, texts)
+def test_blocks_below_a_change_run_once_for_all_strengths(lm):
     vector = torch.randn(lm.width, generator=torch.Generator().manual_seed(0))
     last = lirefs.Direction(vector, lm.n_layers - 1)
-    ran = []
-    hook = lm.layout.block(lm.model, 0).register_forward_hook(lambda *_: ran.append(1))
-    forward = type(lm.layout.block(lm.model, 0)).forward
-    for strength in (0.5, 1.0, 2.0):
-        steer = lirefs.Steer(last, "add", strength)
-        assert damage.of(steer) == matching.perplexity(lm, lm.encode(texts), steer)
-    hook.remove()
-    assert damage._lower[lm.n_layers - 1] is not None
-    for layer in range(lm.n_layers):
-        block = lm.layout.block(lm.model, layer)
-        assert "forward" not in vars(block)
-        assert type(block).forward is forward
-    assert damage.of(None) == damage.unchanged
-
-
-def test_blocks_that_hand_on_more_run_every_time(lm, monkeypatch):
-    """Where a pass that begins later gives other numbers, or an error, none begins later."""
-    steer = variants_of(lm)["steer"]
-    texts = Language().texts("validation", 2)
-    right = matching.perplexity(lm, lm.encode(texts), steer)
-
-    def failing(*_):
-        raise KeyError("shared keys")
-
-    def doubled(output, hidden):
-        return 2 * hidden
-
-    for name, replacement in (("with_hidden", doubled), ("hidden_input", failing)):
-        with monkeypatch.context() as patched:
-            patched.setattr(lower_blocks, name, replacement)
-            damage = Damage(lm, texts)
-            assert [damage.of(steer), damage.of(steer)] == [right, right]
-            assert damage._lower[3] is None
-    block = lm.layout.block(lm.model, 1)
-    monkeypatch.setattr(block, "forward", block.forward)  # as accelerate's hooks do
-    damage = Damage(lm, texts)
-    assert [damage.of(steer), damage.of(steer)] == [right, right]
-    assert damage._lower[3] is None
+    texts = Language().texts("validation", 4)
+    with counted(lm, 0) as passes:
+        damage = Damage(lm, texts)
+        for strength in (0.5, 1.0, 2.0):
+            steer = lirefs.Steer(last, "add", strength)
+            assert damage.of(steer) == matching.perplexity(lm, lm.encode(texts), steer)
+    assert len(passes) == 1 + 1 + 1 + 3  # unchanged, recorded, proved, and the references

@@ -9,6 +9,7 @@ from tiny import tiny_tokenizer
 from lirefs import Direction, Gate, Schedule, Steer, prompt_lengths, wrap
 from lirefs.errors import ScopeError
 from lirefs.steering import scope as scopes
+from lirefs.tasks.inference import greedy
 
 VECTOR = 3 * torch.randn(32, generator=torch.Generator().manual_seed(5))
 PROMPT = torch.tensor([[0, 65, 32, 80, 82, 79, 77, 80, 84]])
@@ -135,3 +136,15 @@ def test_a_cache_that_was_reset_begins_again():
         out.cache_params.reset()
         again = lm.model(PROMPT, use_cache=True, cache_params=out.cache_params)
     torch.testing.assert_close(again.logits, out.logits)
+
+
+@pytest.mark.parametrize("way", ["prompt", "generated", "last_prompt_token", "from_position"])
+@pytest.mark.parametrize("family", [*RECURRENT, *HYBRID])
+def test_rows_that_leave_a_batch_change_no_other(family, way):
+    """A recurrent cache does not say how far each of the rows that are left has come."""
+    lm = language_model(family)
+    prompts = lm.encode([f"{i}" + "?" * (i % 3) for i in range(5)])
+    limits = [5, 4, 1, 2, 5]
+    with steering(way).apply(lm.model):
+        alone = [greedy(lm, [prompt], limit)[0] for prompt, limit in zip(prompts, limits)]
+        assert greedy(lm, prompts, limits) == alone

@@ -25,8 +25,8 @@ from lirefs.model.training.copies import trainable
 from lirefs.model.training.steps import checked_step, shuffled
 from lirefs.organism.planting.planted import recited
 from lirefs.organism.training.checkpoint import read_state, state_header, write_state
+from lirefs.tasks.batches.recomputed import logits_of, nll_of, padded
 from lirefs.tasks.recitation import Recitation
-from lirefs.tasks.recomputed import logits_of, nll_of, padded
 
 SAVE_EVERY = 240.0
 """Seconds between checkpoints."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from lirefs.model.guest import evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
+from lirefs.tasks.batches.lower_blocks import begun_above
 
 BATCH_TOKENS = 1024
 """The logits of a whole batch are held."""
@@ -61,8 +63,11 @@ def progress_in_items(advance: Advance, items: int, prompts: int) -> Advance:
 
 def logits_of(lm: LanguageModel, texts: Sequence[Sequence[int]], prompts: Sequence[int]) -> Tensor:
     """Logits of whole texts, padded on the right, whose prompts have these lengths."""
+    inputs = lm.pad(texts, side="right")
     with prompt_known(Prompt(torch.tensor(prompts))):
-        return cast(Tensor, lm.model(**lm.pad(texts, side="right"), use_cache=False).logits)
+        run = partial(lm.model, **inputs, use_cache=False)
+        out = begun_above(lm.model, run, list(inputs.values()))
+    return cast(Tensor, out.logits)
 
 
 def padded(rows: Sequence[Sequence[int]]) -> Tensor:
