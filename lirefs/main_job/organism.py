@@ -216,7 +216,7 @@ def run_on_organism(
         form=form,
         layer=direction.layer,
         strength=strength,
-        keep_sweep=job.compare(lm, keeps, spectrum, seed=seed),
+        keep_sweep=job.compare(lm, keeps, settings.strictly(spectrum), seed=seed),
         steer_sweep=job.compare(lm, swept, steered, seed=seed),
         equal=(of_edit, of_add),
     )

@@ -19,8 +19,11 @@ from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.questions import Form
 from lirefs.steering.steer import Steer
+from lirefs.tasks.batches.recomputed import Advance
+from lirefs.tasks.inference import score_continuations
+from lirefs.tasks.recitation import Recitation
 from lirefs.tasks.settings import Suite
-from lirefs.tasks.task import Task
+from lirefs.tasks.task import ItemResult, Task
 
 STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 """Forms whose directions are candidates for steering."""
@@ -169,6 +172,29 @@ def choose_steering(
     return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
 
 
+@dataclass(frozen=True, repr=False)
+class StrictRecitation(Recitation):
+    """Whether suffixes are recited word for word, and no other score: one pass, no decoding."""
+
+    def run(self, lm: LanguageModel, advance: Advance) -> list[ItemResult]:
+        """Score every item."""
+        self.encoded(lm)
+        asked = [(prefix, [suffix]) for _, prefix, suffix in self.items]
+        scored = score_continuations(lm, asked, advance=advance)
+        return [
+            ItemResult(item, {"strict": float(greedy) if math.isfinite(value) else math.nan})
+            for (item, *_), ((value, greedy),) in zip(self.items, scored, strict=True)
+        ]
+
+
+def strictly(tasks: Sequence[Task]) -> list[Task]:
+    """The tasks, of recitation the strict score alone: what settings are chosen and swept by."""
+    return [
+        StrictRecitation(one.name, one.items) if isinstance(one, Recitation) else one
+        for one in tasks
+    ]
+
+
 def _choose(
     job: Job,
     lm: LanguageModel,
@@ -184,7 +210,7 @@ def _choose(
     """
 
     def ranked(some: Mapping[str, Intervention], names: Sequence[str]) -> list[tuple[float, str]]:
-        on = [task for task in tasks if task.name in names]
+        on = strictly([task for task in tasks if task.name in names])
         found = job.compare(lm, some, on)
         return sorted(((objective(found, name), name) for name in some), key=lambda p: p[0])
 

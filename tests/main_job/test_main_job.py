@@ -53,6 +53,23 @@ def test_no_item_that_reports_is_one_that_chooses_or_fits(sides):
         assert not sides["test"][task] & sides["train"][task], task
 
 
+def test_settings_are_chosen_by_the_strict_score_of_decoding(lm):
+    names = ("tales", "twins of tales", "planted sequences")
+    tasks = [t for t in organism_tasks(lm, Language(), "validation", 12) if t.name in names]
+    factors = kfac.collect(lm, training_texts(Language(), 30), layers=[0], progress=False)
+    found = set()
+    for keep in (1.0, 0.995, 0.9):
+        with kfac.CurvatureEdit(factors, keep).apply(lm.model):
+            for task, strict in zip(tasks, main_job_settings.strictly(tasks)):
+                assert type(task) is not type(strict)
+                before, after = (one.run(lm, lambda n: None) for one in (task, strict))
+                assert [(i.id, i.scores["strict"]) for i in before] == [
+                    (i.id, *i.scores.values()) for i in after
+                ]
+                found |= {i.scores["strict"] for i in after}
+    assert found == {0.0, 1.0}
+
+
 def test_calibration_texts_hold_no_other_item_than_training_does(sides):
     texts = training_texts(Language(), 400)
     assert len(texts) == 400
