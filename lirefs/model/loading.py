@@ -31,7 +31,7 @@ from lirefs.errors import (
     must_be,
 )
 from lirefs.files import cache_dir, parse_json
-from lirefs.model.builtin import BUILTIN, damaged_files
+from lirefs.model.builtin import BUILTIN, damaged_files, keep_gguf, kept_gguf
 from lirefs.model.language_model import LanguageModel, wrap
 from lirefs.model.untrusted.configuration import check_adapter, check_configuration
 from lirefs.model.untrusted.folder import Weights, check_files, weights_in
@@ -77,8 +77,9 @@ def load(
 
     Args:
         name: The model. Built-in are ``organism``, part of the package, and ``smollm2-135m``,
-            fetched once and then kept in the cache. The folder of a PEFT adapter
-            (``adapter_config.json``, needs ``peft``) is loaded with its base model.
+            fetched once and then kept in the cache. A ``.gguf`` file is read in float32 and kept
+            there as well, up to 8 GiB, so that only its first load takes long. The folder of a PEFT
+            adapter (``adapter_config.json``, needs ``peft``) is loaded with its base model.
         device: CUDA if available, else the CPU, by default. Not used with ``device_map``.
         dtype: float32 on the CPU and the checkpoint's own type on CUDA by default.
         device_map: Passed to ``from_pretrained``, for models on several devices.
@@ -144,7 +145,13 @@ def load(
         )
     if "device_map" not in extra:
         model = model.to(place)
-    return wrap(model.eval(), tokenizer, layout=layout, name=str(name))
+    lm = wrap(model.eval(), tokenizer, layout=layout, name=str(name))
+    if "gguf_file" in common and "quantization_config" not in kwargs:
+        # It is dequantized, and what is loaded later from the copy must be the same model.
+        vars(lm.model.config).pop("quantization_config", None)
+        vars(lm.model).pop("is_quantized", None)
+        keep_gguf(folder, lm.model, tokenizer)
+    return lm
 
 
 def _with_adapter(folder: Path, settings: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -237,12 +244,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         if missing := [file for file in _FILES if not (folder / file).is_file()]:
             # Without its tokenizer's settings a model would load, and read other tokens.
             raise ModelLoadError(f"{name}: {', '.join(missing)} is missing; {_remedy(folder)}")
-        if damaged := damaged_files(folder):
-            raise ModelLoadError(
-                f"{name}: {', '.join(damaged)} is damaged: its SHA-256 is not that of the file as "
-                f"it was made; {_remedy(folder)}"
-            )
-        return str(folder), {"local_files_only": True}
+        return _undamaged(name, folder)
     path = Path(name).expanduser()
     if path.suffix.lower() == ".gguf":
         if not path.is_file():
@@ -254,6 +256,8 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             raise ModelLoadError(
                 f"{name}: not a GGUF file, or damaged ({problem}); fetch it again"
             ) from problem
+        if (kept := kept_gguf(path)).is_dir():
+            return _undamaged(name, kept)
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -266,6 +270,16 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
         raise ModelNotFoundError(_unknown(name)) from None
     # One short request: without an answer transformers would retry for a minute.
     return name, {} if _hub_answers() else {"local_files_only": True}
+
+
+def _undamaged(name: str, folder: Path) -> tuple[str, dict[str, Any]]:
+    """What `_resolve` returns for a folder of the cache, whose digests were compared."""
+    if damaged := damaged_files(folder):
+        raise ModelLoadError(
+            f"{name}: {', '.join(damaged)} is damaged: its SHA-256 is not that of the file as it "
+            f"was made; {_remedy(folder)}"
+        )
+    return str(folder), {"local_files_only": True}
 
 
 def _check_folder(folder: Path) -> None:
