@@ -208,6 +208,16 @@ def test_paired_detectable_takes_the_noise_from_the_sample():
     assert paired_detectable(gap, np.zeros(30), np.full(30, 7.0)) == pytest.approx(found)
 
 
+def test_scores_of_0_and_1_with_unequal_weights_are_not_counted():
+    scores, base = np.array([1.0, 0.0, 1.0, 1.0]), np.array([0.0, 0.0, 1.0, 0.0])
+    weights = np.array([1.0, 2.0, 3.0, 4.0])
+    share = weights / weights.mean()
+    error = share * (scores - base - np.average(scores - base, weights=weights))
+    expected = detectable_mean(4, float(np.sqrt((error**2).sum() / 3)))
+    assert paired_detectable(scores, base, weights) == pytest.approx(expected)
+    assert paired_detectable(scores, base, weights) != paired_detectable(scores, base)
+
+
 def test_paired_detectable_with_weights_against_simulation():
     generator = np.random.default_rng(7)
     weights = generator.integers(20, 200, 60).astype(float)

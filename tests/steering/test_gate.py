@@ -99,3 +99,11 @@ def test_a_gate_that_reads_what_is_not_finite_says_so(per, lm):
     ):
         lm.model(torch.tensor([[0, 40, 50]]))
     hook.remove()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_gate_reads_states_of_any_type(dtype):
+    gate = Gate(direction(layer=1), 0.0)
+    hidden = torch.randn(2, 3, 32, generator=torch.Generator().manual_seed(3)).to(dtype)
+    passing = gate.passes(hidden, torch.ones(2, 3, dtype=torch.bool))
+    assert torch.equal(passing, hidden.double() @ gate.direction.unit.double() > 0)

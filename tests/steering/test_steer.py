@@ -332,6 +332,15 @@ def test_more_named_errors(lm):
         layout.module(lm.model, "attn_out", 0)
 
 
+def test_operators_come_in_the_order_of_the_forward_pass(lm):
+    sites = ("resid_post", "mlp_out", "resid_pre", "attn_out")
+    found = Steer(direction(2), "add", 1.0, layers=[3, 1], sites=sites).operators(lm.layout)
+    order = ("resid_pre", "attn_out", "mlp_out", "resid_post")
+    assert [one[:2] for one in found] == [(layer, site) for layer in (1, 3) for site in order]
+    assert Steer(direction(2), "add", 0.0).operators(lm.layout) == []
+    assert len(Steer(direction(2), "ablate").operators(lm.layout)) == 1
+
+
 def test_describe_is_json(lm):
     gate = Gate(direction(), 0.5, per="row")
     for strength in (1.0, {1: 2.0}, [1.0, None], Schedule([1.0]), lambda index: 1.0):
