@@ -205,6 +205,35 @@ def test_removal_is_the_complement_of_the_plain_edit(model, halves):
     assert report.kept_mass <= 0.4
 
 
+@pytest.mark.parametrize("weight", [0.0, 0.2, 0.5, 0.9])
+def test_a_union_scores_pairs_by_the_weighted_sum_of_both_sets(halves, weight):
+    edit = UnionEdit(*halves, 0.5, weight=weight)
+    name = halves[0].names[0]
+    u_out, u_in, score = edit._union(name)
+    expected = torch.zeros_like(score)
+    for factors, share in zip(halves, (1 - weight, weight)):
+        g, a = factors.G(name).double(), factors.A(name).double()
+        along = (u_out.T @ (g / g.trace()) @ u_out).diagonal()
+        inside = (u_in.T @ (a / a.trace()) @ u_in).diagonal()
+        expected += share * torch.outer(along, inside)
+    torch.testing.assert_close(score, expected, atol=1e-12, rtol=1e-9)
+
+
+def test_removal_ranks_first_what_other_text_lacks(halves, monkeypatch):
+    own, general = halves
+    edit, name = RemovalEdit(own, 0.5, spared=general), own.names[0]
+    basis = own.eigen(name)
+    alone = basis.u_out[:, -1:]  # general text has mass along one output direction only
+    monkeypatch.setattr(general, "G", lambda _: alone @ alone.T)
+    score, mass = edit._ranked(name)
+    floor = 1e-12 / mass.numel()
+    torch.testing.assert_close(score[0], mass[0] / floor, rtol=1e-3, atol=0)
+    a = general.A(name).double()
+    inside = (basis.u_in.double().T @ (a / a.trace()) @ basis.u_in.double()).diagonal()
+    spared = mass[-1] / inside.clamp(min=floor)
+    torch.testing.assert_close(score[-1], spared, rtol=1e-3, atol=1e-12)
+
+
 def test_removal_spares_what_other_text_needs(model, halves):
     own, general = halves
 

@@ -23,6 +23,12 @@ from lirefs.statistics.paired import (
 )
 
 
+def test_a_mean_of_nothing_is_not_a_number():
+    found = mean_of_estimates([])
+    assert found.n == 0
+    assert all(math.isnan(one) for one in (found.value, found.low, found.high))
+
+
 def test_against_published_intervals():
     # Fagerland, Lydersen and Laake 2014: 1 both, 1 and 7 changed, 21 in all.
     one = difference_of_shares(1, 7, 21)

@@ -132,3 +132,11 @@ def test_memory_does_not_grow_with_the_items(use):
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 30e6
+
+
+def test_the_shuffles_of_a_correlation_are_those_of_their_seed():
+    generator = np.random.default_rng(0)
+    one, other = generator.normal(size=(2, 12))
+    found = [permutation_p(one, other, 500, seed) for seed in (1, 1, 2, 3, 4)]
+    assert found[0] == found[1]
+    assert len(set(found)) > 1
