@@ -96,12 +96,18 @@ def test_named_errors(model):
     targets = kfac.find_targets(model)
     with pytest.raises(BatchError, match="empty"):
         fit_balanced_subnet(model, [], [batch([0])], targets)
+    with pytest.raises(BatchError, match=r"use \[text\]"):
+        fit_balanced_subnet(model, [batch([0])], "a text", targets)
+    with pytest.raises(EditError, match="seed"):
+        fit(model, seed=-1)
     with pytest.raises(EditError, match="target"):
         fit_balanced_subnet(model, [batch([0])], [batch([0])], [])
     for wrong in ({"ratio": 0}, {"ratio": 1}, {"weight": -1}, {"epochs": 0}, {"lr": 0}):
         with pytest.raises(EditError):
             fit(model, **wrong)
     edit = fit(model, ratio=0.1, epochs=1)
+    settings = {"ratio": 0.1, "epochs": 1, "seed": 0}
+    assert {key: edit.describe()[key] for key in settings} == settings
     other = llama(torch.float32)
     with torch.no_grad():
         other.model.layers[0].mlp.up_proj.weight.mul_(2)

@@ -35,6 +35,14 @@ def rotated(edit, factors, model):
     return basis.u_out.T @ weight.double() @ basis.u_in, target, basis
 
 
+def test_an_edit_says_how_much_it_keeps(halves):
+    names = halves[0].names
+    one = CurvatureEdit(halves[0], 0.5)
+    assert repr(one) == f"CurvatureEdit({len(names)} targets, keep=0.5)"
+    keeps = dict(zip(names, (0.9, 0.25), strict=True))
+    assert repr(CurvatureEdit(halves[0], keeps)) == "CurvatureEdit(2 targets, keep=0.25 to 0.9)"
+
+
 @pytest.mark.parametrize("shape", ["rectangle", "output", "input"])
 def test_shapes_remove_whole_sides(model, halves, shape):
     factors = halves[0]

@@ -386,3 +386,13 @@ def test_named_errors():
                 lm.model.generate(torch.zeros(0, 4, dtype=torch.long))
     hook.remove()
     assert not seen  # nothing ran
+
+
+def test_a_scope_of_ones_own_is_told_apart_by_its_settings():
+    def every_second(tokens):
+        return tokens.position % 2 == 0
+
+    said = {"every": 2}
+    assert scopes.Scope("own", every_second, said).describe() == {"name": "own", "every": 2}
+    assert "give it settings" in scopes.Scope("own", every_second).describe()["unknown"]
+    assert scopes.generated().describe() == {"name": "generated"}

@@ -341,6 +341,12 @@ def test_operators_come_in_the_order_of_the_forward_pass(lm):
     assert len(Steer(direction(2), "ablate").operators(lm.layout)) == 1
 
 
+def test_a_steering_says_what_it_does():
+    assert str(Steer(direction(2), "ablate")) == "ablate at layers [2], scope 'all'"
+    assert repr(Schedule([1.0, 0.5])) == "Schedule([1.0, 0.5])"
+    assert repr(Schedule([1.0, 2.0, 3.0, 4.0, 5.0])) == "Schedule([1.0, 2.0, 3.0, 4.0, ...])"
+
+
 def test_describe_is_json(lm):
     gate = Gate(direction(), 0.5, per="row")
     for strength in (1.0, {1: 2.0}, [1.0, None], Schedule([1.0]), lambda index: 1.0):
