@@ -3,7 +3,7 @@
     python benchmarks/opening.py
 
 The file is made here, with random numbers in Q8_0: a Llama of 18 blocks with a vocabulary of
-262,144 words, the size of Gemma 3 270M. Each load is a process of its own, on a cache of its own.
+262,144 words, the size of Gemma 3 270M. Each load is a process of its own; all use one new cache.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def timed(path: Path, cache: str) -> tuple[float, float, str]:
 
 
 def main() -> None:
-    """Write the file, open it twice, and print a table."""
+    """Write the file, open it three times, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--vocabulary", type=int, default=262_144)
     parser.add_argument("--blocks", type=int, default=18)

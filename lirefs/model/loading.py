@@ -115,7 +115,8 @@ def load(
         given = {"device": device, "dtype": dtype, "device_map": device_map, **kwargs}
         model, tokenizer = _with_adapter(folder, given | {"trust_remote_code": trust_remote_code})
         return wrap(model, tokenizer, layout=layout, name=str(name))
-    source, common = _resolve(os.fspath(name))
+    # A copy is dequantized, which is not what somebody with a quantization in mind wants.
+    source, common = _resolve(os.fspath(name), copies="quantization_config" not in kwargs)
     common["trust_remote_code"] = trust_remote_code
     common |= {key: value for key, value in kwargs.items() if key in _OF_BOTH}
     extra: dict[str, Any] = {"dtype": dtype}
@@ -237,8 +238,11 @@ def without_weights(name: str | os.PathLike[str], dtype: str | torch.dtype) -> A
         raise _load_error(str(name), source, common, problem) from problem
 
 
-def _resolve(name: str) -> tuple[str, dict[str, Any]]:
-    """Return the source for ``from_pretrained``, and further arguments for it."""
+def _resolve(name: str, copies: bool = True) -> tuple[str, dict[str, Any]]:
+    """Return the source for ``from_pretrained``, and further arguments for it.
+
+    With ``copies``, a GGUF file whose conversion was kept is read from there.
+    """
     if name in BUILTIN:
         folder = BUILTIN[name]()
         if missing := [file for file in _FILES if not (folder / file).is_file()]:
@@ -256,7 +260,7 @@ def _resolve(name: str) -> tuple[str, dict[str, Any]]:
             raise ModelLoadError(
                 f"{name}: not a GGUF file, or damaged ({problem}); fetch it again"
             ) from problem
-        if (kept := kept_gguf(path)).is_dir():
+        if copies and (kept := kept_gguf(path)).is_dir():
             return _undamaged(name, kept)
         return str(path.parent), {"gguf_file": path.name, "local_files_only": True}
     if path.is_dir():

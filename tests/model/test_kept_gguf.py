@@ -6,6 +6,7 @@ from collections import namedtuple
 import pytest
 import torch
 from fuzz_models import make_gguf_model
+from transformers import GgufConfig
 
 import lirefs
 from lirefs.errors import ModelLoadError
@@ -54,15 +55,24 @@ def test_the_second_load_converts_nothing_and_gives_the_same_model(gguf, monkeyp
     assert config[0] == config[1]
 
 
-def test_another_type_is_cast_from_what_is_kept(gguf, monkeypatch):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "auto"])
+def test_another_type_is_cast_from_what_is_kept(gguf, monkeypatch, dtype):
     """Numbers that are rounded are not kept, and the kept ones round to the same."""
-    direct = lirefs.load(gguf, device="cpu", dtype="bfloat16")
-    assert not kept_folders()
+    direct = lirefs.load(gguf, device="cpu", dtype=dtype)
+    assert bool(kept_folders()) == (direct.model.dtype == torch.float32)
     lirefs.load(gguf, device="cpu")
     read = loads(monkeypatch)
-    cast = lirefs.load(gguf, device="cpu", dtype="bfloat16")
+    cast = lirefs.load(gguf, device="cpu", dtype=dtype)
     assert read == [None]
     assert cast.identity == direct.identity
+
+
+def test_a_quantization_of_ones_own_reads_the_file_itself(gguf, monkeypatch):
+    lirefs.load(gguf, device="cpu")
+    read = loads(monkeypatch)
+    own = GgufConfig(dequantize=True)
+    lirefs.load(gguf, device="cpu", quantization_config=own)
+    assert read == ["m.gguf"]
 
 
 def test_a_file_of_the_same_name_with_other_content_is_another_model(gguf):

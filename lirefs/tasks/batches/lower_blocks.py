@@ -88,7 +88,7 @@ class LowerBlocks:
         self._weights = {id(one): _state(one) for one in lm.model.parameters()}
 
     def expect(self, intervention: Intervention | None) -> int:
-        """The block at which passes under an attached intervention will begin; others keep it."""
+        """The first block that an attached intervention changes: what it takes is kept from now."""
         first = first_changed(self._lm, intervention)
         self._wanted.add(first)
         return first
