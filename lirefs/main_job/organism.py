@@ -16,6 +16,7 @@ from lirefs.directions.direction import Direction
 from lirefs.directions.probe import Probe, fit
 from lirefs.files import cache_dir
 from lirefs.main_job import matching, settings
+from lirefs.main_job.grid import Grid
 from lirefs.main_job.matching import EqualDamage
 from lirefs.main_job.settings import CHAINS, LANGUAGE, READ, RECITED, TRUE, ChosenSetting, Job
 from lirefs.model.intervention import Intervention
@@ -31,11 +32,6 @@ from lirefs.tasks.default_suite import memory_measures
 
 FORMS: tuple[Form, ...] = get_args(Form)
 """Surface forms of the question sets; each gives a direction, all are tested on all."""
-SWEPT_MULTIPLES = (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0)
-"""Swept strengths, as multiples of the chosen one."""
-SWEPT_KEEPS = (0.5, 0.7, *settings.KEEPS, 0.998, 0.999, 0.9999)
-"""Values of `keep` on the way from the unchanged model to one that has lost its language."""
-RANDOM_DIRECTIONS = 5
 FORGOTTEN = 40
 """Recited tales of the train side that BalancedSubnet is told to forget."""
 LIMIT = 80
@@ -86,9 +82,11 @@ class OrganismResults:
         edit: The curvature edit that was chosen.
         steers: Operator to the setting that was chosen for it.
         form: Question set of the direction that was chosen for `add`, with `layer` and `strength`.
-        keep_sweep: The curvature edit at `SWEPT_KEEPS`, on test items; never used to choose.
-        steer_sweep: `add` at `SWEPT_MULTIPLES` of its strength and at every layer, with random
-            directions as controls; never used to choose either.
+        keep_sweep: The curvature edit at swept values of `keep`, on test items; never used to
+            choose.
+        steer_sweep: `add` at multiples of its strength and at every layer, with random directions
+            as controls; never used to choose either.
+        grid: The settings that were tried and swept.
         equal: The rivals at the perplexity of the K-FAC edit, and at that of `add`.
     """
 
@@ -103,6 +101,7 @@ class OrganismResults:
     keep_sweep: Comparison
     steer_sweep: Comparison
     equal: tuple[EqualDamage, EqualDamage]
+    grid: Grid
 
 
 def run_on_organism(
@@ -124,12 +123,12 @@ def run_on_organism(
     few = organism_tasks(lm, language, "validation", max(8, limit * 2 // 5))
 
     job.say("choosing the edit on validation items")
-    edits = settings.curvature_candidates(factors, lm.n_layers, job.edit_layers, job.keep)
+    edits = settings.curvature_candidates(job, factors, lm.n_layers)
     edit = settings.choose_edit(job, lm, edits, few)
     job.say(f"edit: {edit.label} (of {edit.tried})")
     steers: dict[str, ChosenSetting] = {}
     for operator in ("add", "amplify", "ablate"):
-        some = settings.steering_candidates(probes, operator, job.strength, job.direction_layers)
+        some = settings.steering_candidates(job, probes, operator)
         steers[operator] = settings.choose_steering(job, lm, some, few)
         job.say(f"{operator}: {steers[operator].label} (of {steers[operator].tried})")
 
@@ -180,6 +179,8 @@ def run_on_organism(
         "random direction + K-FAC": added(other, strength) + edit.intervention,
     }
     test = organism_tasks(lm, language, "test", limit)
+    if job.quick:
+        test = settings.strictly(test)
     if job.suite is not None:
         test += memory_measures(lm, test)
     title = settings.title_of(lm)
@@ -192,17 +193,17 @@ def run_on_organism(
     job.say("sweeping keep, strength and layer")
     keeps = {
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
-        for value in SWEPT_KEEPS
+        for value in job.grid.swept_keeps
     }
     spectrum = [task for task in test if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
     swept: dict[str, Intervention] = {}
 
     def sweep(name: str, direction: Direction, strength: float) -> None:
         swept[name] = added(direction, strength)
-        for i, control in enumerate(random_directions_of(name)):
+        for i, control in enumerate(random_directions_of(job.grid, name)):
             swept[control] = added(direction.random_like(seed + i), strength)
 
-    for value in (multiple * strength for multiple in SWEPT_MULTIPLES):
+    for value in (multiple * strength for multiple in job.grid.swept_multiples):
         sweep(f"strength {value:g}", direction, value)
     for one in probes[form].directions.values():
         sweep(f"layer {one.layer}", one, strength)
@@ -219,9 +220,10 @@ def run_on_organism(
         keep_sweep=job.compare(lm, keeps, settings.strictly(spectrum), seed=seed),
         steer_sweep=job.compare(lm, swept, steered, seed=seed),
         equal=(of_edit, of_add),
+        grid=job.grid,
     )
 
 
-def random_directions_of(name: str) -> list[str]:
+def random_directions_of(grid: Grid, name: str) -> list[str]:
     """Names of the random directions that are the controls of a swept setting."""
-    return [f"{name}, random {i}" for i in range(RANDOM_DIRECTIONS)]
+    return [f"{name}, random {i}" for i in range(grid.random_directions)]

@@ -47,12 +47,12 @@ def organism_findings(found: OrganismResults) -> list[str]:
 def organism_figures(found: OrganismResults) -> list[Figure]:
     """Figures of the four questions, in their order."""
     probe, scope = found.probes[found.form], found.steers["add"].intervention.scope.name
-    keeps = {f"keep {value:g}": value for value in organism.SWEPT_KEEPS}
-    values = [multiple * found.strength for multiple in organism.SWEPT_MULTIPLES]
+    keeps = {f"keep {value:g}": value for value in found.grid.swept_keeps}
+    values = [multiple * found.strength for multiple in found.grid.swept_multiples]
     strengths = {value: f"strength {value:g}" for value in values}
     controls = [
-        {value: random_directions_of(name)[i] for value, name in strengths.items()}
-        for i in range(organism.RANDOM_DIRECTIONS)
+        {value: random_directions_of(found.grid, name)[i] for value, name in strengths.items()}
+        for i in range(found.grid.random_directions)
     ]
     effects = {
         task: [_beyond_random(found, task, f"layer {one.layer}") for one in probe.scores]
@@ -76,7 +76,7 @@ def organism_figures(found: OrganismResults) -> list[Figure]:
             "Questions 2 and 3: steering against random directions",
             f"Adding the direction (form {found.form}, layer {found.layer}, scope {scope}) at "
             "several strengths; 1 moves a state by the distance between the class means. Grey: "
-            f"{organism.RANDOM_DIRECTIONS} random directions of the same norm.",
+            f"{found.grid.random_directions} random directions of the same norm.",
             plots.strength_effect(
                 found.steer_sweep.summary(), strengths, controls, organism.STEERED_TASKS
             ),
@@ -85,8 +85,8 @@ def organism_figures(found: OrganismResults) -> list[Figure]:
             "layers",
             "Question 3: where the direction separates, and where it acts",
             f"Left: test AUROC of each layer's direction. Right: change at strength "
-            f"{found.strength:g} beyond the mean of {organism.RANDOM_DIRECTIONS} random directions "
-            "of the same norm at the same layer, paired bootstrap over items.",
+            f"{found.strength:g} beyond the mean of {found.grid.random_directions} random "
+            "directions of the same norm at the same layer, paired bootstrap over items.",
             plots.layer_effect([one.test_auroc for one in probe.scores], effects),
         ),
         Figure(
@@ -111,7 +111,11 @@ def organism_provenance(found: OrganismResults) -> dict[str, Any]:
             name: {"setting": one.label, "objective": one.objective, "tried": one.tried}
             for name, one in {"K-FAC": found.edit, **found.steers}.items()
         },
-        "grids": {"keep": settings.KEEPS, "strength": settings.STRENGTHS, "scope": settings.SCOPES},
+        "grids": {
+            "keep": found.grid.keeps,
+            "strength": found.grid.strengths,
+            "scope": found.grid.scopes,
+        },
         "transfer": {f"{a} on {b}": one.to_dict() for (a, b), one in found.transfer.items()},
         "probes": {form: probe.to_dict() for form, probe in found.probes.items()},
         "keep sweep": [asdict(cell) for cell in found.keep_sweep.cells()],
@@ -197,7 +201,7 @@ def _exceptions(found: OrganismResults) -> list[str]:
         "Test items.",
         f"{_truth(found, 'K-FAC', edits)} {_setting(found.edit)}",
         f"{_truth(found, 'LiReF add', [*random, *pushes])} {_setting(found.steers['add'])}",
-        f"Compared with {organism.RANDOM_DIRECTIONS} random directions instead of one, LiReF add "
+        f"Compared with {found.grid.random_directions} random directions instead of one, LiReF add "
         f"returns exceptions to the truth {_often(beyond)} their mean. Answered with the truth: "
         f"{_numbers_beyond(found, TRUE, layer)}. {_swept(found)}",
     ]
@@ -266,7 +270,7 @@ def _conflicts(found: OrganismResults) -> list[str]:
 
 
 def _beyond_random(found: OrganismResults, task: str, name: str) -> Estimate:
-    return against_random(found.steer_sweep, task, name, random_directions_of(name))
+    return against_random(found.steer_sweep, task, name, random_directions_of(found.grid, name))
 
 
 def _often(beyond: Estimate) -> str:
@@ -277,7 +281,8 @@ def _often(beyond: Estimate) -> str:
 
 def _numbers_beyond(found: OrganismResults, task: str, name: str) -> str:
     """The effect of a direction beyond random ones, and the range of these."""
-    shares = [found.steer_sweep.cell(one, task).value.value for one in random_directions_of(name)]
+    controls = random_directions_of(found.grid, name)
+    shares = [found.steer_sweep.cell(one, task).value.value for one in controls]
     low, high = (as_number(100 * one) for one in (min(shares), max(shares)))
     return (
         f"{as_points(_beyond_random(found, task, name))} beyond the mean of {len(shares)} random "

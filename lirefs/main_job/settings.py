@@ -15,6 +15,8 @@ import kfac
 from lirefs.comparison.compare import compare
 from lirefs.comparison.comparison import BASELINE, Comparison
 from lirefs.directions.probe import Probe
+from lirefs.main_job import grid
+from lirefs.main_job.grid import Grid
 from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.organism.questions import Form
@@ -27,11 +29,12 @@ from lirefs.tasks.task import ItemResult, Task
 
 STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 """Forms whose directions are candidates for steering."""
-STRENGTHS = (1.0, 2.0, 4.0, 8.0)
-SCOPES = ("all", "last_prompt_token")
-KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
 PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
 FINALISTS = 6
+TOGETHER = 12
+"""Candidates of one comparison: one of few shares little of what its variants have in common."""
+SAME = 1e-9
+"""Objectives that differ by less are the same number, summed in another order."""
 
 RECITED, CHAINS = "tales", "planted sequences"
 TRUE = "exceptions, true label"
@@ -78,6 +81,11 @@ class Job:
     def journal(self) -> Path:
         """Folder that keeps finished items until the report is written."""
         return self.out / "unfinished"
+
+    @property
+    def grid(self) -> Grid:
+        """The settings to try and to sweep."""
+        return grid.TRIAL if self.quick else grid.WHOLE
 
     @property
     def shown(self) -> bool:
@@ -152,8 +160,11 @@ def choose_edit(
     skills = (*SKILLS, "common facts")
 
     def objective(comparison: Comparison, variant: str) -> float:
-        recited, true = (comparison.score(variant, task) for task in (RECITED, TRUE))
-        missed = _missed(recited - STILL_RECITED) + _missed(BACK_AT_TRUTH - true)
+        missed = 0.0
+        if RECITED in comparison.tasks:
+            missed += _missed(comparison.score(variant, RECITED) - STILL_RECITED)
+        if TRUE in comparison.tasks:
+            missed += _missed(BACK_AT_TRUTH - comparison.score(variant, TRUE))
         too_costly = TOO_COSTLY * (missed_goals(comparison, variant, ()) > 0)
         return missed + missed_goals(comparison, variant, skills) + too_costly
 
@@ -166,7 +177,7 @@ def choose_steering(
     """The steering with the fewest exceptions not answered with the truth, plus its `harm`."""
 
     def objective(comparison: Comparison, variant: str) -> float:
-        missed = _missed(1 - comparison.score(variant, TRUE))
+        missed = _missed(1 - comparison.score(variant, TRUE)) if TRUE in comparison.tasks else 0.0
         return missed + missed_goals(comparison, variant, SKILLS)
 
     return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
@@ -207,52 +218,66 @@ def _choose(
     """The candidate with the smallest objective; ties go to the first.
 
     The tasks named in `screen` reduce the candidates to `FINALISTS` before the skills decide too.
+    An objective sums what is missed on each task, so what it is on some tasks is a lower bound. All
+    candidates are run on the first of `screen`, those with the smallest bounds on the others too,
+    until no bound that is left is below what `FINALISTS` candidates reach.
     """
+    by_name = {task.name: task for task in strictly(tasks)}
 
-    def ranked(some: Mapping[str, Intervention], names: Sequence[str]) -> list[tuple[float, str]]:
-        on = strictly([task for task in tasks if task.name in names])
-        found = job.compare(lm, some, on)
-        return sorted(((objective(found, name), name) for name in some), key=lambda p: p[0])
+    def objectives(some: Sequence[str], names: Sequence[str]) -> dict[str, float]:
+        on = [by_name[name] for name in names if name in by_name]
+        found = job.compare(lm, {name: candidates[name] for name in some}, on)
+        return {name: objective(found, name) for name in some}
 
-    finalists = {name: candidates[name] for _, name in ranked(candidates, screen)[:FINALISTS]}
-    value, best = ranked(finalists, (*screen, *skills))[0]
+    bounds = objectives(list(candidates), screen[:1])
+    waiting = sorted(candidates, key=bounds.__getitem__)
+    finalists: list[str] = []
+    reached: dict[str, float] = {}
+    while waiting and (
+        len(finalists) < FINALISTS or bounds[waiting[0]] <= reached[finalists[-1]] + SAME
+    ):
+        some, waiting = waiting[:TOGETHER], waiting[TOGETHER:]
+        reached |= objectives(some, screen)
+        ranked = sorted((one for one in candidates if one in reached), key=reached.__getitem__)
+        finalists = ranked[:FINALISTS]
+    best, value = min(objectives(finalists, (*screen, *skills)).items(), key=lambda pair: pair[1])
     return ChosenSetting(best, candidates[best], value, len(candidates))
 
 
 def curvature_candidates(
-    factors: kfac.Factors, n_layers: int, layers: Sequence[int] | None, keep: float | None
+    job: Job, factors: kfac.Factors, n_layers: int
 ) -> dict[str, kfac.CurvatureEdit]:
     """Edits of runs of layers, of two choices of matrices, at several values of keep."""
-    runs = [[layer] for layer in range(n_layers)]
-    runs += [[layer, layer + 1] for layer in range(n_layers - 1)]
+    layers, keep = job.edit_layers, job.keep
+    runs = [
+        list(range(first, first + length))
+        for length in range(1, job.grid.longest_run + 1)
+        for first in range(n_layers - length + 1)
+    ]
     result = {}
     for run in runs if layers is None else [list(layers)]:
         for words, projections in PROJECTIONS.items():
             paths = [(name, name.split(".")) for name in factors.names]
             names = [n for n, path in paths if int(path[2]) in run and path[-1] in projections]
-            for value in KEEPS if keep is None else (keep,):
+            for value in job.grid.keeps if keep is None else (keep,):
                 label = f"layers {', '.join(map(str, run))}; {words}; keep {value:g}"
                 result[label] = kfac.CurvatureEdit(factors, dict.fromkeys(names, value))
     return result
 
 
-def steering_candidates(
-    probes: Mapping[Form, Probe],
-    operator: str,
-    strength: float | None,
-    layers: Sequence[int] | None = None,
-) -> dict[str, Steer]:
-    """Every direction of two question sets, or those of `layers`, at every strength and scope.
+def steering_candidates(job: Job, probes: Mapping[Form, Probe], operator: str) -> dict[str, Steer]:
+    """Every direction of two question sets, or those of the layers given, at all strengths, scopes.
 
     Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
     words apart and nothing that the model does.
     """
-    strengths = STRENGTHS if strength is None else (strength,)
+    layers, grid = job.direction_layers, job.grid
+    strengths = grid.strengths if job.strength is None else (job.strength,)
     return {
         f"{form}, layer {one.layer}, {scope}, {value:g}": Steer(one, operator, value, scope=scope)
         for form in STEERING_FORMS
         for one in probes[form].directions.values()
         if one.layer > 0 and (layers is None or one.layer in layers)
-        for scope in SCOPES
+        for scope in grid.scopes
         for value in ((1.0,) if operator == "ablate" else strengths)
     }

@@ -1,8 +1,10 @@
 import json
+import math
 from dataclasses import replace
 from random import Random
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,11 +13,12 @@ import lirefs
 from lirefs import Perplexity, compare
 from lirefs.comparison.comparison import Comparison, TaskInfo
 from lirefs.errors import QuestionsError
-from lirefs.main_job import matching
+from lirefs.main_job import grid, matching
 from lirefs.main_job import organism as main_job
 from lirefs.main_job import organism_report as main_job_report
 from lirefs.main_job import settings as main_job_settings
 from lirefs.main_job.findings import largest_changes
+from lirefs.main_job.grid import Grid
 from lirefs.organism.items import SIDES
 from lirefs.organism.language import Language
 from lirefs.organism.people import CITY, stranger
@@ -151,31 +154,75 @@ def test_harm_counts_what_misses_the_goal_and_nothing_else():
     ) == pytest.approx(0.45)
 
 
+def scored(scores, ran):
+    """A `compare` that looks scores up by variant and task, and notes what was asked of it."""
+
+    def compare(lm, variants, tasks, **options):
+        ran.update((name, task.name) for name in variants for task in tasks)
+        return SimpleNamespace(
+            tasks=[task.name for task in tasks],
+            informative=lambda task: True,
+            score=lambda variant, task: scores[variant][task],
+        )
+
+    return compare
+
+
 def test_an_edit_that_costs_too_much_comes_after_all_others(lm, monkeypatch):
-    scores = {
-        "unchanged": (1.0, 0.0, 2.0),
-        "blunt": (0.0, 1.0, 2.2),
-        "mild": (0.9, 0.0, 2.05),
-        "better": (0.5, 0.0, 2.05),
-    }
     names = (main_job_settings.RECITED, main_job_settings.TRUE, main_job_settings.LANGUAGE)
-
-    class Found:
-        tasks = names
-
-        def informative(self, task):
-            return True
-
-        def score(self, variant, task):
-            return scores[variant][names.index(task)]
-
+    scores = {
+        variant: dict(zip(names, values))
+        for variant, values in {
+            "unchanged": (1.0, 0.0, 2.0),
+            "blunt": (0.0, 1.0, 2.2),
+            "mild": (0.9, 0.0, 2.05),
+            "better": (0.5, 0.0, 2.05),
+        }.items()
+    }
     job = main_job_settings.Job()
-    monkeypatch.setattr(main_job_settings, "compare", lambda *args, **options: Found())
+    monkeypatch.setattr(main_job_settings, "compare", scored(scores, set()))
     tasks = [SimpleNamespace(name=name) for name in names]
     edits = dict.fromkeys(("blunt", "mild", "better"))
     assert main_job_settings.choose_edit(job, lm, edits, tasks).label == "better"
     chosen = main_job_settings.choose_edit(job, lm, {"blunt": None}, tasks)
     assert (chosen.label, chosen.objective > main_job_settings.TOO_COSTLY) == ("blunt", True)
+
+
+@pytest.mark.parametrize("what", ["edit", "steering"])
+@pytest.mark.parametrize("steps", [3, 20])  # few values, so that many candidates are equal
+@pytest.mark.parametrize("seed", range(8))
+def test_a_candidate_is_left_out_only_where_it_cannot_be_a_finalist(
+    lm, monkeypatch, what, steps, seed
+):
+    generator, n = np.random.default_rng(seed), 40
+    language = main_job_settings.LANGUAGE
+    names = [main_job_settings.RECITED, main_job_settings.TRUE, *main_job_settings.SKILLS]
+    choose, screen, skills = {
+        "edit": (main_job_settings.choose_edit, names[:2], [*names[2:], "common facts"]),
+        "steering": (main_job_settings.choose_steering, names[1:2], names[2:]),
+    }[what]
+    tasks = [SimpleNamespace(name=name) for name in [*skills, language, *screen]]
+    screened = [task for task in tasks if task.name not in skills]
+    candidates = dict.fromkeys(map(str, range(n)))
+    scores = {
+        one: {task.name: generator.integers(0, steps + 1) / steps for task in tasks}
+        | {language: 2.0 if generator.random() < 0.7 else 2.3}
+        for one in candidates
+    }
+    scores["7"] = dict.fromkeys(scores["7"], math.nan)
+    scores["unchanged"] = {task.name: 1.0 for task in tasks} | {language: 2.0}
+    ran: set[tuple[str, str]] = set()
+    monkeypatch.setattr(main_job_settings, "compare", scored(scores, ran))
+    job = main_job_settings.Job()
+
+    found = choose(job, lm, candidates, tasks)
+    finalists = {one for one, task in ran if task in skills}
+    assert {(one, screen[0]) for one in candidates} <= ran
+    assert sum((one, language) in ran for one in candidates) < 0.8 * n
+    reached = {one: choose(job, lm, {one: None}, screened).objective for one in candidates}
+    best = sorted(candidates, key=reached.__getitem__)[: main_job_settings.FINALISTS]
+    assert finalists == set(best)
+    assert choose(job, lm, dict.fromkeys(best), tasks) == replace(found, tried=len(best))
 
 
 def test_against_random_is_the_paired_difference():
@@ -226,16 +273,16 @@ def subject(request):
 
 def test_the_main_job_runs_and_every_question_is_answered(subject, monkeypatch, tmp_path):
     lm = subject
+    small = Grid(
+        keeps=(0.5, 0.9), longest_run=2, strengths=(1.0,), scopes=("all",),
+        swept_keeps=(0.5, 0.9), swept_multiples=(-1.0, 1.0), random_directions=1,
+    )  # fmt: skip
     for module, values in {
-        main_job_settings: {
-            "KEEPS": (0.5, 0.9), "STRENGTHS": (1.0,), "FINALISTS": 2, "SCOPES": ("all",),
-        },
-        main_job: {
-            "RANDOM_DIRECTIONS": 1, "SWEPT_MULTIPLES": (-1.0, 1.0), "SWEPT_KEEPS": (0.5, 0.9),
-            "FORGOTTEN": 8,
-        },
+        grid: {"WHOLE": small},
+        main_job_settings: {"FINALISTS": 2},
+        main_job: {"FORGOTTEN": 8},
         matching: {"TEXTS": 8, "TRIES": 4},
-    }.items():  # fmt: skip
+    }.items():
         for name, value in values.items():
             monkeypatch.setattr(module, name, value)
     texts = training_texts(Language(), 40)
@@ -268,7 +315,8 @@ def test_settings_that_are_given_are_not_chosen(lm):
         kfac.find_targets(lm.model),
         progress=False,
     )
-    made = main_job_settings.curvature_candidates(factors, lm.n_layers, [3], 0.5)
+    job = main_job_settings.Job(edit_layers=[3], keep=0.5, strength=3.0)
+    made = main_job_settings.curvature_candidates(job, factors, lm.n_layers)
     assert list(made) == ["layers 3; gate, up; keep 0.5", "layers 3; all; keep 0.5"]
     probes = {
         form: lirefs.fit(
@@ -276,7 +324,7 @@ def test_settings_that_are_given_are_not_chosen(lm):
         )
         for form in main_job_settings.STEERING_FORMS
     }
-    labels = list(main_job_settings.steering_candidates(probes, "add", 3.0))
+    labels = list(main_job_settings.steering_candidates(job, probes, "add"))
     assert all(label.endswith(", 3") for label in labels)
     assert not any("layer 0" in label for label in labels)
     assert set(made["layers 3; gate, up; keep 0.5"].keep) == {

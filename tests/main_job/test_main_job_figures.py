@@ -5,15 +5,18 @@ import pytest
 from made_up import made_up
 from matplotlib.colors import to_hex
 
-from lirefs.main_job import figures, organism, settings
+from lirefs.main_job import figures
+from lirefs.main_job.grid import TRIAL, WHOLE
 from lirefs.pictures import COLOURS
 from lirefs.tasks.task import CONFLICT, GROUPS
 
 
 def test_the_sweep_goes_from_where_nothing_is_lost_to_where_everything_is():
-    assert set(settings.KEEPS) < set(organism.SWEPT_KEEPS)
-    assert max(organism.SWEPT_KEEPS) > 0.999
-    assert min(organism.SWEPT_KEEPS) <= 0.5
+    for grid in (WHOLE, TRIAL):
+        assert set(grid.keeps) < set(grid.swept_keeps)
+        assert max(grid.swept_keeps) > 0.999
+        assert min(grid.swept_keeps) <= 0.5
+        assert grid.random_directions > 1  # which sentences speak of in the plural
 
 
 def test_scores_stand_over_what_is_kept_and_begin_at_the_unchanged_model(monkeypatch):
