@@ -10,7 +10,7 @@ from tiny import fresh_model, tiny_tokenizer
 from transformers import CompileConfig
 
 import kfac
-from lirefs import Steer, capture, wrap
+from lirefs import Steer, bake, capture, wrap
 from lirefs.model.guest import eagerly, start_eager
 from lirefs.steering import scope as scopes
 
@@ -181,3 +181,25 @@ def test_the_stance_of_the_caller_comes_back():
     with pytest.raises(KeyError), eagerly():
         raise KeyError
     assert now() == "default"
+
+
+def test_a_baked_copy_runs_compiled_and_takes_other_strengths_without_a_new_graph():
+    model = fresh_model("llama")
+
+    def steer(strength):
+        return Steer(direction(1), "add", strength)
+
+    baked = bake(steer(1.0), model)
+    ran = []
+
+    def backend(graph, inputs):
+        return lambda *args: ran.append(graph) or graph(*args)
+
+    compiled = torch.compile(baked, backend=backend)
+    for strength in (1.0, 3.0, -2.0):
+        baked.load_state_dict(bake(steer(strength), model).state_dict())
+        with steer(strength).apply(model):
+            wanted = logits(model)
+        torch.testing.assert_close(logits(compiled), wanted)
+    assert len(ran) == 3
+    assert all(graph is ran[0] for graph in ran)
