@@ -54,7 +54,7 @@ def compare_command(
     edit_layers: Annotated[str | None, Option(help="Layers to edit, e.g. 20,21,22.")] = None,
     keep: Annotated[
         float | None,
-        Option(help="Curvature mass that K-FAC keeps. Default: 0.8; organism: chosen."),
+        Option(help="Curvature mass that K-FAC keeps. Default: chosen on validation items."),
     ] = None,
     strength: Annotated[
         float | None,

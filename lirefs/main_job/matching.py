@@ -22,6 +22,10 @@ from lirefs.steering.steer import Steer
 from lirefs.tasks.batches.lower_blocks import LowerBlocks
 from lirefs.tasks.inference import token_nlls
 
+KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+"""Values of `keep`, from which the smallest that is affordable is chosen."""
+AFFORDABLE = 1.1
+"""An edit of a model of ordinary language should multiply its perplexity by at most this."""
 TEXTS = 100
 """Validation texts on which perplexities are made equal."""
 NEAR = 0.001
@@ -164,6 +168,14 @@ def perplexity(
     with applied(intervention, lm.model):
         nlls = token_nlls(lm, ids)
     return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
+
+
+def affordable_keep(damage: Damage, factors: kfac.Factors) -> float:
+    """The smallest of `KEEPS` with an affordable edit, or the largest if no edit is."""
+    for keep in KEEPS:
+        if damage.of(kfac.CurvatureEdit(factors, keep)) <= AFFORDABLE * damage.unchanged:
+            return keep
+    return KEEPS[-1]
 
 
 def rivals_of_edit(factors: kfac.Factors, names: Sequence[str], seed: int) -> dict[str, Rival]:

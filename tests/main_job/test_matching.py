@@ -40,6 +40,22 @@ class Made(Damage):
         return self.by_strength(strength)
 
 
+@pytest.mark.parametrize(
+    ("costs", "chosen", "asked"),
+    [
+        ((1.0, 1.0, 1.0, 1.0, 1.0, 1.0), 0.8, 1),
+        ((1.28, 1.11, 1.1, 1.02, 1.0, 1.0), 0.95, 3),
+        ((math.nan, math.inf, 1.2, 1.09, 1.0, 1.0), 0.98, 4),
+        ((9.0, 8.0, 7.0, 6.0, 5.0, 4.0), 0.995, 6),
+    ],
+)
+def test_the_smallest_affordable_keep_is_chosen_or_the_mildest(factors, costs, chosen, asked):
+    by_keep = dict(zip(matching.KEEPS, costs, strict=True))
+    damage = Made(lambda edit: 10.0 * by_keep[edit.keep])
+    assert matching.affordable_keep(damage, factors) == chosen
+    assert len(damage.asked) == asked
+
+
 def test_a_search_finds_the_strength_and_asks_few_times():
     model = Made(lambda strength: 10.0 * (1 + strength**1.5))
     asked = model.asked
