@@ -168,8 +168,10 @@ def _percent(*shares: float) -> str:
 
 def plain_json(value: Any) -> Any:
     """A value as it comes back from JSON: no tuples, None for numbers that are not finite."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return None  # JSON has no NaN
-    if isinstance(value, Mapping):
+    if isinstance(value, str):  # as most values of many items are
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None  # JSON has no NaN
+    if isinstance(value, dict | Mapping):
         return {key: plain_json(entry) for key, entry in value.items()}
     return [plain_json(entry) for entry in value] if isinstance(value, list | tuple) else value

@@ -52,7 +52,11 @@ def organism_questions(form: Form, language: Language, n: int = 120) -> Question
 
 
 def organism_tasks(
-    lm: LanguageModel, language: Language, side: Side, limit: int = 100
+    lm: LanguageModel,
+    language: Language,
+    side: Side,
+    limit: int = 100,
+    stories: int | None = None,
 ) -> list[Task]:
     """Every task of the language on one side of the split.
 
@@ -61,6 +65,7 @@ def organism_tasks(
         language: The organism's language.
         side: Which items; those that choose a setting and those that report it must differ.
         limit: Most items of a task.
+        stories: Texts that perplexity is measured on; None for as many as `limit`.
     """
     must_be(lm, LanguageModel, "lm")
     must_be(language, Language, "language")
@@ -74,7 +79,7 @@ def organism_tasks(
         return Random(f"{language.seed} {side}").sample(found, min(limit, len(found)))
 
     exceptions, conflicts = some("exception"), some("conflict")
-    stories = language.texts(side, limit)
+    texts = language.texts(side, limit if stories is None else stories)
     return [
         _recitation(lm, "planted sequences", some("planted")),
         _recitation(lm, "never-seen sequences", some("unseen")),
@@ -102,7 +107,7 @@ def organism_tasks(
         ),
         _answers("relations", some("relation"), "reasoning", 1 / 3),
         _answers("object tracking", some("tracking"), "reasoning", 1 / 3),
-        Perplexity("stories", [(f"story-{i}", t) for i, t in enumerate(stories)]),
+        Perplexity("stories", [(f"story-{i}", t) for i, t in enumerate(texts)]),
     ]
 
 
