@@ -29,7 +29,7 @@ from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.console import SafeConsole, console_table
 from lirefs.main_job.factors import edited_layers, factors_of
 from lirefs.main_job.matching import EqualDamage
-from lirefs.main_job.settings import Job, title_of
+from lirefs.main_job.settings import Job, strictly, title_of
 from lirefs.model.layout import missing_layer
 from lirefs.model.processes.world import together
 from lirefs.organism.language import Language, language_seed
@@ -95,7 +95,8 @@ def run(
         limit: Most items of a task.
         out: Folder of the report.
         seed: Seed of splits, labels and controls.
-        quick: A trial with few items, which is not a result.
+        quick: A trial with few items and settings, recitation scored word for word alone; not a
+            result.
         resume: Continue an interrupted run in `out` instead of starting again.
         console: Where progress is shown; None: the standard error. Of several processes, only the
             first writes the report.
@@ -352,7 +353,7 @@ def _tasks(
         )
     for name, reason in left_out.items():
         job.say(f"left out: {name}: {reason}")
-    return tasks, left_out
+    return strictly(tasks) if job.quick else tasks, left_out
 
 
 def _save(

@@ -40,6 +40,8 @@ def test_a_name_and_a_loaded_model_give_the_same_report(
     ]  # fmt: skip
     assert "Equal damage: at the perplexity of K-FAC" in screen.getvalue()
     assert {len(items) for items in loaded.results["K-FAC"].values()} <= {1, 3}
+    recited = loaded.results["K-FAC"]["passages"]
+    assert [set(one.scores) for one in recited] == [{"strict"}] * len(recited)  # no decoding
     for name, found in (("named", named), ("loaded", loaded)):
         saved = json.loads((tmp_path / name / "results.json").read_text())
         assert saved["provenance"]["findings"] == found.provenance["findings"]
