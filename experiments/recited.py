@@ -32,7 +32,6 @@ from lirefs import LanguageModel
 from lirefs.errors import SettingError
 from lirefs.files import atomic_write_text, cache_dir
 from lirefs.main_job.factors import edited_layers, factors_of
-from lirefs.main_job.jobs import KEEP
 from lirefs.main_job.matching import (
     Damage,
     Rival,
@@ -53,6 +52,9 @@ LIKELY = 1.0
 
 Variant = Intervention | tuple[Any, Any]
 """An intervention; or one for the passages of each half of the sources."""
+
+KEEP = 0.8
+"""Share of the curvature mass that the edit keeps; the main job's choice is milder."""
 
 
 @dataclass(frozen=True)

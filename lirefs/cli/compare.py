@@ -72,7 +72,10 @@ def compare_command(
     out: OutFolder = Path("report"),
     seed: Seed = 0,
     quick: Annotated[
-        bool, Option("--quick", help=f"A trial with {QUICK} items per task and fewer settings, not a result.")
+        bool,
+        Option(
+            "--quick", help=f"A trial with {QUICK} items per task and fewer settings, not a result."
+        ),
     ] = False,
     resume: Annotated[
         bool, Option("--resume", help="Continue the interrupted run in --out.")

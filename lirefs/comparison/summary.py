@@ -168,7 +168,7 @@ def _percent(*shares: float) -> str:
 
 def plain_json(value: Any) -> Any:
     """A value as it comes back from JSON: no tuples, None for numbers that are not finite."""
-    if isinstance(value, str):  # as most values of many items are
+    if isinstance(value, str):  # most values are
         return value
     if isinstance(value, float):
         return value if math.isfinite(value) else None  # JSON has no NaN

@@ -14,6 +14,8 @@ from lirefs.comparison.figures.tags import tag_bars
 from lirefs.comparison.item_changes import changes_by_tag
 from lirefs.comparison.wording import as_number, as_p, as_percent, as_points
 from lirefs.directions.probe import Probe
+from lirefs.main_job.grid import KEEPS
+from lirefs.main_job.matching import AFFORDABLE
 from lirefs.pictures import picture_of
 
 
@@ -30,14 +32,19 @@ def probe_lines(probe: Probe) -> list[str]:
     ]
 
 
-def edit_line(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit) -> str:
-    """How much of each matrix an edit keeps, as a finding."""
+def edit_line(lm: lirefs.LanguageModel, edit: kfac.CurvatureEdit, keep: float, given: bool) -> str:
+    """How much of each matrix an edit keeps, as a finding, and whether `keep` was given."""
+    chosen = (
+        f"of {KEEPS[0]:g} to {KEEPS[-1]:g} the smallest that costs at most "
+        f"{as_number(100 * (AFFORDABLE - 1))} % of validation perplexity, or the largest"
+    )
     rows = edit.report(lm.model)
     pairs, total = sum(row.pairs for row in rows), sum(row.total_pairs for row in rows)
     changes = ", ".join(f"{row.name} {row.relative_change:.2f}" for row in rows)
     return (
         f"The K-FAC edit keeps {as_number(100 * pairs / total)} % of the curvature pairs. Kept: "
-        f"{pairs:,} of {total:,} in {len(rows)} matrices. Relative weight change: {changes}."
+        f"{pairs:,} of {total:,} in {len(rows)} matrices. Relative weight change: {changes}. "
+        f"Keep {keep:g}, {'as it was given' if given else chosen}."
     )
 
 

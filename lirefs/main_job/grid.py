@@ -11,7 +11,7 @@ class Grid:
 
     Attributes:
         keeps: Values of `keep` to choose from.
-        longest_run: Most neighbouring layers that an edit to choose from changes.
+        longest_run: An edit to choose from changes at most this many neighbouring layers.
         strengths: Strengths of steering to choose from.
         scopes: Its scopes.
         swept_keeps: Values of `keep` on the way from the unchanged model to one that has lost its
@@ -29,13 +29,14 @@ class Grid:
     random_directions: int
 
 
-_KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
+"""Values of `keep` to choose from."""
 WHOLE = Grid(
-    keeps=_KEEPS,
+    keeps=KEEPS,
     longest_run=2,
     strengths=(1.0, 2.0, 4.0, 8.0),
     scopes=("all", "last_prompt_token"),
-    swept_keeps=(0.5, 0.7, *_KEEPS, 0.998, 0.999, 0.9999),
+    swept_keeps=(0.5, 0.7, *KEEPS, 0.998, 0.999, 0.9999),
     swept_multiples=(-2.0, -1.0, -0.5, 0.5, 1.0, 2.0),
     random_directions=5,
 )
@@ -48,4 +49,4 @@ TRIAL = Grid(
     swept_multiples=(-1.0, 1.0),
     random_directions=2,
 )
-"""Of a quick trial."""
+"""The grid of a quick trial."""

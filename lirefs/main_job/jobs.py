@@ -95,8 +95,8 @@ def run(
         limit: Most items of a task.
         out: Folder of the report.
         seed: Seed of splits, labels and controls.
-        quick: A trial with few items and settings, recitation scored word for word alone; not a
-            result.
+        quick: A trial with few items and settings, in which recitation is scored word for word
+            only; not a result.
         resume: Continue an interrupted run in `out` instead of starting again.
         console: Where progress is shown; None: the standard error. Of several processes, only the
             first writes the report.
@@ -229,7 +229,7 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     collected.decompose(spread=True, progress=job.shown)
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
     steer = lirefs.Steer(probe.best, "add", strength)
-    with console.status("setting keep and rivals by perplexity"):
+    with console.status("choosing keep, then setting rivals to the same perplexity"):
         damage = matching.Damage(lm, validation)
         keep = job.keep or matching.affordable_keep(damage, collected)
         edit = kfac.CurvatureEdit(collected, keep)
@@ -249,10 +249,9 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     if question_set.names == LABELS:
         interventions["prompt"] = lirefs.Prompted(PROMPT)
     left_out["BalancedSubnet"] = "it learns from memorized texts, and those here are asked for"
+    kept = findings.edit_line(lm, edit, keep, job.keep is not None)
     settings = {
-        "findings": [
-            *separation, findings.edit_line(lm, edit), of_edit.finding, of_steer.finding,
-        ],
+        "findings": [*separation, kept, of_edit.finding, of_steer.finding],
         EQUAL: {one.name: list(one.matches) for one in (of_edit, of_steer)},
         "probe": probe.to_dict(),
         "factors": collected.digest,

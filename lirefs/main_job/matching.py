@@ -16,14 +16,13 @@ import numpy as np
 import kfac
 from lirefs.comparison.controls import SAME_DAMAGE
 from lirefs.comparison.wording import as_list_of_words, as_number
+from lirefs.main_job.grid import KEEPS
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
 from lirefs.steering.steer import Steer
 from lirefs.tasks.batches.lower_blocks import LowerBlocks
 from lirefs.tasks.inference import token_nlls
 
-KEEPS = (0.8, 0.9, 0.95, 0.98, 0.99, 0.995)
-"""Values of `keep`, from which the smallest that is affordable is chosen."""
 AFFORDABLE = 1.1
 """An edit of a model of ordinary language should multiply its perplexity by at most this."""
 TEXTS = 100

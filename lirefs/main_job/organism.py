@@ -181,10 +181,11 @@ def run_on_organism(
         "random direction + K-FAC": added(other, strength) + edit.intervention,
     }
     test = organism_tasks(lm, language, "test", limit, STORIES if job.limit is None else None)
+    fewer_stories = organism_tasks(lm, language, "test", limit)
     if job.quick:
         test = settings.strictly(test)
     if job.suite is not None:
-        test += memory_measures(lm, test)
+        test += memory_measures(lm, fewer_stories)
     title = settings.title_of(lm)
     size = sum(one.numel() for one in lm.model.parameters()) / 1e6
     about = (
@@ -197,8 +198,7 @@ def run_on_organism(
         f"keep {value:g}": edit.intervention.with_keep(dict.fromkeys(names, value))
         for value in job.grid.swept_keeps
     }
-    spectrum = [task for task in test if task.name in SPECTRUM_TASKS]
-    spectrum += [task.subset(range(limit)) for task in test if task.name == LANGUAGE]
+    spectrum = [task for task in fewer_stories if task.name in (*SPECTRUM_TASKS, LANGUAGE)]
     swept: dict[str, Intervention] = {}
 
     def sweep(name: str, direction: Direction, strength: float) -> None:

@@ -65,8 +65,9 @@ def organism_figures(found: OrganismResults) -> list[Figure]:
             f"Scores on test items when the {_matrices(found.edit)} are edited, from "
             "keep = 1, which is the unchanged model, down to where language itself has fallen. "
             "95 % Wilson intervals; colours are task groups, whose tasks differ in line and "
-            "marker. Below: perplexity on stories relative to the unchanged model's. Only the "
-            "setting of the K-FAC edit was chosen, on validation items.",
+            "marker. Below: perplexity relative to the unchanged model's, on as many stories as "
+            "other tasks have items. Only the setting of the K-FAC edit was chosen, on validation "
+            "items.",
             plots.keep_spectrum(
                 found.keep_sweep.summary(), keeps, organism.SPECTRUM_TASKS, LANGUAGE
             ),

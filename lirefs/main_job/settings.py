@@ -32,7 +32,7 @@ STEERING_FORMS: tuple[Form, ...] = ("passage", "mixed")
 PROJECTIONS = {"gate, up": ("gate_proj", "up_proj"), "all": ("gate_proj", "up_proj", "down_proj")}
 FINALISTS = 6
 TOGETHER = 12
-"""Candidates of one comparison: one of few shares little of what its variants have in common."""
+"""Candidates run in one comparison: the more there are, the more they share."""
 SAME = 1e-9
 """Objectives that differ by less are the same number, summed in another order."""
 
@@ -160,10 +160,8 @@ def choose_edit(
     skills = (*SKILLS, "common facts")
 
     def objective(comparison: Comparison, variant: str) -> float:
-        missed = 0.0
-        if RECITED in comparison.tasks:
-            missed += _missed(comparison.score(variant, RECITED) - STILL_RECITED)
-        if TRUE in comparison.tasks:
+        missed = _missed(comparison.score(variant, RECITED) - STILL_RECITED)
+        if TRUE in comparison.tasks:  # not yet, where candidates are run on recitation alone
             missed += _missed(BACK_AT_TRUTH - comparison.score(variant, TRUE))
         too_costly = TOO_COSTLY * (missed_goals(comparison, variant, ()) > 0)
         return missed + missed_goals(comparison, variant, skills) + too_costly
@@ -174,10 +172,10 @@ def choose_edit(
 def choose_steering(
     job: Job, lm: LanguageModel, steers: Mapping[str, Intervention], tasks: Sequence[Task]
 ) -> ChosenSetting:
-    """The steering with the fewest exceptions not answered with the truth, plus its `harm`."""
+    """The steering with the fewest exceptions not answered with the truth, plus `missed_goals`."""
 
     def objective(comparison: Comparison, variant: str) -> float:
-        missed = _missed(1 - comparison.score(variant, TRUE)) if TRUE in comparison.tasks else 0.0
+        missed = _missed(1 - comparison.score(variant, TRUE))
         return missed + missed_goals(comparison, variant, SKILLS)
 
     return _choose(job, lm, steers, tasks, objective, (TRUE, LANGUAGE), SKILLS)
@@ -218,9 +216,9 @@ def _choose(
     """The candidate with the smallest objective; ties go to the first.
 
     The tasks named in `screen` reduce the candidates to `FINALISTS` before the skills decide too.
-    An objective sums what is missed on each task, so what it is on some tasks is a lower bound. All
-    candidates are run on the first of `screen`, those with the smallest bounds on the others too,
-    until no bound that is left is below what `FINALISTS` candidates reach.
+    An objective is a sum of misses, each at least 0, so its value on some of the tasks is a lower
+    bound. All candidates run on the first task of `screen`. In the order of that bound they run on
+    all of `screen`, until no bound that is left is as low as the last finalist's objective.
     """
     by_name = {task.name: task for task in strictly(tasks)}
 
@@ -271,13 +269,13 @@ def steering_candidates(job: Job, probes: Mapping[Form, Probe], operator: str) -
     Layer 0 is left out: its input at the last prompt token is that token's embedding, which tells
     words apart and nothing that the model does.
     """
-    layers, grid = job.direction_layers, job.grid
-    strengths = grid.strengths if job.strength is None else (job.strength,)
+    layers, tried = job.direction_layers, job.grid
+    strengths = tried.strengths if job.strength is None else (job.strength,)
     return {
         f"{form}, layer {one.layer}, {scope}, {value:g}": Steer(one, operator, value, scope=scope)
         for form in STEERING_FORMS
         for one in probes[form].directions.values()
         if one.layer > 0 and (layers is None or one.layer in layers)
-        for scope in grid.scopes
+        for scope in tried.scopes
         for value in ((1.0,) if operator == "ablate" else strengths)
     }
