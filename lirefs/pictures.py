@@ -80,7 +80,8 @@ def check_picture(picture: Picture) -> None:
             if width * height > _MOST_PIXELS:
                 raise ValueError(f"its PNG has {width} x {height} pixels")
             image.verify()
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as problem:
+    # IndexError: a file with no image data
+    except (OSError, SyntaxError, EOFError, IndexError, Image.DecompressionBombError) as problem:
         raise ValueError("not a PNG picture") from problem
     parser = expat.ParserCreate()
     parser.StartElementHandler = _check_element

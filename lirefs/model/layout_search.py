@@ -265,7 +265,8 @@ def _block_lists(model: nn.Module, named: str | None) -> list[str]:
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)
-        if isinstance(module, nn.ModuleList) and len(module) in counts and not inside:
+        blocks = isinstance(module, nn.ModuleList) and len(module) > 0 and len(module) in counts
+        if blocks and not inside:
             names.append(name)
     return names
 

@@ -200,7 +200,9 @@ def test_a_picture_is_a_picture():
     for one in (drawn(), whole, picture_of(canvas, dark=True)):
         check_picture(one)
     png = whole.png
-    for wrong in (b"", b"\x89PNG", png[:60], png[:50] + bytes([png[50] ^ 1]) + png[51:], b"GIF89a"):
+    end = b"\0\0\0\0IEND\xaeB`\x82"
+    flipped = png[:50] + bytes([png[50] ^ 1]) + png[51:]
+    for wrong in (b"", b"\x89PNG", png[:60], flipped, png[:33] + end, b"GIF89a"):
         with pytest.raises(ValueError, match="not a PNG"):
             check_picture(replace(whole, png=wrong))
     huge = png[:16] + (50_000).to_bytes(4, "big") * 2 + png[24:]

@@ -283,3 +283,13 @@ def test_describe_names_every_part():
     text = layout_of(tiny_model("bloom")).describe()
     assert "transformer.h (4 layers, width 32)" in text
     assert "self_attention.dense" in text
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_without_layers(family):
+    config = copy.deepcopy(tiny_config(family))
+    config.num_hidden_layers = 0
+    if hasattr(config, "layer_types"):
+        config.layer_types = []
+    with pytest.raises(LayoutError, match="no list of decoder blocks found"):
+        find_layout(build(config))
