@@ -265,8 +265,8 @@ def _block_lists(model: nn.Module, named: str | None) -> list[str]:
     names: list[str] = []
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in names)
-        blocks = isinstance(module, nn.ModuleList) and len(module) > 0 and len(module) in counts
-        if blocks and not inside:
+        listed = isinstance(module, nn.ModuleList) and len(module) > 0 and len(module) in counts
+        if listed and not inside:
             names.append(name)
     return names
 
