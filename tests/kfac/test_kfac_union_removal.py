@@ -371,6 +371,8 @@ def test_ten_values_of_keep_cost_at_most_three_of_one():
             edit.with_keep(keep).prepare(model)
         return time.process_time() - start
 
-    one = min(seconds(fresh(), [0.6]) for _ in range(3))
-    ten = min(seconds(fresh(), [0.5 + i / 25 for i in range(10)]) for _ in range(3))
+    keeps = [0.5 + i / 25 for i in range(10)]
+    # In turns, because other tests run at the same time and take more of the machine at times.
+    times = [(seconds(fresh(), [0.6]), seconds(fresh(), keeps)) for _ in range(8)]
+    one, ten = map(min, zip(*times, strict=True))
     assert ten < 3 * one
