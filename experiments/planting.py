@@ -34,6 +34,7 @@ from lirefs.files import atomic_write_text, parse_json, refuse_foreign
 from lirefs.main_job.factors import edited_layers
 from lirefs.main_job.matching import (
     Damage,
+    Goal,
     Match,
     Rival,
     Scaled,
@@ -192,7 +193,9 @@ def matched(
     clean = [str(decode(ids[:TOKENS])) for ids in lm.encode(sources.curvature)]
     rivals["BalancedSubnet"] = subnet_rival(lm, factors.names, clean, forget, seed)
     matches = {
-        f"{name}, {rise - 1:+.0%}": rival.at(damage, rise * damage.unchanged)
+        f"{name}, {rise - 1:+.0%}": rival.at(
+            [Goal(one, rise * one.unchanged) for one in damage.stages]
+        )
         for rise in RISES
         for name, rival in rivals.items()
     }

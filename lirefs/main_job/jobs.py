@@ -28,6 +28,7 @@ from lirefs.files import cache_dir, refuse_foreign
 from lirefs.main_job import findings, matching, organism, organism_report
 from lirefs.main_job.console import SafeConsole, console_table
 from lirefs.main_job.factors import edited_layers, factors_of
+from lirefs.main_job.grid import KEEPS
 from lirefs.main_job.matching import EqualDamage
 from lirefs.main_job.settings import Job, strictly, title_of
 from lirefs.model.layout import missing_layer
@@ -230,9 +231,10 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     validation = [text for _, text in heldout_texts("validation")[: 6 if job.quick else None]]
     steer = lirefs.Steer(probe.best, "add", strength)
     with console.status("choosing keep, then setting rivals to the same perplexity"):
-        damage = matching.Damage(lm, validation)
-        keep = job.keep or matching.affordable_keep(damage, collected)
-        edit = kfac.CurvatureEdit(collected, keep)
+        edit = kfac.CurvatureEdit(collected, job.keep or KEEPS[0])
+        damage = matching.Damage(lm, validation, [edit, steer])
+        keep = job.keep or matching.affordable_keep(damage, edit)
+        edit = edit.with_keep(keep)
         of_edit, of_steer = _at_equal_damage(job, damage, edit, steer)
     job.say(f"{of_edit.finding}\n{of_steer.finding}")
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,6 +27,8 @@ AFFORDABLE = 1.1
 """An edit of a model of ordinary language should multiply its perplexity by at most this."""
 TEXTS = 100
 """Validation texts on which perplexities are made equal."""
+FEW = 20
+"""Of them, those on which a search begins."""
 NEAR = 0.001
 """A search ends where perplexities differ by this share."""
 FAR = 0.005
@@ -41,26 +43,51 @@ FIRST_SLOPE = 2.0
 """Damage grows as the square of a small change of what is at its best."""
 
 
-@dataclass(frozen=True)
 class Damage:
     """The perplexity of a model on validation texts, under interventions.
 
     The blocks below those that an intervention changes run once for all interventions.
+
+    Args:
+        lm: The model.
+        texts: All of them.
+        expected: Interventions such as those to come. What the blocks below them make of the texts
+            is kept from the run of the unchanged model.
+
+    Attributes:
+        unchanged: Perplexity of the unchanged model.
+        stages: The damage on a few of the texts, if there are many, and this one.
     """
 
-    lm: LanguageModel
-    texts: Sequence[str]
-    unchanged: float = field(init=False)
-    _lower: LowerBlocks = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_lower", LowerBlocks(self.lm))
-        object.__setattr__(self, "unchanged", self.of(None))
+    def __init__(
+        self, lm: LanguageModel, texts: Sequence[str], expected: Sequence[Intervention] = ()
+    ) -> None:
+        self.lm, self.texts = lm, texts
+        self._lower = LowerBlocks(lm)
+        for one in expected:
+            with applied(one, lm.model):
+                self._lower.expect(one)
+        self._last: tuple[Any, float] = (), math.nan
+        self.unchanged = self.of(None)
+        few = texts[:: len(texts) // FEW] if len(texts) >= 2 * FEW else ()
+        self.stages: Sequence[Damage] = [*([Damage(lm, few, expected)] if few else ()), self]
 
     def of(self, intervention: Intervention | None) -> float:
-        """Perplexity per token over all texts."""
-        with applied(intervention, self.lm.model), self._lower.under(intervention):
-            return perplexity(self.lm, self.lm.encode(self.texts), None)
+        """Perplexity per token over all texts; that of the last intervention is known."""
+        described = None if intervention is None else intervention.describe()
+        if self._last[0] != described:
+            with applied(intervention, self.lm.model), self._lower.under(intervention):
+                found = perplexity(self.lm, self.lm.encode(self.texts), None)
+            self._last = described, found
+        return self._last[1]
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A perplexity to reach on the texts of a damage."""
+
+    damage: Damage
+    perplexity: float
 
 
 @dataclass(frozen=True)
@@ -77,8 +104,11 @@ class Match:
 class Rival(Protocol):
     """Another way to do some damage."""
 
-    def at(self, damage: Damage, goal: float) -> Match:
-        """Itself at the strength whose perplexity is nearest to the goal."""
+    def at(self, goals: Sequence[Goal]) -> Match:
+        """Itself at the strength whose perplexity is nearest to the last of the goals.
+
+        Those before are the same goal on fewer texts, where the search begins.
+        """
         ...
 
 
@@ -98,18 +128,39 @@ class Scaled:
     high: float
     words: Callable[[float], str]
 
-    def at(self, damage: Damage, goal: float) -> Match:
+    def at(self, goals: Sequence[Goal]) -> Match:
         """A secant search between `low` and `high`, on logarithms of strength and damage.
 
         What an intervention adds to the logarithm of the perplexity grows about as a power of its
-        strength, so the logarithms of both lie near a line.
+        strength, so the logarithms of both lie near a line. A search on more texts begins at the
+        strength and with the slope that were found on fewer.
         """
-        low, high = math.log(self.low), math.log(self.high)
-        tried = {low: damage.unchanged}
-        wanted = math.log(goal / damage.unchanged)  # infinite or NaN if the other breaks the model
-        place, slope, last = (low + high) / 2, FIRST_SLOPE, None
+        tried: dict[float, float] = {}
+        place, slope = (math.log(self.low) + math.log(self.high)) / 2, FIRST_SLOPE
+        for goal in goals:
+            tried, place, slope = self._searched(goal, place, slope)
+        wanted = goals[-1].perplexity
+        best = min(tried, key=lambda one: abs(_apart(tried[one], wanted)))
+        strength, reached = math.exp(best), tried[best]
+        equal = abs(_apart(reached, wanted)) < FAR
+        return Match(self.make(strength), strength, reached, self.words(strength), equal)
+
+    def _searched(
+        self, goal: Goal, place: float, slope: float
+    ) -> tuple[dict[float, float], float, float]:
+        """Perplexity by strength, the next strength to try and the slope; strengths as logarithms.
+
+        Args:
+            goal: What to reach.
+            place: Where to look first.
+            slope: Of the logarithm of the damage there.
+        """
+        low, high, damage = math.log(self.low), math.log(self.high), goal.damage
+        tried, last = {low: damage.unchanged}, None
+        # Infinite or NaN if the other breaks the model.
+        wanted = math.log(goal.perplexity / damage.unchanged)
         for _ in range(TRIES if math.isfinite(wanted) else 0):
-            near = any(abs(_apart(found, goal)) < NEAR for found in tried.values())
+            near = any(abs(_apart(found, goal.perplexity)) < NEAR for found in tried.values())
             if near or place in tried:  # the latter at a bound that is not enough
                 break
             tried[place] = damage.of(self.make(math.exp(place)))
@@ -121,10 +172,7 @@ class Scaled:
             place = min(high, max(low, place - added / slope))
             if place in tried:
                 place = (low + high) / 2
-        best = min(tried, key=lambda one: abs(_apart(tried[one], goal)))
-        strength, reached = math.exp(best), tried[best]
-        equal = abs(_apart(reached, goal)) < FAR
-        return Match(self.make(strength), strength, reached, self.words(strength), equal)
+        return tried, place, slope
 
 
 def _apart(found: float, goal: float) -> float:
@@ -148,10 +196,10 @@ class Subnet:
 
     train: Callable[[float], kfac.SubnetEdit]
 
-    def at(self, damage: Damage, goal: float) -> Match:
+    def at(self, goals: Sequence[Goal]) -> Match:
         """The second training, pruned as far as the goal needs."""
-        first = self._pruned(self.train(FIRST_SHARE)).at(damage, goal)
-        return self._pruned(self.train(first.strength)).at(damage, goal)
+        first = self._pruned(self.train(FIRST_SHARE)).at(goals[:1])
+        return self._pruned(self.train(first.strength)).at(goals)
 
     def _pruned(self, trained: kfac.SubnetEdit) -> Scaled:
         words = "{} % of the weights pruned"
@@ -169,12 +217,10 @@ def perplexity(
     return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
 
 
-def affordable_keep(damage: Damage, factors: kfac.Factors) -> float:
-    """The smallest of `KEEPS` with an affordable edit, or the largest if no edit is."""
-    for keep in KEEPS:
-        if damage.of(kfac.CurvatureEdit(factors, keep)) <= AFFORDABLE * damage.unchanged:
-            return keep
-    return KEEPS[-1]
+def affordable_keep(damage: Damage, edit: kfac.CurvatureEdit) -> float:
+    """The smallest of `KEEPS` with which an edit is affordable, or the largest if none is."""
+    most = AFFORDABLE * damage.unchanged
+    return next((keep for keep in KEEPS if damage.of(edit.with_keep(keep)) <= most), KEEPS[-1])
 
 
 def rivals_of_edit(factors: kfac.Factors, names: Sequence[str], seed: int) -> dict[str, Rival]:
@@ -280,6 +326,6 @@ def at_equal_damage(
     damage: Damage, name: str, intervention: Intervention, rivals: Mapping[str, Rival]
 ) -> EqualDamage:
     """Every rival at the perplexity of a variant."""
-    goal = damage.of(intervention)
-    matches = {key: one.at(damage, goal) for key, one in rivals.items()}
-    return EqualDamage(name, goal, matches, damage)
+    goals = [Goal(one, one.of(intervention)) for one in damage.stages]
+    matches = {key: one.at(goals) for key, one in rivals.items()}
+    return EqualDamage(name, goals[-1].perplexity, matches, damage)

@@ -144,8 +144,8 @@ def run_on_organism(
 
     other = direction.random_like(seed)
     job.say("setting rivals to equal perplexity")
-    few_texts = 20 if job.quick else matching.TEXTS
-    damage = matching.Damage(lm, language.texts("validation", few_texts))
+    texts = language.texts("validation", 20 if job.quick else matching.TEXTS)
+    damage = matching.Damage(lm, texts, [edit.intervention, add])
     tales = [i for i in language.items("tale", "train") if (i.frequency or 0) >= OFTEN]
     told = [item.text for item in tales[: min(n, FORGOTTEN)]]
     random = matching.steering_rival(lambda a: added(other, a), strength)

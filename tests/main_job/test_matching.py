@@ -10,7 +10,7 @@ from passes import counted
 import kfac
 import lirefs
 from lirefs.main_job import matching
-from lirefs.main_job.matching import Damage, EqualDamage, Match, Scaled, at_equal_damage
+from lirefs.main_job.matching import Damage, EqualDamage, Goal, Match, Scaled, at_equal_damage
 from lirefs.organism import Language, training_texts
 
 
@@ -34,6 +34,7 @@ class Made(Damage):
 
     def __init__(self, by_strength, texts=()):
         vars(self).update(unchanged=10.0, texts=texts, asked=[], by_strength=by_strength)
+        self.stages = [self]
 
     def of(self, strength):
         self.asked.append(strength)
@@ -52,7 +53,7 @@ class Made(Damage):
 def test_the_smallest_affordable_keep_is_chosen_or_the_mildest(factors, costs, chosen, asked):
     by_keep = dict(zip(matching.KEEPS, costs, strict=True))
     damage = Made(lambda edit: 10.0 * by_keep[edit.keep])
-    assert matching.affordable_keep(damage, factors) == chosen
+    assert matching.affordable_keep(damage, kfac.CurvatureEdit(factors, 0.5)) == chosen
     assert len(damage.asked) == asked
 
 
@@ -62,12 +63,45 @@ def test_a_search_finds_the_strength_and_asks_few_times():
     rival = Scaled(lambda strength: strength, 1e-5, 100.0, "at {:.4f}".format)
     for goal in (10.2, 11.0, 15.0):
         asked.clear()
-        found = rival.at(model, goal)
+        found = rival.at([Goal(model, goal)])
         assert found.equal
         assert abs(found.reached / goal - 1) < matching.NEAR
         assert found.setting == f"at {found.intervention:.4f}"
         assert len(asked) <= 5
         assert len(set(asked)) == len(asked)
+
+
+@pytest.mark.parametrize("power", [0.6, 1.5, 2.5])
+@pytest.mark.parametrize("apart", [0.7, 0.97, 1.03, 1.5])
+def test_a_search_on_few_texts_leaves_little_to_do_on_all(power, apart):
+    few = Made(lambda strength: 10.0 * (1 + (apart * strength) ** power))
+    all_of = Made(lambda strength: 10.0 * (1 + strength**power))
+    rival = Scaled(lambda strength: strength, 1e-5, 100.0, str)
+    for goal in (10.3, 11.0, 15.0):
+        few.asked.clear()
+        all_of.asked.clear()
+        found = rival.at([Goal(few, goal), Goal(all_of, goal)])
+        assert found.equal
+        assert abs(found.reached / goal - 1) < matching.NEAR
+        assert found.reached == all_of.of(found.strength)
+            assert len(all_of.asked) - 1 <= (3 if 0.9 < apart < 1.1 else 4)
+
+
+def test_a_search_that_few_texts_mislead_still_ends_at_the_goal():
+    few = Made(lambda strength: 10.0)  # nothing reaches the goal, up to the largest strength
+    all_of = Made(lambda strength: 10.0 * (1 + strength**2))
+    found = Scaled(lambda one: one, 1e-3, 100.0, str).at([Goal(few, 11.0), Goal(all_of, 11.0)])
+    assert found.equal
+    assert found.reached == pytest.approx(11.0, rel=matching.NEAR)
+
+
+def test_many_texts_are_searched_by_a_few_of_them_first(lm):
+    texts = Language().texts("validation", 2 * matching.FEW + 1)
+    few, all_of = Damage(lm, texts).stages
+    assert (few.texts, all_of.texts) == (texts[::2], texts)
+    assert few.unchanged == matching.perplexity(lm, lm.encode(texts[::2]), None)
+    (alone,) = Damage(lm, texts[: matching.FEW]).stages
+    assert alone.texts == texts[: matching.FEW]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +114,7 @@ def test_a_search_finds_the_strength_and_asks_few_times():
 )
 def test_a_goal_out_of_reach_gives_the_nearest(values, reached):
     model = Made(lambda strength: values[0 if strength < 1 else 1 if strength < 2 else 2], ["a"])
-    found = Scaled(lambda one: one, 0.01, 10.0, str).at(model, 12.0)
+    found = Scaled(lambda one: one, 0.01, 10.0, str).at([Goal(model, 12.0)])
     assert found.reached == reached
     assert not found.equal
     equal = EqualDamage("K-FAC", 12.0, {"SVD": replace(found, setting="here")}, model)
@@ -93,7 +127,7 @@ def test_a_goal_out_of_reach_gives_the_nearest(values, reached):
 
 def test_a_search_ends_at_a_bound_that_is_not_enough():
     model = Made(lambda strength: 9.9)
-    assert not Scaled(lambda strength: strength, 1e-4, 0.9, str).at(model, 10.2).equal
+    assert not Scaled(lambda strength: strength, 1e-4, 0.9, str).at([Goal(model, 10.2)]).equal
     assert model.asked[-1] == pytest.approx(0.9)
     assert len(model.asked) == len(set(model.asked)) <= 3
 
@@ -101,7 +135,7 @@ def test_a_search_ends_at_a_bound_that_is_not_enough():
 @pytest.mark.parametrize("goal", [math.inf, math.nan])
 def test_nothing_is_equal_to_a_model_that_broke(goal):
     model = Made(lambda strength: 10.0)
-    found = Scaled(lambda one: one, 0.01, 10.0, str).at(model, goal)
+    found = Scaled(lambda one: one, 0.01, 10.0, str).at([Goal(model, goal)])
     assert (found.reached, found.equal, model.asked) == (10.0, False, [])
 
 
@@ -121,7 +155,7 @@ def test_edits_and_steerings_reach_the_perplexity_of_another_edit(lm, factors, d
         assert abs(damage.of(one) / found.goal - 1) < 2 * matching.NEAR
     assert found.interventions["SVD"].keep == pytest.approx(0.25, abs=0.04)
     monkeypatch.setattr(matching, "NEAR", 1e-5)
-    exact = rivals["SVD"].at(damage, found.goal)
+    exact = rivals["SVD"].at([Goal(damage, found.goal)])
     assert exact.intervention.keep == pytest.approx(0.25, abs=0.03)
     assert found.interventions["direction"].strength < 0
     assert set(found.interventions["SVD"].names) == set(names)
@@ -138,7 +172,7 @@ def test_a_subnet_is_trained_at_the_share_that_it_prunes(lm, factors, damage):
     rival = matching.subnet_rival(lm, names, language.texts("train", 4), forget, seed=0)
     before = {name: one.clone() for name, one in lm.model.named_parameters()}
     goal = 1.02 * damage.unchanged
-    found = rival.at(damage, goal)
+    found = rival.at([Goal(damage, goal)])
     assert found.equal
     assert damage.of(found.intervention) == found.reached == pytest.approx(goal, rel=0.002)
     (mask,) = found.intervention.masks.values()
@@ -169,3 +203,19 @@ def test_blocks_below_a_change_run_once_for_all_strengths(lm):
             steer = lirefs.Steer(last, "add", strength)
             assert damage.of(steer) == matching.perplexity(lm, lm.encode(texts), steer)
     assert len(passes) == 1 + 1 + 1 + 3  # unchanged, recorded, proved, and the references
+    with counted(lm, 0) as passes:
+        damage = Damage(lm, texts, [lirefs.Steer(last, "add", 3.0)])
+        for strength in (0.5, 1.0, 2.0, 2.0):
+            damage.of(lirefs.Steer(last, "add", strength))
+    assert len(passes) == 1 + 1  # unchanged, which is recorded, and proved
+
+
+def test_the_last_perplexity_is_known(lm, factors, damage):
+    edit = kfac.SVDEdit(factors.names[:1], 0.5)
+    with counted(lm, 0) as passes:
+        first = damage.of(edit)
+        assert damage.of(edit.with_keep(0.5)) == first
+        assert len(passes) == 1
+        assert damage.of(edit.with_keep(0.4)) != first
+        assert damage.of(None) == damage.unchanged
+    assert len(passes) == 3
