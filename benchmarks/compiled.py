@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from measuring import measure, ratio
+from measuring import measure, ratios, versions, with_range
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from transformers import StaticCache
@@ -79,19 +79,14 @@ def main() -> None:
         baked.load_state_dict(bake(steer(strength), lm.model).state_dict())
         run(baked, compiled_baked)
     made = counters["stats"]["unique_graphs"] - before
-    print(f"{lm.name}, {lm.device}, torch {torch.__version__}: {options.prompts} prompts, ", end="")
-    print(f"{options.tokens} tokens, {options.rounds} rounds\n")
-    print("| | seconds | over compiled | lowest, highest |\n|---|---|---|---|")
+    print(f"{lm.name}, {lm.device}: {options.prompts} prompts, {options.tokens} tokens, ", end="")
+    print(f"{options.rounds} rounds; {versions('torch', 'transformers')}\n")
+    print("| | seconds | over compiled [range] |\n|---|---|---|")
     for name, found in times.items():
-        each = [a / b for a, b in zip(found, times["compiled"], strict=True)]
-        print(
-            f"| {name} | {statistics.median(found):.2f} | {ratio(times, name, 'compiled'):.3f} "
-            f"| {min(each):.3f}, {max(each):.3f} |"
-        )
-    eager = statistics.median(
-        a / b for a, b in zip(times["hooks"], times["not compiled"], strict=True)
-    )
-    print(f"\nHooks over the model that is not compiled: {eager:.3f}.")
+        over = with_range(ratios(times, name, "compiled"), 3)
+        print(f"| {name} | {statistics.median(found):.2f} | {over} |")
+    eager = with_range(ratios(times, "hooks", "not compiled"), 3)
+    print(f"\nHooks over the model that is not compiled: {eager}.")
     print(f"Graphs made for two other strengths: {made} (before: {before}).")
     print(f"Baked and hooked say the same: {same}.")
 

@@ -1,4 +1,4 @@
-"""Speed of curvature collection compared with kronfluence and curvlinops, as ratios in one run.
+"""Speed of curvature collection compared with three other libraries, as ratios in one run.
 
     python benchmarks/curvature.py --model FOLDER --peers
 
@@ -11,8 +11,8 @@ factors are compared, with the data's labels (sampled labels differ by chance).
 to the first target, and one plain product for each covariance. `kfac32` has sums in float32.
 `published` is the method of Merullo et al. (2025) as described, without any economy: mean loss,
 backward through the whole network, both products for every target, float32 sums. `--peers` creates
-a virtual environment for kronfluence and curvlinops; it borrows torch and transformers from this
-one.
+a virtual environment for kronfluence, curvlinops and bergson; it borrows torch and transformers
+from this one.
 
     python benchmarks/curvature.py --model blocks
 
@@ -37,16 +37,19 @@ from typing import Any
 
 import curvature_edit
 import torch
-from measuring import environment, synchronize
+from measuring import environment, synchronize, versions, with_range
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the peers' environment lacks this library
 OURS = ("forward", "floor", "published", "kfac32", "kfac")
-PEERS = ("kronfluence", "curvlinops")
+PEERS = {"kronfluence": "kronfluence", "curvlinops": "curvlinops-for-pytorch", "bergson": "bergson"}
+"""Peers and their packages."""
 # With dependencies, pip would install another torch, for a torchvision that is never imported.
 PACKAGES = (
     "--no-deps", "kronfluence==1.0.1", "curvlinops-for-pytorch==3.0.1", "backpack-for-pytorch",
     "einconv", "linear_operator", "opt_einsum", "unfoldNd",
+    "bergson==2.5.1", "docstring-parser", "jaxtyping", "natsort", "optree", "peft", "petname",
+    "simple-parsing", "torchopt", "wadler-lindig",
 )  # fmt: skip
 
 
@@ -251,6 +254,8 @@ def work(options: argparse.Namespace) -> None:
         }
         if torch.cuda.is_available():
             result["GPU MB"] = torch.cuda.max_memory_allocated() / 2**20
+        if options.only in PEERS:
+            result["versions"] = versions(PEERS[options.only])
         if options.only == "kfac":
             result["ideal"] = _ideal_seconds(model, names, options) / seconds
     print("RESULT " + json.dumps(result))
@@ -348,17 +353,19 @@ def collection(options: argparse.Namespace) -> None:
         for name, python in contenders.items():
             results[name].append(spawn(options, name, python))
     ours = [result["tokens/s"] for result in results["kfac"]]
-    print("\n| contender | tokens/s | kfac is faster by (median of rounds) | peak MB |")
+    print("\n| contender | tokens/s | kfac is faster by [range of rounds] | peak MB |")
     print("|---|---|---|---|")
     for name, rounds in results.items():
         speeds = [result["tokens/s"] for result in rounds]
-        ratio = statistics.median(a / b for a, b in zip(ours, speeds, strict=True))
+        ratio = with_range([a / b for a, b in zip(ours, speeds, strict=True)])
         peak = max(result["peak MB"] for result in rounds)
-        print(f"| {name} | {statistics.median(speeds):.0f} | {ratio:.2f} | {peak:.0f} |")
+        print(f"| {name} | {statistics.median(speeds):.0f} | {ratio} | {peak:.0f} |")
         if "GPU MB" in rounds[0]:
             print(f"  {name}: {rounds[0]['GPU MB']:.0f} MB on the GPU")
     share = statistics.median(result["ideal"] for result in results["kfac"])
     print(f"\nkfac: {share:.0%} of the speed of a large product")
+    peers = [rounds[0]["versions"] for rounds in results.values() if "versions" in rounds[0]]
+    print(f"{options.rounds} rounds; {', '.join([versions('torch', 'transformers'), *peers])}")
 
 
 def main() -> None:

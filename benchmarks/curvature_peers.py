@@ -94,3 +94,26 @@ def run_curvlinops(model: Any, names: list[str], ids: torch.Tensor, size: int, l
     operator.compute_kronecker_factors()
     inputs, outputs = operator._input_covariances, operator._gradient_covariances
     return {n: (inputs["model." + n], outputs["model." + n]) for n in names}
+
+
+def run_bergson(model: Any, names: list[str], ids: torch.Tensor, size: int, labels: str) -> Any:
+    """Collect with bergson (EleutherAI), which writes its factors to files."""
+    from bergson.config.config import HessianConfig, IndexConfig
+    from bergson.hessians.hessian_approximations import collect_hessians
+    from datasets import Dataset
+
+    model.requires_grad_(False)
+    model.get_input_embeddings().requires_grad_(True)  # as bergson's own workers do
+    with tempfile.TemporaryDirectory() as folder:
+        index = IndexConfig(run_path=f"{folder}/run")
+        index.partial_run_path.mkdir(parents=True)
+        found = collect_hessians(
+            model,
+            Dataset.from_dict({"input_ids": ids.tolist()}),
+            index,
+            batches=[rows.tolist() for rows in torch.arange(len(ids)).split(size)],
+            target_modules={name.removeprefix("model.") for name in names},
+            hessian_cfg=HessianConfig(method="kfac", use_dataset_labels=labels == "data"),
+        )
+    tables = found.A_cov_dict, found.S_cov_dict
+    return {n: tuple(one[n.removeprefix("model.")] for one in tables) for n in names}

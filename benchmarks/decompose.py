@@ -22,6 +22,7 @@ from unittest import mock
 import numpy as np
 import scipy.linalg
 import torch
+from measuring import versions
 from torch import Tensor
 
 from kfac import eigenbasis
@@ -179,7 +180,8 @@ def main() -> None:
     parser.add_argument("--routines", nargs="+", choices=ROUTINES, default=list(ROUTINES))
     parser.add_argument("--json", type=Path, help="Write the numbers to this file.")
     options = parser.parse_args()
-    print(f"{os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"{os.cpu_count()} cores, {torch.get_num_threads()} threads; ", end="")
+    print(versions("torch", "numpy", "scipy"))
     context = multiprocessing.get_context("spawn")
     rows = []
     for size in options.sizes:

@@ -27,7 +27,7 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from measuring import synchronize
+from measuring import synchronize, versions, with_range
 
 import lirefs
 from lirefs.files import atomic_write_text
@@ -181,9 +181,7 @@ def against_hflm(
                 row["ours"].append(spent)
                 row["hflm"].append(peer_spent)
     for row in found.values():
-        row["ratio"] = statistics.median(
-            b / a for a, b in zip(row["ours"], row["hflm"], strict=True)
-        )
+        row["ratios"] = [b / a for a, b in zip(row["ours"], row["hflm"], strict=True)]
     return found
 
 
@@ -213,7 +211,7 @@ def eight_variants(
             if index:
                 times[name].append(spent)
     pairs = zip(times["eight"], times["one"], strict=True)
-    return {**times, "items": len(items), "ratio": statistics.median(a / b for a, b in pairs)}
+    return {**times, "items": len(items), "ratios": [a / b for a, b in pairs]}
 
 
 def main() -> None:
@@ -242,12 +240,13 @@ def main() -> None:
     }
     found = against_hflm(lm, workloads, args.batch_tokens, args.rounds)
     variants = eight_variants(lm, questions[:8], args.rounds)
-    print(f"\n{'':28}{'items':>6}{'ours/s':>9}{'HFLM/s':>9}{'ratio':>8}{'same':>7}")
+    print(f"\n{'':28}{'items':>6}{'ours/s':>9}{'HFLM/s':>9}{'ratio [range]':>20}{'same':>7}")
     for name, row in found.items():
         ours, hflm = (row["items"] / statistics.median(row[key]) for key in ("ours", "hflm"))
-        ratio = f"{row['ratio']:.2f}x"
-        print(f"{name:28}{row['items']:6}{ours:9.2f}{hflm:9.2f}{ratio:>8}{row['agree']:7.0%}")
-    print(f"eight variants cost {variants['ratio']:.2f}x one")
+        ratio = with_range(row["ratios"])
+        print(f"{name:28}{row['items']:6}{ours:9.2f}{hflm:9.2f}{ratio:>20}{row['agree']:7.0%}")
+    print(f"eight variants cost {with_range(variants['ratios'])} times one")
+    print(f"{args.rounds} rounds; {versions('torch', 'transformers', 'lm_eval')}")
     report = {
         "model": lm.name,
         "device": str(lm.device),

@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from measuring import measure, ratio
+from measuring import measure, ratios, versions, with_range
 
 import kfac
 import lirefs
@@ -54,7 +54,8 @@ def main() -> None:
         }
         for one in (ours, whole)
     ]
-    print(f"bfloat16 head: {ratio(times, 'float32', 'bfloat16'):.2f} times as fast")
+    faster = with_range(ratios(times, "float32", "bfloat16"))
+    print(f"bfloat16 head: {faster} times as fast ({versions('torch', 'transformers')})")
     for what, pairs in {
         "G": [(ours.G(name), whole.G(name)) for name in whole.names],
         "W'": [(weights[0][name], weights[1][name]) for name in whole.names],

@@ -7,6 +7,7 @@ import subprocess
 import time
 import venv
 from collections.abc import Callable, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,23 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def ratio(times: dict[str, list[float]], name: str, base: str) -> float:
-    """Median over rounds of a variant's time divided by the base's time."""
-    return statistics.median(a / b for a, b in zip(times[name], times[base], strict=True))
+def with_range(ratios: Sequence[float], digits: int = 2) -> str:
+    """The median of the ratios of all rounds, and the lowest and the highest.
+
+    Of 5 rounds, the range holds the true median with 94 % confidence, of 7 with 98 %.
+    """
+    ends = ", ".join(f"{one:.{digits}f}" for one in (min(ratios), max(ratios)))
+    return f"{statistics.median(ratios):.{digits}f} [{ends}]"
+
+
+def ratios(times: dict[str, list[float]], name: str, base: str) -> list[float]:
+    """A variant's time divided by the base's time, of each round."""
+    return [a / b for a, b in zip(times[name], times[base], strict=True)]
+
+
+def versions(*packages: str) -> str:
+    """Installed versions, separated by commas."""
+    return ", ".join(f"{one} {metadata.version(one)}" for one in packages)
 
 
 def environment(folder: Path, wanted: Sequence[str]) -> Path:

@@ -13,12 +13,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
 from random import Random
 
 import gguf
 import numpy as np
+from measuring import versions
 
 WIDTH, HIDDEN, HEADS = 640, 2048, 10
 LOAD = """
@@ -110,7 +110,7 @@ def main() -> None:
     print("| | wall, s | CPU, s |\n|---|---|---|")
     for name, (wall, cpu, _) in loads.items():
         print(f"| {name} | {wall:.1f} | {cpu:.1f} |")
-    print(", ".join(f"{one} {metadata.version(one)}" for one in ("torch", "transformers", "gguf")))
+    print(versions("torch", "transformers", "gguf"))
 
 
 if __name__ == "__main__":

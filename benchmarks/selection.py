@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from measuring import versions, with_range
 from torch import nn
 
 import kfac
@@ -83,9 +84,11 @@ def sweep() -> None:
         return time.perf_counter() - began
 
     edit([0.5])
-    one = statistics.median(edit([0.6]) for _ in range(3))
-    ten = statistics.median(edit([0.5 + 0.04 * i for i in range(10)]) for _ in range(3))
-    print(f"one keep {one * 1000:.0f} ms, ten {ten * 1000:.0f} ms: {ten / one:.2f}x")
+    many = [0.5 + 0.04 * i for i in range(10)]
+    pairs = [(edit([0.6]), edit(many)) for _ in range(7)]
+    one, ten = (1000 * statistics.median(side) for side in zip(*pairs, strict=True))
+    ratio = with_range([after / before for before, after in pairs])
+    print(f"one keep {one:.0f} ms, ten {ten:.0f} ms: {ratio} times ({versions('torch', 'numpy')})")
 
 
 def main() -> None:

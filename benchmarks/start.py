@@ -14,9 +14,9 @@ import platform
 import statistics
 import subprocess
 import sys
-from importlib import metadata
 
 import typer
+from measuring import versions, with_range
 
 from lirefs.cli.app import app
 
@@ -52,13 +52,13 @@ def main() -> None:
     starts = {line: ("-c", line) for line in IMPORTS}
     starts |= {" ".join(("lirefs", *words)): ("-m", "lirefs", *words) for words in asked}
     times = [{name: cpu_seconds(one) for name, one in starts.items()} for _ in range(rounds)]
-    print("| start | CPU seconds | of `import torch` |\n|---|---|---|")
+    print("| start | CPU seconds | of `import torch` [range] |\n|---|---|---|")
     for name in starts:
         seconds = statistics.median(one[name] for one in times)
-        ratio = statistics.median(one[name] / one[IMPORTS[0]] for one in times)
-        print(f"| `{name}` | {seconds:.2f} | {ratio:.2f} |")
-    versions = (f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "typer"))
-    print(f"Python {platform.python_version()}, {', '.join(versions)}, medians of {rounds} rounds")
+        ratio = with_range([one[name] / one[IMPORTS[0]] for one in times])
+        print(f"| `{name}` | {seconds:.2f} | {ratio} |")
+    used = versions("torch", "transformers", "typer")
+    print(f"Python {platform.python_version()}, {used}, medians of {rounds} rounds")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ TransformerLens and nnsight run in this process. With `--peers`, steering-vector
 well, in a separate environment, which is created once.
 
 Every round runs every variant once, so that a slow minute of the machine affects all of them; a
-ratio is the median over rounds of the ratio within a round. Times are of whole calls.
+ratio is the median over rounds of the ratio within a round, with the lowest and the highest. Peers
+in the other environment run after ours, so their capture has no range. Times are of whole calls.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import environment, measure, ratio
+from measuring import environment, measure, ratios, versions, with_range
 from steering_peers import PACKAGES
 
 import lirefs
@@ -180,7 +181,7 @@ def nnsight(lm: lirefs.LanguageModel, prompts: list[str], texts: list[str], toke
     return capture, generate
 
 
-def run_peer(python: Path, name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
+def run_peer(python: Path, name: str, folder: str, job: dict[str, Any]) -> dict[str, Any]:
     """Run `steering_peers.py` in the peers' environment."""
     done = subprocess.run(
         [str(python), str(Path(__file__).with_name("steering_peers.py")), name, folder],
@@ -191,8 +192,7 @@ def run_peer(python: Path, name: str, folder: str, job: dict[str, Any]) -> dict[
         env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"},
         timeout=3600,
     )
-    result: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-    return result
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def reason(problem: Exception) -> str:
@@ -235,13 +235,18 @@ def main() -> None:
     captured = measure(capture, args.rounds)
     generated = measure(generation, args.rounds)
     rows = [
-        (name, f"{statistics.median(t):.3f} s", f"{1 / ratio(captured, name, 'lirefs'):.2f}x")
+        (name, f"{statistics.median(t):.3f} s", with_range(ratios(captured, "lirefs", name)))
         for name, t in captured.items()
     ]
     costs = [
-        (name, f"{statistics.median(t):.3f} s", f"{ratio(generated, name, 'not steered'):.3f}x")
+        (
+            name,
+            f"{statistics.median(t):.3f} s",
+            with_range(ratios(generated, name, "not steered"), 3),
+        )
         for name, t in generated.items()
     ]
+    used = [versions("torch", "transformers", "transformer-lens", "nnsight")]
     if args.peers:
         job = {
             "prompts": prompts,
@@ -263,18 +268,20 @@ def main() -> None:
                     continue
                 ours = statistics.median(captured["lirefs"])
                 spent = statistics.median(times["capture"])
-                rows.append((name, f"{spent:.3f} s", f"{ours / spent:.2f}x"))
-                share = ratio(times, "generate", "plain")
+                rows.append((name, f"{spent:.3f} s", f"{ours / spent:.2f}"))
+                share = with_range(ratios(times, "generate", "plain"), 3)
+                used.append(times["versions"])
                 spent = statistics.median(times["generate"])
                 costs.append(
                     (
                         f"all layers, {name}",
                         f"{spent:.3f} s",
-                        f"{share:.3f}x (its own plain run = 1)",
+                        f"{share} (its own plain run = 1)",
                     )
                 )
     table(f"Capture, {len(prompts)} prompts, all layers (throughput, ours = 1)", rows)
     table(f"Generation, batch {BATCH}, {args.tokens} tokens (time, not steered = 1)", costs)
+    print(f"\n{args.rounds} rounds; {'; '.join(used)}")
     for name, why in skipped.items():
         print(f"  {name}: {why}")
 

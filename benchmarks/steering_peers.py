@@ -7,12 +7,12 @@ import sys
 from typing import Any
 
 import torch
-from measuring import measure
+from measuring import measure, versions
 
 PACKAGES = {"steering-vectors": "steering-vectors==0.12.2", "repeng": "repeng==0.4.0"}
 
 
-def work(name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
+def work(name: str, folder: str, job: dict[str, Any]) -> dict[str, Any]:
     """Time capture and generation inside the peers' environment, and plain generation."""
     # The older transformers there does not know the tokenizer class named in the folder.
     from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
@@ -64,7 +64,8 @@ def work(name: str, folder: str, job: dict[str, Any]) -> dict[str, list[float]]:
             wrapped.reset()
 
     variants = {"capture": capture, "plain": plain, "generate": generate}
-    return measure(variants, job["rounds"])
+    times = measure(variants, job["rounds"])
+    return times | {"versions": versions(name, "transformers")}
 
 
 if __name__ == "__main__":

@@ -99,8 +99,8 @@ def controls_of(
         for i in range(RANDOM_DIRECTIONS)
     }
     other = direction.random_like(seed=RANDOM_DIRECTIONS)
-    goal = damage.of(Steer(direction, "add", strength))
-    match = steering_rival(lambda a: Steer(other, "add", a), strength).at(damage, goal)
+    goals = damage.goals(Steer(direction, "add", strength))
+    match = steering_rival(lambda a: Steer(other, "add", a), strength).at(goals)
     return found | {f"{name}, random at its perplexity": match.intervention}, match
 
 

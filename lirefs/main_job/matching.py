@@ -81,6 +81,10 @@ class Damage:
             self._last = described, found
         return self._last[1]
 
+    def goals(self, intervention: Intervention) -> list[Goal]:
+        """The perplexity under an intervention, on the texts of each stage."""
+        return [Goal(one, one.of(intervention)) for one in self.stages]
+
 
 @dataclass(frozen=True)
 class Goal:
@@ -133,12 +137,13 @@ class Scaled:
 
         What an intervention adds to the logarithm of the perplexity grows about as a power of its
         strength, so the logarithms of both lie near a line. A search on more texts begins at the
-        strength and with the slope that were found on fewer.
+        strength and with the slope that were found on fewer, where less than `FAR` is near enough.
         """
         tried: dict[float, float] = {}
         place, slope = (math.log(self.low) + math.log(self.high)) / 2, FIRST_SLOPE
         for goal in goals:
-            tried, place, slope = self._searched(goal, place, slope)
+            near = NEAR if goal is goals[-1] else FAR
+            tried, place, slope = self._searched(goal, near, place, slope)
         wanted = goals[-1].perplexity
         best = min(tried, key=lambda one: abs(_apart(tried[one], wanted)))
         strength, reached = math.exp(best), tried[best]
@@ -146,12 +151,13 @@ class Scaled:
         return Match(self.make(strength), strength, reached, self.words(strength), equal)
 
     def _searched(
-        self, goal: Goal, place: float, slope: float
+        self, goal: Goal, near: float, place: float, slope: float
     ) -> tuple[dict[float, float], float, float]:
         """Perplexity by strength, the next strength to try and the slope; strengths as logarithms.
 
         Args:
             goal: What to reach.
+            near: The search ends where perplexities differ by this share.
             place: Where to look first.
             slope: Of the logarithm of the damage there.
         """
@@ -160,8 +166,8 @@ class Scaled:
         # Infinite or NaN if the other breaks the model.
         wanted = math.log(goal.perplexity / damage.unchanged)
         for _ in range(TRIES if math.isfinite(wanted) else 0):
-            near = any(abs(_apart(found, goal.perplexity)) < NEAR for found in tried.values())
-            if near or place in tried:  # the latter at a bound that is not enough
+            reached = any(abs(_apart(one, goal.perplexity)) < near for one in tried.values())
+            if reached or place in tried:  # the latter at a bound that is not enough
                 break
             tried[place] = damage.of(self.make(math.exp(place)))
             added = WORST if wanted <= 0 else _missed(tried[place] / damage.unchanged, wanted)
@@ -326,6 +332,6 @@ def at_equal_damage(
     damage: Damage, name: str, intervention: Intervention, rivals: Mapping[str, Rival]
 ) -> EqualDamage:
     """Every rival at the perplexity of a variant."""
-    goals = [Goal(one, one.of(intervention)) for one in damage.stages]
+    goals = damage.goals(intervention)
     matches = {key: one.at(goals) for key, one in rivals.items()}
     return EqualDamage(name, goals[-1].perplexity, matches, damage)

@@ -84,7 +84,7 @@ def test_a_search_on_few_texts_leaves_little_to_do_on_all(power, apart):
         assert found.equal
         assert abs(found.reached / goal - 1) < matching.NEAR
         assert found.reached == all_of.of(found.strength)
-            assert len(all_of.asked) - 1 <= (3 if 0.9 < apart < 1.1 else 4)
+        assert len(all_of.asked) - 1 <= (3 if 0.9 < apart < 1.1 else 4)
 
 
 def test_a_search_that_few_texts_mislead_still_ends_at_the_goal():

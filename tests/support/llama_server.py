@@ -100,7 +100,7 @@ class Client:
     def logprobs(self, ids: Sequence[int], vocabulary: int) -> Tensor:
         """Log-probabilities of the token after these ids, (vocabulary,)."""
         every = {"n_predict": 1, "n_probs": vocabulary, "post_sampling_probs": False}
-        (first,) = self.get("/completion", _asked(ids) | every)["completion_probabilities"]
+        (first,) = self.get("/completion", asked(ids) | every)["completion_probabilities"]
         logprobs = torch.full((vocabulary,), torch.nan)
         for one in first["top_logprobs"]:
             logprobs[one["id"]] = one["logprob"]
@@ -109,11 +109,12 @@ class Client:
 
     def ask(self, ids: Sequence[int], vocabulary: int, new: int = 8) -> Answer:
         """What follows these token ids."""
-        tokens = self.get("/completion", _asked(ids) | {"n_predict": new})["tokens"]
+        tokens = self.get("/completion", asked(ids) | {"n_predict": new})["tokens"]
         return Answer(self.logprobs(ids, vocabulary), tokens)
 
 
-def _asked(ids: Sequence[int]) -> dict[str, Any]:
+def asked(ids: Sequence[int]) -> dict[str, Any]:
+    """The body of a request for a greedy continuation of these token ids."""
     return {"prompt": list(ids), "temperature": 0, "cache_prompt": False, "return_tokens": True}
 
 
