@@ -22,7 +22,7 @@ from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import with_prompts
 from lirefs.model.traits import Traits, quantizes_tokens_together
-from lirefs.tasks.batches.cached import Batch, score_tails, shared_prefix
+from lirefs.tasks.batches.cached import Batch, by_beginning, score_tails
 from lirefs.tasks.batches.recomputed import (
     Advance,
     Recomputed,
@@ -139,16 +139,19 @@ def greedy(
     # Prompts of one length belong together where a batch must not be padded.
     lengths = [len(prompt) + max(limits) for prompt in prompts]
     with evaluating(lm.model):
-        prefix = shared_prefix(lm, prompts, traits)
-        for rows in traits.groups(lengths, batch_tokens, "left" if traits.cache else None):
-            some = [prompts[row] for row in rows]
-            batch = Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
-            said: list[list[int]] = [[] for _ in rows]
-            if drafts and isinstance(batch, Batch):
-                said = [_cut(one, ends) for one in _recited(batch, [drafts[row] for row in rows])]
-            found = _decode(batch, [limits[row] for row in rows], ends, said)
-            results |= zip(rows, found, strict=True)
-            advance(len(rows))
+        for group, prefix in by_beginning(lm, prompts, traits):
+            widths = [lengths[row] for row in group]
+            side = "left" if traits.cache else None
+            for rows in _picked(group, traits.groups(widths, batch_tokens, side)):
+                some = [prompts[row] for row in rows]
+                batch = Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
+                said: list[list[int]] = [[] for _ in rows]
+                if drafts and isinstance(batch, Batch):
+                    tried = _recited(batch, [drafts[row] for row in rows])
+                    said = [_cut(one, ends) for one in tried]
+                found = _decode(batch, [limits[row] for row in rows], ends, said)
+                results |= zip(rows, found, strict=True)
+                advance(len(rows))
     return [results[row] for row in range(len(prompts))]
 
 
@@ -206,17 +209,18 @@ def score_continuations(
     if not traits.continued:
         return score_whole(lm, items, advance)
     with evaluating(lm.model):
-        prefix = shared_prefix(lm, prompts, traits)
         # In the cache, each option of several tokens has its own copy of the prompt.
         lengths = [
             max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
             for prompt, options in items
         ]
-        for rows in batches_by_tokens(lengths, batch_tokens, enough=ENOUGH):
-            batch = Batch(lm, [items[row][0] for row in rows], *prefix)
-            found = _score_options(batch, [items[row][1] for row in rows])
-            results |= zip(rows, found, strict=True)
-            advance(len(rows))
+        for group, prefix in by_beginning(lm, prompts, traits):
+            widths = [lengths[row] for row in group]
+            for rows in _picked(group, batches_by_tokens(widths, batch_tokens, enough=ENOUGH)):
+                batch = Batch(lm, [items[row][0] for row in rows], *prefix)
+                found = _score_options(batch, [items[row][1] for row in rows])
+                results |= zip(rows, found, strict=True)
+                advance(len(rows))
     return [results[row] for row in range(len(items))]
 
 
@@ -267,6 +271,11 @@ def _causal_traits(lm: LanguageModel) -> Traits:
             "answer (ShortAnswer, Recitation)"
         )
     return lm.traits
+
+
+def _picked(group: Sequence[int], batches: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Batches of indices into a group, as batches of its members."""
+    return [[group[index] for index in batch] for batch in batches]
 
 
 def _cut(row: list[int], ends: Callable[[list[int]], bool]) -> list[int]:

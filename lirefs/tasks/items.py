@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import repeat
+from itertools import groupby, repeat
 from typing import Any, ClassVar, Self
 
 from lirefs.errors import LirefsError, TaskError, as_list, got, must_be, whole_number
@@ -89,6 +89,37 @@ def common_prefix(*sequences: Sequence[Any]) -> int:
 def shared_tokens(sequences: Sequence[Sequence[int]]) -> int:
     """Length of the common beginning that leaves at least one token of each sequence."""
     return min(common_prefix(*sequences), *(len(sequence) - 1 for sequence in sequences))
+
+
+def grouped_by_beginning(
+    sequences: Sequence[Sequence[int]], longer: int, saved: int
+) -> list[list[int]]:
+    """Indices of sequences that share a beginning, such as the examples of one subject.
+
+    Those that share `longer` tokens more than all of a group do are a group of their own, if that
+    saves `saved` tokens: what they share counts for all of them but one.
+    """
+    rows = [tuple(one) for one in sequences]
+    groups, waiting = [], [sorted(range(len(rows)), key=rows.__getitem__)] if rows else []
+
+    def shared_by(group: Sequence[int]) -> int:  # sorted, so the first and the last differ most
+        return shared_tokens([rows[group[0]], rows[group[-1]]])
+
+    while waiting:
+        group = waiting.pop()
+        shared = shared_by(group)
+        parts = [list(part) for _, part in groupby(group, key=lambda row: rows[row][shared])]
+        more = [shared_by(part) - shared for part in parts]
+        apart = [
+            part
+            for part, tokens in zip(parts, more, strict=True)
+            if len(parts) > 1 and tokens >= longer and tokens * (len(part) - 1) >= saved
+        ]
+        waiting += apart
+        gone = {row for part in apart for row in part}
+        if rest := sorted(set(group) - gone):
+            groups.append(rest)
+    return sorted(groups)
 
 
 def prompts_and_continuations(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -17,10 +17,13 @@ from lirefs.model.prompts import Prompt, prompt_known
 from lirefs.model.traits import Traits, cache_name
 from lirefs.tasks.batches.lower_blocks import begun_above
 from lirefs.tasks.batches.recomputed import nll_of
-from lirefs.tasks.items import shared_tokens
+from lirefs.tasks.items import grouped_by_beginning, shared_tokens
 
 # A prefix shorter than this costs more to copy into every batch than to compute again.
 SHORTEST_SHARED = 8
+# A group of prompts with a longer beginning of its own has to save this many tokens, because it
+# costs a pass of that beginning, and a batch that may not be full.
+SAVED = 256
 
 
 class Batch:
@@ -85,6 +88,17 @@ class Batch:
         self.mask = self.mask[rows]
         self.prompt = self.prompt.select(rows)
         self.next_position = self.next_position[rows]
+
+
+def by_beginning(
+    lm: LanguageModel, prompts: Sequence[Sequence[int]], traits: Traits
+) -> Iterator[tuple[list[int], tuple[int, Any]]]:
+    """Rows of prompts that share a beginning, and its length and cache; the longest come first."""
+    groups = [list(range(len(prompts)))] if prompts else []
+    if traits.shared:
+        groups = grouped_by_beginning(prompts, SHORTEST_SHARED, SAVED)
+    for rows in sorted(groups, key=lambda rows: -max(len(prompts[row]) for row in rows)):
+        yield rows, shared_prefix(lm, [prompts[row] for row in rows], traits)
 
 
 def shared_prefix(

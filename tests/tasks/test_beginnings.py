@@ -1,0 +1,103 @@
+"""Prompts of several subjects in one call: each subject's beginning is computed once."""
+
+from random import Random
+
+import pytest
+import torch
+from passes import counted
+from recurrent import recurrent_model
+from tiny import tiny_model, tiny_tokenizer
+
+from lirefs import Direction, Steer, wrap
+from lirefs.tasks.batches import cached
+from lirefs.tasks.inference import greedy, score_continuations
+from lirefs.tasks.items import common_prefix, grouped_by_beginning
+
+SUBJECTS = ("birds and their nests, ", "rivers of the north, ", "", "how clocks are built, ")
+
+
+def prompts_of(lm, each=5):
+    """Prompts of four subjects, mixed; one subject has no beginning of its own."""
+    asked = [f"About {one}{i}" + "?" * (i % 3) for one in SUBJECTS for i in range(each)]
+    Random(0).shuffle(asked)
+    return lm.encode(asked)
+
+
+def model_of(family):
+    made = recurrent_model if family in ("mamba", "rwkv") else tiny_model
+    return wrap(made(family), tiny_tokenizer())
+
+
+@pytest.fixture(autouse=True)
+def cheap(monkeypatch):
+    """Few tokens are worth a group of their own, as the prompts here are short."""
+    monkeypatch.setattr(cached, "SAVED", 8)
+
+
+@pytest.mark.parametrize("steered", [False, True])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gemma2", "mamba", "rwkv"])
+def test_mixed_subjects_are_answered_as_alone(family, steered):
+    lm = model_of(family)
+    prompts = prompts_of(lm)
+    vector = torch.randn(lm.width, generator=torch.Generator().manual_seed(0))
+    steer = Steer(Direction(vector, 1), "add", 2.0 * steered, scope="last_prompt_token")
+    items = [(prompt, [[5, 6], [7], [8, 9, 10]]) for prompt in prompts]
+    for budget in (1, 60, 4096):
+        counts = []
+        with steer.apply(lm.model):
+            texts = greedy(lm, prompts, 5, batch_tokens=budget, advance=counts.append)
+            scored = score_continuations(lm, items, batch_tokens=budget)
+            assert sum(counts) == len(prompts)
+            for prompt, text, found in zip(prompts, texts, scored, strict=True):
+                assert [text] == greedy(lm, [prompt], 5)
+                (alone,) = score_continuations(lm, [(prompt, items[0][1])])
+                assert [right for _, right in found] == [right for _, right in alone]
+                wanted = [value for value, _ in alone]
+                assert [value for value, _ in found] == pytest.approx(wanted, abs=1e-4)
+
+
+def test_the_beginning_of_each_subject_runs_once():
+    lm = model_of("llama")
+    prompts = prompts_of(lm)
+    with counted(lm, 0) as tokens:
+        score_continuations(lm, [(prompt, [[5]]) for prompt in prompts])
+    # Three beginnings, and what follows each; the fourth subject shares too little.
+    assert len(tokens) == 7
+    assert sum(tokens) < 2 * max(map(len, prompts)) + 7 * 8
+
+
+def test_groups_share_more_than_all_do():
+    words = ["xa1", "xb1", "xa2", "xb2", "xc1"]
+    long = [[*map(ord, one[0] + one[1] * 20 + one[2])] for one in words]
+    assert grouped_by_beginning(long, 8, 15) == [[0, 2], [1, 3], [4]]
+    assert grouped_by_beginning(long, 8, 21) == [[0, 1, 2, 3, 4]]  # each saves 20
+    assert grouped_by_beginning(long, 21, 1) == [[0, 1, 2, 3, 4]]
+    nested = [[*map(ord, "x" * 20 + middle * 20 + last)] for middle in "ab" for last in "123"]
+    other = [[*map(ord, "y" * 30 + last)] for last in "12"]
+    assert grouped_by_beginning(nested + other, 8, 8) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    assert grouped_by_beginning([], 8, 8) == []
+
+
+@pytest.mark.parametrize("one", [[1], [1] * 30])
+def test_equal_prompts_and_beginnings_of_others_end_the_search(one):
+    assert grouped_by_beginning([one] * 3, 1, 1) == [[0, 1, 2]]
+    longer = [*one, 2, 3]
+    assert grouped_by_beginning([one, longer, longer], 1, 1) == [[0, 1, 2]]
+
+
+def test_groups_are_a_partition_and_save_what_they_must():
+    draw = Random(0)
+    for _ in range(300):
+        rows = [[draw.randrange(3) for _ in range(draw.randint(1, 9))] for _ in range(12)]
+        rows += [rows[draw.randrange(12)] + [9] * draw.randrange(4) for _ in range(6)]
+        groups = grouped_by_beginning(rows, 2, 4)
+        assert sorted(row for group in groups for row in group) == list(range(len(rows)))
+
+        def tokens(some, rows=rows):
+            """What a group computes: its beginning once, and the rest of each row."""
+            shared = min(
+                common_prefix(*(rows[row] for row in some)), *(len(rows[r]) - 1 for r in some)
+            )
+            return shared + sum(len(rows[row]) - shared for row in some)
+
+        assert sum(map(tokens, groups)) <= tokens(range(len(rows))) - 3 * (len(groups) - 1)
