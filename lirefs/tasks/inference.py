@@ -23,6 +23,7 @@ from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import with_prompts
 from lirefs.model.traits import Traits, quantizes_tokens_together
 from lirefs.tasks.batches.cached import Batch, by_beginning, score_tails
+from lirefs.tasks.batches.memory import batch_tokens as fitting
 from lirefs.tasks.batches.recomputed import (
     Advance,
     Recomputed,
@@ -38,7 +39,6 @@ from lirefs.tasks.items import (
     shared_tokens,
     with_tokens,
 )
-from lirefs.tasks.settings import BATCH_TOKENS
 
 NOT_ON_ENGINE = "an engine runs tasks that say generates = True; compare others without engine"
 # A forward pass of fewer tokens takes hardly less time, so padding up to here is free.
@@ -90,7 +90,7 @@ def greedy(
     stop: Callable[[int], bool] | None = None,
     until: Sequence[str] = (),
     drafts: Sequence[Sequence[int]] = (),
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     advance: Advance = lambda n: None,
 ) -> list[list[int]]:
     """Greedy continuations.
@@ -104,7 +104,8 @@ def greedy(
         until: Texts after which a row ends; the tokens that hold them are kept.
         drafts: What each continuation may well be, as long as it is to be. One that is right costs
             one pass, as when a text is recited, in place of one for each of its tokens.
-        batch_tokens: Tokens per batch, padding and continuation included.
+        batch_tokens: Tokens per batch, padding and continuation included; None: as many as a
+            sixteenth of the memory holds, at most 8,192 on a CPU.
         advance: Called with the number of prompts finished.
 
     Returns:
@@ -138,11 +139,12 @@ def greedy(
         drafts = ()
     # Prompts of one length belong together where a batch must not be padded.
     lengths = [len(prompt) + max(limits) for prompt in prompts]
+    budget = batch_tokens or fitting(lm)
     with evaluating(lm.model):
         for group, prefix in by_beginning(lm, prompts, traits):
             widths = [lengths[row] for row in group]
             side = "left" if traits.cache else None
-            for rows in _picked(group, traits.groups(widths, batch_tokens, side)):
+            for rows in _picked(group, traits.groups(widths, budget, side)):
                 some = [prompts[row] for row in rows]
                 batch = Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
                 said: list[list[int]] = [[] for _ in rows]
@@ -184,7 +186,7 @@ def score_continuations(
     lm: LanguageModel,
     items: Sequence[tuple[Sequence[int], Sequence[Sequence[int]]]],
     *,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     advance: Advance = lambda n: None,
 ) -> list[list[tuple[float, bool]]]:
     """How likely each continuation of each prompt is, and whether it is the greedy one.
@@ -192,7 +194,7 @@ def score_continuations(
     Args:
         lm: The model, under whatever intervention is active.
         items: (prompt, continuations), token ids, at least one token each.
-        batch_tokens: Tokens per batch, padding included.
+        batch_tokens: Tokens per batch, padding included; None: see `greedy`.
         advance: Called with the number of items finished.
 
     Returns:
@@ -208,6 +210,7 @@ def score_continuations(
     traits = _causal_traits(lm).within(max(longest, default=0))
     if not traits.continued:
         return score_whole(lm, items, advance)
+    budget = batch_tokens or fitting(lm)
     with evaluating(lm.model):
         # In the cache, each option of several tokens has its own copy of the prompt.
         lengths = [
@@ -216,7 +219,7 @@ def score_continuations(
         ]
         for group, prefix in by_beginning(lm, prompts, traits):
             widths = [lengths[row] for row in group]
-            for rows in _picked(group, batches_by_tokens(widths, batch_tokens, enough=ENOUGH)):
+            for rows in _picked(group, batches_by_tokens(widths, budget, enough=ENOUGH)):
                 batch = Batch(lm, [items[row][0] for row in rows], *prefix)
                 found = _score_options(batch, [items[row][1] for row in rows])
                 results |= zip(rows, found, strict=True)
@@ -247,7 +250,7 @@ def token_nlls(
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
         lengths = list(map(len, whole))
         traits = _causal_traits(lm).within(max(lengths, default=0))
-        for rows in traits.groups(lengths, BATCH_TOKENS // 4, "right"):
+        for rows in traits.groups(lengths, fitting(lm, logits=True), "right"):
             some = [whole[row] for row in rows]
             prompts = [before[row] + max(1, len(texts[row]) // 2) for row in rows]
             nll = nll_of(logits_of(lm, some, prompts)[:, :-1], padded(some)[:, 1:]).cpu()

@@ -18,7 +18,6 @@ from lirefs.model.intervention import Intervention
 from lirefs.model.language_model import LanguageModel
 from lirefs.tasks.batches.recomputed import Advance
 from lirefs.tasks.items import ItemTask
-from lirefs.tasks.settings import BATCH_TOKENS
 from lirefs.tasks.task import ItemResult
 
 if TYPE_CHECKING:
@@ -31,7 +30,9 @@ FEWSHOT_SEED = 1234
 
 
 def lm_eval_model(
-    lm: LanguageModel, intervention: Intervention | None = None, batch_tokens: int = BATCH_TOKENS
+    lm: LanguageModel,
+    intervention: Intervention | None = None,
+    batch_tokens: int | None = None,
 ) -> TemplateLM:
     """The model, under an intervention, for `lm_eval.simple_evaluate(model=...)`.
 
@@ -42,7 +43,7 @@ def lm_eval_model(
     Args:
         lm: The model.
         intervention: Attached only during each call; None for the model as it is.
-        batch_tokens: Tokens per batch, padding included.
+        batch_tokens: Tokens per batch, padding included; None: see `lirefs.tasks.greedy`.
 
     Raises:
         TaskError: lm-eval is not installed.

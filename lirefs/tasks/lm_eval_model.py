@@ -22,6 +22,7 @@ from tqdm import tqdm
 from lirefs.errors import TaskError
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
+from lirefs.tasks.batches.memory import batch_tokens
 from lirefs.tasks.inference import greedy, score_continuations
 
 # Decoding settings that a request may have; the last two change nothing without sampling.
@@ -32,7 +33,7 @@ class EngineLM(TemplateLM):
     """See `lirefs.lm_eval_model`."""
 
     def __init__(
-        self, lm: LanguageModel, intervention: Intervention | None, batch_tokens: int
+        self, lm: LanguageModel, intervention: Intervention | None, batch_tokens: int | None
     ) -> None:
         super().__init__()
         self.lm = lm
@@ -93,7 +94,7 @@ class EngineLM(TemplateLM):
         self,
         requests: Sequence[tuple[Any, list[int], list[int]]],
         disable_tqdm: bool = False,
-        batch_tokens: int | None = None,
+        logits: bool = False,
     ) -> list[tuple[float, bool]]:
         prompts: dict[tuple[int, ...], list[int]] = defaultdict(list)
         for index, (_, context, continuation) in enumerate(requests):
@@ -107,7 +108,9 @@ class EngineLM(TemplateLM):
             kept = max(1, self.max_length + 1 - len(continuation))
             prompts[tuple(context[-kept:])].append(index)
         items = [(prompt, [requests[i][2] for i in rows]) for prompt, rows in prompts.items()]
-        budget = batch_tokens or self.batch_tokens
+        budget = self.batch_tokens
+        if logits:  # of all tokens of a batch are held
+            budget = batch_tokens(self.lm, logits=True) if budget is None else budget // 4
         with applied(self.intervention, self.lm.model), _bar(len(items), disable_tqdm) as bar:
             found = score_continuations(self.lm, items, batch_tokens=budget, advance=bar.update)
         rows = itertools.chain.from_iterable(prompts.values())
@@ -128,8 +131,7 @@ class EngineLM(TemplateLM):
             pairs = get_rolling_token_windows(ids, first, max_seq_len=length, context_len=1)
             windows.append([(None, *make_disjoint_window(pair)) for pair in pairs])
         flat = [window for some in windows for window in some]
-        # Smaller batches, because the logits of all tokens of a batch are held.
-        scored = iter(self._loglikelihood_tokens(flat, disable_tqdm, self.batch_tokens // 4))
+        scored = iter(self._loglikelihood_tokens(flat, disable_tqdm, logits=True))
         return [sum((next(scored)[0] for _ in some), 0.0) for some in windows]
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:

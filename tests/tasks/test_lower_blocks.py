@@ -142,7 +142,7 @@ def test_what_was_recorded_under_one_variant_serves_another(lm):
 
 
 def test_a_full_memory_keeps_no_more(lm, monkeypatch):
-    monkeypatch.setattr(lower_blocks, "_free_bytes", lambda lm: 0)
+    monkeypatch.setattr(lower_blocks, "free_bytes", lambda device: 0)
     lower, steer = LowerBlocks(lm), steer_at(lm, 2)
     with steer.apply(lm.model), counted(lm, 0) as passes, lower.under(steer):
         first = numbers(lm)

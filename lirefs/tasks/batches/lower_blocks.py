@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -25,11 +24,10 @@ from lirefs.model.observe import hidden_input, hidden_of, with_hidden
 from lirefs.model.prompts import Prompted
 from lirefs.model.traits import cache_name
 from lirefs.model.weight_swap import originals_of
+from lirefs.tasks.batches.memory import free_bytes
 
 SHARE = 4
 """At most a fourth of the memory that is free is filled."""
-UNKNOWN = 4 * 2**30
-"""Bytes taken to be free where the system does not say."""
 _PLAIN = (DynamicLayer, DynamicSlidingWindowLayer)
 """Caches of a block that are replaced when they grow and never written into."""
 _Run = Callable[[], Any]
@@ -83,7 +81,7 @@ class LowerBlocks:
         self._wanted: set[int] = set()
         self._proved: dict[tuple[Any, ...], bool] = {}
         self._known: dict[bytes, _Known] = {}
-        self._room = _free_bytes(lm) // SHARE
+        self._room = free_bytes(lm.device) // SHARE
         self._block_of = _block_of_parameter(lm)
         self._weights = {id(one): _state(one) for one in lm.model.parameters()}
 
@@ -228,14 +226,6 @@ def _state(parameter: nn.Parameter) -> tuple[int, int]:
 
 def _tensors(layer: Any) -> tuple[Tensor, ...]:
     return (layer.keys, layer.values) if layer.is_initialized else ()
-
-
-def _free_bytes(lm: LanguageModel) -> int:
-    if lm.device.type == "cuda":
-        return torch.cuda.mem_get_info(lm.device)[0]
-    if "SC_AVPHYS_PAGES" in getattr(os, "sysconf_names", ()):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")
-    return UNKNOWN
 
 
 @contextmanager
