@@ -7,6 +7,7 @@ import subprocess
 import time
 import venv
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,12 @@ def ratios(times: dict[str, list[float]], name: str, base: str) -> list[float]:
 
 
 def versions(*packages: str) -> str:
-    """Installed versions, separated by commas."""
-    return ", ".join(f"{one} {metadata.version(one)}" for one in packages)
+    """Versions of those that are installed, separated by commas."""
+    found = []
+    for one in packages:
+        with suppress(metadata.PackageNotFoundError):
+            found.append(f"{one} {metadata.version(one)}")
+    return ", ".join(found)
 
 
 def environment(folder: Path, wanted: Sequence[str]) -> Path:

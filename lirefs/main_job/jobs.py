@@ -233,8 +233,8 @@ def _on_language_model(job: Job, question_set: lirefs.Questions) -> lirefs.Compa
     with console.status("choosing keep, then setting rivals to the same perplexity"):
         edit = kfac.CurvatureEdit(collected, job.keep or KEEPS[0])
         damage = matching.Damage(lm, validation, [edit, steer])
-        keep = job.keep or matching.affordable_keep(damage, edit)
-        edit = edit.with_keep(keep)
+        if (keep := job.keep) is None:
+            keep, edit = matching.affordable_edit(damage, edit)
         of_edit, of_steer = _at_equal_damage(job, damage, edit, steer)
     job.say(f"{of_edit.finding}\n{of_steer.finding}")
 

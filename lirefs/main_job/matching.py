@@ -28,7 +28,7 @@ AFFORDABLE = 1.1
 TEXTS = 100
 """Validation texts on which perplexities are made equal."""
 FEW = 20
-"""Of them, those on which a search begins."""
+"""Of them, about those on which a search begins."""
 NEAR = 0.001
 """A search ends where perplexities differ by this share."""
 FAR = 0.005
@@ -56,7 +56,6 @@ class Damage:
 
     Attributes:
         unchanged: Perplexity of the unchanged model.
-        stages: The damage on a few of the texts, if there are many, and this one.
     """
 
     def __init__(
@@ -70,15 +69,19 @@ class Damage:
         self._last: tuple[Any, float] = (), math.nan
         self.unchanged = self.of(None)
         few = texts[:: len(texts) // FEW] if len(texts) >= 2 * FEW else ()
-        self.stages: Sequence[Damage] = [*([Damage(lm, few, expected)] if few else ()), self]
+        self._first = Damage(lm, few, expected) if few else None
+
+    @property
+    def stages(self) -> list[Damage]:
+        """The damage on a few of the texts, if there are many, and this one."""
+        return [self] if self._first is None else [self._first, self]
 
     def of(self, intervention: Intervention | None) -> float:
-        """Perplexity per token over all texts; that of the last intervention is known."""
-        described = None if intervention is None else intervention.describe()
-        if self._last[0] != described:
+        """Perplexity per token over all texts; that of the last intervention is remembered."""
+        if self._last[0] is not intervention:
             with applied(intervention, self.lm.model), self._lower.under(intervention):
                 found = perplexity(self.lm, self.lm.encode(self.texts), None)
-            self._last = described, found
+            self._last = intervention, found
         return self._last[1]
 
     def goals(self, intervention: Intervention) -> list[Goal]:
@@ -196,8 +199,8 @@ def _missed(ratio: float, wanted: float) -> float:
 class Subnet:
     """BalancedSubnet; `train` learns it for a share of weights to prune.
 
-    It is trained twice: the share at which the first scores reach the goal is that of the second
-    training. Its own scores then reach the goal at another share, often a larger one.
+    It is trained twice: the share at which the first scores reach the goal on few texts is that of
+    the second training. Its own scores then reach the goal at another share, often a larger one.
     """
 
     train: Callable[[float], kfac.SubnetEdit]
@@ -223,10 +226,11 @@ def perplexity(
     return float(np.exp(sum(float(one.sum()) for one in nlls) / sum(map(len, nlls))))
 
 
-def affordable_keep(damage: Damage, edit: kfac.CurvatureEdit) -> float:
-    """The smallest of `KEEPS` with which an edit is affordable, or the largest if none is."""
+def affordable_edit(damage: Damage, edit: kfac.CurvatureEdit) -> tuple[float, kfac.CurvatureEdit]:
+    """The smallest of `KEEPS` with which an edit is affordable, or the largest, and that edit."""
+    edits = [(keep, edit.with_keep(keep)) for keep in KEEPS]
     most = AFFORDABLE * damage.unchanged
-    return next((keep for keep in KEEPS if damage.of(edit.with_keep(keep)) <= most), KEEPS[-1])
+    return next((pair for pair in edits if damage.of(pair[1]) <= most), edits[-1])
 
 
 def rivals_of_edit(factors: kfac.Factors, names: Sequence[str], seed: int) -> dict[str, Rival]:

@@ -23,7 +23,7 @@ from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import with_prompts
 from lirefs.model.traits import Traits, quantizes_tokens_together
 from lirefs.tasks.batches.cached import Batch, by_beginning, score_tails
-from lirefs.tasks.batches.memory import batch_tokens as fitting
+from lirefs.tasks.batches.memory import tokens_that_fit
 from lirefs.tasks.batches.recomputed import (
     Advance,
     Recomputed,
@@ -104,8 +104,8 @@ def greedy(
         until: Texts after which a row ends; the tokens that hold them are kept.
         drafts: What each continuation may well be, as long as it is to be. One that is right costs
             one pass, as when a text is recited, in place of one for each of its tokens.
-        batch_tokens: Tokens per batch, padding and continuation included; None: as many as a
-            sixteenth of the memory holds, at most 8,192 on a CPU.
+        batch_tokens: Tokens per batch, padding and continuation included; None: as many as an
+            eighth of the device's memory holds, from 256 to 8,192 on a CPU, to 65,536 elsewhere.
         advance: Called with the number of prompts finished.
 
     Returns:
@@ -139,12 +139,14 @@ def greedy(
         drafts = ()
     # Prompts of one length belong together where a batch must not be padded.
     lengths = [len(prompt) + max(limits) for prompt in prompts]
-    budget = batch_tokens or fitting(lm)
+    budget = batch_tokens
+    if budget is None:
+        budget = tokens_that_fit(lm, sum(limits) / max(1, sum(totals)) if drafts else 0.0)
     with evaluating(lm.model):
-        for group, prefix in by_beginning(lm, prompts, traits):
-            widths = [lengths[row] for row in group]
+        for group, prefix in by_beginning(lm, prompts, traits, max(limits, default=1)):
+            among = [lengths[row] for row in group]
             side = "left" if traits.cache else None
-            for rows in _picked(group, traits.groups(widths, budget, side)):
+            for rows in _picked(group, traits.groups(among, budget, side)):
                 some = [prompts[row] for row in rows]
                 batch = Batch(lm, some, *prefix) if traits.cache else Recomputed(lm, some)
                 said: list[list[int]] = [[] for _ in rows]
@@ -210,16 +212,19 @@ def score_continuations(
     traits = _causal_traits(lm).within(max(longest, default=0))
     if not traits.continued:
         return score_whole(lm, items, advance)
-    budget = batch_tokens or fitting(lm)
     with evaluating(lm.model):
         # In the cache, each option of several tokens has its own copy of the prompt.
         lengths = [
             max(1, sum(len(one) > 1 for one in options)) * (len(prompt) + max(map(len, options)))
             for prompt, options in items
         ]
+        budget = batch_tokens
+        if budget is None:
+            tails = sum(len(option) for _, options in items for option in options)
+            budget = tokens_that_fit(lm, tails / max(1, sum(lengths)))
         for group, prefix in by_beginning(lm, prompts, traits):
-            widths = [lengths[row] for row in group]
-            for rows in _picked(group, batches_by_tokens(widths, budget, enough=ENOUGH)):
+            among = [lengths[row] for row in group]
+            for rows in _picked(group, batches_by_tokens(among, budget, enough=ENOUGH)):
                 batch = Batch(lm, [items[row][0] for row in rows], *prefix)
                 found = _score_options(batch, [items[row][1] for row in rows])
                 results |= zip(rows, found, strict=True)
@@ -250,7 +255,7 @@ def token_nlls(
     with evaluating(lm.model):  # in smaller batches, because the logits of a whole one are held
         lengths = list(map(len, whole))
         traits = _causal_traits(lm).within(max(lengths, default=0))
-        for rows in traits.groups(lengths, fitting(lm, logits=True), "right"):
+        for rows in traits.groups(lengths, tokens_that_fit(lm, 1.0), "right"):
             some = [whole[row] for row in rows]
             prompts = [before[row] + max(1, len(texts[row]) // 2) for row in rows]
             nll = nll_of(logits_of(lm, some, prompts)[:, :-1], padded(some)[:, 1:]).cpu()

@@ -96,30 +96,41 @@ def grouped_by_beginning(
 ) -> list[list[int]]:
     """Indices of sequences that share a beginning, such as the examples of one subject.
 
-    Those that share `longer` tokens more than all of a group do are a group of their own, if that
-    saves `saved` tokens: what they share counts for all of them but one.
+    Those that share `longer` tokens more than all of a group do become a group of their own, if
+    that saves `saved` tokens: their beginning is then computed once, and as a whole.
     """
     rows = [tuple(one) for one in sequences]
-    groups, waiting = [], [sorted(range(len(rows)), key=rows.__getitem__)] if rows else []
 
-    def shared_by(group: Sequence[int]) -> int:  # sorted, so the first and the last differ most
-        return shared_tokens([rows[group[0]], rows[group[-1]]])
+    def shared_by(some: Sequence[int]) -> int:  # sorted, so the first and the last differ most
+        return shared_tokens([rows[some[0]], rows[some[-1]]])
 
+    groups: list[list[int]] = []
+    # Rows that begin alike, the group that they are in so far, and what all of that group share.
+    waiting: list[tuple[list[int], list[int], int]] = []
+
+    def begin(some: list[int]) -> None:
+        groups.append([])
+        waiting.append((some, groups[-1], shared_by(some)))
+
+    if rows:
+        begin(sorted(range(len(rows)), key=rows.__getitem__))
     while waiting:
-        group = waiting.pop()
-        shared = shared_by(group)
-        parts = [list(part) for _, part in groupby(group, key=lambda row: rows[row][shared])]
-        more = [shared_by(part) - shared for part in parts]
-        apart = [
-            part
-            for part, tokens in zip(parts, more, strict=True)
-            if len(parts) > 1 and tokens >= longer and tokens * (len(part) - 1) >= saved
-        ]
-        waiting += apart
-        gone = {row for part in apart for row in part}
-        if rest := sorted(set(group) - gone):
-            groups.append(rest)
-    return sorted(groups)
+        some, group, shared = waiting.pop()
+        most = max(len(rows[row]) for row in some) - 1 - shared
+        if most < longer or most * (len(some) - 1) - shared < saved:
+            group += some
+            continue
+        here = shared_by(some)
+        group += [row for row in some if len(rows[row]) == here + 1]
+        going_on = (row for row in some if len(rows[row]) > here + 1)
+        for _, found in groupby(going_on, key=lambda row: rows[row][here]):
+            part = list(found)
+            more = shared_by(part) - shared
+            if more >= longer and more * (len(part) - 1) - shared >= saved:
+                begin(part)
+            else:
+                waiting.append((part, group, shared))
+    return sorted(sorted(group) for group in groups if group)
 
 
 def prompts_and_continuations(

@@ -43,7 +43,8 @@ def lm_eval_model(
     Args:
         lm: The model.
         intervention: Attached only during each call; None for the model as it is.
-        batch_tokens: Tokens per batch, padding included; None: see `lirefs.tasks.greedy`.
+        batch_tokens: Tokens per batch, padding included; None: as many as memory
+            allows, see `lirefs.tasks.greedy`.
 
     Raises:
         TaskError: lm-eval is not installed.

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from lirefs.errors import TaskError
 from lirefs.model.intervention import Intervention, applied
 from lirefs.model.language_model import LanguageModel
-from lirefs.tasks.batches.memory import batch_tokens
+from lirefs.tasks.batches.memory import tokens_that_fit
 from lirefs.tasks.inference import greedy, score_continuations
 
 # Decoding settings that a request may have; the last two change nothing without sampling.
@@ -110,7 +110,7 @@ class EngineLM(TemplateLM):
         items = [(prompt, [requests[i][2] for i in rows]) for prompt, rows in prompts.items()]
         budget = self.batch_tokens
         if logits:  # of all tokens of a batch are held
-            budget = batch_tokens(self.lm, logits=True) if budget is None else budget // 4
+            budget = tokens_that_fit(self.lm, 1.0) if budget is None else max(1, budget // 4)
         with applied(self.intervention, self.lm.model), _bar(len(items), disable_tqdm) as bar:
             found = score_continuations(self.lm, items, batch_tokens=budget, advance=bar.update)
         rows = itertools.chain.from_iterable(prompts.values())

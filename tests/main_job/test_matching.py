@@ -34,7 +34,7 @@ class Made(Damage):
 
     def __init__(self, by_strength, texts=()):
         vars(self).update(unchanged=10.0, texts=texts, asked=[], by_strength=by_strength)
-        self.stages = [self]
+        self._first = None
 
     def of(self, strength):
         self.asked.append(strength)
@@ -53,7 +53,8 @@ class Made(Damage):
 def test_the_smallest_affordable_keep_is_chosen_or_the_mildest(factors, costs, chosen, asked):
     by_keep = dict(zip(matching.KEEPS, costs, strict=True))
     damage = Made(lambda edit: 10.0 * by_keep[edit.keep])
-    assert matching.affordable_keep(damage, kfac.CurvatureEdit(factors, 0.5)) == chosen
+    keep, edit = matching.affordable_edit(damage, kfac.CurvatureEdit(factors, 0.5))
+    assert keep == edit.keep == chosen
     assert len(damage.asked) == asked
 
 
@@ -102,6 +103,19 @@ def test_many_texts_are_searched_by_a_few_of_them_first(lm):
     assert few.unchanged == matching.perplexity(lm, lm.encode(texts[::2]), None)
     (alone,) = Damage(lm, texts[: matching.FEW]).stages
     assert alone.texts == texts[: matching.FEW]
+    edit = kfac.SVDEdit(["model.layers.2.mlp.up_proj"], 0.3)
+    few_goal, goal = all_of.goals(edit)
+    assert (few_goal.damage, goal.damage) == (few, all_of)
+    assert few_goal.perplexity == matching.perplexity(lm, lm.encode(texts[::2]), edit)
+    assert goal.perplexity == matching.perplexity(lm, lm.encode(texts), edit)
+    vector = torch.randn(lm.width, generator=torch.Generator().manual_seed(0))
+    pushed = matching.steering_rival(
+        lambda a: lirefs.Steer(lirefs.Direction(vector, 1), "add", a), 1.0
+    )
+    found = at_equal_damage(all_of, "edit", edit, {"pushed": pushed}).matches["pushed"]
+    assert found.equal
+    assert found.reached == matching.perplexity(lm, lm.encode(texts), found.intervention)
+    assert found.reached == pytest.approx(goal.perplexity, rel=matching.NEAR)
 
 
 @pytest.mark.parametrize(
@@ -172,7 +186,13 @@ def test_a_subnet_is_trained_at_the_share_that_it_prunes(lm, factors, damage):
     rival = matching.subnet_rival(lm, names, language.texts("train", 4), forget, seed=0)
     before = {name: one.clone() for name, one in lm.model.named_parameters()}
     goal = 1.02 * damage.unchanged
-    found = rival.at([Goal(damage, goal)])
+    asked = []
+    train = rival.train
+    rival = replace(rival, train=lambda share: asked.append(share) or train(share))
+    few = Damage(lm, damage.texts[:3])
+    found = rival.at([Goal(few, 1.02 * few.unchanged), Goal(damage, goal)])
+    assert len(asked) == 2
+    assert asked[0] == matching.FIRST_SHARE
     assert found.equal
     assert damage.of(found.intervention) == found.reached == pytest.approx(goal, rel=0.002)
     (mask,) = found.intervention.masks.values()
@@ -210,11 +230,11 @@ def test_blocks_below_a_change_run_once_for_all_strengths(lm):
     assert len(passes) == 1 + 1  # unchanged, which is recorded, and proved
 
 
-def test_the_last_perplexity_is_known(lm, factors, damage):
+def test_the_last_perplexity_is_remembered(lm, factors, damage):
     edit = kfac.SVDEdit(factors.names[:1], 0.5)
     with counted(lm, 0) as passes:
         first = damage.of(edit)
-        assert damage.of(edit.with_keep(0.5)) == first
+        assert damage.of(edit) == first
         assert len(passes) == 1
         assert damage.of(edit.with_keep(0.4)) != first
         assert damage.of(None) == damage.unchanged

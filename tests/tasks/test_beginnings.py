@@ -66,38 +66,81 @@ def test_the_beginning_of_each_subject_runs_once():
     assert sum(tokens) < 2 * max(map(len, prompts)) + 7 * 8
 
 
+def ids(text):
+    return list(map(ord, text))
+
+
 def test_groups_share_more_than_all_do():
-    words = ["xa1", "xb1", "xa2", "xb2", "xc1"]
-    long = [[*map(ord, one[0] + one[1] * 20 + one[2])] for one in words]
+    long = [ids(one[0] + one[1] * 20 + one[2]) for one in ("xa1", "xb1", "xa2", "xb2", "xc1")]
     assert grouped_by_beginning(long, 8, 15) == [[0, 2], [1, 3], [4]]
-    assert grouped_by_beginning(long, 8, 21) == [[0, 1, 2, 3, 4]]  # each saves 20
+    assert grouped_by_beginning(long, 8, 20) == [[0, 1, 2, 3, 4]]  # each saves 20, but for an x
     assert grouped_by_beginning(long, 21, 1) == [[0, 1, 2, 3, 4]]
-    nested = [[*map(ord, "x" * 20 + middle * 20 + last)] for middle in "ab" for last in "123"]
-    other = [[*map(ord, "y" * 30 + last)] for last in "12"]
+    nested = [ids("x" * 20 + middle * 20 + last) for middle in "ab" for last in "123"]
+    other = [ids("y" * 30 + last) for last in "12"]
     assert grouped_by_beginning(nested + other, 8, 8) == [[0, 1, 2], [3, 4, 5], [6, 7]]
+    # Their own beginnings would save 40 tokens each, and cost the 20 that all share again.
+    assert grouped_by_beginning(nested, 8, 21) == [[0, 1, 2, 3, 4, 5]]
     assert grouped_by_beginning([], 8, 8) == []
+    assert grouped_by_beginning([[1]], 1, 1) == [[0]]
 
 
-@pytest.mark.parametrize("one", [[1], [1] * 30])
-def test_equal_prompts_and_beginnings_of_others_end_the_search(one):
-    assert grouped_by_beginning([one] * 3, 1, 1) == [[0, 1, 2]]
-    longer = [*one, 2, 3]
-    assert grouped_by_beginning([one, longer, longer], 1, 1) == [[0, 1, 2]]
+def test_many_pairs_behind_one_long_beginning_stay_together():
+    rows = [[1] * 200 + [s] * 25 + [j] for s in range(50) for j in (2, 3)]
+    assert grouped_by_beginning(rows, 8, 16) == [list(range(100))]
+
+
+def test_equal_prompts_end_the_search():
+    for one in ([1], [1] * 30):
+        assert grouped_by_beginning([one] * 3, 1, 1) == [[0, 1, 2]]
+
+
+def test_a_short_prompt_does_not_keep_others_from_sharing():
+    rows = [[1], *([1, *([middle] * 30), last] for middle in (7, 8) for last in (2, 3))]
+    assert grouped_by_beginning(rows, 8, 16) == [[0], [1, 2], [3, 4]]
+    assert grouped_by_beginning([[1] * 9, [1] * 40 + [2], [1] * 40 + [3]], 8, 8) == [[0], [1, 2]]
+
+
+def test_a_little_more_in_common_does_not_hide_what_comes_after():
+    begin = [("s", "a"), ("s", "b"), ("sh", "c"), ("sh", "d")]  # as high school biology and physics
+    rows = [ids(one + subject * 30 + last) for one, subject in begin for last in "123"]
+    assert grouped_by_beginning(rows, 8, 16) == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10, 11]]
+
+
+def test_prompts_that_continue_one_another_are_sorted_out():
+    nested = [[5] * length for length in range(1, 1500)]
+    (groups,) = [grouped_by_beginning(nested, 8, 256)]
+    assert sorted(row for group in groups for row in group) == list(range(1499))
 
 
 def test_groups_are_a_partition_and_save_what_they_must():
     draw = Random(0)
-    for _ in range(300):
+    split = 0
+    for _ in range(400):
+        common = [9] * draw.choice((0, 5, 40))
         rows = [[draw.randrange(3) for _ in range(draw.randint(1, 9))] for _ in range(12)]
-        rows += [rows[draw.randrange(12)] + [9] * draw.randrange(4) for _ in range(6)]
+        rows += [rows[draw.randrange(12)] + [9] * draw.randrange(6) for _ in range(12)]
+        rows = [common + one for one in rows]
         groups = grouped_by_beginning(rows, 2, 4)
         assert sorted(row for group in groups for row in group) == list(range(len(rows)))
 
-        def tokens(some, rows=rows):
+        def tokens(group, rows=rows):
             """What a group computes: its beginning once, and the rest of each row."""
-            shared = min(
-                common_prefix(*(rows[row] for row in some)), *(len(rows[r]) - 1 for r in some)
-            )
-            return shared + sum(len(rows[row]) - shared for row in some)
+            some = [rows[row] for row in group]
+            shared = min(common_prefix(*some), *(len(one) - 1 for one in some))
+            return shared + sum(len(one) - shared for one in some)
 
-        assert sum(map(tokens, groups)) <= tokens(range(len(rows))) - 3 * (len(groups) - 1)
+        assert sum(map(tokens, groups)) <= tokens(range(len(rows))) - 4 * (len(groups) - 1)
+        split += len(groups) > 1
+    assert split > 50
+
+
+def test_long_answers_are_decoded_together(monkeypatch):
+    monkeypatch.setattr(cached, "SAVED", 16)
+    lm = model_of("llama")
+    prompts = prompts_of(lm)
+    batches = []
+    for limit in (1, 12):
+        counts = []
+        greedy(lm, prompts, limit, advance=counts.append)
+        batches.append(len(counts))
+    assert batches[1] == 1 < batches[0]

@@ -15,7 +15,7 @@ from lirefs.model.guest import evaluating
 from lirefs.model.language_model import LanguageModel
 from lirefs.model.prompts import Prompt, prompt_known
 from lirefs.tasks.batches.lower_blocks import begun_above
-from lirefs.tasks.batches.memory import batch_tokens
+from lirefs.tasks.batches.memory import tokens_that_fit
 
 Advance = Callable[[int], Any]
 """Called with the number of items that were finished since the last call."""
@@ -33,7 +33,7 @@ def score_whole(
     lengths = [len(prompt) + len(option) - 1 for prompt, option in pairs]
     with evaluating(lm.model):
         traits = lm.traits.within(max(lengths, default=0))
-        for rows in traits.groups(lengths, batch_tokens(lm, logits=True), "right"):
+        for rows in traits.groups(lengths, tokens_that_fit(lm, 1.0), "right"):
             texts = [[*pairs[row][0], *pairs[row][1][:-1]] for row in rows]
             logits = logits_of(lm, texts, [len(pairs[row][0]) for row in rows])
             for row, found in zip(rows, logits, strict=True):
