@@ -141,6 +141,21 @@ def test_what_was_recorded_under_one_variant_serves_another(lm):
                 assert numbers(lm) == whole
 
 
+@pytest.mark.parametrize(("texts", "proofs"), [(1, 0), (2, 0), (3, 1), (9, 1)])
+def test_a_shallow_change_is_proved_where_its_batches_pay_for_it(lm, texts, proofs):
+    steer = steer_at(lm, 1)  # of four blocks: three batches skip as much as one pass above it
+    batches = [[[5 + text, *range(3, 9)]] for text in range(texts)]
+    lower = LowerBlocks(lm)
+    with steer.apply(lm.model), lower.under(steer):
+        first = [token_nlls(lm, one)[0].tolist() for one in batches]
+        with counted(lm, 3) as passes:
+            again = [token_nlls(lm, one)[0].tolist() for one in batches]
+        assert len(passes) == texts + proofs
+        with counted(lm, 0) as passes:
+            assert [token_nlls(lm, one)[0].tolist() for one in batches] == first == again
+    assert len(passes) == (0 if proofs else texts)
+
+
 def test_a_full_memory_keeps_no_more(lm, monkeypatch):
     monkeypatch.setattr(lower_blocks, "free_bytes", lambda device: 0)
     lower, steer = LowerBlocks(lm), steer_at(lm, 2)

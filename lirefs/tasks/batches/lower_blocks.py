@@ -72,7 +72,8 @@ class LowerBlocks:
 
     A pass on the same batch under an intervention that changes nothing below block `first` begins
     there. The first such pass is also run in full: unless both agree bit for bit (a block may leave
-    something to later ones in a way of its own), no pass begins at that block any more. Where
+    something to later ones in a way of its own), no pass begins at that block any more. It waits
+    until so many batches are known that one round of them saves what it costs. Where
     somebody else has changed what is below, or looks at it, passes are run in full as well.
     """
 
@@ -166,7 +167,8 @@ class LowerBlocks:
         if self._proved.get(kind):
             return self._begun_at(first, known, run)
         full = run()
-        if kind not in self._proved:
+        batches = sum(first in one.outputs for one in self._known.values())
+        if kind not in self._proved and batches * first >= self._lm.n_layers - first:
             self._proved[kind] = False
             # An error here is of a family whose blocks hand on more than their hidden states.
             with suppress(Exception):
