@@ -8,6 +8,7 @@ import resource
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from fuzzing import _memory
 
 MOST = 3 << 30
@@ -22,6 +23,9 @@ def peak_of(call: Callable[[], object]) -> tuple[int, str]:
         said = "the process ended"
         try:
             os.close(into)
+            # After a fork, torch makes its pool of threads at the first call; of several threads at
+            # once, as a model is loaded with, one may find none.
+            torch.set_num_threads(1)
             limit = _memory("VmSize") + MOST
             resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
             Path("/proc/self/clear_refs").write_text("5")
