@@ -301,17 +301,8 @@ def _speed(device: str, dtype: torch.dtype) -> float:
 def spawn(options: argparse.Namespace, name: str, python: str, *extra: str) -> dict[str, Any]:
     """Run one contender in a process of its own."""
     command = [python, str(Path(__file__).resolve()), "--only", name, *extra]
-    for key in (
-        "model",
-        "layers",
-        "blocks",
-        "words",
-        "sequences",
-        "length",
-        "batch",
-        "device",
-        "threads",
-    ):
+    same = "model layers blocks words sequences length batch device threads"
+    for key in same.split():
         command += [f"--{key}", str(getattr(options, key))]
     variables = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
     done = subprocess.run(command, capture_output=True, text=True, env=variables)

@@ -7,6 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from lm_eval_local import direction, evaluated, hflm, language_model, needs_lm_eval
+from passes import counted
 
 import lirefs
 from lirefs import prompt_lengths
@@ -53,7 +54,12 @@ def test_log_likelihoods_are_those_of_hflm(family, bos):
         assert greedily == expected_greedily
     texts = ["short", "x", long * 2, "<s>begun"]
     rolling = [request("loglikelihood_rolling", text) for text in texts]
-    ours = lirefs.lm_eval_model(lm).loglikelihood_rolling(rolling, disable_tqdm=True)
+    with counted(lm, 0) as together:
+        ours = lirefs.lm_eval_model(lm).loglikelihood_rolling(rolling, disable_tqdm=True)
+    with counted(lm, 0) as alone:  # a quarter of one token is one, and not as many as fit
+        one = lirefs.lm_eval_model(lm, batch_tokens=1)
+        assert one.loglikelihood_rolling(rolling, disable_tqdm=True) == pytest.approx(ours)
+    assert len(alone) > len(together)
     theirs = hflm(lm).loglikelihood_rolling(rolling, disable_tqdm=True)
     assert ours == pytest.approx(theirs, abs=1e-3, rel=1e-6)
 

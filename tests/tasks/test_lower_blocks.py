@@ -141,11 +141,17 @@ def test_what_was_recorded_under_one_variant_serves_another(lm):
                 assert numbers(lm) == whole
 
 
-@pytest.mark.parametrize(("texts", "proofs"), [(1, 0), (2, 0), (3, 1), (9, 1)])
-def test_a_shallow_change_is_proved_where_its_batches_pay_for_it(lm, texts, proofs):
+@pytest.mark.parametrize(
+    ("texts", "variants", "proofs"),
+    [(1, 1, 0), (2, 1, 0), (3, 1, 1), (9, 1, 1), (1, 2, 0), (1, 3, 1)],
+)
+def test_a_shallow_change_is_proved_where_it_can_pay(lm, texts, variants, proofs):
     steer = steer_at(lm, 1)  # of four blocks: three batches skip as much as one pass above it
     batches = [[[5 + text, *range(3, 9)]] for text in range(texts)]
     lower = LowerBlocks(lm)
+    for _ in range(variants):
+        with steer.apply(lm.model):
+            lower.expect(steer)
     with steer.apply(lm.model), lower.under(steer):
         first = [token_nlls(lm, one)[0].tolist() for one in batches]
         with counted(lm, 3) as passes:

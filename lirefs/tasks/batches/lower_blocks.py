@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -72,14 +73,14 @@ class LowerBlocks:
 
     A pass on the same batch under an intervention that changes nothing below block `first` begins
     there. The first such pass is also run in full: unless both agree bit for bit (a block may leave
-    something to later ones in a way of its own), no pass begins at that block any more. It waits
-    until so many batches are known that one round of them saves what it costs. Where
-    somebody else has changed what is below, or looks at it, passes are run in full as well.
+    something to later ones in a way of its own), no pass begins at that block any more. This is put
+    off until the batches and interventions that are known can save what it costs. Where somebody
+    else has changed what is below, or looks at it, passes are run in full as well.
     """
 
     def __init__(self, lm: LanguageModel) -> None:
         self._lm = lm
-        self._wanted: set[int] = set()
+        self._wanted: Counter[int] = Counter()
         self._proved: dict[tuple[Any, ...], bool] = {}
         self._known: dict[bytes, _Known] = {}
         self._room = free_bytes(lm.device) // SHARE
@@ -89,13 +90,14 @@ class LowerBlocks:
     def expect(self, intervention: Intervention | None) -> int:
         """The first block that an attached intervention changes: what it takes is kept from now."""
         first = first_changed(self._lm, intervention)
-        self._wanted.add(first)
+        self._wanted[first] += 1
         return first
 
     @contextmanager
     def under(self, intervention: Intervention | None) -> Iterator[None]:
         """Let passes inside the `with` begin at the first block that what is attached changes."""
-        first = self.expect(intervention)
+        first = first_changed(self._lm, intervention)
+        self._wanted.setdefault(first, 1)
         with undone() as steps:
             steps.append(partial(_HERE.set, _HERE.get()))
             _HERE.set((self, first))
@@ -167,13 +169,17 @@ class LowerBlocks:
         if self._proved.get(kind):
             return self._begun_at(first, known, run)
         full = run()
-        batches = sum(first in one.outputs for one in self._known.values())
-        if kind not in self._proved and batches * first >= self._lm.n_layers - first:
+        if kind not in self._proved and self._pays(first):
             self._proved[kind] = False
             # An error here is of a family whose blocks hand on more than their hidden states.
             with suppress(Exception):
                 self._proved[kind] = self._same(full, self._begun_at(first, known, run))
         return full
+
+    def _pays(self, first: int) -> bool:
+        """Whether the known batches, under all that is expected, save as much as a pass costs."""
+        batches = sum(first in one.outputs for one in self._known.values())
+        return batches * self._wanted[first] * first >= self._lm.n_layers - first
 
     def _begun_at(self, first: int, known: _Known, run: _Run) -> Any:
         like = known.outputs[first]
